@@ -1,0 +1,1 @@
+"""What the papers share: objectives, attacks, data, networks, training and evaluation."""

@@ -1,0 +1,1 @@
+"""How the saddle point meets Lightning: attacks, weight perturbation, evaluation, monitoring."""
