@@ -1,0 +1,76 @@
+"""Random numbers that belong to an example, not to a process.
+
+A random start drawn from a stateful generator changes with the batch size, the number of devices
+and the point where a run was resumed. Here each number is a hash of (seed, stream, step, example
+index, position in the image), so it depends on none of them and is the same on every device.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Streams keep draws for different purposes apart even at the same seed, step and example.
+ATTACK, AUGMENTATION, EVALUATION = 0, 1, 2
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (the operator ``>>`` copies the sign bit)."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele, Lea & Flood 2014): every input bit reaches every output bit."""
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
+
+
+class ExampleRandom:
+    """Independent random numbers for each example of a batch.
+
+    Successive calls give fresh numbers; two objects made with the same arguments give the same
+    sequence, on a CPU and on a GPU alike.
+
+    Args:
+        seed: The run's seed.
+        step: What moves on between draws for one example: an epoch, or an attack's restart.
+        index: The examples' positions in their data set, ``(N,)`` int64. Sets the device.
+        stream: Which purpose the numbers serve (:data:`ATTACK`, :data:`AUGMENTATION`, ...).
+    """
+
+    def __init__(self, seed: int, step: int, index: Tensor, stream: int = ATTACK) -> None:
+        key = torch.zeros_like(index, dtype=torch.int64)
+        for part in (seed, stream, step):
+            key = _mix(key + _GOLDEN + part)
+        self._key = _mix(key + _GOLDEN + index)
+        self._drawn = 0
+
+    def _bits(self, shape: Sequence[int]) -> Tensor:
+        """Uniform 53-bit integers, ``(N, *shape)``."""
+        size = math.prod(shape)
+        counter = torch.arange(
+            self._drawn + 1, self._drawn + 1 + size, dtype=torch.int64, device=self._key.device
+        )
+        self._drawn += size
+        z = _mix(_mix(self._key[:, None] + counter * _GOLDEN))
+        return _shift(z, 11).reshape(-1, *shape)
+
+    def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform float32 in ``[low, high)``, ``(N, *shape)``."""
+        unit = _shift(self._bits(shape), 29).to(torch.float32) * 2.0**-24  # 24 bits are exact
+        return low + (high - low) * unit
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal float32, ``(N, *shape)`` (Box & Muller 1958)."""
+        radius = torch.sqrt(-2.0 * torch.log1p(-self.uniform(shape)))
+        return radius * torch.cos(2.0 * math.pi * self.uniform(shape))
+
+    def integers(self, high: int, shape: Sequence[int]) -> Tensor:
+        """Uniform int64 in ``[0, high)``, ``(N, *shape)``; the modulo bias is below ``high / 2**53``."""
+        return self._bits(shape) % high
