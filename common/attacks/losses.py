@@ -1,0 +1,73 @@
+"""Losses an attack climbs and an objective averages; each maps logits to one number per example.
+
+Logits are unnormalised scores ``(N, K)``, labels integers ``(N,)`` in ``[0, K)``, results ``(N,)``.
+Half-precision logits are raised to float32 first: differences of large scores need its digits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """The same logits, in float32 if they came in half precision."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    r"""Cross-entropy, :math:`-\log \mathrm{softmax}(z)_y`, in nats.
+
+    The inner loss of Madry et al. 2018, Eq. (2.1).
+    """
+    return F.cross_entropy(full_precision(logits), y, reduction="none")
+
+
+def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    r"""Kullback-Leibler divergence :math:`\sum_k p_k (\log p_k - \log q_k)`, in nats.
+
+    The regulariser of TRADES (Zhang et al. 2019, Eq. (5)) with p the clean and q the adversarial
+    prediction. Gradients reach both arguments; detach ``logits_p`` where it is a constant.
+    """
+    log_p = F.log_softmax(full_precision(logits_p), dim=1)
+    log_q = F.log_softmax(full_precision(logits_q), dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    r"""CW margin, :math:`\max_{j \ne y} z_j - z_y` (Carlini & Wagner 2017, f_6, untargeted).
+
+    Positive when misclassified, negative when correct, zero at a tie.
+    """
+    z = full_precision(logits)
+    true = y.unsqueeze(1)
+    others = z.scatter(1, true, -torch.inf)
+    return others.amax(dim=1) - z.gather(1, true).squeeze(1)
+
+
+def hinge_margin(logits: Tensor, y: Tensor, kappa: float = 50.0) -> Tensor:
+    r"""Margin with a ceiling, :math:`-\max(z_y - \max_{j \ne y} z_j + \kappa, 0)`.
+
+    What projected-gradient code calls the CW-inf loss: Carlini & Wagner 2017, f_6 with confidence
+    ``kappa``, up to a constant. The gradient is that of :func:`margin` until a wrong class leads by
+    ``kappa``, and zero from there on.
+    """
+    return (margin(logits, y) - kappa).clamp(max=0.0)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    r"""Difference of logits ratio, :math:`-(z_y - \max_{j \ne y} z_j) / (z_{\pi_1} - z_{\pi_3})`.
+
+    Croce & Hein 2020 (AutoAttack), Section 4: the margin made invariant to shifts and rescaling of
+    the logits; :math:`\pi` sorts them in decreasing order.
+
+    Raises:
+        ValueError: With fewer than three classes, where the third largest logit does not exist.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(
+            f"the DLR loss divides by the gap between the largest and the third largest logit and "
+            f"needs at least 3 classes, got {logits.shape[1]}; use the margin instead"
+        )
+    z = full_precision(logits)
+    top = z.topk(3, dim=1).values
+    return margin(z, y) / (top[:, 0] - top[:, 2] + 1e-12)

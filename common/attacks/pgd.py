@@ -1,0 +1,488 @@
+"""Projected gradient ascent on any per-example loss; what it attacks it does not know.
+
+A loss maps images x' ``(N, ...)`` to numbers ``(N,)``. Named attacks are settings: PGD-20 is 20
+steps of cross-entropy, CW-inf is the margin, an adaptive attack is the defence's own inner loss.
+"""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.attacks.randomness import ExampleRandom
+from common.errors import ConfigurationError
+
+Norm = Literal["linf", "l2", "l1"]
+Start = Literal["zero", "uniform", "gaussian"]
+LossFn = Callable[[Tensor], Tensor]
+Random = torch.Generator | ExampleRandom | None
+
+
+class PGD:
+    r"""Projected gradient descent on the negative loss (Madry et al. 2018, Section 2.1).
+
+    Each step moves to :math:`\Pi(x' + \alpha\, d)`, where the direction d is the steepest one of
+    the norm: the gradient's sign (linf), the normalised gradient (l2), or the sign on the few
+    coordinates with the largest gradient (l1). Every example takes all steps.
+
+    A gradient entry that is not finite leaves its pixel where it is: the sign of NaN would poison
+    the image, and whether the loss itself is finite is for the caller to check.
+
+    Args:
+        eps: Radius of the ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
+        step_size: Length of a step in the same norm; ``None`` takes ``2.5 * eps / steps`` (Madry et
+            al. 2018), enough to reach the boundary from any start.
+        steps: Number of steps; 0 returns the start.
+        start: ``zero`` is x itself, ``uniform`` is uniform in the ball, ``gaussian`` is x plus
+            ``start_scale`` times standard normal noise (TRADES, MART).  All are brought into ball
+            and box before the first step; the official TRADES code does so only after it.
+        norm: Of the ball and the step.
+        momentum: Decay of the accumulated gradient, each summand divided by its l1 norm (MIM, Dong
+            et al. 2018, Eq. (6)); ``None`` uses the gradient alone.
+        restarts: Independent runs, of which each example keeps its best (see ``__call__``).
+        start_scale: Standard deviation of the ``gaussian`` start.
+        l1_density: Fraction of the coordinates an l1 step moves, at least one.
+
+    Raises:
+        ConfigurationError: If a setting is out of range or restarts would repeat each other.
+    """
+
+    def __init__(
+        self,
+        eps: float | str,
+        step_size: float | str | None = None,
+        steps: int = 10,
+        start: Start = "uniform",
+        norm: Norm = "linf",
+        momentum: float | None = None,
+        restarts: int = 1,
+        start_scale: float | str = 0.001,
+        l1_density: float = 0.01,
+    ) -> None:
+        self.norm = _choice("norm", norm, ("linf", "l2", "l1"))
+        self.start = _choice("start", start, ("zero", "uniform", "gaussian"))
+        self.eps = parse_radius(eps, norm)
+        self.steps = _count("steps", steps, 0)
+        self.restarts = _count("restarts", restarts, 1)
+        self.step_size = (
+            2.5 * self.eps / max(self.steps, 1)
+            if step_size is None
+            else parse_radius(step_size, norm, "step_size")
+        )
+        self.momentum = momentum
+        self.start_scale = parse_radius(start_scale, "l2", "start_scale")
+        self.l1_density = l1_density
+        if momentum is not None and not (math.isfinite(momentum) and momentum >= 0.0):
+            raise ConfigurationError(
+                f"momentum must be finite and at least 0 (MIM uses 1.0), got {momentum}; null "
+                "switches it off"
+            )
+        if not 0.0 < l1_density <= 1.0:
+            raise ConfigurationError(
+                f"l1_density is a fraction of the pixels and must lie in (0, 1], got {l1_density}"
+            )
+        if self.restarts > 1 and self.start == "zero":
+            raise ConfigurationError(
+                f"{self.restarts} restarts from the same point would only repeat each other; set "
+                "start to uniform or gaussian, or restarts to 1"
+            )
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        x: Tensor,
+        generator: Random = None,
+        *,
+        is_adversarial: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Climb the loss from a start in the ball around x.
+
+        Gradients are taken with respect to x' alone, so ``.grad`` of the parameters is left alone,
+        and inside ``no_grad`` and inference mode as well.
+
+        Args:
+            loss_fn: x' ``(N, ...)`` -> loss ``(N,)``, differentiable in x'; an example's loss may
+                depend on no other example.
+            x: Images in [0, 1], ``(N, ...)``.
+            generator: Where the noise of start and restarts comes from; ``None`` is torch's global
+                one. An :class:`ExampleRandom` makes an example's noise independent of its batch.
+            is_adversarial: x' -> whether each example is misclassified, bool ``(N,)``. With it, a
+                restart that is adversarial is kept over one that is not, whatever their losses.
+
+        Returns:
+            x' of the same shape, detached, in [0, 1] and in the ball around x up to rounding;
+            float32, or float64 if x is. With several restarts each example's x' is the one with
+            the highest loss.
+
+        Raises:
+            ValueError: If ``loss_fn`` returns another shape or a loss without gradient, or x is not
+                floating point.
+        """
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating-point pixels in [0, 1], got {x.dtype}")
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+            x_adv = self._run(loss_fn, x, generator, is_adversarial)
+            if self.restarts == 1:
+                return x_adv
+            best = _score(loss_fn, is_adversarial, x_adv)
+            for _ in range(self.restarts - 1):
+                other = self._run(loss_fn, x, generator, is_adversarial)
+                score = _score(loss_fn, is_adversarial, other)
+                better = (score[0] > best[0]) | ((score[0] == best[0]) & (score[1] > best[1]))
+                x_adv = torch.where(_per_example(better, x), other, x_adv)
+                best = (
+                    torch.where(better, score[0], best[0]),
+                    torch.where(better, score[1], best[1]),
+                )
+            return x_adv
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell an attack that changes during training which epoch (from 0) this is."""
+
+    def __repr__(self) -> str:
+        """The settings that make two attacks differ, radii in 1/255."""
+        parts = [f"eps={_in_255(self.eps)}", f"step_size={_in_255(self.step_size)}"]
+        parts += [f"steps={self.steps}", f"start={self.start!r}", f"norm={self.norm!r}"]
+        if self.start == "gaussian":
+            parts.append(f"start_scale={self.start_scale:g}")
+        if self.momentum is not None:
+            parts.append(f"momentum={self.momentum:g}")
+        if self.restarts > 1:
+            parts.append(f"restarts={self.restarts}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _run(
+        self,
+        loss_fn: LossFn,
+        x: Tensor,
+        generator: Random,
+        is_adversarial: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """One ascent from one start."""
+        project = self._projection(x)
+        x_adv = self._start(x, project, generator)
+        velocity = torch.zeros_like(x) if self.momentum is not None else None
+        for _ in range(self.steps):
+            direction, velocity = self._direction(loss_fn, x_adv, velocity)
+            x_adv = project(x_adv.add(direction, alpha=self.step_size))
+        return x_adv
+
+    def _start(self, x: Tensor, project: Callable[[Tensor], Tensor], generator: Random) -> Tensor:
+        if self.start == "zero":
+            return x
+        if self.start == "gaussian":
+            noise = _normal(generator, x) * self.start_scale
+        else:
+            noise = _uniform_in_ball(generator, x, self.eps, self.norm)
+        return project(x + noise)
+
+    def _direction(
+        self, loss_fn: LossFn, x_adv: Tensor, velocity: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next step's direction, of length one in ``norm``, and the accumulated gradient."""
+        gradient = input_gradient(loss_fn, x_adv).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        if velocity is not None and self.momentum is not None:
+            velocity = velocity * self.momentum + _normalised(gradient, 1)
+            gradient = velocity
+        if self.norm == "linf":
+            return gradient.sign(), velocity
+        if self.norm == "l2":
+            return _normalised(gradient, 2), velocity
+        return _sparse_direction(gradient, x_adv, self.l1_density), velocity
+
+    def _projection(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Into the ball around x and the box."""
+        if self.norm == "linf":
+            lower, upper = (x - self.eps).clamp_(min=0.0), (x + self.eps).clamp_(max=1.0)
+            return lambda x_adv: x_adv.clamp(lower, upper)
+        shrink = _project_l2 if self.norm == "l2" else _project_l1
+        # Box first: what is shrunk towards a point of the box stays inside. The clamp afterwards
+        # only takes away rounding.
+        return lambda x_adv: (x + shrink(x_adv.clamp(0.0, 1.0) - x, self.eps)).clamp_(0.0, 1.0)
+
+
+class FGSM(PGD):
+    """Fast gradient sign method (Goodfellow et al. 2015): one step of length eps from x.
+
+    Args:
+        eps: Radius, as in :class:`PGD`.
+        norm: Of ball and step; in l2 this is the fast gradient method.
+    """
+
+    def __init__(self, eps: float | str, norm: Norm = "linf") -> None:
+        super().__init__(eps, step_size=eps, steps=1, start="zero", norm=norm)
+
+
+class MIM(PGD):
+    """Momentum iterative method (Dong et al. 2018, Algorithm 1).
+
+    Args:
+        eps: Radius, as in :class:`PGD`.
+        step_size: Length of a step; ``None`` is ``eps / steps``, as in the paper.
+        steps: Number of steps.
+        decay: Of the accumulated gradient (mu).
+        start: As in :class:`PGD`; the paper starts at x.
+        norm: Of ball and step.
+    """
+
+    def __init__(
+        self,
+        eps: float | str,
+        step_size: float | str | None = None,
+        steps: int = 10,
+        decay: float = 1.0,
+        start: Start = "zero",
+        norm: Norm = "linf",
+    ) -> None:
+        if step_size is None:
+            step_size = parse_radius(eps, norm) / max(_count("steps", steps, 0), 1)
+        super().__init__(eps, step_size, steps, start, norm, momentum=decay)
+
+
+class FriendlyPGD(PGD):
+    """Early-stopped PGD of friendly adversarial training (Zhang et al. 2020, Algorithm 1).
+
+    Before each step every example is classified. An example found wrong for the (tau + 1)-th time
+    stops and keeps that point; until then it moves on. With tau = 0 it stops at the first
+    misclassified point, with tau at least ``steps`` this is :class:`PGD`.
+
+    The official code drops stopped examples from the batch and returns it in another order; here
+    the order stays and stopped examples are carried along unchanged.
+
+    Args:
+        eps: As in :class:`PGD`, and so are the following.
+        step_size: Length of a step.
+        steps: The most steps an example takes.
+        start: Where to begin.
+        norm: Of ball and step.
+        start_scale: Standard deviation of the ``gaussian`` start.
+        tau: How many times an example may be found wrong and still move: a number, or a schedule
+            ``{first epoch: number}`` such as ``{0: 0, 50: 1, 90: 2}``.
+        noise: Standard deviation of Gaussian noise added to every step before projecting (omega;
+            0.001 in the official code).
+
+    Raises:
+        ConfigurationError: If a setting is out of range or the schedule says nothing of epoch 0.
+    """
+
+    def __init__(
+        self,
+        eps: float | str,
+        step_size: float | str | None = None,
+        steps: int = 10,
+        start: Start = "uniform",
+        norm: Norm = "linf",
+        start_scale: float | str = 0.001,
+        tau: int | dict[int, int] = 0,
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__(eps, step_size, steps, start, norm, start_scale=start_scale)
+        schedule = tau if isinstance(tau, dict) else {0: tau}
+        self.tau = {_count("tau's epochs", k, 0): _count("tau", schedule[k], 0) for k in schedule}
+        self.noise = parse_radius(noise, "l2", "noise")
+        if 0 not in self.tau:
+            raise ConfigurationError(
+                f"tau says nothing of the epochs before {min(self.tau, default='any')}: {tau}; add "
+                "an entry for epoch 0, as in {0: 0, 50: 1, 90: 2}"
+            )
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the tau of the schedule's last entry that is not after ``epoch``."""
+        self._tau = self.tau[max(first for first in self.tau if first <= epoch)]
+
+    def _run(
+        self,
+        loss_fn: LossFn,
+        x: Tensor,
+        generator: Random,
+        is_adversarial: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        if is_adversarial is None:
+            raise ValueError(
+                "FriendlyPGD stops misclassified examples and needs is_adversarial, a function "
+                "from x' (N, ...) to bool (N,)"
+            )
+        project = self._projection(x)
+        x_adv = self._start(x, project, generator)
+        patience = torch.full((len(x),), self._tau, device=x.device)
+        for _ in range(self.steps):
+            with torch.no_grad():
+                patience = patience - is_adversarial(x_adv).to(patience.dtype)
+            direction, _ = self._direction(loss_fn, x_adv, None)
+            moved = x_adv.add(direction, alpha=self.step_size)
+            if self.noise > 0.0:
+                moved = moved.add_(_normal(generator, x), alpha=self.noise)
+            x_adv = torch.where(_per_example(patience >= 0, x), project(moved), x_adv)
+        return x_adv
+
+
+def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
+    """Gradient of each example's loss with respect to its image, shaped like x.
+
+    The losses are summed, so an example's gradient does not depend on how many others there are.
+
+    Raises:
+        ValueError: If the loss is not one number per example or does not depend on x.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        loss = loss_fn(x)
+        if loss.shape != x.shape[:1]:
+            raise ValueError(
+                f"an attack needs one loss per example, shape ({len(x)},), got "
+                f"{tuple(loss.shape)}; leave the loss unreduced"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss carries no gradient to x'; compute it without no_grad, inference_mode "
+                "or detach, from the x' that is passed in"
+            )
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+    return gradient
+
+
+def parse_radius(value: float | str, norm: Norm = "linf", name: str = "eps") -> float:
+    """A length in pixel units: a number, or a fraction as papers print it, ``8/255``.
+
+    Raises:
+        ConfigurationError: If it cannot be read, is negative or not finite, or, in the linf norm,
+            is above 1.
+    """
+    try:
+        number = float(Fraction(value.replace(" ", "")) if isinstance(value, str) else value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0.0:
+        raise ConfigurationError(
+            f"{name} must be a number of at least 0 or a fraction such as '8/255', got {value!r}"
+        )
+    if norm == "linf" and number > 1.0:
+        hint = f"; did you mean '{number:g}/255'?" if number <= 255.0 else ""
+        raise ConfigurationError(
+            f"{name} must lie in [0, 1] (pixels are in [0, 1]), got {number}{hint}"
+        )
+    return number
+
+
+def _in_255(radius: float) -> str:
+    return f"{radius * 255.0:.6g}/255"
+
+
+def _count(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(f"{name} must be a whole number of at least {least}, got {value}")
+    return value
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _score(
+    loss_fn: LossFn, is_adversarial: Callable[[Tensor], Tensor] | None, x_adv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What restarts compete by: success first, where it is known, then loss; both ``(N,)``."""
+    with torch.no_grad():
+        loss = loss_fn(x_adv)
+        success = torch.zeros_like(loss) if is_adversarial is None else is_adversarial(x_adv)
+    return success.to(torch.int8), loss.nan_to_num(nan=-torch.inf, posinf=torch.inf)
+
+
+def _per_example(flags: Tensor, x: Tensor) -> Tensor:
+    """``(N,)`` -> ``(N, 1, ...)`` with as many axes as x."""
+    return flags.view(-1, *[1] * (x.ndim - 1))
+
+
+def _norm(x: Tensor, order: float) -> Tensor:
+    """Per-example norm of order 1, 2 or inf, ``(N, 1, ...)``."""
+    norms: Tensor = torch.linalg.vector_norm(x, order, tuple(range(1, x.ndim)), keepdim=True)
+    return norms
+
+
+def _normalised(gradient: Tensor, order: float) -> Tensor:
+    """Each example's gradient divided by its norm; a zero gradient stays zero.
+
+    The division by the largest entry comes first: the squares of a confident network's gradients
+    underflow in float32.
+    """
+    tiny = torch.finfo(gradient.dtype).tiny
+    scaled = gradient / _norm(gradient, math.inf).clamp_min(tiny)
+    return scaled / _norm(scaled, order).clamp_min(tiny)
+
+
+def _sparse_direction(gradient: Tensor, x_adv: Tensor, density: float) -> Tensor:
+    """Sign of the largest gradients over their count (SLIDE, Tramèr & Boneh 2019, Algorithm 1).
+
+    Pixels that the box keeps from moving the way the gradient points do not count.
+    """
+    blocked = ((x_adv <= 0.0) & (gradient < 0.0)) | ((x_adv >= 1.0) & (gradient > 0.0))
+    free = gradient.masked_fill(blocked, 0.0).flatten(1)
+    largest = free.abs().topk(max(1, round(density * free.shape[1])), dim=1).indices
+    sign = torch.zeros_like(free).scatter_(1, largest, free.gather(1, largest).sign())
+    return (sign / _norm(sign, 1).clamp_min(1.0)).view(x_adv.shape)
+
+
+def _project_l2(delta: Tensor, eps: float) -> Tensor:
+    tiny = torch.finfo(delta.dtype).tiny
+    return delta * (eps / _norm(delta, 2).clamp_min(tiny)).clamp_max(1.0)
+
+
+def _project_l1(delta: Tensor, eps: float) -> Tensor:
+    """The nearest point of the l1 ball: soft thresholding (Duchi et al. 2008, Figure 1)."""
+    size = delta.flatten(1).abs()
+    descending = size.sort(dim=1, descending=True).values
+    excess = descending.cumsum(dim=1) - eps
+    rank = torch.arange(1, size.shape[1] + 1, device=delta.device, dtype=delta.dtype)
+    kept = (descending * rank > excess).sum(dim=1, keepdim=True).clamp_min(1)
+    threshold = (excess.gather(1, kept - 1) / kept).clamp_min(0.0)
+    projected = delta.sign() * (size - threshold).clamp_min(0.0).view(delta.shape)
+    tiny = torch.finfo(delta.dtype).tiny
+    # The cumulative sum of many pixels rounds; the ball must hold all the same.
+    return projected * (eps / _norm(projected, 1).clamp_min(tiny)).clamp_max(1.0)
+
+
+def _uniform_in_ball(generator: Random, x: Tensor, eps: float, norm: str) -> Tensor:
+    """Uniform noise in the ball of radius eps, shaped like x."""
+    if norm == "linf":
+        return _uniform(generator, x, x.shape[1:]) * (2.0 * eps) - eps
+    one = (1,) * (x.ndim - 1)
+    if norm == "l2":
+        radius = _uniform(generator, x, one).pow(1.0 / math.prod(x.shape[1:]))
+        return _normalised(_normal(generator, x), 2) * radius * eps
+    # Exponential spacings: d of d + 1 exponentials over the sum of all are uniform in the simplex.
+    spacings = -torch.log1p(-_uniform(generator, x, x.shape[1:]))
+    rest = -torch.log1p(-_uniform(generator, x, one))
+    signs = (_uniform(generator, x, x.shape[1:]) - 0.5).sign()
+    return eps * signs * spacings / (_norm(spacings, 1) + rest)
+
+
+def _uniform(generator: Random, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uniform in [0, 1), ``(N, *shape)``, in the type and on the device of x."""
+    if isinstance(generator, ExampleRandom):
+        return _fits(generator.uniform(shape), x)
+    device = x.device if generator is None else generator.device
+    return torch.rand((len(x), *shape), generator=generator, device=device).to(x)
+
+
+def _normal(generator: Random, x: Tensor) -> Tensor:
+    """Standard normal, shaped like x, in its type and on its device."""
+    if isinstance(generator, ExampleRandom):
+        return _fits(generator.normal(x.shape[1:]), x)
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device).to(x)
+
+
+def _fits(noise: Tensor, x: Tensor) -> Tensor:
+    if len(noise) != len(x):
+        raise ValueError(
+            f"the generator was made for {len(noise)} examples and the batch has {len(x)}; make it "
+            "from this batch's index"
+        )
+    return noise.to(x)

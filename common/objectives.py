@@ -1,0 +1,235 @@
+"""Objectives of adversarial training: what the adversary maximises and the optimiser minimises.
+
+A batch is a dict of tensors: ``x`` images in [0, 1] ``(N, C, H, W)``, ``y`` labels ``(N,)``,
+``index`` positions in the data set ``(N,)``; the adversarial-training callback adds ``x_adv``
+beside ``x``. ``outer`` leaves the detached logits it computed in ``batch["logits"]`` (clean) and
+``batch["logits_adv"]``, for metrics.
+
+Where a loss needs clean and adversarial logits, the clean pass comes first and each is a pass of
+its own, so in train mode batch-norm sees the two kinds of images apart and updates twice.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from common.attacks.losses import cross_entropy, full_precision, kl_divergence
+from common.errors import ConfigurationError
+
+Batch = dict[str, Tensor]
+Model = Callable[[Tensor], Tensor]
+"""Images ``(N, C, H, W)`` to logits ``(N, K)``; while training, the LightningModule itself."""
+
+
+class Objective(Protocol):
+    """The saddle point of one defence.
+
+    ``model`` is anything that maps images to logits; a paper whose loss needs more than logits
+    may ask more of it.
+    """
+
+    needs_x_adv: bool
+    """Whether ``outer`` reads ``batch["x_adv"]``."""
+
+    def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """What the adversary maximises: x' ``(N, C, H, W)`` -> per-example loss ``(N,)``."""
+
+    def outer(self, model: Any, batch: Batch) -> Tensor:
+        """What the optimiser minimises: a scalar."""
+
+
+class Natural:
+    """Training on clean images (empirical risk minimisation).
+
+    ``inner`` is cross-entropy, so that the result can be attacked like any other.
+    """
+
+    needs_x_adv = False
+
+    def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """Cross-entropy with the label."""
+        return cross_entropy_of(model, batch)
+
+    def outer(self, model: Model, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the clean images."""
+        return cross_entropy(clean_logits(model, batch), batch["y"]).mean()
+
+
+class AT:
+    """Adversarial training (Madry et al. 2018, Eq. (2.1))."""
+
+    needs_x_adv = True
+
+    def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """Cross-entropy with the label."""
+        return cross_entropy_of(model, batch)
+
+    def outer(self, model: Model, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the adversarial images; clean ones are not seen."""
+        return cross_entropy(adversarial_logits(model, batch), batch["y"]).mean()
+
+
+class TRADES:
+    """Robustness traded against clean accuracy (Zhang et al. 2019, Eq. (5)).
+
+    The official code runs the clean images twice per step, once for each term; here one pass serves
+    both, so batch-norm statistics are updated twice per step instead of three times.
+
+    Args:
+        beta: Weight of the divergence (1/lambda in the paper, 6 in its experiments); 0 is clean
+            training.
+
+    Raises:
+        ConfigurationError: If ``beta`` is negative or not finite.
+    """
+
+    needs_x_adv = True
+
+    def __init__(self, beta: float = 6.0) -> None:
+        self.beta = check_weight("beta", beta)
+
+    def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """KL(f(x) || f(x')), the clean prediction held constant and computed once."""
+        with torch.inference_mode(False), torch.no_grad():
+            logits = model(batch["x"])
+        return lambda x: kl_divergence(logits, model(x))
+
+    def outer(self, model: Model, batch: Batch) -> Tensor:
+        """CE(f(x), y) + beta KL(f(x) || f(x_adv)), batch mean; gradients reach both predictions."""
+        logits, logits_adv = clean_and_adversarial_logits(model, batch)
+        divergence = kl_divergence(logits, logits_adv).mean()
+        return cross_entropy(logits, batch["y"]).mean() + self.beta * divergence
+
+
+class MART:
+    """Misclassification-aware adversarial training (Wang et al. 2020), as in its official code.
+
+    The constants that keep the logarithms finite are that code's, without which its
+    gradients are not reproduced; they can make the loss of a perfect prediction slightly negative.
+
+    Args:
+        beta: Weight of the divergence (lambda in the paper, where it is 5; the official code's
+            default is 6).
+
+    Raises:
+        ConfigurationError: If ``beta`` is negative or not finite.
+    """
+
+    needs_x_adv = True
+
+    def __init__(self, beta: float = 5.0) -> None:
+        self.beta = check_weight("beta", beta)
+
+    def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """Cross-entropy with the label."""
+        return cross_entropy_of(model, batch)
+
+    def outer(self, model: Model, batch: Batch) -> Tensor:
+        """Boosted cross-entropy plus beta times the divergence weighted by 1 - p_y; batch mean."""
+        logits, logits_adv = clean_and_adversarial_logits(model, batch)
+        true = batch["y"].unsqueeze(1)
+        # Half precision would round 1.0001 to 1 and 1e-12 to 0.
+        log_p = full_precision(logits).log_softmax(dim=1)
+        p, q = log_p.exp(), full_precision(logits_adv).softmax(dim=1)
+        q_wrong = q.scatter(1, true, -1.0).amax(dim=1)  # the most probable class that is not y
+        boosted = cross_entropy(logits_adv, batch["y"]) - torch.log(1.0001 - q_wrong + 1e-12)
+        divergence = (p * (log_p - torch.log(q + 1e-12))).sum(dim=1)
+        unsure = 1.0000001 - p.gather(1, true).squeeze(1)
+        return boosted.mean() + self.beta * (divergence * unsure).mean()
+
+
+class ALP:
+    """Adversarial logit pairing on clean and adversarial images (Kannan et al. 2018).
+
+    Args:
+        weight: Of the squared distance between paired logits, averaged over batch and classes
+            (lambda in the paper).
+
+    Raises:
+        ConfigurationError: If ``weight`` is negative or not finite.
+    """
+
+    needs_x_adv = True
+
+    def __init__(self, weight: float = 0.5) -> None:
+        self.weight = check_weight("weight", weight)
+
+    def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """Cross-entropy with the label."""
+        return cross_entropy_of(model, batch)
+
+    def outer(self, model: Model, batch: Batch) -> Tensor:
+        """CE(f(x), y) + CE(f(x_adv), y) + weight * mean (f(x) - f(x_adv))^2, batch mean."""
+        logits, logits_adv = clean_and_adversarial_logits(model, batch)
+        y = batch["y"]
+        both = cross_entropy(logits, y).mean() + cross_entropy(logits_adv, y).mean()
+        distance = (full_precision(logits) - full_precision(logits_adv)).square().mean()
+        return both + self.weight * distance
+
+
+def cross_entropy_of(model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """The inner loss most defences share: x' -> cross-entropy with the batch's labels."""
+    y = differentiable(batch["y"])
+    return lambda x: cross_entropy(model(x), y)
+
+
+def differentiable(tensor: Tensor) -> Tensor:
+    """The same values as a tensor autograd may save for backward.
+
+    Lightning validates and tests in inference mode, and what is created there, labels included,
+    may not take part in a differentiated computation.
+    """
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
+
+
+def adversarial_images(batch: Batch) -> Tensor:
+    """``batch["x_adv"]``, ``(N, C, H, W)``.
+
+    Raises:
+        ConfigurationError: If nothing has put it there.
+    """
+    if "x_adv" not in batch:
+        raise ConfigurationError(
+            'the batch has no "x_adv": no attack ran before this step. The AdversarialTraining '
+            "callback writes it; set adversary.attack (for instance common.attacks.pgd.PGD), or "
+            "train on clean images with common.objectives.Natural"
+        )
+    return batch["x_adv"]
+
+
+def clean_logits(model: Model, batch: Batch) -> Tensor:
+    """Logits of the clean images, ``(N, K)``; a detached copy stays in ``batch["logits"]``."""
+    logits = model(batch["x"])
+    batch["logits"] = logits.detach()
+    return logits
+
+
+def adversarial_logits(model: Model, batch: Batch) -> Tensor:
+    """Logits of the attacked images, ``(N, K)``; a copy stays in ``batch["logits_adv"]``."""
+    logits = model(adversarial_images(batch))
+    batch["logits_adv"] = logits.detach()
+    return logits
+
+
+def clean_and_adversarial_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Both, clean first; a missing ``x_adv`` is found before any pass."""
+    adversarial_images(batch)
+    return clean_logits(model, batch), adversarial_logits(model, batch)
+
+
+def check_weight(name: str, value: float) -> float:
+    """The weight of a loss term, if it is finite and not negative.
+
+    Raises:
+        ConfigurationError: Otherwise.
+    """
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ConfigurationError(
+            f"{name} weighs a term of the loss and must be finite and at least 0, got {value}; "
+            "0 switches the term off"
+        )
+    return float(value)
