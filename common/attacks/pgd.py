@@ -199,10 +199,11 @@ class PGD:
         if self.norm == "linf":
             lower, upper = (x - self.eps).clamp_(min=0.0), (x + self.eps).clamp_(max=1.0)
             return lambda x_adv: x_adv.clamp(lower, upper)
-        shrink = _project_l2 if self.norm == "l2" else _project_l1
-        # Box first: what is shrunk towards a point of the box stays inside. The clamp afterwards
-        # only takes away rounding.
-        return lambda x_adv: (x + shrink(x_adv.clamp(0.0, 1.0) - x, self.eps)).clamp_(0.0, 1.0)
+        if self.norm == "l2":
+            return lambda x_adv: (x + _project_l2(x_adv - x, self.eps)).clamp_(0.0, 1.0)
+        # Box first: soft thresholding would take from pixels the box cuts anyway. What it shrinks
+        # towards a point of the box stays inside; the clamp afterwards only takes away rounding.
+        return lambda x_adv: (x + _project_l1(x_adv.clamp(0.0, 1.0) - x, self.eps)).clamp_(0, 1)
 
 
 class FGSM(PGD):

@@ -1,0 +1,395 @@
+"""AutoAttack (Croce & Hein 2020) by its official package, one attack after the other.
+
+The attacks are the package's own. Around it: each attack sees only the examples that all earlier
+ones left standing (as the package does within one call), verdicts and times are kept per attack,
+and what the package does to its surroundings (random state, trace function, parameter gradients)
+is undone.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import pyautoattack
+import torch
+from pyautoattack import checks
+from pyautoattack.autopgd_base import APGDAttack
+from pyautoattack.square import SquareAttack
+from torch import Tensor
+
+from common.attacks.losses import margin
+from common.attacks.pgd import Norm, parse_radius
+from common.errors import ConfigurationError
+
+AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
+Version = Literal["standard", "plus", "rand", "custom"]
+Predict = Callable[[Tensor], Tensor]
+SteeredPredict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(x', y) -> (logits (N, K), what to maximise (N,)), in one forward pass."""
+
+_LOG = logging.getLogger(__name__)
+_OFFICIAL_NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+# The targeted DLR loss needs the fourth largest logit, the untargeted one the third.
+_LEAST_CLASSES = {"apgd-t": 4, "apgd-dlr": 3}
+
+
+class ModelAttack(Protocol):
+    """An attack that needs the classifier itself and not only a loss to climb."""
+
+    def attack_model(self, predict: Predict, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
+        """Images x' ``(N, C, H, W)`` that ``predict`` is meant to get wrong."""
+
+
+@dataclass(frozen=True)
+class AutoAttackOutcome:
+    """What AutoAttack found out about N examples."""
+
+    x_adv: Tensor
+    """The adversarial image where an attack succeeded, x elsewhere, ``(N, C, H, W)``."""
+    clean: Tensor
+    """Correct without any attack, bool ``(N,)``."""
+    correct: dict[str, Tensor]
+    """By attack, in the order they ran: still correct after it and all before it, bool ``(N,)``."""
+    seconds: dict[str, float]
+    """By attack: wall time."""
+    left_out: tuple[str, ...]
+    """Attacks of the version that cannot run with so few classes."""
+    warnings: tuple[str, ...]
+    """What the package's own checks found suspicious: randomness, probabilities, dynamics."""
+
+    @property
+    def robust(self) -> Tensor:
+        """Correct after everything, bool ``(N,)``."""
+        return list(self.correct.values())[-1] if self.correct else self.clean
+
+
+class AutoAttack:
+    """The official ensemble of attacks on a fixed eval-mode float32 network.
+
+    Args:
+        eps: Radius of the ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
+        norm: Of the ball.
+        version: ``standard`` is APGD-CE, targeted APGD-DLR, targeted FAB and Square; ``plus`` adds
+            untargeted ones and restarts; ``rand`` averages gradients of randomised networks;
+            ``custom`` runs ``attacks`` with the settings they have in ``standard``.
+        attacks: For ``custom`` alone: which, in this order.
+        batch_size: How many examples are attacked together. The package reseeds for every batch,
+            so this changes random starts.
+        square_queries: Square's queries per example; ``None`` keeps the version's 5,000.
+        apgd_restarts: Of untargeted APGD; ``None`` keeps the version's.
+        steps: Iterations of APGD and FAB, to try things out; ``None`` keeps the official 100.
+
+    Raises:
+        ConfigurationError: If a setting is out of range or contradicts another.
+    """
+
+    def __init__(
+        self,
+        eps: float | str,
+        norm: Norm = "linf",
+        version: Version = "standard",
+        attacks: list[AttackName] | None = None,
+        batch_size: int = 250,
+        square_queries: int | None = None,
+        apgd_restarts: int | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self.eps = parse_radius(eps, norm)
+        if norm not in _OFFICIAL_NORM:
+            raise ConfigurationError(f"norm must be linf, l2 or l1, got {norm!r}")
+        if version not in ("standard", "plus", "rand", "custom"):
+            raise ConfigurationError(
+                f"version must be standard, plus, rand or custom, got {version!r}"
+            )
+        if (version == "custom") != bool(attacks):
+            raise ConfigurationError(
+                f"attacks are listed with version custom and only then, got version {version!r} "
+                f"and attacks {attacks}"
+            )
+        known = AttackName.__args__  # type: ignore[attr-defined]
+        unknown = [name for name in attacks or [] if name not in known]
+        if unknown or len(set(attacks or [])) < len(attacks or []):
+            raise ConfigurationError(
+                f"attacks must be different ones of {', '.join(known)}, got {attacks}"
+            )
+        for name, value in (
+            ("batch_size", batch_size),
+            ("square_queries", square_queries),
+            ("apgd_restarts", apgd_restarts),
+            ("steps", steps),
+        ):
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {value}")
+        self.norm = norm
+        self.version = version
+        self.attacks = attacks
+        self.batch_size = batch_size
+        self.square_queries = square_queries
+        self.apgd_restarts = apgd_restarts
+        self.steps = steps
+
+    def attack_model(self, predict: Predict, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
+        """Images x' ``(N, C, H, W)``: adversarial where an attack succeeded, x elsewhere."""
+        return self.run(predict, x, y, seed).x_adv
+
+    def run(
+        self,
+        predict: Predict,
+        x: Tensor,
+        y: Tensor,
+        seed: int = 0,
+        steered: SteeredPredict | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> AutoAttackOutcome:
+        """Attack every example until it falls or all attacks have been tried.
+
+        Args:
+            predict: Images to logits ``(N, K)``, in eval mode and float32, deterministic unless the
+                version is ``rand``. Not softmax outputs, and normalisation belongs inside.
+            x: Images in [0, 1], ``(N, C, H, W)``.
+            y: Labels, ``(N,)``.
+            seed: Of the random starts.
+            steered: Replaces the loss of ``apgd-ce`` and ``square`` by one of the defence's own
+                (an adaptive attack), a function of x' and y alone; its logits steer Square's
+                margin and APGD's early stop. The other attacks work on logits and stay as they
+                are, and ``predict`` alone decides what counts as success.
+            progress: Called with a line of text now and then.
+
+        Returns:
+            Verdicts, images and times; tensors on the device of x.
+
+        Raises:
+            ConfigurationError: If no attack can run with this many classes.
+        """
+        messages: list[str] = []
+        with _isolated(x.device), _listening(messages, progress):
+            x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            y = y.detach().clone()
+            correct = self._is_correct(predict, x, y)
+            clean, x_adv = correct, x.clone()
+            verdicts: dict[str, Tensor] = {}
+            seconds: dict[str, float] = {}
+            if len(x) == 0:
+                return AutoAttackOutcome(x_adv, clean, verdicts, seconds, (), ())
+            official, names, left_out = self._prepared(predict, x, seed, steered)
+            for name in names:
+                start = time.perf_counter()
+                standing = correct.nonzero().squeeze(1)
+                if len(standing) > 0:
+                    official.attacks_to_run = [name]
+                    # Counters of the package that would carry one model's findings to the next.
+                    checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+                    with _trace_kept():
+                        x_new, y_new = official.run_standard_evaluation(
+                            x[standing], y[standing], batch_size=self.batch_size
+                        )
+                    fell = y_new != y[standing]
+                    correct = correct.index_fill(0, standing[fell], False)
+                    x_adv[standing[fell]] = x_new[fell]
+                verdicts[name] = correct
+                seconds[name] = time.perf_counter() - start
+                if progress is not None:
+                    progress(
+                        f"{name}: {int(correct.sum())} of {len(x)} still correct, "
+                        f"{seconds[name]:.1f} s"
+                    )
+            rates = {"clean": clean, **verdicts}
+            checks.check_square_sr(
+                {name: verdict.float().mean().item() for name, verdict in rates.items()},
+                logger=official.logger,
+            )
+        return AutoAttackOutcome(
+            x_adv, clean, verdicts, seconds, left_out, tuple(dict.fromkeys(messages))
+        )
+
+    def __repr__(self) -> str:
+        """Radius, norm and version or attacks."""
+        what = self.version if self.attacks is None else self.attacks
+        return f"AutoAttack(eps={self.eps * 255.0:.6g}/255, norm={self.norm!r}, {what!r})"
+
+    def _is_correct(self, predict: Predict, x: Tensor, y: Tensor) -> Tensor:
+        correct = torch.zeros_like(y, dtype=torch.bool)
+        with torch.no_grad():
+            for first in range(0, len(x), self.batch_size):
+                part = slice(first, first + self.batch_size)
+                correct[part] = predict(x[part]).argmax(dim=1) == y[part]
+        return correct
+
+    def _prepared(
+        self, predict: Predict, x: Tensor, seed: int, steered: SteeredPredict | None
+    ) -> tuple[Any, list[str], tuple[str, ...]]:
+        """The package's object with our settings, the attacks to run, and those left out."""
+        official = pyautoattack.AutoAttack(
+            _reaching_images_only(predict),
+            norm=_OFFICIAL_NORM[self.norm],
+            eps=self.eps,
+            # Its own custom version would leave 5 restarts of everything.
+            version="standard" if self.version == "custom" else self.version,
+            seed=seed,
+            device=x.device,
+        )
+        wanted = list(self.attacks or official.attacks_to_run)
+        with torch.no_grad():
+            classes = predict(x[:1]).shape[1]
+        names = [name for name in wanted if classes >= _LEAST_CLASSES.get(name, 2)]
+        left_out = tuple(name for name in wanted if name not in names)
+        if not names:
+            raise ConfigurationError(
+                f"{', '.join(wanted)} cannot run with {classes} classes (apgd-dlr needs 3, apgd-t "
+                "4); choose apgd-ce, fab-t or square"
+            )
+        if left_out:
+            _LOG.warning(
+                "AutoAttack leaves out %s: its loss needs more than %d classes; the remaining "
+                "attacks are %s",
+                ", ".join(left_out),
+                classes,
+                ", ".join(names),
+            )
+        for targeted in (official.apgd_targeted, official.fab):
+            targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+        if self.square_queries is not None:
+            official.square.n_queries = self.square_queries
+        if self.apgd_restarts is not None:
+            official.apgd.n_restarts = self.apgd_restarts
+        if self.steps is not None:
+            for apgd in (official.apgd, official.apgd_targeted):
+                apgd.n_iter = apgd.n_iter_orig = self.steps
+                # Its checkpoints for halving the step: constants of the paper, Section 3.
+                apgd.n_iter_2 = max(int(0.22 * self.steps), 1)
+                apgd.n_iter_min = max(int(0.06 * self.steps), 1)
+                apgd.size_decr = max(int(0.03 * self.steps), 1)
+            official.fab.n_iter = self.steps
+        if steered is not None:
+            official.apgd = _SteeredAPGD(official.apgd, steered)
+            official.square = _SteeredSquare(official.square, steered)
+        return official, names, left_out
+
+
+class _SteeredAPGD(APGDAttack):  # type: ignore[misc]
+    """APGD whose loss comes with the forward pass; settings are those of ``official``."""
+
+    def __init__(self, official: APGDAttack, steered: SteeredPredict) -> None:
+        self.__dict__.update(vars(official))
+        self._predict = official.model
+        self._steered = steered
+        self._y: Tensor | None = None
+        self.model = self._forward
+
+    def perturb(self, x: Tensor, y: Tensor | None = None) -> Any:
+        self.loss = "dlr"  # the driver has just asked for "ce", whose loss cannot be replaced
+        return super().perturb(x, y)
+
+    def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> Any:
+        self._y = y
+        try:
+            return super().attack_single_run(x, y, x_init)
+        finally:
+            self._y = None
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self._y is None:
+            logits: Tensor = self._predict(x)
+            return logits
+        logits, self._loss = self._steered(x, self._y)
+        return logits
+
+    def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of the forward pass that has just given these logits."""
+        return self._loss
+
+
+class _SteeredSquare(SquareAttack):  # type: ignore[misc]
+    """Square whose loss is ``steered``; it minimises, so the sign turns."""
+
+    def __init__(self, official: SquareAttack, steered: SteeredPredict) -> None:
+        self.__dict__.update(vars(official))
+        self._steered = steered
+
+    def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits, loss = self._steered(x, y)
+        return -margin(logits, y), -loss
+
+
+class _ImageGradient(torch.autograd.Function):
+    """The logits, with a backward pass that ends at the images.
+
+    FAB calls ``backward()``, which would add to the ``.grad`` of every parameter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, predict: Predict) -> Tensor:
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.logits = predict(ctx.x)
+        logits: Tensor = ctx.logits.detach().clone()
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        # FAB differentiates one forward pass once per class.
+        (gradient,) = torch.autograd.grad(ctx.logits, ctx.x, grad_outputs, retain_graph=True)
+        return gradient.contiguous(), None  # the package flattens with view
+
+
+def _reaching_images_only(predict: Predict) -> Predict:
+    def logits_of(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            logits: Tensor = _ImageGradient.apply(x, predict)
+            return logits
+        return predict(x).clone()  # Square writes into what it gets
+
+    return logits_of
+
+
+@contextmanager
+def _isolated(device: torch.device) -> Iterator[None]:
+    """Differentiable float32 arithmetic; the random state put back afterwards."""
+    # The package seeds every device; asking an idle one for its state would wake it up.
+    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with (
+        torch.random.fork_rng(devices=range(torch.cuda.device_count()) if in_use else ()),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
+
+
+@contextmanager
+def _trace_kept() -> Iterator[None]:
+    """The package's check for dynamic models switches tracing off, and coverage with it."""
+    trace = sys.gettrace()
+    try:
+        yield
+    finally:
+        sys.settrace(trace)
+
+
+@contextmanager
+def _listening(warnings: list[str], progress: Callable[[str], None] | None) -> Iterator[None]:
+    """Collect the package's warnings and pass every line it logs on to ``progress``."""
+    logger = logging.getLogger("auto-attack")
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.WARNING:
+                warnings.append(record.getMessage())
+            if progress is not None:
+                progress(record.getMessage())
+
+    listener = Listener()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(listener)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
+        logger.propagate = propagate

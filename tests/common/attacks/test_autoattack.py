@@ -1,0 +1,339 @@
+import logging
+import sys
+
+import pyautoattack
+import pytest
+import torch
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
+
+from common.attacks.autoattack import AutoAttack, AutoAttackOutcome
+from common.attacks.losses import cross_entropy, margin
+from common.attacks.pgd import PGD
+from common.errors import ConfigurationError
+
+STANDARD = ["apgd-ce", "apgd-t", "fab-t", "square"]
+STEPS, QUERIES = 6, 30
+
+
+class Task:
+    """A smooth random network whose predictions differ in how hard they are to change."""
+
+    def __init__(self, classes: int = 10, n: int = 24) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(256, classes),
+        ).eval()
+        self.x = torch.rand(n, 1, 8, 8)
+        self.y = self.net(self.x).argmax(1)
+        self.y[:2] = (self.y[:2] + 1) % classes  # wrong before any attack
+
+
+def eps_for(norm: str) -> float:
+    return {"linf": 0.02, "l2": 0.12, "l1": 0.8}[norm]
+
+
+def small(norm: str = "linf", **settings) -> AutoAttack:
+    settings = {"square_queries": QUERIES, "steps": STEPS, **settings}
+    return AutoAttack(eps_for(norm), norm, **settings)
+
+
+def official_run(task: Task, norm: str, version: str, seed: int) -> tuple[Tensor, Tensor]:
+    """The package by itself, all attacks in one call."""
+    name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
+    attack = pyautoattack.AutoAttack(
+        task.net, norm=name, eps=eps_for(norm), version=version, seed=seed, device="cpu"
+    )
+    attack.square.n_queries = QUERIES
+    attack.fab.n_iter = STEPS
+    settings = vars(
+        pyautoattack.autopgd_base.APGDAttack(None, n_iter=STEPS, norm=name, eps=eps_for(norm))
+    )
+    for apgd in (attack.apgd, attack.apgd_targeted):
+        for key in ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr"):
+            setattr(apgd, key, settings[key])
+    classes = task.net(task.x).shape[1]
+    for targeted in (attack.apgd_targeted, attack.fab):
+        targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+    x_adv, y_adv = attack.run_standard_evaluation(task.x, task.y, batch_size=len(task.x))
+    return x_adv, y_adv == task.y
+
+
+@pytest.mark.parametrize(
+    ("norm", "version", "classes"),
+    [
+        ("linf", "standard", 10),
+        ("linf", "standard", 4),
+        ("l2", "standard", 10),
+        ("l1", "standard", 10),
+        ("linf", "plus", 5),
+        ("linf", "rand", 5),
+    ],
+)
+def test_verdicts_equal_the_package_run_by_itself(norm, version, classes):
+    task = Task(classes)
+    x_adv, correct = official_run(task, norm, version, seed=3)
+    outcome = small(norm, version=version).run(task.net, task.x, task.y, seed=3)
+    assert torch.equal(outcome.robust, correct)
+    assert 0 < correct.sum() < outcome.clean.sum()  # otherwise nothing was tested
+    torch.testing.assert_close(outcome.x_adv, x_adv, rtol=0, atol=1e-6)
+
+
+def check(outcome: AutoAttackOutcome, task: Task, eps: float) -> None:
+    """What must hold of any outcome in linf."""
+    before = outcome.clean
+    assert torch.equal(before, task.net(task.x).argmax(1) == task.y)
+    for verdict in outcome.correct.values():
+        assert verdict.dtype == torch.bool
+        assert not (verdict & ~before).any()  # nothing recovers
+        before = verdict
+    assert torch.equal(outcome.robust, before)
+    assert (outcome.x_adv - task.x).abs().max() <= eps + 1e-6
+    assert outcome.x_adv.min() >= 0
+    assert outcome.x_adv.max() <= 1
+    fell = outcome.clean & ~outcome.robust
+    assert (task.net(outcome.x_adv[fell]).argmax(1) != task.y[fell]).all()
+    assert torch.equal(outcome.x_adv[~fell], task.x[~fell])
+    assert list(outcome.seconds) == list(outcome.correct)
+
+
+def test_outcome_is_consistent_in_several_batches():
+    task = Task()
+    outcome = small(batch_size=7).run(task.net, task.x, task.y)
+    check(outcome, task, eps_for("linf"))
+    assert list(outcome.correct) == STANDARD
+    assert outcome.left_out == ()
+    assert (~outcome.clean).sum() == 2
+    assert outcome.robust.sum() < outcome.correct["apgd-ce"].sum()  # later attacks add something
+
+
+def test_is_at_least_as_strong_as_pgd():
+    task = Task()
+    outcome = small(steps=20).run(task.net, task.x, task.y)
+    attack = PGD(eps_for("linf"), steps=20, start="zero")
+    x_adv = attack(lambda x: cross_entropy(task.net(x), task.y), task.x)
+    pgd = task.net(x_adv).argmax(1) == task.y
+    assert outcome.robust.sum() <= pgd.sum()
+
+
+def test_only_survivors_are_attacked():
+    task = Task()
+    seen: list[tuple[str, int]] = []
+    lines: list[str] = []
+
+    def predict(x: Tensor) -> Tensor:
+        seen.append((lines[-1] if lines else "", len(x)))
+        return task.net(x)
+
+    outcome = small().run(predict, task.x, task.y, progress=lines.append)
+    assert max(size for line, size in seen if "square" in line) <= outcome.correct["fab-t"].sum()
+    assert any("still correct" in line for line in lines)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_leaves_its_surroundings_alone(mode):
+    task = Task(5, 12)
+    for parameter in task.net.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    state = {name: value.clone() for name, value in task.net.state_dict().items()}
+    logger = logging.getLogger("auto-attack")
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    rng, x = torch.get_rng_state(), task.x.clone()
+    calls: list[str] = []
+
+    def trace(frame, event, argument):
+        calls.append(event)
+
+    usual = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with mode():
+            inside = task.x.clone(), task.y.clone()
+            outcome = small(version="plus", steps=3).run(task.net, *inside)
+        kept = sys.gettrace()
+    finally:
+        sys.settrace(usual)
+    assert kept is trace
+    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.equal(x, task.x)
+    assert all((p.grad == 7.0).all() and p.requires_grad for p in task.net.parameters())
+    assert all(torch.equal(state[name], value) for name, value in task.net.state_dict().items())
+    assert before == (logger.level, logger.propagate, list(logger.handlers))
+    assert not outcome.x_adv.is_inference()
+    expected = small(version="plus", steps=3).run(task.net, task.x, task.y)
+    assert torch.equal(outcome.robust, expected.robust)
+
+
+def test_seed_decides_random_starts():
+    task = Task()
+    attack = small(version="custom", attacks=["square"])
+    first, again, other = (attack.attack_model(task.net, task.x, task.y, s) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_custom_runs_the_listed_attacks_with_standard_settings():
+    task = Task()
+    outcome = small(version="custom", attacks=["square", "apgd-ce"]).run(task.net, task.x, task.y)
+    check(outcome, task, eps_for("linf"))
+    assert list(outcome.correct) == ["square", "apgd-ce"]
+    first = small(version="custom", attacks=["apgd-ce"]).run(task.net, task.x, task.y)
+    standard = small().run(task.net, task.x, task.y)
+    assert torch.equal(first.robust, standard.correct["apgd-ce"])
+
+
+@pytest.mark.parametrize(("classes", "left_out"), [(4, ()), (3, ("apgd-t",)), (2, ("apgd-t",))])
+def test_few_classes_leave_out_what_cannot_run(classes, left_out, caplog):
+    task = Task(classes)
+    outcome = small().run(task.net, task.x, task.y)
+    check(outcome, task, eps_for("linf"))
+    assert outcome.left_out == left_out
+    assert list(outcome.correct) == [name for name in STANDARD if name not in left_out]
+    assert ("leaves out apgd-t" in caplog.text) == bool(left_out)
+
+
+def test_nothing_left_to_run_is_an_error():
+    task = Task(2)
+    with pytest.raises(ConfigurationError, match="cannot run with 2 classes"):
+        small(version="custom", attacks=["apgd-dlr", "apgd-t"]).run(task.net, task.x, task.y)
+
+
+def test_works_without_survivors_with_one_and_with_no_example():
+    task = Task()
+    wrong = (task.net(task.x).argmax(1) + 1) % 10
+    outcome = small().run(task.net, task.x, wrong)
+    assert not outcome.robust.any()
+    assert torch.equal(outcome.x_adv, task.x)
+    assert list(outcome.correct) == STANDARD
+    one = small().run(task.net, task.x[5:6], task.y[5:6])
+    assert one.robust.shape == (1,)
+    none = small().run(task.net, task.x[:0], task.y[:0])
+    assert none.robust.shape == (0,)
+    assert none.x_adv.shape == (0, 1, 8, 8)
+
+
+def test_suspicious_networks_are_reported_and_findings_do_not_leak():
+    task = Task()
+    attack = small(version="custom", attacks=["apgd-ce"], steps=1)
+    softmax = attack.run(lambda x: task.net(x).softmax(1), task.x, task.y)
+    assert any("probability distribution" in line for line in softmax.warnings)
+    noisy = attack.run(lambda x: task.net(x) + 0.1 * torch.rand(len(x), 10), task.x, task.y)
+    assert any("randomized" in line for line in noisy.warnings)
+
+    def optimised(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            torch.autograd.grad(task.net(inner).sum(), inner)
+        return task.net(x)
+
+    assert any("dynamic" in line for line in attack.run(optimised, task.x, task.y).warnings)
+    assert attack.run(task.net, task.x, task.y).warnings == ()
+
+
+# A loss of the defence's own
+
+
+def test_steering_by_cross_entropy_is_the_official_attack():
+    task = Task()
+    attack = small(version="custom", attacks=["apgd-ce"], apgd_restarts=2)
+
+    def steered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = task.net(x)
+        return logits, F.cross_entropy(logits, y, reduction="none")
+
+    plain = attack.run(task.net, task.x, task.y)
+    other = attack.run(task.net, task.x, task.y, steered=steered)
+    assert torch.equal(other.robust, plain.robust)
+    torch.testing.assert_close(other.x_adv, plain.x_adv, rtol=0, atol=1e-6)
+    assert plain.robust.sum() < plain.clean.sum()
+
+
+def test_steering_by_the_margin_is_the_official_square():
+    task = Task()
+    attack = small(version="custom", attacks=["square"], square_queries=200)
+    plain = attack.run(task.net, task.x, task.y)
+    other = attack.run(
+        task.net,
+        task.x,
+        task.y,
+        steered=lambda x, y: (task.net(x), margin(task.net(x), y)),
+    )
+    assert torch.equal(other.robust, plain.robust)
+    torch.testing.assert_close(other.x_adv, plain.x_adv, rtol=0, atol=1e-6)
+    assert plain.robust.sum() < plain.clean.sum()
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "square"])
+def test_steering_changes_the_path_and_not_the_judgement(name):
+    """A loss that pulls away from the boundary weakens the attack; ``predict`` still judges."""
+    task = Task()
+    attack = small(version="custom", attacks=[name], square_queries=300)
+    plain = attack.run(task.net, task.x, task.y)
+
+    def steered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        assert x.shape[0] == y.shape[0]
+        logits = task.net(x)
+        return logits, -10 * cross_entropy(logits, y)
+
+    away = attack.run(task.net, task.x, task.y, steered=steered)
+    check(away, task, eps_for("linf"))
+    assert away.robust.sum() > plain.robust.sum()
+
+
+def test_steering_helps_where_the_logits_hide_their_gradient():
+    """Rounded logits have no gradient; the loss of the unrounded ones has."""
+    task = Task()
+
+    def predict(x: Tensor) -> Tensor:
+        return (50 * task.net(x)).round()
+
+    def steered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return predict(x), cross_entropy(task.net(x), y)
+
+    y = predict(task.x).argmax(1)
+    attack = small(version="custom", attacks=["apgd-ce"])
+    blind = attack.run(predict, task.x, y)
+    seeing = attack.run(predict, task.x, y, steered=steered)
+    assert seeing.robust.sum() < blind.robust.sum()
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eps": 8}, "did you mean '8/255'"),
+        ({"norm": "l3"}, "norm must be"),
+        ({"version": "full"}, "version must be"),
+        ({"version": "custom"}, "attacks are listed with version custom"),
+        ({"attacks": ["square"]}, "attacks are listed with version custom"),
+        ({"version": "custom", "attacks": ["pgd"]}, "attacks must be different ones of"),
+        ({"version": "custom", "attacks": ["fab", "fab"]}, "attacks must be different ones of"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"square_queries": 0}, "square_queries must be at least 1"),
+    ],
+)
+def test_settings_that_contradict_are_refused(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        AutoAttack(**{"eps": "8/255", **settings})
+
+
+def test_is_set_from_the_command_line():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(AutoAttack, "attack")
+    config = parser.parse_args(
+        [
+            "--attack=common.attacks.autoattack.AutoAttack",
+            "--attack.eps=8/255",
+            "--attack.version=custom",
+            "--attack.attacks=[apgd-ce, square]",
+        ]
+    )
+    attack = parser.instantiate(config).attack
+    assert repr(attack) == "AutoAttack(eps=8/255, norm='linf', ['apgd-ce', 'square'])"
