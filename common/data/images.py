@@ -1,0 +1,416 @@
+"""Lightning's view of an image source: dict batches, a held-out split, augmentation on the device.
+
+The whole set stays in memory as uint8. A batch is one indexing operation; it travels to the device
+as bytes and becomes float32 in [0, 1] there.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from common.attacks.randomness import AUGMENTATION, ExampleRandom, run_seed
+from common.data.sources import ImageSource, Split, stratified_split
+from common.errors import ConfigurationError
+
+Batch = dict[str, Tensor]
+
+
+class ImageDataset(Dataset[Batch]):
+    """Chosen rows of a set of images, fetched a batch at a time.
+
+    Args:
+        x: All images, uint8 ``(M, C, H, W)``; shared, not copied.
+        y: All labels, int64 ``(M,)``.
+        rows: Which of them this data set has, ``(N,)``.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, rows: Tensor) -> None:
+        self._x, self._y, self.rows = x, y, rows
+
+    @property
+    def y(self) -> Tensor:
+        """Labels, ``(N,)``."""
+        return self._y[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        rows = self.rows[index]
+        return {"x": self._x[rows], "y": self._y[rows], "index": index}
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+class _TrainLoader(DataLoader[Batch]):
+    """Starts an interrupted epoch where it stopped, with the order that belongs to the epoch.
+
+    Lightning asks for the iterator before it has told the sampler the epoch, and worker processes
+    begin to read at once: a resumed run would go through the first epoch's order again. And it
+    counts the batches done before the interruption without skipping them. Beginning at the first
+    ``next`` and skipping here settles both.
+    """
+
+    batches_done: Callable[[], int]
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from islice(super().__iter__(), self.batches_done(), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: epoch and progress, which Lightning keeps, determine the position."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing, as :meth:`state_dict`."""
+
+
+def shift_and_flip(x: Tensor, shift: Tensor, is_flipped: Tensor, padding: int) -> Tensor:
+    """Crops each zero-padded image at its own place, then mirrors it or not.
+
+    The random crop and horizontal flip of He et al. 2016 (Section 4.2, "4 pixels are padded on each
+    side"), one gather for the whole batch.
+
+    Args:
+        x: Images, ``(N, C, H, W)``, any type.
+        shift: Top and left corner of the crops in the padded images, int64 in
+            ``[0, 2 * padding]``, ``(N, 2)``.
+        is_flipped: Whether the crop is mirrored left to right, bool ``(N,)``.
+        padding: Zeros on each side.
+
+    Returns:
+        Images of the same shape and type.
+    """
+    n, channels, height, width = x.shape
+    rows = torch.arange(height, device=x.device) + shift[:, :1]
+    columns = torch.arange(width, device=x.device).expand(n, width)
+    columns = torch.where(is_flipped[:, None], width - 1 - columns, columns) + shift[:, 1:]
+    return F.pad(x, (padding,) * 4)[
+        torch.arange(n, device=x.device)[:, None, None, None],
+        torch.arange(channels, device=x.device)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+class ImageDataModule(LightningDataModule):
+    """Batches ``{"x": float32 (N, C, H, W) in [0, 1], "y": int64 (N,), "index": int64 (N,)}``.
+
+    ``index`` counts from 0 within the split the batch comes from. Order and augmentation depend on
+    seed, epoch and index alone: not on the number of devices, nor on the batch size as far as
+    augmentation goes, nor on where a run was interrupted. Where devices cannot share the last
+    training batch evenly, some of its examples are repeated; ``drop_last`` avoids it. Validation
+    and test never repeat an example.
+
+    The trainer must be made with ``use_distributed_sampler=False``.
+
+    Args:
+        source: The data set.
+        batch_size: Of training, over all devices together.
+        eval_batch_size: Of validation and test, per device.
+        val_size: How much of the training split is held out for validation, in equal proportions
+            of the classes: a number of examples (int) or a fraction (float).
+        validate_on: ``"held-out"``, or ``"test"`` to hold nothing out and validate on the test
+            split, as some papers select their checkpoints.
+        split_seed: Decides which examples are held out; independent of the training seed.
+        crop_padding: Zeros added on each side before the random crop in training; 0 for no crop.
+        flip: Whether half of the training images are mirrored left to right.
+        seed: Of order and augmentation; ``None`` for the run's own (``seed_everything``).
+        train_limit: Use only the first so many training examples.
+        val_limit: The same for validation.
+        test_limit: The same for test.
+        num_workers: Processes that fetch batches. The set is in memory, so 0 is usually best.
+        drop_last: Whether a last training batch that is not full is left out.
+
+    Raises:
+        ConfigurationError: A size, limit or fraction is out of range.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        batch_size: int = 128,
+        eval_batch_size: int = 250,
+        val_size: int | float = 0.1,
+        validate_on: Literal["held-out", "test"] = "held-out",
+        split_seed: int = 0,
+        crop_padding: int = 0,
+        flip: bool = False,
+        seed: int | None = None,
+        train_limit: int | None = None,
+        val_limit: int | None = None,
+        test_limit: int | None = None,
+        num_workers: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("crop_padding", crop_padding, 0),
+            ("train_limit", train_limit, 1),
+            ("val_limit", val_limit, 1),
+            ("test_limit", test_limit, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigurationError(f"data.{name} must be at least {least}, got {value}")
+        if not (0 < val_size < 1 if isinstance(val_size, float) else val_size >= 1):
+            raise ConfigurationError(
+                "data.val_size must be a number of examples, at least 1, or a fraction between 0.0 "
+                f"and 1.0, got {val_size!r}; to hold nothing out, set data.validate_on: test"
+            )
+        if validate_on not in ("held-out", "test"):
+            raise ConfigurationError(
+                f"data.validate_on must be 'held-out' or 'test', got {validate_on!r}"
+            )
+        self.source = source
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_size = val_size
+        self.validate_on = validate_on
+        self.split_seed = split_seed
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.seed = seed
+        self.train_limit = train_limit
+        self.val_limit = val_limit
+        self.test_limit = test_limit
+        self.num_workers = num_workers
+        self.drop_last = drop_last
+        self.train_set: ImageDataset | None = None
+        self.val_set: ImageDataset | None = None
+        self.test_set: ImageDataset | None = None
+        self._loaded: dict[Split, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Known without any file, as are the properties below."""
+        return self.source.spec.num_classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image, ``(C, H, W)``."""
+        return self.source.spec.shape
+
+    @property
+    def in_channels(self) -> int:
+        """1 for grey images, 3 for colour."""
+        return self.source.spec.shape[0]
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of the training pixels in [0, 1], per channel."""
+        return self.source.spec.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Of the training pixels in [0, 1], per channel."""
+        return self.source.spec.std
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels."""
+        return self.source.spec.class_names
+
+    @property
+    def order_seed(self) -> int:
+        """What order and augmentation are drawn from: ``seed``, or else the run's."""
+        return run_seed() if self.seed is None else self.seed
+
+    def prepare_data(self) -> None:
+        """Fetches and checks the files; Lightning calls it in one process per machine."""
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads what the stage needs (``fit``, ``validate``, ``test``, ``predict``, None for all).
+
+        Raises:
+            ConfigurationError: The devices cannot share a batch evenly, or a split would be empty.
+            DataUnavailableError: The files are missing, altered or cannot be read.
+        """
+        self._check_devices()
+        if stage in (None, "fit", "validate") and self.val_set is None:
+            if self.validate_on == "test":
+                self.val_set = self._dataset("test", None, self.val_limit)
+            else:
+                rows, held_out = self._split()
+                self.train_set = self._dataset("train", rows, self.train_limit)
+                self.val_set = self._dataset("train", held_out, self.val_limit)
+        if stage in (None, "fit"):
+            if self.train_set is None:
+                self.train_set = self._dataset("train", None, self.train_limit)
+            if self.drop_last and len(self.train_set) < self.batch_size:
+                raise ConfigurationError(
+                    f"data.batch_size {self.batch_size} exceeds the {len(self.train_set)} training "
+                    "examples and data.drop_last leaves no batch at all: make batch_size smaller "
+                    "or set drop_last: false"
+                )
+        if stage in (None, "test", "predict") and self.test_set is None:
+            self.test_set = self._dataset("test", None, self.test_limit)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """This process's share of the training batches; the epoch decides the order.
+
+        Process r of W takes every W-th example from the r-th on, so that together the b-th batches
+        of all processes are the b-th batch of a single one.
+        """
+        dataset = self._ready(self.train_set, "fit")
+        sampler: DistributedSampler[Batch] = DistributedSampler(
+            dataset,
+            num_replicas=self._world_size,
+            rank=self._rank,
+            shuffle=True,
+            seed=self.order_seed,
+            drop_last=self.drop_last,
+        )
+        loader = _TrainLoader(
+            dataset,
+            batch_size=self.batch_size // self._world_size,
+            sampler=sampler,
+            drop_last=self.drop_last,
+            **self._loader_options(),
+        )
+        loader.batches_done = self._batches_done
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """This process's share of the validation examples, each in exactly one process."""
+        return self._eval_loader(self._ready(self.val_set, "validate"))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """This process's share of the test examples, each in exactly one process."""
+        return self._eval_loader(self._ready(self.test_set, "test"))
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The test examples again."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augments in training and turns bytes into numbers in [0, 1], both on the device.
+
+        They are float32, or float64 where the trainer computes in double precision.
+        """
+        x = batch["x"]
+        if self.trainer is not None and self.trainer.training:
+            x = self.augment(x, batch["index"], self.trainer.current_epoch)
+        # A divisor on the device: CUDA multiplies by the reciprocal of a plain number, which
+        # rounds some of the 256 values differently from a CPU.
+        is_double = self.trainer is not None and self.trainer.precision == "64-true"
+        dtype = torch.float64 if is_double else torch.float32
+        divisor = torch.full((), 255.0, dtype=dtype, device=x.device)
+        batch["x"] = x.to(dtype) / divisor
+        return batch
+
+    def augment(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
+        """Crops and flips each image as its index and the epoch decide.
+
+        Args:
+            x: Images, ``(N, C, H, W)``.
+            index: Positions in the training set, ``(N,)``.
+            epoch: Counts from 0.
+
+        Returns:
+            Images of the same shape and type.
+        """
+        if not self.crop_padding and not self.flip:
+            return x
+        random = ExampleRandom(self.order_seed, epoch, index, stream=AUGMENTATION)
+        shift = random.integers(2 * self.crop_padding + 1, (2,))
+        is_flipped = (random.integers(2, ()) == 1) & self.flip
+        return shift_and_flip(x, shift, is_flipped, self.crop_padding)
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    def _check_devices(self) -> None:
+        devices = self._world_size
+        if self.batch_size % devices:
+            below = self.batch_size // devices * devices
+            choices = " or ".join(str(size) for size in (below, below + devices) if size)
+            raise ConfigurationError(
+                f"data.batch_size {self.batch_size} is the batch over all devices and {devices} "
+                f"cannot share it evenly: choose {choices}, or another number of devices"
+            )
+        if self.trainer is None or devices == 1:
+            return
+        if self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigurationError(
+                "trainer.use_distributed_sampler is true, but the data already come divided over "
+                "the devices, without repeating examples in evaluation: set it to false"
+            )
+
+    def _batches_done(self) -> int:
+        """Batches of the current epoch that a resumed run has behind it; 0 otherwise."""
+        if self.trainer is None:
+            return 0
+        loop = self.trainer.fit_loop.epoch_loop
+        return loop.batch_progress.current.ready if loop.restarting else 0
+
+    def _load(self, split: Split) -> tuple[Tensor, Tensor]:
+        if split not in self._loaded:
+            self._loaded[split] = self.source.load(split)
+        return self._loaded[split]
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """Rows of the training split to train on, and rows held out."""
+        _, y = self._load("train")
+        count = self.val_size
+        if isinstance(count, float):
+            count = max(round(count * len(y)), 1)
+        try:
+            return stratified_split(y, count, self.split_seed)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"data.val_size {self.val_size}: {error}") from None
+
+    def _dataset(self, split: Split, rows: Tensor | None, limit: int | None) -> ImageDataset:
+        x, y = self._load(split)
+        rows = torch.arange(len(y)) if rows is None else rows
+        dataset = ImageDataset(x, y, rows[:limit])
+        if len(dataset) < self._world_size:
+            raise ConfigurationError(
+                f"{len(dataset)} examples cannot be divided over {self._world_size} devices: use "
+                "more examples or fewer devices"
+            )
+        return dataset
+
+    def _ready(self, dataset: ImageDataset | None, stage: str) -> ImageDataset:
+        if dataset is None:
+            raise RuntimeError(f"call setup({stage!r}) before asking for batches")
+        return dataset
+
+    def _eval_loader(self, dataset: ImageDataset) -> DataLoader[Batch]:
+        sampler = UnrepeatedDistributedSampler(
+            dataset, num_replicas=self._world_size, rank=self._rank, shuffle=False
+        )
+        return DataLoader(
+            dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._loader_options()
+        )
+
+    def _loader_options(self) -> dict[str, Any]:
+        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {
+            "collate_fn": _as_it_is,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": on_cuda,
+            # Its own generator: a loader otherwise draws from the global one at every start.
+            "generator": torch.Generator(),
+        }

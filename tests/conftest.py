@@ -1,0 +1,191 @@
+"""A fixed seed, one thread, tiny batches, and small sets of images in their real file formats."""
+
+import gzip
+import hashlib
+import pickle
+import struct
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from it)
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Six random 3x8x8 images of ten classes."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "x": torch.rand(6, 3, 8, 8, generator=generator),
+        "y": torch.randint(10, (6,), generator=generator),
+        "index": torch.arange(6),
+    }
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every attempt to open an address fails; the list says which were tried."""
+    tried: list[str] = []
+
+    def refuse(request: Any, *_: Any, **__: Any) -> None:
+        tried.append(getattr(request, "full_url", request))
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    return tried
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def _images(rng: np.random.Generator, n: int, *shape: int) -> np.ndarray:
+    return rng.integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def _labels(n: int, classes: int) -> list[int]:
+    return [i % classes for i in range(n)]
+
+
+@pytest.fixture
+def write_cifar10() -> Callable[..., Path]:
+    """``write(root, per_batch=20)``: five training batches and a test batch, unofficial."""
+
+    def write(root: Path, per_batch: int = 20) -> Path:
+        folder = root / "cifar-10-batches-py"
+        folder.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+            entry = {
+                "batch_label": name,
+                "labels": _labels(per_batch, 10),
+                "data": _images(rng, per_batch, 3072),
+                "filenames": [f"{i}.png" for i in range(per_batch)],
+            }
+            (folder / name).write_bytes(pickle.dumps(entry, protocol=2))
+        return root
+
+    return write
+
+
+@pytest.fixture
+def fake_cifar10(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_cifar10: Callable[..., Path]
+) -> Path:
+    """100 + 20 images that pass for the official ones."""
+    root = write_cifar10(tmp_path / "data")
+    cls = torchvision.datasets.CIFAR10
+    for attribute in ("train_list", "test_list"):
+        files = [[n, _md5(root / cls.base_folder / n)] for n, _ in getattr(cls, attribute)]
+        monkeypatch.setattr(cls, attribute, files)
+    return root
+
+
+@pytest.fixture
+def fake_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """200 + 100 images that pass for the official ones."""
+    root, cls = tmp_path / "data", torchvision.datasets.CIFAR100
+    folder = root / cls.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    for name, n in (("train", 200), ("test", 100)):
+        entry = {
+            "fine_labels": _labels(n, 100),
+            "coarse_labels": _labels(n, 20),
+            "data": _images(rng, n, 3072),
+        }
+        (folder / name).write_bytes(pickle.dumps(entry, protocol=2))
+    monkeypatch.setattr(cls, "train_list", [["train", _md5(folder / "train")]])
+    monkeypatch.setattr(cls, "test_list", [["test", _md5(folder / "test")]])
+    return root
+
+
+@pytest.fixture
+def fake_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """60 + 30 images that pass for the official ones; the digit 0 is labelled 10, as there."""
+    from scipy.io import savemat
+
+    root, cls = tmp_path / "data", torchvision.datasets.SVHN
+    root.mkdir()
+    rng = np.random.default_rng(2)
+    lists = dict(cls.split_list)
+    for split, n in (("train", 60), ("test", 30)):
+        path = root / f"{split}_32x32.mat"
+        labels = np.array([[i % 10 + 1] for i in range(n)], dtype=np.uint8)
+        images = _images(rng, n, 32, 32, 3).transpose(1, 2, 3, 0)
+        savemat(path, {"X": images, "y": labels}, do_compression=True)
+        lists[split] = [cls.split_list[split][0], path.name, _md5(path)]
+    monkeypatch.setattr(cls, "split_list", lists)
+    return root
+
+
+def _write_idx(path: Path, array: np.ndarray) -> None:
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+def _fake_mnist(root: Path, cls: type, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = root / cls.__name__ / "raw"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    resources = []
+    for part, n in (("train", 60), ("t10k", 30)):
+        images = folder / f"{part}-images-idx3-ubyte.gz"
+        labels = folder / f"{part}-labels-idx1-ubyte.gz"
+        _write_idx(images, _images(rng, n, 28, 28))
+        _write_idx(labels, np.array(_labels(n, 10), dtype=np.uint8))
+        resources += [(path.name, _md5(path)) for path in (images, labels)]
+    monkeypatch.setattr(cls, "resources", resources)
+    return root
+
+
+@pytest.fixture
+def fake_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """60 + 30 images that pass for the official ones."""
+    return _fake_mnist(tmp_path / "data", torchvision.datasets.MNIST, monkeypatch)
+
+
+@pytest.fixture
+def fake_fashion_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """60 + 30 images that pass for the official ones."""
+    return _fake_mnist(tmp_path / "data", torchvision.datasets.FashionMNIST, monkeypatch)
+
+
+@pytest.fixture
+def fake_tiny_imagenet(tmp_path: Path) -> Path:
+    """Three of the classes, 4 training and 2 validation images each, as one-coloured JPEGs."""
+    from PIL import Image
+
+    root = tmp_path / "data"
+    folder = root / "tiny-imagenet-200"
+    (folder / "val" / "images").mkdir(parents=True)
+    annotations = []
+    for k, wnid in enumerate(("n12267677", "n01443537", "n02124075")):
+        images = folder / "train" / wnid / "images"
+        images.mkdir(parents=True)
+        for i in range(4):
+            colour = (40 * k + 10 * i, 100, 200)
+            Image.new("RGB", (64, 64), colour).save(images / f"{wnid}_{i}.JPEG", quality=95)
+        for i in range(2):
+            name = f"val_{2 * k + i}.JPEG"
+            image = Image.new("L", (64, 64), 50 * k + 20 * i)  # some of the official are grey too
+            image.save(folder / "val" / "images" / name, quality=95)
+            annotations.append(f"{name}\t{wnid}\t0\t0\t62\t62\n")
+    annotations.reverse()
+    (folder / "val" / "val_annotations.txt").write_text("".join(annotations))
+    return root
