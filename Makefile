@@ -1,0 +1,110 @@
+# Everything starts here. `make help` lists the targets.
+# The environment is made and refreshed by make itself; only Python 3.11+ and make have to be there.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+STAMP  := $(VENV)/.installed
+PY     := $(VENV)/bin/python
+
+PAPERS := $(patsubst paper_%/configs,%,$(wildcard paper_*/configs))
+ON     ?= digits
+SEEDS  ?= 0 1 2
+ARGS   ?=
+PAPER  ?=
+CORES  := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+# The embedded digits train one row per core; rows on real data are left to run one by one.
+ifneq ($(filter digits%,$(ON)),)
+JOBS ?= $(CORES)
+export OMP_NUM_THREADS ?= 1
+else
+JOBS ?= 1
+endif
+
+##@ Results
+reproduce: $(addprefix reproduce-,$(PAPERS)) ## all papers on the embedded digits
+
+reproduce-%: $(STAMP) ## rows, table and figures of a paper [ON=stem-prefix] [SEEDS="0 1 2"] [ARGS=...] [-j2]
+	@rm -f runs/.failed-$*
+	@$(MAKE) --no-print-directory -k $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS)) PAPER=$* rows \
+	  || { mkdir -p runs; touch runs/.failed-$*; }
+	@$(PY) -m common.results paper_$* --collect runs/paper_$* --on $(ON) --seeds "$(SEEDS)" --quiet
+	@$(PY) -m paper_$*.analysis --on $(ON) --seeds $(SEEDS) || touch runs/.failed-$*
+	@$(PY) -m common.results paper_$* --on $(ON) --seeds "$(SEEDS)"
+	@if [ -e runs/.failed-$* ]; then echo "some rows of paper_$* failed, see FAILED above;" \
+	  "the same command tries them again"; exit 1; fi
+
+results: $(STAMP) ## render all tables again from the result files
+	@for paper in $(PAPERS); do $(PY) -m common.results paper_$$paper; done
+
+tensorboard: $(STAMP) ## look at all runs
+	$(VENV)/bin/tensorboard --logdir runs
+
+##@ Quality
+check: $(STAMP) ## format, lint, types, direction of imports
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+format: $(STAMP) ## format the code and fix what the linter can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test: $(STAMP) ## fast tests, some minutes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES)
+
+test-slow: $(STAMP) ## all tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) -m "not gpu"
+
+##@ Set-up
+setup: $(STAMP) ## make or refresh the environment in .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	  "Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
+	@echo "installing into $(VENV): about 5 GB, some minutes"
+	@rm -f $@
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean: ## remove the environment and caches; runs and results stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build
+
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-z%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: reproduce results tensorboard check format test test-slow setup clean help rows
+
+# ---- the experiment graph: one node per config and seed, made by the sub-make of reproduce-% --------
+ifneq ($(PAPER),)
+CONFIGS := paper_$(PAPER)/configs
+STEMS   := $(basename $(notdir $(wildcard $(CONFIGS)/$(ON)*.yaml)))
+ifeq ($(STEMS),)
+$(error no config in $(CONFIGS) begins with ON=$(ON); there are: $(basename $(notdir $(wildcard $(CONFIGS)/*.yaml))))
+endif
+ALL     := $(basename $(notdir $(wildcard $(CONFIGS)/*.yaml)))
+row      = runs/paper_$(PAPER)/$(1)/seed$(2)/finished
+# A row that starts from the weights of another waits for that one.
+needs    = $(shell sed -n 's/^warm_start:.*experiment: *\([A-Za-z0-9_]*\).*/\1/p' $(CONFIGS)/$(1).yaml)
+
+rows: $(foreach stem,$(STEMS),$(foreach seed,$(SEEDS),$(call row,$(stem),$(seed))))
+
+define ROW
+$(call row,$(1),$(2)): $(CONFIGS)/$(1).yaml $(foreach n,$(call needs,$(1)),$(call row,$(n),$(2))) | $(STAMP)
+	@mkdir -p $$(@D); echo "begin  $(1) seed $(2)"; begun=$$$$SECONDS; \
+	if $(PY) -m paper_$(PAPER) reproduce --config $(CONFIGS)/$(1).yaml --seed_everything $(2) \
+	  --trainer.enable_progress_bar false $(ARGS) > $$(@D)/log.txt 2>&1; \
+	then touch $$@; echo "end    $(1) seed $(2)  ($$$$((SECONDS - begun)) s)"; \
+	else echo "FAILED $(1) seed $(2), whole log in $$(@D)/log.txt: $$$$(tail -n 1 $$(@D)/log.txt)"; exit 1; fi
+
+endef
+$(foreach stem,$(ALL),$(foreach seed,$(SEEDS),$(eval $(call ROW,$(stem),$(seed)))))
+endif
