@@ -6,6 +6,7 @@ index, position in the image), so it depends on none of them and is the same on 
 """
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,7 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele, Lea & Flood 2014): every input bit reaches every output bit."""
+    """SplitMix64's finaliser (Steele, Lea & Flood 2014): each input bit reaches all output bits."""
     z = (z ^ _shift(z, 30)) * _MIX_1
     z = (z ^ _shift(z, 27)) * _MIX_2
     return z ^ _shift(z, 31)
@@ -72,5 +73,10 @@ class ExampleRandom:
         return radius * torch.cos(2.0 * math.pi * self.uniform(shape))
 
     def integers(self, high: int, shape: Sequence[int]) -> Tensor:
-        """Uniform int64 in ``[0, high)``, ``(N, *shape)``; the modulo bias is below ``high / 2**53``."""
+        """Uniform int64 in ``[0, high)``, ``(N, *shape)`` (modulo bias below ``high / 2**53``)."""
         return self._bits(shape) % high
+
+
+def run_seed() -> int:
+    """The seed of this run: what ``seed_everything`` was given, or 0 when it was never called."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))

@@ -1,0 +1,92 @@
+"""Writes ``batch["x_adv"]`` before every training step; by then adversarial examples are data."""
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
+
+from common.attacks.pgd import PGD
+from common.attacks.randomness import ExampleRandom, run_seed
+from common.callbacks.modes import AttackMode, frozen
+from common.errors import ConfigurationError
+from common.objectives import Batch
+
+
+class AdversarialTraining(Callback):
+    """The inner maximisation of adversarial training.
+
+    Random starts are keyed to (seed, epoch, example), so neither the number of devices, nor the
+    batch size, nor gradient accumulation, nor resuming changes them.
+
+    On the steps Lightning logs (``trainer.log_every_n_steps``) two extra forward passes measure the
+    inner loss before and after the attack and the accuracy on both kinds of images.
+
+    Args:
+        attack: Any projected ascent; ``None`` trains on what the loader gives.
+        mode: Batch-norm mode while attacking, see :func:`common.callbacks.modes.frozen`.
+    """
+
+    def __init__(self, attack: PGD | None = None, mode: AttackMode = "eval") -> None:
+        self.attack = attack
+        self.mode = mode
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that attack and objective belong together.
+
+        Raises:
+            ConfigurationError: If only one of them deals with adversarial examples, or if the
+                precision would underflow input gradients.
+        """
+        if stage != "fit":
+            return
+        name, wanted = type(pl_module.objective).__name__, pl_module.objective.needs_x_adv
+        if wanted and self.attack is None:
+            raise ConfigurationError(
+                f"the objective {name} trains on adversarial examples and adversary.attack is "
+                "null; set adversary.attack (for instance common.attacks.pgd.PGD) or choose a "
+                "natural objective"
+            )
+        if not wanted and self.attack is not None:
+            raise ConfigurationError(
+                f"adversary.attack is {type(self.attack).__name__} and the objective {name} never "
+                "reads the adversarial examples; set adversary.attack to null or choose an "
+                "adversarial objective"
+            )
+        if self.attack is not None and trainer.precision in ("16-mixed", "16-true"):
+            raise ConfigurationError(
+                f"trainer.precision is {trainer.precision}: fp16 underflows most input gradients, "
+                "so the attack would be weak; use bf16-mixed or 32-true"
+            )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Attack the batch; only ``x_adv`` is added to it."""
+        if self.attack is None:
+            return
+        self.attack.set_epoch(trainer.current_epoch)
+        random = ExampleRandom(run_seed(), trainer.current_epoch, batch["index"])
+        # Lightning enters autocast after this hook, so the precision is entered by hand.
+        with frozen(pl_module, self.mode), trainer.precision_plugin.train_step_context():
+            loss_fn = pl_module.objective.inner(pl_module, batch)
+            batch["x_adv"] = self.attack(
+                loss_fn,
+                batch["x"],
+                random,
+                is_adversarial=lambda x: pl_module(x).argmax(dim=1) != batch["y"],
+            )
+            if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+                self._measure(pl_module, batch)
+
+    def _measure(self, module: LightningModule, batch: Batch) -> None:
+        """Log what the attack gained: inner loss and accuracy before and after it."""
+        size = len(batch["y"])
+        with torch.no_grad(), frozen(module, "eval"):
+            loss_fn = module.objective.inner(module, batch)
+            for when, x in (("before", batch["x"]), ("after", batch["x_adv"])):
+                loss = loss_fn(x).mean()
+                module.log(f"train/inner_loss_{when}", loss, batch_size=size, on_step=True)
+            for name, x in (("clean", batch["x"]), ("robust", batch["x_adv"])):
+                accuracy = (module(x).argmax(dim=1) == batch["y"]).float().mean()
+                module.log(
+                    f"train/{name}_acc", accuracy, batch_size=size, on_step=False, on_epoch=True
+                )

@@ -1,0 +1,66 @@
+"""Module modes for the duration of an attack, given back exactly as they were."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+AttackMode = Literal["eval", "train", "train_frozen"]
+
+
+@contextmanager
+def batch_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Let batch-norm use batch statistics without moving its running ones.
+
+    Momentum zero keeps the running mean and variance bit for bit; the count of batches is put back.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    counts = [
+        None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+        for norm in norms
+    ]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            if count is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(count)
+
+
+@contextmanager
+def frozen(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
+    """Hold a module still while it is attacked.
+
+    Parameters take no gradients, which a compiled network needs in order not to compute them.
+    Afterwards every submodule has its own mode back (``net.train()`` would wake up frozen teachers
+    and dropout) and every parameter its own ``requires_grad``, even after an exception.
+
+    Args:
+        module: What is attacked.
+        mode: ``eval`` uses running batch-norm statistics; ``train`` leaves modes alone, so batch
+            statistics are used and the running ones move; ``train_frozen`` uses batch statistics
+            and moves nothing.
+    """
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    try:
+        if mode == "eval":
+            module.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        if mode == "train_frozen":
+            with batch_statistics_kept(module):
+                yield
+        else:
+            yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+        for parameter in trainable:
+            parameter.requires_grad_(True)

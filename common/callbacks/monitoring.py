@@ -1,0 +1,115 @@
+"""What TensorBoard shows beside the losses: gradient norm, example grids, hyper-parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import grad_norm
+
+from common.evaluation import predict
+from common.objectives import Batch
+
+FINAL_METRICS = ("clean_acc", "worst")
+
+
+class Monitoring(Callback):
+    """Writes to TensorBoard what a researcher looks at while and after a run trains.
+
+    Per logged step the norm of the gradient; per validation a grid of clean and adversarial
+    images with their difference and the predicted labels; on test the hyper-parameters with the
+    final metrics. A module may add its own: ``log_histograms(add_histogram, batch)``.
+
+    Args:
+        images: Examples per grid; 0 draws none.
+        every_n_epochs: Draw grids and histograms only after every so many epochs.
+        hyperparameters: Settings of the run; the command line fills them in.
+    """
+
+    def __init__(
+        self,
+        images: int = 8,
+        every_n_epochs: int = 1,
+        hyperparameters: dict[str, Any] | None = None,
+    ) -> None:
+        self.images = images
+        self.every_n_epochs = every_n_epochs
+        self.hyperparameters = hyperparameters or {}
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Log the l2 norm of the gradient the optimiser is about to use."""
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            norms = grad_norm(pl_module, norm_type=2)
+            pl_module.log("train/grad_norm", norms["grad_2.0_norm_total"])
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw the first examples of the first batch."""
+        logger = trainer.logger
+        if (
+            batch_idx != 0
+            or not trainer.is_global_zero
+            or trainer.sanity_checking
+            or not isinstance(logger, TensorBoardLogger)
+            or (trainer.current_epoch + 1) % self.every_n_epochs
+        ):
+            return
+        writer, step = logger.experiment, trainer.global_step
+        if self.images and "x_adv" in batch:
+            writer.add_figure("val/examples", self._grid(trainer, pl_module, batch), step)
+        log_histograms = getattr(pl_module, "log_histograms", None)
+        if log_histograms is not None:
+            log_histograms(
+                lambda name, values: writer.add_histogram(name, values.float().cpu(), step), batch
+            )
+
+    def _grid(self, trainer: Trainer, module: LightningModule, batch: Batch) -> Any:
+        from common.figures import example_grid  # matplotlib only where something is drawn
+
+        part = {key: value[: self.images] for key, value in batch.items()}
+        data = getattr(trainer, "datamodule", None)
+        return example_grid(
+            part["x"].cpu(),
+            part["x_adv"].cpu(),
+            predict(module, part["x"]).cpu(),
+            predict(module, part["x_adv"]).cpu(),
+            part["y"].cpu(),
+            class_names=getattr(data, "class_names", None),
+        )
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """File the hyper-parameters together with what they led to."""
+        logger = trainer.logger
+        if not isinstance(logger, TensorBoardLogger) or not trainer.is_global_zero:
+            return
+        measured = {
+            f"hp/{name}": float(trainer.callback_metrics[f"test/{name}"])
+            for name in FINAL_METRICS
+            if f"test/{name}" in trainer.callback_metrics
+        }
+        logger.log_hyperparams(dict(flatten(self.hyperparameters)), measured)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
+    """Nested settings as ``a/b/c: value`` with values TensorBoard's table can show."""
+    flat: dict[str, str | float | bool] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}/"))
+        elif isinstance(value, bool | int | float | str):
+            flat[name] = value
+        elif value is not None:
+            flat[name] = str(value)
+    return flat

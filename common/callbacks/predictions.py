@@ -1,0 +1,53 @@
+"""What ``predict`` leaves behind."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes ``predictions.csv``: index, label, predicted class and class probabilities.
+
+    With several devices each rank writes its own ``predictions-rank<k>.csv``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="epoch")
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Write one row per image."""
+        rank = "" if trainer.world_size == 1 else f"-rank{trainer.global_rank}"
+        path = Path(trainer.default_root_dir) / f"predictions{rank}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def joined(key: str) -> Tensor:
+            return torch.cat([part[key] for part in predictions]).cpu()
+
+        index, y, probabilities = joined("index"), joined("y"), joined("probabilities")
+        partial = path.with_suffix(".tmp")
+        with partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            classes = [f"p{k}" for k in range(probabilities.shape[1])]
+            writer.writerow(["index", "label", "predicted", *classes])
+            for row in zip(
+                index.tolist(),
+                y.tolist(),
+                probabilities.argmax(dim=1).tolist(),
+                probabilities.tolist(),
+                strict=True,
+            ):
+                writer.writerow([*row[:3], *(f"{p:.6f}" for p in row[3])])
+        partial.replace(path)
+        print(f"wrote {path}")

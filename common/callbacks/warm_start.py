@@ -1,0 +1,63 @@
+"""Starts a run from the weights of another experiment."""
+
+from pathlib import Path
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
+
+from common.checkpoints import load_checkpoint
+from common.classifier import check_weights_fit
+from common.errors import CheckpointError, ConfigurationError
+
+
+class WarmStart(Callback):
+    """Loads network weights, and nothing else, before training begins.
+
+    A run that is resumed is left alone: its own checkpoint holds its weights.
+
+    Args:
+        experiment: A neighbouring experiment with the same seed, whose run directory is looked up
+            beside this one's.
+        checkpoint: Which of its checkpoints: ``selected`` or ``last``.
+        path: A checkpoint file, instead of ``experiment``.
+    """
+
+    def __init__(
+        self,
+        experiment: str | None = None,
+        checkpoint: str = "selected",
+        path: str | None = None,
+    ) -> None:
+        if experiment is not None and path is not None:
+            raise ConfigurationError(
+                f"warm_start takes an experiment or a path, got both ({experiment!r}, {path!r}); "
+                "drop one of them"
+            )
+        self.experiment = experiment
+        self.checkpoint = checkpoint
+        self.path = path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load the weights."""
+        if stage != "fit" or trainer.ckpt_path is not None:
+            return
+        if self.experiment is None and self.path is None:
+            return
+        path = self._find(Path(trainer.default_root_dir))
+        weights = load_checkpoint(path)["state_dict"]
+        check_weights_fit(pl_module.state_dict(), weights, f"the warm start {path}")
+        pl_module.load_state_dict(weights)
+
+    def _find(self, run: Path) -> Path:
+        if self.path is not None:
+            return Path(self.path)
+        seed = run.name.split("-v")[0]  # runs/<paper>/<experiment>/seed<k>[-v<n>]
+        path = run.parent.parent / str(self.experiment) / seed / "checkpoints"
+        path = path / f"{self.checkpoint}.ckpt"
+        if not path.is_file():
+            raise CheckpointError(
+                f"this run starts from the weights of {self.experiment}, and {path} does not "
+                f"exist; train that experiment first (fit --config .../{self.experiment}.yaml "
+                f"with the same seed), or start from scratch with --warm_start.experiment null"
+            )
+        return path

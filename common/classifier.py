@@ -1,0 +1,177 @@
+"""The classifier every paper trains: a network, an objective and an optimiser."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from common.attacks.losses import cross_entropy, hinge_margin
+from common.errors import CheckpointError, ConfigurationError, DivergedError
+from common.objectives import Batch, Objective
+
+InnerLoss = Callable[[Any, Batch], Callable[[Tensor], Tensor]]
+"""What :meth:`Objective.inner` is: (model, batch) -> (x' -> per-example loss)."""
+
+
+class RobustClassifier(LightningModule):
+    """Network x objective x optimiser; the adversary is a callback and the data a data module.
+
+    Args:
+        net: Images in [0, 1], ``(N, C, H, W)``, to logits ``(N, K)``.
+        objective: What the adversary maximises and the optimiser minimises.
+        optimizer: Called with the parameters.
+        scheduler: Called with the optimiser; none keeps the learning rate.
+        scheduler_interval: Step the scheduler after every epoch or every optimiser step.
+        channels_last: Keep convolution weights in the layout ``NHWC``; often faster, and the same
+            numbers up to rounding. Off by default: torch 2.15 aborts in the weight gradient of
+            convolutions with 4 channels in this layout on a CPU.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        objective: Objective,
+        optimizer: OptimizerCallable = torch.optim.SGD,
+        scheduler: LRSchedulerCallable | None = None,
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        if channels_last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.objective = objective
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scheduler_interval = scheduler_interval
+        self.accuracy: MulticlassAccuracy | None = None
+        self.loaded_at: dict[str, int] = {}  # epoch and global step of the checkpoint loaded last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
+        logits: Tensor = self.net(x)
+        return logits
+
+    def adaptive_losses(self) -> dict[str, InnerLoss]:
+        """The losses an honest evaluation maximises, by the names a suite calls them.
+
+        A paper whose network has more to attack than its logits (probes, routers, masks) adds
+        those. Names starting with ``ce_`` climb cross-entropy, with ``cw_`` the margin.
+        """
+        return {"ce_f": _on_logits(cross_entropy), "cw_f": _on_logits(hinge_margin)}
+
+    def setup(self, stage: str) -> None:
+        """Pass two blank images through the network, so that a misfit costs nothing."""
+        data = getattr(self.trainer, "datamodule", None)
+        shape, classes = getattr(data, "shape", None), getattr(data, "num_classes", None)
+        if shape is None or classes is None:
+            return
+        logits = self._try_out(shape)
+        if logits.ndim != 2 or logits.shape[1] != classes:
+            raise ConfigurationError(
+                f"the network returns {tuple(logits.shape[1:])} scores per image, the data have "
+                f"{classes} classes; drop model.net.num_classes (it is filled in from the data) "
+                "or choose other data"
+            )
+        if self.accuracy is None:
+            self.accuracy = MulticlassAccuracy(num_classes=classes, average="micro")
+
+    def _try_out(self, shape: tuple[int, int, int]) -> Tensor:
+        modes = {module: module.training for module in self.modules()}
+        parameter = next(self.parameters(), torch.empty(0))
+        try:
+            with torch.no_grad():
+                self.eval()
+                return self(parameter.new_zeros(2, *shape))
+        except (RuntimeError, ValueError) as error:
+            raise ConfigurationError(
+                f"the network cannot take images of shape {'x'.join(map(str, shape))} "
+                f"(channels x height x width): {str(error).splitlines()[0]}; choose a network "
+                "for this size, resize the data, or drop model.net.in_channels (it is filled in "
+                "from the data)"
+            ) from error
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The objective's outer loss on this batch."""
+        loss = self.objective.outer(self, batch)
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"the training loss became {loss.item()} at epoch {self.current_epoch}, step "
+                f"{self.global_step} (batch {batch_idx}); no step was taken with it and the last "
+                "checkpoint is from before. Lower model.optimizer.lr, set "
+                "trainer.gradient_clip_val, or train in 32-true precision"
+            )
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["y"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy on clean images."""
+        self._log_clean("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy on clean images."""
+        self._log_clean("test", batch)
+
+    def _log_clean(self, stage: str, batch: Batch) -> None:
+        if self.accuracy is None:  # used without a data module that knows its classes
+            self.accuracy = MulticlassAccuracy(self(batch["x"]).shape[1], average="micro")
+            self.accuracy.to(self.device)
+        self.accuracy.update(self(batch["x"]), batch["y"])
+        self.log(f"{stage}/clean_acc", self.accuracy, on_step=False, on_epoch=True, prog_bar=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Index, label and class probabilities ``(N, K)`` of every image."""
+        probabilities = self(batch["x"]).softmax(dim=1)
+        return {"index": batch["index"], "y": batch["y"], "probabilities": probabilities}
+
+    def configure_optimizers(self) -> Any:
+        """The injected optimiser over all trainable parameters, and its scheduler."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.scheduler(optimizer), "interval": self.scheduler_interval}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another network before any of them is loaded."""
+        check_weights_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        self.loaded_at = {key: checkpoint[key] for key in ("epoch", "global_step")}
+
+
+def _on_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> InnerLoss:
+    def inner(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        return lambda x: loss(model(x), batch["y"])
+
+    return inner
+
+
+def check_weights_fit(own: Mapping[str, Tensor], other: Mapping[str, Tensor], origin: str) -> None:
+    """Compare names and shapes of weights.
+
+    Raises:
+        CheckpointError: Naming the first tensors that are missing, unknown or of another shape.
+    """
+    missing = [name for name in own if name not in other]
+    unknown = [name for name in other if name not in own]
+    shapes = [
+        f"{name} is {tuple(other[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in other and own[name].shape != other[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what} (first: {names[0]})"
+        for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "misshapen"))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{origin} holds the weights of another network: {'; '.join(problems)}. Give the "
+            "config the checkpoint was trained with (config.yaml in its run directory)"
+        )

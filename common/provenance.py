@@ -1,0 +1,72 @@
+"""What a result was made with: commit, versions, device, weights."""
+
+import hashlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "pyautoattack", "scikit-learn")
+
+
+def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values, whatever the file they came from."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def collect(
+    device: torch.device,
+    world_size: int,
+    precision: str,
+    state_dict: Mapping[str, Tensor],
+    config_digest: str,
+    wall_time_s: float,
+    attack_seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Everything about a result that may differ between two runs giving the same numbers."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    name = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        "device": f"{device.type} ({name})",
+        "world_size": world_size,
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
+        "checkpoint_digest": weights_digest(state_dict),
+        "config_digest": config_digest,
+        "wall_time_s": round(wall_time_s, 2),
+        "attack_seconds": {key: round(value, 2) for key, value in attack_seconds.items()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,124 @@
+"""Distributed data parallel training whose numbers do not depend on the number of devices."""
+
+from datetime import timedelta
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class DeviceInvariantDDP(DDPStrategy):
+    """DDP for which one device or eight give the same parameters and the same verdicts.
+
+    - Batch-norm is computed over the global batch: by torch's ``SyncBatchNorm`` on GPUs, by
+      :class:`GlobalBatchNorm` elsewhere. Running statistics are then equal on all ranks before the
+      next attack begins, and DDP need not broadcast buffers.
+    - Gradient buckets are views, which saves one copy of the gradients.
+    - Ranks wait ten hours for each other, because attacks end at different times.
+
+    What else it takes lives with its owner: the data module divides the global batch and never pads
+    the evaluation data; attacks and augmentation draw their noise per example.
+
+    Importing this module makes it Lightning's ``ddp``, which is also what ``strategy: auto`` means
+    with several devices.
+
+    Args:
+        timeout: How long a rank waits for another.
+        **kwargs: As for :class:`~lightning.pytorch.strategies.DDPStrategy`.
+    """
+
+    def __init__(self, timeout: timedelta | None = timedelta(hours=10), **kwargs: Any) -> None:
+        kwargs.setdefault("gradient_as_bucket_view", True)
+        kwargs.setdefault("forward_sync_buffers", False)
+        super().__init__(timeout=timeout, **kwargs)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Choose the batch-norm of this device before DDP wraps the module."""
+        if self.root_device.type == "cuda":
+            self._layer_sync = TorchSyncBatchNorm()
+        else:
+            self._layer_sync = GlobalBatchNormSync()
+        super().setup(trainer)
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch-norm over the batches of all ranks, in two passes, on any device with all-reduce.
+
+    ``SyncBatchNorm`` refuses to run on a CPU. The all-reduce is differentiable, so the gradient is
+    that of batch-norm on the global batch.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.ndim}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``(N, C, ...)`` over everything but the channels."""
+        if not self.training or not torch.distributed.is_initialized():
+            return super().forward(input)
+        self._check_input_dim(input)
+        dims = [0, *range(2, input.ndim)]
+        shape = [1, -1] + [1] * (input.ndim - 2)
+        count = input.new_tensor([input.numel() / input.shape[1]])
+        torch.distributed.all_reduce(count)
+        mean = all_reduce(input.sum(dims)) / count
+        centred = input - mean.view(shape)
+        variance = all_reduce(centred.square().sum(dims)) / count
+        with torch.no_grad():
+            self._move_running_statistics(mean, variance * count / (count - 1))
+        normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised
+
+    def _move_running_statistics(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        cast(Tensor, self.num_batches_tracked).add_(1)
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1.0 / float(cast(Tensor, self.num_batches_tracked))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), momentum)
+
+
+class GlobalBatchNormSync(LayerSync):
+    """Turns batch-norm layers into :class:`GlobalBatchNorm` in place, and back.
+
+    Only the class changes, so parameters, buffers and the keys of ``state_dict`` stay.
+    """
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Synchronise all batch-norm layers of ``model``."""
+        for module in model.modules():
+            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                module.__dict__["_local_class"] = type(module)
+                module.__class__ = GlobalBatchNorm
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Give every layer its own class back."""
+        for module in model.modules():
+            if isinstance(module, GlobalBatchNorm):
+                module.__class__ = module.__dict__.pop("_local_class")
+        return model
+
+
+for _name, _start_method in {
+    "ddp": "popen",
+    "ddp_spawn": "spawn",
+    "ddp_fork": "fork",
+    "ddp_notebook": "fork",
+}.items():
+    StrategyRegistry.register(
+        _name,
+        DeviceInvariantDDP,
+        description=f"device-invariant DDP with start_method {_start_method!r}",
+        override=True,
+        start_method=_start_method,
+    )

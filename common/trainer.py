@@ -1,0 +1,89 @@
+"""Lightning's trainer with one more entry point: everything behind a row of a table."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch import LightningDataModule, LightningModule
+
+import common.strategy  # noqa: F401  (registers the device-invariant ddp)
+from common.checkpoints import load_checkpoint
+
+
+class Trainer(pl.Trainer):
+    """Checks checkpoints before it uses them, and can reproduce a row."""
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Train; with ``--ckpt_path last`` go on where an interrupted run stopped."""
+        super().fit(
+            model,
+            train_dataloaders,
+            val_dataloaders,
+            datamodule,
+            ckpt_path=self._checked(ckpt_path),
+            weights_only=True,
+        )
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+    ) -> Any:
+        """Measure clean and robust accuracy on the validation split."""
+        path = self._checked(ckpt_path)
+        return super().validate(model, dataloaders, path, verbose, datamodule, weights_only=True)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+    ) -> Any:
+        """Run the attack suite on the test split and file the results."""
+        path = self._checked(ckpt_path)
+        return super().test(model, dataloaders, path, verbose, datamodule, weights_only=True)
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | None = None,
+    ) -> Any:
+        """Write the class probabilities of the test split to predictions.csv."""
+        path = self._checked(ckpt_path)
+        return super().predict(
+            model, dataloaders, datamodule, return_predictions, path, weights_only=True
+        )
+
+    def reproduce(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Train, or go on where a killed run stopped; then test its two checkpoints."""
+        folder = Path(self.default_root_dir) / "checkpoints"
+        last = folder / "last.ckpt"
+        self.fit(model, datamodule=datamodule, ckpt_path=str(last) if last.exists() else None)
+        for name in ("last", "selected"):
+            if (folder / f"{name}.ckpt").exists():
+                self.test(model, datamodule=datamodule, ckpt_path=str(folder / f"{name}.ckpt"))
+
+    def _checked(self, ckpt_path: str | None) -> str | None:
+        """The checkpoint's full path after a look inside; its absence is told at once."""
+        if ckpt_path is None or ckpt_path in ("best", "hpc", "registry"):
+            return ckpt_path
+        path = Path(ckpt_path)
+        if ckpt_path in ("last", "selected"):
+            path = Path(self.default_root_dir) / "checkpoints" / f"{ckpt_path}.ckpt"
+        load_checkpoint(path)
+        return str(path)

@@ -1,0 +1,185 @@
+from functools import partial
+
+import pytest
+import torch
+
+from common.attacks.pgd import FGSM, PGD, FriendlyPGD
+from common.attacks.randomness import ExampleRandom
+from common.callbacks.adversarial_training import AdversarialTraining
+from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
+from common.classifier import RobustClassifier
+from common.data.images import ImageDataModule
+from common.data.sources import Digits
+from common.errors import ConfigurationError, DivergedError
+from common.networks.resnet import DigitsResNet
+from common.objectives import ALP, AT, MART, TRADES, Natural
+from common.trainer import Trainer
+
+
+class Spy(AT):
+    """Adversarial training that remembers its batches."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def outer(self, model, batch):
+        self.seen.append({key: value.clone() for key, value in batch.items()})
+        self.modes = [m.training for m in model.net.modules()]
+        return super().outer(model, batch)
+
+
+def trainer(*callbacks, **settings) -> Trainer:
+    settings = {"max_steps": 2, "accelerator": "cpu", "precision": "32-true"} | settings
+    return Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        callbacks=list(callbacks),
+        **settings,
+    )
+
+
+def classifier(objective, lr: float = 0.05, double: bool = False) -> RobustClassifier:
+    torch.manual_seed(0)
+    net = DigitsResNet().double() if double else DigitsResNet()
+    return RobustClassifier(net, objective, partial(torch.optim.SGD, lr=lr, momentum=0.9))
+
+
+def data(**settings) -> ImageDataModule:
+    return ImageDataModule(Digits(), **({"batch_size": 40} | settings))
+
+
+def test_training_step_sees_adversarial_examples_beside_the_clean_ones() -> None:
+    objective = Spy()
+    module = classifier(objective)
+    trainer(AdversarialTraining(PGD(0.1, 0.05, 2))).fit(module, datamodule=data())
+    assert len(objective.seen) == 2
+    for batch in objective.seen:
+        delta = batch["x_adv"] - batch["x"]
+        assert 0.05 < delta.abs().max() <= 0.1 + 1e-6
+        assert batch["x_adv"].min() >= 0
+        assert batch["x_adv"].max() <= 1
+        assert not batch["x_adv"].requires_grad
+    assert all(objective.modes), "the step itself runs in train mode"
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_the_attack_is_the_same_as_one_by_hand() -> None:
+    objective = Spy()
+    module = classifier(objective)
+    attack = PGD(0.1, 0.05, 3)
+    trainer(AdversarialTraining(attack), max_steps=1).fit(module, datamodule=data())
+    batch = objective.seen[0]
+    untouched = classifier(AT()).eval()
+    by_hand = attack(
+        untouched.objective.inner(untouched, batch),
+        batch["x"],
+        ExampleRandom(0, 0, batch["index"]),
+    )
+    torch.testing.assert_close(by_hand, batch["x_adv"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "objective", [AT(), TRADES(2.0), MART(2.0), ALP(0.5)], ids=lambda o: type(o).__name__
+)
+def test_an_accumulated_step_equals_a_large_one(objective) -> None:
+    """Batch-norm aside, which is put to rest here."""
+
+    def train(accumulate: int) -> dict[str, torch.Tensor]:
+        module = classifier(objective, double=True)
+        module.net.eval()
+        module.net.train = lambda mode=True: module.net
+        fit = trainer(
+            AdversarialTraining(PGD(0.1, 0.05, 2)),
+            max_steps=2,
+            accumulate_grad_batches=accumulate,
+            precision="64-true",
+        )
+        fit.fit(module, datamodule=data(batch_size=40 // accumulate))
+        return module.net.state_dict()
+
+    large, accumulated = train(1), train(4)
+    for name in large:
+        torch.testing.assert_close(accumulated[name], large[name], rtol=1e-10, atol=1e-12)
+
+
+def test_friendly_pgd_gets_what_it_needs() -> None:
+    objective = Spy()
+    attack = FriendlyPGD(0.3, 0.1, steps=4, tau=0)
+    trainer(AdversarialTraining(attack)).fit(classifier(objective), datamodule=data())
+    assert len(objective.seen) == 2
+
+
+def test_attack_and_objective_have_to_belong_together() -> None:
+    with pytest.raises(ConfigurationError, match=r"AT .*adversary\.attack is null"):
+        trainer(AdversarialTraining(None)).fit(classifier(AT()), datamodule=data())
+    with pytest.raises(ConfigurationError, match="Natural never reads"):
+        trainer(AdversarialTraining(FGSM(0.1))).fit(classifier(Natural()), datamodule=data())
+
+
+def test_half_precision_is_refused() -> None:
+    callback = AdversarialTraining(FGSM(0.1))
+    module = classifier(AT())
+    stub = type("Stub", (), {"precision": "16-mixed"})()
+    with pytest.raises(ConfigurationError, match="bf16-mixed or 32-true"):
+        callback.setup(stub, module, "fit")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
+    module = classifier(AT(), lr=1e30)
+    with pytest.raises(DivergedError, match=r"became (nan|inf) at epoch 0, step [12]"):
+        trainer(AdversarialTraining(FGSM(0.1)), max_steps=10).fit(module, datamodule=data())
+
+
+def test_weights_are_perturbed_for_the_gradient_and_put_back_for_the_step() -> None:
+    module = classifier(AT())
+    awp = AdversarialWeightPerturbation(gamma=0.05)
+    before, during = {}, {}
+
+    class Watch(AdversarialTraining):
+        def setup(self, trainer, pl_module, stage) -> None:
+            before.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            during.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            for name, parameter in pl_module.named_parameters():
+                assert torch.equal(parameter, before[name]), name
+
+    statistics = {n: b.clone() for n, b in module.named_buffers()}
+    attack = AdversarialTraining(FGSM(0.1))
+    trainer(attack, awp, Watch(), max_steps=1).fit(module, datamodule=data())
+    moved = {name for name in before if not torch.equal(before[name], during[name])}
+    assert moved == {name for name, p in module.named_parameters() if p.ndim > 1}
+    for name in moved:
+        ratio = (during[name] - before[name]).norm() / before[name].norm()
+        torch.testing.assert_close(ratio, torch.tensor(0.05), rtol=1e-4, atol=0)
+    counts = [b for n, b in module.named_buffers() if "num_batches" in n]
+    assert all(int(c) == 1 for c in counts), "perturbing must not move batch-norm a second time"
+    assert statistics.keys() == dict(module.named_buffers()).keys()
+
+
+def test_weight_perturbation_climbs() -> None:
+    """The outer loss at the perturbed weights exceeds that at the weights."""
+    module = classifier(AT()).train()
+    batch = {"x": torch.rand(20, 1, 8, 8), "y": torch.arange(20) % 10}
+    batch["x_adv"] = batch["x"]
+    stub = trainer()
+    with torch.no_grad():
+        before = module.objective.outer(module, batch)
+    awp = AdversarialWeightPerturbation(gamma=0.02)
+    awp.on_train_batch_start(stub, module, batch, 0)
+    with torch.no_grad():
+        during = module.objective.outer(module, batch)
+    awp.on_after_backward(stub, module)
+    assert during > before + 0.01
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.0])
+def test_gamma_out_of_range(gamma) -> None:
+    with pytest.raises(ConfigurationError, match=r"\[0, 1\)"):
+        AdversarialWeightPerturbation(gamma=gamma)

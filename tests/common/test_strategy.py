@@ -1,0 +1,195 @@
+"""One process or two: the same parameters, the same verdicts."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.attacks.pgd import PGD
+from common.callbacks.adversarial_training import AdversarialTraining
+from common.callbacks.robust_evaluation import RobustEvaluation
+from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
+from common.classifier import RobustClassifier
+from common.data.images import ImageDataModule
+from common.data.sources import Digits
+from common.errors import ConfigurationError
+from common.evaluation import SuiteEntry
+from common.networks.resnet import DigitsResNet
+from common.objectives import AT, MART, TRADES
+from common.results import read_result
+from common.strategy import DeviceInvariantDDP, GlobalBatchNorm, GlobalBatchNormSync
+from common.trainer import Trainer
+
+STEPS = 3
+
+
+def run(folder: Path, devices: int, objective, awp: float = 0.0, accumulate: int = 1) -> None:
+    torch.manual_seed(0)
+    model = RobustClassifier(
+        DigitsResNet(num_classes=10, in_channels=1).double(),
+        objective,
+        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+    )
+    batch_size = 48 // accumulate
+    data = ImageDataModule(Digits(), batch_size=batch_size, eval_batch_size=37, test_limit=75)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp_fork" if devices > 1 else "auto",
+        precision="64-true",
+        max_steps=STEPS,
+        accumulate_grad_batches=accumulate,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        callbacks=[
+            AdversarialTraining(PGD(0.2, 0.1, steps=2)),
+            AdversarialWeightPerturbation(gamma=awp),
+            Save(folder / "weights.pt"),
+        ],
+    )
+    trainer.fit(model, datamodule=data)
+
+
+class Save(AdversarialTraining):
+    """Hands the trained weights over by file, because forked processes share nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def setup(self, trainer, pl_module, stage) -> None: ...
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        if trainer.is_global_zero:
+            torch.save(pl_module.state_dict(), self.path)
+
+
+def weights(folder: Path, **kwargs) -> dict[str, Tensor]:
+    folder.mkdir()
+    run(folder, **kwargs)
+    return torch.load(folder / "weights.pt")
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"objective": AT()}, id="AT"),
+        pytest.param({"objective": AT(), "awp": 0.01}, id="AT with weight perturbation"),
+        pytest.param({"objective": TRADES(), "accumulate": 2}, id="TRADES", marks=pytest.mark.slow),
+        pytest.param({"objective": MART(), "awp": 0.01}, id="MART", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_the_parameters_of_one(tmp_path, settings) -> None:
+    one = weights(tmp_path / "one", devices=1, **settings)
+    two = weights(tmp_path / "two", devices=2, **settings)
+    assert_close(one, two)
+    untrained = DigitsResNet(num_classes=10, in_channels=1).double().state_dict()
+    assert not torch.allclose(one["net.head.linear.weight"], untrained["head.linear.weight"])
+
+
+def evaluate(folder: Path, devices: int) -> dict:
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = RobustClassifier(DigitsResNet(), AT(), optimizer=torch.optim.SGD)
+    pgd = PGD(0.1, 0.05, steps=2, start="uniform")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp_fork" if devices > 1 else "auto",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        callbacks=[RobustEvaluation(suite={"pgd2": SuiteEntry(pgd, ["ce_f", "cw_f"])})],
+    )
+    data = ImageDataModule(Digits(), batch_size=48, eval_batch_size=20, test_limit=75)
+    trainer.test(model, datamodule=data, verbose=False)
+    return read_result(folder / "results.json")["checkpoints"]
+
+
+def test_two_processes_reach_the_verdicts_of_one_on_an_uneven_split(tmp_path) -> None:
+    one, two = evaluate(tmp_path / "one", 1), evaluate(tmp_path / "two", 2)
+    assert one == two
+    assert one["untrained"]["examples"] == 75
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path) -> None:
+    model = RobustClassifier(DigitsResNet(), AT(), optimizer=torch.optim.SGD)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        logger=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        callbacks=[AdversarialTraining(PGD(0.1, 0.1, 1))],
+    )
+    with pytest.raises(Exception, match=r"batch_size 49.*2"):
+        trainer.fit(model, datamodule=ImageDataModule(Digits(), batch_size=49))
+
+
+def test_auto_with_several_devices_is_the_device_invariant_strategy() -> None:
+    trainer = Trainer(accelerator="cpu", devices=2, logger=False)
+    assert isinstance(trainer.strategy, DeviceInvariantDDP)
+
+
+def _batch_norm_rank(rank: int, folder: Path, x: Tensor) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    norm = nn.BatchNorm2d(3).double()
+    GlobalBatchNormSync().apply(norm)
+    assert isinstance(norm, GlobalBatchNorm)
+    part = x.chunk(2)[rank].clone().requires_grad_()
+    output = norm(part)
+    (output**3).sum().backward()
+    torch.save(
+        {"output": output.detach(), "grad": part.grad, "state": norm.state_dict()},
+        folder / f"{rank}.pt",
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_global_batch_norm_is_batch_norm_of_the_global_batch(tmp_path) -> None:
+    x = torch.randn(6, 3, 2, 2, dtype=torch.float64)
+    torch.multiprocessing.start_processes(
+        _batch_norm_rank, (tmp_path, x), nprocs=2, start_method="fork"
+    )
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    norm = nn.BatchNorm2d(3).double()
+    whole = x.clone().requires_grad_()
+    output = norm(whole)
+    (output**3).sum().backward()
+    torch.testing.assert_close(torch.cat([p["output"] for p in parts]), output.detach())
+    torch.testing.assert_close(torch.cat([p["grad"] for p in parts]), whole.grad)
+    for part in parts:
+        for name, value in norm.state_dict().items():
+            torch.testing.assert_close(part["state"][name], value)
+
+
+def test_synchronised_layers_get_their_own_class_back() -> None:
+    net = DigitsResNet()
+    keys, classes = list(net.state_dict()), [type(m) for m in net.modules()]
+    sync = GlobalBatchNormSync()
+    sync.apply(net)
+    assert any(isinstance(m, GlobalBatchNorm) for m in net.modules())
+    assert list(net.state_dict()) == keys
+    sync.revert(net)
+    assert [type(m) for m in net.modules()] == classes
+
+
+def test_configuration_error_is_a_value_error() -> None:
+    assert issubclass(ConfigurationError, ValueError)
