@@ -1,0 +1,295 @@
+"""The command line of every paper: LightningCLI with one file per experiment.
+
+``python -m paper_x fit|validate|test|predict|reproduce --config experiment.yaml``
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from common.callbacks.adversarial_training import AdversarialTraining
+from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
+from common.callbacks.monitoring import Monitoring
+from common.callbacks.predictions import PredictionWriter
+from common.callbacks.robust_evaluation import RobustEvaluation
+from common.callbacks.warm_start import WarmStart
+from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
+from common.checkpoints import load_checkpoint
+from common.classifier import RobustClassifier
+from common.config import UserFriendlyParser, explain, fill_from_data, training_digest
+from common.data.images import ImageDataModule
+from common.errors import ConfigurationError, RunDirectoryError, UserError
+from common.trainer import Trainer
+
+CONFIGS = Path(__file__).parent / "configs"
+BASE = str(CONFIGS / "base.yaml")
+TRAINING = ("fit", "reproduce")
+
+
+class RobustCLI(LightningCLI):
+    """LightningCLI that knows experiments: their names, run directories and data."""
+
+    config: Namespace
+
+    def __init__(self, package: str, args: Sequence[str] | None = None, run: bool = True) -> None:
+        self.package = package
+        self.lock: FileLock | None = None
+        defaults: dict[str, Any] = {"default_config_files": [BASE], "allow_abbrev": False}
+        super().__init__(
+            RobustClassifier,
+            ImageDataModule,
+            save_config_callback=SaveTrainingConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_class=Trainer,
+            seed_everything_default=0,
+            parser_class=UserFriendlyParser,
+            parser_kwargs={"allow_abbrev": False} | dict.fromkeys(self.subcommands(), defaults)
+            if run
+            else defaults,
+            subclass_mode_model=True,
+            args=None if args is None else list(args),
+            run=run,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's four, and ``reproduce``: fit, then test what came of it."""
+        ours = {"reproduce": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), **ours}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The adversary, evaluation and the rest each get a section of their own."""
+        parser.add_argument(
+            "--experiment",
+            type=str | None,
+            default=None,
+            help="name of the experiment; by default the stem of the first --config",
+        )
+        parser.add_argument(
+            "--runs", type=str, default="runs", help="folder of all run directories"
+        )
+        parser.add_lightning_class_args(WarmStart, "warm_start")
+        parser.add_lightning_class_args(AdversarialTraining, "adversary")
+        parser.add_lightning_class_args(AdversarialWeightPerturbation, "weight_perturbation")
+        parser.add_lightning_class_args(RobustEvaluation, "evaluation")
+        parser.add_lightning_class_args(Monitoring, "monitoring")
+        parser.add_lightning_class_args(SelectedCheckpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the precedence of files and options over a checkpoint's stored settings."""
+
+    # ---- between parsing and instantiation ---------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Fill in what follows from something else: names, folders, class counts."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        config.experiment = config.experiment or self._experiment_name(config)
+        fill_from_data(config)
+        digest = training_digest(self._plain(config))
+        if self.subcommand:
+            run = self._run_directory(config, digest)
+            config.trainer.default_root_dir = str(run)
+            if config.trainer.logger in (None, True):
+                config.trainer.logger = tensorboard_in(run)
+            config.checkpoint.dirpath = str(run / "checkpoints")
+        config.evaluation.experiment = config.experiment
+        config.evaluation.paper = self.package
+        config.evaluation.config_digest = digest
+        plain = self._plain(config)
+        config.monitoring.hyperparameters = {
+            key: plain[key] for key in ("experiment", "seed_everything", "model", "adversary")
+        }
+
+    def _plain(self, config: Namespace) -> dict[str, Any]:
+        """The configuration as plain values."""
+        parser = self._parser(self.subcommand)
+        text = parser.dump(config, skip_validation=True, skip_none=False, format="json")
+        plain: dict[str, Any] = json.loads(text)
+        return plain
+
+    @staticmethod
+    def _experiment_name(config: Namespace) -> str:
+        for path in config.get("config") or []:
+            resolved = Path(str(path)).resolve()
+            if resolved.parent != CONFIGS:
+                return resolved.stem
+        return "unnamed"
+
+    def _run_directory(self, config: Namespace, digest: str) -> Path:
+        """Where this run writes, locked against a second one.
+
+        ``fit`` never touches an earlier run: it takes the next free ``seed0-v1``. ``reproduce``
+        goes on with ``seed0`` if that was made with the same settings, and moves it aside if not.
+        """
+        base = (
+            Path(config.runs) / self.package / config.experiment / f"seed{config.seed_everything}"
+        )
+        if config.trainer.default_root_dir is not None:
+            base = Path(config.trainer.default_root_dir)
+        versions = sorted(base.parent.glob(f"{base.name}-v*"), key=_version)
+        checkpoint = config.get("ckpt_path")
+        if self.subcommand not in TRAINING:
+            if checkpoint and Path(checkpoint).parent.name == "checkpoints":
+                return Path(checkpoint).parent.parent
+            return versions[-1] if versions else base
+        run = base
+        if self.subcommand == "fit":
+            if checkpoint == "last":
+                run = versions[-1] if versions else base
+            elif checkpoint is None and (base / "checkpoints" / "last.ckpt").exists():
+                run = base.with_name(
+                    f"{base.name}-v{_version(versions[-1]) + 1 if versions else 1}"
+                )
+        if rank_zero_only.rank != 0:
+            return Path(os.environ.get("RUN_DIRECTORY", run))
+        os.environ["RUN_DIRECTORY"] = str(run)  # ranks started by this process follow it
+        if config.trainer.fast_dev_run:
+            return run
+        if self.subcommand == "fit":
+            self.lock = lock(run)
+        else:  # an interrupted make leaves its rows running: the next one waits for them
+            self.lock = lock(run, timeout=-1)
+            set_aside_if_other(run, digest)
+        return run
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a value some class refuses is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except ValueError as error:
+            raise ConfigurationError(explain(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks that every run has."""
+        config = self._get(self.config_init, "trainer", default={})
+        extra: list[Callback] = [PredictionWriter()]
+        if config.get("enable_progress_bar") is not False:
+            extra.append(RichProgressBar())
+        if config.get("logger") and not config.get("fast_dev_run"):
+            extra.append(LearningRateMonitor(logging_interval="step"))
+        if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
+            extra.append(LastCheckpoint(self._get(self.config_init, "checkpoint").dirpath))
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
+        trainer: Trainer = super().instantiate_trainer(**kwargs)
+        return trainer
+
+
+class SaveTrainingConfig(SaveConfigCallback):
+    """Saves ``config.yaml`` for training only; testing would overwrite what it was trained with."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Write the file on rank zero, under a temporary name first."""
+        if stage != "fit" or self.already_saved or not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        self.parser.save(
+            self.config, str(partial), skip_none=False, overwrite=True, multifile=False
+        )
+        partial.replace(path)
+        self.already_saved = True
+
+
+def tensorboard_in(run: Path) -> Namespace:
+    """Configuration of a TensorBoard logger that writes into ``run``."""
+    return Namespace(
+        class_path="lightning.pytorch.loggers.TensorBoardLogger",
+        init_args=Namespace(
+            save_dir=str(run), name="tensorboard", version="", default_hp_metric=False
+        ),
+    )
+
+
+def lock(run: Path, timeout: float = 0) -> FileLock:
+    """Hold the run directory for this process; the lock ends with its owner.
+
+    Args:
+        run: The directory; made if it is not there.
+        timeout: Seconds to wait for another process; -1 waits as long as it takes.
+
+    Raises:
+        RunDirectoryError: If another process holds it, or it cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        held = FileLock(run / ".lock")
+        held.acquire(timeout=timeout)
+    except Timeout:
+        raise RunDirectoryError(
+            f"another process is writing {run}; wait for it, or give this run another folder "
+            "with --runs FOLDER"
+        ) from None
+    except OSError as error:
+        raise RunDirectoryError(
+            f"the run directory {run} cannot be written ({error.strerror}); choose another "
+            "folder with --runs FOLDER"
+        ) from error
+    return held
+
+
+def set_aside_if_other(run: Path, digest: str) -> None:
+    """Rename a run made with other settings, so that it is neither lost nor gone on with."""
+    saved = run / "config.yaml"
+    if not saved.exists() or training_digest(yaml.safe_load(saved.read_text())) == digest:
+        return
+    number = 1
+    while (aside := run.with_name(f"{run.name}-replaced{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for item in run.iterdir():
+        if item.name != ".lock":
+            item.rename(aside / item.name)
+    print(f"{run} was made with other settings; it is now {aside}")
+
+
+def _version(path: Path) -> int:
+    return int(path.name.rpartition("-v")[2])
+
+
+def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifier, ImageDataModule]:
+    """Rebuild a finished run from its directory.
+
+    Args:
+        run: A directory with ``config.yaml`` and ``checkpoints``.
+        checkpoint: ``last`` or ``selected``.
+
+    Returns:
+        The classifier in evaluation mode with the checkpoint's weights, and its data module.
+    """
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise RunDirectoryError(f"{run} holds no run (no config.yaml); train it first")
+    arguments = ["--config", str(run / "config.yaml"), "--trainer.logger", "false"]
+    cli = RobustCLI(package=run.parent.parent.name, args=arguments, run=False)
+    weights = load_checkpoint(run / "checkpoints" / f"{checkpoint}.ckpt")["state_dict"]
+    cli.model.load_state_dict(weights)
+    return cli.model.eval(), cli.datamodule
+
+
+def main(args: Sequence[str] | None = None, package: str = "common") -> None:
+    """Run one subcommand; errors the user can mend are one line and exit status 2."""
+    cli = None
+    try:
+        cli = RobustCLI(package=package, args=args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if cli is not None and cli.lock is not None:
+            cli.lock.release()

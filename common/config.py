@@ -1,0 +1,170 @@
+"""What configuration files leave to be inferred, and errors in the user's words."""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from common.errors import ConfigurationError
+
+# The sections and settings that decide which weights come out of a run.
+TRAINING_SECTIONS = ("seed_everything", "model", "data", "adversary", "weight_perturbation")
+TRAINING_SECTIONS += ("warm_start", "checkpoint")
+TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "gradient_clip_val")
+TRAINER_SETTINGS += ("accumulate_grad_batches", "callbacks", "limit_train_batches")
+WHEREABOUTS = ("root", "dirpath", "num_workers", "eval_batch_size")
+
+
+def training_digest(config: Mapping[str, Any]) -> str:
+    """Digest of the settings that decide a run's weights, wherever and however it runs."""
+
+    def without_whereabouts(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            kept = {k: v for k, v in value.items() if k not in WHEREABOUTS}
+            return {k: without_whereabouts(v) for k, v in kept.items()}
+        return [without_whereabouts(v) for v in value] if isinstance(value, list) else value
+
+    decisive = {key: config.get(key) for key in TRAINING_SECTIONS}
+    trainer = config.get("trainer") or {}
+    decisive["trainer"] = {key: trainer.get(key) for key in TRAINER_SETTINGS}
+    text = json.dumps(without_whereabouts(decisive), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_class(path: str) -> Any:
+    """The class or function behind an import path."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def fill_from_data(config: Namespace) -> None:
+    """Give every network of the model the class and channel counts of the data.
+
+    A network is whatever takes both ``num_classes`` and ``in_channels``. Where its ``mean`` and
+    ``std`` are the word ``data``, they become those of the data set.
+
+    Raises:
+        ConfigurationError: If a network is explicitly given other counts.
+    """
+    source = config.data.source
+    spec = load_class(source.class_path)(**(source.get("init_args") or Namespace())).spec
+    for path, node in _class_nodes(config.model, "model"):
+        parameters = inspect.signature(load_class(node.class_path)).parameters
+        if not {"num_classes", "in_channels"} <= set(parameters):
+            continue
+        arguments = node.setdefault("init_args", Namespace()) if "init_args" not in node else None
+        arguments = node.init_args
+        for name, value in (("num_classes", spec.num_classes), ("in_channels", spec.shape[0])):
+            given, default = arguments.get(name), parameters[name].default
+            if given not in (None, default, value):
+                raise ConfigurationError(
+                    f"{path}.{name} is {given} and {type_name(source.class_path)} has {value}; "
+                    f"drop {path}.{name} (it is filled in from the data) or choose other data"
+                )
+            arguments[name] = value
+        for name, value in (("mean", spec.mean), ("std", spec.std)):
+            if arguments.get(name) == "data":
+                arguments[name] = list(value)
+
+
+def type_name(class_path: str) -> str:
+    """The last part of an import path."""
+    return class_path.rpartition(".")[2]
+
+
+def _class_nodes(value: Any, path: str) -> Iterator[tuple[str, Namespace]]:
+    """All ``{class_path, init_args}`` nodes below a value, with the option that reaches them."""
+    if isinstance(value, Namespace):
+        if "class_path" in value:
+            yield path, value
+            for key, part in vars(value.get("init_args") or Namespace()).items():
+                yield from _class_nodes(part, f"{path}.{key}")
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _class_nodes(part, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _class_nodes(part, path)
+
+
+class UserFriendlyParser(LightningArgumentParser):
+    """Says in one line which setting is wrong, and which valid one is nearest."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the explanation and exit with status 2."""
+        if not self.exit_on_error:  # jsonargparse tries alternatives and catches what they raise
+            super().error(message, ex)
+        options = {name.lstrip("-") for a in self._actions for name in a.option_strings}
+        self.exit(2, f"error: {explain(message, options)}\n")
+
+
+def explain(message: str, options: Iterable[str] = ()) -> str:
+    """One line in the user's words for jsonargparse's account of everything it tried.
+
+    Args:
+        message: The account: nested ``Parser key``, ``Problem with given class_path``, reason.
+        options: Names of all options, for suggestions.
+    """
+    key, class_path, reason, depth = "", "", "", -1
+    for line in message.splitlines():
+        text = line.strip().removeprefix("- ")
+        if found := re.match(r'Parser key "([^"]*)":\s*(.*)', text):
+            key = f"{key}.{found[1]}" if key and not found[1].startswith(key) else found[1]
+            text = found[2]
+        if found := re.match(r"Problem with given class_path '([^']*)':", text):
+            class_path = found[1]
+        elif text and not _BOILERPLATE.match(text):
+            indent = len(line) - len(line.lstrip())
+            if indent > depth:
+                reason, depth = text, indent
+    where = key or "the configuration"
+    if found := re.match(
+        r"(?:Option|Key|Group key) '([^']*)' is not (?:accepted|expected)", reason
+    ):
+        names = _parameters(class_path) if class_path else options
+        prefix = f"{key}." if class_path or not key else ""
+        return f"unknown option {prefix}{found[1]}{_nearest(found[1], names)}"
+    if found := re.match(r"unrecognized arguments?: --([^ =]+)", reason):
+        return f"unknown option --{found[1]}{_nearest(found[1], options)}"
+    if found := re.match(r"module '([^']*)' has no attribute '([^']*)'", reason):
+        names = [name for name in dir(importlib.import_module(found[1])) if name[0] != "_"]
+        return f"{where}: there is no {found[1]}.{found[2]}{_nearest(found[2], names)}"
+    reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.Literal", "one of ")
+    reason = re.sub(r"^Expected an? (.*)\. Got value: (.*)$", r"expected \1, got \2", reason)
+    return f"{where}: {reason}" if key else reason or message
+
+
+_BOILERPLATE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
+    r"|Import path .* does not correspond|Expected a path but"
+)
+
+
+def _parameters(class_path: str) -> list[str]:
+    """Names of what a class can be configured with, through its bases."""
+    names: dict[str, None] = {}
+    found = load_class(class_path)
+    for owner in inspect.getmro(found) if inspect.isclass(found) else (found,):
+        if owner is not object:
+            names |= dict.fromkeys(inspect.signature(owner).parameters)
+    return [name for name in names if name not in ("args", "kwargs")]
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    """A question with the nearest candidate; all of them where few and none is near."""
+    candidates = sorted(candidates)
+    # An option is compared by its last part too, so that a forgotten section is found.
+    for wanted, known in (
+        (name, {c.lower(): c for c in candidates}),
+        (name.rpartition(".")[2], {c.rpartition(".")[2].lower(): c for c in candidates}),
+    ):
+        if near := difflib.get_close_matches(wanted.lower(), known, n=1, cutoff=0.6):
+            return f"; did you mean {known[near[0]]}?"
+    return f"; valid are {', '.join(candidates)}" if 0 < len(candidates) <= 20 else ""

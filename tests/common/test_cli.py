@@ -1,0 +1,252 @@
+"""The command line as its user meets it."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from common.cli import load_run, lock, main
+
+CONFIG = """
+model:
+  class_path: common.classifier.RobustClassifier
+  init_args:
+    net:
+      class_path: common.networks.resnet.ResNet
+      init_args: {depths: [1, 1], widths: [4, 4], strides: [1, 2]}
+    objective: common.objectives.AT
+    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, momentum: 0.9}}
+data:
+  source: common.data.sources.Digits
+  batch_size: 20
+  val_size: 60
+  val_limit: 40
+  train_limit: 60
+  test_limit: 50
+adversary:
+  attack:
+    class_path: common.attacks.pgd.PGD
+    init_args: {eps: 0.1, step_size: 0.05, steps: 2}
+evaluation:
+  validation: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}}
+  suite:
+    fgsm: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}, losses: ["*"]}
+    pgd2:
+      attack:
+        class_path: common.attacks.pgd.PGD
+        init_args: {eps: 0.1, step_size: 0.05, steps: 2}
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def call(*args: str) -> None:
+    main([str(a) for a in args], package="paper_tiny")
+
+
+def refused(capsys, *args: str) -> str:
+    """The one line a user gets for a command that cannot work."""
+    with pytest.raises(SystemExit) as caught:
+        call(*args)
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_fit_test_predict_and_rerun_from_the_saved_config(config) -> None:
+    call("fit", "--config", config, "--model.net.widths", "[4, 8]", "--seed_everything", "3")
+    run = Path("runs/paper_tiny/tiny/seed3")
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["experiment"] == "tiny"
+    assert saved["model"]["init_args"]["net"]["init_args"]["num_classes"] == 10
+    assert saved["model"]["init_args"]["net"]["init_args"]["in_channels"] == 1
+
+    call("test", "--config", config, "--model.net.widths", "[4, 8]", "--seed_everything", "3",
+         "--ckpt_path", "last")  # fmt: skip
+    result = json.loads((run / "results.json").read_text())
+    assert result["experiment"] == "tiny"
+    assert result["seed"] == 3
+    last = result["checkpoints"]["last"]
+    assert last["epoch"] == 1
+    assert last["global_step"] == 6
+    assert list(last["attacks"]) == ["fgsm/ce_f", "fgsm/cw_f", "fgsm/model", "pgd2/ce_f"]
+    assert (
+        last["metrics"]["worst"] <= min(last["metrics"].values()) + 1e-9 <= last["metrics"]["fgsm"]
+    )
+
+    call("predict", "--config", run / "config.yaml", "--ckpt_path", run / "checkpoints/last.ckpt")
+    rows = list(csv.DictReader((run / "predictions.csv").open()))
+    assert [int(row["index"]) for row in rows] == list(range(50))
+    accuracy = sum(row["label"] == row["predicted"] for row in rows) / 50
+    assert accuracy == pytest.approx(last["metrics"]["clean_acc"])
+
+    call("fit", "--config", run / "config.yaml", "--runs", "again", "--trainer.logger", "null",
+         "--trainer.default_root_dir", "null", "--checkpoint.dirpath", "null")  # fmt: skip
+    one, two = (
+        torch.load(folder / "paper_tiny/tiny/seed3/checkpoints/last.ckpt")["state_dict"]
+        for folder in (Path("runs"), Path("again"))
+    )
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+    classifier, data = load_run(run)
+    assert not classifier.training
+    assert data.num_classes == 10
+
+
+def test_a_second_fit_leaves_the_first_alone(config) -> None:
+    for _ in range(3):
+        call("fit", "--config", config, "--trainer.max_epochs", "1")
+    names = sorted(p.name for p in Path("runs/paper_tiny/tiny").iterdir())
+    assert names == ["seed0", "seed0-v1", "seed0-v2"]
+
+
+def test_an_interrupted_run_ends_where_an_undisturbed_one_does(config) -> None:
+    call("fit", "--config", config, "--runs", "whole", "--trainer.max_epochs", "4")
+    call("fit", "--config", config, "--runs", "parts", "--trainer.max_epochs", "2")
+    call("fit", "--config", config, "--runs", "parts", "--trainer.max_epochs", "4",
+         "--ckpt_path", "last")  # fmt: skip
+    whole, parts = (
+        torch.load(Path(folder) / "paper_tiny/tiny/seed0/checkpoints/last.ckpt")
+        for folder in ("whole", "parts")
+    )
+    assert whole["global_step"] == parts["global_step"] == 12
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name]), name
+    momenta = (c["optimizer_states"][0]["state"] for c in (whole, parts))
+    for one, two in zip(*(m.values() for m in momenta), strict=True):
+        assert torch.equal(one["momentum_buffer"], two["momentum_buffer"])
+
+
+def test_reproduce_tests_both_checkpoints_and_goes_on_with_what_is_there(config) -> None:
+    call("reproduce", "--config", config)
+    path = Path("runs/paper_tiny/tiny/seed0/results.json")
+    first = json.loads(path.read_text())
+    assert list(first["checkpoints"]) == ["last", "selected"]
+    call("reproduce", "--config", config)
+    second = json.loads(path.read_text())
+    assert second["checkpoints"] == first["checkpoints"]
+    call("reproduce", "--config", config, "--trainer.max_epochs", "1")
+    assert Path("runs/paper_tiny/tiny/seed0-replaced1/results.json").exists()
+    assert json.loads(path.read_text())["checkpoints"]["last"]["epoch"] == 0
+
+
+def test_awp_and_averaged_weights_are_one_overlay_away(config) -> None:
+    overlays = Path(__file__).parents[2] / "common/configs"
+    call("fit", "--config", config, "--config", overlays / "awp.yaml",
+         "--config", overlays / "ema.yaml")  # fmt: skip
+    run = Path("runs/paper_tiny/tiny/seed0")
+    checkpoint = torch.load(run / "checkpoints/last.ckpt")
+    averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    name = "net.head.linear.weight"
+    assert not torch.equal(averaged[name], current[name])
+    classifier, _ = load_run(run)
+    assert torch.equal(classifier.state_dict()[name], averaged[name])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--model.net.width", "[4, 4]", "unknown option model.net.width; did you mean widths?"),
+        ("--trainer.max_epoch", "3", "did you mean trainer.max_epochs?"),
+        ("--data.source", "common.data.sources.digits", "did you mean Digits?"),
+        ("--model.objective", "common.objectives.Trades", "did you mean TRADES?"),
+        ("--adversary.attack.eps", "8", "eps must lie in [0, 1] (pixels are in [0, 1]), got 8.0; "
+         "did you mean '8/255'?"),
+        ("--data.batch_size", "many", "data.batch_size: expected int, got many"),
+        ("--adversary.attack", "null", "adversary.attack is null"),
+        ("--model.objective", "common.objectives.Natural", "Natural never reads"),
+        ("--evaluation.validation.losses", "[ce_probe]", "no loss of RobustClassifier matches "
+         "'ce_probe'; it declares ce_f, cw_f, model"),
+        ("--model.net.num_classes", "7", "model.net.num_classes is 7 and Digits has 10"),
+        ("--model.net.in_channels", "2", "model.net.in_channels is 2 and Digits has 1"),
+        ("--warm_start.experiment", "other", "train that experiment first"),
+        ("--ckpt_path", "nothing.ckpt", "nothing.ckpt does not exist"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_before_any_compute(config, capsys, option, value, expected) -> None:
+    line = refused(capsys, "fit", "--config", config, option, value)
+    assert expected in line
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+def test_bad_yaml_names_the_key(config, capsys) -> None:
+    config.write_text(CONFIG.replace("batch_size", "batchsize"))
+    assert "batch_size" in refused(capsys, "fit", "--config", config)
+
+
+def test_an_empty_suite_is_refused(config, capsys) -> None:
+    line = refused(capsys, "test", "--config", config, "--evaluation.suite", "{}")
+    assert "evaluation.suite is empty" in line
+    assert "autoattack.yaml" in line
+
+
+def test_checkpoints_are_checked_before_use(config, capsys, tmp_path) -> None:
+    call("fit", "--config", config, "--trainer.max_epochs", "1")
+    path = Path("runs/paper_tiny/tiny/seed0/checkpoints/last.ckpt")
+    line = refused(capsys, "test", "--config", config, "--ckpt_path", path,
+                   "--model.net.widths", "[4, 8]")  # fmt: skip
+    assert "weights of another network" in line
+
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(path.read_bytes()[:-2000])
+    assert "cannot be read" in refused(capsys, "test", "--config", config, "--ckpt_path", damaged)
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "touched",))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    assert "more than tensors" in refused(
+        capsys, "test", "--config", config, "--ckpt_path", tmp_path / "evil.ckpt"
+    )
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_run_directory_belongs_to_one_process(config, capsys) -> None:
+    held = lock(Path("runs/paper_tiny/tiny/seed0"))
+    try:
+        assert "another process is writing" in refused(capsys, "fit", "--config", config)
+    finally:
+        held.release()
+
+
+def test_results_that_cannot_be_written_are_found_first(config, capsys, tmp_path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    line = refused(capsys, "test", "--config", config, "--evaluation.results", "file/results.json")
+    assert "cannot write" in line
+    assert "cannot be written" in refused(capsys, "fit", "--config", config, "--runs", "file")
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(config, capsys) -> None:
+    config.write_text(
+        CONFIG.replace(
+            "data:",
+            """    scheduler:
+      class_path: torch.optim.lr_scheduler.MultiStepLR
+      init_args: {milestones: [1], gamma: 1.0e+30}
+data:""",
+            1,
+        )
+    )
+    line = refused(capsys, "fit", "--config", config, "--trainer.max_epochs", "3")
+    assert "the training loss became" in line
+    assert "epoch 1" in line
+    kept = torch.load("runs/paper_tiny/tiny/seed0/checkpoints/last.ckpt")
+    assert kept["epoch"] == 0
+    assert all(torch.isfinite(value).all() for value in kept["state_dict"].values())
