@@ -1,0 +1,219 @@
+"""CIFAR-style ResNets (He et al., CVPR 2016), and the parts other residual networks share."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from common.errors import ConfigurationError
+from common.networks.normalize import Normalize
+
+Activation = Callable[[], nn.Module]
+"""Makes one activation, for example ``torch.nn.ReLU``."""
+
+Block = Callable[[int, int, int, Activation], nn.Module]
+"""Makes one residual block from (in_channels, out_channels, stride, activation)."""
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """3x3 convolution, padding 1, without bias."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution without bias, as in projection shortcuts."""
+    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
+def named_sequence(**modules: nn.Module) -> nn.Sequential:
+    """A ``Sequential`` whose modules, and so the keys of its state dict, have the given names."""
+    return nn.Sequential(OrderedDict(modules))
+
+
+def check_positive(**values: int) -> None:
+    """Refuse counts below 1, by name.
+
+    Raises:
+        ConfigurationError: If a value is below 1.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {value}")
+
+
+def check_stages(depths: Sequence[int], widths: Sequence[int], strides: Sequence[int]) -> None:
+    """Refuse lists that do not describe the same stages.
+
+    Raises:
+        ConfigurationError: If the lists differ in length, are empty, or hold a value below 1.
+    """
+    given = f"depths={list(depths)}, widths={list(widths)}, strides={list(strides)}"
+    if not len(depths) == len(widths) == len(strides) >= 1:
+        raise ConfigurationError(
+            f"depths, widths and strides need one value for each stage, got {given}"
+        )
+    if min(*depths, *widths, *strides) < 1:
+        raise ConfigurationError(f"depths, widths and strides must be at least 1, got {given}")
+
+
+def make_stages(
+    block: Block,
+    in_channels: int,
+    depths: Sequence[int],
+    widths: Sequence[int],
+    strides: Sequence[int],
+    activation: Activation = nn.ReLU,
+) -> nn.Sequential:
+    """The stages of a residual network, one ``Sequential`` of blocks each.
+
+    The first block of a stage changes width and resolution, the others keep both.
+
+    Args:
+        block: Makes one block.
+        in_channels: Channels the stem hands to the first stage.
+        depths: Blocks per stage.
+        widths: Channels per stage.
+        strides: Stride of each stage's first block.
+        activation: Makes one activation.
+    """
+    stages = nn.Sequential()
+    for depth, width, stride in zip(depths, widths, strides, strict=True):
+        blocks = nn.Sequential()
+        for i in range(depth):
+            blocks.append(block(in_channels, width, stride if i == 0 else 1, activation))
+            in_channels = width
+        stages.append(blocks)
+    return stages
+
+
+class BasicBlock(nn.Module):
+    """conv3x3 - BN - act - conv3x3 - BN, plus the shortcut, act (He et al. 2016, Fig. 2).
+
+    The shortcut is the identity, or conv1x1 - BN where stride or width change (option B).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the first convolution and of the projection.
+        activation: Makes one activation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        activation: Activation = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.act1 = activation()
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = named_sequence(
+                conv=conv1x1(in_channels, out_channels, stride), bn=nn.BatchNorm2d(out_channels)
+            )
+        self.act2 = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in, H, W)`` to ``(N, out, H / stride, W / stride)``, rounded up."""
+        residual = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        out: Tensor = self.act2(residual + self.shortcut(x))
+        return out
+
+
+class ResNet(nn.Module):
+    """Post-activation ResNet for small images: 3x3 stem without pooling, stages, linear head.
+
+    ``stem`` is conv - bn - act, ``stages[i][j]`` is one block, ``head`` is pool - flatten - linear.
+    The pool is global, so any image size works; at 32x32 it equals the 4x4 average pooling of the
+    usual code. Weights start from PyTorch's defaults.
+
+    Args:
+        depths: Blocks per stage.
+        widths: Channels per stage; the stem has those of the first.
+        strides: Stride of each stage's first block.
+        num_classes: Number of classes K.
+        in_channels: Channels of the images.
+        mean: Means of :class:`~common.networks.normalize.Normalize`; ``None`` keeps the pixels.
+        std: Its standard deviations.
+        block: Makes one block from (in_channels, out_channels, stride, activation).
+        activation: Makes one activation.
+
+    Raises:
+        ConfigurationError: If depths, widths and strides do not describe the same stages.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        widths: Sequence[int] = (64, 128, 256, 512),
+        strides: Sequence[int] = (1, 2, 2, 2),
+        num_classes: int = 10,
+        in_channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        block: Block = BasicBlock,
+        activation: Activation = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        check_positive(num_classes=num_classes)
+        check_stages(depths, widths, strides)
+        self.widths = tuple(widths)
+        self.normalize = Normalize(in_channels, mean, std)
+        self.stem = named_sequence(
+            conv=conv3x3(in_channels, widths[0]), bn=nn.BatchNorm2d(widths[0]), act=activation()
+        )
+        self.stages = make_stages(block, widths[0], depths, widths, strides, activation)
+        self.head = named_sequence(
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            linear=nn.Linear(widths[-1], num_classes),
+        )
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head reads, ``(N, widths[-1], H', W')``."""
+        z: Tensor = self.stages(self.stem(self.normalize(x)))
+        return z
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+
+class ResNet18(ResNet):
+    """ResNet-18 for 32x32 images: 11,173,962 parameters at 10 classes and 3 channels."""
+
+
+class ResNet10(ResNet):
+    """ResNet-10, one block per stage: 4,902,090 parameters at 10 classes and 1 channel.
+
+    Args:
+        **kwargs: Of :class:`ResNet`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(depths=(1, 1, 1, 1), **kwargs)
+
+
+class DigitsResNet(ResNet):
+    """A ResNet for 8x8 gray digits: blocks of 16, 32, 64, 64 channels on 8, 4, 2, 2 pixels.
+
+    Args:
+        in_channels: Channels of the images.
+        **kwargs: Of :class:`ResNet`.
+    """
+
+    def __init__(self, in_channels: int = 1, **kwargs: Any) -> None:
+        super().__init__(
+            depths=(1, 1, 1, 1),
+            widths=(16, 32, 64, 64),
+            strides=(1, 2, 2, 1),
+            in_channels=in_channels,
+            **kwargs,
+        )

@@ -1,0 +1,876 @@
+"""CIFS, equation by equation: probe, relevance, mask, networks, losses, adaptive attacks.
+
+A feature ``z`` is the post-activation output of a layer, ``(N, C, H, W)``, so ``z >= 0``; ``p`` are
+the raw logits of a probe on it, ``(N, K)``; ``f`` the network's final logits, ``(N, K)``.
+
+Tags name the source of a statement: [A] abstract, [S] a public summary of the paper,
+[R] the official repository (HanshuYAN/CIFS) at its tip, [R0] its first code commit, with the logs
+of the published runs, [B] variants that survive there as compiled files only, [C] chosen here
+because nothing public settles it.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.attacks.losses import cross_entropy, hinge_margin, kl_divergence
+from common.errors import ConfigurationError
+from common.networks.resnet import ResNet, check_positive
+from common.networks.wide_resnet import WideBlock, WideResNet, initialize
+from common.objectives import Batch, adversarial_images, check_weight, differentiable
+
+SOFTPLUS_BETA = 5.0  # sharpness of the probe's softplus [R]
+
+PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
+"""(logits ``(N, K)``, labels ``(N,)``) -> loss ``(N,)``."""
+
+InnerLoss = Callable[[Any, Batch], Callable[[Tensor], Tensor]]
+"""The shape of ``Objective.inner``: (model, batch) -> (x' -> per-example loss)."""
+
+
+# ------------------------------------------------------------------------------ probe, p = A(z)
+
+
+def global_average(z: Tensor) -> Tensor:
+    """Pooled feature v = GAP(z): ``(N, C, H, W)`` to ``(N, C)``."""
+    return z.mean(dim=(2, 3))
+
+
+class Probe(nn.Module, ABC):
+    """A small classifier on the pooled feature, whose prediction says which channels matter."""
+
+    output: nn.Linear
+
+    @abstractmethod
+    def forward(self, z: Tensor) -> Tensor:
+        """Raw logits p = A(z), ``(N, K)``."""
+
+    @abstractmethod
+    def relevance(self, z: Tensor, selected: Tensor) -> Tensor:
+        r"""The gradient of each selected logit with respect to the channels, in closed form.
+
+        .. math:: g_{jc} = \sum_{h,w} \partial \tilde p_j / \partial z_{c,h,w}
+            = \partial \tilde p_j / \partial v_c
+
+        The sum over positions cancels the 1/(HW) of the average pooling, so no inner autograd call
+        is needed [C]: the mask works in inference mode, compiles, and costs no double backward.
+        :func:`relevance_by_autograd` is the definition.
+
+        Args:
+            z: Feature, ``(N, C, H, W)``.
+            selected: Classes, ``(N, k)``; a class may occur twice.
+
+        Returns:
+            One row per selected class, ``(N, k, C)``; the paper's g is their sum.
+        """
+
+
+class LinearProbe(Probe):
+    """p = W GAP(z) + b, hence g_j = W[j, :] whatever the feature [R].
+
+    Args:
+        channels: Channels C of the feature.
+        num_classes: Number of classes K.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.output = nn.Linear(channels, num_classes)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Raw logits, ``(N, K)``."""
+        p: Tensor = self.output(global_average(z))
+        return p
+
+    def relevance(self, z: Tensor, selected: Tensor) -> Tensor:
+        """W[selected], ``(N, k, C)``."""
+        return self.output.weight[selected]
+
+
+class NonlinearProbe(Probe):
+    """p = W2 s(W1 GAP(z) + b1) + b2 with s the softplus of sharpness 5 [R].
+
+    Its derivative is s'(t) = sigmoid(5 t), hence g_j = (W2[j, :] * s'(W1 v + b1)) W1.
+
+    Args:
+        channels: Channels C of the feature.
+        num_classes: Number of classes K.
+        hidden: Width of the hidden layer: 128 in ResNets [R], 240 in WRN [R0].
+    """
+
+    def __init__(self, channels: int, num_classes: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, hidden)
+        self.output = nn.Linear(hidden, num_classes)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Raw logits, ``(N, K)``."""
+        t = self.hidden(global_average(z))
+        p: Tensor = self.output(F.softplus(t, beta=SOFTPLUS_BETA))
+        return p
+
+    def relevance(self, z: Tensor, selected: Tensor) -> Tensor:
+        """The gradients, ``(N, k, C)``."""
+        slope = torch.sigmoid(SOFTPLUS_BETA * self.hidden(global_average(z)))  # s', (N, h)
+        return (self.output.weight[selected] * slope[:, None, :]) @ self.hidden.weight
+
+
+def relevance_by_autograd(probe: Probe, z: Tensor, selected: Tensor) -> Tensor:
+    """:meth:`Probe.relevance` by its definition, as the official code computes it [R].
+
+    Slow, for tests and as documentation: one backward pass per selected class, a graph kept for
+    the second derivative, and unusable in inference mode.
+
+    Args:
+        probe: Any probe.
+        z: Feature, ``(N, C, H, W)``; detach it to keep the mask path cut.
+        selected: Classes, ``(N, k)``.
+
+    Returns:
+        ``(N, k, C)``, differentiable.
+    """
+    with torch.enable_grad():
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        chosen = probe(z).gather(1, selected)
+        gradients = [
+            torch.autograd.grad(chosen[:, j].sum(), z, create_graph=True)[0]
+            for j in range(selected.shape[1])
+        ]
+        return torch.stack([gradient.sum(dim=(2, 3)) for gradient in gradients], dim=1)
+
+
+def select_classes(
+    p: Tensor, k: int, y: Tensor | None = None, dedupe_label: bool = False
+) -> Tensor:
+    """The k classes whose logits the relevance explains.
+
+    Without a label, as in eval mode, the k largest logits. With it, as in training, the label takes
+    rank 1 and ranks 2 to k stay as they are [R]: where the label was among these it counts twice
+    and the strongest class is ignored.
+
+    Args:
+        p: Raw logits, ``(N, K)``.
+        k: How many classes, at most K; 2 in the main results.
+        y: Labels, ``(N,)``.
+        dedupe_label: Give the duplicate's place to the strongest class instead [C], so that each
+            class counts once.
+
+    Returns:
+        Classes, ``(N, k)``.
+    """
+    top = p.topk(k, dim=1).indices
+    if y is None:
+        return top
+    labelled = torch.cat([y[:, None], top[:, 1:]], dim=1)
+    if dedupe_label:
+        return torch.where((top == y[:, None]).any(dim=1, keepdim=True), top, labelled)
+    return labelled
+
+
+# --------------------------------------------------------------------------- mask, m = IMGF(g)
+
+
+def _settings(module: nn.Module) -> str:
+    numbers = {k: v for k, v in vars(module).items() if isinstance(v, int | float)}
+    return ", ".join(f"{k}={v}" for k, v in numbers.items() if k != "training")
+
+
+class ImportanceMask(nn.Module, ABC):
+    """Importance mask generating function (IMGF): from relevance to non-negative multipliers.
+
+    Most read the summed relevance g and define :meth:`importance`; one that needs the classes apart
+    overrides :meth:`forward`.
+    """
+
+    def forward(self, relevance: Tensor) -> Tensor:
+        """Mask m of shape ``(N, C)`` from the selected classes' relevances ``(N, k, C)``."""
+        return self.importance(relevance.sum(dim=1))
+
+    @abstractmethod
+    def importance(self, g: Tensor) -> Tensor:
+        """The function itself, m = IMGF(g): ``(N, C)`` to ``(N, C)``."""
+
+    def extra_repr(self) -> str:
+        """Settings, for ``print(net)``."""
+        return _settings(self)
+
+
+def _positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigurationError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
+class SoftmaxMask(ImportanceMask):
+    """m = s softmax_c(g / T), the default; sums to s over the channels.
+
+    The scale is 1 at the repository's tip [R] and in its WRN code [R0], 2 in the ResNet code of
+    [R0] and so, by inference, in the logged ResNet-18 results; for other k the authors' variants
+    use s = k. Both settings end within 0.3 points of each other.
+
+    Args:
+        scale: s, positive.
+        temperature: T, positive; {1/2, 1, 4, 8, 10, 12, 16, 24} were tried with s = 2 [B].
+    """
+
+    def __init__(self, scale: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.scale = _positive("scale", scale)
+        self.temperature = _positive("temperature", temperature)
+
+    def importance(self, g: Tensor) -> Tensor:
+        """Positive, sums to s."""
+        return torch.softmax(g / self.temperature, dim=-1) * self.scale
+
+
+class SummedSoftmaxMask(SoftmaxMask):
+    """m = s sum_j softmax_c(g_j / T): one softmax per selected class instead of one of the sum [B].
+
+    Sums to k s over the channels.
+    """
+
+    def forward(self, relevance: Tensor) -> Tensor:
+        """Mask ``(N, C)`` from relevances ``(N, k, C)``."""
+        return self.importance(relevance).sum(dim=1)
+
+
+class MagnitudeMask(SoftmaxMask):
+    """m = s softmax_c(|g| / T), the control that forgets the sign of the relevance [B].
+
+    Args:
+        scale: s, positive.
+        temperature: T, positive.
+    """
+
+    def __init__(self, scale: float = 2.0, temperature: float = 1.0) -> None:
+        super().__init__(scale, temperature)
+
+    def importance(self, g: Tensor) -> Tensor:
+        """Positive, sums to s, not monotone in g."""
+        return super().importance(g.abs())
+
+
+class SigmoidMask(ImportanceMask):
+    """m = sigmoid(alpha (g - shift)), in (0, 1) [B].
+
+    Args:
+        alpha: Sharpness, positive; {0.1, 1, 5, 10, 15} were tried.
+        shift: Relevance that gives 1/2; (alpha, shift) = (1, 5) and (2, 3) were tried.
+    """
+
+    def __init__(self, alpha: float = 1.0, shift: float = 0.0) -> None:
+        super().__init__()
+        self.alpha = _positive("alpha", alpha)
+        self.shift = shift
+
+    def importance(self, g: Tensor) -> Tensor:
+        """In (0, 1)."""
+        return torch.sigmoid(self.alpha * (g - self.shift))
+
+
+class SoftplusMask(ImportanceMask):
+    """m = (log(1 + exp(alpha g)) / alpha)^power, positive [B].
+
+    Args:
+        alpha: Sharpness, positive.
+        power: Exponent, positive; (alpha, power) = (5, 1), (10, 1/2) and (20, 1/4) were tried.
+    """
+
+    def __init__(self, alpha: float = 5.0, power: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = _positive("alpha", alpha)
+        self.power = _positive("power", power)
+
+    def importance(self, g: Tensor) -> Tensor:
+        """Positive."""
+        softplus = F.softplus(g, beta=self.alpha)
+        # Far below zero the softplus rounds to 0, where a root's gradient is infinite.
+        return softplus.clamp_min(torch.finfo(g.dtype).tiny).pow(self.power)
+
+
+class ReluMask(ImportanceMask):
+    """m = max(g, 0) [B]."""
+
+    def importance(self, g: Tensor) -> Tensor:
+        """Non-negative."""
+        return F.relu(g)
+
+
+class OnesMask(ImportanceMask):
+    """m = 1, the "aux" control: probes and joint loss without a mask [C]."""
+
+    def importance(self, g: Tensor) -> Tensor:
+        """Ones."""
+        return torch.ones_like(g)
+
+
+# -------------------------------------------------------------- channel selection, z_bar = z * m
+
+
+def autocast_off(z: Tensor) -> AbstractContextManager[Any]:
+    """Autocast switched off for the device of ``z``."""
+    kind = z.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+class ChannelSelection(nn.Module, ABC):
+    """Multiplies the channels of a feature by what a probe on it says about them.
+
+    Masked activations are about C times smaller than before, with variances near batch-norm's eps,
+    so the module leaves mixed precision: it computes in the precision of its weights, and the
+    networks below run what reads its output without autocast too.
+
+    Args:
+        probe: Gives the raw logits.
+        label_free: Never look at labels, also in train mode (for TRADES).
+    """
+
+    def __init__(self, probe: Probe, label_free: bool = False) -> None:
+        super().__init__()
+        self.probe = probe
+        self.label_free = label_free
+
+    @abstractmethod
+    def multiplier(self, z: Tensor, p: Tensor, y: Tensor | None) -> Tensor:
+        """Multipliers ``(N, C)`` for feature, raw logits and, while training, labels."""
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The masked feature z_bar, shaped like ``z``, and the raw logits p of the unmasked one.
+
+        Args:
+            z: Feature, ``(N, C, H, W)``.
+            y: Labels, ``(N,)``; used in train mode only.
+
+        Raises:
+            ConfigurationError: In train mode without labels, unless ``label_free``.
+        """
+        sees_label = self.training and not self.label_free
+        if sees_label and y is None:
+            raise ConfigurationError(
+                f"{type(self).__name__} selects classes by the label in train mode, and got none; "
+                "call net(x, y), or set label_free: true in each selection where the objective "
+                "has no labels to pass (TRADES)"
+            )
+        with autocast_off(z):
+            z = z.to(self.probe.output.weight.dtype)
+            p: Tensor = self.probe(z)
+            m = self.multiplier(z, p, y if sees_label else None)
+            return z * m[:, :, None, None], p
+
+    def extra_repr(self) -> str:
+        """Settings, for ``print(net)``."""
+        return _settings(self)
+
+
+class CIFS(ChannelSelection):
+    """Channel-wise importance-based feature selection, z_bar = z * IMGF(g).
+
+    The relevance g is taken on a detached feature: the loss reaches the probe's weights through
+    the mask, but not z. With a nonlinear probe the input gradient an attacker back-propagates is
+    therefore not the true one; ``detach_mask_input=False`` (:func:`undetached`) restores it.
+
+    Args:
+        channels: Channels C of the feature; given by the network.
+        num_classes: Number of classes K; given by the network.
+        probe: Kind of probe.
+        hidden: Hidden width of the nonlinear probe.
+        mask: From relevance to multipliers; ``SoftmaxMask()`` where none is given.
+        top_k: Selected classes k.
+        detach_mask_input: Cut the gradient from mask to feature [R].
+        label_free: Select by the probe's own ranking in train mode too.
+        dedupe_label: See :func:`select_classes`.
+
+    Raises:
+        ConfigurationError: If ``top_k`` is not in 1..K, or ``hidden`` is below 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        probe: Literal["nonlinear", "linear"] = "nonlinear",
+        hidden: int = 128,
+        mask: ImportanceMask | None = None,
+        top_k: int = 2,
+        detach_mask_input: bool = True,
+        label_free: bool = False,
+        dedupe_label: bool = False,
+    ) -> None:
+        if not 1 <= top_k <= num_classes:
+            raise ConfigurationError(
+                f"top_k selects among the {num_classes} classes and must lie in "
+                f"[1, {num_classes}], got {top_k}"
+            )
+        check_positive(hidden=hidden)
+        linear = probe == "linear"
+        super().__init__(
+            LinearProbe(channels, num_classes)
+            if linear
+            else NonlinearProbe(channels, num_classes, hidden),
+            label_free,
+        )
+        self.mask = mask if mask is not None else SoftmaxMask()
+        self.top_k = top_k
+        self.detach_mask_input = detach_mask_input
+        self.dedupe_label = dedupe_label
+
+    def relevance(self, z: Tensor, p: Tensor, y: Tensor | None = None) -> Tensor:
+        """Relevance of the channels to each selected class, ``(N, k, C)``; g is its sum over k."""
+        selected = select_classes(p.detach(), self.top_k, y, self.dedupe_label)
+        return self.probe.relevance(z.detach() if self.detach_mask_input else z, selected)
+
+    def multiplier(self, z: Tensor, p: Tensor, y: Tensor | None) -> Tensor:
+        """The importance mask, m = IMGF(g)."""
+        m: Tensor = self.mask(self.relevance(z, p, y))
+        return m
+
+
+class CAS(ChannelSelection):
+    """Channel-wise activation suppression (Bai et al., ICLR 2021), as the authors of CIFS ran it.
+
+    z_bar = z * W[c, :] with W the weight of a linear probe on z and c the label in training, the
+    probe's prediction otherwise. The multiplier may be negative, and gradients reach W through it.
+
+    Args:
+        channels: Channels C of the feature; given by the network.
+        num_classes: Number of classes K; given by the network.
+        label_free: Use the probe's prediction in train mode too.
+    """
+
+    def __init__(self, channels: int, num_classes: int, label_free: bool = False) -> None:
+        super().__init__(LinearProbe(channels, num_classes), label_free)
+
+    def multiplier(self, z: Tensor, p: Tensor, y: Tensor | None) -> Tensor:
+        """W[c, :]."""
+        return self.probe.output.weight[p.argmax(dim=1) if y is None else y]
+
+
+@contextmanager
+def undetached(model: nn.Module) -> Iterator[None]:
+    """Let gradients run through the masks of every CIFS module; afterwards all is as before.
+
+    Forward passes made inside keep the full graph when they are differentiated later.
+    """
+    cifs = [module for module in model.modules() if isinstance(module, CIFS)]
+    before = [(module, module.detach_mask_input) for module in cifs]
+    try:
+        for module, _ in before:
+            module.detach_mask_input = False
+        yield
+    finally:
+        for module, flag in before:
+            module.detach_mask_input = flag
+
+
+# ------------------------------------------------------------------------------------- networks
+
+Selection = Callable[[int, int], ChannelSelection]
+"""Makes a channel selection from (channels, num_classes), for example the class CIFS."""
+
+
+class SelectiveNetwork(nn.Module):
+    """A backbone's stem, stages and head, with channel selections between its modules.
+
+    ``net(x, y)`` returns the final logits f ``(N, K)`` and the list of raw logits in forward order.
+    Weights have the names they have in the backbone, so a plain state dict loads with
+    ``strict=False``; what the selections add is called ``selections.<position>``.
+
+    A position is a module of the backbone whose output is masked. It is written with underscores,
+    ``stages_3_0`` for ``stages.3.0``, since dots separate levels on the command line.
+
+    Args:
+        backbone: Taken apart; not kept.
+        positions: Channels at every legal position, in forward order.
+        selections: What to insert where; ``None`` means the paper's choice.
+        num_classes: Number of classes K.
+        hidden: Hidden width of the paper's choice: a nonlinear probe at the last legal position
+            but one, a linear one at the last.
+
+    Raises:
+        ConfigurationError: If a position does not exist.
+    """
+
+    def __init__(
+        self,
+        backbone: ResNet | WideResNet,
+        positions: dict[str, int],
+        selections: dict[str, Selection] | None,
+        num_classes: int,
+        hidden: int = 128,
+    ) -> None:
+        super().__init__()
+        self.normalize, self.stem = backbone.normalize, backbone.stem
+        self.stages, self.head = backbone.stages, backbone.head
+        if selections is None:
+            if len(positions) < 2:
+                raise ConfigurationError(
+                    "CIFS sits at the last two positions, and this backbone has only "
+                    f"{', '.join(positions)}; say what to insert with selections"
+                )
+            kinds = partial(CIFS, probe="nonlinear", hidden=hidden), partial(CIFS, probe="linear")
+            selections = dict(zip(list(positions)[-2:], kinds, strict=True))
+        chosen = {name.replace(".", "_"): make for name, make in selections.items()}
+        if unknown := [name for name in chosen if name not in positions]:
+            raise ConfigurationError(
+                f"{type(self).__name__} has no position {unknown[0]!r} for a channel selection; "
+                f"choose among {', '.join(positions)}"
+            )
+        self.selections = nn.ModuleDict(
+            {
+                name: chosen[name](channels, num_classes)
+                for name, channels in positions.items()
+                if name in chosen
+            }
+        )
+
+    def select(
+        self, position: str, z: Tensor, y: Tensor | None, logits: list[Tensor]
+    ) -> tuple[Tensor, bool]:
+        """Mask ``z`` if there is a selection here and append its raw logits; tell whether."""
+        if position not in self.selections:
+            return z, False
+        z, p = self.selections[position](z, y)
+        logits.append(p)
+        return z, True
+
+
+def _run(module: Callable[[Tensor], Tensor], z: Tensor, masked: bool) -> Tensor:
+    """``module(z)``, without autocast where z was masked (see :class:`ChannelSelection`)."""
+    if not masked:
+        return module(z)
+    with autocast_off(z):
+        return module(z)
+
+
+def _blocks(stages: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every block with its position, in forward order."""
+    for i, stage in stages.named_children():
+        for j, block in stage.named_children():
+            yield f"stages_{i}_{j}", block
+
+
+class CIFSResNet(SelectiveNetwork):
+    """ResNet with channel selections after the final activation of chosen blocks.
+
+    Without ``selections`` the last two blocks get CIFS, with a nonlinear and a linear probe. A mask
+    reaches both branches of the following block, the identity shortcut too.
+
+    Args:
+        num_classes: Number of classes K.
+        selections: Position -> selection; positions are ``stages_<stage>_<block>``, from 0.
+        hidden: Hidden width of the nonlinear probe, where ``selections`` does not say.
+        **kwargs: Of :class:`~common.networks.resnet.ResNet`; ResNet-18 by default. The paper
+            does not normalise its inputs.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        selections: dict[str, Selection] | None = None,
+        hidden: int = 128,
+        **kwargs: Any,
+    ) -> None:
+        backbone = ResNet(num_classes=num_classes, **kwargs)
+        positions = {
+            f"stages_{i}_{j}": width
+            for (i, stage), width in zip(
+                backbone.stages.named_children(), backbone.widths, strict=True
+            )
+            for j, _ in stage.named_children()
+        }
+        super().__init__(backbone, positions, selections, num_classes, hidden)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """(f, raw logits) of images ``(N, C, H, W)`` in [0, 1]; ``y`` serves train mode only."""
+        logits: list[Tensor] = []
+        z, masked = self.stem(self.normalize(x)), False
+        for position, block in _blocks(self.stages):
+            z = _run(block, z, masked)
+            z, masked = self.select(position, z, y, logits)
+        return _run(self.head, z, masked), logits
+
+
+class CIFSResNet18(CIFSResNet):
+    """ResNet-18 for 32x32 images, CIFS at stages_3_0 and stages_3_1 [R]: 11,246,046 parameters."""
+
+
+class CIFSResNet10(CIFSResNet):
+    """ResNet-10 for Fashion-MNIST, CIFS at stages_2_0 and stages_3_0 [R0]: 4,941,406 parameters.
+
+    Args:
+        in_channels: Channels of the images.
+        **kwargs: Of :class:`CIFSResNet`.
+    """
+
+    def __init__(self, in_channels: int = 1, **kwargs: Any) -> None:
+        super().__init__(depths=(1, 1, 1, 1), in_channels=in_channels, **kwargs)
+
+
+class CIFSDigitsResNet(CIFSResNet):
+    """The ResNet for 8x8 digits, CIFS at stages_2_0 and stages_3_0 [C].
+
+    Args:
+        in_channels: Channels of the images.
+        hidden: Hidden width of the nonlinear probe, where ``selections`` does not say.
+        **kwargs: Of :class:`CIFSResNet`.
+    """
+
+    def __init__(self, in_channels: int = 1, hidden: int = 32, **kwargs: Any) -> None:
+        super().__init__(
+            depths=(1, 1, 1, 1),
+            widths=(16, 32, 64, 64),
+            strides=(1, 2, 2, 1),
+            in_channels=in_channels,
+            hidden=hidden,
+            **kwargs,
+        )
+
+
+class CIFSWideResNet(SelectiveNetwork):
+    """WRN with channel selections: WRN-28-10 with CIFS has 36,641,854 parameters.
+
+    Positions are ``stages_<i>_<j>_act1``, where the residual branch of a block begins (its shortcut
+    does not see the mask), and ``head_act``, after the final activation. Without ``selections`` the
+    last block and the head get CIFS, with a nonlinear probe of width 240 and a linear one [R0].
+
+    With CAS at both positions the probe of the second is the "extra linear layer on the final
+    feature" that the authors' WRN has: the parameter counts agree, 36,492,014 [R0].
+
+    Args:
+        num_classes: Number of classes K.
+        selections: Position -> selection.
+        hidden: Hidden width of the nonlinear probe, where ``selections`` does not say.
+        **kwargs: Of :class:`~common.networks.wide_resnet.WideResNet`; WRN-28-10 by default.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        selections: dict[str, Selection] | None = None,
+        hidden: int = 240,
+        **kwargs: Any,
+    ) -> None:
+        backbone = WideResNet(num_classes=num_classes, **kwargs)
+        positions = {
+            f"{name}_act1": cast(WideBlock, block).bn1.num_features
+            for name, block in _blocks(backbone.stages)
+        }
+        positions["head_act"] = backbone.widths[-1]
+        super().__init__(backbone, positions, selections, num_classes, hidden)
+        self.selections.apply(initialize)  # the probes' biases start at 0 like every other [R0]
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """(f, raw logits) of images ``(N, C, H, W)`` in [0, 1]; ``y`` serves train mode only."""
+        logits: list[Tensor] = []
+        z = self.stem(self.normalize(x))
+        for position, module in _blocks(self.stages):
+            block = cast(WideBlock, module)
+            a = block.activate(z)
+            a_bar, masked = self.select(f"{position}_act1", a, y, logits)
+            z = _run(block.residual, a_bar, masked) + block.skip(z, a)
+        masked = False
+        for name, layer in self.head.named_children():
+            z, here = self.select(f"head_{name}", _run(layer, z, masked), y, logits)
+            masked = masked or here
+        return z, logits
+
+
+# --------------------------------------------------------------------------------------- losses
+
+
+def joint_logits(model: Any, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Final logits and the list of raw logits, of any network or classifier; plain ones have none.
+
+    Args:
+        model: A network, or a classifier that holds one as ``net``.
+        x: Images, ``(N, C, H, W)``.
+        y: Labels, ``(N,)``, for the selections in train mode.
+    """
+    net = getattr(model, "net", model)
+    if not hasattr(net, "selections"):
+        return net(x), []
+    f, probes = net(x, y)
+    return f, probes
+
+
+def joint_loss(
+    f: Tensor,
+    probes: Sequence[Tensor],
+    y: Tensor,
+    beta: float,
+    base: PerExampleLoss = cross_entropy,
+) -> Tensor:
+    """L_beta = base(f, y) + (beta / S) sum_s base(p^s, y), per example, ``(N,)`` [R]."""
+    loss = base(f, y)
+    if not probes:
+        return loss
+    return loss + beta / len(probes) * torch.stack([base(p, y) for p in probes]).sum(dim=0)
+
+
+def training_factor(beta: float) -> float:
+    """3 / (1 + beta), by which the training script multiplies L_beta: total weight 3 [R]."""
+    return 3.0 / (1.0 + beta)
+
+
+class JointCrossEntropy:
+    """Adversarial training with the joint loss: max_x' L_beta, then min over x_adv [R].
+
+    Clean images never enter the loss. For a plain network this is AT, times the factor.
+
+    Args:
+        beta: Weight of the probes; 2 in the paper. At 0 the last biases of the probes get gradient
+            0.
+        attack_beta: Weight of the probes in what the adversary maximises; ``beta`` if not given.
+        rescale: Multiply the training loss by :func:`training_factor`, which is 1 at beta = 2.
+
+    Raises:
+        ConfigurationError: If a weight is negative or not finite.
+    """
+
+    needs_x_adv = True
+
+    def __init__(
+        self, beta: float = 2.0, attack_beta: float | None = None, rescale: bool = True
+    ) -> None:
+        self.beta = check_weight("beta", beta)
+        self.attack_beta = check_weight("attack_beta", beta if attack_beta is None else attack_beta)
+        self.factor = training_factor(beta) if rescale else 1.0
+
+    def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """L_beta with the attack's beta."""
+        return AdaptiveLoss(beta=self.attack_beta)(model, batch)
+
+    def outer(self, model: Any, batch: Batch) -> Tensor:
+        """Factor times L_beta of the adversarial images, batch mean."""
+        f, probes = joint_logits(model, adversarial_images(batch), batch["y"])
+        batch["logits_adv"] = f.detach()
+        return self.factor * joint_loss(f, probes, batch["y"], self.beta).mean()
+
+
+class NaturalJointCrossEntropy(JointCrossEntropy):
+    """The joint loss on clean images: natural training and the warm start of adversarial training.
+
+    Args:
+        beta: Weight of the probes.
+        attack_beta: Weight of the probes in ``inner``, which only evaluation uses.
+        rescale: Multiply by :func:`training_factor`.
+    """
+
+    needs_x_adv = False
+
+    def outer(self, model: Any, batch: Batch) -> Tensor:
+        """Factor times L_beta of the clean images, batch mean."""
+        f, probes = joint_logits(model, batch["x"], batch["y"])
+        batch["logits"] = f.detach()
+        return self.factor * joint_loss(f, probes, batch["y"], self.beta).mean()
+
+
+class JointTRADES:
+    """TRADES on all logits, without showing labels to the network [C].
+
+    The loss is L_beta(x; y) + lam D with the divergence
+    D = KL(f(x) || f(x_adv)) + (beta / S) sum_s KL(p^s(x) || p^s(x_adv)), which the adversary
+    maximises. The repository logs such a run but not its loss; a disabled line of its networks
+    treats a missing label as eval mode "for TRADES", so the selections need ``label_free: true``.
+    A plain network gives TRADES with weight ``lam``.
+
+    Args:
+        beta: Weight of the probes, 4 in the logged run.
+        lam: Weight of the divergence, 4 in the logged run, 6 for the plain network.
+
+    Raises:
+        ConfigurationError: If a weight is negative or not finite.
+    """
+
+    needs_x_adv = True
+
+    def __init__(self, beta: float = 4.0, lam: float = 4.0) -> None:
+        self.beta = check_weight("beta", beta)
+        self.lam = check_weight("lam", lam)
+
+    def divergence(
+        self, clean: tuple[Tensor, list[Tensor]], adv: tuple[Tensor, list[Tensor]]
+    ) -> Tensor:
+        """D, per example, ``(N,)``."""
+        (f, probes), (f_adv, probes_adv) = clean, adv
+        total = kl_divergence(f, f_adv)
+        for p, p_adv in zip(probes, probes_adv, strict=True):
+            total = total + self.beta / len(probes) * kl_divergence(p, p_adv)
+        return total
+
+    def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """D, the clean prediction held constant and computed once."""
+        with torch.inference_mode(False), torch.no_grad():
+            clean = joint_logits(model, batch["x"])
+        return lambda x: self.divergence(clean, joint_logits(model, x))
+
+    def outer(self, model: Any, batch: Batch) -> Tensor:
+        """L_beta of the clean images plus lam D, batch mean; gradients reach both predictions."""
+        x_adv = adversarial_images(batch)
+        clean, adv = joint_logits(model, batch["x"]), joint_logits(model, x_adv)
+        batch["logits"], batch["logits_adv"] = clean[0].detach(), adv[0].detach()
+        loss = joint_loss(*clean, batch["y"], self.beta) + self.lam * self.divergence(clean, adv)
+        return loss.mean()
+
+
+# ----------------------------------------------------------------------------- adaptive attacks
+
+
+@dataclass(frozen=True)
+class AdaptiveLoss:
+    """What an attacker who knows the defence maximises; has the shape of ``Objective.inner``.
+
+    Attributes:
+        base: Per-example loss of one set of logits.
+        beta: Weight of the probes in the joint loss; 0 attacks f alone.
+        probe: Attack this raw prediction alone, counted from 1 in forward order.
+        through_mask: Differentiate through the masks too (:func:`undetached`).
+    """
+
+    base: PerExampleLoss = cross_entropy
+    beta: float = 2.0
+    probe: int | None = None
+    through_mask: bool = False
+
+    def __call__(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """The function from x' ``(N, C, H, W)`` to the per-example loss ``(N,)``."""
+        y = differentiable(batch["y"])
+
+        def loss(x: Tensor) -> Tensor:
+            with undetached(model) if self.through_mask else nullcontext():
+                f, probes = joint_logits(model, x, y)
+            if self.probe is not None:
+                return self.base(probes[self.probe - 1], y)
+            return joint_loss(f, probes, y, self.beta, self.base)
+
+        return loss
+
+
+def adaptive_losses(model: Any) -> dict[str, InnerLoss]:
+    """The losses a fair evaluation attacks with, by name [R0].
+
+    ``ce_f``, ``ce_p1`` .. ``ce_pS``, ``ce_joint<beta>`` for beta in 0.1, 1, 2, 10, 100, 1000, each
+    also as ``cw_`` with the hinge margin (the official C&W falls back to cross-entropy for single
+    logits; here it does not), and ``ce_undetached``, joint with beta 2 through the masks [C].
+    A plain network has ``ce_f`` and ``cw_f`` only, and ``ce_undetached`` needs a CIFS module.
+    """
+    count = len(getattr(getattr(model, "net", model), "selections", ()))
+    losses: dict[str, InnerLoss] = {}
+    bases: dict[str, PerExampleLoss] = {"ce": cross_entropy, "cw": hinge_margin}
+    for name, base in bases.items():
+        losses[f"{name}_f"] = AdaptiveLoss(base, beta=0.0)
+        for s in range(1, count + 1):
+            losses[f"{name}_p{s}"] = AdaptiveLoss(base, probe=s)
+        for beta in (0.1, 1.0, 2.0, 10.0, 100.0, 1000.0) if count else ():
+            losses[f"{name}_joint{beta:g}"] = AdaptiveLoss(base, beta=beta)
+    if any(isinstance(module, CIFS) for module in model.modules()):
+        losses["ce_undetached"] = AdaptiveLoss(beta=2.0, through_mask=True)
+    return losses
