@@ -43,7 +43,7 @@ class RobustClassifier(LightningModule):
         super().__init__()
         self.net = net
         if channels_last:
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            net.to(memory_format=torch.channels_last)
         self.objective = objective
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -86,7 +86,8 @@ class RobustClassifier(LightningModule):
         try:
             with torch.no_grad():
                 self.eval()
-                return self(parameter.new_zeros(2, *shape))
+                logits: Tensor = self(parameter.new_zeros(2, *shape))
+                return logits
         except (RuntimeError, ValueError) as error:
             raise ConfigurationError(
                 f"the network cannot take images of shape {'x'.join(map(str, shape))} "

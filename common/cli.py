@@ -8,15 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from filelock import FileLock, Timeout
-from jsonargparse import Namespace
+from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
@@ -35,6 +35,7 @@ from common.trainer import Trainer
 CONFIGS = Path(__file__).parent / "configs"
 BASE = str(CONFIGS / "base.yaml")
 TRAINING = ("fit", "reproduce")
+TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
 
 class RobustCLI(LightningCLI):
@@ -67,8 +68,9 @@ class RobustCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's four, and ``reproduce``: fit, then test what came of it."""
-        ours = {"reproduce": {"model", "datamodule"}}
-        return {**LightningCLI.subcommands(), **ours}
+        lightnings = LightningCLI.subcommands()
+        skipped = {name: skip | {"weights_only"} for name, skip in lightnings.items()}
+        return {**skipped, "reproduce": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The adversary, evaluation and the rest each get a section of their own."""
@@ -134,9 +136,7 @@ class RobustCLI(LightningCLI):
         ``fit`` never touches an earlier run: it takes the next free ``seed0-v1``. ``reproduce``
         goes on with ``seed0`` if that was made with the same settings, and moves it aside if not.
         """
-        base = (
-            Path(config.runs) / self.package / config.experiment / f"seed{config.seed_everything}"
-        )
+        base = Path(config.runs, self.package, config.experiment, f"seed{config.seed_everything}")
         if config.trainer.default_root_dir is not None:
             base = Path(config.trainer.default_root_dir)
         versions = sorted(base.parent.glob(f"{base.name}-v*"), key=_version)
@@ -150,10 +150,9 @@ class RobustCLI(LightningCLI):
             if checkpoint == "last":
                 run = versions[-1] if versions else base
             elif checkpoint is None and (base / "checkpoints" / "last.ckpt").exists():
-                run = base.with_name(
-                    f"{base.name}-v{_version(versions[-1]) + 1 if versions else 1}"
-                )
-        if rank_zero_only.rank != 0:
+                following = _version(versions[-1]) + 1 if versions else 1
+                run = base.with_name(f"{base.name}-v{following}")
+        if getattr(rank_zero_only, "rank", 0) != 0:
             return Path(os.environ.get("RUN_DIRECTORY", run))
         os.environ["RUN_DIRECTORY"] = str(run)  # ranks started by this process follow it
         if config.trainer.fast_dev_run:
@@ -185,8 +184,7 @@ class RobustCLI(LightningCLI):
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
             extra.append(LastCheckpoint(self._get(self.config_init, "checkpoint").dirpath))
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
-        trainer: Trainer = super().instantiate_trainer(**kwargs)
-        return trainer
+        return cast(Trainer, super().instantiate_trainer(**kwargs))
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -199,21 +197,25 @@ class SaveTrainingConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp")
-        self.parser.save(
-            self.config, str(partial), skip_none=False, overwrite=True, multifile=False
-        )
+        config = self.config.clone()
+        # The file describes the experiment; where this run happened to write is not part of it.
+        config.pop("ckpt_path", None)
+        config.update(None, "trainer.default_root_dir")
+        config.update(None, "checkpoint.dirpath")
+        config.update(None, "monitoring.hyperparameters")
+        logger = config.trainer.logger
+        if logger and logger.class_path == TENSORBOARD:
+            config.update(None, "trainer.logger")
+        self.parser.save(config, str(partial), skip_none=False, overwrite=True, multifile=False)
         partial.replace(path)
         self.already_saved = True
 
 
 def tensorboard_in(run: Path) -> Namespace:
     """Configuration of a TensorBoard logger that writes into ``run``."""
-    return Namespace(
-        class_path="lightning.pytorch.loggers.TensorBoardLogger",
-        init_args=Namespace(
-            save_dir=str(run), name="tensorboard", version="", default_hp_metric=False
-        ),
-    )
+    folder = {"save_dir": str(run), "name": "tensorboard", "version": ""}
+    settings = {"class_path": TENSORBOARD, "init_args": folder | {"default_hp_metric": False}}
+    return cast(Namespace, dict_to_namespace(settings))
 
 
 def lock(run: Path, timeout: float = 0) -> FileLock:

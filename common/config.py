@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
@@ -15,10 +16,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 from common.errors import ConfigurationError
 
 # The sections and settings that decide which weights come out of a run.
-TRAINING_SECTIONS = ("seed_everything", "model", "data", "adversary", "weight_perturbation")
-TRAINING_SECTIONS += ("warm_start", "checkpoint")
-TRAINER_SETTINGS = ("max_epochs", "max_steps", "precision", "gradient_clip_val")
-TRAINER_SETTINGS += ("accumulate_grad_batches", "callbacks", "limit_train_batches")
+TRAINING_SECTIONS = (
+    *("seed_everything", "model", "data", "adversary", "weight_perturbation"),
+    *("warm_start", "checkpoint"),
+)
+TRAINER_SETTINGS = (
+    *("max_epochs", "max_steps", "precision", "gradient_clip_val"),
+    *("accumulate_grad_batches", "callbacks", "limit_train_batches"),
+)
 WHEREABOUTS = ("root", "dirpath", "num_workers", "eval_batch_size")
 
 
@@ -54,12 +59,11 @@ def fill_from_data(config: Namespace) -> None:
         ConfigurationError: If a network is explicitly given other counts.
     """
     source = config.data.source
-    spec = load_class(source.class_path)(**(source.get("init_args") or Namespace())).spec
+    spec = load_class(source.class_path)(**(source.get("init_args") or {})).spec
     for path, node in _class_nodes(config.model, "model"):
         parameters = inspect.signature(load_class(node.class_path)).parameters
         if not {"num_classes", "in_channels"} <= set(parameters):
             continue
-        arguments = node.setdefault("init_args", Namespace()) if "init_args" not in node else None
         arguments = node.init_args
         for name, value in (("num_classes", spec.num_classes), ("in_channels", spec.shape[0])):
             given, default = arguments.get(name), parameters[name].default
@@ -84,7 +88,7 @@ def _class_nodes(value: Any, path: str) -> Iterator[tuple[str, Namespace]]:
     if isinstance(value, Namespace):
         if "class_path" in value:
             yield path, value
-            for key, part in vars(value.get("init_args") or Namespace()).items():
+            for key, part in vars(value.get("init_args") or SimpleNamespace()).items():
                 yield from _class_nodes(part, f"{path}.{key}")
     elif isinstance(value, dict):
         for key, part in value.items():
@@ -101,7 +105,12 @@ class UserFriendlyParser(LightningArgumentParser):
         """Print the explanation and exit with status 2."""
         if not self.exit_on_error:  # jsonargparse tries alternatives and catches what they raise
             super().error(message, ex)
-        options = {name.lstrip("-") for a in self._actions for name in a.option_strings}
+        parsers = [self]
+        for action in self._actions:
+            parsers += getattr(action, "_name_parser_map", {}).values()
+        options = {
+            name.lstrip("-") for p in parsers for a in p._actions for name in a.option_strings
+        }
         self.exit(2, f"error: {explain(message, options)}\n")
 
 
@@ -131,6 +140,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         names = _parameters(class_path) if class_path else options
         prefix = f"{key}." if class_path or not key else ""
         return f"unknown option {prefix}{found[1]}{_nearest(found[1], names)}"
+    if found := re.match(r"Subcommand \'\w+\' does not accept option \'([^\']*)\'", reason):
+        return f"unknown option {found[1]}{_nearest(found[1], options)}"
     if found := re.match(r"unrecognized arguments?: --([^ =]+)", reason):
         return f"unknown option --{found[1]}{_nearest(found[1], options)}"
     if found := re.match(r"module '([^']*)' has no attribute '([^']*)'", reason):

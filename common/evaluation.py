@@ -5,9 +5,10 @@ the headline number is the worst case over attacks and not the lowest mean.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class SuiteEntry:
         attack: A projected ascent, run once per loss; or AutoAttack, which brings its own losses.
         losses: Patterns (``ce_f``, ``ce_*``, ``cw_joint*``) over the losses that the model
             declares in ``adaptive_losses``, and ``model`` for the inner loss it was trained with.
+            AutoAttack takes one: ``ce_f`` leaves it as it is, another steers APGD-CE and Square.
         survivors_only: Attack only what every earlier entry left standing. Outcomes are then
             cumulative: cheaper, the same worst case, but no figure of this attack alone.
         examples: Attack the first so many of the split only; ``None`` means all.
@@ -91,14 +93,22 @@ def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
                 f"the suite entry {name!r} contains '/', which separates attack from loss in "
                 "results; rename it"
             )
-        if isinstance(entry.attack, PGD):
-            resolve_losses(entry.losses, model)
+        losses = resolve_losses(entry.losses, model)
+        if isinstance(entry.attack, AutoAttack) and len(losses) > 1:
+            raise ConfigurationError(
+                f"AutoAttack takes one loss, the suite entry {name!r} has {', '.join(losses)}; "
+                "make one entry for each"
+            )
 
 
 @torch.no_grad()
 def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Predicted classes ``(N,)``."""
     return model(x).argmax(dim=1)
+
+
+def _is_wrong(model: Callable[[Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
+    return predict(model, x) != y
 
 
 class SuiteRun:
@@ -154,20 +164,14 @@ class SuiteRun:
         batch: Batch,
         counted: Tensor,
         standing: Tensor,
-    ) -> Any:
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield (attack/loss, still correct) for one entry."""
         attack = entry.attack
+        losses = resolve_losses(entry.losses, self.model)
         if isinstance(attack, AutoAttack):
-            target = (counted & standing).nonzero().flatten()
-            started = time.perf_counter()
-            found = attack.run(self.model, batch["x"][target], batch["y"][target], seed=self.seed)
-            self._spent(f"{name}/autoattack", started)
-            for step, verdict in found.correct.items():
-                outcome = standing.clone()
-                outcome[target] = verdict.to(outcome.device)
-                yield f"{name}/{step}", outcome
+            yield from self._autoattack(name, attack, losses, batch, counted & standing, standing)
             return
-        for loss_name, inner in resolve_losses(entry.losses, self.model).items():
+        for loss_name, inner in losses.items():
             started = time.perf_counter()
             target = (counted & standing).nonzero().flatten()
             outcome = standing.clone()
@@ -178,13 +182,46 @@ class SuiteRun:
                     inner(self.model, part),
                     part["x"],
                     random,
-                    is_adversarial=lambda x, y=part["y"]: predict(self.model, x) != y,
+                    is_adversarial=partial(_is_wrong, self.model, part["y"]),
                 )
                 outcome[target] = predict(self.model, x_adv) == part["y"]
             self._spent(f"{name}/{loss_name}", started)
             if entry.survivors_only:
                 standing = outcome
             yield f"{name}/{loss_name}", outcome
+
+    def _autoattack(
+        self,
+        name: str,
+        attack: AutoAttack,
+        losses: dict[str, InnerLoss],
+        batch: Batch,
+        target: Tensor,
+        standing: Tensor,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield (attack/step, still correct), also where nothing is left to attack."""
+        if not target.any():
+            classes = self.model(batch["x"][:1]).shape[1]
+            yield from ((f"{name}/{step}", standing) for step in attack.planned(classes))
+            return
+        ((loss_name, inner),) = losses.items()
+
+        def steered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.model(x), inner(self.model, {"x": x, "y": y})(x)
+
+        found = attack.run(
+            self.model,
+            batch["x"][target],
+            batch["y"][target],
+            seed=self.seed,
+            steered=None if loss_name == "ce_f" else steered,
+        )
+        for step, verdict in found.correct.items():
+            outcome = standing.clone()
+            outcome[target] = verdict
+            key = f"{name}/{step}"
+            self.seconds[key] = self.seconds.get(key, 0.0) + found.seconds[step]
+            yield key, outcome
 
     def _spent(self, key: str, started: float) -> None:
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started

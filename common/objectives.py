@@ -11,7 +11,7 @@ its own, so in train mode batch-norm sees the two kinds of images apart and upda
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class Objective(Protocol):
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """What the optimiser minimises: a scalar."""
+
+
+def objective_of(module: Any) -> Objective:
+    """The objective that a classifier carries as ``objective``."""
+    return cast(Objective, module.objective)
 
 
 class Natural:

@@ -8,8 +8,13 @@ import torch
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.nn.functional import all_reduce as _all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum over all ranks, differentiable."""
+    return cast(Tensor, _all_reduce(tensor))  # type: ignore[no-untyped-call]
 
 
 class DeviceInvariantDDP(DDPStrategy):
@@ -71,7 +76,7 @@ class GlobalBatchNorm(_BatchNorm):
         variance = all_reduce(centred.square().sum(dims)) / count
         with torch.no_grad():
             self._move_running_statistics(mean, variance * count / (count - 1))
-        normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
+        normalised: Tensor = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
         return normalised

@@ -19,7 +19,8 @@ class Trainer(pl.Trainer):
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = True,
     ) -> None:
         """Train; with ``--ckpt_path last`` go on where an interrupted run stopped."""
         super().fit(
@@ -28,32 +29,34 @@ class Trainer(pl.Trainer):
             val_dataloaders,
             datamodule,
             ckpt_path=self._checked(ckpt_path),
-            weights_only=True,
+            weights_only=weights_only,
         )
 
     def validate(
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | None = None,
         verbose: bool = True,
         datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = True,
     ) -> Any:
         """Measure clean and robust accuracy on the validation split."""
         path = self._checked(ckpt_path)
-        return super().validate(model, dataloaders, path, verbose, datamodule, weights_only=True)
+        return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def test(
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | None = None,
         verbose: bool = True,
         datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = True,
     ) -> Any:
         """Run the attack suite on the test split and file the results."""
         path = self._checked(ckpt_path)
-        return super().test(model, dataloaders, path, verbose, datamodule, weights_only=True)
+        return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def predict(
         self,
@@ -61,12 +64,13 @@ class Trainer(pl.Trainer):
         dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
         return_predictions: bool | None = None,
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = True,
     ) -> Any:
         """Write the class probabilities of the test split to predictions.csv."""
         path = self._checked(ckpt_path)
         return super().predict(
-            model, dataloaders, datamodule, return_predictions, path, weights_only=True
+            model, dataloaders, datamodule, return_predictions, path, weights_only
         )
 
     def reproduce(self, model: LightningModule, datamodule: LightningDataModule) -> None:
@@ -78,10 +82,10 @@ class Trainer(pl.Trainer):
             if (folder / f"{name}.ckpt").exists():
                 self.test(model, datamodule=datamodule, ckpt_path=str(folder / f"{name}.ckpt"))
 
-    def _checked(self, ckpt_path: str | None) -> str | None:
+    def _checked(self, ckpt_path: str | Path | None) -> str | None:
         """The checkpoint's full path after a look inside; its absence is told at once."""
         if ckpt_path is None or ckpt_path in ("best", "hpc", "registry"):
-            return ckpt_path
+            return None if ckpt_path is None else str(ckpt_path)
         path = Path(ckpt_path)
         if ckpt_path in ("last", "selected"):
             path = Path(self.default_root_dir) / "checkpoints" / f"{ckpt_path}.ckpt"

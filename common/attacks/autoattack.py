@@ -19,7 +19,7 @@ import torch
 from pyautoattack import checks
 from pyautoattack.autopgd_base import APGDAttack
 from pyautoattack.square import SquareAttack
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.attacks.losses import margin
 from common.attacks.pgd import Norm, parse_radius
@@ -132,6 +132,13 @@ class AutoAttack:
         self.apgd_restarts = apgd_restarts
         self.steps = steps
 
+    def planned(self, num_classes: int) -> list[str]:
+        """The attacks of this version that can run with so many classes, in their order."""
+        wanted = self.attacks
+        if wanted is None:
+            wanted = pyautoattack.AutoAttack(nn.Identity(), version=self.version).attacks_to_run
+        return [name for name in wanted if num_classes >= _LEAST_CLASSES.get(name, 2)]
+
     def attack_model(self, predict: Predict, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
         """Images x' ``(N, C, H, W)``: adversarial where an attack succeeded, x elsewhere."""
         return self.run(predict, x, y, seed).x_adv
@@ -235,7 +242,7 @@ class AutoAttack:
         wanted = list(self.attacks or official.attacks_to_run)
         with torch.no_grad():
             classes = predict(x[:1]).shape[1]
-        names = [name for name in wanted if classes >= _LEAST_CLASSES.get(name, 2)]
+        names = self.planned(classes)
         left_out = tuple(name for name in wanted if name not in names)
         if not names:
             raise ConfigurationError(

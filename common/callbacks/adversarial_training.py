@@ -6,9 +6,9 @@ from lightning.pytorch import Callback
 
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, run_seed
-from common.callbacks.modes import AttackMode, frozen
+from common.callbacks.modes import AttackMode, frozen, is_logged
 from common.errors import ConfigurationError
-from common.objectives import Batch
+from common.objectives import Batch, objective_of
 
 
 class AdversarialTraining(Callback):
@@ -38,7 +38,8 @@ class AdversarialTraining(Callback):
         """
         if stage != "fit":
             return
-        name, wanted = type(pl_module.objective).__name__, pl_module.objective.needs_x_adv
+        objective = objective_of(pl_module)
+        name, wanted = type(objective).__name__, objective.needs_x_adv
         if wanted and self.attack is None:
             raise ConfigurationError(
                 f"the objective {name} trains on adversarial examples and adversary.attack is "
@@ -67,21 +68,21 @@ class AdversarialTraining(Callback):
         random = ExampleRandom(run_seed(), trainer.current_epoch, batch["index"])
         # Lightning enters autocast after this hook, so the precision is entered by hand.
         with frozen(pl_module, self.mode), trainer.precision_plugin.train_step_context():
-            loss_fn = pl_module.objective.inner(pl_module, batch)
+            loss_fn = objective_of(pl_module).inner(pl_module, batch)
             batch["x_adv"] = self.attack(
                 loss_fn,
                 batch["x"],
                 random,
                 is_adversarial=lambda x: pl_module(x).argmax(dim=1) != batch["y"],
             )
-            if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            if is_logged(trainer):
                 self._measure(pl_module, batch)
 
     def _measure(self, module: LightningModule, batch: Batch) -> None:
         """Log what the attack gained: inner loss and accuracy before and after it."""
         size = len(batch["y"])
         with torch.no_grad(), frozen(module, "eval"):
-            loss_fn = module.objective.inner(module, batch)
+            loss_fn = objective_of(module).inner(module, batch)
             for when, x in (("before", batch["x"]), ("after", batch["x_adv"])):
                 loss = loss_fn(x).mean()
                 module.log(f"train/inner_loss_{when}", loss, batch_size=size, on_step=True)

@@ -1,9 +1,10 @@
-"""Module modes for the duration of an attack, given back exactly as they were."""
+"""Module modes for the duration of an attack, and what callbacks ask of a trainer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from lightning import Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -64,3 +65,9 @@ def frozen(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
             submodule.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def is_logged(trainer: Trainer) -> bool:
+    """Whether Lightning logs the optimiser step that comes next."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+    return (trainer.global_step + 1) % every == 0

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import grad_norm
 
+from common.callbacks.modes import is_logged
 from common.evaluation import predict
 from common.objectives import Batch
 
@@ -42,7 +43,7 @@ class Monitoring(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Log the l2 norm of the gradient the optimiser is about to use."""
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if is_logged(trainer):
             norms = grad_norm(pl_module, norm_type=2)
             pl_module.log("train/grad_norm", norms["grad_2.0_norm_total"])
 
@@ -85,7 +86,7 @@ class Monitoring(Callback):
             predict(module, part["x"]).cpu(),
             predict(module, part["x_adv"]).cpu(),
             part["y"].cpu(),
-            class_names=getattr(data, "class_names", None),
+            class_names=getattr(data, "class_names", ()),
         )
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from common import provenance
 from common.attacks.autoattack import AutoAttack
+from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
 from common.callbacks.modes import frozen
 from common.errors import ConfigurationError
@@ -95,7 +96,7 @@ class RobustEvaluation(Callback):
         """Attack the batch with the validation attack and leave ``x_adv`` for the monitors."""
         if self.validation is None:
             return
-        attack = self.validation.attack
+        attack = cast(PGD, self.validation.attack)
         worst = torch.ones_like(batch["y"], dtype=torch.bool)
         predicted = batch["y"].clone()
         with torch.inference_mode(False), frozen(pl_module, "eval"):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.callbacks.modes import batch_statistics_kept
 from common.errors import ConfigurationError
-from common.objectives import Batch
+from common.objectives import Batch, objective_of
 
 
 class AdversarialWeightPerturbation(Callback):
@@ -50,7 +50,7 @@ class AdversarialWeightPerturbation(Callback):
             torch.enable_grad(),
             trainer.precision_plugin.train_step_context(),
         ):
-            loss = pl_module.objective.outer(pl_module, batch)
+            loss = objective_of(pl_module).outer(pl_module, batch)
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is None:

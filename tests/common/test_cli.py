@@ -86,9 +86,7 @@ def test_fit_test_predict_and_rerun_from_the_saved_config(config) -> None:
     assert last["epoch"] == 1
     assert last["global_step"] == 6
     assert list(last["attacks"]) == ["fgsm/ce_f", "fgsm/cw_f", "fgsm/model", "pgd2/ce_f"]
-    assert (
-        last["metrics"]["worst"] <= min(last["metrics"].values()) + 1e-9 <= last["metrics"]["fgsm"]
-    )
+    assert last["metrics"]["worst"] == min(last["metrics"].values())
 
     call("predict", "--config", run / "config.yaml", "--ckpt_path", run / "checkpoints/last.ckpt")
     rows = list(csv.DictReader((run / "predictions.csv").open()))
@@ -96,8 +94,7 @@ def test_fit_test_predict_and_rerun_from_the_saved_config(config) -> None:
     accuracy = sum(row["label"] == row["predicted"] for row in rows) / 50
     assert accuracy == pytest.approx(last["metrics"]["clean_acc"])
 
-    call("fit", "--config", run / "config.yaml", "--runs", "again", "--trainer.logger", "null",
-         "--trainer.default_root_dir", "null", "--checkpoint.dirpath", "null")  # fmt: skip
+    call("fit", "--config", run / "config.yaml", "--runs", "again")
     one, two = (
         torch.load(folder / "paper_tiny/tiny/seed3/checkpoints/last.ckpt")["state_dict"]
         for folder in (Path("runs"), Path("again"))

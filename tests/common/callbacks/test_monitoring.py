@@ -69,7 +69,7 @@ def test_a_run_can_be_read_back(tmp_path) -> None:
         read.Scalars("train/inner_loss_before"), read.Scalars("train/inner_loss_after"), strict=True
     ):
         assert after.value > before.value, "the attack must raise the loss it climbs"
-    assert all(event.value == 0.01 for event in map(_rounded, read.Scalars("lr-SGD")))
+    assert [round(event.value, 6) for event in read.Scalars("lr-SGD")] == [0.01] * 4
     (image,) = [i for i in read.Tags()["images"] if i == "val/examples"]
     assert len(read.Images(image)) == 2
     histograms = read.Tags()["histograms"]
@@ -77,10 +77,6 @@ def test_a_run_can_be_read_back(tmp_path) -> None:
             for x in ("x", "x_adv")} <= set(histograms)  # fmt: skip
     assert any(tag.startswith("_hparams_") for tag in read.summary_metadata)
     assert any(tag == "hp/clean_acc" for tag in scalars)
-
-
-def _rounded(event):
-    return event._replace(value=round(event.value, 6))
 
 
 def test_settings_are_flattened_to_what_a_table_shows() -> None:
