@@ -1,11 +1,16 @@
 """From pixels to the input a network was made for."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
+
+Statistics = Sequence[float] | Literal["data"] | None
+"""One number per channel in pixel units; ``data`` is a placeholder in configuration files, where
+the command line puts the statistics of the data set."""
 
 
 class Normalize(nn.Module):
@@ -31,8 +36,8 @@ class Normalize(nn.Module):
     def __init__(
         self,
         in_channels: int = 3,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Statistics = None,
+        std: Statistics = None,
     ) -> None:
         super().__init__()
         if in_channels < 1:
@@ -40,6 +45,11 @@ class Normalize(nn.Module):
         if (mean is None) != (std is None):
             raise ConfigurationError(
                 f"mean and std go together, got mean={mean} and std={std}; give both or neither"
+            )
+        if mean == "data" or std == "data":
+            raise ConfigurationError(
+                f"mean={mean!r} and std={std!r}: 'data' is filled in by the command line; in "
+                "Python give numbers, such as the data module's mean and std"
             )
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and len(values) != in_channels:

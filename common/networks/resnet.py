@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
-from common.networks.normalize import Normalize
+from common.networks.normalize import Normalize, Statistics
 
 Activation = Callable[[], nn.Module]
 """Makes one activation, for example ``torch.nn.ReLU``."""
@@ -155,8 +155,8 @@ class ResNet(nn.Module):
         strides: Sequence[int] = (1, 2, 2, 2),
         num_classes: int = 10,
         in_channels: int = 3,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Statistics = None,
+        std: Statistics = None,
         block: Block = BasicBlock,
         activation: Activation = nn.ReLU,
     ) -> None:

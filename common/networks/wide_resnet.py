@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
-from common.networks.normalize import Normalize
+from common.networks.normalize import Normalize, Statistics
 from common.networks.resnet import (
     Activation,
     check_positive,
@@ -143,8 +143,8 @@ class WideResNet(nn.Module):
         widen_factor: int = 10,
         num_classes: int = 10,
         in_channels: int = 3,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Statistics = None,
+        std: Statistics = None,
         depths: Sequence[int] | None = None,
         widths: Sequence[int] | None = None,
         strides: Sequence[int] = (1, 2, 2),
