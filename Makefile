@@ -33,14 +33,16 @@ reproduce-%: $(STAMP) ## rows, table and figures of a paper [ON=stem-prefix] [SE
 	@rm -f runs/.failed-$*
 	@$(MAKE) --no-print-directory -k $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS)) PAPER=$* rows \
 	  || { mkdir -p runs; touch runs/.failed-$*; }
-	@$(PY) -m common.results paper_$* --collect runs/paper_$* --on $(ON) --seeds "$(SEEDS)" --quiet
+	@mkdir -p paper_$*/results; for row in runs/paper_$*/$(ON)*/seed*/finished; do run=$${row%/finished}; stem=$${run%/*}; \
+	  to=paper_$*/results/$${stem##*/}-$${run##*/}.json; \
+	  if [ -e $$row ]; then cp $$run/results.json $$to.tmp; mv $$to.tmp $$to; fi; done
 	@$(PY) -m paper_$*.analysis --on $(ON) --seeds $(SEEDS) || touch runs/.failed-$*
-	@$(PY) -m common.results paper_$* --on $(ON) --seeds "$(SEEDS)"
+	@$(PY) -m common.tables paper_$* --on $(ON) --seeds "$(SEEDS)"
 	@if [ -e runs/.failed-$* ]; then echo "some rows of paper_$* failed, see FAILED above;" \
 	  "the same command tries them again"; exit 1; fi
 
 results: $(STAMP) ## render all tables again from the result files
-	@for paper in $(PAPERS); do $(PY) -m common.results paper_$$paper; done
+	@$(PY) -m common.tables $(addprefix paper_,$(PAPERS))
 
 tensorboard: $(STAMP) ## look at all runs
 	$(VENV)/bin/tensorboard --logdir runs

@@ -1,0 +1,92 @@
+"""Every configuration of every paper, through the real command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from common.cli import RobustCLI, main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(ROOT.glob("paper_*/configs/*.yaml"))
+DIGITS = [path for path in CONFIGS if path.stem.startswith("digits")]
+# Two images and short attacks: what a full-size network costs on a CPU here is its imports.
+SMALL = {
+    "data.batch_size": 2,
+    "data.eval_batch_size": 2,
+    "data.val_limit": 2,
+    "data.train_limit": 20,
+    "data.test_limit": 2,
+    "adversary.attack.steps": 1,
+    "trainer.fast_dev_run": "true",
+    "trainer.accelerator": "cpu",
+    "trainer.enable_progress_bar": "false",
+    "trainer.enable_model_summary": "false",
+}
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+def options(path: Path, **more: object) -> list[str]:
+    settings = SMALL | more
+    config = yaml.safe_load(path.read_text())
+    if config["adversary"].get("attack") is None:
+        settings = {k: v for k, v in settings.items() if not k.startswith("adversary")}
+    flat = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
+    return ["--config", str(path), *flat]
+
+
+def test_there_are_configs() -> None:
+    assert len(CONFIGS) > 50
+    assert len(DIGITS) >= 8
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_a_config_describes_one_known_experiment(path) -> None:
+    reference = yaml.safe_load((path.parents[1] / "reference.yaml").read_text())
+    assert path.stem in reference["rows"]
+    assert path.read_text().startswith("# "), "the first line says which row this is"
+    config = yaml.safe_load(path.read_text())
+    assert {"model", "data", "adversary", "evaluation", "trainer"} <= set(config)
+    if start := config.get("warm_start"):
+        assert (path.parent / f"{start['experiment']}.yaml").exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_a_config_parses_and_everything_in_it_can_be_made(path) -> None:
+    arguments = [*options(path), "--trainer.logger", "false"]
+    cli = RobustCLI(path.parents[1].name, arguments, run=False)
+    net = cli.model.net
+    shape = cli.datamodule.shape
+    with torch.inference_mode():
+        logits = cli.model.eval()(torch.rand(1, *shape))
+    assert logits.shape == (1, cli.datamodule.num_classes)
+    assert sum(p.numel() for p in net.parameters()) > 10_000
+    needs_attack = cli.model.objective.needs_x_adv
+    adversary = cli.config_init["adversary"]
+    assert (adversary.attack is not None) == needs_attack
+    for entry in cli.config_init["evaluation"].suite.values():
+        assert entry.attack.eps > 0
+
+
+@pytest.mark.parametrize("path", DIGITS, ids=name)
+def test_a_digits_config_survives_fit(path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["fit", *options(path), "--warm_start.experiment", "null"], package=path.parents[1].name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p not in DIGITS], ids=name)
+def test_every_config_survives_fit(path, tmp_path, monkeypatch, request) -> None:
+    dataset = path.stem.partition("_")[0]
+    fixture = {"cifar10": "fake_cifar10", "svhn": "fake_svhn", "fashion": "fake_fashion_mnist"}
+    root = request.getfixturevalue(fixture[dataset])
+    monkeypatch.chdir(tmp_path)
+    arguments = options(path, **{"data.source.root": root, "data.val_limit": 2})
+    main(
+        ["fit", *arguments, "--warm_start.experiment", "null"],
+        package=path.parents[1].name,
+    )
