@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import cross_entropy, hinge_margin
 from common.errors import CheckpointError, ConfigurationError, DivergedError
-from common.objectives import Batch, Objective
+from common.objectives import Batch, Objective, differentiable
 
 InnerLoss = Callable[[Any, Batch], Callable[[Tensor], Tensor]]
 """What :meth:`Objective.inner` is: (model, batch) -> (x' -> per-example loss)."""
@@ -148,7 +148,8 @@ class RobustClassifier(LightningModule):
 
 def _on_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> InnerLoss:
     def inner(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-        return lambda x: loss(model(x), batch["y"])
+        y = differentiable(batch["y"])
+        return lambda x: loss(model(x), y)
 
     return inner
 

@@ -35,12 +35,15 @@ class SuiteEntry:
         survivors_only: Attack only what every earlier entry left standing. Outcomes are then
             cumulative: cheaper, the same worst case, but no figure of this attack alone.
         examples: Attack the first so many of the split only; ``None`` means all.
+        checkpoints: Run for checkpoints of these names only (``last``, ``selected``); ``None``
+            means whatever is tested.
     """
 
     attack: PGD | AutoAttack
     losses: list[str] = field(default_factory=lambda: ["ce_f"])
     survivors_only: bool = False
     examples: int | None = None
+    checkpoints: list[str] | None = None
 
     def __post_init__(self) -> None:
         if not self.losses:

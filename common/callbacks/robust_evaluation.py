@@ -129,7 +129,12 @@ class RobustEvaluation(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a suite."""
-        self._run = SuiteRun(pl_module, self.suite, run_seed())
+        suite = {
+            name: entry
+            for name, entry in self.suite.items()
+            if entry.checkpoints is None or label_of(trainer) in entry.checkpoints
+        }
+        self._run = SuiteRun(pl_module, suite, run_seed())
         self._started = time.perf_counter()
 
     def on_test_batch_start(
@@ -158,13 +163,12 @@ class RobustEvaluation(Callback):
             self._write(trainer, pl_module, entry)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, entry: CheckpointResult) -> None:
-        label = Path(trainer.ckpt_path).stem if trainer.ckpt_path else "untrained"
         merge_result(
             self.results_path(trainer),
             paper=self.paper,
             experiment=self.experiment,
             seed=run_seed(),
-            label=label,
+            label=label_of(trainer),
             entry=entry,
             provenance=provenance.collect(
                 device=pl_module.device,
@@ -176,6 +180,11 @@ class RobustEvaluation(Callback):
                 attack_seconds=self._run.seconds,
             ),
         )
+
+
+def label_of(trainer: Trainer) -> str:
+    """The name under which a checkpoint's results are filed: its file's, without the ending."""
+    return Path(trainer.ckpt_path).stem if trainer.ckpt_path else "untrained"
 
 
 def _gather_from(trainer: Trainer) -> Callable[[Any], list[Any]]:
