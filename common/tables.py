@@ -1,0 +1,555 @@
+"""The printed numbers of a paper beside ours: Markdown for its README, rich for a terminal.
+
+A paper's ``reference.yaml`` lists its tables (``groups``) and experiments (``rows``, by stem)::
+
+    title: ...
+    groups:
+      - {id: E1, title: Main comparison, metrics: [{key: clean_acc, title: Natural}, ...]}
+    rows:
+      cifar10_resnet18_plain:
+        {groups: [E1], label: plain, source: R0, last: {clean_acc: 84.56}, selected: {}}
+
+Numbers are percentages, lists of repeats, or null for "not found".
+``python -m common.tables paper_x`` prints the tables and rewrites the README's.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import ConfigurationError, UserError
+from common.results import LABELS, Result, load_results, write_text_atomically
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+Number = float | list[float] | None
+
+
+# -------------------------------------------------------------------------- what the paper printed
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column: the key of a metric, and its title."""
+
+    key: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """A table.
+
+    Args:
+        id: What rows name in ``groups``.
+        title: Heading.
+        metrics: Columns, in order.
+        note: Text under the heading.
+        layout: ``wide`` has paper and ours side by side; ``stacked`` has them in lines below each
+            other, which suits many metrics.
+    """
+
+    id: str
+    title: str
+    metrics: list[Metric]
+    note: str = ""
+    layout: Literal["wide", "stacked"] = "wide"
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("wide", "stacked"):
+            raise TypeError(f"layout must be wide or stacked, got {self.layout!r}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """An experiment: the tables it is in, and the printed numbers of its two checkpoints."""
+
+    stem: str
+    groups: list[str]
+    label: str
+    source: str | None = None
+    last: dict[str, Number] = field(default_factory=dict)
+    selected: dict[str, Number] = field(default_factory=dict)
+
+    def printed(self, label: str, key: str) -> list[float]:
+        """What was printed for a metric, one number per repeat."""
+        value = (self.last if label == "last" else self.selected).get(key)
+        if value is None:
+            return []
+        return list(value) if isinstance(value, list) else [value]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The parts of a ``reference.yaml`` that tables are made of."""
+
+    groups: list[Group]
+    rows: dict[str, Row]
+
+
+def read_reference(path: str | Path) -> Reference:
+    """Read the groups and rows of a ``reference.yaml``.
+
+    Raises:
+        ConfigurationError: If it cannot be read, a row names an unknown group, or a row has a
+            number that none of its groups shows.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        groups = [
+            Group(**{**group, "metrics": [Metric(**metric) for metric in group["metrics"]]})
+            for group in data["groups"]
+        ]
+        rows = {stem: Row(stem=stem, **row) for stem, row in data["rows"].items()}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); it needs groups (a list of "
+            "id, title, metrics, note, layout) and rows (by stem: groups, label, source, last, "
+            "selected)"
+        ) from error
+    columns = {group.id: {metric.key for metric in group.metrics} for group in groups}
+    for row in rows.values():
+        if unknown := [group for group in row.groups if group not in columns]:
+            raise ConfigurationError(
+                f"{path}: {row.stem} is in the unknown group {unknown[0]!r}; there are "
+                f"{', '.join(columns)}"
+            )
+        shown = set().union(*(columns[group] for group in row.groups))
+        if hidden := [key for key in (*row.last, *row.selected) if key not in shown]:
+            raise ConfigurationError(
+                f"{path}: {row.stem} has a number for {hidden[0]!r}, which none of its groups "
+                f"{row.groups} shows; add the metric to one of them"
+            )
+    return Reference(groups, rows)
+
+
+def package_folder(package: str) -> Path:
+    """The folder of a paper's package.
+
+    Raises:
+        ConfigurationError: If there is no such package.
+    """
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigurationError(
+            f"there is no package {package!r}; name one of the paper_* folders, and run from the "
+            "folder that holds them"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+@dataclass
+class Report:
+    """The tables of one paper.
+
+    Args:
+        markdown: All of them as Markdown.
+        tables: The same for a terminal.
+        missing: Rows without a result, or with what is missing of it.
+    """
+
+    markdown: str
+    tables: list[Table]
+    missing: list[str]
+
+
+@dataclass
+class _Sheet:
+    """A table on its way to Markdown or rich; without a header it is only its notes."""
+
+    title: str
+    note: str = ""
+    header: list[str] = field(default_factory=list)
+    lines: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def numeric(self) -> list[bool]:
+        """Which columns hold nothing but numbers."""
+        return [
+            all(cell == "" or cell[0] in "+-0123456789" for cell in column)
+            for column in zip(*self.lines, strict=True)
+        ]
+
+    def to_markdown(self) -> str:
+        parts = [f"### {self.title}"]
+        if self.note:
+            parts.append(self.note)
+        if self.header:
+            ruler = ["---:" if numeric else "---" for numeric in self.numeric()]
+            lines = (self.header, ruler, *self.lines)
+            parts.append("\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines))
+        return "\n\n".join(parts + self.notes)
+
+    def to_rich(self) -> Table:
+        notes = Text("\n".join(self.notes)) if self.notes else None
+        table = Table(
+            title=Text(self.title), caption=notes, title_justify="left", caption_justify="left"
+        )
+        for name, numeric in zip(self.header, self.numeric(), strict=True):
+            table.add_column(Text(name), justify="right" if numeric else "left")
+        for line in self.lines:
+            table.add_row(*map(Text, line))
+        return table
+
+
+_Results = Mapping[str, list[Result]]  # by experiment
+_Cells = dict[str, dict[str, dict[str, str]]]  # by experiment, metric and kind
+_Lines = list[tuple[Row, list[str]]]
+
+_KINDS = {
+    "paper": "paper",
+    "last": "last",
+    "difference": "last − paper",
+    "paper selected": "paper, selected",
+    "selected": "selected",
+}
+
+_LEGEND = (
+    "Percent. *paper* is what was printed; *last* and *selected* are our last checkpoint and the "
+    "one chosen by validation, mean ± sample standard deviation where there are several seeds. An "
+    "empty cell is a number that was not published or that we have not measured; a row without "
+    "seeds has not been run."
+)
+
+
+def render_table(package: str, on: str = "", seeds: Sequence[int] | None = None) -> Report:
+    """Set a paper's numbers beside ours, one table per group.
+
+    Args:
+        package: Import name of the paper.
+        on: Only experiments whose stem starts so.
+        seeds: Only these seeds; ``None`` takes all there are.
+
+    Raises:
+        ConfigurationError: If a file is damaged, or no experiment starts with ``on``.
+    """
+    folder = package_folder(package)
+    reference = read_reference(folder / "reference.yaml")
+    rows = [row for stem, row in reference.rows.items() if stem.startswith(on)]
+    if not rows:
+        known = sorted({stem.partition("_")[0] for stem in reference.rows})
+        raise ConfigurationError(
+            f"no experiment of {package} starts with {on!r}; they start with {', '.join(known)}"
+        )
+    results: dict[str, list[Result]] = {}
+    for result in load_results(folder / "results"):
+        if seeds is None or result["seed"] in seeds:
+            results.setdefault(result["experiment"], []).append(result)
+    sheets = [
+        _sheet(group, members, results)
+        for group in reference.groups
+        if (members := [row for row in rows if group.id in row.groups])
+    ]
+    for path in sorted((folder / "results").glob("analysis*.json")):
+        sheets.append(_expectations(path))
+    missing = [gap for row in rows if (gap := _gap(row, results, seeds))]
+    parts = [_LEGEND, *(sheet.to_markdown() for sheet in sheets)]
+    if missing:
+        parts.append(
+            f"<details><summary>Rows without our result: {len(missing)} of {len(rows)}</summary>"
+            f"\n\n{', '.join(missing)}\n\n</details>"
+        )
+    if strangers := sorted(set(results) - set(reference.rows)):
+        parts.append(f"Results without a row in reference.yaml: {', '.join(strangers)}")
+    return Report("\n\n".join(parts), [sheet.to_rich() for sheet in sheets], missing)
+
+
+def _sheet(group: Group, rows: list[Row], results: _Results) -> _Sheet:
+    cells: _Cells = {
+        row.stem: {metric.key: _cell(row, metric.key, results) for metric in group.metrics}
+        for row in rows
+    }
+    known = [row for row in rows if any(any(cell.values()) for cell in cells[row.stem].values())]
+    titles, notes = _titles(group, known, results)
+    if unknown := [f"`{row.stem}`" for row in rows if row not in known]:
+        notes.insert(0, f"Neither published nor measured yet: {', '.join(unknown)}")
+    if not known:
+        return _Sheet(group.title, group.note, notes=notes)
+    arrange = _wide if group.layout == "wide" else _stacked
+    header, lines = arrange(group, known, cells, titles)
+    for row, line in lines:
+        line.append(", ".join(str(result["seed"]) for result in results.get(row.stem, [])))
+    return _Sheet(group.title, group.note, [*header, "seeds"], [line for _, line in lines], notes)
+
+
+def _cell(row: Row, key: str, results: _Results) -> dict[str, str]:
+    """What there is to say about one metric of one experiment, by kind."""
+    ours: dict[str, list[float]] = {label: [] for label in LABELS}
+    for result in results.get(row.stem, []):
+        for label in LABELS:
+            if label in result["checkpoints"]:
+                metrics = result["checkpoints"][label]["metrics"]
+                ours[label] += [100.0 * metrics[key]] if key in metrics else []
+    printed = row.printed("last", key)
+    difference = ""
+    if printed and ours["last"]:
+        difference = f"{statistics.fmean(ours['last']) - statistics.fmean(printed):+.2f}"
+    return {
+        "paper": _repeats(printed),
+        "last": _spread(ours["last"]),
+        "difference": difference,
+        "paper selected": _repeats(row.printed("selected", key)),
+        "selected": _spread(ours["selected"]),
+    }
+
+
+def _repeats(values: list[float]) -> str:
+    return " / ".join(f"{value:.2f}" for value in values)
+
+
+def _spread(values: list[float]) -> str:
+    """Mean, and sample standard deviation where there is one."""
+    if len(values) < 2:
+        return _repeats(values)
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _wide(
+    group: Group, rows: list[Row], cells: _Cells, titles: Mapping[str, str]
+) -> tuple[list[str], _Lines]:
+    columns = [
+        (metric.key, kind)
+        for metric in group.metrics
+        for kind in _KINDS
+        if any(cells[row.stem][metric.key][kind] for row in rows)
+    ]
+    header = ["experiment", *(f"{titles[key]} {_KINDS[kind]}" for key, kind in columns)]
+    lines: _Lines = [
+        (row, [_name(row), *(cells[row.stem][key][kind] for key, kind in columns)]) for row in rows
+    ]
+    return header, lines
+
+
+def _stacked(
+    group: Group, rows: list[Row], cells: _Cells, titles: Mapping[str, str]
+) -> tuple[list[str], _Lines]:
+    header = ["experiment", "", *(titles[metric.key] for metric in group.metrics)]
+    lines: _Lines = []
+    for row in rows:
+        for kind, name in _KINDS.items():
+            texts = [cells[row.stem][metric.key][kind] for metric in group.metrics]
+            if any(texts):
+                is_first = not lines or lines[-1][0] is not row
+                lines.append((row, [_name(row) if is_first else "", name, *texts]))
+    return header, lines
+
+
+def _name(row: Row) -> str:
+    return f"{row.label} (`{row.stem}`)"
+
+
+def _titles(group: Group, rows: list[Row], results: _Results) -> tuple[dict[str, str], list[str]]:
+    """Column titles with footnote marks, and the footnotes."""
+    checkpoints = [
+        result["checkpoints"][label]
+        for row in rows
+        for result in results.get(row.stem, [])
+        for label in LABELS
+        if label in result["checkpoints"]
+    ]
+    suites = [
+        {tuple(checkpoint["attacks"]) for checkpoint in result["checkpoints"].values()}
+        for row in rows
+        for result in results.get(row.stem, [])
+    ]
+    is_uneven = any(len(different) > 1 for different in suites)
+    titles: dict[str, str] = {}
+    is_cumulative, sizes = False, set()
+    for metric in group.metrics:
+        behind = [
+            (attack, checkpoint["examples"])
+            for checkpoint in checkpoints
+            for name, attack in checkpoint["attacks"].items()
+            if metric.key in _metrics_of(name)
+        ]
+        smaller = {attack["examples"] for attack, total in behind if attack["examples"] < total}
+        titles[metric.key] = metric.title
+        if metric.key == "worst" and is_uneven:
+            titles[metric.key] += "§"
+        if any(attack["survivors_only"] for attack, _ in behind):
+            titles[metric.key] += "†"
+            is_cumulative = True
+        if smaller:
+            titles[metric.key] += "‡"
+            sizes |= smaller
+    notes = []
+    if is_cumulative:
+        notes.append(
+            "† Ours is cumulative: the attack met what every earlier attack of the suite had left, "
+            "and what those broke counts as broken."
+        )
+    if sizes:
+        numbers = " or ".join(f"{size:,}" for size in sorted(sizes))
+        notes.append(f"‡ Ours on the first {numbers} examples of the test split.")
+    if any(title.endswith("§") for title in titles.values()):
+        notes.append(
+            "§ The checkpoints did not meet the same attacks, so their worst cases do not compare."
+        )
+    return titles, notes
+
+
+def _metrics_of(attack: str) -> set[str]:
+    """The metrics an attack has a part in, ``worst`` aside."""
+    group = attack.partition("/")[0]
+    return {attack, group, f"{group}_union", f"{group}_clean"}
+
+
+def _gap(row: Row, results: _Results, seeds: Sequence[int] | None) -> str:
+    """The row with what is missing of it; empty when nothing is."""
+    found = results.get(row.stem, [])
+    if not found:
+        return f"`{row.stem}`"
+    absent = sorted(set(seeds or ()) - {result["seed"] for result in found})
+    lacking = [f"seed {seed}" for seed in absent] + [
+        f"{label} of seed {result['seed']}"
+        for result in found
+        for label in LABELS
+        if label not in result["checkpoints"]
+    ]
+    return f"`{row.stem}` ({', '.join(lacking)})" if lacking else ""
+
+
+def _expectations(path: Path) -> _Sheet:
+    """The verdicts that the paper's analysis left in ``analysis[_<what>].json``."""
+    verdicts = {True: "holds", False: "does not hold", None: "undecided"}
+    try:
+        lines = [
+            [
+                str(entry["id"]),
+                str(entry["claim"]),
+                _value(entry["value"]),
+                str(entry["threshold"]),
+                verdicts[entry["holds"]],
+            ]
+            for entry in json.loads(path.read_text(encoding="utf-8"))["expectations"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); delete it and run the "
+            "analysis again"
+        ) from error
+    what = path.stem.removeprefix("analysis").replace("_", " ")
+    header = ["", "claim", "value", "threshold", "verdict"]
+    return _Sheet(f"Expectations{what and ','}{what}", header=header, lines=lines)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
+
+
+# ------------------------------------------------------------------------------------------ README
+
+
+def write_readme(path: str | Path, markdown: str) -> None:
+    """Replace what stands between the result markers of a README.
+
+    Raises:
+        ConfigurationError: If the README or its markers are missing.
+        RunDirectoryError: If it cannot be written.
+    """
+    before, _, after = _split_readme(Path(path))
+    if not is_current(path, markdown):
+        write_text_atomically(path, f"{before}\n\n{markdown}\n\n{after}")
+
+
+def is_current(path: str | Path, markdown: str) -> bool:
+    """Whether a README holds exactly these tables."""
+    return _split_readme(Path(path))[1] == f"\n\n{markdown}\n\n"
+
+
+def _split_readme(path: Path) -> tuple[str, str, str]:
+    """Text up to and with the first marker, between the markers, from the second marker on."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot read {path} ({error.strerror}); the tables go between the lines {BEGIN} and "
+            f"{END} of it"
+        ) from error
+    start, end = text.find(BEGIN) + len(BEGIN), text.find(END)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or end < start:
+        raise ConfigurationError(
+            f"{path} needs the lines {BEGIN} and {END}, once each and in this order, around the "
+            f"place of the tables; it has {text.count(BEGIN)} and {text.count(END)}"
+        )
+    return text[:start], text[start:end], text[end:]
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables of papers and write them into their READMEs; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m common.tables",
+        description="Print the tables of papers and write them into their READMEs.",
+    )
+    parser.add_argument("packages", nargs="+", metavar="package", help="for instance paper_cifs")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit with 1 if a README is out of date, or if an experiment asked "
+        "for with --on has no result",
+    )
+    parser.add_argument("--on", default="", metavar="PREFIX", help="only these experiments")
+    parser.add_argument("--seeds", metavar='"0 1 2"', help="only these seeds")
+    arguments = parser.parse_args(argv)
+    try:
+        seeds = _seeds(arguments.seeds)
+        return max(
+            _report(package, arguments.on, seeds, arguments.check) for package in arguments.packages
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise ConfigurationError(f'--seeds is {text!r}, expected numbers as in "0 1 2"') from None
+
+
+def _report(package: str, on: str, seeds: list[int] | None, check: bool) -> int:
+    shown = render_table(package, on, seeds)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=220)
+    for table in shown.tables:
+        console.print(table)
+    if shown.missing:
+        console.print(Text(f"Rows without our result: {', '.join(shown.missing)}"))
+    readme = package_folder(package) / "README.md"
+    markdown = render_table(package).markdown  # a README holds everything, whatever is printed now
+    if not check:
+        write_readme(readme, markdown)
+        return 0
+    if is_out_of_date := not is_current(readme, markdown):
+        console.print(Text(f"{readme} is out of date: run python -m common.tables {package}"))
+    return int(is_out_of_date or bool(on and shown.missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""Tables: which cells there are, what is in them, and how they get into a README."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from common.errors import ConfigurationError
+from common.evaluation import Outcomes
+from common.results import checkpoint_entry, merge_result, result_path
+from common.tables import (
+    BEGIN,
+    END,
+    main,
+    read_reference,
+    render_table,
+    write_readme,
+)
+
+N = 200
+REFERENCE: dict[str, Any] = {
+    "title": "A paper",
+    "groups": [
+        {
+            "id": "E1",
+            "title": "E1: main",
+            "note": "A note.",
+            "metrics": [
+                {"key": "clean_acc", "title": "Natural"},
+                {"key": "pgd20", "title": "PGD-20"},
+                {"key": "aa", "title": "AA"},
+            ],
+        },
+        {
+            "id": "E6",
+            "title": "E6: by loss",
+            "layout": "stacked",
+            "metrics": [
+                {"key": "pgd20/ce_f", "title": "f"},
+                {"key": "pgd20/ce_p1", "title": "p1"},
+            ],
+        },
+        {"id": "E7", "title": "E7: none", "metrics": [{"key": "clean_acc", "title": "Natural"}]},
+        {"id": "E8", "title": "E8: worst", "metrics": [{"key": "worst", "title": "worst"}]},
+    ],
+    "rows": {
+        "toy_net_plain": {
+            "groups": ["E1"],
+            "label": "plain |g|",
+            "source": "R",
+            "last": {"clean_acc": 84.56, "pgd20": [46.0, 47.0], "aa": None},
+            "selected": {"clean_acc": 82.8},
+        },
+        "toy_net_ours": {"groups": ["E1", "E6", "E8"], "label": "ours", "source": "C"},
+        "toy_net_never": {"groups": ["E1", "E7"], "label": "never", "source": "C"},
+        "other_net_plain": {
+            "groups": ["E6"],
+            "label": "other",
+            "source": "R",
+            "last": {"pgd20/ce_f": 50.0},
+        },
+    },
+}
+
+
+@pytest.fixture
+def paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package ``paper_toy`` on the path, without results."""
+    folder = tmp_path / "paper_toy"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "README.md").write_text(f"# Toy\n\n{BEGIN}\n{END}\n\nAfter.\n")
+    write_reference(folder, REFERENCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder
+
+
+def write_reference(folder: Path, reference: Any) -> None:
+    (folder / "reference.yaml").write_text(yaml.safe_dump(reference, sort_keys=False))
+
+
+def put(
+    folder: Path,
+    stem: str = "toy_net_ours",
+    seed: int = 0,
+    label: str = "last",
+    clean: float = 0.9,
+    robust: float = 0.5,
+    without: str | None = None,
+) -> None:
+    """A result in which the first so many examples are right."""
+    few = N // 4
+    right = torch.arange(N)
+    correct = {
+        "clean": right < round(clean * N),
+        "pgd20/ce_f": right < round(robust * N),
+        "pgd20/ce_p1": right < round((robust + 0.1) * N),
+        "aa/square": right < round(0.25 * few),
+    }
+    attacked = dict.fromkeys(list(correct)[1:], right < N)
+    attacked["aa/square"] = right < few
+    attacked.pop(without, None)  # type: ignore[arg-type]
+    entry = checkpoint_entry(
+        Outcomes(y=right % 10, correct=correct, attacked=attacked), {"pgd20": False, "aa": True}
+    )
+    merge_result(
+        result_path(folder / "results", stem, seed),
+        paper="paper_toy",
+        experiment=stem,
+        seed=seed,
+        label=label,
+        entry=entry,
+        provenance={"config_digest": f"of seed {seed}"},
+    )
+
+
+def tables(markdown: str) -> dict[str, list[dict[str, str]]]:
+    """The tables of a Markdown text by their headings, each a list of rows by column."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for section in markdown.split("### ")[1:]:
+        heading, *lines = section.splitlines()
+        cells = [
+            [
+                cell.strip().replace("\0", "|")
+                for cell in line.replace("\\|", "\0").strip("|").split("|")
+            ]
+            for line in lines
+            if line.startswith("|")
+        ]
+        assert len({len(row) for row in cells}) <= 1, "a ragged table"
+        found[heading] = [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+    return found
+
+
+# ------------------------------------------------------------------------------------------ cells
+
+
+def test_without_results_only_the_paper_speaks(paper: Path) -> None:
+    report = render_table("paper_toy")
+    (plain,) = tables(report.markdown)["E1: main"]
+    assert plain == {
+        "experiment": "plain |g| (`toy_net_plain`)",
+        "Natural paper": "84.56",
+        "Natural paper, selected": "82.80",
+        "PGD-20 paper": "46.00 / 47.00",
+        "seeds": "",
+    }
+    assert tables(report.markdown)["E7: none"] == []
+    assert "Neither published nor measured yet: `toy_net_ours`, `toy_net_never`" in report.markdown
+    assert "Rows without our result: 4 of 4" in report.markdown
+    assert report.missing == [f"`{stem}`" for stem in REFERENCE["rows"]]
+
+
+def test_one_seed_and_the_difference_to_the_mean_of_repeats(paper: Path) -> None:
+    put(paper, "toy_net_plain", clean=0.8, robust=0.5)
+    put(paper, "toy_net_plain", label="selected", clean=0.85, robust=0.55)
+    (row,) = tables(render_table("paper_toy").markdown)["E1: main"]
+    assert row == {
+        "experiment": "plain |g| (`toy_net_plain`)",
+        "Natural paper": "84.56",
+        "Natural last": "80.00",
+        "Natural last − paper": "-4.56",
+        "Natural paper, selected": "82.80",
+        "Natural selected": "85.00",
+        "PGD-20 paper": "46.00 / 47.00",
+        "PGD-20 last": "50.00",
+        "PGD-20 last − paper": "+3.50",
+        "PGD-20 selected": "55.00",
+        "AA†‡ last": "24.00",
+        "AA†‡ selected": "24.00",
+        "seeds": "0",
+    }
+
+
+def test_several_seeds_give_mean_and_sample_deviation(paper: Path) -> None:
+    for seed, robust in enumerate((0.50, 0.60, 0.55)):
+        put(paper, seed=seed, robust=robust)
+    rows = tables(render_table("paper_toy").markdown)["E1: main"]
+    ours = next(row for row in rows if "toy_net_ours" in row["experiment"])
+    assert ours["PGD-20 last"] == "55.00 ± 5.00"  # over n, not n - 1, it would be 4.08
+    assert ours["Natural last"] == "90.00 ± 0.00"
+    assert ours["seeds"] == "0, 1, 2"
+    rows = tables(render_table("paper_toy", seeds=[1, 2]).markdown)["E1: main"]
+    assert rows[1]["PGD-20 last"] == "57.50 ± 3.54"
+
+
+def test_stacked_tables_have_a_line_per_kind(paper: Path) -> None:
+    put(paper, robust=0.5)
+    put(paper, label="selected", robust=0.6)
+    put(paper, "other_net_plain", robust=0.4)
+    rows = tables(render_table("paper_toy").markdown)["E6: by loss"]
+    assert [(row["experiment"], row[""], row["f"], row["p1"]) for row in rows] == [
+        ("ours (`toy_net_ours`)", "last", "50.00", "60.00"),
+        ("", "selected", "60.00", "70.00"),
+        ("other (`other_net_plain`)", "paper", "50.00", ""),
+        ("", "last", "40.00", "50.00"),
+        ("", "last − paper", "-10.00", ""),
+    ]
+
+
+def test_footnotes_say_what_ours_is_about(paper: Path) -> None:
+    before = render_table("paper_toy").markdown
+    assert "†" not in before
+    assert "‡" not in before
+    put(paper)
+    markdown = render_table("paper_toy").markdown
+    assert "AA†‡ last" in markdown
+    assert "PGD-20† " not in markdown
+    assert "† Ours is cumulative" in markdown
+    assert "‡ Ours on the first 50 examples of the test split." in markdown
+
+
+def test_worst_cases_over_different_suites_are_marked(paper: Path) -> None:
+    put(paper)
+    put(paper, label="selected")
+    (row,) = tables(render_table("paper_toy").markdown)["E8: worst"]
+    assert row["worst last"] == row["worst selected"]
+    put(paper, label="selected", without="aa/square")
+    markdown = render_table("paper_toy").markdown
+    (row,) = tables(markdown)["E8: worst"]
+    assert float(row["worst§ last"]) < float(row["worst§ selected"])
+    assert "§ The checkpoints did not meet the same attacks" in markdown
+
+
+def test_what_is_missing_is_listed(paper: Path) -> None:
+    put(paper, seed=0)
+    put(paper, seed=0, label="selected")
+    put(paper, seed=1)
+    assert "`toy_net_ours` (selected of seed 1)" in render_table("paper_toy").missing
+    missing = render_table("paper_toy", on="toy_net_o", seeds=[0, 1, 2]).missing
+    assert missing == ["`toy_net_ours` (seed 2, selected of seed 1)"]
+    assert render_table("paper_toy", on="toy_net_o", seeds=[0]).missing == []
+
+
+def test_a_result_nobody_asked_for_is_mentioned(paper: Path) -> None:
+    put(paper, "toy_net_mine")
+    assert "without a row in reference.yaml: toy_net_mine" in render_table("paper_toy").markdown
+
+
+def test_the_terminal_shows_the_same_cells(paper: Path) -> None:
+    put(paper, "toy_net_plain", clean=0.8)
+    report = render_table("paper_toy")
+    console = Console(width=250, file=io.StringIO())
+    for table in report.tables:
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for cell in ("E1: main", "plain |g| (`toy_net_plain`)", "80.00", "46.00 / 47.00", "24.00", "†"):
+        assert cell in text
+
+
+def test_verdicts_follow_the_tables(paper: Path) -> None:
+    (paper / "results").mkdir()
+    entries = [
+        {"id": "a", "claim": "x > y", "value": 2.912345, "threshold": "> 0", "holds": True},
+        {"id": "b", "claim": "z", "value": -1, "threshold": "> 0", "holds": False},
+        {"id": "c", "claim": "no runs", "value": None, "threshold": "> 0", "holds": None},
+    ]
+    (paper / "results" / "analysis.json").write_text(json.dumps({"expectations": entries}))
+    rows = tables(render_table("paper_toy").markdown)["Expectations"]
+    assert [(row["value"], row["verdict"]) for row in rows] == [
+        ("2.912", "holds"),
+        ("-1", "does not hold"),
+        ("", "undecided"),
+    ]
+    (paper / "results" / "analysis.json").write_text('{"expectations": [{"id": "a"}]}')
+    with pytest.raises(ConfigurationError, match=r"analysis\.json cannot be read.*claim"):
+        render_table("paper_toy")
+
+
+# -------------------------------------------------------------------------------------- reference
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": ["E9"]}, "unknown group 'E9'; there are E1, E6, E7, E8"),
+        ({"last": {"fgsm": 1.0}}, "toy_net_ours has a number for 'fgsm', which none"),
+        ({"lost": {}}, "lost"),
+    ],
+)
+def test_a_row_that_fits_no_table_is_refused(
+    paper: Path, change: dict[str, Any], message: str
+) -> None:
+    rows = {**REFERENCE["rows"], "toy_net_ours": {**REFERENCE["rows"]["toy_net_ours"], **change}}
+    write_reference(paper, {**REFERENCE, "rows": rows})
+    with pytest.raises(ConfigurationError, match=message):
+        read_reference(paper / "reference.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "groups: []", "groups: 3\nrows: {}"])
+def test_a_damaged_reference_is_named(paper: Path, text: str) -> None:
+    (paper / "reference.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"reference\.yaml cannot be read"):
+        read_reference(paper / "reference.yaml")
+
+
+def test_an_unknown_layout_is_refused(paper: Path) -> None:
+    groups = [{**REFERENCE["groups"][0], "layout": "round"}, *REFERENCE["groups"][1:]]
+    write_reference(paper, {**REFERENCE, "groups": groups})
+    with pytest.raises(ConfigurationError, match="wide or stacked, got 'round'"):
+        render_table("paper_toy")
+
+
+# ----------------------------------------------------------------------------------------- README
+
+
+def test_the_readme_is_rewritten_between_its_markers_only(paper: Path) -> None:
+    put(paper)
+    assert main(["paper_toy"]) == 0
+    text = (paper / "README.md").read_text()
+    assert text.startswith(f"# Toy\n\n{BEGIN}\n\nPercent.")
+    assert text.endswith(f"\n\n{END}\n\nAfter.\n")
+    assert render_table("paper_toy").markdown in text
+    assert main(["paper_toy"]) == 0
+    assert (paper / "README.md").read_text() == text
+
+
+def test_a_current_readme_is_not_touched(paper: Path) -> None:
+    main(["paper_toy"])
+    before = (paper / "README.md").stat()
+    main(["paper_toy"])
+    after = (paper / "README.md").stat()
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+
+
+def test_a_filter_changes_what_is_printed_and_not_the_readme(
+    paper: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(paper)
+    put(paper, "other_net_plain")
+    assert main(["paper_toy", "--on", "other"]) == 0
+    printed = capsys.readouterr().out
+    assert "other_net_plain" in printed
+    assert "toy_net_ours" not in printed
+    assert "toy_net_ours" in (paper / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["none", BEGIN, END, f"{END} {BEGIN}", f"{BEGIN}{BEGIN}{END}"])
+def test_missing_markers_are_told(paper: Path, text: str) -> None:
+    (paper / "README.md").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"README\.md needs the lines <!-- results -->"):
+        write_readme(paper / "README.md", "table")
+    assert (paper / "README.md").read_text() == text
+
+
+def test_a_missing_readme_is_told(paper: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot read .*absent\.md"):
+        write_readme(paper / "absent.md", "table")
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def test_check_writes_nothing_and_notices(paper: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (paper / "README.md").read_text()
+    assert main(["paper_toy", "--check"]) == 1
+    assert "README.md is out of date" in capsys.readouterr().out
+    assert (paper / "README.md").read_text() == before
+    main(["paper_toy"])
+    assert main(["paper_toy", "--check"]) == 0
+    assert main(["paper_toy", "--check", "--on", "toy_net_ours"]) == 1, "it has no result"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["paper_absent"], "there is no package 'paper_absent'"),
+        (["paper toy"], "there is no package 'paper toy'"),
+        (["paper_toy", "--on", "mnist"], "starts with 'mnist'; they start with other, toy"),
+        (["paper_toy", "--seeds", "one"], "--seeds is 'one'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    paper: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_tables_do_not_wait_for_torch() -> None:
+    code = "import sys, common.results, common.tables; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
