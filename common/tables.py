@@ -196,10 +196,15 @@ class _Sheet:
         return "\n\n".join(parts + self.notes)
 
     def to_rich(self) -> Table:
-        notes = Text("\n".join(self.notes)) if self.notes else None
-        table = Table(
-            title=Text(self.title), caption=notes, title_justify="left", caption_justify="left"
-        )
+        notes = Text("\n".join(self.notes))
+        title = Text(self.title)
+        table = Table(title=title, title_justify="left", caption_justify="left")
+        if not self.header:
+            table.show_header = False
+            table.add_column()
+            table.add_row(notes)
+            return table
+        table.caption = notes if self.notes else None
         for name, numeric in zip(self.header, self.numeric(), strict=True):
             table.add_column(Text(name), justify="right" if numeric else "left")
         for line in self.lines:

@@ -251,6 +251,8 @@ def test_the_terminal_shows_the_same_cells(paper: Path) -> None:
     for table in report.tables:
         console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "E7: none" in text
+    assert "Neither published nor measured yet: `toy_net_never`" in text
     for cell in ("E1: main", "plain |g| (`toy_net_plain`)", "80.00", "46.00 / 47.00", "24.00", "†"):
         assert cell in text
 
