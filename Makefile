@@ -94,13 +94,15 @@ $(error no config in $(CONFIGS) begins with ON=$(ON); there are: $(basename $(no
 endif
 ALL     := $(basename $(notdir $(wildcard $(CONFIGS)/*.yaml)))
 row      = runs/paper_$(PAPER)/$(1)/seed$(2)/finished
+# What a config refers to by path decides its row too.
+parts    = $(shell sed -nE 's|^[a-z]+: *([^ {]+\.yaml).*|$(CONFIGS)/\1|p' $(CONFIGS)/$(1).yaml)
 # A row that starts from the weights of another waits for that one.
 needs    = $(shell sed -n 's/^warm_start:.*experiment: *\([A-Za-z0-9_]*\).*/\1/p' $(CONFIGS)/$(1).yaml)
 
 rows: $(foreach stem,$(STEMS),$(foreach seed,$(SEEDS),$(call row,$(stem),$(seed))))
 
 define ROW
-$(call row,$(1),$(2)): $(CONFIGS)/$(1).yaml $(foreach n,$(call needs,$(1)),$(call row,$(n),$(2))) | $(STAMP)
+$(call row,$(1),$(2)): $(CONFIGS)/$(1).yaml $(call parts,$(1)) $(foreach n,$(call needs,$(1)),$(call row,$(n),$(2))) | $(STAMP)
 	@mkdir -p $$(@D); echo "begin  $(1) seed $(2)"; begun=$$$$SECONDS; \
 	if $(PY) -m paper_$(PAPER) reproduce --config $(CONFIGS)/$(1).yaml --seed_everything $(2) \
 	  --trainer.enable_progress_bar false $(ARGS) > $$(@D)/log.txt 2>&1; \

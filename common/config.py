@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from common.errors import ConfigurationError
@@ -61,13 +61,13 @@ def fill_from_data(config: Namespace) -> None:
     source = config.data.source
     spec = load_class(source.class_path)(**(source.get("init_args") or {})).spec
     for path, node in _class_nodes(config.model, "model"):
-        parameters = inspect.signature(load_class(node.class_path)).parameters
-        if not {"num_classes", "in_channels"} <= set(parameters):
+        arguments = node.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
+        if not {"num_classes", "in_channels"} <= set(vars(arguments)):
             continue
-        arguments = node.init_args
+        defaults = _defaults(node.class_path)
         for name, value in (("num_classes", spec.num_classes), ("in_channels", spec.shape[0])):
-            given, default = arguments.get(name), parameters[name].default
-            if given not in (None, default, value):
+            given = arguments.get(name)
+            if given not in (None, defaults.get(name), value):
                 raise ConfigurationError(
                     f"{path}.{name} is {given} and {type_name(source.class_path)} has {value}; "
                     f"drop {path}.{name} (it is filled in from the data) or choose other data"
@@ -76,6 +76,13 @@ def fill_from_data(config: Namespace) -> None:
         for name, value in (("mean", spec.mean), ("std", spec.std)):
             if arguments.get(name) == "data":
                 arguments[name] = list(value)
+
+
+def _defaults(class_path: str) -> dict[str, Any]:
+    """Default arguments of a class, those it passes on as keywords included."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(load_class(class_path), "made", fail_untyped=False)
+    return dict(vars(parser.get_defaults().made))
 
 
 def type_name(class_path: str) -> str:

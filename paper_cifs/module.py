@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from common.classifier import InnerLoss, RobustClassifier
 from common.objectives import Batch
@@ -25,27 +26,26 @@ class CIFSClassifier(RobustClassifier):
 
     def log_histograms(self, add: Callable[[str, Tensor], None], batch: Batch) -> None:
         """Hand the channel masks on clean and adversarial images to TensorBoard."""
-        selections = {
-            name: module
+        masks: dict[str, Tensor] = {}
+
+        def watch(name: str, selection: nn.Module) -> RemovableHandle:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+                z, z_bar = args[0].sum(dim=(2, 3)), output[0].sum(dim=(2, 3))
+                masks[name] = z_bar / z.clamp(min=1e-12)
+
+            return selection.register_forward_hook(hook)
+
+        handles = [
+            watch(name, module)
             for name, module in self.net.named_modules()
             if isinstance(module, ChannelSelection)
-        }
-        for kind in ("x", "x_adv"):
-            if kind not in batch:
-                continue
-            masks: dict[str, Tensor] = {}
-            handles = [
-                module.register_forward_hook(
-                    lambda _, args, output, name=name: masks.update(
-                        {name: output[0].sum(dim=(2, 3)) / args[0].sum(dim=(2, 3)).clamp(min=1e-12)}
-                    )
-                )
-                for name, module in selections.items()
-            ]
-            try:
-                self(batch[kind])
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for name, mask in masks.items():
-                add(f"masks/{name}/{kind}", mask)
+        ]
+        try:
+            for kind in ("x", "x_adv"):
+                if kind in batch:
+                    self(batch[kind])
+                    for name, mask in masks.items():
+                        add(f"masks/{name}/{kind}", mask)
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -24,6 +24,7 @@ esac
 def project(tmp_path) -> Path:
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / "paper_cifs/configs", tmp_path / "paper_cifs/configs")
+    shutil.copytree(ROOT / "common/configs", tmp_path / "common/configs")
     (tmp_path / "paper_cifs/results").mkdir()
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
@@ -69,6 +70,15 @@ def test_finished_rows_are_skipped(project) -> None:
     (project / "asked").unlink()
     make(project, "reproduce-cifs", "SEEDS=0")
     assert rows_asked(project) == []
+
+
+def test_a_row_is_made_again_when_what_its_config_refers_to_has_changed(project) -> None:
+    make(project, "reproduce-cifs", "SEEDS=0")
+    (project / "asked").unlink()
+    later = (project / "runs/paper_cifs/digits_resnet_cas/seed0/finished").stat().st_mtime + 5
+    os.utime(project / "paper_cifs/configs/shared/evaluation_digits_cas.yaml", (later, later))
+    make(project, "reproduce-cifs", "SEEDS=0")
+    assert rows_asked(project) == [("digits_resnet_cas", "0")]
 
 
 def test_a_failing_row_is_reported_and_takes_only_its_dependants_with_it(project) -> None:

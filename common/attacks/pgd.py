@@ -348,14 +348,18 @@ def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
 
 
 def parse_radius(value: float | str, norm: Norm = "linf", name: str = "eps") -> float:
-    """A length in pixel units: a number, or a fraction as papers print it, ``8/255``.
+    """A length in pixel units: a number, or a fraction as papers print it, ``8/255``, ``0.8/255``.
 
     Raises:
         ConfigurationError: If it cannot be read, is negative or not finite, or, in the linf norm,
             is above 1.
     """
     try:
-        number = float(Fraction(value.replace(" ", "")) if isinstance(value, str) else value)
+        if isinstance(value, str):
+            numerator, _, denominator = value.replace(" ", "").partition("/")
+            number = float(Fraction(numerator) / Fraction(denominator or 1))
+        else:
+            number = float(value)
     except (TypeError, ValueError, ZeroDivisionError):
         number = math.nan
     if not math.isfinite(number) or number < 0.0:

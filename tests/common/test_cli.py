@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from common.cli import load_run, lock, main
+from common.cli import RobustCLI, load_run, lock, main
 
 CONFIG = """
 model:
@@ -247,3 +247,18 @@ data:""",
     kept = torch.load("runs/paper_tiny/tiny/seed0/checkpoints/last.ckpt")
     assert kept["epoch"] == 0
     assert all(torch.isfinite(value).all() for value in kept["state_dict"].values())
+
+
+def test_counts_reach_networks_that_pass_keywords_on(config) -> None:
+    settings = yaml.safe_load(CONFIG)
+    settings["model"]["init_args"]["net"] = "common.networks.resnet.ResNet10"
+    config.write_text(yaml.safe_dump(settings))
+    cli = RobustCLI("paper_tiny", ["--config", str(config)], run=False)
+    assert cli.model.net.stem.conv.in_channels == 1
+
+
+def test_a_network_may_ask_for_the_statistics_of_the_data(config) -> None:
+    arguments = ["--config", config, "--model.net.mean", "data", "--model.net.std", "data"]
+    cli = RobustCLI("paper_tiny", [str(a) for a in arguments], run=False)
+    assert cli.model.net.normalize.mean.item() == pytest.approx(cli.datamodule.mean[0])
+    assert cli.model.net.normalize.std.item() == pytest.approx(cli.datamodule.std[0])
