@@ -51,23 +51,27 @@ class RobustCLI(LightningCLI):
             only = {given[0]: self.subcommands()[given[0]]}
             self.__dict__["subcommands"] = lambda: only
         defaults: dict[str, Any] = {"default_config_files": [BASE], "allow_abbrev": False}
-        super().__init__(
-            RobustClassifier,
-            ImageDataModule,
-            save_config_callback=SaveTrainingConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_class=Trainer,
-            seed_everything_default=0,
-            parser_class=UserFriendlyParser,
-            parser_kwargs={"allow_abbrev": False} | dict.fromkeys(self.subcommands(), defaults)
-            if run
-            else defaults,
-            subclass_mode_model=True,
-            args=None if args is None else list(args),
-            run=run,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        try:
+            super().__init__(
+                RobustClassifier,
+                ImageDataModule,
+                save_config_callback=SaveTrainingConfig,
+                save_config_kwargs={"overwrite": True},
+                trainer_class=Trainer,
+                seed_everything_default=0,
+                parser_class=UserFriendlyParser,
+                parser_kwargs={"allow_abbrev": False} | dict.fromkeys(self.subcommands(), defaults)
+                if run
+                else defaults,
+                subclass_mode_model=True,
+                args=None if args is None else list(args),
+                run=run,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -290,12 +294,8 @@ def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifie
 
 def main(args: Sequence[str] | None = None, package: str = "common") -> None:
     """Run one subcommand; errors the user can mend are one line and exit status 2."""
-    cli = None
     try:
-        cli = RobustCLI(package=package, args=args)
+        RobustCLI(package=package, args=args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    finally:
-        if cli is not None and cli.lock is not None:
-            cli.lock.release()

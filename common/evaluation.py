@@ -5,7 +5,7 @@ the headline number is the worst case over attacks and not the lowest mean.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -282,3 +282,9 @@ class Outcomes:
     y: Tensor
     correct: dict[str, Tensor]
     attacked: dict[str, Tensor]
+
+    def of(self, entries: Collection[str]) -> "Outcomes":
+        """The outcomes of some entries of the suite, and on clean images."""
+        kept = {name: mask for name, mask in self.attacked.items() if name.split("/")[0] in entries}
+        correct = {name: self.correct[name] for name in ("clean", *kept)}
+        return Outcomes(self.y, correct, kept)

@@ -232,13 +232,19 @@ _LEGEND = (
 )
 
 
-def render_table(package: str, on: str = "", seeds: Sequence[int] | None = None) -> Report:
+def render_table(
+    package: str,
+    on: str = "",
+    seeds: Sequence[int] | None = None,
+    groups: Sequence[str] | None = None,
+) -> Report:
     """Set a paper's numbers beside ours, one table per group.
 
     Args:
         package: Import name of the paper.
         on: Only experiments whose stem starts so.
         seeds: Only these seeds; ``None`` takes all there are.
+        groups: Only these tables, by id; ``None`` takes all.
 
     Raises:
         ConfigurationError: If a file is damaged, or no experiment starts with ``on``.
@@ -258,6 +264,7 @@ def render_table(package: str, on: str = "", seeds: Sequence[int] | None = None)
     sheets = [
         _sheet(group, members, results)
         for group in reference.groups
+        if groups is None or group.id in groups
         if (members := [row for row in rows if group.id in row.groups])
     ]
     for path in sorted((folder / "results").glob("analysis*.json")):
@@ -466,39 +473,39 @@ def _escape(cell: str) -> str:
 # ------------------------------------------------------------------------------------------ README
 
 
-def write_readme(path: str | Path, markdown: str) -> None:
-    """Replace what stands between the result markers of a README.
+def write_readme(path: str | Path, markdown: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replace what stands between two markers of a README.
 
     Raises:
         ConfigurationError: If the README or its markers are missing.
         RunDirectoryError: If it cannot be written.
     """
-    before, _, after = _split_readme(Path(path))
-    if not is_current(path, markdown):
+    before, _, after = _split_readme(Path(path), begin, end)
+    if not is_current(path, markdown, begin, end):
         write_text_atomically(path, f"{before}\n\n{markdown}\n\n{after}")
 
 
-def is_current(path: str | Path, markdown: str) -> bool:
+def is_current(path: str | Path, markdown: str, begin: str = BEGIN, end: str = END) -> bool:
     """Whether a README holds exactly these tables."""
-    return _split_readme(Path(path))[1] == f"\n\n{markdown}\n\n"
+    return _split_readme(Path(path), begin, end)[1] == f"\n\n{markdown}\n\n"
 
 
-def _split_readme(path: Path) -> tuple[str, str, str]:
+def _split_readme(path: Path, begin: str, end: str) -> tuple[str, str, str]:
     """Text up to and with the first marker, between the markers, from the second marker on."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(
-            f"cannot read {path} ({error.strerror}); the tables go between the lines {BEGIN} and "
-            f"{END} of it"
+            f"cannot read {path} ({error.strerror}); the tables go between the lines {begin} and "
+            f"{end} of it"
         ) from error
-    start, end = text.find(BEGIN) + len(BEGIN), text.find(END)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or end < start:
+    start, stop = text.find(begin) + len(begin), text.find(end)
+    if text.count(begin) != 1 or text.count(end) != 1 or stop < start:
         raise ConfigurationError(
-            f"{path} needs the lines {BEGIN} and {END}, once each and in this order, around the "
-            f"place of the tables; it has {text.count(BEGIN)} and {text.count(END)}"
+            f"{path} needs the lines {begin} and {end}, once each and in this order, around the "
+            f"place of the tables; it has {text.count(begin)} and {text.count(end)}"
         )
-    return text[:start], text[start:end], text[end:]
+    return text[:start], text[start:stop], text[stop:]
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -550,10 +557,19 @@ def _report(package: str, on: str, seeds: list[int] | None, check: bool) -> int:
     markdown = render_table(package).markdown  # a README holds everything, whatever is printed now
     if not check:
         write_readme(readme, markdown)
+        _show_in_front(package, readme.parent.parent / "README.md")
         return 0
     if is_out_of_date := not is_current(readme, markdown):
         console.print(Text(f"{readme} is out of date: run python -m common.tables {package}"))
     return int(is_out_of_date or bool(on and shown.missing))
+
+
+def _show_in_front(package: str, readme: Path) -> None:
+    """Put a paper's table on the digits into the front page, where that has a place for it."""
+    begin, end = f"<!-- {package} -->", f"<!-- /{package} -->"
+    if readme.is_file() and begin in readme.read_text(encoding="utf-8"):
+        markdown = render_table(package, on="digits", groups=["digits"]).markdown
+        write_readme(readme, markdown, begin, end)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ class Trainer(pl.Trainer):
 
     def reproduce(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Train, or go on where a killed run stopped; then test its two checkpoints."""
+        self.is_reproducing = True  # what goes into a table makes no allowances
         folder = Path(self.default_root_dir) / "checkpoints"
         last = folder / "last.ckpt"
         self.fit(model, datamodule=datamodule, ckpt_path=str(last) if last.exists() else None)

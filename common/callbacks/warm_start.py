@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from common.checkpoints import load_checkpoint
 from common.classifier import check_weights_fit
@@ -13,7 +14,9 @@ from common.errors import CheckpointError, ConfigurationError
 class WarmStart(Callback):
     """Loads network weights, and nothing else, before training begins.
 
-    A run that is resumed is left alone: its own checkpoint holds its weights.
+    A run that is resumed is left alone: its own checkpoint holds its weights. Where the weights
+    of the experiment are not there, ``fit`` says so and starts from scratch, while ``reproduce``,
+    whose results go into tables, refuses.
 
     Args:
         experiment: A neighbouring experiment with the same seed, whose run directory is looked up
@@ -44,6 +47,16 @@ class WarmStart(Callback):
         if self.experiment is None and self.path is None:
             return
         path = self._find(Path(trainer.default_root_dir))
+        if self.experiment is not None and not path.is_file():
+            missing = (
+                f"this run is meant to start from the weights of {self.experiment}, and {path} "
+                "does not exist; train that experiment first (fit --config "
+                f".../{self.experiment}.yaml with the same seed)"
+            )
+            if getattr(trainer, "is_reproducing", False):
+                raise CheckpointError(f"{missing}, or use make, which does so")
+            rank_zero_warn(f"{missing}. Starting from scratch instead")
+            return
         weights = load_checkpoint(path)["state_dict"]
         check_weights_fit(pl_module.state_dict(), weights, f"the warm start {path}")
         pl_module.load_state_dict(weights)
@@ -52,12 +65,5 @@ class WarmStart(Callback):
         if self.path is not None:
             return Path(self.path)
         seed = run.name.split("-v")[0]  # runs/<paper>/<experiment>/seed<k>[-v<n>]
-        path = run.parent.parent / str(self.experiment) / seed / "checkpoints"
-        path = path / f"{self.checkpoint}.ckpt"
-        if not path.is_file():
-            raise CheckpointError(
-                f"this run starts from the weights of {self.experiment}, and {path} does not "
-                f"exist; train that experiment first (fit --config .../{self.experiment}.yaml "
-                f"with the same seed), or start from scratch with --warm_start.experiment null"
-            )
-        return path
+        folder = run.parent.parent / str(self.experiment) / seed / "checkpoints"
+        return folder / f"{self.checkpoint}.ckpt"

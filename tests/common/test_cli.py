@@ -172,7 +172,6 @@ def test_awp_and_averaged_weights_are_one_overlay_away(config) -> None:
          "'ce_probe'; it declares ce_f, cw_f, model"),
         ("--model.net.num_classes", "7", "model.net.num_classes is 7 and Digits has 10"),
         ("--model.net.in_channels", "2", "model.net.in_channels is 2 and Digits has 1"),
-        ("--warm_start.experiment", "other", "train that experiment first"),
         ("--ckpt_path", "nothing.ckpt", "nothing.ckpt does not exist"),
     ],
 )  # fmt: skip
@@ -180,6 +179,21 @@ def test_bad_input_is_one_line_before_any_compute(config, capsys, option, value,
     line = refused(capsys, "fit", "--config", config, option, value)
     assert expected in line
     assert not list(Path("runs").rglob("*.ckpt"))
+
+
+def test_a_warm_start_needs_its_weights_where_results_go_into_tables(config, capsys) -> None:
+    given = ("--config", config, "--warm_start.experiment", "other", "--trainer.max_epochs", "1")
+    assert "train that experiment first" in refused(capsys, "reproduce", *given)
+    with pytest.warns(UserWarning, match="Starting from scratch instead"):
+        call("fit", *given)
+    call("fit", "--config", config, "--experiment", "other")
+    call("reproduce", *given, "--warm_start.checkpoint", "last", "--model.optimizer.lr", "1e-30")
+    cold, warm = (
+        torch.load(f"runs/paper_tiny/{name}/seed0/checkpoints/last.ckpt")["state_dict"]
+        for name in ("other", "tiny")
+    )
+    name = "net.head.linear.weight"
+    torch.testing.assert_close(cold[name], warm[name])
 
 
 def test_bad_yaml_names_the_key(config, capsys) -> None:

@@ -130,6 +130,42 @@ def test_suite_mistakes_are_found_before_the_first_attack() -> None:
         RobustEvaluation(validation=SuiteEntry(AutoAttack(eps=0.1)))
 
 
+def test_equal_weights_are_attacked_once(tmp_path, monkeypatch) -> None:
+    calls = []
+    attack = SuiteRun.attack
+    monkeypatch.setattr(SuiteRun, "attack", lambda self, batch: calls.append(attack(self, batch)))
+    net = ResNet((1,), (4,), (2,), in_channels=1)
+    module = RobustClassifier(net, AT(), torch.optim.SGD)
+    evaluation = RobustEvaluation(
+        suite(
+            fgsm=SuiteEntry(FGSM(0.02), ["*"]),
+            other=SuiteEntry(FGSM(0.1), checkpoints=["untrained"]),
+        )
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+        callbacks=[evaluation],
+    )
+    data = ImageDataModule(Digits(), test_limit=20)
+    trainer.test(module, datamodule=data, verbose=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "selected.ckpt")
+    trainer.test(module, datamodule=data, ckpt_path=tmp_path / "selected.ckpt", verbose=False)
+    assert len(calls) == 1
+    found = read_result(tmp_path / "results.json")["checkpoints"]
+    assert set(found["selected"]["attacks"]) == {"fgsm/ce_f", "fgsm/cw_f", "fgsm/model"}
+    for name, entry in found["selected"]["attacks"].items():
+        assert entry == found["untrained"]["attacks"][name]
+    with torch.no_grad():
+        module.net.head.linear.bias += 1
+    trainer.test(module, datamodule=data, verbose=False)
+    assert len(calls) == 2
+
+
 def test_the_result_file_holds_every_outcome(tmp_path) -> None:
     torch.manual_seed(0)
     net = ResNet((1, 1), (4, 4), (1, 2), in_channels=1)
