@@ -109,7 +109,7 @@ class RobustClassifier(LightningModule):
                 "checkpoint is from before. Lower model.optimizer.lr, set "
                 "trainer.gradient_clip_val, or train in 32-true precision"
             )
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["y"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["y"]), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

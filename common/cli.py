@@ -6,6 +6,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -294,6 +295,7 @@ def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifie
 
 def main(args: Sequence[str] | None = None, package: str = "common") -> None:
     """Run one subcommand; errors the user can mend are one line and exit status 2."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch 2.15
     try:
         RobustCLI(package=package, args=args)
     except UserError as error:

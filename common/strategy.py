@@ -8,13 +8,30 @@ import torch
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce as _all_reduce
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum over all ranks, differentiable."""
-    return cast(Tensor, _all_reduce(tensor))  # type: ignore[no-untyped-call]
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks; its gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Differentiable all-reduce."""
+    return cast(Tensor, _SumOverRanks.apply(tensor))
 
 
 class DeviceInvariantDDP(DDPStrategy):
@@ -71,9 +88,9 @@ class GlobalBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (input.ndim - 2)
         count = input.new_tensor([input.numel() / input.shape[1]])
         torch.distributed.all_reduce(count)
-        mean = all_reduce(input.sum(dims)) / count
+        mean = sum_over_ranks(input.sum(dims)) / count
         centred = input - mean.view(shape)
-        variance = all_reduce(centred.square().sum(dims)) / count
+        variance = sum_over_ranks(centred.square().sum(dims)) / count
         with torch.no_grad():
             self._move_running_statistics(mean, variance * count / (count - 1))
         normalised: Tensor = centred * torch.rsqrt(variance + self.eps).view(shape)

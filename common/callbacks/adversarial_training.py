@@ -85,9 +85,11 @@ class AdversarialTraining(Callback):
             loss_fn = objective_of(module).inner(module, batch)
             for when, x in (("before", batch["x"]), ("after", batch["x_adv"])):
                 loss = loss_fn(x).mean()
-                module.log(f"train/inner_loss_{when}", loss, batch_size=size, on_step=True)
-            for name, x in (("clean", batch["x"]), ("robust", batch["x_adv"])):
+                name = f"train/inner_loss_{when}"
+                module.log(name, loss, batch_size=size, on_step=True, sync_dist=True)
+            for kind, x in (("clean", batch["x"]), ("robust", batch["x_adv"])):
                 accuracy = (module(x).argmax(dim=1) == batch["y"]).float().mean()
+                name = f"train/{kind}_acc"
                 module.log(
-                    f"train/{name}_acc", accuracy, batch_size=size, on_step=False, on_epoch=True
+                    name, accuracy, batch_size=size, on_step=False, on_epoch=True, sync_dist=True
                 )
