@@ -1,0 +1,50 @@
+"""What the READMEs show works: their Python runs, their files and make targets exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("paper_*/README.md"))]
+
+
+def python_blocks(readme: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+
+
+def test_the_python_of_the_front_page_runs(capsys) -> None:
+    blocks = python_blocks(ROOT / "README.md")
+    assert len(blocks) == 2
+    torch.manual_seed(0)
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
+    names = {
+        "backbone": nn.Sequential(nn.Conv2d(3, 256, 3, stride=4), nn.ReLU()),
+        "head": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10)),
+        "x_adv": x,
+        "y": y,
+    }
+    exec(blocks[0], names)
+    names["loss"].backward()
+    assert names["backbone"][0].weight.grad.abs().sum() > 0
+
+    names = {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), "x": x, "y": y}
+    names["y"] = names["model"](x).argmax(1)
+    exec(blocks[1].replace('AutoAttack(eps="8/255")', "AutoAttack('8/255', steps=2)"), names)
+    assert "PGD-20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.parent.name)
+def test_files_and_targets_a_readme_names_exist(readme) -> None:
+    text = readme.read_text()
+    targets = set(re.findall(r"(?:`|^    )make ([a-z][a-z-]*)", text, flags=re.MULTILINE))
+    rules = (ROOT / "Makefile").read_text()
+    for target in targets:
+        is_row = target.startswith("reproduce-")
+        assert is_row or re.search(rf"^{target}:", rules, flags=re.MULTILINE), target
+    for path in re.findall(r"\b((?:common|paper_[a-z]+)/[\w./]+\.(?:py|yaml))\b", text):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([\w./]+)\)", text):
+        assert (readme.parent / link).exists(), link
