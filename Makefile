@@ -33,9 +33,9 @@ reproduce-%: $(STAMP) ## rows, table and figures of a paper [ON=stem-prefix] [SE
 	@rm -f runs/.failed-$*
 	@$(MAKE) --no-print-directory -k $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS)) PAPER=$* rows \
 	  || { mkdir -p runs; touch runs/.failed-$*; }
-	@mkdir -p paper_$*/results; for row in runs/paper_$*/$(ON)*/seed*/finished; do run=$${row%/finished}; stem=$${run%/*}; \
-	  to=paper_$*/results/$${stem##*/}-$${run##*/}.json; \
-	  if [ -e $$row ]; then cp $$run/results.json $$to.tmp; mv $$to.tmp $$to; fi; done
+	@mkdir -p paper_$*/results; for stem in runs/paper_$*/$(ON)*; do for seed in $(SEEDS); do \
+	  run=$$stem/seed$$seed; to=paper_$*/results/$${stem##*/}-seed$$seed.json; \
+	  if [ -e $$run/finished ]; then cp $$run/results.json $$to.tmp; mv $$to.tmp $$to; fi; done; done
 	@$(PY) -m paper_$*.analysis --on $(ON) --seeds $(SEEDS) || touch runs/.failed-$*
 	@$(PY) -m common.tables paper_$* --on $(ON) --seeds "$(SEEDS)"
 	@if [ -e runs/.failed-$* ]; then echo "some rows of paper_$* failed, see FAILED above;" \
@@ -99,11 +99,18 @@ parts    = $(shell sed -nE 's|^[a-z]+: *([^ {]+\.yaml).*|$(CONFIGS)/\1|p' $(CONF
 # A row that starts from the weights of another waits for that one.
 needs    = $(shell sed -n 's/^warm_start:.*experiment: *\([A-Za-z0-9_]*\).*/\1/p' $(CONFIGS)/$(1).yaml)
 
+# A row made with other ARGS is made again.
+given    = x$(strip $(ARGS))
+before   = x$(strip $(file <$(dir $(call row,$(1),$(2)))args))
+changed  = $(if $(subst $(given),,$(before))$(subst $(before),,$(given)),FORCE)
+FORCE:
+.PHONY: FORCE
+
 rows: $(foreach stem,$(STEMS),$(foreach seed,$(SEEDS),$(call row,$(stem),$(seed))))
 
 define ROW
-$(call row,$(1),$(2)): $(CONFIGS)/$(1).yaml $(call parts,$(1)) $(foreach n,$(call needs,$(1)),$(call row,$(n),$(2))) | $(STAMP)
-	@mkdir -p $$(@D); echo "begin  $(1) seed $(2)"; begun=$$$$SECONDS; \
+$(call row,$(1),$(2)): $(CONFIGS)/$(1).yaml $(call parts,$(1)) $(foreach n,$(call needs,$(1)),$(call row,$(n),$(2))) $(if $(wildcard $(call row,$(1),$(2))),$(call changed,$(1),$(2))) | $(STAMP)
+	@rm -f $$@; mkdir -p $$(@D); printf '%s' '$(strip $(ARGS))' > $$(@D)/args; echo "begin  $(1) seed $(2)"; begun=$$$$SECONDS; \
 	if $(PY) -m paper_$(PAPER) reproduce --config $(CONFIGS)/$(1).yaml --seed_everything $(2) \
 	  --trainer.enable_progress_bar false $(ARGS) > $$(@D)/log.txt 2>&1; \
 	then touch $$@; echo "end    $(1) seed $(2)  ($$$$((SECONDS - begun)) s)"; \

@@ -14,6 +14,7 @@ from typing import Any, cast
 import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace, dict_to_namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -158,7 +159,9 @@ class RobustCLI(LightningCLI):
         if self.subcommand == "fit":
             if checkpoint == "last":
                 run = versions[-1] if versions else base
-            elif checkpoint is None and (base / "checkpoints" / "last.ckpt").exists():
+            elif checkpoint and Path(checkpoint).parent.name == "checkpoints":
+                run = Path(checkpoint).parent.parent
+            elif (base / "checkpoints" / "last.ckpt").exists():
                 following = _version(versions[-1]) + 1 if versions else 1
                 run = base.with_name(f"{base.name}-v{following}")
         if getattr(rank_zero_only, "rank", 0) != 0:
@@ -240,7 +243,13 @@ def lock(run: Path, timeout: float = 0) -> FileLock:
     try:
         run.mkdir(parents=True, exist_ok=True)
         held = FileLock(run / ".lock")
-        held.acquire(timeout=timeout)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            if timeout == 0:
+                raise
+            print(f"waiting for another process that is writing {run}", flush=True)
+            held.acquire(timeout=timeout)
     except Timeout:
         raise RunDirectoryError(
             f"another process is writing {run}; wait for it, or give this run another folder "
@@ -264,8 +273,9 @@ def set_aside_if_other(run: Path, digest: str) -> None:
         number += 1
     aside.mkdir()
     for item in run.iterdir():
-        if item.name != ".lock":
+        if item.name not in (".lock", "log.txt"):  # both are open
             item.rename(aside / item.name)
+    (aside / "finished").unlink(missing_ok=True)
     print(f"{run} was made with other settings; it is now {aside}")
 
 
@@ -301,3 +311,6 @@ def main(args: Sequence[str] | None = None, package: str = "common") -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except MisconfigurationException as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error

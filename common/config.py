@@ -22,9 +22,11 @@ TRAINING_SECTIONS = (
 )
 TRAINER_SETTINGS = (
     *("max_epochs", "max_steps", "precision", "gradient_clip_val"),
-    *("accumulate_grad_batches", "callbacks", "limit_train_batches"),
+    *("gradient_clip_algorithm", "accumulate_grad_batches", "callbacks", "limit_train_batches"),
+    *("limit_val_batches", "overfit_batches", "check_val_every_n_epoch", "min_epochs", "min_steps"),
+    "max_time",
 )
-WHEREABOUTS = ("root", "dirpath", "num_workers", "eval_batch_size")
+WHEREABOUTS = ("root", "dirpath", "num_workers", "eval_batch_size", "test_limit")
 
 
 def training_digest(config: Mapping[str, Any]) -> str:
@@ -37,6 +39,8 @@ def training_digest(config: Mapping[str, Any]) -> str:
         return [without_whereabouts(v) for v in value] if isinstance(value, list) else value
 
     decisive = {key: config.get(key) for key in TRAINING_SECTIONS}
+    # The attack of validation chooses the checkpoint; the suite of test changes no weights.
+    decisive["validation"] = (config.get("evaluation") or {}).get("validation")
     trainer = config.get("trainer") or {}
     decisive["trainer"] = {key: trainer.get(key) for key in TRAINER_SETTINGS}
     text = json.dumps(without_whereabouts(decisive), sort_keys=True, default=str)

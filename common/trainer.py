@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 
 import common.strategy  # noqa: F401  (registers the device-invariant ddp)
 from common.checkpoints import load_checkpoint
@@ -23,12 +24,14 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = True,
     ) -> None:
         """Train; with ``--ckpt_path last`` go on where an interrupted run stopped."""
+        # Lightning sets its own ckpt_path only after the callbacks' setup, which needs to know.
+        self.resumed_from = self._checked(ckpt_path)
         super().fit(
             model,
             train_dataloaders,
             val_dataloaders,
             datamodule,
-            ckpt_path=self._checked(ckpt_path),
+            ckpt_path=self.resumed_from,
             weights_only=weights_only,
         )
 
@@ -42,7 +45,7 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = True,
     ) -> Any:
         """Measure clean and robust accuracy on the validation split."""
-        path = self._checked(ckpt_path)
+        path = self._to_evaluate(ckpt_path)
         return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def test(
@@ -55,7 +58,7 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = True,
     ) -> Any:
         """Run the attack suite on the test split and file the results."""
-        path = self._checked(ckpt_path)
+        path = self._to_evaluate(ckpt_path)
         return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def predict(
@@ -68,7 +71,7 @@ class Trainer(pl.Trainer):
         weights_only: bool | None = True,
     ) -> Any:
         """Write the class probabilities of the test split to predictions.csv."""
-        path = self._checked(ckpt_path)
+        path = self._to_evaluate(ckpt_path)
         return super().predict(
             model, dataloaders, datamodule, return_predictions, path, weights_only
         )
@@ -82,6 +85,17 @@ class Trainer(pl.Trainer):
         for name in ("last", "selected"):
             if (folder / f"{name}.ckpt").exists():
                 self.test(model, datamodule=datamodule, ckpt_path=str(folder / f"{name}.ckpt"))
+
+    def _to_evaluate(self, ckpt_path: str | Path | None) -> str | None:
+        """As ``_checked``; what is evaluated is the file's weights, averaged if it holds those.
+
+        Right after ``fit`` Lightning's averaging callback would swap in the raw ones.
+        """
+        if ckpt_path is not None:
+            for callback in self.callbacks:  # type: ignore[attr-defined]  # set by a connector
+                if isinstance(callback, WeightAveraging):
+                    callback._average_model = None
+        return self._checked(ckpt_path)
 
     def _checked(self, ckpt_path: str | Path | None) -> str | None:
         """The checkpoint's full path after a look inside; its absence is told at once."""

@@ -81,6 +81,27 @@ def test_a_row_is_made_again_when_what_its_config_refers_to_has_changed(project)
     assert rows_asked(project) == [("digits_resnet_cas", "0")]
 
 
+def test_other_arguments_make_rows_again(project) -> None:
+    make(project, "reproduce-cifs", "SEEDS=0")
+    (project / "asked").unlink()
+    make(project, "reproduce-cifs", "SEEDS=0", "ARGS=--data.batch_size 50")
+    assert len(rows_asked(project)) == 8
+    (project / "asked").unlink()
+    make(project, "reproduce-cifs", "SEEDS=0", "ARGS=--data.batch_size 50")
+    assert rows_asked(project) == []
+
+
+def test_only_the_run_of_a_seed_gives_its_result(project) -> None:
+    aside = project / "runs/paper_cifs/digits_resnet_cas/seed0-replaced1"
+    aside.mkdir(parents=True)
+    for name in ("finished", "results.json"):
+        (aside / name).touch()
+    make(project, "reproduce-cifs", "SEEDS=0")
+    results = sorted(p.name for p in (project / "paper_cifs/results").iterdir())
+    assert len(results) == 8
+    assert not any("replaced" in name for name in results)
+
+
 def test_a_failing_row_is_reported_and_takes_only_its_dependants_with_it(project) -> None:
     done = make(project, "reproduce-cifs", "SEEDS=0", fails="digits_resnet_cas_natural")
     assert done.returncode != 0

@@ -1,13 +1,37 @@
 """Two files per run: ``last.ckpt`` to go on from, ``selected.ckpt`` by a validation metric."""
 
+from pathlib import Path
 from typing import Literal
 
-from lightning import Trainer
+import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from common.errors import ConfigurationError, DivergedError
 
-class LastCheckpoint(ModelCheckpoint):
+
+class SafeCheckpoint(ModelCheckpoint):
+    """Replaces a checkpoint only by a whole one, and only by weights that are numbers."""
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        for name, value in trainer.lightning_module.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise DivergedError(
+                    f"{name} is not finite after epoch {trainer.current_epoch}, step "
+                    f"{trainer.global_step}; it is not saved, and the checkpoint before it is "
+                    "kept. Lower model.optimizer.lr or set trainer.gradient_clip_val"
+                )
+        partial = f"{filepath}.tmp"
+        trainer.save_checkpoint(partial, self.save_weights_only)
+        if trainer.is_global_zero:
+            Path(partial).replace(filepath)
+        trainer.strategy.barrier()
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+
+
+class LastCheckpoint(SafeCheckpoint):
     """Saves ``last.ckpt`` after every epoch, so that a killed run loses at most one."""
 
     def __init__(self, dirpath: str | None = None) -> None:
@@ -19,7 +43,7 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
 
-class SelectedCheckpoint(ModelCheckpoint):
+class SelectedCheckpoint(SafeCheckpoint):
     """Keeps the epoch with the best validation metric as ``selected.ckpt``.
 
     Among equal epochs the later one is kept.
@@ -45,6 +69,20 @@ class SelectedCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find a metric that nobody logs before the first epoch.
+
+        Raises:
+            ConfigurationError: If robust accuracy is monitored and validation does not attack.
+        """
+        super().setup(trainer, pl_module, stage)
+        attacks = [getattr(c, "validation", None) for c in trainer.callbacks]  # type: ignore[attr-defined]
+        if stage == "fit" and self.monitor == "val/robust_acc" and not any(attacks):
+            raise ConfigurationError(
+                "checkpoint.monitor is val/robust_acc and evaluation.validation is null, so nobody "
+                "measures it; name an attack there, or set checkpoint.monitor to val/clean_acc"
+            )
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether this epoch is at least as good as the one kept."""

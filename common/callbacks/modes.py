@@ -70,4 +70,4 @@ def frozen(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
 def is_logged(trainer: Trainer) -> bool:
     """Whether Lightning logs the optimiser step that comes next."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-    return (trainer.global_step + 1) % every == 0
+    return every > 0 and (trainer.global_step + 1) % every == 0

@@ -53,6 +53,8 @@ class RobustEvaluation(Callback):
         self.experiment = experiment or "unnamed"
         self.paper = paper or "unnamed"
         self.config_digest = config_digest or ""
+        self._robust: MulticlassAccuracy | None = None
+        self._per_class: MulticlassAccuracy | None = None
         self._tested = ("", 0)
         self._run = SuiteRun(None, {}, run_seed())
         if validation is not None and isinstance(validation.attack, AutoAttack):
@@ -84,10 +86,7 @@ class RobustEvaluation(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count anew."""
-        classes = getattr(getattr(trainer, "datamodule", None), "num_classes", None)
-        if self.validation is not None and classes is not None:
-            self._per_class = MulticlassAccuracy(classes, average="none").to(pl_module.device)
-            self._robust = MulticlassAccuracy(classes, average="micro").to(pl_module.device)
+        self._per_class = self._robust = None
 
     def on_validation_batch_start(
         self,
@@ -117,12 +116,17 @@ class RobustEvaluation(Callback):
                 predicted = torch.where(worst, found, predicted)
                 worst &= found == part["y"]
         batch["x_adv"] = x_adv
+        if self._robust is None or self._per_class is None:
+            with torch.no_grad():
+                classes = pl_module(batch["x"][:1]).shape[1]
+            self._per_class = MulticlassAccuracy(classes, average="none").to(pl_module.device)
+            self._robust = MulticlassAccuracy(classes, average="micro").to(pl_module.device)
         self._robust.update(predicted, batch["y"])
         self._per_class.update(predicted, batch["y"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log robust accuracy, overall and per class."""
-        if self.validation is None or trainer.sanity_checking:
+        if self._robust is None or self._per_class is None or trainer.sanity_checking:
             return
         # compute() has joined the ranks already, so sync_dist only confirms what is equal.
         pl_module.log("val/robust_acc", self._robust.compute(), prog_bar=True, sync_dist=True)

@@ -39,12 +39,15 @@ class WarmStart(Callback):
         self.experiment = experiment
         self.checkpoint = checkpoint
         self.path = path
+        self.started_from: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the weights."""
-        if stage != "fit" or trainer.ckpt_path is not None:
+        if stage != "fit" or (self.experiment is None and self.path is None):
             return
-        if self.experiment is None and self.path is None:
+        resumed_from = getattr(trainer, "resumed_from", None)
+        if resumed_from is not None:
+            self._check_resumed(trainer, resumed_from)
             return
         path = self._find(Path(trainer.default_root_dir))
         if self.experiment is not None and not path.is_file():
@@ -60,6 +63,26 @@ class WarmStart(Callback):
         weights = load_checkpoint(path)["state_dict"]
         check_weights_fit(pl_module.state_dict(), weights, f"the warm start {path}")
         pl_module.load_state_dict(weights)
+        self.started_from = str(self.experiment or self.path)
+
+    def _check_resumed(self, trainer: Trainer, resumed_from: str) -> None:
+        """A run that began from scratch for want of weights does not get into a table."""
+        states = load_checkpoint(resumed_from).get("callbacks", {})
+        self.load_state_dict(states.get(self.state_key, {}))
+        if getattr(trainer, "is_reproducing", False) and self.started_from is None:
+            raise CheckpointError(
+                f"{resumed_from} belongs to a run that began from scratch and not from the "
+                f"weights of {self.experiment or self.path}; move its run directory away and run "
+                "again"
+            )
+
+    def state_dict(self) -> dict[str, str | None]:
+        """What this run started from, kept in its checkpoints."""
+        return {"started_from": self.started_from}
+
+    def load_state_dict(self, state_dict: dict[str, str | None]) -> None:
+        """Remember it when the run is resumed."""
+        self.started_from = state_dict.get("started_from")
 
     def _find(self, run: Path) -> Path:
         if self.path is not None:

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from common.cli import RobustCLI, load_run, lock, main
+from common.provenance import weights_digest
 
 CONFIG = """
 model:
@@ -156,6 +157,46 @@ def test_awp_and_averaged_weights_are_one_overlay_away(config) -> None:
     assert torch.equal(classifier.state_dict()[name], averaged[name])
 
 
+def test_averaged_weights_are_what_reproduce_tests(config) -> None:
+    overlay = Path(__file__).parents[2] / "common/configs/ema.yaml"
+    call("reproduce", "--config", config, "--config", overlay)
+    run = Path("runs/paper_tiny/tiny/seed0")
+    averaged = torch.load(run / "checkpoints/last.ckpt")["state_dict"]
+    made_with = json.loads((run / "results.json").read_text())["provenance"]["last"]
+    assert made_with["checkpoint_digest"] == weights_digest(averaged)
+
+
+def test_weights_that_are_not_finite_do_not_replace_those_that_are(config, capsys) -> None:
+    call("fit", "--config", config, "--trainer.max_epochs", "1")
+    path = Path("runs/paper_tiny/tiny/seed0/checkpoints/last.ckpt")
+    checkpoint = torch.load(path)
+    checkpoint["optimizer_states"][0]["state"][0]["momentum_buffer"].fill_(float("inf"))
+    torch.save(checkpoint, path)
+    before = path.read_bytes()
+    line = refused(capsys, "fit", "--config", config, "--ckpt_path", "last",
+                   "--trainer.max_epochs", "2", "--data.train_limit", "20",
+                   "--data.batch_size", "20")  # fmt: skip
+    assert "is not finite after epoch 1" in line
+    assert path.read_bytes() == before
+
+
+def test_a_run_from_scratch_does_not_pass_for_a_warm_started_one(config, capsys) -> None:
+    given = ("--config", config, "--warm_start.experiment", "other", "--trainer.max_epochs", "1")
+    call("fit", *given)
+    call("fit", "--config", config, "--experiment", "other")
+    assert "began from scratch" in refused(capsys, "reproduce", *given)
+
+
+def test_going_on_with_a_file_stays_in_its_run(config) -> None:
+    for _ in range(2):
+        call("fit", "--config", config, "--trainer.max_epochs", "1")
+    runs = Path("runs/paper_tiny/tiny")
+    first = (runs / "seed0/checkpoints/last.ckpt").read_bytes()
+    call("fit", "--config", config, "--ckpt_path", runs / "seed0-v1/checkpoints/last.ckpt")
+    assert (runs / "seed0/checkpoints/last.ckpt").read_bytes() == first
+    assert torch.load(runs / "seed0-v1/checkpoints/last.ckpt")["epoch"] == 1
+
+
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
@@ -172,6 +213,8 @@ def test_awp_and_averaged_weights_are_one_overlay_away(config) -> None:
          "'ce_probe'; it declares ce_f, cw_f, model"),
         ("--model.net.num_classes", "7", "model.net.num_classes is 7 and Digits has 10"),
         ("--model.net.in_channels", "2", "model.net.in_channels is 2 and Digits has 1"),
+        ("--evaluation.validation", "null", "so nobody measures it"),
+        ("--trainer.gradient_clip_algorithm", "nonsense", "error: "),
         ("--ckpt_path", "nothing.ckpt", "nothing.ckpt does not exist"),
     ],
 )  # fmt: skip
