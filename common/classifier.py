@@ -11,10 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import cross_entropy, hinge_margin
 from common.errors import CheckpointError, ConfigurationError, DivergedError
-from common.objectives import Batch, Objective, differentiable
-
-InnerLoss = Callable[[Any, Batch], Callable[[Tensor], Tensor]]
-"""What :meth:`Objective.inner` is: (model, batch) -> (x' -> per-example loss)."""
+from common.objectives import Batch, InnerLoss, Objective, differentiable
 
 
 class RobustClassifier(LightningModule):

@@ -19,9 +19,7 @@ from common.attacks.autoattack import AutoAttack
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom
 from common.errors import ConfigurationError
-from common.objectives import Batch
-
-InnerLoss = Callable[[Any, Batch], Callable[[Tensor], Tensor]]
+from common.objectives import Batch, InnerLoss
 
 
 @dataclass
@@ -111,7 +109,8 @@ def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return model(x).argmax(dim=1)
 
 
-def _is_wrong(model: Callable[[Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
+def is_wrong(model: Callable[[Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
+    """Which examples are misclassified, bool ``(N,)``."""
     return predict(model, x) != y
 
 
@@ -187,7 +186,7 @@ class SuiteRun:
                     inner(self.model, part),
                     part["x"],
                     random,
-                    is_adversarial=partial(_is_wrong, self.model, part["y"]),
+                    is_adversarial=partial(is_wrong, self.model, part["y"]),
                 )
                 outcome[target] = predict(self.model, x_adv) == part["y"]
             self._spent(f"{name}/{loss_name}", started)

@@ -24,6 +24,10 @@ Model = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` to logits ``(N, K)``; while training, the LightningModule itself."""
 
 
+InnerLoss = Callable[[Any, Batch], Callable[[Tensor], Tensor]]
+"""What :meth:`Objective.inner` is: (model, batch) -> (x' -> per-example loss)."""
+
+
 class Objective(Protocol):
     """The saddle point of one defence.
 

@@ -25,16 +25,12 @@ from common.attacks.losses import cross_entropy, hinge_margin, kl_divergence
 from common.errors import ConfigurationError
 from common.networks.resnet import ResNet, check_positive
 from common.networks.wide_resnet import WideBlock, WideResNet, initialize
-from common.objectives import Batch, adversarial_images, check_weight, differentiable
+from common.objectives import Batch, InnerLoss, adversarial_images, check_weight, differentiable
 
 SOFTPLUS_BETA = 5.0  # sharpness of the probe's softplus [R]
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits ``(N, K)``, labels ``(N,)``) -> loss ``(N,)``."""
-
-InnerLoss = Callable[[Any, Batch], Callable[[Tensor], Tensor]]
-"""The shape of ``Objective.inner``: (model, batch) -> (x' -> per-example loss)."""
-
 
 # ------------------------------------------------------------------------------ probe, p = A(z)
 

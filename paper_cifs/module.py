@@ -5,8 +5,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from common.classifier import InnerLoss, RobustClassifier
-from common.objectives import Batch
+from common.classifier import RobustClassifier
+from common.objectives import Batch, InnerLoss
 from paper_cifs.method import ChannelSelection, adaptive_losses, joint_logits
 
 

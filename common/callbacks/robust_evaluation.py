@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,14 @@ from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
 from common.callbacks.modes import frozen
 from common.errors import ConfigurationError
-from common.evaluation import SuiteEntry, SuiteRun, check_suite, predict, resolve_losses
+from common.evaluation import (
+    SuiteEntry,
+    SuiteRun,
+    check_suite,
+    is_wrong,
+    predict,
+    resolve_losses,
+)
 from common.objectives import Batch
 from common.results import CheckpointResult, check_writable, checkpoint_entry, merge_result
 
@@ -110,7 +118,7 @@ class RobustEvaluation(Callback):
                     inner(pl_module, part),
                     part["x"],
                     random,
-                    is_adversarial=lambda x: predict(pl_module, x) != part["y"],
+                    is_adversarial=partial(is_wrong, pl_module, part["y"]),
                 )
                 found = predict(pl_module, x_adv)
                 predicted = torch.where(worst, found, predicted)
