@@ -1,6 +1,6 @@
 """The classifier every paper trains: a network, an objective and an optimiser."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import cross_entropy, hinge_margin
-from common.errors import CheckpointError, ConfigurationError, DivergedError
+from common.checkpoints import check_weights_fit
+from common.errors import ConfigurationError, DivergedError
 from common.objectives import Batch, InnerLoss, Objective, differentiable
 
 
@@ -59,7 +60,7 @@ class RobustClassifier(LightningModule):
         A paper whose network has more to attack than its logits (probes, routers, masks) adds
         those. Names starting with ``ce_`` climb cross-entropy, with ``cw_`` the margin.
         """
-        return {"ce_f": _on_logits(cross_entropy), "cw_f": _on_logits(hinge_margin)}
+        return {"ce_f": on_logits(cross_entropy), "cw_f": on_logits(hinge_margin)}
 
     def setup(self, stage: str) -> None:
         """Pass two blank images through the network, so that a misfit costs nothing."""
@@ -143,34 +144,11 @@ class RobustClassifier(LightningModule):
         self.loaded_at = {key: checkpoint[key] for key in ("epoch", "global_step")}
 
 
-def _on_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> InnerLoss:
+def on_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> InnerLoss:
+    """The inner loss that is a function of a model's logits and the labels."""
+
     def inner(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         y = differentiable(batch["y"])
         return lambda x: loss(model(x), y)
 
     return inner
-
-
-def check_weights_fit(own: Mapping[str, Tensor], other: Mapping[str, Tensor], origin: str) -> None:
-    """Compare names and shapes of weights.
-
-    Raises:
-        CheckpointError: Naming the first tensors that are missing, unknown or of another shape.
-    """
-    missing = [name for name in own if name not in other]
-    unknown = [name for name in other if name not in own]
-    shapes = [
-        f"{name} is {tuple(other[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in other and own[name].shape != other[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what} (first: {names[0]})"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "misshapen"))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{origin} holds the weights of another network: {'; '.join(problems)}. Give the "
-            "config the checkpoint was trained with (config.yaml in its run directory)"
-        )

@@ -32,6 +32,7 @@ from common.classifier import RobustClassifier
 from common.config import UserFriendlyParser, explain, fill_from_data, training_digest
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError, UserError
+from common.evaluation.ready import fill_threat, threat_of
 from common.trainer import Trainer
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -110,6 +111,9 @@ class RobustCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         config.experiment = config.experiment or self._experiment_name(config)
         fill_from_data(config)
+        if config.evaluation.suite:
+            threat = threat_of(config.evaluation, config.adversary)
+            fill_threat(config.evaluation.suite, threat)
         digest = training_digest(self._plain(config))
         if self.subcommand:
             run = self._run_directory(config, digest)

@@ -127,6 +127,80 @@ def example_grid(
     Raises:
         ValueError: If there is nothing to show, or shapes disagree, or C is neither 1 nor 3.
     """
+    labels = {"predicted_clean": predicted_clean, "predicted_adv": predicted_adv, "y": y}
+    clean, adversarial = _first_images(clean, adversarial, labels, max_examples)
+    delta = adversarial - clean
+    factor = magnification(delta)
+    fig = blank_figure(1.05 * len(clean) + 0.9, 3.9)
+    grid = fig.subplots(3, len(clean), squeeze=False)
+    for axes, images in zip(grid, (clean, adversarial, 0.5 + factor * delta), strict=True):
+        _draw_images(axes, images)
+    for axes, predicted in ((grid[0], predicted_clean), (grid[1], predicted_adv)):
+        _draw_predictions(axes, predicted, y, class_names)
+    for ax, label in zip(grid[2], y.tolist(), strict=False):
+        ax.set_xlabel(f"true: {class_names[label]}", fontsize=FONT - 1, color=GREY)
+    for axes, name in zip(grid, ("clean", "adversarial", f"difference\n× {factor:g}"), strict=True):
+        axes[0].set_ylabel(name, fontsize=FONT, color=INK)
+    return fig
+
+
+NORM_NAMES = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+
+
+def adversarial_grid(
+    x: Tensor,
+    x_adv: Tensor,
+    y: Tensor,
+    predicted: Tensor,
+    distances: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    max_examples: int = 8,
+) -> Figure:
+    """Clean image + magnified perturbation = adversarial image, with how far apart they are.
+
+    One column per image: above the true class, under the perturbation its size, and below what was
+    predicted, red, bold and crossed where it is wrong. The perturbation is centred at grey and
+    scaled by one factor for the whole figure, given in the row's label.
+
+    Args:
+        x: Images in [0, 1], ``(N, C, H, W)`` with one or three channels.
+        x_adv: The same images attacked.
+        y: True labels, ``(N,)``.
+        predicted: Predicted labels of ``x_adv``, ``(N,)``.
+        distances: Between ``x`` and ``x_adv``, ``(N,)``, by norm (``linf``, ``l2``, ``l1``).
+        class_names: A name for each label.
+        max_examples: Show the first so many.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there is nothing to show, or shapes disagree, or C is neither 1 nor 3.
+    """
+    labels = {"predicted": predicted, "y": y, **distances}
+    x, x_adv = _first_images(x, x_adv, labels, max_examples)
+    delta = x_adv - x
+    factor = magnification(delta)
+    fig = blank_figure(1.05 * len(x) + 0.9, 3.9 + 0.14 * len(distances))
+    grid = fig.subplots(3, len(x), squeeze=False)
+    for axes, images in zip(grid, (x, 0.5 + factor * delta, x_adv), strict=True):
+        _draw_images(axes, images)
+    _draw_predictions(grid[0], y, y, class_names)
+    _draw_predictions(grid[2], predicted, y, class_names)
+    for i, ax in enumerate(grid[1]):
+        sizes = [f"{NORM_NAMES.get(norm, norm)} {d[i]:.3g}" for norm, d in distances.items()]
+        ax.set_xlabel("\n".join(sizes), fontsize=FONT - 1, color=GREY)
+    for axes, name in zip(
+        grid, ("clean, true class", f"perturbation\n× {factor:g}", "adversarial"), strict=True
+    ):
+        axes[0].set_ylabel(name, fontsize=FONT, color=INK)
+    return fig
+
+
+def _first_images(
+    clean: Tensor, adversarial: Tensor, labels: Mapping[str, Tensor], max_examples: int
+) -> tuple[Tensor, Tensor]:
+    """The first images of both on the CPU, once everything is found to fit together."""
     if clean.ndim != 4 or clean.shape[1] not in (1, 3):
         raise ValueError(f"images must be (N, 1 or 3, H, W), got {tuple(clean.shape)}")
     if adversarial.shape != clean.shape:
@@ -134,46 +208,45 @@ def example_grid(
             f"adversarial images must have the clean images' shape {tuple(clean.shape)}, "
             f"got {tuple(adversarial.shape)}"
         )
-    for name, labels in (("predicted_clean", predicted_clean), ("predicted_adv", predicted_adv)):
-        if labels.shape != y.shape or len(y) != len(clean):
+    for name, values in labels.items():
+        if values.shape != (len(clean),):
             raise ValueError(
-                f"{name} and y must hold one label for each of {len(clean)} images, "
-                f"got {tuple(labels.shape)} and {tuple(y.shape)}"
+                f"{name} must hold one value for each of {len(clean)} images, "
+                f"got {tuple(values.shape)}"
             )
     n = min(len(clean), max_examples)
     if n < 1:
         raise ValueError(f"at least one image is needed, got {len(clean)}, max_examples {n}")
     clean, adversarial = clean[:n].detach().float().cpu(), adversarial[:n].detach().float().cpu()
-    delta = adversarial - clean
-    factor = magnification(delta)
-    rows = (
-        ("clean", clean, predicted_clean),
-        ("adversarial", adversarial, predicted_adv),
-        (f"difference\n× {factor:g}", 0.5 + factor * delta, None),
-    )
-    fig = blank_figure(1.05 * n + 0.9, 3.9)
-    grid = fig.subplots(3, n, squeeze=False)
-    for axes, (label, images, predicted) in zip(grid, rows, strict=True):
-        pixels = images.clamp(0, 1).permute(0, 2, 3, 1).numpy()
-        for i, ax in enumerate(axes):
-            picture = pixels[i, :, :, 0] if pixels.shape[-1] == 1 else pixels[i]
-            ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            for spine in ax.spines.values():
-                spine.set_visible(False)
-            if predicted is not None:
-                is_wrong = int(predicted[i]) != int(y[i])
-                ax.set_title(
-                    f"{'✗ ' if is_wrong else ''}{class_names[int(predicted[i])]}",
-                    fontsize=FONT,
-                    color=RED if is_wrong else INK,
-                    fontweight="bold" if is_wrong else "normal",
-                    pad=3,
-                )
-            else:
-                ax.set_xlabel(f"true: {class_names[int(y[i])]}", fontsize=FONT - 1, color=GREY)
-        axes[0].set_ylabel(label, fontsize=FONT, color=INK)
-    return fig
+    if not adversarial.isfinite().all():
+        raise ValueError("adversarial images must be numbers, got NaN; show attacked images only")
+    return clean, adversarial
+
+
+def _draw_images(axes: npt.NDArray[np.object_], images: Tensor) -> None:
+    """One image per axes, without anything around it."""
+    pixels = images.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    for ax, image in zip(axes, pixels, strict=True):
+        picture = image[:, :, 0] if image.shape[-1] == 1 else image
+        ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+
+
+def _draw_predictions(
+    axes: npt.NDArray[np.object_], predicted: Tensor, y: Tensor, class_names: Sequence[str]
+) -> None:
+    """The predicted class above each image, red, bold and crossed where it is wrong."""
+    for ax, label, truth in zip(axes, predicted.tolist(), y.tolist(), strict=False):
+        is_wrong = label != truth
+        ax.set_title(
+            f"{'✗ ' if is_wrong else ''}{class_names[int(label)]}",
+            fontsize=FONT,
+            color=RED if is_wrong else INK,
+            fontweight="bold" if is_wrong else "normal",
+            pad=3,
+        )
 
 
 def draw_per_class_bars(
@@ -244,7 +317,10 @@ def per_class_bars(
 
 
 def accuracy_curve(
-    xs: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str
+    xs: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    xlabel: str,
+    intervals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Figure:
     """Accuracy against something, one line for each label.
 
@@ -252,15 +328,20 @@ def accuracy_curve(
         xs: Where the accuracy was measured, for instance radii or epochs.
         series: For each label, one accuracy in [0, 1] for each of ``xs``; NaN leaves a gap.
         xlabel: What ``xs`` is, with its unit.
+        intervals: For any of the labels, both ends of an interval for each of ``xs``, drawn as a
+            band behind the line; NaN leaves a gap.
 
     Returns:
         The figure; the axis runs from 0 to 100 percent.
 
     Raises:
-        ValueError: If there is no series or one is not as long as ``xs``.
+        ValueError: If there is no series, one is not as long as ``xs``, or a band has no line.
     """
     if not series:
         raise ValueError("at least one series is needed, got none")
+    intervals = intervals or {}
+    if lost := sorted(set(intervals) - set(series)):
+        raise ValueError(f"intervals of {lost} belong to no series; there are {sorted(series)}")
     fig = blank_figure(4.8, 3.1)
     ax = fig.subplots()
     # With many points the markers would hide the line.
@@ -268,6 +349,15 @@ def accuracy_curve(
     for i, (label, ys) in enumerate(series.items()):
         if len(ys) != len(xs):
             raise ValueError(f"{label!r} must have {len(xs)} values, one per x, got {len(ys)}")
+        if label in intervals:
+            ends = 100.0 * np.asarray(intervals[label], dtype=float)
+            if ends.shape != (len(xs), 2):
+                raise ValueError(
+                    f"the intervals of {label!r} must have the shape {(len(xs), 2)}, "
+                    f"got {ends.shape}"
+                )
+            # Lines of one figure may cross, so their bands let each other shine through.
+            ax.fill_between(xs, *ends.T, color=CYCLE[i % len(CYCLE)], alpha=0.18, linewidth=0)
         ax.plot(
             np.asarray(xs, dtype=float),
             100.0 * np.asarray(ys, dtype=float),
@@ -283,6 +373,48 @@ def accuracy_curve(
     ax.set_ylabel("accuracy (%)", fontsize=FONT)
     tidy_axes(ax)
     put_legend_above(fig, ax)
+    return fig
+
+
+def confusion_matrix(counts: npt.ArrayLike, class_names: Sequence[str], title: str = "") -> Figure:
+    """Which classes are taken for which: a row per true class, a column per predicted one.
+
+    A cell is as dark as its share of the row is large. Up to 20 classes have the counts written in,
+    up to 40 have their names; beyond that there is no room, and the axes carry numbers.
+
+    Args:
+        counts: How many examples of class i were taken for class j, ``(K, K)``.
+        class_names: The K names.
+        title: Heading; may be empty.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there is not a row and a column for each class.
+    """
+    table = np.asarray(counts)
+    k = len(class_names)
+    if table.shape != (k, k) or k < 1:
+        raise ValueError(f"counts must have the shape {(k, k)}, got {table.shape}")
+    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    side = min(12.0, max(3.4, 0.42 * k + 1.2))
+    fig = blank_figure(side, side)
+    ax = fig.subplots()
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if k <= 20:
+        for (i, j), count in np.ndenumerate(table):
+            color = "white" if share[i, j] > 0.5 else INK if count else GREY
+            ax.text(j, i, f"{count:g}", ha="center", va="center", fontsize=FONT - 2, color=color)
+    tidy_axes(ax, grid=False)
+    if k <= 40:
+        is_long = max(map(len, class_names)) > 3
+        ax.set_xticks(np.arange(k), class_names, rotation=90 if is_long else 0)
+        ax.set_yticks(np.arange(k), class_names)
+    ax.set_xlabel("predicted", fontsize=FONT)
+    ax.set_ylabel("true", fontsize=FONT)
+    if title:
+        ax.set_title(title, fontsize=FONT, color=INK)
     return fig
 
 

@@ -9,7 +9,10 @@ A paper's ``reference.yaml`` lists its tables (``groups``) and experiments (``ro
       cifar10_resnet18_plain:
         {groups: [E1], label: plain, source: R0, last: {clean_acc: 84.56}, selected: {}}
 
-Numbers are percentages, lists of repeats, or null for "not found".
+Numbers are percentages, lists of repeats, or null for "not found". A group with a ``baseline`` (the
+stem of a row) gets a second table, in which its other rows are compared with that one example by
+example, on the metrics of a list ``compare`` or else on those of the group that allow it.
+
 ``python -m common.tables paper_x`` prints the tables and rewrites the README's.
 """
 
@@ -19,120 +22,34 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.comparison import audit_notes, comparison_sheet
 from common.errors import ConfigurationError, UserError
-from common.results import LABELS, Result, load_results, write_text_atomically
+from common.outcomes import counts_as_attack, metrics_of
+from common.readme import BEGIN, END, is_current, write_readme
+from common.reference import Group, Reference, Row, read_reference
+from common.results import LABELS, Result, load_results
+from common.sheets import Sheet
 
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
-
-Number = float | list[float] | None
-
-
-# -------------------------------------------------------------------------- what the paper printed
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column: the key of a metric, and its title."""
-
-    key: str
-    title: str
-
-
-@dataclass(frozen=True)
-class Group:
-    """A table.
-
-    Args:
-        id: What rows name in ``groups``.
-        title: Heading.
-        metrics: Columns, in order.
-        note: Text under the heading.
-        layout: ``wide`` has paper and ours side by side; ``stacked`` has them in lines below each
-            other, which suits many metrics.
-    """
-
-    id: str
-    title: str
-    metrics: list[Metric]
-    note: str = ""
-    layout: Literal["wide", "stacked"] = "wide"
-
-    def __post_init__(self) -> None:
-        if self.layout not in ("wide", "stacked"):
-            raise TypeError(f"layout must be wide or stacked, got {self.layout!r}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """An experiment: the tables it is in, and the printed numbers of its two checkpoints."""
-
-    stem: str
-    groups: list[str]
-    label: str
-    source: str | None = None
-    last: dict[str, Number] = field(default_factory=dict)
-    selected: dict[str, Number] = field(default_factory=dict)
-
-    def printed(self, label: str, key: str) -> list[float]:
-        """What was printed for a metric, one number per repeat."""
-        value = (self.last if label == "last" else self.selected).get(key)
-        if value is None:
-            return []
-        return list(value) if isinstance(value, list) else [value]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The parts of a ``reference.yaml`` that tables are made of."""
-
-    groups: list[Group]
-    rows: dict[str, Row]
-
-
-def read_reference(path: str | Path) -> Reference:
-    """Read the groups and rows of a ``reference.yaml``.
-
-    Raises:
-        ConfigurationError: If it cannot be read, a row names an unknown group, or a row has a
-            number that none of its groups shows.
-    """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        groups = [
-            Group(**{**group, "metrics": [Metric(**metric) for metric in group["metrics"]]})
-            for group in data["groups"]
-        ]
-        rows = {stem: Row(stem=stem, **row) for stem, row in data["rows"].items()}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); it needs groups (a list of "
-            "id, title, metrics, note, layout) and rows (by stem: groups, label, source, last, "
-            "selected)"
-        ) from error
-    columns = {group.id: {metric.key for metric in group.metrics} for group in groups}
-    for row in rows.values():
-        if unknown := [group for group in row.groups if group not in columns]:
-            raise ConfigurationError(
-                f"{path}: {row.stem} is in the unknown group {unknown[0]!r}; there are "
-                f"{', '.join(columns)}"
-            )
-        shown = set().union(*(columns[group] for group in row.groups))
-        if hidden := [key for key in (*row.last, *row.selected) if key not in shown]:
-            raise ConfigurationError(
-                f"{path}: {row.stem} has a number for {hidden[0]!r}, which none of its groups "
-                f"{row.groups} shows; add the metric to one of them"
-            )
-    return Reference(groups, rows)
+__all__ = [
+    "BEGIN",
+    "END",
+    "Reference",
+    "Report",
+    "is_current",
+    "main",
+    "package_folder",
+    "read_reference",
+    "render_table",
+    "write_readme",
+]
 
 
 def package_folder(package: str) -> Path:
@@ -168,50 +85,6 @@ class Report:
     missing: list[str]
 
 
-@dataclass
-class _Sheet:
-    """A table on its way to Markdown or rich; without a header it is only its notes."""
-
-    title: str
-    note: str = ""
-    header: list[str] = field(default_factory=list)
-    lines: list[list[str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def numeric(self) -> list[bool]:
-        """Which columns hold nothing but numbers."""
-        return [
-            all(cell == "" or cell[0] in "+-0123456789" for cell in column)
-            for column in zip(*self.lines, strict=True)
-        ]
-
-    def to_markdown(self) -> str:
-        parts = [f"### {self.title}"]
-        if self.note:
-            parts.append(self.note)
-        if self.header:
-            ruler = ["---:" if numeric else "---" for numeric in self.numeric()]
-            lines = (self.header, ruler, *self.lines)
-            parts.append("\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines))
-        return "\n\n".join(parts + self.notes)
-
-    def to_rich(self) -> Table:
-        notes = Text("\n".join(self.notes))
-        title = Text(self.title)
-        table = Table(title=title, title_justify="left", caption_justify="left")
-        if not self.header:
-            table.show_header = False
-            table.add_column()
-            table.add_row(notes)
-            return table
-        table.caption = notes if self.notes else None
-        for name, numeric in zip(self.header, self.numeric(), strict=True):
-            table.add_column(Text(name), justify="right" if numeric else "left")
-        for line in self.lines:
-            table.add_row(*map(Text, line))
-        return table
-
-
 _Results = Mapping[str, list[Result]]  # by experiment
 _Cells = dict[str, dict[str, dict[str, str]]]  # by experiment, metric and kind
 _Lines = list[tuple[Row, list[str]]]
@@ -226,9 +99,10 @@ _KINDS = {
 
 _LEGEND = (
     "Percent. *paper* is what was printed; *last* and *selected* are our last checkpoint and the "
-    "one chosen by validation, mean ± sample standard deviation where there are several seeds. An "
-    "empty cell is a number that was not published or that we have not measured; a row without "
-    "seeds has not been run."
+    "one chosen by validation: mean ± sample standard deviation where there are several seeds, and "
+    "where there is one, the 95 % interval that the finite number of test examples leaves (Wilson; "
+    "another run of training may well fall outside it). An empty cell is a number that was not "
+    "published or that we have not measured; a row without seeds has not been run."
 )
 
 
@@ -261,12 +135,15 @@ def render_table(
     for result in load_results(folder / "results"):
         if seeds is None or result["seed"] in seeds:
             results.setdefault(result["experiment"], []).append(result)
-    sheets = [
-        _sheet(group, members, results)
-        for group in reference.groups
-        if groups is None or group.id in groups
-        if (members := [row for row in rows if group.id in row.groups])
-    ]
+    sheets = []
+    for group in reference.groups:
+        members = [row for row in rows if group.id in row.groups]
+        if members and (groups is None or group.id in groups):
+            sheets.append(_sheet(group, members, results))
+            if group.baseline is not None:
+                baseline = reference.rows[group.baseline]
+                if comparison := comparison_sheet(group, members, baseline, results):
+                    sheets.append(comparison)
     for path in sorted((folder / "results").glob("analysis*.json")):
         sheets.append(_expectations(path))
     missing = [gap for row in rows if (gap := _gap(row, results, seeds))]
@@ -281,42 +158,45 @@ def render_table(
     return Report("\n\n".join(parts), [sheet.to_rich() for sheet in sheets], missing)
 
 
-def _sheet(group: Group, rows: list[Row], results: _Results) -> _Sheet:
+def _sheet(group: Group, rows: list[Row], results: _Results) -> Sheet:
     cells: _Cells = {
         row.stem: {metric.key: _cell(row, metric.key, results) for metric in group.metrics}
         for row in rows
     }
     known = [row for row in rows if any(any(cell.values()) for cell in cells[row.stem].values())]
     titles, notes = _titles(group, known, results)
+    notes += audit_notes(known, results)
     if unknown := [f"`{row.stem}`" for row in rows if row not in known]:
         notes.insert(0, f"Neither published nor measured yet: {', '.join(unknown)}")
     if not known:
-        return _Sheet(group.title, group.note, notes=notes)
+        return Sheet(group.title, group.note, notes=notes)
     arrange = _wide if group.layout == "wide" else _stacked
     header, lines = arrange(group, known, cells, titles)
     for row, line in lines:
         line.append(", ".join(str(result["seed"]) for result in results.get(row.stem, [])))
-    return _Sheet(group.title, group.note, [*header, "seeds"], [line for _, line in lines], notes)
+    return Sheet(group.title, group.note, [*header, "seeds"], [line for _, line in lines], notes)
 
 
 def _cell(row: Row, key: str, results: _Results) -> dict[str, str]:
     """What there is to say about one metric of one experiment, by kind."""
     ours: dict[str, list[float]] = {label: [] for label in LABELS}
+    ends: dict[str, list[float]] = {label: [] for label in LABELS}
     for result in results.get(row.stem, []):
         for label in LABELS:
-            if label in result["checkpoints"]:
-                metrics = result["checkpoints"][label]["metrics"]
-                ours[label] += [100.0 * metrics[key]] if key in metrics else []
+            checkpoint = result["checkpoints"].get(label)
+            if checkpoint is not None and key in checkpoint["metrics"]:
+                ours[label].append(100.0 * checkpoint["metrics"][key])
+                ends[label] = [100.0 * end for end in checkpoint["intervals"].get(key, [])]
     printed = row.printed("last", key)
     difference = ""
     if printed and ours["last"]:
         difference = f"{statistics.fmean(ours['last']) - statistics.fmean(printed):+.2f}"
     return {
         "paper": _repeats(printed),
-        "last": _spread(ours["last"]),
+        "last": _spread(ours["last"], ends["last"]),
         "difference": difference,
         "paper selected": _repeats(row.printed("selected", key)),
-        "selected": _spread(ours["selected"]),
+        "selected": _spread(ours["selected"], ends["selected"]),
     }
 
 
@@ -324,11 +204,13 @@ def _repeats(values: list[float]) -> str:
     return " / ".join(f"{value:.2f}" for value in values)
 
 
-def _spread(values: list[float]) -> str:
-    """Mean, and sample standard deviation where there is one."""
-    if len(values) < 2:
-        return _repeats(values)
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+def _spread(values: list[float], ends: list[float]) -> str:
+    """Mean and sample standard deviation, or a single value and the ends of its interval."""
+    if len(values) > 1:
+        return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+    if values and ends:
+        return f"{values[0]:.2f} [{ends[0]:.1f}, {ends[1]:.1f}]"
+    return _repeats(values)
 
 
 def _wide(
@@ -375,7 +257,12 @@ def _titles(group: Group, rows: list[Row], results: _Results) -> tuple[dict[str,
         if label in result["checkpoints"]
     ]
     suites = [
-        {tuple(checkpoint["attacks"]) for checkpoint in result["checkpoints"].values()}
+        {
+            tuple(
+                name for name, attack in checkpoint["attacks"].items() if counts_as_attack(attack)
+            )
+            for checkpoint in result["checkpoints"].values()
+        }
         for row in rows
         for result in results.get(row.stem, [])
     ]
@@ -387,7 +274,7 @@ def _titles(group: Group, rows: list[Row], results: _Results) -> tuple[dict[str,
             (attack, checkpoint["examples"])
             for checkpoint in checkpoints
             for name, attack in checkpoint["attacks"].items()
-            if metric.key in _metrics_of(name)
+            if metric.key in metrics_of(name, attack)
         ]
         smaller = {attack["examples"] for attack, total in behind if attack["examples"] < total}
         titles[metric.key] = metric.title
@@ -415,12 +302,6 @@ def _titles(group: Group, rows: list[Row], results: _Results) -> tuple[dict[str,
     return titles, notes
 
 
-def _metrics_of(attack: str) -> set[str]:
-    """The metrics an attack has a part in, ``worst`` aside."""
-    group = attack.partition("/")[0]
-    return {attack, group, f"{group}_union", f"{group}_clean"}
-
-
 def _gap(row: Row, results: _Results, seeds: Sequence[int] | None) -> str:
     """The row with what is missing of it; empty when nothing is."""
     found = results.get(row.stem, [])
@@ -436,7 +317,7 @@ def _gap(row: Row, results: _Results, seeds: Sequence[int] | None) -> str:
     return f"`{row.stem}` ({', '.join(lacking)})" if lacking else ""
 
 
-def _expectations(path: Path) -> _Sheet:
+def _expectations(path: Path) -> Sheet:
     """The verdicts that the paper's analysis left in ``analysis[_<what>].json``."""
     verdicts = {True: "holds", False: "does not hold", None: "undecided"}
     try:
@@ -457,55 +338,13 @@ def _expectations(path: Path) -> _Sheet:
         ) from error
     what = path.stem.removeprefix("analysis").replace("_", " ")
     header = ["", "claim", "value", "threshold", "verdict"]
-    return _Sheet(f"Expectations{what and ','}{what}", header=header, lines=lines)
+    return Sheet(f"Expectations{what and ','}{what}", header=header, lines=lines)
 
 
 def _value(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
-
-
-# ------------------------------------------------------------------------------------------ README
-
-
-def write_readme(path: str | Path, markdown: str, begin: str = BEGIN, end: str = END) -> None:
-    """Replace what stands between two markers of a README.
-
-    Raises:
-        ConfigurationError: If the README or its markers are missing.
-        RunDirectoryError: If it cannot be written.
-    """
-    before, _, after = _split_readme(Path(path), begin, end)
-    if not is_current(path, markdown, begin, end):
-        write_text_atomically(path, f"{before}\n\n{markdown}\n\n{after}")
-
-
-def is_current(path: str | Path, markdown: str, begin: str = BEGIN, end: str = END) -> bool:
-    """Whether a README holds exactly these tables."""
-    return _split_readme(Path(path), begin, end)[1] == f"\n\n{markdown}\n\n"
-
-
-def _split_readme(path: Path, begin: str, end: str) -> tuple[str, str, str]:
-    """Text up to and with the first marker, between the markers, from the second marker on."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot read {path} ({error.strerror}); the tables go between the lines {begin} and "
-            f"{end} of it"
-        ) from error
-    start, stop = text.find(begin) + len(begin), text.find(end)
-    if text.count(begin) != 1 or text.count(end) != 1 or stop < start:
-        raise ConfigurationError(
-            f"{path} needs the lines {begin} and {end}, once each and in this order, around the "
-            f"place of the tables; it has {text.count(begin)} and {text.count(end)}"
-        )
-    return text[:start], text[start:stop], text[stop:]
 
 
 # ------------------------------------------------------------------------------------ command line

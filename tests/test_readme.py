@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -15,9 +16,30 @@ def python_blocks(readme: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
 
 
-def test_the_python_of_the_front_page_runs(capsys) -> None:
+def test_a_torchvision_model_is_evaluated_as_the_front_page_says(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    block = python_blocks(ROOT / "README.md")[0]
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(num_classes=10)
+    torch.save(net.state_dict(), "weights.pt")
+    data = torch.utils.data.TensorDataset(torch.rand(4, 3, 32, 32), torch.arange(4))
+    exec(block.replace("audit=True, ", ""), {"dataset": data})
+    printed = capsys.readouterr().out
+    assert "worst" in printed
+    assert "95 % interval" in printed
+    assert (tmp_path / "evaluation" / "results.json").is_file()
+
+
+def test_the_python_of_the_front_page_runs(capsys, monkeypatch) -> None:
     blocks = python_blocks(ROOT / "README.md")
-    assert len(blocks) == 2
+    assert len(blocks) == 4
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(blocks[1], names)
+    assert len(names["survivors"]) == 700
+    blocks = blocks[2:]
     torch.manual_seed(0)
     x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
     names = {

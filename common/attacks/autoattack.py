@@ -9,6 +9,7 @@ is undone.
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from common.attacks.losses import margin
 from common.attacks.pgd import Norm, parse_radius
+from common.attacks.settings import Settings
 from common.errors import ConfigurationError
 
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
@@ -67,7 +69,7 @@ class AutoAttackOutcome:
         return list(self.correct.values())[-1] if self.correct else self.clean
 
 
-class AutoAttack:
+class AutoAttack(Settings):
     """The official ensemble of attacks on a fixed eval-mode float32 network.
 
     Args:
@@ -183,20 +185,20 @@ class AutoAttack:
             if len(x) == 0:
                 return AutoAttackOutcome(x_adv, clean, verdicts, seconds, (), ())
             official, names, left_out = self._prepared(predict, x, seed, steered)
+            if left_out:
+                _LOG.warning(
+                    "AutoAttack leaves out %s: its loss needs more classes; the remaining attacks "
+                    "are %s",
+                    ", ".join(left_out),
+                    ", ".join(names),
+                )
             for name in names:
                 start = time.perf_counter()
                 standing = correct.nonzero().squeeze(1)
                 if len(standing) > 0:
-                    official.attacks_to_run = [name]
-                    # Counters of the package that would carry one model's findings to the next.
-                    checks.funcs.update(dict.fromkeys(checks.funcs, 0))
-                    with _trace_kept():
-                        x_new, y_new = official.run_standard_evaluation(
-                            x[standing], y[standing], batch_size=self.batch_size
-                        )
-                    fell = y_new != y[standing]
-                    correct = correct.index_fill(0, standing[fell], False)
-                    x_adv[standing[fell]] = x_new[fell]
+                    x_new, holds = self._attacked(official, name, x[standing], y[standing])
+                    correct = correct.index_fill(0, standing[~holds], False)
+                    x_adv[standing[~holds]] = x_new[~holds]
                 verdicts[name] = correct
                 seconds[name] = time.perf_counter() - start
                 if progress is not None:
@@ -212,6 +214,56 @@ class AutoAttack:
         return AutoAttackOutcome(
             x_adv, clean, verdicts, seconds, left_out, tuple(dict.fromkeys(messages))
         )
+
+    def step(
+        self,
+        name: str,
+        predict: Predict,
+        x: Tensor,
+        y: Tensor,
+        seed: int = 0,
+        steered: SteeredPredict | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One attack of the ensemble on one batch of correctly classified examples.
+
+        The package itself goes attack by attack over batches of what is still standing, and reseeds
+        for every batch: whoever does the same with this method has its verdicts.
+
+        Args:
+            name: One of :meth:`planned`.
+            predict: As in :meth:`run`, and so are the others.
+            x: Images, at most ``batch_size`` of them.
+            y: Labels.
+            seed: Of the random starts.
+            steered: A loss of the defence's own.
+
+        Returns:
+            x' ``(N, C, H, W)``, and whether each example is still correct, bool ``(N,)``.
+        """
+        messages: list[str] = []
+        with _isolated(x.device), _listening(messages, None):
+            x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            y = y.detach().clone()
+            official, _, _ = self._prepared(predict, x, seed, steered)
+            x_adv, correct = self._attacked(official, name, x, y)
+        for message in dict.fromkeys(messages):
+            warnings.warn(f"AutoAttack: {message}", stacklevel=2)
+        return x_adv, correct
+
+    def _attacked(self, official: Any, name: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        official.attacks_to_run = [name]
+        # Counters of the package that would carry one model's findings to the next.
+        checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+        with _trace_kept():
+            x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=self.batch_size)
+        return x_adv, y_adv == y
+
+    @property
+    def cost(self) -> int:
+        """Forward and backward passes per example, roughly, if every attack has to run."""
+        passes = {"apgd-ce": 200, "apgd-dlr": 200, "apgd-t": 1800, "fab": 2000, "fab-t": 3600}
+        queries = self.square_queries or 5000
+        return sum(passes.get(name, queries) for name in self.planned(10))
 
     def __repr__(self) -> str:
         """Radius, norm and version or attacks."""
@@ -248,14 +300,6 @@ class AutoAttack:
             raise ConfigurationError(
                 f"{', '.join(wanted)} cannot run with {classes} classes (apgd-dlr needs 3, apgd-t "
                 "4); choose apgd-ce, fab-t or square"
-            )
-        if left_out:
-            _LOG.warning(
-                "AutoAttack leaves out %s: its loss needs more than %d classes; the remaining "
-                "attacks are %s",
-                ", ".join(left_out),
-                classes,
-                ", ".join(names),
             )
         for targeted in (official.apgd_targeted, official.fab):
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.attacks.randomness import ExampleRandom
+from common.attacks.settings import Settings
 from common.errors import ConfigurationError
 
 Norm = Literal["linf", "l2", "l1"]
@@ -21,7 +22,7 @@ LossFn = Callable[[Tensor], Tensor]
 Random = torch.Generator | ExampleRandom | None
 
 
-class PGD:
+class PGD(Settings):
     r"""Projected gradient descent on the negative loss (Madry et al. 2018, Section 2.1).
 
     Each step moves to :math:`\Pi(x' + \alpha\, d)`, where the direction d is the steepest one of
@@ -33,8 +34,8 @@ class PGD:
 
     Args:
         eps: Radius of the ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
-        step_size: Length of a step in the same norm; ``None`` takes ``2.5 * eps / steps`` (Madry et
-            al. 2018), enough to reach the boundary from any start.
+        step_size: Length of a step in the same norm, also as ``eps/4``; ``None`` takes ``2.5 * eps
+            / steps`` (Madry et al. 2018), enough to reach the boundary from any start.
         steps: Number of steps; 0 returns the start.
         start: ``zero`` is x itself, ``uniform`` is uniform in the ball, ``gaussian`` is x plus
             ``start_scale`` times standard normal noise (TRADES, MART).  All are brought into ball
@@ -62,7 +63,8 @@ class PGD:
         start_scale: float | str = 0.001,
         l1_density: float = 0.01,
     ) -> None:
-        self.norm = _choice("norm", norm, ("linf", "l2", "l1"))
+        self.norm: Norm = norm
+        _choice("norm", norm, ("linf", "l2", "l1"))
         self.start = _choice("start", start, ("zero", "uniform", "gaussian"))
         self.eps = parse_radius(eps, norm)
         self.steps = _count("steps", steps, 0)
@@ -70,7 +72,7 @@ class PGD:
         self.step_size = (
             2.5 * self.eps / max(self.steps, 1)
             if step_size is None
-            else parse_radius(step_size, norm, "step_size")
+            else _parse_step(step_size, self.eps, norm)
         )
         self.momentum = momentum
         self.start_scale = parse_radius(start_scale, "l2", "start_scale")
@@ -139,6 +141,11 @@ class PGD:
                     torch.where(better, score[1], best[1]),
                 )
             return x_adv
+
+    @property
+    def cost(self) -> int:
+        """Forward and backward passes per example, at least 1."""
+        return max(self.steps * self.restarts, 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell an attack that changes during training which epoch (from 0) this is."""
@@ -372,6 +379,16 @@ def parse_radius(value: float | str, norm: Norm = "linf", name: str = "eps") -> 
             f"{name} must lie in [0, 1] (pixels are in [0, 1]), got {number}{hint}"
         )
     return number
+
+
+def _parse_step(value: float | str, eps: float, norm: Norm) -> float:
+    """A length, or a part of the radius: ``eps/10``."""
+    if isinstance(value, str) and value.replace(" ", "").startswith("eps/"):
+        divisor = parse_radius(value.replace(" ", "")[4:], "l2", "the divisor of step_size")
+        if divisor == 0.0:
+            raise ConfigurationError(f"step_size divides by zero: {value!r}; write eps/10")
+        return eps / divisor
+    return parse_radius(value, norm, "step_size")
 
 
 def _in_255(radius: float) -> str:

@@ -1,7 +1,6 @@
 """Validation by one cheap attack, test by a whole suite, and the file the results go to."""
 
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -9,22 +8,23 @@ from typing import Any, cast
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from common import provenance
-from common.attacks.autoattack import AutoAttack
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
 from common.callbacks.modes import frozen
 from common.errors import ConfigurationError
-from common.evaluation import (
-    SuiteEntry,
-    SuiteRun,
-    check_suite,
-    is_wrong,
-    predict,
-    resolve_losses,
-)
+from common.evaluation.audit import Audit, AuditReport
+from common.evaluation.engine import Team, in_order, run_steps
+from common.evaluation.journal import Journal, identity_of
+from common.evaluation.pictures import draw
+from common.evaluation.progress import ConsoleProgress
+from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
+from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses, steps_of
+from common.figures import save_figure
 from common.objectives import Batch
 from common.results import CheckpointResult, check_writable, checkpoint_entry, merge_result
 
@@ -32,7 +32,9 @@ from common.results import CheckpointResult, check_writable, checkpoint_entry, m
 class RobustEvaluation(Callback):
     """Measures robust accuracy: cheaply for model selection, thoroughly under ``test``.
 
-    Where the selected checkpoint is the last one, its outcomes are not computed twice.
+    Outcomes are kept in ``outcomes/`` beside the results as they come: a killed test goes on where
+    it was, weights that were tested already are not tested again, and a suite with one more attack
+    runs that attack alone.
 
     Everything runs in float32 and evaluation mode, with gradients available to the attacks whatever
     the trainer's inference mode, and counts every example once on any number of devices.
@@ -40,6 +42,10 @@ class RobustEvaluation(Callback):
     Args:
         suite: Attacks of ``test``, by the names their results carry, in the order they run.
         validation: The attack behind ``val/robust_acc``; ``None`` logs clean accuracy only.
+        threat: The adversary whose worst case is reported; ``None`` takes the ball of the suite's
+            first attack. Attacks in larger balls or other norms are reported, and do not count.
+        audit: Checks for gradient masking; ``None`` for none.
+        pictures: Whether to draw curves, bars and examples beside the results and in TensorBoard.
         results: The JSON file of results; ``None`` puts ``results.json`` into the run directory.
         experiment: Name under which results are filed; the command line fills it in.
         paper: Package of the experiment; the command line fills it in.
@@ -50,6 +56,9 @@ class RobustEvaluation(Callback):
         self,
         suite: dict[str, SuiteEntry] | None = None,
         validation: SuiteEntry | None = None,
+        threat: Threat | None = None,
+        audit: Audit | None = None,
+        pictures: bool = True,
         results: str | None = None,
         experiment: str | None = None,
         paper: str | None = None,
@@ -57,18 +66,21 @@ class RobustEvaluation(Callback):
     ) -> None:
         self.suite = suite or {}
         self.validation = validation
+        self.threat = threat
+        self.audit = audit
+        self.pictures = pictures
         self.results = results
         self.experiment = experiment or "unnamed"
         self.paper = paper or "unnamed"
         self.config_digest = config_digest or ""
         self._robust: MulticlassAccuracy | None = None
         self._per_class: MulticlassAccuracy | None = None
-        self._tested = ("", 0)
-        self._run = SuiteRun(None, {}, run_seed())
-        if validation is not None and isinstance(validation.attack, AutoAttack):
+        self._examples: list[Batch] = []
+        if validation is not None and not isinstance(validation.attack, PGD):
             raise ConfigurationError(
-                "evaluation.validation runs after every epoch and cannot be AutoAttack; use "
-                "common.attacks.pgd.PGD there and AutoAttack in evaluation.suite"
+                "evaluation.validation runs after every epoch and has to be common.attacks.pgd.PGD "
+                f"or one of its kind, got {type(validation.attack).__name__}; other attacks go "
+                "into evaluation.suite"
             )
 
     # ---- set-up ------------------------------------------------------------------------------
@@ -144,26 +156,9 @@ class RobustEvaluation(Callback):
     # ---- test --------------------------------------------------------------------------------
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a suite, unless these very weights and data have been through it just now."""
+        """Begin to collect the examples."""
         self._started = time.perf_counter()
-        suite = {
-            name: entry
-            for name, entry in self.suite.items()
-            if entry.checkpoints is None or label_of(trainer) in entry.checkpoints
-        }
-        data = getattr(trainer, "datamodule", None)
-        tested = (provenance.weights_digest(pl_module.state_dict()), id(data))
-        self._is_repeat = (
-            data is not None
-            and tested == self._tested
-            and set(suite) <= set(self._run.suite)
-            # What these attack depends on the attacks before them, which may not be the same.
-            and not any(entry.survivors_only for entry in suite.values())
-        )
-        self._tested = tested
-        self._shown = set(suite)
-        if not self._is_repeat:
-            self._run = SuiteRun(pl_module, suite, run_seed())
+        self._examples = []
 
     def on_test_batch_start(
         self,
@@ -173,26 +168,64 @@ class RobustEvaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Run the suite on this batch."""
-        if not self._is_repeat:
-            with frozen(pl_module, "eval"):
-                self._run.attack(batch)
+        """Keep this batch; attacks go over all examples at once, after the last one."""
+        self._examples.append({key: batch[key].cpu() for key in ("x", "y", "index")})
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the ranks, log the metrics and file the results."""
-        if not self._is_repeat:
-            self._outcomes = self._run.gathered(_gather_from(trainer))
-        entry = checkpoint_entry(
-            self._outcomes.of(self._shown),
-            {name: self.suite[name].survivors_only for name in self._shown},
-            **getattr(pl_module, "loaded_at", {}),
-        )
+        """Join the ranks, run the suite, log the metrics and file the results."""
+        team = _team(trainer)
+        parts = [part for theirs in team.gather(self._examples) for part in theirs]
+        self._examples = []
+        examples = in_order({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+        outcomes, audit = self._evaluated(trainer, pl_module, examples, team)
+        entry = checkpoint_entry(outcomes, audit=audit, **getattr(pl_module, "loaded_at", {}))
         for name, value in entry["metrics"].items():
             pl_module.log(f"test/{name}", value, sync_dist=True)
         if trainer.is_global_zero:
-            self._write(trainer, pl_module, entry)
+            self._write(trainer, pl_module, entry, outcomes)
+            self._draw(trainer, entry, outcomes, examples["x"])
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, entry: CheckpointResult) -> None:
+    def _evaluated(
+        self, trainer: Trainer, pl_module: LightningModule, examples: Batch, team: Team
+    ) -> tuple[Outcomes, AuditReport | None]:
+        """Outcomes of the suite and of the audit, the same on every rank."""
+        suite = {
+            name: entry
+            for name, entry in self.suite.items()
+            if entry.checkpoints is None or label_of(trainer) in entry.checkpoints
+        }
+        with torch.no_grad():
+            classes = pl_module(examples["x"][:1].to(pl_module.device)).shape[1]
+        steps = steps_of(suite, pl_module, classes, run_seed())
+        threat = self.threat or next((step.threat for step in steps if step.threat), None)
+        if self.audit is not None and threat is not None:
+            steps += self.audit.steps(pl_module, threat, classes)
+        identity = identity_of(pl_module, examples, run_seed(), self.config_digest)
+        folder = self.results_path(trainer).parent / "outcomes"
+        data = getattr(trainer, "datamodule", None)
+        with ConsoleProgress(len(steps) + 1) as bar:
+            is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+            outcomes = run_steps(
+                pl_module,
+                examples,
+                steps,
+                seed=run_seed(),
+                batch_size=getattr(data, "eval_batch_size", 250),
+                threat=threat,
+                journal=Journal(folder, identity),
+                team=team,
+                progress=bar if is_shown else None,
+            )
+        audit = self.audit.report(outcomes, classes) if self.audit is not None else None
+        return outcomes, audit
+
+    def _write(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        entry: CheckpointResult,
+        outcomes: Outcomes,
+    ) -> None:
         merge_result(
             self.results_path(trainer),
             paper=self.paper,
@@ -207,9 +240,25 @@ class RobustEvaluation(Callback):
                 state_dict=pl_module.state_dict(),
                 config_digest=self.config_digest,
                 wall_time_s=time.perf_counter() - self._started,
-                attack_seconds=self._run.seconds,
+                attack_seconds=outcomes.seconds,
             ),
         )
+
+    def _draw(
+        self, trainer: Trainer, entry: CheckpointResult, outcomes: Outcomes, x: Tensor
+    ) -> None:
+        """Pictures beside the results and in TensorBoard."""
+        if not self.pictures:
+            return
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        label = label_of(trainer)
+        folder = self.results_path(trainer).parent / "figures"
+        for name, figure in draw(entry, outcomes, x, names).items():
+            save_figure(figure, folder / f"{label}_{name}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    step = entry["global_step"]
+                    logger.experiment.add_figure(f"test_{label}/{name}", figure, step)
 
 
 def label_of(trainer: Trainer) -> str:
@@ -217,14 +266,14 @@ def label_of(trainer: Trainer) -> str:
     return Path(trainer.ckpt_path).stem if trainer.ckpt_path else "untrained"
 
 
-def _gather_from(trainer: Trainer) -> Callable[[Any], list[Any]]:
-    """How objects of all ranks come together."""
-    if trainer.world_size == 1:
-        return lambda mine: [mine]
+def _team(trainer: Trainer) -> Team:
+    """All ranks of a trainer."""
 
     def gather(mine: Any) -> list[Any]:
         parts: list[Any] = [None] * trainer.world_size
         torch.distributed.all_gather_object(parts, mine)
         return parts
 
-    return gather
+    return (
+        Team() if trainer.world_size == 1 else Team(trainer.global_rank, trainer.world_size, gather)
+    )

@@ -6,8 +6,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from common.checkpoints import load_checkpoint
-from common.classifier import check_weights_fit
+from common.checkpoints import check_weights_fit, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
 
 

@@ -13,7 +13,9 @@ from common.figures import (
     BLUE,
     RED,
     accuracy_curve,
+    adversarial_grid,
     blank_figure,
+    confusion_matrix,
     draw_per_class_bars,
     example_grid,
     magnification,
@@ -113,6 +115,84 @@ def test_example_grid_refuses_what_it_cannot_draw(changes, message):
         grid_of(**changes)
 
 
+def test_grids_refuse_images_that_were_not_attacked():
+    _, x_adv = images()
+    x_adv[1] = math.nan
+    with pytest.raises(ValueError, match="got NaN; show attacked images only"):
+        grid_of(adversarial=x_adv)
+
+
+def adversarial_grid_of(n=4, channels=3, eps=0.1, **changes):
+    x, x_adv = images(n, channels, eps)
+    y = torch.arange(n) % 3
+    arguments = {
+        "x": x,
+        "x_adv": x_adv,
+        "y": y,
+        "predicted": (y + 1) % 3,
+        "distances": {"linf": torch.full((n,), eps), "l2": torch.arange(n) / 3},
+        "class_names": NAMES,
+    } | changes
+    return adversarial_grid(**arguments)
+
+
+def test_an_adversarial_image_is_the_sum_of_what_is_above_it():
+    x, x_adv = images(channels=3, eps=0.1)
+    rows = rows_of(adversarial_grid_of(eps=0.1))
+    assert "× 5" in rows[1, 0].get_ylabel()
+    for column, clean, adversarial in zip(rows.T, x, x_adv, strict=True):
+        shown = [np.asarray(ax.images[0].get_array()) for ax in column]
+        assert np.allclose(shown[0], clean.permute(1, 2, 0), atol=1e-6)
+        assert np.allclose(shown[2], adversarial.permute(1, 2, 0), atol=1e-6)
+        assert np.allclose(shown[0] + (shown[1] - 0.5) / 5, shown[2], atol=1e-5)
+
+
+def test_an_adversarial_grid_names_classes_and_distances():
+    rows = rows_of(adversarial_grid_of(predicted=torch.tensor([0, 2, 2, 1])))
+    assert [ax.get_title() for ax in rows[0]] == ["zero", "one", "two", "zero"]
+    assert [ax.get_title() for ax in rows[2]] == ["zero", "✗ two", "two", "✗ one"]
+    assert rows[1, 0].get_xlabel() == "L∞ 0.1\nL2 0"
+    assert rows[1, 1].get_xlabel() == "L∞ 0.1\nL2 0.333"
+    assert rows_of(adversarial_grid_of(n=6, distances={}, max_examples=2)).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"predicted": torch.zeros(3)}, "predicted must hold one value for each of 4"),
+        ({"distances": {"l2": torch.zeros(4, 1)}}, "l2 must hold one value"),
+        ({"y": torch.zeros(5)}, "y must hold"),
+        ({"x_adv": torch.rand(4, 3, 4, 4)}, "clean images' shape"),
+    ],
+)
+def test_an_adversarial_grid_refuses_what_it_cannot_draw(changes, message):
+    with pytest.raises(ValueError, match=message):
+        adversarial_grid_of(**changes)
+
+
+def test_a_confusion_matrix_has_true_classes_in_its_rows():
+    counts = [[6, 2, 0], [0, 5, 0], [0, 0, 0]]
+    ax = confusion_matrix(counts, NAMES, "PGD-20").axes[0]
+    shown = np.asarray(ax.images[0].get_array())
+    assert np.allclose(shown, [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
+    assert [text.get_text() for text in ax.texts] == ["6", "2", "0", "0", "5", "0", "0", "0", "0"]
+    assert ax.texts[1].get_position() == (1, 0)
+    assert [label.get_text() for label in ax.get_yticklabels()] == NAMES
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("predicted", "true", "PGD-20")
+
+
+def test_a_confusion_matrix_of_many_classes_has_no_numbers_that_overlap():
+    ax = confusion_matrix(np.eye(50, dtype=int), [f"class {i}" for i in range(50)]).axes[0]
+    assert not ax.texts
+    assert "class 1" not in [label.get_text() for label in ax.get_xticklabels()]
+
+
+@pytest.mark.parametrize("counts", [np.zeros((2, 2)), np.zeros((3, 2)), np.zeros(3)])
+def test_a_confusion_matrix_refuses_another_number_of_classes(counts):
+    with pytest.raises(ValueError, match=r"shape \(3, 3\)"):
+        confusion_matrix(counts, NAMES)
+
+
 def test_bars_have_the_heights_given():
     ax = per_class_bars({"natural": [0.9, 0.8, 1.0], "PGD-20": [0.5, 0.25, 0.0]}, NAMES).axes[0]
     assert [bar.get_height() for bar in ax.patches] == pytest.approx([90, 80, 100, 50, 25, 0])
@@ -151,7 +231,38 @@ def test_curves_refuse_another_number_of_points(series):
         accuracy_curve([0, 1, 2], series, "eps")
 
 
-@pytest.mark.parametrize("draw", [grid_of, lambda: per_class_bars({"a": [0.1, 0.9, 0.5]}, NAMES)])
+def test_curves_have_bands_where_there_are_intervals():
+    series = {"plain": [0.9, 0.5, 0.1], "CIFS": [0.8, 0.6, 0.4]}
+    ends = [(0.6, 0.9), (0.4, 0.7), (math.nan, math.nan)]
+    ax = accuracy_curve([0, 2, 4], series, "eps", {"CIFS": ends}).axes[0]
+    (band,) = ax.collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.round(6)}
+    assert corners == {(0, 60), (0, 90), (2, 40), (2, 70)}
+    assert tuple(band.get_facecolor()[0][:3]) == to_rgb(ax.lines[1].get_color())
+    assert not accuracy_curve([0, 2, 4], series, "eps").axes[0].collections
+
+
+@pytest.mark.parametrize(
+    ("intervals", "message"),
+    [
+        ({"CIFS": [(0, 1)] * 3}, r"\['CIFS'\] belong to no series; there are \['plain'\]"),
+        ({"plain": [(0, 1)] * 2}, r"'plain' must have the shape \(3, 2\), got \(2, 2\)"),
+    ],
+)
+def test_bands_that_fit_no_line_are_refused(intervals, message):
+    with pytest.raises(ValueError, match=message):
+        accuracy_curve([0, 1, 2], {"plain": [0.1, 0.2, 0.3]}, "eps", intervals)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        grid_of,
+        adversarial_grid_of,
+        lambda: per_class_bars({"a": [0.1, 0.9, 0.5]}, NAMES),
+        lambda: confusion_matrix(np.eye(3), NAMES),
+    ],
+)
 def test_saved_figures_are_whole_and_repeatable(tmp_path, draw):
     fig = draw()
     path = save_figure(fig, tmp_path / "new" / "folder" / "figure.png")

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ConfigurationError, RunDirectoryError
-from common.evaluation import Outcomes
+from common.evaluation.steps import Line, Outcomes, Threat
 from common.results import (
+    SCHEMA,
     check_writable,
     checkpoint_entry,
     load_results,
     merge_result,
+    outcome_bits,
     pack_outcomes,
     read_result,
     result_path,
@@ -26,6 +28,7 @@ from common.results import (
     unpack_outcomes,
     write_json_atomically,
 )
+from common.statistics import wilson_interval
 
 Y = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
 CLEAN = [1, 1, 1, 1, 1, 1, 1, 1, 0, 1]
@@ -33,6 +36,7 @@ PGD_F = [1, 1, 0, 1, 1, 0, 1, 1, 0, 1]
 PGD_P = [0, 1, 1, 1, 1, 0, 1, 1, 0, 1]
 APGD = [1, 0, 0, 1]  # of the first four
 SQUARE = [0, 0, 0, 1]
+COMMITTED = sorted((Path(__file__).parents[2] / "paper_cifs" / "results").glob("*-seed*.json"))
 
 
 def outcomes(**other: list[int]) -> Outcomes:
@@ -47,14 +51,39 @@ def outcomes(**other: list[int]) -> Outcomes:
             for name, bits in {"clean": CLEAN, **attacks}.items()
         },
         attacked={name: torch.arange(n) < len(bits) for name, bits in attacks.items()},
+        lines={
+            name: Line(entry="aa", norm="linf", eps=0.1, survivors_only=True)
+            for name in ("aa/apgd-ce", "aa/square")
+        },
+        threat=Threat("linf", "1/10"),
     )
 
 
-ONLY_SURVIVORS = {"pgd20": False, "aa": True}
-
-
 def entry(**other: list[int]) -> Any:
-    return checkpoint_entry(outcomes(**other), ONLY_SURVIVORS, epoch=29, global_step=240)
+    return checkpoint_entry(outcomes(**other), epoch=29, global_step=240)
+
+
+AUDIT: dict[str, Any] = {
+    "examples": 4,
+    "checks": [
+        {
+            "id": "steps",
+            "question": "Do more steps break no more?",
+            "value": 0.5,
+            "threshold": 1,
+            "verdict": "pass",
+            "detail": "",
+        },
+        {
+            "id": "blackbox",
+            "question": "Is a white box stronger than a black one?",
+            "value": None,
+            "threshold": None,
+            "verdict": "not applicable",
+            "detail": "no black-box attack in the suite",
+        },
+    ],
+}
 
 
 def put(path: Path, label: str = "last", digest: str = "d", **changes: Any) -> Any:
@@ -93,10 +122,19 @@ def test_what_is_no_packing_is_refused(text: str, n: int) -> None:
 
 def test_counts_and_the_order_of_the_suite() -> None:
     result = entry()
-    assert list(result) == ["epoch", "global_step", "examples", "clean", "attacks", "metrics"]
+    assert list(result) == [
+        *("epoch", "global_step", "examples", "threat", "clean", "attacks"),
+        *("metrics", "intervals"),
+    ]
+    assert result["threat"] == {"norm": "linf", "eps": 0.1}
     assert list(result["attacks"]) == ["pgd20/ce_f", "pgd20/ce_p1", "aa/apgd-ce", "aa/square"]
     assert result["clean"]["per_class"] == [[4, 4], [3, 3], [2, 3]]
     assert result["attacks"]["pgd20/ce_f"] == {
+        "kind": "attack",
+        "norm": None,
+        "eps": None,
+        "counts": True,
+        "at": {},
         "correct": 7,
         "examples": 10,
         "survivors_only": False,
@@ -105,6 +143,7 @@ def test_counts_and_the_order_of_the_suite() -> None:
     }
     assert result["attacks"]["aa/square"]["examples"] == 4
     assert result["attacks"]["aa/square"]["survivors_only"]
+    assert result["attacks"]["aa/square"]["eps"] == 0.1
     assert result["attacks"]["aa/square"]["per_class"] == [[1, 2], [0, 1], [0, 1]]
 
 
@@ -112,7 +151,34 @@ def test_attacked_examples_that_are_not_the_first_are_refused() -> None:
     found = outcomes()
     found.attacked["aa/square"] = torch.arange(10) >= 6
     with pytest.raises(ValueError, match="aa/square attacked 4 examples that are not the first"):
-        checkpoint_entry(found, ONLY_SURVIVORS)
+        checkpoint_entry(found)
+
+
+def test_a_step_under_the_name_of_another_entry_is_refused() -> None:
+    found = outcomes()
+    found.lines["aa/square"] = Line(entry="square")
+    with pytest.raises(ValueError, match="aa/square belongs to the suite entry 'square'"):
+        checkpoint_entry(found)
+
+
+def test_distances_are_medians_over_what_the_step_broke() -> None:
+    nan = float("nan")
+    found = outcomes()
+    columns = {
+        "correct": torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 0, 0], dtype=torch.bool),
+        # the ninth is wrong without an attack, the last was not run
+        "linf": torch.tensor([0.1, 0.3, 0.05, 0.2, 9, 9, 9, 9, 9, nan]),
+        "loss": torch.zeros(10),
+    }
+    found.columns["pgd20/ce_f"] = columns
+    found.columns["pgd20/ce_p1"] = {"correct": torch.zeros(10), "l2": torch.full((10,), nan)}
+    # four examples only
+    found.columns["aa/square"] = columns | {"linf": torch.tensor([1, 2, 3, nan] + [9.0] * 6)}
+    attacks = checkpoint_entry(found)["attacks"]
+    assert attacks["pgd20/ce_f"]["distances"] == {"linf": 0.15}
+    assert attacks["pgd20/ce_p1"]["distances"] == {"l2": None}
+    assert attacks["aa/square"]["distances"] == {"linf": 2.0}
+    assert "distances" not in attacks["aa/apgd-ce"]
 
 
 def test_metrics_by_hand() -> None:
@@ -146,6 +212,95 @@ def test_a_fresh_and_a_cumulative_figure_are_not_compared() -> None:
     result["attacks"]["pgd20/ce_p1"]["survivors_only"] = True
     metrics = summarise(result["clean"], result["attacks"])
     assert not {"pgd20", "pgd20_union"} & set(metrics)
+
+
+def swept(**lines: Line) -> Any:
+    """A suite of steps in a sweep; each is right on as many examples as it has a number."""
+    n = len(Y)
+    right = {"pgd/ce_f": 8, "eps/ce_f/eps=0.1": 6, "eps/ce_p1/eps=0.1": 5, "eps/ce_f/eps=0.2": 1}
+    right |= {"noise/level=0.2/draw=0": 9, "noise/level=0.2/draw=1": 6, "noise/level=0.4": 3}
+    nature = {
+        "pgd/ce_f": Line("pgd"),
+        "eps/ce_f/eps=0.1": Line("eps", at={"eps": 0.1}),
+        "eps/ce_p1/eps=0.1": Line("eps", at={"eps": 0.1}),
+        "eps/ce_f/eps=0.2": Line("eps", counts=False, at={"eps": 0.2}),
+        "noise/level=0.2/draw=0": Line("noise", "noise", at={"level": 0.2, "draw": 0}),
+        "noise/level=0.2/draw=1": Line("noise", "noise", at={"level": 0.2, "draw": 1}),
+        "noise/level=0.4": Line("noise", "noise", at={"level": 0.4}),
+    }
+    order = torch.arange(n)
+    return checkpoint_entry(
+        Outcomes(
+            y=torch.tensor(Y),
+            correct={
+                "clean": order < n,
+                **{name: (order + 3 * i) % n < k for i, (name, k) in enumerate(right.items())},
+            },
+            attacked=dict.fromkeys(right, order < n),
+            lines={**nature, **lines},
+        )
+    )
+
+
+def test_the_points_of_a_sweep_are_groups_of_their_own() -> None:
+    metrics = swept()["metrics"]
+    assert "eps" not in metrics
+    assert metrics["eps/eps=0.1"] == 0.5
+    assert metrics["eps/eps=0.1_union"] == 0.2
+    assert metrics["eps/eps=0.2"] == metrics["eps/ce_f/eps=0.2"] == 0.1
+
+
+def test_noise_is_a_mean_over_draws_and_no_union() -> None:
+    metrics = swept()["metrics"]
+    assert metrics["noise/level=0.2"] == 0.75
+    assert metrics["noise/level=0.4"] == 0.3
+    assert not [name for name in metrics if "noise" in name and "union" in name]
+
+
+def test_a_mean_over_draws_has_no_interval_and_the_rest_has() -> None:
+    found = swept()
+    assert set(found["metrics"]) - set(found["intervals"]) == {"noise/level=0.2"}
+    low, high = found["intervals"]["eps/eps=0.1"]
+    assert (low, high) == pytest.approx(wilson_interval(5, 10), abs=1e-6)
+    assert entry()["intervals"]["aa"] == pytest.approx(wilson_interval(1, 4), abs=1e-6)
+
+
+def test_only_attacks_that_count_enter_the_worst_case() -> None:
+    # what pgd and both losses at 0.1 leave; neither noise nor the radius beyond counts
+    assert swept()["metrics"]["worst"] == 0.1
+    without = {name: Line(name.partition("/")[0], counts=False) for name in swept()["attacks"]}
+    assert "worst" not in swept(**without)["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("clean_acc", CLEAN),
+        ("pgd20/ce_f", PGD_F),
+        ("pgd20_union", [a & b for a, b in zip(PGD_F, PGD_P, strict=True)]),
+        ("aa/square", SQUARE),
+        ("aa_clean", CLEAN[:4]),
+        ("worst", [0, 0, 0, 1, 1, 0, 1, 1, 0, 1]),
+        ("fgsm", PGD_P),
+        ("pgd20", None),
+        ("absent", None),
+    ],
+)
+def test_the_examples_behind_a_metric(metric: str, expected: list[int] | None) -> None:
+    assert outcome_bits(entry(**{"fgsm/ce_f": PGD_P}), metric) == expected
+
+
+def test_examples_behind_a_mean_over_draws_are_not_named() -> None:
+    found = swept()
+    assert outcome_bits(found, "noise/level=0.2") is None
+    assert sum(outcome_bits(found, "noise/level=0.4") or []) == 3
+
+
+def test_every_figure_is_that_of_its_examples() -> None:
+    for found in (entry(), swept()):
+        for name, value in found["metrics"].items():
+            bits = outcome_bits(found, name)
+            assert bits is None or sum(bits) / len(bits) == value
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -289,7 +444,7 @@ def _edit(data: Any, keys: str, value: Any) -> Any:
     node = data
     *path, last = keys.split(".")
     for key in path:
-        node = node[key]
+        node = node[int(key) if isinstance(node, list) else key]
     if value is KeyError:
         del node[last]
     else:
@@ -300,14 +455,16 @@ def _edit(data: Any, keys: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        ("schema", 2, "its schema is 2"),
+        ("schema", 0, "its schema is 0"),
+        ("schema", "2", "its schema is '2'"),
+        ("schema", True, "its schema is True"),
         ("schema", KeyError, "schema is missing"),
         ("seed", "0", "seed is '0'"),
         ("seed", True, "seed is True"),
         ("paper", KeyError, "paper is missing"),
         ("checkpoints", {}, "checkpoints is empty"),
         ("checkpoints", [], "checkpoints is empty"),
-        ("checkpoints.last", 3, "argument of type|subscriptable|has no attribute"),
+        ("checkpoints.last", 3, "checkpoints.last is 3"),
         ("provenance", {}, "provenance is about"),
         ("provenance.last.config_digest", KeyError, "provenance.last.config_digest is missing"),
         ("checkpoints.last.epoch", 1.5, "checkpoints.last.epoch is 1.5"),
@@ -321,14 +478,35 @@ def _edit(data: Any, keys: str, value: Any) -> Any:
         ("checkpoints.last.metrics.pgd20", 0.8, "metrics.pgd20 is 0.8, the outcomes give 0.7"),
         ("checkpoints.last.metrics.pgd20", KeyError, "metrics.pgd20 is None"),
         ("checkpoints.last.metrics.more", "much", "metrics.more is 'much'"),
+        ("checkpoints.last.metrics.worst", float("nan"), "metrics.worst is nan"),
+        ("checkpoints.last.threat", KeyError, "checkpoints.last.threat is missing"),
+        ("checkpoints.last.threat.eps", "8/255", "threat.eps is '8/255'"),
+        ("checkpoints.last.intervals", KeyError, "intervals is missing"),
+        ("checkpoints.last.intervals.aa", KeyError, "intervals.aa is None, the outcomes give"),
+        ("checkpoints.last.intervals.aa", [0.1], r"intervals.aa is \[0.1\], the outcomes give"),
+        ("checkpoints.last.intervals.aa", [0.1, 0.2], "intervals.aa is .*, the outcomes give"),
+        ("checkpoints.last.intervals.aa", 0.1, "intervals.aa is 0.1"),
+        ("checkpoints.last.attacks.aa/square", 7, "attacks.aa/square is 7"),
+        ("checkpoints.last.attacks.aa/square.kind", "probe", "'probe', expected attack or noise"),
+        ("checkpoints.last.attacks.aa/square.norm", 2, "norm is 2"),
+        ("checkpoints.last.attacks.aa/square.eps", "0.1", "eps is '0.1'"),
+        ("checkpoints.last.attacks.aa/square.counts", 1, "counts is 1"),
+        ("checkpoints.last.attacks.aa/square.at", KeyError, "at is missing"),
+        ("checkpoints.last.attacks.aa/square.at", {"eps": "1"}, "at.eps is '1'"),
+        ("checkpoints.last.attacks.aa/square.distances", {"l2": "1"}, "distances.l2 is '1'"),
+        ("checkpoints.last.audit.examples", None, "audit.examples is None"),
+        ("checkpoints.last.audit.checks", {}, "audit.checks is {}"),
+        ("checkpoints.last.audit.checks.0.verdict", "ok", "'ok', expected pass or fail or not"),
+        ("checkpoints.last.audit.checks.0.value", "1", "audit.checks.0.value is '1'"),
+        ("checkpoints.last.audit.checks.1.detail", KeyError, "checks.1.detail is missing"),
     ],
 )
 def test_a_damaged_file_is_named_with_what_is_wrong(
     tmp_path: Path, keys: str, value: Any, message: str
 ) -> None:
     path = tmp_path / "result.json"
-    data = put(path)
-    write_json_atomically(path, _edit(data, keys, value))
+    data = put(path, entry=checkpoint_entry(outcomes(), audit=AUDIT))
+    path.write_text(json.dumps(_edit(data, keys, value)))
     with pytest.raises(ConfigurationError, match=message) as caught:
         read_result(path)
     assert str(path) in str(caught.value)
@@ -346,6 +524,97 @@ def test_what_is_no_result_at_all_is_named(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"absent\.json cannot be read"):
         read_result(tmp_path / "absent.json")
+
+
+def test_a_worst_case_of_nothing_is_refused(tmp_path: Path) -> None:
+    found = entry()
+    for attack in found["attacks"].values():
+        attack["counts"] = False
+    with pytest.raises(ConfigurationError, match=r"metrics\.worst is .*, but no attack counts"):
+        put(tmp_path / "result.json", entry=found)
+
+
+def test_a_newer_schema_asks_for_newer_code(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_json_atomically(path, {**put(path), "schema": SCHEMA + 1})
+    with pytest.raises(
+        ConfigurationError, match=r"schema 3 .* reads up to 2; update the code"
+    ) as e:
+        read_result(path)
+    assert "delete" not in str(e.value)
+
+
+def old_file(path: Path, **changes: Any) -> Any:
+    """The same as :func:`put`, as schema 1 wrote it."""
+    data: Any = copy.deepcopy(put(path))
+    data["schema"] = 1
+    for checkpoint in data["checkpoints"].values():
+        del checkpoint["threat"], checkpoint["intervals"]
+        for attack in checkpoint["attacks"].values():
+            for key in ("kind", "norm", "eps", "counts", "at"):
+                del attack[key]
+        checkpoint.update(changes)
+    write_json_atomically(path, data)
+    return data
+
+
+def test_the_previous_schema_is_migrated(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    old_file(path)
+    before = path.read_bytes()
+    data = read_result(path)
+    assert data["schema"] == SCHEMA
+    assert path.read_bytes() == before
+    migrated, fresh = data["checkpoints"]["last"], entry()
+    for attack in fresh["attacks"].values():
+        attack |= {"norm": None, "eps": None}
+    assert json.dumps(migrated) == json.dumps({**fresh, "threat": None}), "in the same order, too"
+    merged = put(path, "selected")
+    assert json.loads(path.read_text())["schema"] == merged["schema"] == SCHEMA
+    assert merged["checkpoints"]["last"] == migrated
+
+
+def test_a_damaged_file_of_the_previous_schema_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    data = old_file(path)
+    for keys, message in (("metrics.worst", "worst is 0.9, the"), ("clean.correct", "correct is")):
+        write_json_atomically(path, _edit(data, f"checkpoints.last.{keys}", 0.9))
+        with pytest.raises(ConfigurationError, match=message):
+            read_result(path)
+
+
+def test_the_previous_schema_without_attacks_has_no_worst_case(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    old_file(path, attacks={}, metrics={"clean_acc": 0.9, "worst": 0.9})
+    assert read_result(path)["checkpoints"]["last"]["metrics"] == {"clean_acc": 0.9}
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_the_results_of_the_repository_are_read(path: Path) -> None:
+    before = json.loads(path.read_text())
+    after = read_result(path)
+    assert after["schema"] == SCHEMA
+    for label, checkpoint in after["checkpoints"].items():
+        metrics = before["checkpoints"][label]["metrics"]
+        if not checkpoint["attacks"]:
+            del metrics["worst"]
+        assert checkpoint["metrics"] == metrics
+        assert set(checkpoint["intervals"]) == set(checkpoint["metrics"])
+
+
+def test_an_audit_stays_with_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    put(path, "selected", entry=checkpoint_entry(outcomes(), audit=AUDIT))
+    put(path, "last")
+    checkpoints = read_result(path)["checkpoints"]
+    assert checkpoints["selected"]["audit"] == AUDIT
+    assert "audit" not in checkpoints["last"]
+
+
+def test_an_audit_without_a_number_is_not_written(tmp_path: Path) -> None:
+    audit = _edit(AUDIT, "checks.0.value", float("nan"))
+    with pytest.raises(ConfigurationError, match=r"audit\.checks\.0\.value is nan"):
+        put(tmp_path / "result.json", entry=checkpoint_entry(outcomes(), audit=audit))
 
 
 def test_further_metrics_are_welcome(tmp_path: Path) -> None:

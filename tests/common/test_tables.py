@@ -1,5 +1,6 @@
 """Tables: which cells there are, what is in them, and how they get into a README."""
 
+import copy
 import io
 import json
 import subprocess
@@ -13,8 +14,9 @@ import yaml
 from rich.console import Console
 
 from common.errors import ConfigurationError
-from common.evaluation import Outcomes
+from common.evaluation.steps import Line, Outcomes
 from common.results import checkpoint_entry, merge_result, result_path
+from common.statistics import mcnemar_exact, wilson_interval
 from common.tables import (
     BEGIN,
     END,
@@ -94,22 +96,28 @@ def put(
     clean: float = 0.9,
     robust: float = 0.5,
     without: str | None = None,
+    audit: Any = None,
+    shift: int = 0,
+    labels: int = 10,
 ) -> None:
-    """A result in which the first so many examples are right."""
+    """A result in which the first so many examples are right; ``shift`` moves those of ce_f on."""
     few = N // 4
     right = torch.arange(N)
     correct = {
         "clean": right < round(clean * N),
-        "pgd20/ce_f": right < round(robust * N),
+        "pgd20/ce_f": (right - shift) % N < round(robust * N),
         "pgd20/ce_p1": right < round((robust + 0.1) * N),
         "aa/square": right < round(0.25 * few),
     }
     attacked = dict.fromkeys(list(correct)[1:], right < N)
     attacked["aa/square"] = right < few
     attacked.pop(without, None)  # type: ignore[arg-type]
-    entry = checkpoint_entry(
-        Outcomes(y=right % 10, correct=correct, attacked=attacked), {"pgd20": False, "aa": True}
-    )
+    lines = {"aa/square": Line("aa", survivors_only=True)}
+    entry = checkpoint_entry(Outcomes(right % labels, correct, attacked, lines), audit=audit)
+    file_away(folder, stem, entry, seed, label)
+
+
+def file_away(folder: Path, stem: str, entry: Any, seed: int = 0, label: str = "last") -> None:
     merge_result(
         result_path(folder / "results", stem, seed),
         paper="paper_toy",
@@ -119,6 +127,12 @@ def put(
         entry=entry,
         provenance={"config_digest": f"of seed {seed}"},
     )
+
+
+def one(percent: float, n: int = N) -> str:
+    """The cell of a single seed."""
+    low, high = (100 * end for end in wilson_interval(round(percent * n / 100), n))
+    return f"{percent:.2f} [{low:.1f}, {high:.1f}]"
 
 
 def tables(markdown: str) -> dict[str, list[dict[str, str]]]:
@@ -165,18 +179,38 @@ def test_one_seed_and_the_difference_to_the_mean_of_repeats(paper: Path) -> None
     assert row == {
         "experiment": "plain |g| (`toy_net_plain`)",
         "Natural paper": "84.56",
-        "Natural last": "80.00",
+        "Natural last": one(80),
         "Natural last − paper": "-4.56",
         "Natural paper, selected": "82.80",
-        "Natural selected": "85.00",
+        "Natural selected": one(85),
         "PGD-20 paper": "46.00 / 47.00",
-        "PGD-20 last": "50.00",
+        "PGD-20 last": one(50),
         "PGD-20 last − paper": "+3.50",
-        "PGD-20 selected": "55.00",
-        "AA†‡ last": "24.00",
-        "AA†‡ selected": "24.00",
+        "PGD-20 selected": one(55),
+        "AA†‡ last": one(24, N // 4),
+        "AA†‡ selected": one(24, N // 4),
         "seeds": "0",
     }
+
+
+def test_one_seed_by_hand(paper: Path) -> None:
+    put(paper, robust=0.5)
+    markdown = render_table("paper_toy").markdown
+    rows = tables(markdown)["E6: by loss"]
+    assert rows[0]["f"] == "50.00 [43.1, 56.9]"
+    assert "the 95 % interval that the finite number of test examples leaves" in markdown
+
+
+def test_a_metric_that_somebody_added_has_no_interval(paper: Path) -> None:
+    put(paper)
+    path = result_path(paper / "results", "toy_net_ours", 0)
+    data = json.loads(path.read_text())
+    data["checkpoints"]["last"]["metrics"]["drift"] = 0.25
+    path.write_text(json.dumps(data))
+    group = {**REFERENCE["groups"][3], "metrics": [{"key": "drift", "title": "drift"}]}
+    write_reference(paper, {**REFERENCE, "groups": [*REFERENCE["groups"][:3], group]})
+    (row,) = tables(render_table("paper_toy").markdown)["E8: worst"]
+    assert row["drift last"] == "25.00"
 
 
 def test_several_seeds_give_mean_and_sample_deviation(paper: Path) -> None:
@@ -197,10 +231,10 @@ def test_stacked_tables_have_a_line_per_kind(paper: Path) -> None:
     put(paper, "other_net_plain", robust=0.4)
     rows = tables(render_table("paper_toy").markdown)["E6: by loss"]
     assert [(row["experiment"], row[""], row["f"], row["p1"]) for row in rows] == [
-        ("ours (`toy_net_ours`)", "last", "50.00", "60.00"),
-        ("", "selected", "60.00", "70.00"),
+        ("ours (`toy_net_ours`)", "last", one(50), one(60)),
+        ("", "selected", one(60), one(70)),
         ("other (`other_net_plain`)", "paper", "50.00", ""),
-        ("", "last", "40.00", "50.00"),
+        ("", "last", one(40), one(50)),
         ("", "last − paper", "-10.00", ""),
     ]
 
@@ -225,7 +259,8 @@ def test_worst_cases_over_different_suites_are_marked(paper: Path) -> None:
     put(paper, label="selected", without="aa/square")
     markdown = render_table("paper_toy").markdown
     (row,) = tables(markdown)["E8: worst"]
-    assert float(row["worst§ last"]) < float(row["worst§ selected"])
+    last, selected = (float(row[f"worst§ {label}"].split()[0]) for label in ("last", "selected"))
+    assert last < selected
     assert "§ The checkpoints did not meet the same attacks" in markdown
 
 
@@ -276,6 +311,116 @@ def test_verdicts_follow_the_tables(paper: Path) -> None:
         render_table("paper_toy")
 
 
+# ------------------------------------------------------------------------- comparisons and audits
+
+
+def compared(paper: Path, **group: Any) -> str:
+    """The text of E6 and of what stands under it, with ``other_net_plain`` as its baseline."""
+    groups = copy.deepcopy(REFERENCE["groups"])
+    groups[1] |= {"baseline": "other_net_plain", **group}
+    groups[1]["metrics"] += [{"key": "pgd20_union", "title": "union"}]
+    groups[1]["metrics"] += [{"key": "clean_acc", "title": "clean"}]
+    write_reference(paper, {**REFERENCE, "groups": groups})
+    return render_table("paper_toy", groups=["E6"]).markdown
+
+
+def test_rows_are_compared_example_by_example(paper: Path) -> None:
+    for seed, shift in enumerate((0, 20, 50)):
+        put(paper, "other_net_plain", seed, robust=0.5)
+        put(paper, "toy_net_ours", seed, robust=0.6, shift=shift)
+    put(paper, "toy_net_ours", seed=3)  # the baseline has no such seed
+    put(paper, "other_net_plain", seed=4)
+    markdown = compared(paper)
+    assert "share their examples and are not independent" in markdown
+    first, second = tables(markdown)["Paired comparison with other"]
+    # 120 against 100 right; shifted by s, the first s are right for the baseline only
+    p_values = [mcnemar_exact(20 + shift, shift) for shift in (0, 20, 50)]
+    assert first == {
+        "experiment": "ours (`toy_net_ours`)",
+        "metric": "f",
+        "difference": "+10.00",
+        "only one right": "130 / 70",
+        "p": ", ".join(f"{p:.2g}" for p in p_values),
+        "seeds": "0, 1, 2",
+    }
+    assert (second["experiment"], second["metric"]) == ("", "p1")
+    assert second["only one right"] == "60 / 0"
+
+
+def test_metrics_to_compare_can_be_named(paper: Path) -> None:
+    put(paper, "other_net_plain")
+    put(paper)
+    listed = ["clean_acc", "pgd20_union", "pgd20", "worst", "absent"]
+    rows = tables(compared(paper, compare=listed))["Paired comparison with other"]
+    assert [row["metric"] for row in rows] == ["clean", "union", "worst"], "pgd20 is of two losses"
+    assert {row["p"] for row in rows} == {"1"}
+    assert "Paired" not in compared(paper, compare=[])
+
+
+def test_other_examples_are_not_compared(paper: Path) -> None:
+    put(paper, "other_net_plain")
+    put(paper, labels=8)
+    markdown = compared(paper)
+    assert "| difference |" not in markdown
+    assert (
+        "Not comparable with other, because it was measured on other examples: `toy_net_ours` "
+        "(seed 0)" in markdown
+    )
+
+
+def test_a_step_on_fewer_examples_is_not_compared(paper: Path) -> None:
+    put(paper, "other_net_plain")
+    put(paper)
+    right = torch.arange(N) < 100
+    correct = {"clean": right, "pgd20/ce_f": right, "pgd20/ce_p1": right}
+    attacked = {"pgd20/ce_f": right, "pgd20/ce_p1": torch.arange(N) < N}
+    file_away(
+        paper, "toy_net_ours", checkpoint_entry(Outcomes(torch.arange(N) % 10, correct, attacked))
+    )
+    markdown = compared(paper)
+    assert "`toy_net_ours` (seed 0, f: 100 against 200 examples)" in markdown
+    (row,) = tables(markdown)["Paired comparison with other"]
+    assert row["metric"] == "p1"
+
+
+def test_without_a_baseline_to_compare_with_there_is_no_comparison(paper: Path) -> None:
+    put(paper)
+    assert "Paired comparison" not in compared(paper)
+    put(paper, "other_net_plain", label="selected")
+    assert "Paired comparison" not in compared(paper)
+
+
+def check(verdict: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": "steps",
+        "question": "Do 200 steps break no more than 20?",
+        "value": 3.14159,
+        "threshold": 1,
+        "verdict": verdict,
+        "detail": "",
+        **changes,
+    }
+
+
+def test_failed_audits_are_shouted_and_passed_ones_counted(paper: Path) -> None:
+    assert "udit" not in render_table("paper_toy").markdown
+    silent = check("fail", value=None, threshold=None, question="Is it?", detail="it is not")
+    put(paper, "toy_net_plain", audit={"examples": 9, "checks": [check("pass")] * 2})
+    put(paper, "toy_net_plain", 1, audit={"examples": 9, "checks": [check("not applicable")]})
+    put(paper, seed=0, audit={"examples": 9, "checks": [check("pass"), check("pass")]})
+    put(paper, seed=1, audit={"examples": 9, "checks": [check("pass"), check("fail"), silent]})
+    report = render_table("paper_toy", groups=["E1"])
+    assert (
+        "\n\n⚠ audit: `toy_net_ours` seed 1, last: Do 200 steps break no more than 20? "
+        "(value 3.142, threshold 1); Is it? (it is not)\n\n" in report.markdown
+    )
+    assert "number of checks passed and none failed: `toy_net_plain` (2)\n\n" in report.markdown
+    assert report.markdown.count("⚠") == 1
+    console = Console(width=250, file=io.StringIO())
+    console.print(report.tables[0])
+    assert "⚠ audit: `toy_net_ours`" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 # -------------------------------------------------------------------------------------- reference
 
 
@@ -307,6 +452,23 @@ def test_an_unknown_layout_is_refused(paper: Path) -> None:
     groups = [{**REFERENCE["groups"][0], "layout": "round"}, *REFERENCE["groups"][1:]]
     write_reference(paper, {**REFERENCE, "groups": groups})
     with pytest.raises(ConfigurationError, match="wide or stacked, got 'round'"):
+        render_table("paper_toy")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"baseline": "toy_net"}, "group E1 has the baseline 'toy_net', which is no row"),
+        ({"compare": ["worst"]}, r"compare must be .* got \['worst'\] with baseline None"),
+        ({"baseline": "toy_net_plain", "compare": "worst"}, "compare must be a list"),
+    ],
+)
+def test_a_comparison_with_nothing_is_refused(
+    paper: Path, change: dict[str, Any], message: str
+) -> None:
+    groups = [{**REFERENCE["groups"][0], **change}, *REFERENCE["groups"][1:]]
+    write_reference(paper, {**REFERENCE, "groups": groups})
+    with pytest.raises(ConfigurationError, match=message):
         render_table("paper_toy")
 
 

@@ -626,7 +626,7 @@ def write_result(folder, stem, seed, accuracies, label="last"):
         experiment=stem,
         seed=seed,
         label=label,
-        entry=checkpoint_entry(outcomes, {"pgd20": False}),
+        entry=checkpoint_entry(outcomes),
         provenance={"config_digest": "x"},
     )
 

@@ -1,4 +1,4 @@
-"""Outcomes per example, the worst case over a suite, and the file they go to."""
+"""Suites: outcomes per example, the worst case, and the file they go to."""
 
 import json
 
@@ -8,16 +8,22 @@ from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.losses import cross_entropy
+from common.attacks.minimum_norm import DeepFool
+from common.attacks.noise import UniformNoise
 from common.attacks.pgd import FGSM, PGD
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.classifier import RobustClassifier
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
-from common.evaluation import SuiteEntry, SuiteRun, check_suite, resolve_losses
+from common.evaluation import SuiteEntry, Transfer, check_suite, resolve_losses
+from common.evaluation.engine import run_steps
+from common.evaluation.steps import Threat, judged
+from common.evaluation.suite import averaged, steps_of
 from common.networks.resnet import ResNet
 from common.objectives import AT
-from common.results import read_result, unpack_outcomes
+from common.outcomes import checkpoint_entry, unpack_outcomes
+from common.results import read_result
 from common.trainer import Trainer
 
 
@@ -61,12 +67,10 @@ def suite(**entries: SuiteEntry) -> dict[str, SuiteEntry]:
     return entries
 
 
-def run(batch: dict[str, Tensor], entries: dict[str, SuiteEntry], parts: int = 1):
+def run(batch: dict[str, Tensor], entries: dict[str, SuiteEntry], size: int = 100):
     check_suite(entries, Model())
-    state = SuiteRun(Model(), entries, seed=0)
-    for rows in torch.arange(len(batch["y"])).chunk(parts):
-        state.attack({key: value[rows] for key, value in batch.items()})
-    return state.gathered(lambda mine: [mine])
+    steps = steps_of(entries, Model(), 2, seed=0)
+    return run_steps(Model(), batch, steps, seed=0, batch_size=size)
 
 
 def test_outcomes_are_those_of_the_closed_form(batch) -> None:
@@ -95,16 +99,16 @@ def test_survivors_only_is_cumulative(batch) -> None:
 
 
 def test_only_the_first_examples_are_attacked_where_the_entry_says_so(batch) -> None:
-    found = run(batch, suite(pgd=SuiteEntry(PGD(0.5, 0.1, 10), examples=4)), parts=3)
+    found = run(batch, suite(pgd=SuiteEntry(PGD(0.5, 0.1, 10), examples=4)), size=3)
     assert found.attacked["pgd/ce_f"].tolist() == [True] * 4 + [False] * 6
     assert not found.correct["pgd/ce_f"][:4].any()
 
 
 def test_batches_and_their_order_change_nothing(batch) -> None:
     entries = suite(pgd=SuiteEntry(PGD(0.12, 0.01, 3, start="uniform"), ["*"]))
-    whole, parts = run(batch, entries), run(batch, entries, parts=4)
+    whole, parts = run(batch, entries), run(batch, entries, size=3)
     shuffled = {key: value.flip(0) for key, value in batch.items()}
-    for other in (parts, run(shuffled, entries, parts=2)):
+    for other in (parts, run(shuffled, entries, size=5)):
         for name in whole.correct:
             assert torch.equal(whole.correct[name], other.correct[name]), name
 
@@ -120,20 +124,105 @@ def test_suite_mistakes_are_found_before_the_first_attack() -> None:
         check_suite({}, Model())
     with pytest.raises(ConfigurationError, match="declares ce_f, none"):
         resolve_losses(["ce_probe*"], Model())
-    with pytest.raises(ConfigurationError, match="contains '/'"):
+    with pytest.raises(ConfigurationError, match="separates attack from loss"):
         check_suite({"a/b": SuiteEntry(FGSM(0.1))}, Model())
     with pytest.raises(ConfigurationError, match="attacks nothing"):
         SuiteEntry(FGSM(0.1), losses=[])
     with pytest.raises(ConfigurationError, match="at least 1"):
         SuiteEntry(FGSM(0.1), examples=0)
-    with pytest.raises(ConfigurationError, match="cannot be AutoAttack"):
+    with pytest.raises(ConfigurationError, match="got AutoAttack"):
         RobustEvaluation(validation=SuiteEntry(AutoAttack(eps=0.1)))
 
 
-def test_equal_weights_are_attacked_once(tmp_path, monkeypatch) -> None:
+def test_a_larger_ball_or_another_norm_is_reported_and_does_not_count(batch) -> None:
+    entries = suite(
+        small=SuiteEntry(PGD(0.05, 0.05, 2)),
+        large=SuiteEntry(PGD(0.5, 0.1, 10)),
+        l2=SuiteEntry(PGD(3.0, 1.0, 10, norm="l2")),
+        smaller=SuiteEntry(FGSM(0.01)),
+    )
+    found = run(batch, entries)
+    assert {key: line.counts for key, line in found.lines.items()} == {
+        "small/ce_f": True,
+        "large/ce_f": False,
+        "l2/ce_f": False,
+        "smaller/ce_f": True,
+    }
+    assert not found.correct["large/ce_f"].any()
+    entry = checkpoint_entry(found)
+    assert entry["metrics"]["worst"] == entry["metrics"]["small/ce_f"]
+    assert entry["threat"] == {"norm": "linf", "eps": 0.05}
+
+
+def test_a_sweep_is_a_curve(batch) -> None:
+    sweep = {"eps": [0.01, "0.08", 0.12, 0.3]}
+    found = run(batch, suite(pgd=SuiteEntry(PGD(0.12, steps=10), sweep=sweep)))
+    margins = (batch["x"].mean(dim=(1, 2, 3)) - 0.5).abs()
+    for eps in (0.01, 0.08, 0.12, 0.3):
+        held = found.correct[f"pgd/ce_f/eps={eps}"]
+        assert torch.equal(held, found.correct["clean"] & (margins > eps)), eps
+        assert found.lines[f"pgd/ce_f/eps={eps}"].at == {"eps": eps}
+    with pytest.raises(ConfigurationError, match="got radius"):
+        SuiteEntry(PGD(0.12), sweep={"radius": [1]})
+
+
+def test_noise_meets_every_example_and_never_counts(batch) -> None:
+    noise = UniformNoise(levels=[0.05, 0.5], draws=2)
+    found = run(batch, suite(noise=SuiteEntry(noise), fgsm=SuiteEntry(FGSM(0.06))))
+    keys = [f"noise/level={level}/draw={draw}" for level in (0.05, 0.5) for draw in (0, 1)]
+    assert list(found.lines) == [*keys, "fgsm/ce_f"]
+    assert not any(found.lines[key].counts for key in keys)
+    assert all(found.attacked[key].all() for key in keys)
+    first, second = (found.columns[f"noise/level=0.5/draw={draw}"]["x_adv"] for draw in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_deepfool_finds_the_distances_of_the_closed_form(batch) -> None:
+    found = run(batch, suite(deepfool=SuiteEntry(DeepFool(eps=0.12, norm="linf"))))
+    margins = (batch["x"].mean(dim=(1, 2, 3)) - 0.5).abs()
+    right = found.correct["clean"]
+    distances = found.columns["deepfool"]["linf"]
+    torch.testing.assert_close(distances[right], 1.02 * margins[right], atol=2e-3, rtol=0)
+    assert torch.equal(found.correct["deepfool"], right & (margins * 1.02 > 0.12))
+
+
+def test_transfer_shows_the_surrogates_images_to_the_model(batch) -> None:
+    same = suite(t=SuiteEntry(Transfer(PGD(0.12, 0.03, 10), Model())))
+    white = run(batch, suite(pgd=SuiteEntry(PGD(0.12, 0.03, 10))))
+    assert torch.equal(run(batch, same).correct["t"], white.correct["pgd/ce_f"])
+
+    class Blind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Threshold()(x * 0 + 0.2 * x.detach() + x[:, :, :1, :1] * 1e-3)
+
+    useless = suite(t=SuiteEntry(Transfer(PGD(0.12, 0.03, 1, start="zero"), Blind())))
+    assert run(batch, useless).correct["t"].sum() > white.correct["pgd/ce_f"].sum()
+
+
+def test_expectation_over_transformation_averages_the_loss() -> None:
+    torch.manual_seed(0)
+    drawn = averaged(lambda x: torch.randn(len(x)), 4000)(torch.zeros(3, 1))
+    assert drawn.shape == (3,)
+    assert drawn.abs().max() < 0.1
+
+
+def test_an_image_outside_the_ball_breaks_nothing(batch) -> None:
+    found = judged(Model(), batch, torch.ones_like(batch["x"]), Threat("linf", 0.26))
+    allowed = batch["x"].amax(dim=(1, 2, 3)) >= 0.74
+    assert found["correct"][~allowed].all()
+    outside = judged(Model(), batch, batch["x"] + 1.0, None)
+    assert outside["correct"].all()
+
+
+def test_weights_that_were_tested_are_not_tested_again(tmp_path, monkeypatch) -> None:
     calls = []
-    attack = SuiteRun.attack
-    monkeypatch.setattr(SuiteRun, "attack", lambda self, batch: calls.append(attack(self, batch)))
+    attacked = PGD.__call__
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return attacked(self, *args, **kwargs)
+
+    monkeypatch.setattr(PGD, "__call__", counted)
     net = ResNet((1,), (4,), (2,), in_channels=1)
     module = RobustClassifier(net, AT(), torch.optim.SGD)
     evaluation = RobustEvaluation(
@@ -150,12 +239,13 @@ def test_equal_weights_are_attacked_once(tmp_path, monkeypatch) -> None:
         default_root_dir=tmp_path,
         callbacks=[evaluation],
     )
-    data = ImageDataModule(Digits(), test_limit=20)
+    data = ImageDataModule(Digits(), test_limit=200)
     trainer.test(module, datamodule=data, verbose=False)
+    assert len(calls) == 4
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "selected.ckpt")
     trainer.test(module, datamodule=data, ckpt_path=tmp_path / "selected.ckpt", verbose=False)
-    assert len(calls) == 1
+    assert len(calls) == 4
     found = read_result(tmp_path / "results.json")["checkpoints"]
     assert set(found["selected"]["attacks"]) == {"fgsm/ce_f", "fgsm/cw_f", "fgsm/model"}
     for name, entry in found["selected"]["attacks"].items():
@@ -163,7 +253,7 @@ def test_equal_weights_are_attacked_once(tmp_path, monkeypatch) -> None:
     with torch.no_grad():
         module.net.head.linear.bias += 1
     trainer.test(module, datamodule=data, verbose=False)
-    assert len(calls) == 2
+    assert len(calls) > 4
 
 
 def test_the_result_file_holds_every_outcome(tmp_path) -> None:

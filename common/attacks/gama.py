@@ -1,0 +1,138 @@
+"""GAMA-PGD: a margin attack on probabilities that first runs away from a reference prediction."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from common.attacks.losses import full_precision, margin
+from common.attacks.minimum_norm import Predict
+from common.attacks.pgd import Random, _count, _in_255, _uniform, input_gradient, parse_radius
+from common.attacks.settings import Settings
+from common.errors import ConfigurationError
+
+
+class GAMAPGD(Settings):
+    r"""Guided Adversarial Margin Attack (Sriramanan et al. 2020), by sign steps in the linf ball.
+
+    From a random corner :math:`x'_0 = x \pm \epsilon` of the cube, with
+    :math:`P = \mathrm{softmax} f(x'_0)` held fixed and Q the softmax at x', each step climbs
+
+    .. math:: \max_{j \ne y} Q_j - Q_y + \lambda_t \|P - Q\|_2^2,
+
+    where :math:`\lambda_t` falls linearly from ``weight`` to 0 at step ``relaxed_steps``:
+    :math:`x' \leftarrow \Pi(\mathrm{clip}_{[0,1]}(x' + \eta\, \mathrm{sign} \nabla))`. The corner
+    itself is not brought into the box; every later point is.
+
+    The paper guides by the prediction for the clean image. P is that of the start here, which is
+    what the code of Huang et al. 2021 (RobustWRN) computes, and the authors' own code as well; so
+    the first step climbs the margin alone.
+
+    Args:
+        eps: Radius of the linf ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
+        step_size: The first eta; ``None`` is ``2 * eps``, across the whole cube.
+        steps: Number of steps.
+        decay_at: The steps, from 0, before which eta is divided by 10.
+        weight: The first lambda.
+        relaxed_steps: The step at which lambda has reached 0; with 0 it is 0 throughout.
+        project: Whether the last point is projected to the ball, as all before it. The RobustWRN
+            code classifies the last point before its projection, a defect: the point may leave the
+            ball by the last eta, so its robust accuracies are too low. ``False`` reproduces it.
+
+    Raises:
+        ConfigurationError: If a setting is out of range.
+    """
+
+    norm = "linf"
+
+    def __init__(
+        self,
+        eps: float | str,
+        step_size: float | str | None = None,
+        steps: int = 100,
+        decay_at: tuple[int, ...] = (60, 85),
+        weight: float = 50.0,
+        relaxed_steps: int = 25,
+        project: bool = True,
+    ) -> None:
+        self.eps = parse_radius(eps)
+        self.step_size = (
+            2.0 * self.eps if step_size is None else parse_radius(step_size, name="step_size")
+        )
+        self.steps = _count("steps", steps, 1)
+        self.decay_at = tuple(_count("decay_at's steps", step, 0) for step in decay_at)
+        self.weight = weight
+        self.relaxed_steps = _count("relaxed_steps", relaxed_steps, 0)
+        self.project = project
+        if not (math.isfinite(weight) and weight >= 0.0):
+            raise ConfigurationError(
+                f"weight must be finite and at least 0, got {weight}; 0 leaves the margin alone"
+            )
+
+    @property
+    def cost(self) -> int:
+        """Forward and backward passes per example."""
+        return self.steps
+
+    def weight_at(self, step: int) -> float:
+        """The lambda of a step, from 0."""
+        if step >= self.relaxed_steps:
+            return 0.0
+        return self.weight * (1.0 - step / self.relaxed_steps)
+
+    def __call__(self, predict: Predict, x: Tensor, y: Tensor, generator: Random = None) -> Tensor:
+        """Attack every example.
+
+        Gradients are taken with respect to x' alone, so ``.grad`` of the parameters is left alone,
+        and inside ``no_grad`` and inference mode as well.
+
+        Args:
+            predict: Images to logits ``(N, K)``; an example's logits may depend on no other
+                example. The start may lie outside [0, 1] by eps.
+            x: Images in [0, 1], ``(N, ...)``.
+            y: Labels, ``(N,)``.
+            generator: Where the start comes from; ``None`` is torch's global one. An
+                :class:`ExampleRandom` makes an example's start independent of its batch.
+
+        Returns:
+            x' shaped like x, detached, in [0, 1] and, unless ``project`` is off, in the ball up to
+            rounding; float32, or float64 if x is.
+
+        Raises:
+            ValueError: If x is not floating point or the logits carry no gradient.
+        """
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating-point pixels in [0, 1], got {x.dtype}")
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+            y = y.detach().clone()
+            lower, upper = (x - self.eps).clamp_(min=0.0), (x + self.eps).clamp_(max=1.0)
+            sign = 2.0 * (_uniform(generator, x, x.shape[1:]) >= 0.5).to(x) - 1.0
+            x_adv = x + self.eps * sign
+            with torch.no_grad():
+                reference = _probabilities(predict(x_adv))
+            step_size = self.step_size
+            for step in range(self.steps):
+                step_size /= 10.0 ** self.decay_at.count(step)
+                weight = self.weight_at(step)
+
+                def loss(x_adv: Tensor, weight: float = weight) -> Tensor:
+                    q = _probabilities(predict(x_adv))
+                    return margin(q, y) + weight * (q - reference).square().sum(dim=1)
+
+                gradient = input_gradient(loss, x_adv).nan_to_num(nan=0.0)
+                x_adv = (x_adv + step_size * gradient.sign()).clamp(0.0, 1.0)
+                if self.project or step < self.steps - 1:
+                    x_adv = x_adv.clamp(lower, upper)
+        return x_adv
+
+    def __repr__(self) -> str:
+        """The settings that make two attacks differ, radii in 1/255."""
+        parts = [f"eps={_in_255(self.eps)}", f"step_size={_in_255(self.step_size)}"]
+        parts += [f"steps={self.steps}", f"decay_at={self.decay_at}", f"weight={self.weight:g}"]
+        parts += [f"relaxed_steps={self.relaxed_steps}", f"project={self.project}"]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return full_precision(logits).softmax(dim=1)

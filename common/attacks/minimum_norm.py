@@ -1,0 +1,332 @@
+"""The smallest perturbation that changes a prediction, where PGD fills a ball of given radius.
+
+One run gives each example its distance to the decision boundary (an upper bound on it), and with it
+robust accuracy at every radius: an example stands at eps if that distance is larger.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.attacks.losses import full_precision, margin
+from common.attacks.pgd import (
+    Norm,
+    _choice,
+    _count,
+    _in_255,
+    _norm,
+    _per_example,
+    _project_l2,
+    parse_radius,
+)
+from common.attacks.settings import Settings
+from common.errors import ConfigurationError
+
+Predict = Callable[[Tensor], Tensor]
+"""Images ``(N, ...)`` -> logits ``(N, K)``."""
+
+
+class MinimumNorm(Settings, ABC):
+    """An attack that looks for the nearest image of another class.
+
+    Args:
+        eps: Examples count as broken only if their perturbation is at most this, a number or a
+            fraction such as ``8/255``; ``None``: any perturbation counts. The search takes no
+            notice of it, and whoever evaluates the result is to judge.
+        norm: In which the perturbation is small.
+
+    Raises:
+        ConfigurationError: If a setting is out of range.
+    """
+
+    def __init__(self, eps: float | str | None, norm: Norm) -> None:
+        self.norm: Norm = norm
+        _choice("norm", norm, ("linf", "l2"))
+        self.eps = None if eps is None else parse_radius(eps, norm)
+
+    @property
+    @abstractmethod
+    def cost(self) -> int:
+        """Forward and backward passes per example, at most; they end once all are done."""
+
+    def __call__(self, predict: Predict, x: Tensor, y: Tensor) -> Tensor:
+        """Look for each example's nearest adversarial image.
+
+        Gradients are taken with respect to the images alone, inside ``no_grad`` and inference mode
+        as well, and no random numbers are drawn.
+
+        Args:
+            predict: Images in [0, 1] to logits; an example's logits may depend on no other example.
+            x: Images in [0, 1], ``(N, ...)``.
+            y: Labels, ``(N,)``.
+
+        Returns:
+            The nearest adversarial image found, or x itself where none was found or x is
+            misclassified as it is. Shaped like x, detached, in [0, 1]; float32, or float64 if x is.
+
+        Raises:
+            ValueError: If x is not floating point or the logits carry no gradient.
+        """
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating-point pixels in [0, 1], got {x.dtype}")
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+            y = y.detach().clone()
+            with torch.no_grad():
+                logits = full_precision(predict(x))
+            x_adv, found = self._search(predict, x, y, logits)
+            return torch.where(_per_example(found & (logits.argmax(dim=1) == y), x), x_adv, x)
+
+    @abstractmethod
+    def _search(
+        self, predict: Predict, x: Tensor, y: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Images and whether each is adversarial, bool ``(N,)``; ``logits`` are those of x."""
+
+    def __repr__(self) -> str:
+        """The arguments that were given, radii in 1/255."""
+        given = {name: repr(value) for name, value in self._given.items()}
+        if self.eps is not None:
+            given["eps"] = _in_255(self.eps)
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in given.items())})"
+
+
+class DeepFool(MinimumNorm):
+    r"""Steps to the nearest boundary of the linearised classifier (Moosavi-Dezfooli et al. 2016).
+
+    Algorithm 2: with :math:`f_k = z_k(x') - z_y(x')` and :math:`w_k` its gradient, the nearest
+    boundary is the class with the least :math:`|f_k| / \|w_k\|_q`, and the step to it is that
+    distance times :math:`w_k / \|w_k\|_2` (l2, q = 2) or :math:`\mathrm{sign}(w_k)` (linf, q = 1;
+    Section 3.3). An example stops at its first misclassified point.
+
+    Beyond the paper, and as in foolbox 3: distances get 1e-4 added (the authors' code does so too),
+    the classes are the ones most likely at x, and each point is brought into [0, 1].
+
+    Args:
+        eps: As in :class:`MinimumNorm`.
+        norm: ``linf`` or ``l2``.
+        steps: The most steps an example takes.
+        overshoot: The summed steps are stretched by one plus this (eta), to get over the boundary.
+        candidates: How many classes are considered, the predicted one included; all if there are
+            fewer.
+        clip: Bring the result into the eps-ball around x, as foolbox does when given an epsilon.
+            What was adversarial need not stay so and has to be classified anew.
+
+    Raises:
+        ConfigurationError: If a setting is out of range, or ``clip`` has no radius to clip to.
+    """
+
+    def __init__(
+        self,
+        eps: float | str | None = None,
+        norm: Literal["linf", "l2"] = "linf",
+        steps: int = 50,
+        overshoot: float = 0.02,
+        candidates: int = 10,
+        clip: bool = False,
+    ) -> None:
+        super().__init__(eps, norm)
+        self.steps = _count("steps", steps, 1)
+        self.overshoot = _number("overshoot", overshoot, positive=False)
+        self.candidates = _count("candidates", candidates, 2)
+        self.clip = clip
+        if clip and self.eps is None:
+            raise ConfigurationError(
+                "clip brings the result into the ball of radius eps, and eps is null; give eps or "
+                "leave clip false"
+            )
+
+    @property
+    def cost(self) -> int:
+        """One forward pass a step and one backward pass a candidate; few examples need them all."""
+        return self.steps * (self.candidates - 1)
+
+    def _search(
+        self, predict: Predict, x: Tensor, y: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        true = y.unsqueeze(1)
+        others = logits.scatter(1, true, -math.inf)
+        rivals = others.topk(min(self.candidates, logits.shape[1]) - 1, dim=1).indices
+        x_adv, total = x, torch.zeros_like(x)
+        for step in range(self.steps + 1):
+            point = x_adv.detach().requires_grad_()
+            z = _with_gradient(predict(point))
+            done = z.argmax(dim=1) != y
+            if step == self.steps or bool(done.all()):
+                break
+            gaps = z.gather(1, rivals) - z.gather(1, true)
+            total = total + self._nearest(gaps, point)
+            moved = (x + (1.0 + self.overshoot) * total).clamp(0.0, 1.0)
+            x_adv = torch.where(_per_example(done, x), x_adv, moved)
+        if self.clip and self.eps is not None:
+            delta = x_adv - x
+            linf = self.norm == "linf"
+            delta = delta.clamp(-self.eps, self.eps) if linf else _project_l2(delta, self.eps)
+            x_adv = (x + delta).clamp(0.0, 1.0)
+        return x_adv, done
+
+    def _nearest(self, gaps: Tensor, point: Tensor) -> Tensor:
+        """The step from ``point`` to the nearest of the boundaries where one of ``gaps`` is zero.
+
+        One class after the other, so that memory does not grow with their number.
+        """
+        least = torch.full_like(gaps[:, 0], math.inf)
+        direction = torch.zeros_like(point)
+        last = gaps.shape[1] - 1
+        for k in range(last + 1):
+            (slope,) = torch.autograd.grad(gaps[:, k].sum(), point, retain_graph=k < last)
+            slope = slope.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            # Constants as in foolbox; a class whose slope is zero is far away and moves nothing.
+            dual = _norm(slope, 1 if self.norm == "linf" else 2) + 1e-8
+            distance = gaps[:, k].detach().abs() / dual.flatten()
+            nearer = distance < least
+            least = torch.where(nearer, distance, least)
+            unit = slope.sign() if self.norm == "linf" else slope / dual
+            direction = torch.where(_per_example(nearer, point), unit, direction)
+        return _per_example(torch.where(least.isfinite(), least + 1e-4, 0.0), point) * direction
+
+
+class CarliniWagner(MinimumNorm):
+    r"""The l2 attack of Carlini & Wagner 2017 (Section VI-A, untargeted).
+
+    Adam minimises over w, with :math:`x'(w) = (\tanh w + 1) / 2` always in the box,
+
+    .. math:: \|x'(w) - x\|_2^2 + c\, \max(z_y(x') - \max_{j \ne y} z_j(x') + \kappa,\, 0),
+
+    and a binary search finds each example's least c that succeeds: tenfold until it does, halving
+    the interval after that. The nearest adversarial point of all searches is returned. Descent
+    pushes whichever rival leads, so it can miss a nearer boundary of another class.
+
+    Foolbox stops a whole batch when the batch's total loss stalls, so there an example's result
+    depends on its neighbours; here each example stops by its own loss. One example at a time, the
+    two agree, except that foolbox returns a black image where nothing was found.
+
+    Args:
+        eps: As in :class:`MinimumNorm`.
+        confidence: By how much a wrong logit must lead (kappa).
+        steps: Adam steps per search.
+        step_size: Adam's.
+        binary_search_steps: Searches; from 10 on the last one repeats the least constant that
+            succeeded.
+        initial_const: The first c.
+        abort_early: A search ends for an example whose loss, compared ten times, fell by less than
+            a ten-thousandth.
+
+    Raises:
+        ConfigurationError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        eps: float | str | None = None,
+        confidence: float = 0.0,
+        steps: int = 1000,
+        step_size: float = 0.01,
+        binary_search_steps: int = 9,
+        initial_const: float = 1e-3,
+        abort_early: bool = True,
+    ) -> None:
+        super().__init__(eps, "l2")
+        self.confidence = _number("confidence", confidence, positive=False)
+        self.steps = _count("steps", steps, 1)
+        self.step_size = _number("step_size", step_size)
+        self.binary_search_steps = _count("binary_search_steps", binary_search_steps, 1)
+        self.initial_const = _number("initial_const", initial_const)
+        self.abort_early = abort_early
+
+    @property
+    def cost(self) -> int:
+        """All searches to their end; ``abort_early`` usually spares most of it."""
+        return self.binary_search_steps * self.steps
+
+    def _search(
+        self, predict: Predict, x: Tensor, y: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # atanh has no value at 0 and 1; the best distance starts at infinity where work is to do.
+        origin = ((2.0 * x - 1.0) * 0.999999).atanh()
+        distance = torch.where(logits.argmax(dim=1) == y, math.inf, 0.0).to(x)
+        best = x
+        const = torch.full_like(distance, self.initial_const, dtype=torch.float64)
+        lower, upper = torch.zeros_like(const), torch.full_like(const, math.inf)
+        for search in range(self.binary_search_steps):
+            if 9 <= search == self.binary_search_steps - 1:
+                const = upper.clamp_max(1e10)
+            found, best, distance = self._descend(predict, x, y, origin, const, best, distance)
+            upper = torch.where(found, const, upper)
+            lower = torch.where(found, lower, const)
+            const = torch.where(upper.isinf(), const * 10.0, (lower + upper) / 2.0)
+        return best, distance.isfinite()
+
+    def _descend(
+        self,
+        predict: Predict,
+        x: Tensor,
+        y: Tensor,
+        origin: Tensor,
+        const: Tensor,
+        best: Tensor,
+        distance: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One search at ``const``: whether it found anything, and the best image and distance."""
+        rounded = _to_box(origin)
+        weight = const.to(x)
+        # Adam (Kingma & Ba 2015, Algorithm 1) by hand: an optimiser's state is nobody's example.
+        w, first, second = origin, torch.zeros_like(x), torch.zeros_like(x)
+        active = distance > 0.0
+        found = torch.zeros_like(active)
+        previous = torch.full_like(distance, math.inf)
+        for step in range(self.steps):
+            point = w.detach().requires_grad_()
+            x_adv = _to_box(point)
+            z = _with_gradient(predict(x_adv))
+            size = (x_adv - rounded).square().flatten(1).sum(dim=1)
+            loss = size + weight * (self.confidence - margin(z, y)).clamp_min(0.0)
+            (gradient,) = torch.autograd.grad(loss.sum(), point)
+            gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.999 * second + 0.001 * gradient.square()
+            root = (second / (1.0 - 0.999 ** (step + 1))).sqrt()
+            w = w - self.step_size * (first / (1.0 - 0.9 ** (step + 1))) / (root + 1e-8)
+            with torch.no_grad():
+                if self.abort_early and step % math.ceil(self.steps / 10) == 0:
+                    active = active & (loss <= 0.9999 * previous)
+                    previous = loss
+                    if not bool(active.any()):
+                        break
+                wrong = active & (self._raised(z, y).argmax(dim=1) != y)
+                found = found | wrong
+                reached = _norm(x_adv - x, 2).flatten()
+                nearer = wrong & (reached < distance)
+                best = torch.where(_per_example(nearer, x), x_adv, best)
+                distance = torch.where(nearer, reached, distance)
+        return found, best, distance
+
+    def _raised(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The true logit raised by ``confidence``: wrong in spite of it is wrong by that much."""
+        lead = torch.full_like(logits[:, :1], self.confidence)
+        return logits.scatter_add(1, y.unsqueeze(1), lead)
+
+
+def _to_box(w: Tensor) -> Tensor:
+    return w.tanh() * 0.5 + 0.5
+
+
+def _with_gradient(logits: Tensor) -> Tensor:
+    """The logits in full precision, if they can be differentiated."""
+    if not logits.requires_grad:
+        raise ValueError(
+            "the logits carry no gradient to the images; compute them without no_grad, "
+            "inference_mode or detach, from the images that are passed in"
+        )
+    return full_precision(logits)
+
+
+def _number(name: str, value: float, positive: bool = True) -> float:
+    if not math.isfinite(value) or value < 0.0 or (positive and value == 0.0):
+        bound = "above 0" if positive else "at least 0"
+        raise ConfigurationError(f"{name} must be a finite number {bound}, got {value}")
+    return float(value)

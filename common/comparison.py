@@ -1,0 +1,168 @@
+"""What stands under a table: paired comparisons of its rows, and what audits of them found."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+
+from common.outcomes import group_of, outcome_bits
+from common.reference import Group, Row
+from common.schema import AuditCheck, CheckpointResult, Result
+from common.sheets import Sheet
+from common.statistics import mcnemar_exact
+
+Results = Mapping[str, Sequence[Result]]
+"""By experiment."""
+
+_NOTE = (
+    "Last checkpoints. *difference* is this row minus {label} in points, the mean over seeds. "
+    "*only one right* counts the examples that only this row / only {label} gets right, all seeds "
+    "together. *p* is McNemar's exact test, two-sided, for each seed. The p values of different "
+    "seeds share their examples and are not independent, and none is corrected for the number of "
+    "comparisons."
+)
+
+_Pair = tuple[list[bool], list[bool]]
+
+
+def comparison_sheet(
+    group: Group, rows: Sequence[Row], baseline: Row, results: Results
+) -> Sheet | None:
+    """Set the rows of a table against its baseline, example by example.
+
+    Args:
+        group: The table.
+        rows: Its rows; the baseline may be among them.
+        baseline: What they are compared with.
+        results: Of all experiments.
+
+    Returns:
+        ``None`` where there is nothing to compare.
+    """
+    titles = {metric.key: metric.title for metric in group.metrics}
+    others = [row for row in rows if row.stem != baseline.stem]
+    keys = group.compare
+    if keys is None:
+        keys = _own_metrics(list(titles), [baseline, *others], results)
+    if not keys:
+        return None
+    lines, strangers = [], []
+    for row in others:
+        name = f"{row.label} (`{row.stem}`)"
+        pairs = list(_last_pairs(results.get(row.stem, []), results.get(baseline.stem, [])))
+        strangers += [
+            f"`{row.stem}` (seed {seed})" for seed, *both in pairs if not _same_examples(*both)
+        ]
+        for key in keys:
+            found: dict[int, _Pair] = {}
+            for seed, ours, theirs in pairs:
+                a, b = outcome_bits(ours, key), outcome_bits(theirs, key)
+                if a is None or b is None or not _same_examples(ours, theirs):
+                    continue
+                if len(a) == len(b):
+                    found[seed] = a, b
+                else:
+                    sizes = f"{len(a):,} against {len(b):,} examples"
+                    strangers.append(f"`{row.stem}` (seed {seed}, {titles.get(key, key)}: {sizes})")
+            if found:
+                lines.append([name, titles.get(key, key), *_compared(found)])
+                name = ""
+    notes = []
+    if strangers:
+        notes.append(
+            f"Not comparable with {baseline.label}, because it was measured on other examples: "
+            f"{', '.join(strangers)}"
+        )
+    if not lines and not notes:
+        return None
+    title = f"Paired comparison with {baseline.label}"
+    if not lines:
+        return Sheet(title, notes=notes, level=4)
+    header = ["experiment", "metric", "difference", "only one right", "p", "seeds"]
+    return Sheet(title, _NOTE.format(label=baseline.label), header, lines, notes, level=4)
+
+
+def _own_metrics(keys: Sequence[str], rows: Sequence[Row], results: Results) -> list[str]:
+    """The metrics that are ``worst`` or about a single step of some row."""
+    own = {"worst"}
+    for row in rows:
+        for result in results.get(row.stem, []):
+            if "last" in result["checkpoints"]:
+                for name, attack in result["checkpoints"]["last"]["attacks"].items():
+                    own |= {name, group_of(name, attack)}
+    return [key for key in keys if key in own]
+
+
+def _last_pairs(
+    ours: Sequence[Result], theirs: Sequence[Result]
+) -> Iterator[tuple[int, CheckpointResult, CheckpointResult]]:
+    """Seeds that both have a last checkpoint of."""
+    last = {
+        result["seed"]: result["checkpoints"]["last"]
+        for result in theirs
+        if "last" in result["checkpoints"]
+    }
+    for result in ours:
+        if "last" in result["checkpoints"] and result["seed"] in last:
+            yield result["seed"], result["checkpoints"]["last"], last[result["seed"]]
+
+
+def _same_examples(one: CheckpointResult, other: CheckpointResult) -> bool:
+    """As far as a result tells: as many, and as many of each class."""
+    sizes = [[n for _, n in checkpoint["clean"]["per_class"]] for checkpoint in (one, other)]
+    return sizes[0] == sizes[1]
+
+
+def _compared(found: Mapping[int, _Pair]) -> list[str]:
+    """The cells of one metric, given the outcomes of both rows for each seed."""
+    differences, p_values, only_ours, only_theirs = [], [], 0, 0
+    for a, b in found.values():
+        here = sum(x and not y for x, y in zip(a, b, strict=True))
+        there = sum(y and not x for x, y in zip(a, b, strict=True))
+        differences.append(100.0 * (here - there) / len(a))
+        p_values.append(f"{mcnemar_exact(here, there):.2g}")
+        only_ours, only_theirs = only_ours + here, only_theirs + there
+    return [
+        f"{fmean(differences):+.2f}",
+        f"{only_ours} / {only_theirs}",
+        ", ".join(p_values),
+        ", ".join(map(str, found)),
+    ]
+
+
+# -------------------------------------------------------------------------------------------- audit
+
+
+def audit_notes(rows: Sequence[Row], results: Results) -> list[str]:
+    """A warning for every checkpoint that failed a check, and a line about the rows that did not.
+
+    Args:
+        rows: Of the table.
+        results: Of all experiments.
+    """
+    warnings, passed = [], []
+    for row in rows:
+        counts, is_sound = 0, True
+        for result in results.get(row.stem, []):
+            for label, checkpoint in result["checkpoints"].items():
+                checks = checkpoint["audit"]["checks"] if "audit" in checkpoint else []
+                counts += sum(check["verdict"] == "pass" for check in checks)
+                if failed := [check for check in checks if check["verdict"] == "fail"]:
+                    is_sound = False
+                    warnings.append(
+                        f"⚠ audit: `{row.stem}` seed {result['seed']}, {label}: "
+                        f"{'; '.join(map(_failure, failed))}"
+                    )
+        if counts and is_sound:
+            passed.append(f"`{row.stem}` ({counts})")
+    if passed:
+        warnings.append(f"Audit, number of checks passed and none failed: {', '.join(passed)}")
+    return warnings
+
+
+def _failure(check: AuditCheck) -> str:
+    numbers = [
+        f"{name} {number:.4g}"
+        for name, number in (("value", check["value"]), ("threshold", check["threshold"]))
+        if number is not None
+    ]
+    remark = ", ".join(numbers) or check["detail"]
+    return f"{check['question']} ({remark})" if remark else check["question"]

@@ -1,0 +1,21 @@
+"""Robustness one can trust: suites of attacks, worst cases, the audit, for any PyTorch model."""
+
+from common.evaluation.api import Evaluation, evaluate
+from common.evaluation.audit import Audit
+from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
+from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses
+from common.evaluation.transfer import Transfer
+
+__all__ = [
+    "Audit",
+    "Evaluation",
+    "Outcomes",
+    "SuiteEntry",
+    "Threat",
+    "Transfer",
+    "check_suite",
+    "evaluate",
+    "is_wrong",
+    "predict",
+    "resolve_losses",
+]

@@ -1,0 +1,167 @@
+"""Command line: attack anybody's model.
+
+``python -m common.evaluation --model package.module:factory --weights file --data cifar10``
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from torch import nn
+
+from common.checkpoints import load_weights
+from common.data.images import ImageDataModule
+from common.errors import ConfigurationError, UserError
+from common.evaluation.api import Evaluation, evaluate
+from common.evaluation.ready import CONFIGS, ready_suites
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate a model and print the table; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        model = build_model(arguments.model, arguments.model_args)
+        if arguments.weights:
+            load_weights(model, arguments.weights)
+        data = load_data(arguments.data, arguments.data_root)
+        test = data._dataset("test", None, arguments.examples)
+        batch = test.__getitems__(list(range(len(test))))
+        evaluation = evaluate(
+            model.eval(),
+            (batch["x"].float() / 255.0, batch["y"]),
+            arguments.suite,
+            eps=arguments.eps,
+            norm=arguments.norm,
+            audit=arguments.audit,
+            num_classes=data.num_classes,
+            class_names=data.class_names,
+            output=arguments.output,
+            name=arguments.name or arguments.model.partition(":")[2],
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _show(evaluation, arguments.output)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.evaluation",
+        description="Attack a model: accuracy of every example in the worst case over a suite.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="what makes the network: images in [0, 1] to logits, normalisation inside",
+    )
+    parser.add_argument("--model_args", metavar="JSON", default="{}", help="for the factory")
+    parser.add_argument("--weights", metavar="FILE", help="state dict or checkpoint to load")
+    parser.add_argument(
+        "--data",
+        default="cifar10",
+        help="test split of a data section of common/configs (cifar10, svhn, digits, ...), or a "
+        "YAML file of one",
+    )
+    parser.add_argument("--data_root", metavar="FOLDER", help="where its files are or go")
+    parser.add_argument(
+        "--suite",
+        default="quick",
+        help=f"{', '.join(ready_suites())}, or a YAML file with evaluation: {{suite: ...}}",
+    )
+    parser.add_argument("--audit", action="store_true", help="check for gradient masking too")
+    parser.add_argument("--eps", default="8/255", help="radius of the threat model (8/255)")
+    parser.add_argument("--norm", default="linf", choices=("linf", "l2", "l1"))
+    parser.add_argument("--examples", type=int, metavar="N", help="only the first so many")
+    parser.add_argument("--batch_size", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="results.json, pictures, and outcomes from which a killed evaluation goes on",
+    )
+    parser.add_argument("--name", help="under which results are filed")
+    return parser
+
+
+def build_model(path: str, arguments: str = "{}") -> nn.Module:
+    """Call a factory named ``package.module:factory``.
+
+    Raises:
+        ConfigurationError: If there is no such factory, or it does not make a module.
+    """
+    module_name, _, name = path.partition(":")
+    sys.path.insert(0, "")
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"--model is {path!r}, expected package.module:factory ({error})"
+        ) from error
+    finally:
+        sys.path.remove("")
+    try:
+        given = json.loads(arguments)
+        model = factory(**given)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be made with --model_args {arguments}: {error}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"{path} made a {type(model).__name__}, expected an nn.Module")
+    return model
+
+
+def load_data(name: str, root: str | None = None) -> ImageDataModule:
+    """The data module of a section ``common/configs/NAME.yaml`` or of a file.
+
+    Raises:
+        ConfigurationError: If there is none.
+        DataUnavailableError: If the files cannot be had.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ImageDataModule, "data")
+    known = [p.stem for p in sorted(CONFIGS.glob("*.yaml")) if p.read_text().find("source:") >= 0]
+    if not path.is_file() or (path.parent == CONFIGS and path.stem not in known):
+        raise ConfigurationError(
+            f"there are no data {name!r}; there are {', '.join(known)}, and any YAML file with a "
+            "source"
+        )
+    config: Any = parser.parse_object({"data": str(path)})
+    if root is not None:
+        config.data.source.init_args.root = root
+    data: ImageDataModule = parser.instantiate(config).data
+    data.prepare_data()
+    data.setup("test")
+    return data
+
+
+def _show(evaluation: Evaluation, output: str | None) -> None:
+    console = Console()
+    console.print(evaluation.table())
+    if "audit" in evaluation.result:
+        checks = evaluation.result["audit"]["checks"]
+        passed = sum(check["verdict"] == "pass" for check in checks)
+        console.print(f"audit: {passed} of {len(checks)} checks passed")
+    for text in [*evaluation.warnings, *(f"audit: {text}" for text in evaluation.failed_checks)]:
+        console.print(f"warning: {text}", markup=False)
+    if output:
+        console.print(f"written to {output}: results.json, figures", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""Evaluation of anybody's model: the same attacks, worst case and audit as our own get."""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from common import provenance
+from common.attacks.pgd import Norm
+from common.evaluation.audit import Audit
+from common.evaluation.engine import Progress, run_steps
+from common.evaluation.journal import Journal, identity_of
+from common.evaluation.pictures import draw
+from common.evaluation.progress import ConsoleProgress
+from common.evaluation.ready import load_suite
+from common.evaluation.steps import Outcomes, Threat
+from common.evaluation.suite import SuiteEntry, check_suite, steps_of
+from common.evaluation.victim import as_victim, check_model, collect
+from common.figures import save_figure
+from common.files import check_writable
+from common.outcomes import checkpoint_entry
+from common.results import merge_result
+from common.schema import CheckpointResult
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation found.
+
+    Args:
+        result: As in a result file: see :mod:`common.outcomes`.
+        outcomes: Of every example.
+        warnings: What looked suspicious at the start.
+    """
+
+    result: CheckpointResult
+    outcomes: Outcomes
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Accuracies in [0, 1] by name: ``clean_acc``, ``worst``, and of every attack."""
+        return self.result["metrics"]
+
+    @property
+    def clean_acc(self) -> float:
+        """Accuracy without an attack."""
+        return self.metrics["clean_acc"]
+
+    @property
+    def robust_acc(self) -> float:
+        """Accuracy in the worst case over all attacks within the threat model.
+
+        Raises:
+            KeyError: If the suite had none.
+        """
+        return self.metrics["worst"]
+
+    @property
+    def robust(self) -> Tensor:
+        """Whether each example withstood everything within the threat model, bool ``(N,)``."""
+        robust = self.outcomes.correct["clean"].clone()
+        for key, line in self.outcomes.lines.items():
+            if line.counts:
+                robust &= self.outcomes.correct[key] | ~self.outcomes.attacked[key]
+        return robust
+
+    @property
+    def failed_checks(self) -> list[str]:
+        """The checks of the audit that failed, as sentences."""
+        checks = self.result["audit"]["checks"] if "audit" in self.result else []
+        return [
+            f"{check['question']} {check['detail']}"
+            for check in checks
+            if check["verdict"] == "fail"
+        ]
+
+    def table(self) -> Table:
+        """Accuracies with their intervals, for a terminal."""
+        threat = self.outcomes.threat
+        about = f", {threat.norm} eps {threat.radius:.5g}" if threat else ""
+        table = Table(title=f"{self.result['examples']} examples{about}")
+        for title in ("attack", "examples", "accuracy %", "95 % interval"):
+            table.add_column(title, justify="left" if title == "attack" else "right")
+        rows = {"clean_acc": self.result["examples"]}
+        rows |= {name: attack["examples"] for name, attack in self.result["attacks"].items()}
+        if "worst" in self.metrics:
+            rows["worst"] = self.result["examples"]
+        for name, examples in rows.items():
+            low, high = self.result["intervals"][name]
+            accuracy = f"{100 * self.metrics[name]:.2f}"
+            table.add_row(name, str(examples), accuracy, f"{100 * low:.2f} to {100 * high:.2f}")
+        return table
+
+    def __str__(self) -> str:
+        """The table, and what to be suspicious of."""
+        console = Console(width=100)
+        with console.capture() as captured:
+            console.print(self.table())
+        suspicions = [*self.warnings, *(f"audit: {text}" for text in self.failed_checks)]
+        return captured.get() + "".join(f"warning: {text}\n" for text in suspicions)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    suite: str | Path | Mapping[str, SuiteEntry] = "quick",
+    *,
+    eps: float | str = "8/255",
+    norm: Norm = "linf",
+    audit: Audit | bool = False,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    examples: int | None = None,
+    output: str | Path | None = None,
+    name: str = "model",
+    seed: int = 0,
+    batch_size: int = 250,
+    device: torch.device | str | None = None,
+    progress: bool | Progress = True,
+) -> Evaluation:
+    """Attack a model and report, example by example, what withstands everything.
+
+    The model is left as it was: modes, gradients and random state. Models of RobustBench can be
+    passed in as they are.
+
+    Args:
+        model: Images in [0, 1], ``(N, C, H, W)``, to logits ``(N, K)``, in evaluation mode and
+            float32, normalisation inside. If it has a method ``adaptive_losses``, suites can
+            name its own losses.
+        data: ``(x, y)`` tensors, a data set of ``(image, label)``, or a loader.
+        suite: ``quick``, ``autoattack``, ``audit``, ``paper-...``, a YAML file, or attacks by name.
+        eps: Radius of the threat model, pixels in [0, 1].
+        norm: Of the threat model.
+        audit: Whether to check for gradient masking too, or the checks themselves.
+        num_classes: How many classes the data have, to compare with the model's.
+        class_names: For the pictures.
+        examples: Only the first so many.
+        output: A folder for ``results.json``, pictures, and outcomes as they come, from which a
+            killed evaluation goes on; ``None`` writes nothing.
+        name: Under which results are filed.
+        seed: With an example's position, what random starts depend on.
+        batch_size: How many examples are attacked together.
+        device: Where to compute; by default where the model is.
+        progress: Whether to show how far it is, or who is to be told.
+
+    Raises:
+        ConfigurationError: If model, data or suite cannot give a figure that means something:
+            images outside [0, 1], training mode, probabilities instead of logits, wrong number of
+            classes, unknown suite or loss. Found before the first attack.
+    """
+    begun = time.perf_counter()
+    threat = Threat(norm, eps)
+    checks = audit if isinstance(audit, Audit) else Audit() if audit else None
+    entries: Mapping[str, SuiteEntry] = {}
+    if isinstance(suite, Mapping):
+        entries = suite
+    else:
+        ready = load_suite(suite, threat)
+        entries, checks = ready.entries, checks or ready.audit
+    if device is not None:
+        model = model.to(device)
+    batch = collect(data, examples)
+    at = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    is_random_expected = any(
+        entry.eot > 1 or getattr(entry.attack, "version", None) == "rand"
+        for entry in entries.values()
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        classes = check_model(
+            model, batch, num_classes, is_random_expected=is_random_expected, device=at
+        )
+    suspicions = [str(warning.message) for warning in caught]
+    for text in suspicions:
+        warnings.warn(text, stacklevel=2)
+    victim = as_victim(model, classes).eval() if not model.training else as_victim(model, classes)
+    if entries or checks is None:
+        check_suite(entries, victim)
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        check_writable(folder / "results.json")
+    steps = steps_of(entries, victim, classes, seed)
+    if checks is not None:
+        steps += checks.steps(victim, threat, classes)
+    journal = Journal(None, {})
+    if folder is not None:
+        journal = Journal(folder / "outcomes", identity_of(victim, batch, seed))
+    with ConsoleProgress(len(steps) + 1) as bar:
+        told = progress if not isinstance(progress, bool) else bar if progress else None
+        outcomes = run_steps(
+            victim,
+            batch,
+            steps,
+            seed=seed,
+            batch_size=batch_size,
+            threat=threat,
+            journal=journal,
+            progress=told,
+        )
+    found = None if checks is None else checks.report(outcomes, classes)
+    result = checkpoint_entry(outcomes, audit=found)
+    evaluation = Evaluation(result, outcomes, suspicions)
+    if folder is not None:
+        merge_result(
+            folder / "results.json",
+            paper="any",
+            experiment=name,
+            seed=seed,
+            label="model",
+            entry=result,
+            provenance=provenance.collect(
+                device=at,
+                world_size=1,
+                precision="32-true",
+                state_dict=victim.state_dict(),
+                config_digest="",
+                wall_time_s=time.perf_counter() - begun,
+                attack_seconds=outcomes.seconds,
+            ),
+        )
+        for title, figure in draw(result, outcomes, batch["x"], class_names).items():
+            save_figure(figure, folder / "figures" / f"{title}.png")
+    return evaluation

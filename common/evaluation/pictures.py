@@ -1,0 +1,130 @@
+"""Pictures of an evaluation: curves, bars by class, confusion, and the examples themselves."""
+
+from collections.abc import Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from common.evaluation.engine import PICTURED
+from common.evaluation.steps import Outcomes
+from common.evaluation.victim import class_names
+from common.figures import accuracy_curve, adversarial_grid, confusion_matrix, per_class_bars
+from common.schema import AttackResult, CheckpointResult
+
+_AXES = {"eps": "eps", "steps": "steps", "level": "noise level"}
+
+
+def draw(
+    result: CheckpointResult,
+    outcomes: Outcomes,
+    x: Tensor,
+    names: Sequence[str] | None = None,
+) -> dict[str, Figure]:
+    """All pictures that the outcomes allow, by name.
+
+    Args:
+        result: The figures, as they are filed.
+        outcomes: Of every example.
+        x: The clean images, ``(N, C, H, W)``, in the order of the outcomes.
+        names: Of the classes.
+    """
+    classes = len(result["clean"]["per_class"])
+    labels = class_names(names, classes)[:classes]
+    pictures = curves(result)
+    bars = {"clean": result["clean"]["per_class"]}
+    for name, attack in result["attacks"].items():
+        if attack["counts"] and attack["kind"] == "attack":
+            bars[name] = attack["per_class"]
+    strongest = sorted(list(bars)[1:], key=lambda name: result["metrics"][name])[:3]
+    shares = {
+        name: [right / total if total else 0.0 for right, total in _padded(bars[name], classes)]
+        for name in ("clean", *strongest)
+    }
+    pictures["per_class"] = per_class_bars(shares, labels)
+    pictures["confusion"] = confusion_matrix(
+        _confusion(outcomes, classes).numpy(), labels, "under the attack that broke it first"
+    )
+    if grid := _examples(outcomes, x, labels):
+        pictures["examples"] = grid
+    return pictures
+
+
+def curves(result: CheckpointResult) -> dict[str, Figure]:
+    """Accuracy against radius, steps or noise level, for every sweep; from a result file alone."""
+    points: dict[tuple[str, str], dict[str, dict[float, AttackResult]]] = {}
+    for name, attack in result["attacks"].items():
+        axes = [axis for axis in attack["at"] if axis in _AXES]
+        if len(axes) != 1 or attack["at"].get("draw"):
+            continue
+        parts = name.split("/")
+        entry = "noise" if attack["kind"] == "noise" else parts[0]
+        label = parts[0] if attack["kind"] == "noise" or "=" in parts[1] else parts[1]
+        lines = points.setdefault((entry, axes[0]), {})
+        lines.setdefault(label, {})[float(attack["at"][axes[0]])] = attack
+    pictures = {}
+    for (entry, axis), lines in points.items():
+        xs = sorted({at for line in lines.values() for at in line})
+        series, bands = {}, {}
+        for label, line in lines.items():
+            series[label] = [_share(line.get(at)) for at in xs]
+            bands[label] = [_interval(result, line.get(at)) for at in xs]
+        pictures[f"{entry}_{axis}"] = accuracy_curve(xs, series, _AXES[axis], intervals=bands)
+    return pictures
+
+
+def _share(attack: AttackResult | None) -> float:
+    return float("nan") if attack is None else attack["correct"] / attack["examples"]
+
+
+def _interval(result: CheckpointResult, attack: AttackResult | None) -> tuple[float, float]:
+    name = next((name for name, other in result["attacks"].items() if other is attack), None)
+    low, high = result["intervals"][name] if name else (float("nan"), float("nan"))
+    return low, high
+
+
+def _padded(counts: list[list[int]], classes: int) -> list[list[int]]:
+    return counts + [[0, 0]] * (classes - len(counts))
+
+
+def _confusion(outcomes: Outcomes, classes: int) -> Tensor:
+    """How often label i was taken for class j, ``(K, K)``; the first break of an example counts."""
+    predicted = outcomes.columns["clean"]["predicted"].clone()
+    whole = outcomes.correct["clean"].clone()
+    for key, line in outcomes.lines.items():
+        if line.counts and line.kind == "attack":
+            broken = whole & outcomes.attacked[key] & ~outcomes.correct[key]
+            predicted = torch.where(broken, outcomes.columns[key]["predicted"], predicted)
+            whole &= ~broken
+    size = max(classes, int(predicted.max()) + 1)
+    cells = torch.bincount(outcomes.y * size + predicted, minlength=size * size)
+    return cells.view(size, size)[:classes, :classes]
+
+
+def _examples(outcomes: Outcomes, x: Tensor, labels: Sequence[str]) -> Figure | None:
+    """The smallest perturbation found for each of the first examples that fell."""
+    norm = outcomes.threat.norm if outcomes.threat else "linf"
+    best: dict[int, tuple[float, Tensor, int]] = {}
+    for key in outcomes.lines:
+        columns = outcomes.columns[key]
+        if outcomes.lines[key].kind != "attack" or "x_adv" not in columns:
+            continue
+        for row in range(min(PICTURED, len(outcomes.y))):
+            distance = columns[norm][row].item()
+            is_broken = bool(outcomes.correct["clean"][row]) and (
+                columns["predicted"][row] != outcomes.y[row]
+            )
+            if is_broken and 0.0 < distance < best.get(row, (float("inf"),))[0]:
+                found = (distance, columns["x_adv"][row], int(columns["predicted"][row]))
+                best[row] = found
+    rows = sorted(best)[:8]
+    if not rows:
+        return None
+    return adversarial_grid(
+        x[rows],
+        torch.stack([best[row][1] for row in rows]),
+        outcomes.y[rows],
+        torch.tensor([best[row][2] for row in rows]),
+        {norm: torch.tensor([best[row][0] for row in rows])},
+        labels,
+    )

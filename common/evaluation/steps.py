@@ -1,0 +1,183 @@
+"""A step of an evaluation: one attack, what it is run on, and how its outcome is judged."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from common.attacks.losses import cross_entropy
+from common.attacks.pgd import Norm, parse_radius
+from common.attacks.randomness import ExampleRandom
+from common.objectives import Batch
+
+Columns = dict[str, Tensor]
+"""What a step found out, one entry per example along the first axis."""
+
+Scope = Literal["all", "clean", "standing"]
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What an adversary may do: perturb by at most ``eps`` in ``norm``, pixels in [0, 1].
+
+    Args:
+        norm: ``linf``, ``l2`` or ``l1``.
+        eps: A number or a fraction such as ``8/255``.
+    """
+
+    norm: Norm
+    eps: float | str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eps", parse_radius(self.eps, self.norm))
+
+    @property
+    def radius(self) -> float:
+        """``eps`` as a number."""
+        return float(self.eps)
+
+    def covers(self, other: "Threat | None") -> bool:
+        """Whether whatever the other adversary may do, this one may do too."""
+        return (
+            other is not None
+            and other.norm == self.norm
+            and other.radius <= self.radius * (1 + 1e-6)
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of a result.
+
+    Args:
+        key: Its name, ``entry``, ``entry/loss`` or ``entry/loss/eps=0.1``.
+        entry: The suite entry it belongs to.
+        run: (model, batch, random numbers of these examples) -> columns, all ``(N, ...)``. An
+            attack gives those of :func:`judged`.
+        settings: Plain values that decide the outcome, for the journal.
+        scope: Which examples it is run on: ``all``; those right without an attack; or those that
+            have withstood every step of the threat model so far.
+        cumulative: Run only on what earlier steps of the same entry left standing, and count what
+            those broke as broken.
+        examples: Only the first so many of the split.
+        batch_size: Of its own, where its random numbers depend on it.
+        threat: What the attack kept to; ``None`` where it is not an attack within a ball.
+        kind: ``attack``, ``noise`` (random, not adversarial) or ``probe`` (measures, breaks
+            nothing).
+        at: The point of a sweep, such as ``{"eps": 0.1}``.
+    """
+
+    key: str
+    entry: str
+    run: Callable[[Any, Batch, ExampleRandom], Columns]
+    settings: Mapping[str, Any]
+    scope: Scope = "clean"
+    cumulative: bool = False
+    examples: int | None = None
+    batch_size: int | None = None
+    threat: Threat | None = None
+    kind: Literal["attack", "noise", "probe"] = "attack"
+    at: Mapping[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Predicted classes ``(N,)``."""
+    return model(x).argmax(dim=1)
+
+
+def is_wrong(model: Callable[[Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
+    """Which examples are misclassified, bool ``(N,)``."""
+    return predict(model, x) != y
+
+
+def judged(
+    model: Callable[[Tensor], Tensor],
+    batch: Batch,
+    x_adv: Tensor,
+    threat: Threat | None = None,
+    correct: Tensor | None = None,
+) -> Columns:
+    """What perturbed images amount to, in float32.
+
+    A misclassified image outside the box or the ball is no adversarial example and counts as
+    withstood, whatever attack it comes from.
+
+    Args:
+        model: Images to logits, in evaluation mode.
+        batch: The clean images and labels.
+        x_adv: The perturbed images ``(N, C, H, W)``.
+        threat: The ball they have to be in; ``None`` asks for the box alone.
+        correct: The verdict ``(N,)``, where the attack has one of its own (the official
+            AutoAttack); everything else is classified here.
+
+    Returns:
+        ``correct`` bool, ``predicted`` int64, ``loss`` (cross-entropy), the distances ``linf``,
+        ``l2`` and ``l1``, all ``(N,)``, and ``x_adv``.
+    """
+    with torch.no_grad():
+        logits = model(x_adv)
+    predicted = logits.argmax(dim=1)
+    delta = (x_adv - batch["x"]).flatten(1).abs()
+    distances = {"linf": delta.amax(1), "l2": delta.square().sum(1).sqrt(), "l1": delta.sum(1)}
+    if correct is None:
+        is_allowed = ((x_adv >= 0.0) & (x_adv <= 1.0)).flatten(1).all(dim=1)
+        if threat is not None:
+            is_allowed &= distances[threat.norm] <= threat.radius * (1 + 1e-5) + 1e-6
+        correct = (predicted == batch["y"]) | ~is_allowed
+    return {
+        "correct": correct,
+        "predicted": predicted,
+        "loss": cross_entropy(logits, batch["y"]),
+        **distances,
+        "x_adv": x_adv,
+    }
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a result file says about the nature of a step.
+
+    Args:
+        entry: The suite entry.
+        kind: ``attack`` or ``noise``.
+        norm: Of the ball; ``None`` where there is none.
+        eps: Its radius.
+        survivors_only: Whether it met only what had withstood everything before.
+        counts: Whether its outcomes enter the worst case: it kept to the threat model.
+        at: The point of a sweep, such as ``{"eps": 0.1}``, ``{"level": 0.2, "draw": 0}``.
+    """
+
+    entry: str
+    kind: Literal["attack", "noise"] = "attack"
+    norm: str | None = None
+    eps: float | None = None
+    survivors_only: bool = False
+    counts: bool = True
+    at: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Outcomes:
+    """Outcomes of a whole split in the order of its examples.
+
+    Args:
+        y: Labels ``(N,)``.
+        correct: Per step (and ``clean``), whether each example is still right, ``(N,)`` bool.
+        attacked: Per step, which examples the figure is about, ``(N,)`` bool.
+        lines: Per step, its nature.
+        columns: Per step (and ``clean``), what else is known of each example, ``(N, ...)``: see
+            :func:`judged`; NaN distances where it was not run.
+        threat: The adversary of the worst case.
+        seconds: Per step, computing time over all devices.
+    """
+
+    y: Tensor
+    correct: dict[str, Tensor]
+    attacked: dict[str, Tensor]
+    lines: dict[str, Line] = field(default_factory=dict)
+    columns: dict[str, Columns] = field(default_factory=dict)
+    threat: Threat | None = None
+    seconds: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,277 @@
+"""Suites: the attacks of an evaluation by name, and the steps they amount to."""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.attacks.autoattack import AutoAttack
+from common.attacks.gama import GAMAPGD
+from common.attacks.minimum_norm import MinimumNorm
+from common.attacks.noise import Noise
+from common.attacks.pgd import PGD, parse_radius
+from common.attacks.randomness import EVALUATION, ExampleRandom
+from common.errors import ConfigurationError
+from common.evaluation.steps import Columns, Step, Threat, is_wrong, judged
+from common.evaluation.transfer import Transfer
+from common.objectives import Batch, InnerLoss
+
+Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | Noise | Transfer
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class SuiteEntry:
+    """One line of a suite: an attack, and what it maximises.
+
+    Args:
+        attack: A projected ascent, run once per loss; or one that brings its own losses.
+        losses: Patterns (``ce_f``, ``ce_*``, ``cw_joint*``) over the losses that the model
+            declares in ``adaptive_losses``, and ``model`` for the inner loss it was trained with.
+            AutoAttack takes one: ``ce_f`` leaves it as it is, another steers APGD-CE and Square.
+            DeepFool, C&W, GAMA and noise work on logits and take none.
+        survivors_only: Attack only what every earlier entry left standing. Outcomes are then
+            cumulative: cheaper, the same worst case, but no figure of this attack alone.
+        examples: Attack the first so many of the split only; ``None`` means all.
+        checkpoints: Run for checkpoints of these names only (``last``, ``selected``); ``None``
+            means whatever is tested.
+        sweep: Arguments of the attack with the values they take in turn, such as
+            ``{eps: [2/255, 4/255, 8/255]}`` or ``{steps: [1, 10, 100]}``: a curve in the results.
+        eot: Average losses over so many forward passes (expectation over transformation, Athalye,
+            Carlini & Wagner 2018, Section 4.2); for networks that draw random numbers.
+
+    Raises:
+        ConfigurationError: If a setting is out of range or does not apply to the attack.
+    """
+
+    attack: Attack
+    losses: list[str] = field(default_factory=lambda: ["ce_f"])
+    survivors_only: bool = False
+    examples: int | None = None
+    checkpoints: list[str] | None = None
+    sweep: dict[str, list[float | str]] | None = None
+    eot: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.losses:
+            raise ConfigurationError(
+                "a suite entry with an empty list of losses attacks nothing; name at least one, "
+                "for instance losses: [ce_f]"
+            )
+        for name, value in (("examples", self.examples), ("eot", self.eot)):
+            if value is not None and value < 1:
+                what = "at least 1 or null for all" if name == "examples" else "at least 1"
+                raise ConfigurationError(f"{name} must be {what}, got {value}")
+        for name, values in (self.sweep or {}).items():
+            if name not in self.attack.settings() or not values:
+                raise ConfigurationError(
+                    f"a sweep gives values for arguments of the attack, got {name}: {values}; "
+                    f"{type(self.attack).__name__} takes {', '.join(self.attack.settings())}"
+                )
+
+    @property
+    def cost(self) -> int:
+        """Forward and backward passes per example and loss, roughly."""
+        return sum(getattr(attack, "cost", 1) for attack, _ in self.variants()) * self.eot
+
+    def variants(self) -> Iterator[tuple[Any, dict[str, float]]]:
+        """The attack at every point of the sweep, and where that is."""
+        if not self.sweep:
+            yield self.attack, {}
+            return
+        for values in itertools.product(*self.sweep.values()):
+            changes = dict(zip(self.sweep, values, strict=True))
+            at = {name: parse_radius(value, "l2", name) for name, value in changes.items()}
+            yield self.attack.but(**changes), at
+
+
+def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
+    """The losses of ``model`` that match any of the patterns, in the order of the declaration.
+
+    Raises:
+        ConfigurationError: If a pattern matches nothing; the message lists what there is.
+    """
+    declared: dict[str, InnerLoss] = dict(model.adaptive_losses())
+    if hasattr(model, "objective"):
+        declared["model"] = model.objective.inner
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in declared):
+            raise ConfigurationError(
+                f"no loss of {type(model).__name__} matches {pattern!r}; it declares "
+                f"{', '.join(declared)}"
+            )
+    return {
+        name: loss
+        for name, loss in declared.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
+    """Find everything that would stop the suite, before the first attack.
+
+    Raises:
+        ConfigurationError: For a suite without entries, or a loss nobody declares.
+    """
+    if not suite:
+        raise ConfigurationError(
+            "evaluation.suite is empty, so there is nothing to test against; name at least one "
+            "attack, or add --config common/configs/autoattack.yaml"
+        )
+    for name, entry in suite.items():
+        if "/" in name or name in ("clean", "worst") or name.startswith("audit"):
+            raise ConfigurationError(
+                f"the suite entry {name!r} cannot be called so: '/' separates attack from loss in "
+                "results, and clean, worst and audit are results of their own; rename it"
+            )
+        losses = resolve_losses(entry.losses, model)
+        if isinstance(entry.attack, AutoAttack) and len(losses) > 1:
+            raise ConfigurationError(
+                f"AutoAttack takes one loss, the suite entry {name!r} has {', '.join(losses)}; "
+                "make one entry for each"
+            )
+
+
+def steps_of(
+    suite: Mapping[str, SuiteEntry], model: Any, num_classes: int, seed: int
+) -> list[Step]:
+    """The steps of a suite on a model, in their order.
+
+    Args:
+        suite: The attacks by name.
+        model: Declares ``adaptive_losses``.
+        num_classes: K of the model; some attacks need more than two or three classes.
+        seed: Of AutoAttack's random starts.
+    """
+    return [
+        step
+        for name, entry in suite.items()
+        for attack, at in entry.variants()
+        for step in _steps(name, entry, attack, at, model, num_classes, seed)
+    ]
+
+
+def _steps(
+    name: str,
+    entry: SuiteEntry,
+    attack: Any,
+    at: dict[str, float],
+    model: Any,
+    num_classes: int,
+    seed: int,
+) -> Iterator[Step]:
+    def step(run: Any, part: str = "", at: Mapping[str, float] = at, **fields: Any) -> Step:
+        point = [f"{axis}={value:.6g}" for axis, value in at.items()]
+        settings = {"attack": attack.settings(), "part": part, "eot": entry.eot, "at": dict(at)}
+        key = "/".join([name, *filter(None, [part]), *point])
+        given = common | {"settings": settings, "at": dict(at)} | fields
+        return Step(key=key, entry=name, run=run, **given)
+
+    eps = getattr(attack, "eps", None)
+    common: dict[str, Any] = {
+        "scope": "standing" if entry.survivors_only else "clean",
+        "cumulative": entry.survivors_only,
+        "examples": entry.examples,
+        "threat": None if eps is None else Threat(attack.norm, eps),
+    }
+    if isinstance(attack, Noise):
+        for level in attack.levels:
+            for draw in range(attack.draws):
+                point = {"level": level} | ({"draw": float(draw)} if attack.draws > 1 else {})
+                yield step(
+                    partial(_noisy, attack, level, draw),
+                    at=point,
+                    kind="noise",
+                    scope="all",
+                    cumulative=False,
+                )
+    elif isinstance(attack, AutoAttack):
+        ((loss_name, inner),) = resolve_losses(entry.losses, model).items()
+        adaptive = None if loss_name == "ce_f" else inner
+        planned = attack.planned(num_classes)
+        wanted = attack.planned(num_classes=10**6)
+        if left_out := [part for part in wanted if part not in planned]:
+            _LOG.warning(
+                "AutoAttack leaves out %s: its loss needs more than %d classes; the remaining "
+                "attacks are %s",
+                *(", ".join(left_out), num_classes, ", ".join(planned)),
+            )
+        for part in planned:
+            run = partial(_autoattack, attack, part, seed, adaptive)
+            settings = {"attack": attack.settings(), "part": part, "loss": loss_name}
+            yield step(run, part, settings=settings, cumulative=True, batch_size=attack.batch_size)
+    elif isinstance(attack, GAMAPGD):
+        yield step(partial(_on_logits, attack))
+    elif isinstance(attack, MinimumNorm):
+        yield step(partial(_minimum_norm, attack))
+    elif isinstance(attack, Transfer):
+        yield step(attack.run)
+    else:
+        for loss_name, inner in resolve_losses(entry.losses, model).items():
+            yield step(partial(_ascent, attack, inner, entry.eot), loss_name)
+
+
+# ------------------------------------------------------------------------------ what a step runs
+
+
+def _ascent(
+    attack: PGD, inner: InnerLoss, eot: int, model: Any, batch: Batch, random: ExampleRandom
+) -> Columns:
+    loss = averaged(inner(model, batch), eot)
+    wrong = partial(is_wrong, model, batch["y"])
+    x_adv = attack(loss, batch["x"], random, is_adversarial=wrong)
+    return judged(model, batch, x_adv, Threat(attack.norm, attack.eps))
+
+
+def averaged(loss: Callable[[Tensor], Tensor], times: int) -> Callable[[Tensor], Tensor]:
+    """The mean of a random loss over so many evaluations."""
+    if times == 1:
+        return loss
+    return lambda x: torch.stack([loss(x) for _ in range(times)]).mean(dim=0)
+
+
+def _autoattack(
+    attack: AutoAttack,
+    part: str,
+    seed: int,
+    inner: InnerLoss | None,
+    model: Any,
+    batch: Batch,
+    _: ExampleRandom,
+) -> Columns:
+    steered = None if inner is None else partial(_steered, inner, model)
+    x_adv, correct = attack.step(part, model, batch["x"], batch["y"], seed, steered)
+    return judged(model, batch, x_adv, Threat(attack.norm, attack.eps), correct)
+
+
+def _steered(inner: InnerLoss, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return model(x), inner(model, {"x": x, "y": y})(x)
+
+
+def _on_logits(attack: GAMAPGD, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
+    x_adv = attack(model, batch["x"], batch["y"], random)
+    return judged(model, batch, x_adv, Threat("linf", attack.eps))
+
+
+def _minimum_norm(attack: MinimumNorm, model: Any, batch: Batch, _: ExampleRandom) -> Columns:
+    x_adv = attack(model, batch["x"], batch["y"])
+    threat = None if attack.eps is None else Threat(attack.norm, attack.eps)
+    return judged(model, batch, x_adv, threat)
+
+
+def _noisy(
+    noise: Noise, level: float, draw: int, model: Any, batch: Batch, random: ExampleRandom
+) -> Columns:
+    if noise.seed is not None:
+        random = ExampleRandom(noise.seed, draw, batch["index"], EVALUATION)
+    else:
+        for _ in range(draw):
+            noise.apply(batch["x"], level, random)  # the numbers of earlier draws
+    return judged(model, batch, noise.apply(batch["x"], level, random))

@@ -1,0 +1,92 @@
+"""Transfer attacks: adversarial images made on another model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.attacks.losses import cross_entropy
+from common.attacks.pgd import PGD
+from common.attacks.randomness import ExampleRandom
+from common.attacks.settings import Settings
+from common.callbacks.modes import frozen
+from common.errors import CheckpointError, ConfigurationError
+from common.evaluation.steps import Columns, Threat, judged
+from common.objectives import Batch
+from common.provenance import weights_digest
+
+
+class Transfer(Settings):
+    """Climbs the cross-entropy of a surrogate and shows the result to the model (black box).
+
+    Args:
+        attack: The ascent on the surrogate.
+        surrogate: A checkpoint in the directory of a finished run
+            (``runs/paper_x/experiment/seed0/checkpoints/last.ckpt``), or a network: images in
+            [0, 1] to logits. It must know the same classes.
+
+    Raises:
+        ConfigurationError: If the surrogate is a path that does not end in ``.ckpt``.
+        CheckpointError: On first use, if there is no such checkpoint.
+    """
+
+    def __init__(self, attack: PGD, surrogate: str | nn.Module) -> None:
+        if isinstance(surrogate, str) and not surrogate.endswith(".ckpt"):
+            raise ConfigurationError(
+                f"surrogate must be a checkpoint, RUN/checkpoints/last.ckpt, got {surrogate!r}"
+            )
+        self.attack = attack
+        self.norm, self.eps = attack.norm, attack.eps
+        self.surrogate = surrogate
+        self._network: nn.Module | None = None
+
+    @property
+    def cost(self) -> int:
+        """Forward and backward passes per example."""
+        return self.attack.cost
+
+    @property
+    def network(self) -> nn.Module:
+        """The surrogate, loaded once."""
+        if self._network is None:
+            given = self.surrogate
+            self._network = given if isinstance(given, nn.Module) else _load(Path(given))
+        return self._network
+
+    def settings(self) -> dict[str, Any]:
+        """With a digest of the surrogate's weights in its place."""
+        return super().settings() | {"surrogate": weights_digest(self.network.state_dict())}
+
+    def run(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
+        """Make the images on the surrogate and judge them by the model."""
+        network = self.network.to(batch["x"].device)
+        with frozen(network, "eval"):
+            x_adv = self.attack(
+                lambda x: cross_entropy(network(x), batch["y"]),
+                batch["x"],
+                random,
+                is_adversarial=lambda x: network(x).argmax(dim=1) != batch["y"],
+            )
+        return judged(model, batch, x_adv, Threat(self.norm, self.eps))
+
+
+def _load(path: Path) -> nn.Module:
+    """The classifier of a run, without leaving traces of having been configured."""
+    from common.cli import load_run  # it imports the evaluation
+
+    run = path.parent.parent
+    if not path.is_file() or not (run / "config.yaml").is_file():
+        raise CheckpointError(
+            f"the surrogate {path} is not there, or {run} is not the directory of a run (no "
+            "config.yaml); train it first"
+        )
+    before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    with torch.random.fork_rng():
+        model, _ = load_run(run, path.stem)
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    return model

@@ -1,0 +1,123 @@
+"""What a paper printed: the tables and rows of its ``reference.yaml``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from common.errors import ConfigurationError
+
+Number = float | list[float] | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column: the key of a metric, and its title."""
+
+    key: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """A table.
+
+    Args:
+        id: What rows name in ``groups``.
+        title: Heading.
+        metrics: Columns, in order.
+        note: Text under the heading.
+        layout: ``wide`` has paper and ours side by side; ``stacked`` has them in lines below each
+            other, which suits many metrics.
+        baseline: Stem of the row that the others are compared with, example by example.
+        compare: Keys of the metrics to compare; by default the group's own ones that are ``worst``
+            or about a single loss.
+    """
+
+    id: str
+    title: str
+    metrics: list[Metric]
+    note: str = ""
+    layout: Literal["wide", "stacked"] = "wide"
+    baseline: str | None = None
+    compare: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("wide", "stacked"):
+            raise TypeError(f"layout must be wide or stacked, got {self.layout!r}")
+        if self.compare is not None and (self.baseline is None or isinstance(self.compare, str)):
+            raise TypeError(
+                f"compare must be a list of metrics beside a baseline, got {self.compare!r} with "
+                f"baseline {self.baseline!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """An experiment: the tables it is in, and the printed numbers of its two checkpoints."""
+
+    stem: str
+    groups: list[str]
+    label: str
+    source: str | None = None
+    last: dict[str, Number] = field(default_factory=dict)
+    selected: dict[str, Number] = field(default_factory=dict)
+
+    def printed(self, label: str, key: str) -> list[float]:
+        """What was printed for a metric, one number per repeat."""
+        value = (self.last if label == "last" else self.selected).get(key)
+        if value is None:
+            return []
+        return list(value) if isinstance(value, list) else [value]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The parts of a ``reference.yaml`` that tables are made of."""
+
+    groups: list[Group]
+    rows: dict[str, Row]
+
+
+def read_reference(path: str | Path) -> Reference:
+    """Read the groups and rows of a ``reference.yaml``.
+
+    Raises:
+        ConfigurationError: If it cannot be read, a row names an unknown group, or a row has a
+            number that none of its groups shows.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        groups = [
+            Group(**{**group, "metrics": [Metric(**metric) for metric in group["metrics"]]})
+            for group in data["groups"]
+        ]
+        rows = {stem: Row(stem=stem, **row) for stem, row in data["rows"].items()}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); it needs groups (a list of "
+            "id, title, metrics, note, layout, baseline, compare) and rows (by stem: groups, "
+            "label, source, last, selected)"
+        ) from error
+    for group in groups:
+        if group.baseline is not None and group.baseline not in rows:
+            raise ConfigurationError(
+                f"{path}: the group {group.id} has the baseline {group.baseline!r}, which is no "
+                "row; name the stem of one"
+            )
+    columns = {group.id: {metric.key for metric in group.metrics} for group in groups}
+    for row in rows.values():
+        if unknown := [group for group in row.groups if group not in columns]:
+            raise ConfigurationError(
+                f"{path}: {row.stem} is in the unknown group {unknown[0]!r}; there are "
+                f"{', '.join(columns)}"
+            )
+        shown = set().union(*(columns[group] for group in row.groups))
+        if hidden := [key for key in (*row.last, *row.selected) if key not in shown]:
+            raise ConfigurationError(
+                f"{path}: {row.stem} has a number for {hidden[0]!r}, which none of its groups "
+                f"{row.groups} shows; add the metric to one of them"
+            )
+    return Reference(groups, rows)

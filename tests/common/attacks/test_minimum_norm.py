@@ -1,0 +1,341 @@
+import math
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
+
+from common.attacks.minimum_norm import CarliniWagner, DeepFool, MinimumNorm
+from common.errors import ConfigurationError
+
+ATTACKS = {
+    "deepfool": DeepFool(),
+    "deepfool-l2": DeepFool(norm="l2", candidates=3),
+    "deepfool-clip": DeepFool("8/255", clip=True),
+    "cw": CarliniWagner(steps=40, step_size=0.05, binary_search_steps=5, initial_const=0.1),
+    "cw-confident": CarliniWagner(
+        confidence=0.5, steps=40, step_size=0.05, binary_search_steps=5, initial_const=0.1
+    ),
+}
+every_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
+ORDER = {"linf": math.inf, "l2": 2}
+
+
+def distance(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
+    return torch.linalg.vector_norm((x_adv - x).flatten(1), ORDER[norm], dim=1)
+
+
+class Task:
+    """A small network with batch-norm, images, and labels of which the last is wrong."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.Dropout(0.0),
+            nn.Flatten(),
+            nn.Linear(256, 5),
+        ).to(dtype)
+        self.net.eval()
+        self.x = torch.rand(6, 3, 8, 8, dtype=dtype)
+        self.x[0, 0] = (self.x[0, 0] > 0.5).to(dtype)  # pixels at the ends of their range
+        with torch.no_grad():
+            self.y = self.net(self.x).argmax(dim=1)
+        self.y[5] = (self.y[5] + 1) % 5
+
+    def run(self, attack: MinimumNorm) -> Tensor:
+        return attack(self.net, self.x, self.y)
+
+    def wrong(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.net(x).argmax(dim=1) != self.y
+
+
+@pytest.fixture
+def task() -> Task:
+    return Task()
+
+
+class Linear:
+    """A linear classifier and eight images far from the box, with their distances to a boundary."""
+
+    def __init__(self, norm: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.w = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+        self.w *= torch.tensor([[0.5], [1.0], [1.5], [2.0], [3.0]])  # the runner-up is not nearest
+        x = 0.3 + 0.4 * torch.rand(200, 3, 2, 2, generator=generator, dtype=torch.float64)
+        self.b = -self.w @ x.flatten(1).mean(0)
+        logits = self(x)
+        y = logits.argmax(1, keepdim=True)
+        slopes = self.w[y] - self.w
+        gaps = logits.gather(1, y) - logits
+        distances = gaps / torch.linalg.vector_norm(slopes, {"linf": 1, "l2": 2}[norm], dim=2)
+        nearest = distances.scatter(1, y, math.inf).amin(1)
+        self.distance, far = nearest.topk(8)
+        second = logits.topk(2).indices[far, 1:]
+        self.to_runner_up = distances[far].gather(1, second).squeeze(1)
+        self.x, self.y = x[far], y[far, 0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.w.T + self.b
+
+
+@every_attack
+def test_finds_images_of_another_class(attack, task):
+    x_adv = task.run(attack)
+    assert x_adv.shape == task.x.shape
+    assert x_adv.dtype == torch.float32
+    assert not x_adv.requires_grad
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    if isinstance(attack, DeepFool) and attack.clip:
+        assert distance(x_adv, task.x, "linf").max() <= attack.eps + 1e-6
+    else:
+        assert task.wrong(x_adv).all()
+    assert (x_adv != task.x).flatten(1).any(1)[:5].all()
+
+
+@every_attack
+def test_a_misclassified_image_is_returned_as_it_is(attack, task):
+    assert torch.equal(task.run(attack)[5], task.x[5])
+
+
+@every_attack
+def test_leaves_everything_else_alone(attack, task):
+    for parameter in task.net.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    task.net[3].train()
+    modes = [module.training for module in task.net.modules()]
+    state = {name: value.clone() for name, value in task.net.state_dict().items()}
+    x, y, rng = task.x.clone(), task.y.clone(), torch.get_rng_state()
+    task.net[3].forward = lambda x: x  # dropout draws from the global generator
+    task.run(attack)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.equal(x, task.x)
+    assert torch.equal(y, task.y)
+    assert modes == [module.training for module in task.net.modules()]
+    assert all(torch.equal(state[name], value) for name, value in task.net.state_dict().items())
+    assert all((p.grad == 7.0).all() and p.requires_grad for p in task.net.parameters())
+
+
+@every_attack
+def test_is_the_same_in_any_gradient_mode(attack, task):
+    expected = task.run(attack)
+    with torch.no_grad():
+        assert torch.equal(task.run(attack), expected)
+    with torch.inference_mode():
+        task.x, task.y = task.x.clone(), task.y.clone()
+        assert task.x.is_inference()
+        result = task.run(attack)
+    assert torch.equal(result, expected)
+    assert not result.is_inference()
+
+
+@every_attack
+def test_an_example_does_not_depend_on_its_batch(attack):
+    task = Task(torch.float64)
+    together = task.run(attack)
+    assert together.dtype == torch.float64
+    for rows in (torch.tensor([4, 1, 5]), torch.tensor([2])):
+        alone = attack(task.net, task.x[rows], task.y[rows])
+        torch.testing.assert_close(alone, together[rows], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("candidates", [5, 10])
+def test_deepfool_reaches_the_boundary_of_a_linear_classifier(norm, candidates):
+    """One step is exact; 1e-4 is added to the distance on purpose."""
+    task = Linear(norm)
+    x_adv = DeepFool(norm=norm, overshoot=0.0, candidates=candidates)(task, task.x, task.y)
+    torch.testing.assert_close(
+        distance(x_adv, task.x, norm), task.distance + 1e-4, rtol=1e-5, atol=0
+    )
+    assert (task(x_adv).argmax(1) != task.y).all()
+    stretched = DeepFool(norm=norm, overshoot=0.5)(task, task.x, task.y)
+    torch.testing.assert_close(
+        distance(stretched, task.x, norm), 1.5 * (task.distance + 1e-4), rtol=1e-5, atol=0
+    )
+
+
+def test_carlini_wagner_comes_close_to_the_boundary_of_a_linear_classifier():
+    """It pushes the leading rival, whose boundary is where it ends, the nearest or not."""
+    task = Linear("l2")
+    x_adv = CarliniWagner(steps=300)(task, task.x, task.y)
+    assert (task(x_adv).argmax(1) != task.y).all()
+    reached = distance(x_adv, task.x, "l2")
+    assert (reached >= task.distance * (1 - 1e-9)).all()
+    assert (reached <= task.to_runner_up * 1.01).all()
+    nearest = task.to_runner_up == task.distance
+    assert 4 <= nearest.sum() < 8
+    assert (reached <= task.distance * 1.01)[nearest].all()
+
+
+def test_deepfool_weighs_only_the_likeliest_classes():
+    """With two candidates the runner-up is attacked, though another boundary may be nearer."""
+    task = Linear("l2")
+    x_adv = DeepFool(norm="l2", overshoot=0.0, candidates=2)(task, task.x, task.y)
+    reached = distance(x_adv, task.x, "l2")
+    torch.testing.assert_close(reached, task.to_runner_up + 1e-4, rtol=1e-5, atol=0)
+    assert (reached > task.distance + 1e-3).any()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_clipping_brings_far_images_into_the_ball_and_spares_near_ones(norm):
+    task = Linear(norm)
+    free = DeepFool(norm=norm)(task, task.x, task.y)
+    reached = distance(free, task.x, norm)
+    eps = reached.median().item()
+    clipped = DeepFool(eps, norm, clip=True)(task, task.x, task.y)
+    near = reached <= eps
+    assert near.any()
+    assert not near.all()
+    torch.testing.assert_close(clipped[near], free[near])
+    expected = torch.full_like(reached[~near], eps)
+    torch.testing.assert_close(distance(clipped, task.x, norm)[~near], expected)
+    # The radius alone says nothing to the search.
+    assert torch.equal(DeepFool(eps, norm)(task, task.x, task.y), free)
+
+
+@every_attack
+def test_where_nothing_is_found_x_comes_back(attack, task):
+    """A class that always wins by far: no image is adversarial."""
+
+    def predict(x: Tensor) -> Tensor:
+        return task.net(x) + 1e6 * torch.eye(5)[0]
+
+    x_adv = attack(predict, task.x, torch.zeros(6, dtype=torch.long))
+    assert torch.equal(x_adv, task.x)
+
+
+def test_deepfool_that_runs_out_of_steps_returns_x(task):
+    few, many = DeepFool(steps=1, overshoot=0.0), DeepFool(overshoot=0.0)
+    x_adv, complete = task.run(few), task.run(many)
+    unfinished = (x_adv == task.x).flatten(1).all(1)
+    assert unfinished[:5].any()
+    assert task.wrong(x_adv)[~unfinished].all()
+    torch.testing.assert_close(x_adv[~unfinished], complete[~unfinished])
+
+
+def test_confidence_is_kept_and_costs_distance(task):
+    """By half a logit wrong, and not by much more."""
+    free, sure = task.run(ATTACKS["cw"]), task.run(ATTACKS["cw-confident"])
+    logits = task.net(sure).detach()
+    true = logits.gather(1, task.y[:, None])
+    lead = logits.scatter(1, task.y[:, None], -math.inf).amax(1) - true.squeeze(1)
+    assert (lead[:5] >= 0.5 - 1e-5).all()
+    assert (distance(sure, task.x, "l2") > distance(free, task.x, "l2"))[:5].all()
+
+
+def test_more_searches_never_take_it_farther(task):
+    before = torch.full((6,), math.inf)
+    for searches in (2, 4, 6, 12):
+        attack = ATTACKS["cw"].but(binary_search_steps=searches, initial_const=10.0)
+        x_adv = task.run(attack)
+        assert task.wrong(x_adv).all()
+        reached = distance(x_adv, task.x, "l2")
+        assert (reached <= before).all()
+        before = reached
+
+
+def test_early_abortion_saves_passes_and_changes_little():
+    task, calls = Linear("l2"), []
+
+    def predict(x: Tensor) -> Tensor:
+        calls.append(1)
+        return task(x)
+
+    full = CarliniWagner(steps=200, abort_early=False)(predict, task.x, task.y)
+    complete = len(calls)
+    calls.clear()
+    early = CarliniWagner(steps=200)(predict, task.x, task.y)
+    assert complete == 1 + 9 * 200
+    assert len(calls) < complete
+    torch.testing.assert_close(
+        distance(early, task.x, "l2"), distance(full, task.x, "l2"), rtol=0.02, atol=0
+    )
+
+
+def test_deepfool_ends_when_all_are_done(task):
+    calls = []
+    task.net.register_forward_hook(lambda *_: calls.append(1))
+    task.run(DeepFool())
+    assert len(calls) < 20
+    calls.clear()
+    DeepFool()(task.net, task.x[5:], task.y[5:])
+    assert len(calls) == 2
+
+
+@every_attack
+def test_an_empty_batch_stays_empty(attack, task):
+    assert attack(task.net, task.x[:0], task.y[:0]).shape == (0, 3, 8, 8)
+
+
+@every_attack
+def test_slopes_that_are_not_finite_do_no_harm(attack, task):
+    """A square root at zero: its slope is infinite at the first pixel."""
+
+    def predict(x: Tensor) -> Tensor:
+        return task.net(x) + (x[:, :1, 0, 0] - x[:, :1, 0, 0].detach()).sqrt()
+
+    x_adv = attack(predict, task.x, task.y)
+    assert torch.isfinite(x_adv).all()
+
+
+@every_attack
+def test_runs_under_autocast_with_float32_pixels(attack, task):
+    with torch.autocast("cpu", torch.bfloat16):
+        x_adv = task.run(attack)
+    assert x_adv.dtype == torch.float32
+    assert torch.isfinite(x_adv).all()
+
+
+@every_attack
+def test_inputs_that_cannot_be_attacked_are_refused(attack, task):
+    with pytest.raises(ValueError, match="no gradient to the images"):
+        attack(lambda x: task.net(x).detach(), task.x, task.y)
+    with pytest.raises(ValueError, match="floating-point pixels"):
+        attack(task.net, (task.x * 255).to(torch.uint8), task.y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (DeepFool, {"eps": 8}, "did you mean '8/255'"),
+        (DeepFool, {"norm": "l1"}, "norm must be one of linf, l2"),
+        (DeepFool, {"steps": 0}, "steps must be a whole number of at least 1"),
+        (DeepFool, {"candidates": 1}, "candidates must be a whole number of at least 2"),
+        (DeepFool, {"overshoot": -0.1}, "overshoot must be a finite number at least 0"),
+        (DeepFool, {"clip": True}, "give eps or leave clip false"),
+        (CarliniWagner, {"eps": -1.0}, "eps must be a number of at least 0"),
+        (CarliniWagner, {"confidence": -1.0}, "confidence must be"),
+        (CarliniWagner, {"steps": 0}, "steps must be"),
+        (CarliniWagner, {"step_size": 0.0}, "step_size must be a finite number above 0"),
+        (CarliniWagner, {"binary_search_steps": 0}, "binary_search_steps must be"),
+        (CarliniWagner, {"initial_const": math.nan}, "initial_const must be"),
+    ],
+)
+def test_settings_out_of_range_are_refused(kind, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        (
+            "DeepFool",
+            ["eps=8/255", "norm=l2", "clip=true"],
+            "DeepFool(eps=8/255, norm='l2', steps=50, overshoot=0.02, candidates=10, clip=True)",
+        ),
+        ("CarliniWagner", ["confidence=5"], "confidence=5.0"),
+    ],
+)
+def test_attacks_are_set_from_the_command_line(name, settings, expected):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(MinimumNorm, "attack")
+    config = parser.parse_args(
+        [f"--attack=common.attacks.minimum_norm.{name}", *(f"--attack.{s}" for s in settings)]
+    )
+    assert expected in repr(parser.instantiate(config).attack)

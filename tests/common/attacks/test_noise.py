@@ -1,0 +1,147 @@
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+
+from common.attacks.noise import GaussianNoise, Noise, SaltAndPepperNoise, UniformNoise
+from common.attacks.randomness import EVALUATION, ExampleRandom
+from common.errors import ConfigurationError
+
+KINDS = [UniformNoise, GaussianNoise, SaltAndPepperNoise]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def random(rows, step=0):
+    return ExampleRandom(1, step, torch.as_tensor(rows), EVALUATION)
+
+
+def test_uniform_noise_is_uniform():
+    x = torch.full((40, 3, 16, 16), 0.5, dtype=torch.float64)
+    delta = UniformNoise([0.3]).apply(x, 0.3, random(range(40))) - x
+    assert delta.abs().max() <= 0.3
+    assert delta.mean().abs() < 0.005  # five standard deviations
+    assert delta.std().item() == pytest.approx(0.3 / 3**0.5, rel=0.01)
+    for share in (0.1, 0.5, 0.9):  # every part of the interval gets its share
+        inside = (delta < (2 * share - 1) * 0.3).double().mean().item()
+        assert inside == pytest.approx(share, abs=0.015)
+
+
+def test_gaussian_noise_is_normal():
+    x = torch.full((40, 3, 16, 16), 0.5, dtype=torch.float64)
+    delta = GaussianNoise([0.05]).apply(x, 0.05, random(range(40))) - x
+    assert delta.mean().abs() < 0.0015
+    assert delta.std().item() == pytest.approx(0.05, rel=0.02)
+    for sigmas, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
+        inside = (delta.abs() < sigmas * 0.05).double().mean().item()
+        assert inside == pytest.approx(share, abs=0.015)
+
+
+@pytest.mark.parametrize("level", [0.1, 0.5, 1.0])
+def test_salt_and_pepper_hits_whole_pixels_in_equal_parts(level):
+    x = torch.full((40, 3, 32, 32), 0.4)
+    noisy = SaltAndPepperNoise([level]).apply(x, level, random(range(40)))
+    assert torch.equal(noisy, noisy[:, :1].expand_as(noisy))
+    for value, share in ((0.0, level / 2), (1.0, level / 2), (0.4, 1 - level)):
+        found = (noisy == torch.tensor(value)).float().mean().item()
+        assert found == pytest.approx(share, abs=0.015)
+
+
+def test_channels_of_the_other_kinds_are_independent():
+    x = torch.full((40, 2, 16, 16), 0.5)
+    for kind in (UniformNoise, GaussianNoise):
+        delta = kind([0.1]).apply(x, 0.1, random(range(40))) - x
+        both = torch.corrcoef(delta.transpose(0, 1).flatten(1))
+        assert both[0, 1].abs() < 0.05
+
+
+@every_kind
+def test_noise_belongs_to_the_example(kind):
+    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = kind([0.2])
+    together = noise.apply(x, 0.2, random(range(6)))
+    rows = torch.tensor([4, 1])
+    assert torch.equal(noise.apply(x[rows], 0.2, random(rows)), together[rows])
+    assert not torch.equal(noise.apply(x, 0.2, random(range(6), step=1)), together)
+    same = noise.apply(x[:1].expand_as(x), 0.2, random(range(6)))
+    assert not torch.equal(same[0], same[1])
+
+
+@every_kind
+def test_a_second_draw_is_a_fresh_one(kind):
+    x, numbers = torch.full((2, 1, 8, 8), 0.5), random(range(2))
+    noise = kind([0.5])
+    assert not torch.equal(noise.apply(x, 0.5, numbers), noise.apply(x, 0.5, numbers))
+
+
+@every_kind
+def test_images_stay_images_and_nothing_else_changes(kind):
+    x = (torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    before, state = x.clone(), torch.get_rng_state()
+    noisy = kind([1.0]).apply(x.requires_grad_(), 1.0, random(range(6)))
+    assert noisy.min() >= 0
+    assert noisy.max() <= 1
+    assert noisy.dtype == torch.float32
+    assert not noisy.requires_grad
+    assert torch.equal(x, before)
+    assert torch.equal(state, torch.get_rng_state())
+    assert kind([1.0]).apply(before.double(), 1.0, random(range(6))).dtype == torch.float64
+
+
+@every_kind
+def test_more_noise_is_farther_away(kind):
+    x = torch.full((4, 3, 16, 16), 0.5)
+    noise = kind(["8/255", 0.1, "0.4"])
+    assert noise.levels == pytest.approx([8 / 255, 0.1, 0.4])
+    distances = [
+        (noise.apply(x, level, random(range(4))) - x).norm().item() for level in noise.levels
+    ]
+    assert distances == sorted(distances)
+    assert distances[0] > 0
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"levels": []}, "at least one strength"),
+        ({"levels": [0.1, "0.1"]}, "none twice"),
+        ({"levels": [0.0]}, "must be above 0"),
+        ({"levels": [-0.1]}, "a level must be a number of at least 0"),
+        ({"levels": ["x"]}, "a level must be a number"),
+        ({"levels": [0.1], "draws": 0}, "draws must be a whole number of at least 1"),
+        ({"levels": [0.1], "seed": -1}, "seed must be"),
+    ],
+)
+def test_settings_out_of_range_are_refused(kind, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        kind(**settings)
+
+
+def test_levels_end_at_one_except_for_standard_deviations():
+    for kind in (UniformNoise, SaltAndPepperNoise):
+        with pytest.raises(ConfigurationError, match=r"above 0 and at most 1 .* got 8"):
+            kind([8])
+        with pytest.raises(ConfigurationError, match="at most 1"):
+            kind([0.1]).apply(torch.zeros(1, 1, 2, 2), 1.5, random([0]))
+    assert GaussianNoise([2.0]).levels == [2.0]
+
+
+@every_kind
+def test_other_examples_and_other_types_are_refused(kind):
+    with pytest.raises(ValueError, match="made for 3 examples and the batch has 2"):
+        kind([0.1]).apply(torch.zeros(2, 1, 4, 4), 0.1, random(range(3)))
+    with pytest.raises(ValueError, match="floating-point pixels"):
+        kind([0.1]).apply(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), 0.1, random(range(2)))
+
+
+@every_kind
+def test_noise_is_set_from_the_command_line(kind):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Noise, "noise")
+    name = f"common.attacks.noise.{kind.__name__}"
+    config = parser.parse_args(
+        [f"--noise={name}", "--noise.levels=[8/255, 0.1]", "--noise.draws=3"]
+    )
+    noise = parser.instantiate(config).noise
+    assert type(noise) is kind
+    assert noise.levels == pytest.approx([8 / 255, 0.1])
+    assert repr(noise).endswith("draws=3)")

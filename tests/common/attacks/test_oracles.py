@@ -1,0 +1,198 @@
+"""Against two packages that many papers attack with; both are for tests alone."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.attacks.losses import cross_entropy
+from common.attacks.minimum_norm import CarliniWagner, DeepFool
+from common.attacks.pgd import FGSM, MIM, PGD
+from common.attacks.randomness import ExampleRandom
+
+foolbox = pytest.importorskip("foolbox")
+torchattacks = pytest.importorskip("torchattacks")
+
+EPS = 8 / 255
+CLOSE = {"rtol": 0, "atol": 1e-6}
+
+
+class Task:
+    """A CNN after a few steps of training, with images of four kinds it mostly knows."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        self.y = torch.arange(4).repeat(5)
+        kinds = torch.rand(4, 3, 8, 8, generator=generator)
+        noise = torch.rand(20, 3, 8, 8, generator=generator)
+        self.x = 0.1 + 0.8 * (0.6 * kinds[self.y] + 0.4 * noise)
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Tanh(),
+            nn.Conv2d(8, 8, 3, stride=2, padding=1),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(128, 4),
+        )
+        optimizer = torch.optim.Adam(self.net.parameters(), 0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            cross_entropy(self.net(self.x), self.y).mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            self.net[-1].bias += 30  # torchattacks' C&W takes rivals' logits for at least 0
+        self.net.eval().requires_grad_(False)
+        self.y[3] = 0  # one that is wrong from the start
+        self.foolbox = foolbox.PyTorchModel(self.net, bounds=(0, 1))
+
+    def loss(self, x: Tensor) -> Tensor:
+        return cross_entropy(self.net(x), self.y)
+
+    def wrong(self, x: Tensor) -> Tensor:
+        return self.net(x).argmax(1) != self.y
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    task = Task()
+    assert task.wrong(task.x).nonzero().flatten().tolist() == [3]
+    return task
+
+
+def test_fgsm(task):
+    ours = FGSM(EPS)(task.loss, task.x)
+    torch.testing.assert_close(torchattacks.FGSM(task.net, EPS)(task.x, task.y), ours, **CLOSE)
+    theirs = foolbox.attacks.LinfFastGradientAttack()(task.foolbox, task.x, task.y, epsilons=EPS)
+    torch.testing.assert_close(theirs[0], ours, **CLOSE)
+    assert torch.equal(theirs[2], task.wrong(ours))
+
+
+def test_pgd_linf_from_x(task):
+    ours = PGD(EPS, EPS / 4, 10, "zero")(task.loss, task.x)
+    theirs = torchattacks.PGD(task.net, EPS, EPS / 4, 10, random_start=False)
+    torch.testing.assert_close(theirs(task.x, task.y), ours, **CLOSE)
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=10, random_start=False)
+    torch.testing.assert_close(attack(task.foolbox, task.x, task.y, epsilons=EPS)[0], ours, **CLOSE)
+
+
+def test_pgd_l2_from_x(task):
+    """Torchattacks' 1e-10 beside the norm of a mean's gradient shortens a confident net's steps."""
+    ours = PGD(0.5, 0.1, 10, "zero", "l2")(task.loss, task.x)
+    theirs = torchattacks.PGDL2(task.net, 0.5, 0.1, 10, False, eps_for_division=0.0)
+    torch.testing.assert_close(theirs(task.x, task.y), ours, **CLOSE)
+    attack = foolbox.attacks.L2PGD(abs_stepsize=0.1, steps=10, random_start=False)
+    torch.testing.assert_close(attack(task.foolbox, task.x, task.y, epsilons=0.5)[0], ours, **CLOSE)
+
+
+def test_pgd_linf_from_the_global_generator(task):
+    """The same seed gives torchattacks the same start: both draw one uniform number a value."""
+    torch.manual_seed(7)
+    ours = PGD(EPS, EPS / 4, 10)(task.loss, task.x)
+    torch.manual_seed(7)
+    theirs = torchattacks.PGD(task.net, EPS, EPS / 4, 10)(task.x, task.y)
+    torch.testing.assert_close(theirs, ours, **CLOSE)
+    assert not torch.allclose(PGD(EPS, EPS / 4, 10, "zero")(task.loss, task.x), ours, **CLOSE)
+
+
+@pytest.mark.parametrize(("norm", "name", "eps"), [("linf", "LinfPGD", EPS), ("l2", "L2PGD", 0.5)])
+def test_pgd_from_our_random_start(task, norm, name, eps, monkeypatch):
+    def random() -> ExampleRandom:
+        return ExampleRandom(0, 0, torch.arange(len(task.x)))
+
+    start = PGD(eps, 0.0, 0, norm=norm)(task.loss, task.x, random())
+    ours = PGD(eps, eps / 4, 10, norm=norm)(task.loss, task.x, random())
+    attack = getattr(foolbox.attacks, name)(abs_stepsize=eps / 4, steps=10)
+    monkeypatch.setattr(attack, "get_random_start", lambda x0, _: type(x0)(start), raising=True)
+    theirs = attack(task.foolbox, task.x, task.y, epsilons=eps)[0]
+    torch.testing.assert_close(theirs, ours, **CLOSE)
+
+
+def test_mim(task):
+    """Torchattacks divides by the mean where the paper has the l1 norm: the same direction.
+
+    Foolbox divides by nothing, which is another attack, so it is left out.
+    """
+    ours = MIM(EPS, EPS / 8, 8, decay=0.9)(task.loss, task.x)
+    theirs = torchattacks.MIFGSM(task.net, EPS, EPS / 8, 8, decay=0.9)(task.x, task.y)
+    torch.testing.assert_close(theirs, ours, **CLOSE)
+
+
+@pytest.mark.parametrize(("norm", "name"), [("linf", "LinfDeepFool"), ("l2", "L2DeepFool")])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"overshoot": 0.1, "candidates": 3}, {"overshoot": 0.0, "candidates": 2}],
+    ids=str,
+)
+def test_deepfool(task, norm, name, settings):
+    attack = getattr(foolbox.attacks, f"{name}Attack")(loss="logits", **settings)
+    theirs, _, success = attack(task.foolbox, task.x, task.y, epsilons=None)
+    ours = DeepFool(norm=norm, **settings)(task.net, task.x, task.y)
+    assert success.all()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert torch.equal(task.wrong(ours), success)
+
+
+@pytest.mark.parametrize(
+    ("norm", "name", "eps"), [("linf", "LinfDeepFool", 0.05), ("l2", "L2DeepFool", 0.5)]
+)
+def test_deepfool_clipped(task, norm, name, eps):
+    attack = getattr(foolbox.attacks, f"{name}Attack")()
+    _, theirs, success = attack(task.foolbox, task.x, task.y, epsilons=eps)
+    ours = DeepFool(eps, norm, clip=True)(task.net, task.x, task.y)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert torch.equal(task.wrong(ours), success)
+    assert success.any()
+    assert not success.all()
+
+
+def test_deepfool_of_torchattacks_goes_about_as_far(task):
+    """It re-linearises from the stretched point and adds no 1e-4: near, not equal."""
+    theirs = torchattacks.DeepFool(task.net)(task.x, task.y)
+    ours = DeepFool(norm="l2")(task.net, task.x, task.y)
+    far = [(x_adv - task.x).flatten(1).norm(dim=1) for x_adv in (ours, theirs)]
+    torch.testing.assert_close(far[0], far[1], rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"confidence": 0.5},
+        {"initial_const": 10.0, "abort_early": False},
+        {"binary_search_steps": 11, "steps": 12},
+    ],
+    ids=str,
+)
+def test_carlini_wagner(task, settings):
+    """One example at a time: foolbox ends a batch by its total loss."""
+    settings = {"steps": 20, "binary_search_steps": 5, "initial_const": 0.01} | settings
+    settings = {"abort_early": True, "confidence": 0.0} | settings
+    rows = [0, 1, 2, 3]
+    ours = CarliniWagner(step_size=0.05, **settings)(task.net, task.x[rows], task.y[rows])
+    attack = foolbox.attacks.L2CarliniWagnerAttack(stepsize=0.05, **settings)
+    for i in rows[:3]:
+        x, y = task.x[i : i + 1], task.y[i : i + 1]
+        theirs, _, success = attack(task.foolbox, x, y, epsilons=None)
+        assert success.item() == (task.net(ours[i : i + 1]).argmax(1) != y).item()
+        torch.testing.assert_close(ours[i : i + 1], theirs, rtol=0, atol=1e-4)
+    assert torch.equal(ours[3], task.x[3])
+
+
+def test_carlini_wagner_in_a_batch(task):
+    """Without early abortion foolbox's examples are on their own in a batch, too."""
+    attack = foolbox.attacks.L2CarliniWagnerAttack(
+        4, steps=30, stepsize=0.05, initial_const=0.1, abort_early=False
+    )
+    theirs, _, success = attack(task.foolbox, task.x, task.y, epsilons=None)
+    ours = CarliniWagner(None, 0.0, 30, 0.05, 4, 0.1, abort_early=False)(task.net, task.x, task.y)
+    assert torch.equal(success, task.wrong(ours))
+    assert success.all()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_carlini_wagner_of_torchattacks_for_one_constant(task):
+    theirs = torchattacks.CW(task.net, c=10.0, steps=30, lr=0.05)(task.x, task.y)
+    ours = CarliniWagner(None, 0.0, 30, 0.05, 1, 10.0, abort_early=False)(task.net, task.x, task.y)
+    correct = ~task.wrong(task.x)  # a wrong one moves by rounding there, and not at all here
+    assert task.wrong(ours).all()
+    torch.testing.assert_close(ours[correct], theirs[correct], rtol=0, atol=1e-4)
