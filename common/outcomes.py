@@ -205,6 +205,7 @@ def checkpoint_entry(
     epoch: int = 0,
     global_step: int = 0,
     audit: Mapping[str, Any] | None = None,
+    measures: Mapping[str, float] | None = None,
 ) -> CheckpointResult:
     """What a result file says about one checkpoint.
 
@@ -213,10 +214,11 @@ def checkpoint_entry(
         epoch: Of the checkpoint, from 0.
         global_step: Optimiser steps behind the checkpoint.
         audit: What an audit found, see :class:`AuditResult`.
+        measures: Other figures to put among the metrics, in any unit.
 
     Raises:
-        ValueError: If a step was about other examples than the first ones of the split, or its name
-            does not begin with its entry.
+        ValueError: If a measure has the name of a metric, if a step was about other examples than
+            the first ones of the split, or if its name does not begin with its entry.
     """
     y = _as_list(outcomes.y)
     is_right = _as_list(outcomes.correct["clean"])
@@ -227,6 +229,9 @@ def checkpoint_entry(
     }
     attacks = {name: _attack_entry(outcomes, name, is_right, y) for name in outcomes.attacked}
     threat = outcomes.threat
+    metrics = summarise(clean, attacks)
+    if taken := set(metrics) & set(measures or ()):
+        raise ValueError(f"{min(taken)} is a measure and an accuracy; rename one of them")
     entry: CheckpointResult = {
         "epoch": epoch,
         "global_step": global_step,
@@ -234,7 +239,7 @@ def checkpoint_entry(
         "threat": None if threat is None else {"norm": threat.norm, "eps": threat.radius},
         "clean": clean,
         "attacks": attacks,
-        "metrics": summarise(clean, attacks),
+        "metrics": metrics | dict(measures or {}),
         "intervals": intervals(clean, attacks),
     }
     if audit is not None:

@@ -8,15 +8,29 @@ import yaml
 
 from common.errors import ConfigurationError
 
+UNITS = {"percent": 100.0, "plain": 1.0, "millions": 1e-6, "giga": 1e-9}
+"""What a measured figure is multiplied by in a table."""
+
 Number = float | list[float] | None
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A column: the key of a metric, and its title."""
+    """A column.
+
+    Args:
+        key: Of the metric.
+        title: Heading.
+        unit: ``percent`` of a figure in [0, 1]; ``plain`` as it is; ``millions``; ``giga``.
+    """
 
     key: str
     title: str
+    unit: Literal["percent", "plain", "millions", "giga"] = "percent"
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise TypeError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ class CheckpointResult(TypedDict):
         clean: Outcomes without an attack.
         attacks: The steps of the suite, in their order, by key: ``entry``, ``entry/loss``,
             ``entry/loss/eps=0.1``, ``entry/level=0.2/draw=1``.
-        metrics: Figures in [0, 1], see :func:`~common.outcomes.summarise`; others may be added.
+        metrics: Accuracies in [0, 1], see :func:`~common.outcomes.summarise`, and whatever else
+            was measured, in units of its own: ``parameters``, ``macs``, ``lipschitz``.
         intervals: ``[low, high]`` of every metric that is a share of examples.
         audit: Checks of the evaluation; absent where it was not audited.
     """

@@ -34,7 +34,7 @@ from common.comparison import audit_notes, comparison_sheet
 from common.errors import ConfigurationError, UserError
 from common.outcomes import counts_as_attack, metrics_of
 from common.readme import BEGIN, END, is_current, write_readme
-from common.reference import Group, Reference, Row, read_reference
+from common.reference import UNITS, Group, Metric, Reference, Row, read_reference
 from common.results import LABELS, Result, load_results
 from common.sheets import Sheet
 
@@ -160,7 +160,7 @@ def render_table(
 
 def _sheet(group: Group, rows: list[Row], results: _Results) -> Sheet:
     cells: _Cells = {
-        row.stem: {metric.key: _cell(row, metric.key, results) for metric in group.metrics}
+        row.stem: {metric.key: _cell(row, metric, results) for metric in group.metrics}
         for row in rows
     }
     known = [row for row in rows if any(any(cell.values()) for cell in cells[row.stem].values())]
@@ -177,16 +177,17 @@ def _sheet(group: Group, rows: list[Row], results: _Results) -> Sheet:
     return Sheet(group.title, group.note, [*header, "seeds"], [line for _, line in lines], notes)
 
 
-def _cell(row: Row, key: str, results: _Results) -> dict[str, str]:
+def _cell(row: Row, metric: Metric, results: _Results) -> dict[str, str]:
     """What there is to say about one metric of one experiment, by kind."""
+    key, scale = metric.key, UNITS[metric.unit]
     ours: dict[str, list[float]] = {label: [] for label in LABELS}
     ends: dict[str, list[float]] = {label: [] for label in LABELS}
     for result in results.get(row.stem, []):
         for label in LABELS:
             checkpoint = result["checkpoints"].get(label)
             if checkpoint is not None and key in checkpoint["metrics"]:
-                ours[label].append(100.0 * checkpoint["metrics"][key])
-                ends[label] = [100.0 * end for end in checkpoint["intervals"].get(key, [])]
+                ours[label].append(scale * checkpoint["metrics"][key])
+                ends[label] = [scale * end for end in checkpoint["intervals"].get(key, [])]
     printed = row.printed("last", key)
     difference = ""
     if printed and ours["last"]:
@@ -206,6 +207,8 @@ def _repeats(values: list[float]) -> str:
 
 def _spread(values: list[float], ends: list[float]) -> str:
     """Mean and sample standard deviation, or a single value and the ends of its interval."""
+    if len(values) > 1 and len(set(values)) == 1 and not ends:
+        return _repeats(values[:1])  # a count, the same for every seed
     if len(values) > 1:
         return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
     if values and ends:

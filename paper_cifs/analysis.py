@@ -10,13 +10,8 @@ Relevance has a row per class: class c's is W[c, :] at the penultimate feature. 
 ``method.py``.
 """
 
-import argparse
-import itertools
-import logging
-import math
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,6 +25,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from common.analysis import (
+    BySeed,
+    Expectation,
+    Load,
+    by_seed,
+    combined,
+    conclude,
+    load_last,
+    load_runs,
+    load_test_split,
+    mean,
+    plain_values,
+    read_metrics,
+    run_analysis,
+)
 from common.attacks.pgd import PGD, parse_radius
 from common.errors import ConfigurationError, UserError
 from common.figures import (
@@ -43,7 +53,7 @@ from common.figures import (
     save_figure,
     tidy_axes,
 )
-from common.results import read_result, result_path, write_json_atomically
+from common.results import write_json_atomically
 from paper_cifs.method import CIFS, AdaptiveLoss, global_average, joint_logits
 
 NETWORKS = {"digits": "resnet", "fashion_mnist": "resnet10"}  # what a data set alone stands for
@@ -458,70 +468,6 @@ def figure_f4(found: Measurement, classes: Sequence[int], class_names: Sequence[
 # ------------------------------------------------------------------------------ the expectations
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """A claim, what was measured, and whether the claim holds.
-
-    Attributes:
-        id: ``a`` to ``e``.
-        claim: In words.
-        value: Mean over the seeds there are; ``None`` where there is none.
-        threshold: What ``value`` is compared with.
-        holds: The verdict; ``None`` unless every seed asked for was there.
-        per_seed: ``value`` of each seed.
-        beside: Means of other quantities that belong to an honest reading.
-    """
-
-    id: str
-    claim: str
-    value: float | None
-    threshold: float
-    holds: bool | None
-    per_seed: dict[int, float]
-    beside: dict[str, float | None]
-
-
-BySeed = dict[int, float]
-
-
-def by_seed(found: Mapping[tuple[str, int], Mapping[str, Any]], name: str, *keys: str) -> BySeed:
-    """What lies under ``keys`` in each entry of ``name``; seeds that lack it are left out."""
-    values: BySeed = {}
-    for (owner, seed), entry in found.items():
-        value: Any = entry if owner == name else None
-        for key in keys:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None and math.isfinite(value):
-            values[seed] = float(value)
-    return values
-
-
-def combined(first: BySeed, second: BySeed, how: Callable[[float, float], float]) -> BySeed:
-    """``how`` of two numbers, for the seeds that have both."""
-    return {seed: how(first[seed], second[seed]) for seed in first if seed in second}
-
-
-def mean(values: BySeed) -> float | None:
-    """Mean over seeds; ``None`` if there is none."""
-    return sum(values.values()) / len(values) if values else None
-
-
-def conclude(
-    id: str,
-    claim: str,
-    values: BySeed,
-    seeds: Sequence[int],
-    holds: Callable[[float], bool],
-    threshold: float,
-    beside: Mapping[str, BySeed] | None = None,
-) -> Expectation:
-    """An expectation whose verdict is ``holds(mean)`` once every seed is there."""
-    value = mean(values)
-    verdict = holds(value) if value is not None and set(values) >= set(seeds) else None
-    others = {name: mean(numbers) for name, numbers in (beside or {}).items()}
-    return Expectation(id, claim, value, threshold, verdict, values, others)
-
-
 def evaluate_expectations(
     metrics: Mapping[tuple[str, int], Mapping[str, float]],
     summaries: Mapping[tuple[str, int], Mapping[str, Any]],
@@ -618,36 +564,11 @@ def evaluate_expectations(
 
 # ------------------------------------------------------------------------------------ the command
 
-Load = Callable[[Path], tuple[Any, Any]]
-"""Run directory -> (classifier, data module)."""
-
 
 def experiment_of(on: str) -> tuple[str, str]:
     """Data set and network, with which stems begin, of a data set, such a pair or a whole stem."""
     found = re.match(r"(.+?)_((?:resnet|wrn)\d*(?:_\d+)?)(?:_|$)", on)
     return (found[1], found[2]) if found else (on, NETWORKS.get(on, USUAL_NETWORK))
-
-
-def load_last(run: Path) -> tuple[Any, Any]:
-    """The classifier and the data of a run directory, at its last checkpoint."""
-    from common.cli import load_run  # the whole command line: only where a run is really loaded
-
-    # What Lightning says when it prepares to train is no news of an analysis.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        return load_run(run, "last")
-
-
-def load_test_split(datamodule: Any) -> tuple[Tensor, Tensor]:
-    """Images of the test split, float32 in [0, 1] ``(N, C, H, W)``, and labels ``(N,)``."""
-    datamodule.prepare_data()
-    datamodule.setup("test")
-    batches = [
-        datamodule.on_after_batch_transfer(batch, 0) for batch in datamodule.test_dataloader()
-    ]
-    return torch.cat([b["x"] for b in batches]), torch.cat([b["y"] for b in batches])
 
 
 @dataclass
@@ -685,20 +606,13 @@ class Gathered:
     def measure_runs(self, runs: Path, device: str, load: Load) -> None:
         """Measures every checkpoint there is."""
         eps = EPS.get(self.dataset, USUAL_EPS)
-        for method, seed in itertools.product(MODELS, self.seeds):
-            run = runs / f"{self.base}_{method}" / f"seed{seed}"
-            checkpoint = run / "checkpoints" / "last.ckpt"
-            if not checkpoint.is_file():
-                self.missing.append(f"checkpoint {checkpoint}")
-                continue
+        found, missing = load_runs(runs, list(MODELS), self.base, self.seeds, load)
+        self.missing += missing
+        for (method, seed), (classifier, data) in found.items():
             try:
-                classifier, data = load(run)
                 x, y = load_test_split(data)
             except (UserError, RuntimeError, OSError) as error:
-                self.missing.append(f"checkpoint {checkpoint}: {error}")
-                continue
-            except SystemExit:  # how the option parser refuses a file, after it has said why
-                self.missing.append(f"checkpoint {checkpoint}: {run / 'config.yaml'} is refused")
+                self.missing.append(f"data of {self.base}_{method}, seed {seed}: {error}")
                 continue
             self.class_names = tuple(data.class_names)
             model = classifier.to(device)
@@ -706,20 +620,8 @@ class Gathered:
 
     def read_results(self, folder: Path) -> None:
         """Reads the last checkpoint's metrics from every result file there is."""
-        for method, seed in itertools.product(METRICS, self.seeds):
-            path = result_path(folder, f"{self.base}_{method}", seed)
-            if not path.is_file():
-                self.missing.append(f"result {path}")
-                continue
-            try:
-                checkpoints = read_result(path)["checkpoints"]
-            except UserError as error:
-                self.missing.append(f"result {error}")
-                continue
-            found = checkpoints["last"]["metrics"] if "last" in checkpoints else {}
-            self.metrics[method, seed] = found
-            lacking = [name for name in METRICS[method] if name not in found]
-            self.missing += [f"metric {name} of the last checkpoint in {path}" for name in lacking]
+        self.metrics, missing = read_metrics(folder, METRICS, self.base, self.seeds)
+        self.missing += missing
 
 
 def draw_figures(got: Gathered, folder: Path) -> list[Path]:
@@ -743,19 +645,6 @@ def draw_figures(got: Gathered, folder: Path) -> list[Path]:
         classes = shown_classes(got.dataset, plain.get(seed, cifs[seed]).robust, got.class_names)
         save(figure_f4(cifs[seed], classes, got.class_names), "f4_masks")
     return paths
-
-
-def plain_values(value: Any) -> Any:
-    """Tensors and floats as JSON has them: six digits, ``None`` for what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_values(inner) for key, inner in value.items()}
-    if isinstance(value, Tensor):
-        return plain_values(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain_values(inner) for inner in value]
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value
 
 
 def analyse(
@@ -812,46 +701,9 @@ def analyse(
     return {**report, "figures": [str(figure) for figure in figures], "path": str(path)}
 
 
-def describe(report: Mapping[str, Any]) -> str:
-    """A report as text: verdicts, numbers beside them, and what was missing."""
-    words = {True: "holds", False: "DOES NOT HOLD", None: "undecided"}
-
-    def number(value: float | None) -> str:
-        return "missing" if value is None else f"{value:.3f}"
-
-    lines = []
-    for entry in report["expectations"]:
-        seeds = "; ".join(f"seed {seed}: {number(v)}" for seed, v in entry["per_seed"].items())
-        lines.append(f"({entry['id']}) {words[entry['holds']]}: {entry['claim']}")
-        lines.append(
-            f"    measured {number(entry['value'])} against {number(entry['threshold'])}"
-            + (f" ({seeds})" if seeds else "")
-        )
-        lines += [f"    {name}: {number(value)}" for name, value in entry["beside"].items()]
-    lines += [f"missing: {what}" for what in report["missing"]]
-    lines += [f"wrote {path}" for path in (report["path"], *report["figures"])]
-    return "\n".join(lines)
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command; 0 whichever way the expectations turn out, 2 where nothing can be done."""
-    parser = argparse.ArgumentParser(
-        prog="python -m paper_cifs.analysis",
-        description="Figures, channel statistics and the five expectations, from checkpoints.",
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs/paper_cifs"))
-    parser.add_argument("--results", type=Path, default=Path("paper_cifs/results"))
-    parser.add_argument("--on", default="digits", help="a data set, dataset_network or a stem")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    o = parser.parse_args(args)
-    try:
-        report = analyse(o.runs, o.results, o.on, o.seeds, o.device)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(describe(report))
-    return 0
+    return run_analysis("paper_cifs", analyse, args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from common.errors import ConfigurationError
 from common.evaluation.audit import Audit, AuditReport
 from common.evaluation.engine import Team, in_order, run_steps
 from common.evaluation.journal import Journal, identity_of
+from common.evaluation.measures import Measure, cost, means, measure_steps
 from common.evaluation.pictures import draw
 from common.evaluation.progress import ConsoleProgress
 from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
@@ -45,6 +46,7 @@ class RobustEvaluation(Callback):
         threat: The adversary whose worst case is reported; ``None`` takes the ball of the suite's
             first attack. Attacks in larger balls or other norms are reported, and do not count.
         audit: Checks for gradient masking; ``None`` for none.
+        measures: What else to find out about the network: see :mod:`common.evaluation.measures`.
         pictures: Whether to draw curves, bars and examples beside the results and in TensorBoard.
         results: The JSON file of results; ``None`` puts ``results.json`` into the run directory.
         experiment: Name under which results are filed; the command line fills it in.
@@ -58,6 +60,7 @@ class RobustEvaluation(Callback):
         validation: SuiteEntry | None = None,
         threat: Threat | None = None,
         audit: Audit | None = None,
+        measures: dict[str, Measure] | None = None,
         pictures: bool = True,
         results: str | None = None,
         experiment: str | None = None,
@@ -68,6 +71,7 @@ class RobustEvaluation(Callback):
         self.validation = validation
         self.threat = threat
         self.audit = audit
+        self.measures = measures or {}
         self.pictures = pictures
         self.results = results
         self.experiment = experiment or "unnamed"
@@ -178,7 +182,11 @@ class RobustEvaluation(Callback):
         self._examples = []
         examples = in_order({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
         outcomes, audit = self._evaluated(trainer, pl_module, examples, team)
-        entry = checkpoint_entry(outcomes, audit=audit, **getattr(pl_module, "loaded_at", {}))
+        at = getattr(pl_module, "loaded_at", {})
+        measured = means(outcomes, self.measures)
+        with torch.inference_mode(False), frozen(pl_module, "eval"):
+            measured |= cost(pl_module, examples["x"][0].clone().to(pl_module.device))
+        entry = checkpoint_entry(outcomes, audit=audit, measures=measured, **at)
         for name, value in entry["metrics"].items():
             pl_module.log(f"test/{name}", value, sync_dist=True)
         if trainer.is_global_zero:
@@ -200,6 +208,7 @@ class RobustEvaluation(Callback):
         threat = self.threat or next((step.threat for step in steps if step.threat), None)
         if self.audit is not None and threat is not None:
             steps += self.audit.steps(pl_module, threat, classes)
+        steps += measure_steps(self.measures)
         identity = identity_of(pl_module, examples, run_seed(), self.config_digest)
         folder = self.results_path(trainer).parent / "outcomes"
         data = getattr(trainer, "datamodule", None)

@@ -154,7 +154,8 @@ def _show(evaluation: Evaluation, output: str | None) -> None:
     console = Console()
     console.print(evaluation.table())
     if "audit" in evaluation.result:
-        checks = evaluation.result["audit"]["checks"]
+        every = evaluation.result["audit"]["checks"]
+        checks = [check for check in every if check["verdict"] != "not applicable"]
         passed = sum(check["verdict"] == "pass" for check in checks)
         console.print(f"audit: {passed} of {len(checks)} checks passed")
     for text in [*evaluation.warnings, *(f"audit: {text}" for text in evaluation.failed_checks)]:

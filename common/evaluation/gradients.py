@@ -10,7 +10,6 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -228,7 +227,7 @@ def _is_cut(source: Tensor, output: Tensor) -> bool:
 
 def _bridge_functions(output: Any) -> None:
     """Let the autograd functions behind an output pass gradients on where theirs vanish."""
-    nodes = [output.grad_fn] if isinstance(output, Tensor) and output.grad_fn else []
+    nodes: list[Any] = [output.grad_fn] if isinstance(output, Tensor) and output.grad_fn else []
     while nodes:
         node = nodes.pop()
         if "bridged" in node.metadata:
@@ -236,18 +235,15 @@ def _bridge_functions(output: Any) -> None:
         node.metadata["bridged"] = True
         nodes += [following for following, _ in node.next_functions if following is not None]
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            following, number = node.next_functions[0]
-            if following is not None:
-                shape = following._input_metadata[number].shape  # type: ignore[attr-defined]
-                node.register_hook(partial(_passed_on, shape))
+            node.register_hook(_passed_on)
 
 
-def _passed_on(shape: torch.Size, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
-    """Gradients of a function's inputs: that of its output where there is none."""
+def _passed_on(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
+    """Gradients of a function's inputs: that of its output where theirs are zero."""
+    if inputs[0] is None or outputs[0] is None or inputs[0].shape != outputs[0].shape:
+        return None  # autograd does not let a hook replace None
     vanish = all(g is None or not bool(g.nan_to_num(0.0, 0.0, 0.0).any()) for g in inputs)
-    if vanish and outputs[0] is not None and outputs[0].shape == shape:
-        return outputs[0], *inputs[1:]
-    return None
+    return (outputs[0], *inputs[1:]) if vanish else None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from common.evaluation.engine import PICTURED
 from common.evaluation.steps import Outcomes
 from common.evaluation.victim import class_names
 from common.figures import accuracy_curve, adversarial_grid, confusion_matrix, per_class_bars
+from common.outcomes import counts_as_attack
 from common.schema import AttackResult, CheckpointResult
 
 _AXES = {"eps": "eps", "steps": "steps", "level": "noise level"}
@@ -32,14 +33,18 @@ def draw(
     classes = len(result["clean"]["per_class"])
     labels = class_names(names, classes)[:classes]
     pictures = curves(result)
-    bars = {"clean": result["clean"]["per_class"]}
-    for name, attack in result["attacks"].items():
-        if attack["counts"] and attack["kind"] == "attack":
-            bars[name] = attack["per_class"]
-    strongest = sorted(list(bars)[1:], key=lambda name: result["metrics"][name])[:3]
+    bars = {"clean": outcomes.correct["clean"]}
+    whole = [
+        name
+        for name, attack in result["attacks"].items()
+        if counts_as_attack(attack) and attack["examples"] == result["examples"]
+    ]
+    for name in sorted(whole, key=lambda name: result["metrics"][name])[:2]:
+        bars[name] = outcomes.correct[name]
+    bars["worst case"] = ~_fell_to(outcomes)[0] & bars["clean"]
     shares = {
-        name: [right / total if total else 0.0 for right, total in _padded(bars[name], classes)]
-        for name in ("clean", *strongest)
+        name: [_mean(correct[outcomes.y == label]) for label in range(classes)]
+        for name, correct in bars.items()
     }
     pictures["per_class"] = per_class_bars(shares, labels)
     pictures["confusion"] = confusion_matrix(
@@ -83,19 +88,26 @@ def _interval(result: CheckpointResult, attack: AttackResult | None) -> tuple[fl
     return low, high
 
 
-def _padded(counts: list[list[int]], classes: int) -> list[list[int]]:
-    return counts + [[0, 0]] * (classes - len(counts))
+def _mean(correct: Tensor) -> float:
+    return correct.float().mean().item() if len(correct) else 0.0
+
+
+def _fell_to(outcomes: Outcomes) -> tuple[Tensor, Tensor]:
+    """Which examples fell within the threat model, and what they were then taken for."""
+    predicted = outcomes.columns["clean"]["predicted"].clone()
+    fell = torch.zeros_like(outcomes.correct["clean"])
+    for key, line in outcomes.lines.items():
+        if line.counts and line.kind == "attack":
+            broken = outcomes.correct["clean"] & outcomes.attacked[key] & ~outcomes.correct[key]
+            first = broken & ~fell
+            predicted = torch.where(first, outcomes.columns[key]["predicted"], predicted)
+            fell |= broken
+    return fell, predicted
 
 
 def _confusion(outcomes: Outcomes, classes: int) -> Tensor:
     """How often label i was taken for class j, ``(K, K)``; the first break of an example counts."""
-    predicted = outcomes.columns["clean"]["predicted"].clone()
-    whole = outcomes.correct["clean"].clone()
-    for key, line in outcomes.lines.items():
-        if line.counts and line.kind == "attack":
-            broken = whole & outcomes.attacked[key] & ~outcomes.correct[key]
-            predicted = torch.where(broken, outcomes.columns[key]["predicted"], predicted)
-            whole &= ~broken
+    _, predicted = _fell_to(outcomes)
     size = max(classes, int(predicted.max()) + 1)
     cells = torch.bincount(outcomes.y * size + predicted, minlength=size * size)
     return cells.view(size, size)[:classes, :classes]

@@ -83,7 +83,8 @@ def _load(path: Path) -> nn.Module:
             "config.yaml); train it first"
         )
     before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
-    with torch.random.fork_rng():
+    # Lightning tests in inference mode, whose tensors could never be differentiated through.
+    with torch.random.fork_rng(), torch.inference_mode(False):
         model, _ = load_run(run, path.stem)
     for name, value in before.items():
         os.environ.pop(name, None)

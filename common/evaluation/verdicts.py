@@ -16,7 +16,7 @@ from common.evaluation.steps import Outcomes
 from common.schema import AuditCheck, AuditResult
 from common.statistics import wilson_interval
 
-FINE_AGREEMENT, COARSE_AGREEMENT = 0.98, 0.4
+FINE_AGREEMENT, COARSE_AGREEMENT = 0.999, 0.4
 ZERO_GRADIENTS = 0.05  # share of examples
 MISSED = 0.01  # share of examples that random search may find and gradients miss
 LEAST_DROP = 0.03  # accuracy; smaller differences are not worth a warning
@@ -139,6 +139,11 @@ class _Reading:
         """Wilson's interval of :meth:`accuracy`."""
         return wilson_interval(int(self.robust(*keys).sum()), self.n)
 
+    def _allowed(self, right: int) -> float:
+        """How far accuracy may drop: to the interval's end, and by half its width near zero."""
+        low, high = wilson_interval(right, self.n)
+        return max(right / self.n - low, (high - low) / 2.0, LEAST_DROP)
+
     def _stronger(
         self, name: str, question: str, before: list[str], after: list[str]
     ) -> AuditCheck:
@@ -147,7 +152,7 @@ class _Reading:
         if not ran:
             return _check(name, question, None, None, None, "This attack could not be run.")
         expected = self.accuracy(*before)
-        least = min(self.interval(*before)[0], expected - LEAST_DROP)
+        allowed = self._allowed(int(self.robust(*before).sum()))
         found = {key: self.accuracy(key) for key in ran}
         parts = [f"{key.rpartition('/')[2]} {_percent(found[key])}" for key in found]
         missed = int((self.robust(*before) & ~self.robust(*ran)).sum())
@@ -155,8 +160,8 @@ class _Reading:
             name,
             question,
             expected - min(found.values()),
-            expected - least,
-            min(found.values()) >= least,
+            allowed,
+            expected - min(found.values()) <= allowed,
             f"Accuracy is {_percent(expected)} under the usual attack, {', '.join(parts)}; "
             f"{missed} of {self.n} examples fell only now.",
         )
@@ -242,8 +247,7 @@ class _Reading:
         standing = {n: self.clean & (first > n) for n in sorted({1, half, self.restarts})}
         right = {n: int(mask.sum()) for n, mask in standing.items()}
         value = (right[half] - right[self.restarts]) / self.n
-        low, _ = wilson_interval(right[half], self.n)
-        threshold = max(right[half] / self.n - low, LEAST_DROP)
+        threshold = self._allowed(right[half])
         path = ", ".join(f"{_percent(right[n] / self.n)} after {n}" for n in right)
         detail = f"Accuracy is {path} restarts."
         return _check("restarts", question, value, threshold, value <= threshold, detail)

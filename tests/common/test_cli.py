@@ -48,6 +48,19 @@ trainer:
 """
 
 
+TRANSFER = """
+evaluation:
+  suite:
+    transfer:
+      attack:
+        class_path: common.evaluation.transfer.Transfer
+        init_args:
+          surrogate: again/paper_tiny/tiny/seed3/checkpoints/last.ckpt
+          attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: threat}}
+    white: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: threat}}}
+"""
+
+
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -105,6 +118,19 @@ def test_fit_test_predict_and_rerun_from_the_saved_config(config) -> None:
     classifier, data = load_run(run)
     assert not classifier.training
     assert data.num_classes == 10
+
+    # What was trained again attacks the first: the same weights, so as good as a white box.
+    overlay = config.with_name("overlay.yaml")
+    overlay.write_text(TRANSFER)
+    again = ["--config", config, "--config", overlay, "--model.net.widths", "[4, 8]"]
+    again += ["--seed_everything", "3", "--ckpt_path", "last", "--evaluation.results", "t.json"]
+    call("test", *again)
+    found = json.loads(Path("t.json").read_text())
+    assert found["seed"] == 3
+    attacks = found["checkpoints"]["last"]["attacks"]
+    assert attacks["transfer"]["outcomes"] == attacks["white/ce_f"]["outcomes"]
+    assert attacks["white/ce_f"]["eps"] == 0.1
+    assert {path.name for path in Path("figures").iterdir()} >= {"last_confusion.png"}
 
 
 def test_a_second_fit_leaves_the_first_alone(config) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from common.analysis import describe
 from common.classifier import RobustClassifier
 from common.errors import CheckpointError, ConfigurationError
 from common.evaluation import Outcomes
@@ -21,7 +22,6 @@ from paper_cifs.analysis import (
     analyse,
     class_means,
     correlation,
-    describe,
     draw_channels,
     evaluate_expectations,
     experiment_of,

@@ -15,8 +15,9 @@ from common.evaluation.steps import Outcomes, Threat
 from common.evaluation.victim import Victim
 from common.validation import _check_audit
 
+pytestmark = pytest.mark.filterwarnings("ignore:AutoAttack")
 THREAT = Threat("linf", 0.2)
-SMALL = {"examples": 40, "steps": 12, "restarts": 4, "square_queries": 200, "random_samples": 100}
+SMALL = {"examples": 40, "steps": 10, "restarts": 4, "square_queries": 150, "random_samples": 60}
 
 
 def images(split):
@@ -25,6 +26,7 @@ def images(split):
 
 
 def cnn() -> nn.Sequential:
+    torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
         nn.BatchNorm2d(8),
@@ -38,7 +40,7 @@ def cnn() -> nn.Sequential:
     )
 
 
-def trained(net: nn.Module, attack: PGD | None = None, epochs: int = 8) -> nn.Module:
+def trained(net: nn.Module, attack: PGD | None = None, epochs: int = 6) -> nn.Module:
     torch.manual_seed(0)
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     x, y = images("train")
@@ -132,7 +134,7 @@ def test_a_natural_network_passes_every_check(natural):
 
 @pytest.mark.parametrize("threat", [Threat("l2", 1.0), Threat("l1", 4.0)])
 def test_other_norms(robust, threat):
-    checks, outcomes = audited(robust, threat)
+    checks, outcomes = audited(robust, threat, steps=20 if threat.norm == "l2" else 40)
     assert failed(checks) == set()
     for key, columns in outcomes.columns.items():
         if key.startswith("audit_") and "loss" in columns and "eps=" not in key:
@@ -168,10 +170,11 @@ def test_a_quantiser_with_a_useful_gradient_of_its_own():
 class Masked(nn.Module):
     """Features times a mask that gives no gradient."""
 
-    sharpness = 20.0
+    sharpness = 40.0
 
     def __init__(self):
         super().__init__()
+        torch.manual_seed(0)
         self.features = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten())
         self.gate, self.output = nn.Linear(512, 512), nn.Linear(512, 10)
 
@@ -221,7 +224,6 @@ class Restless(nn.BatchNorm2d):
 
 
 NO_GRADIENT = {
-    "eps_to_chance",
     "black_box",
     "gradient_path",
     "finite_differences",
@@ -260,7 +262,7 @@ def test_a_forward_pass_without_gradient(natural):
 
 def test_a_detached_mask(detached):
     checks, _ = audited(detached, examples=60)
-    assert failed(checks) >= {"finite_differences"}
+    assert failed(checks) >= {"finite_differences", "gradient_path"}
     assert 0.3 < checks["finite_differences"]["value"] < 0.98
 
 
@@ -383,12 +385,12 @@ def test_attacks_keep_the_union_over_losses(natural):
     assert "eps_to_chance" in failed(alone[0])
     assert "eps_to_chance" not in failed(both[0])
     assert both[0]["zero_gradients"]["verdict"] == "pass"
-    key = "audit_steps/steps=12"
+    key = "audit_steps/steps=10"
     assert both[1].correct[key][:40].sum() < alone[1].correct[key][:40].sum()
 
 
 def test_examples_wrong_from_the_start_leave_nothing_to_attack(natural):
-    x, y = images("test")
+    x, _ = images("test")
     checks, _ = audited(natural, data=(x, (natural(x).argmax(dim=1) + 1) % 10))
     assert failed(checks) == set()
 
