@@ -11,7 +11,7 @@ its own, so in train mode batch-norm sees the two kinds of images apart and upda
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -113,24 +113,37 @@ class TRADES:
         return cross_entropy(logits, batch["y"]).mean() + self.beta * divergence
 
 
+MARTVariant = Literal["authors", "released"]
+
+
 class MART:
     """Misclassification-aware adversarial training (Wang et al. 2020), as in its official code.
 
     The constants that keep the logarithms finite are that code's, without which its
     gradients are not reproduced; they can make the loss of a perfect prediction slightly negative.
 
+    The variant ``released`` is how other public code (MTandHJ/rcm) has it: the boosting term lost
+    its logarithm, and the divergence is the other way round, KL(f(x_adv) || f(x)). It is here to
+    reproduce numbers that may come from that code.
+
     Args:
         beta: Weight of the divergence (lambda in the paper, where it is 5; the official code's
             default is 6).
+        variant: ``authors`` for the official code, or ``released``.
 
     Raises:
-        ConfigurationError: If ``beta`` is negative or not finite.
+        ConfigurationError: If ``beta`` is negative or not finite, or the variant is unknown.
     """
 
     needs_x_adv = True
 
-    def __init__(self, beta: float = 5.0) -> None:
+    def __init__(self, beta: float = 5.0, variant: MARTVariant = "authors") -> None:
         self.beta = check_weight("beta", beta)
+        if variant not in get_args(MARTVariant):
+            raise ConfigurationError(
+                f"variant must be one of {', '.join(get_args(MARTVariant))}, got {variant!r}"
+            )
+        self.variant: MARTVariant = variant
 
     def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Cross-entropy with the label."""
@@ -144,8 +157,13 @@ class MART:
         log_p = full_precision(logits).log_softmax(dim=1)
         p, q = log_p.exp(), full_precision(logits_adv).softmax(dim=1)
         q_wrong = q.scatter(1, true, -1.0).amax(dim=1)  # the most probable class that is not y
-        boosted = cross_entropy(logits_adv, batch["y"]) - torch.log(1.0001 - q_wrong + 1e-12)
-        divergence = (p * (log_p - torch.log(q + 1e-12))).sum(dim=1)
+        boosted = cross_entropy(logits_adv, batch["y"])
+        if self.variant == "authors":
+            boosted = boosted - torch.log(1.0001 - q_wrong + 1e-12)
+            divergence = (p * (log_p - torch.log(q + 1e-12))).sum(dim=1)
+        else:
+            boosted = boosted - (1.0001 - q_wrong)
+            divergence = kl_divergence(logits_adv, logits)
         unsure = 1.0000001 - p.gather(1, true).squeeze(1)
         return boosted.mean() + self.beta * (divergence * unsure).mean()
 

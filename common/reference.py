@@ -8,7 +8,7 @@ import yaml
 
 from common.errors import ConfigurationError
 
-UNITS = {"percent": 100.0, "plain": 1.0, "millions": 1e-6, "giga": 1e-9}
+UNITS = {"percent": 100.0, "plain": 1.0, "thousands": 1e-3, "millions": 1e-6, "giga": 1e-9}
 """What a measured figure is multiplied by in a table."""
 
 Number = float | list[float] | None
@@ -21,12 +21,13 @@ class Metric:
     Args:
         key: Of the metric.
         title: Heading.
-        unit: ``percent`` of a figure in [0, 1]; ``plain`` as it is; ``millions``; ``giga``.
+        unit: ``percent`` of a figure in [0, 1]; ``plain`` as it is; ``thousands``; ``millions``;
+            ``giga``.
     """
 
     key: str
     title: str
-    unit: Literal["percent", "plain", "millions", "giga"] = "percent"
+    unit: Literal["percent", "plain", "thousands", "millions", "giga"] = "percent"
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:

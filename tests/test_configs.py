@@ -1,12 +1,15 @@
 """Every configuration of every paper, through the real command line."""
 
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from common.cli import RobustCLI, main
+from common.evaluation.suite import steps_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("paper_*/configs/*.yaml"))
@@ -28,6 +31,28 @@ SMALL = {
 
 def name(path: Path) -> str:
     return path.stem
+
+
+def kind(path: Path) -> tuple[str, ...]:
+    """What a configuration is made of: classes and shared files, without their numbers."""
+
+    def classes(value: object) -> list[str]:
+        if isinstance(value, dict):
+            own = [value["class_path"]] if "class_path" in value else []
+            return own + [c for part in value.values() for c in classes(part)]
+        if isinstance(value, list):
+            return [c for part in value for c in classes(part)]
+        return [value] if isinstance(value, str) and value.endswith(".yaml") else []
+
+    return (path.parents[1].name, *classes(yaml.safe_load(path.read_text())))
+
+
+# One of each kind is made by default, all of them by the slow tests.
+FIRST_OF_KIND = {kind(path): path for path in reversed(CONFIGS)}.values()
+MADE = [
+    pytest.param(path, id=path.stem, marks=() if path in FIRST_OF_KIND else pytest.mark.slow)
+    for path in CONFIGS
+]
 
 
 def options(path: Path, **more: object) -> list[str]:
@@ -55,21 +80,24 @@ def test_a_config_describes_one_known_experiment(path) -> None:
         assert (path.parent / f"{start['experiment']}.yaml").exists()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
+@pytest.mark.parametrize("path", MADE)
 def test_a_config_parses_and_everything_in_it_can_be_made(path) -> None:
+    """Large networks without weights: shapes and counts need none."""
     arguments = [*options(path), "--trainer.logger", "false"]
-    cli = RobustCLI(path.parents[1].name, arguments, run=False)
-    net = cli.model.net
-    shape = cli.datamodule.shape
-    with torch.inference_mode():
+    with torch.device("cpu" if path in DIGITS else "meta"), torch.inference_mode():
+        cli = RobustCLI(path.parents[1].name, arguments, run=False)
+        net = cli.model.net
+        shape = cli.datamodule.shape
         logits = cli.model.eval()(torch.rand(1, *shape))
     assert logits.shape == (1, cli.datamodule.num_classes)
     assert sum(p.numel() for p in net.parameters()) > 10_000
     needs_attack = cli.model.objective.needs_x_adv
     adversary = cli.config_init["adversary"]
     assert (adversary.attack is not None) == needs_attack
-    for entry in cli.config_init["evaluation"].suite.values():
-        assert entry.attack.eps > 0
+    suite = cli.config_init["evaluation"].suite
+    for step in steps_of(suite, cli.model, cli.datamodule.num_classes, seed=0):
+        assert step.kind == "noise" or step.threat is None or step.threat.radius >= 0
+    assert suite
 
 
 @pytest.mark.parametrize("path", DIGITS, ids=name)
@@ -82,10 +110,21 @@ def test_a_digits_config_survives_fit(path, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p not in DIGITS], ids=name)
 def test_every_config_survives_fit(path, tmp_path, monkeypatch, request) -> None:
     dataset = path.stem.partition("_")[0]
-    fixture = {"cifar10": "fake_cifar10", "svhn": "fake_svhn", "fashion": "fake_fashion_mnist"}
+    fixture = {
+        "cifar10": "fake_cifar10",
+        "cifar100": "fake_cifar100",
+        "svhn": "fake_svhn",
+        "fashion": "fake_fashion_mnist",
+    }
     root = request.getfixturevalue(fixture[dataset])
     monkeypatch.chdir(tmp_path)
-    arguments = options(path, **{"data.source.root": root, "data.val_limit": 2})
+    more = {"data.source.root": root, "data.val_limit": 2}
+    if "500k" in path.stem:
+        more["data.extra.root"] = root
+        images = np.zeros((8, 32, 32, 3), dtype=np.uint8)
+        extra = {"data": images, "extrapolated_targets": np.arange(8)}
+        (Path(root) / "ti_500K_pseudo_labeled.pickle").write_bytes(pickle.dumps(extra))
+    arguments = options(path, **more)
     main(
         ["fit", *arguments, "--warm_start.experiment", "null"],
         package=path.parents[1].name,

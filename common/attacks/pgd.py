@@ -18,6 +18,7 @@ from common.errors import ConfigurationError
 
 Norm = Literal["linf", "l2", "l1"]
 Start = Literal["zero", "uniform", "gaussian"]
+StepNoise = Literal["added", "scaled"]
 LossFn = Callable[[Tensor], Tensor]
 Random = torch.Generator | ExampleRandom | None
 
@@ -38,14 +39,16 @@ class PGD(Settings):
             / steps`` (Madry et al. 2018), enough to reach the boundary from any start.
         steps: Number of steps; 0 returns the start.
         start: ``zero`` is x itself, ``uniform`` is uniform in the ball, ``gaussian`` is x plus
-            ``start_scale`` times standard normal noise (TRADES, MART).  All are brought into ball
-            and box before the first step; the official TRADES code does so only after it.
+            ``start_scale`` times standard normal noise (TRADES, MART).
         norm: Of the ball and the step.
         momentum: Decay of the accumulated gradient, each summand divided by its l1 norm (MIM, Dong
             et al. 2018, Eq. (6)); ``None`` uses the gradient alone.
         restarts: Independent runs, of which each example keeps its best (see ``__call__``).
         start_scale: Standard deviation of the ``gaussian`` start.
         l1_density: Fraction of the coordinates an l1 step moves, at least one.
+        project_start: Whether the start is brought into ball and box before the first gradient.
+            The official TRADES code and those that follow it do so only after the first step;
+            ``False`` reproduces them. What comes back is in ball and box either way.
 
     Raises:
         ConfigurationError: If a setting is out of range or restarts would repeat each other.
@@ -62,6 +65,7 @@ class PGD(Settings):
         restarts: int = 1,
         start_scale: float | str = 0.001,
         l1_density: float = 0.01,
+        project_start: bool = True,
     ) -> None:
         self.norm: Norm = norm
         _choice("norm", norm, ("linf", "l2", "l1"))
@@ -77,6 +81,7 @@ class PGD(Settings):
         self.momentum = momentum
         self.start_scale = parse_radius(start_scale, "l2", "start_scale")
         self.l1_density = l1_density
+        self.project_start = project_start
         if momentum is not None and not (math.isfinite(momentum) and momentum >= 0.0):
             raise ConfigurationError(
                 f"momentum must be finite and at least 0 (MIM uses 1.0), got {momentum}; null "
@@ -160,6 +165,8 @@ class PGD(Settings):
             parts.append(f"momentum={self.momentum:g}")
         if self.restarts > 1:
             parts.append(f"restarts={self.restarts}")
+        if not self.project_start:
+            parts.append("project_start=False")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _run(
@@ -185,7 +192,8 @@ class PGD(Settings):
             noise = _normal(generator, x) * self.start_scale
         else:
             noise = _uniform_in_ball(generator, x, self.eps, self.norm)
-        return project(x + noise)
+        is_last = self.steps == 0  # no step will bring it back
+        return project(x + noise) if self.project_start or is_last else x + noise
 
     def _direction(
         self, loss_fn: LossFn, x_adv: Tensor, velocity: Tensor | None
@@ -270,8 +278,11 @@ class FriendlyPGD(PGD):
         start_scale: Standard deviation of the ``gaussian`` start.
         tau: How many times an example may be found wrong and still move: a number, or a schedule
             ``{first epoch: number}`` such as ``{0: 0, 50: 1, 90: 2}``.
-        noise: Standard deviation of Gaussian noise added to every step before projecting (omega;
-            0.001 in the official code).
+        noise: Size of the noise in every step, before projecting (omega; 0.001 in the official
+            code).
+        noise_form: ``added`` is Gaussian noise of that standard deviation beside the step, as in
+            the official code. ``scaled`` is uniform noise in [0, omega) inside it, times the step
+            size, as some public code has it (MTandHJ/rcm).
 
     Raises:
         ConfigurationError: If a setting is out of range or the schedule says nothing of epoch 0.
@@ -287,11 +298,13 @@ class FriendlyPGD(PGD):
         start_scale: float | str = 0.001,
         tau: int | dict[int, int] = 0,
         noise: float = 0.0,
+        noise_form: StepNoise = "added",
     ) -> None:
         super().__init__(eps, step_size, steps, start, norm, start_scale=start_scale)
         schedule = tau if isinstance(tau, dict) else {0: tau}
         self.tau = {_count("tau's epochs", k, 0): _count("tau", schedule[k], 0) for k in schedule}
         self.noise = parse_radius(noise, "l2", "noise")
+        self.noise_form = _choice("noise_form", noise_form, ("added", "scaled"))
         if 0 not in self.tau:
             raise ConfigurationError(
                 f"tau says nothing of the epochs before {min(self.tau, default='any')}: {tau}; add "
@@ -323,8 +336,11 @@ class FriendlyPGD(PGD):
                 patience = patience - is_adversarial(x_adv).to(patience.dtype)
             direction, _ = self._direction(loss_fn, x_adv, None)
             moved = x_adv.add(direction, alpha=self.step_size)
-            if self.noise > 0.0:
+            if self.noise > 0.0 and self.noise_form == "added":
                 moved = moved.add_(_normal(generator, x), alpha=self.noise)
+            elif self.noise > 0.0:
+                inside = _uniform(generator, x, x.shape[1:])
+                moved = moved.add_(inside, alpha=self.step_size * self.noise)
             x_adv = torch.where(_per_example(patience >= 0, x), project(moved), x_adv)
         return x_adv
 

@@ -52,6 +52,11 @@ class SelectedCheckpoint(SafeCheckpoint):
         monitor: Logged metric; ``val/robust_acc`` needs ``evaluation.validation``.
         mode: Whether larger or smaller is better.
         dirpath: Folder; ``checkpoints`` in the run directory when not given.
+        from_epoch: The first epoch, from 0, that may be selected. A run that ends before it
+            selects none and has its last checkpoint alone.
+
+    Raises:
+        ConfigurationError: If ``from_epoch`` is negative.
     """
 
     def __init__(
@@ -59,7 +64,14 @@ class SelectedCheckpoint(SafeCheckpoint):
         monitor: str = "val/robust_acc",
         mode: Literal["min", "max"] = "max",
         dirpath: str | None = None,
+        from_epoch: int = 0,
     ) -> None:
+        if from_epoch < 0:
+            raise ConfigurationError(
+                f"checkpoint.from_epoch counts epochs from 0, got {from_epoch}; 0 lets every "
+                "epoch be selected"
+            )
+        self.from_epoch = from_epoch
         super().__init__(
             dirpath=dirpath,
             filename="selected",
@@ -83,6 +95,10 @@ class SelectedCheckpoint(SafeCheckpoint):
                 "checkpoint.monitor is val/robust_acc and evaluation.validation is null, so nobody "
                 "measures it; name an attack there, or set checkpoint.monitor to val/clean_acc"
             )
+
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
+        too_early = trainer.current_epoch < self.from_epoch
+        return too_early or super()._should_skip_saving_checkpoint(trainer)
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether this epoch is at least as good as the one kept."""

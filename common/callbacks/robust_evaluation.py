@@ -124,10 +124,10 @@ class RobustEvaluation(Callback):
         if self.validation is None:
             return
         attack = cast(PGD, self.validation.attack)
-        worst = torch.ones_like(batch["y"], dtype=torch.bool)
-        predicted = batch["y"].clone()
         with torch.inference_mode(False), frozen(pl_module, "eval"):
             part = {key: value.clone() for key, value in batch.items()}
+            worst = torch.ones_like(part["y"], dtype=torch.bool)
+            predicted = part["y"].clone()
             for inner in resolve_losses(self.validation.losses, pl_module).values():
                 random = ExampleRandom(run_seed(), 0, part["index"], EVALUATION)
                 x_adv = attack(

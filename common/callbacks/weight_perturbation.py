@@ -23,6 +23,9 @@ class AdversarialWeightPerturbation(Callback):
     the objective only by ``outer``, so one class serves all objectives. As in the official code
     only weights of more than one dimension move, not biases nor batch-norm.
 
+    An objective whose weights climb something else than ``outer`` has a method ``weight_loss`` with
+    the same arguments.
+
     Args:
         gamma: Radius relative to each layer's norm; 0 switches the perturbation off.
         start_epoch: First epoch (from 0) that perturbs.
@@ -50,7 +53,8 @@ class AdversarialWeightPerturbation(Callback):
             torch.enable_grad(),
             trainer.precision_plugin.train_step_context(),
         ):
-            loss = objective_of(pl_module).outer(pl_module, batch)
+            objective = objective_of(pl_module)
+            loss = getattr(objective, "weight_loss", objective.outer)(pl_module, batch)
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is None:

@@ -4,22 +4,46 @@ The whole set stays in memory as uint8. A batch is one indexing operation; it tr
 as bytes and becomes float32 in [0, 1] there.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from common.attacks.randomness import AUGMENTATION, ExampleRandom, run_seed
+from common.data.extra import ExtraImages, MixedDataset, MixedSampler
 from common.data.sources import ImageSource, Split, stratified_split
 from common.errors import ConfigurationError
 
 Batch = dict[str, Tensor]
+
+CropPadding = Literal["zero", "reflect"]
+"""What stands around an image before it is cropped: zeros, or the image mirrored at its edge."""
+
+_VIEWS = 7  # a stream of random numbers, apart from those in randomness.py, sources.py, extra.py
+_NEXT_VIEW = 2**40  # what the index of an image's next version is ahead: more than any set has
+
+
+class Views(ABC):
+    """More versions of each training image, for losses that compare them."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, random: ExampleRandom) -> list[Tensor]:
+        """Versions of the whole images, before crop and flip.
+
+        Args:
+            x: Images, uint8 ``(N, C, H, W)``.
+            random: Random numbers of these images.
+
+        Returns:
+            Each like ``x``; the images themselves are not among them.
+        """
 
 
 class ImageDataset(Dataset[Batch]):
@@ -77,8 +101,10 @@ class _TrainLoader(DataLoader[Batch]):
         """Nothing, as :meth:`state_dict`."""
 
 
-def shift_and_flip(x: Tensor, shift: Tensor, is_flipped: Tensor, padding: int) -> Tensor:
-    """Crops each zero-padded image at its own place, then mirrors it or not.
+def shift_and_flip(
+    x: Tensor, shift: Tensor, is_flipped: Tensor, padding: int, padding_mode: CropPadding = "zero"
+) -> Tensor:
+    """Crops each padded image at its own place, then mirrors it or not.
 
     The random crop and horizontal flip of He et al. 2016 (Section 4.2, "4 pixels are padded on each
     side"), one gather for the whole batch.
@@ -88,7 +114,9 @@ def shift_and_flip(x: Tensor, shift: Tensor, is_flipped: Tensor, padding: int) -
         shift: Top and left corner of the crops in the padded images, int64 in
             ``[0, 2 * padding]``, ``(N, 2)``.
         is_flipped: Whether the crop is mirrored left to right, bool ``(N,)``.
-        padding: Zeros on each side.
+        padding: Pixels added on each side.
+        padding_mode: ``zero``, or ``reflect`` for the image mirrored at its edge, whose own pixels
+            are not repeated; ``padding`` is below the sides of the image then.
 
     Returns:
         Images of the same shape and type.
@@ -97,6 +125,10 @@ def shift_and_flip(x: Tensor, shift: Tensor, is_flipped: Tensor, padding: int) -
     rows = torch.arange(height, device=x.device) + shift[:, :1]
     columns = torch.arange(width, device=x.device).expand(n, width)
     columns = torch.where(is_flipped[:, None], width - 1 - columns, columns) + shift[:, 1:]
+    if padding_mode == "reflect":  # by index: torch pads no bytes this way
+        rows = height - 1 - (height - 1 - (rows - padding).abs()).abs()
+        columns = width - 1 - (width - 1 - (columns - padding).abs()).abs()
+        padding = 0
     return F.pad(x, (padding,) * 4)[
         torch.arange(n, device=x.device)[:, None, None, None],
         torch.arange(channels, device=x.device)[:, None, None],
@@ -125,7 +157,8 @@ class ImageDataModule(LightningDataModule):
         validate_on: ``"held-out"``, or ``"test"`` to hold nothing out and validate on the test
             split, as some papers select their checkpoints.
         split_seed: Decides which examples are held out; independent of the training seed.
-        crop_padding: Zeros added on each side before the random crop in training; 0 for no crop.
+        crop_padding: Pixels added on each side before the random crop in training; 0 for no crop.
+        crop_padding_mode: What they are: ``zero``, or ``reflect`` for the image mirrored.
         flip: Whether half of the training images are mirrored left to right.
         seed: Of order and augmentation; ``None`` for the run's own (``seed_everything``).
         train_limit: Use only the first so many training examples.
@@ -133,9 +166,17 @@ class ImageDataModule(LightningDataModule):
         test_limit: The same for test.
         num_workers: Processes that fetch batches. The set is in memory, so 0 is usually best.
         drop_last: Whether a last training batch that is not full is left out.
+        extra: Pseudo-labelled images for a part of every training batch, see
+            :class:`~common.data.extra.MixedSampler`. Their ``index`` counts on from that of the
+            labelled ones. All batches are full then.
+        extra_fraction: How large that part is, between 0.0 and 1.0.
+        views: More versions of each training image. A training batch is then the images, behind
+            them their second versions, and so on; each is cropped and flipped by itself, has the
+            label of its image and an ``index`` that no other example has, and ``view`` counts the
+            versions from 0.
 
     Raises:
-        ConfigurationError: A size, limit or fraction is out of range.
+        ConfigurationError: A size, limit or fraction is out of range, or the padding unknown.
     """
 
     def __init__(
@@ -147,6 +188,7 @@ class ImageDataModule(LightningDataModule):
         validate_on: Literal["held-out", "test"] = "held-out",
         split_seed: int = 0,
         crop_padding: int = 0,
+        crop_padding_mode: CropPadding = "zero",
         flip: bool = False,
         seed: int | None = None,
         train_limit: int | None = None,
@@ -154,6 +196,9 @@ class ImageDataModule(LightningDataModule):
         test_limit: int | None = None,
         num_workers: int = 0,
         drop_last: bool = False,
+        extra: ExtraImages | None = None,
+        extra_fraction: float = 0.5,
+        views: Views | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -172,9 +217,25 @@ class ImageDataModule(LightningDataModule):
                 "data.val_size must be a number of examples, at least 1, or a fraction between 0.0 "
                 f"and 1.0, got {val_size!r}; to hold nothing out, set data.validate_on: test"
             )
+        if not 0.0 < extra_fraction < 1.0:
+            raise ConfigurationError(
+                f"data.extra_fraction must be between 0.0 and 1.0, got {extra_fraction}; to train "
+                "without extra images, set data.extra: null"
+            )
         if validate_on not in ("held-out", "test"):
             raise ConfigurationError(
                 f"data.validate_on must be 'held-out' or 'test', got {validate_on!r}"
+            )
+        if crop_padding_mode not in get_args(CropPadding):
+            raise ConfigurationError(
+                f"data.crop_padding_mode must be one of {', '.join(get_args(CropPadding))}, got "
+                f"{crop_padding_mode!r}"
+            )
+        if crop_padding_mode == "reflect" and crop_padding >= min(source.spec.shape[1:]):
+            raise ConfigurationError(
+                f"data.crop_padding {crop_padding} is more than an image of "
+                f"{'x'.join(map(str, source.spec.shape[1:]))} has to mirror; make it smaller or "
+                "set data.crop_padding_mode: zero"
             )
         self.source = source
         self.batch_size = batch_size
@@ -183,6 +244,7 @@ class ImageDataModule(LightningDataModule):
         self.validate_on = validate_on
         self.split_seed = split_seed
         self.crop_padding = crop_padding
+        self.crop_padding_mode: CropPadding = crop_padding_mode
         self.flip = flip
         self.seed = seed
         self.train_limit = train_limit
@@ -190,10 +252,14 @@ class ImageDataModule(LightningDataModule):
         self.test_limit = test_limit
         self.num_workers = num_workers
         self.drop_last = drop_last
+        self.extra = extra
+        self.extra_fraction = extra_fraction
+        self.views = views
         self.train_set: ImageDataset | None = None
         self.val_set: ImageDataset | None = None
         self.test_set: ImageDataset | None = None
         self._loaded: dict[Split, tuple[Tensor, Tensor]] = {}
+        self._extra: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -252,12 +318,15 @@ class ImageDataModule(LightningDataModule):
         if stage in (None, "fit"):
             if self.train_set is None:
                 self.train_set = self._dataset("train", None, self.train_limit)
-            if self.drop_last and len(self.train_set) < self.batch_size:
+            leaves_a_rest = self.drop_last and self.extra is None
+            if leaves_a_rest and len(self.train_set) < self.batch_size:
                 raise ConfigurationError(
                     f"data.batch_size {self.batch_size} exceeds the {len(self.train_set)} training "
                     "examples and data.drop_last leaves no batch at all: make batch_size smaller "
                     "or set drop_last: false"
                 )
+            if self.extra is not None and self._extra is None:
+                self._extra = self.extra.load(self.source.spec)
         if stage in (None, "test", "predict") and self.test_set is None:
             self.test_set = self._dataset("test", None, self.test_limit)
 
@@ -267,15 +336,29 @@ class ImageDataModule(LightningDataModule):
         Process r of W takes every W-th example from the r-th on, so that together the b-th batches
         of all processes are the b-th batch of a single one.
         """
-        dataset = self._ready(self.train_set, "fit")
-        sampler: DistributedSampler[Batch] = DistributedSampler(
-            dataset,
-            num_replicas=self._world_size,
-            rank=self._rank,
-            shuffle=True,
-            seed=self.order_seed,
-            drop_last=self.drop_last,
-        )
+        labelled = self._ready(self.train_set, "fit")
+        dataset: Dataset[Batch] = labelled
+        sampler: Sampler[int]
+        if self._extra is None:
+            sampler = DistributedSampler(
+                labelled,
+                num_replicas=self._world_size,
+                rank=self._rank,
+                shuffle=True,
+                seed=self.order_seed,
+                drop_last=self.drop_last,
+            )
+        else:
+            dataset = MixedDataset(labelled, len(labelled), *self._extra)
+            sampler = MixedSampler(
+                len(labelled),
+                len(self._extra[1]),
+                self.batch_size,
+                self.extra_fraction,
+                self.order_seed,
+                self._world_size,
+                self._rank,
+            )
         loader = _TrainLoader(
             dataset,
             batch_size=self.batch_size // self._world_size,
@@ -303,9 +386,12 @@ class ImageDataModule(LightningDataModule):
 
         They are float32, or float64 where the trainer computes in double precision.
         """
-        x = batch["x"]
         if self.trainer is not None and self.trainer.training:
-            x = self.augment(x, batch["index"], self.trainer.current_epoch)
+            if self.views is not None:
+                batch |= self._with_views(self.views, batch, self.trainer.current_epoch)
+            x = self.augment(batch["x"], batch["index"], self.trainer.current_epoch)
+        else:
+            x = batch["x"]
         # A divisor on the device: CUDA multiplies by the reciprocal of a plain number, which
         # rounds some of the 256 values differently from a CPU.
         is_double = self.trainer is not None and self.trainer.precision == "64-true"
@@ -330,7 +416,20 @@ class ImageDataModule(LightningDataModule):
         random = ExampleRandom(self.order_seed, epoch, index, stream=AUGMENTATION)
         shift = random.integers(2 * self.crop_padding + 1, (2,))
         is_flipped = (random.integers(2, ()) == 1) & self.flip
-        return shift_and_flip(x, shift, is_flipped, self.crop_padding)
+        return shift_and_flip(x, shift, is_flipped, self.crop_padding, self.crop_padding_mode)
+
+    def _with_views(self, views: Views, batch: Batch, epoch: int) -> Batch:
+        """The images and, behind them, their other versions."""
+        x, y, index = batch["x"], batch["y"], batch["index"]
+        random = ExampleRandom(self.order_seed, epoch, index, stream=_VIEWS)
+        versions = [x, *views(x, random)]
+        count = range(len(versions))
+        return {
+            "x": torch.cat(versions),
+            "y": y.repeat(len(versions)),
+            "index": torch.cat([index + k * _NEXT_VIEW for k in count]),
+            "view": torch.cat([torch.full_like(index, k) for k in count]),
+        }
 
     @property
     def _world_size(self) -> int:

@@ -174,7 +174,9 @@ def _steps(
         given = common | {"settings": settings, "at": dict(at)} | fields
         return Step(key=key, entry=name, run=run, **given)
 
-    eps = getattr(attack, "eps", None)
+    # The unprojected form of GAMA leaves the ball: reported as its authors would, not counted.
+    is_bounded = getattr(attack, "project", True)
+    eps = getattr(attack, "eps", None) if is_bounded else None
     common: dict[str, Any] = {
         "scope": "standing" if entry.survivors_only else "clean",
         "cumulative": entry.survivors_only,
@@ -257,7 +259,7 @@ def _steered(inner: InnerLoss, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor
 
 def _on_logits(attack: GAMAPGD, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
     x_adv = attack(model, batch["x"], batch["y"], random)
-    return judged(model, batch, x_adv, Threat("linf", attack.eps))
+    return judged(model, batch, x_adv, Threat("linf", attack.eps) if attack.project else None)
 
 
 def _minimum_norm(attack: MinimumNorm, model: Any, batch: Batch, _: ExampleRandom) -> Columns:

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -14,6 +14,12 @@ Activation = Callable[[], nn.Module]
 
 Block = Callable[[int, int, int, Activation], nn.Module]
 """Makes one residual block from (in_channels, out_channels, stride, activation)."""
+
+Initialize = Callable[[nn.Module], None]
+"""Sets the starting weights of one module, and is called with every module of a network."""
+
+Pool = Literal["avg", "max"]
+"""How the head makes one number of each map: by its average or by its maximum."""
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -29,6 +35,26 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 def named_sequence(**modules: nn.Module) -> nn.Sequential:
     """A ``Sequential`` whose modules, and so the keys of its state dict, have the given names."""
     return nn.Sequential(OrderedDict(modules))
+
+
+def kaiming(module: nn.Module) -> None:
+    """Starting weights of one layer, for ``init``: convolutions alone are changed.
+
+    Their weights are normal with variance ``2 / (k_h k_w out)`` (He et al., ICCV 2015, fan-out).
+    """
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def global_pool(pool: Pool) -> nn.Module:
+    """Pools each map of any size to 1x1.
+
+    Raises:
+        ConfigurationError: If there is no such pool.
+    """
+    if pool not in get_args(Pool):
+        raise ConfigurationError(f'pool must be "avg" or "max", got {pool!r}')
+    return nn.AdaptiveAvgPool2d(1) if pool == "avg" else nn.AdaptiveMaxPool2d(1)
 
 
 def check_positive(**values: int) -> None:
@@ -126,12 +152,34 @@ class BasicBlock(nn.Module):
         return out
 
 
+class BareShortcutBlock(BasicBlock):
+    """A :class:`BasicBlock` whose projection has no batch-norm.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the first convolution and of the projection.
+        activation: Makes one activation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        activation: Activation = nn.ReLU,
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride, activation)
+        if not isinstance(self.shortcut, nn.Identity):
+            self.shortcut = conv1x1(in_channels, out_channels, stride)
+
+
 class ResNet(nn.Module):
     """Post-activation ResNet for small images: 3x3 stem without pooling, stages, linear head.
 
     ``stem`` is conv - bn - act, ``stages[i][j]`` is one block, ``head`` is pool - flatten - linear.
     The pool is global, so any image size works; at 32x32 it equals the 4x4 average pooling of the
-    usual code. Weights start from PyTorch's defaults.
+    usual code. Weights start from PyTorch's defaults unless ``init`` is given.
 
     Args:
         depths: Blocks per stage.
@@ -143,9 +191,12 @@ class ResNet(nn.Module):
         std: Its standard deviations.
         block: Makes one block from (in_channels, out_channels, stride, activation).
         activation: Makes one activation.
+        pool: Of the head: average or maximum over each map.
+        init: Sets starting weights, for example :func:`kaiming`; ``None`` keeps the defaults.
 
     Raises:
-        ConfigurationError: If depths, widths and strides do not describe the same stages.
+        ConfigurationError: If depths, widths and strides do not describe the same stages, or there
+            is no such pool.
     """
 
     def __init__(
@@ -159,6 +210,8 @@ class ResNet(nn.Module):
         std: Statistics = None,
         block: Block = BasicBlock,
         activation: Activation = nn.ReLU,
+        pool: Pool = "avg",
+        init: Initialize | None = None,
     ) -> None:
         super().__init__()
         check_positive(num_classes=num_classes)
@@ -170,10 +223,12 @@ class ResNet(nn.Module):
         )
         self.stages = make_stages(block, widths[0], depths, widths, strides, activation)
         self.head = named_sequence(
-            pool=nn.AdaptiveAvgPool2d(1),
+            pool=global_pool(pool),
             flatten=nn.Flatten(),
             linear=nn.Linear(widths[-1], num_classes),
         )
+        if init is not None:
+            self.apply(init)
 
     def features(self, x: Tensor) -> Tensor:
         """What the head reads, ``(N, widths[-1], H', W')``."""
@@ -199,6 +254,36 @@ class ResNet10(ResNet):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(depths=(1, 1, 1, 1), **kwargs)
+
+
+class CifarResNet(ResNet):
+    """ResNet-8, 20, 32, ..., 110: three stages of 16, 32, 64 channels (He et al. 2016, Sec. 4.2).
+
+    The shortcut is a 1x1 convolution without batch-norm where stride or width change, where the
+    original pads with zeros; ResNet-20 has 272,282 parameters at 10 classes and 3 channels.
+
+    Args:
+        depth: Layers in all, 2 and six for each block of a stage.
+        strides: Stride of each stage's first block.
+        **kwargs: Of :class:`ResNet`.
+
+    Raises:
+        ConfigurationError: If ``depth - 2`` is not a positive multiple of 6.
+    """
+
+    def __init__(self, depth: int = 20, strides: Sequence[int] = (1, 2, 2), **kwargs: Any) -> None:
+        blocks, rest = divmod(depth - 2, 6)
+        if rest != 0 or blocks < 1:
+            raise ConfigurationError(
+                f"three equal stages have 2 + 6 n layers, got depth={depth}; try 8, 20, 32 or 110"
+            )
+        super().__init__(
+            depths=(blocks,) * 3,
+            widths=(16, 32, 64),
+            strides=strides,
+            block=BareShortcutBlock,
+            **kwargs,
+        )
 
 
 class DigitsResNet(ResNet):

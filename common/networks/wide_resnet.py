@@ -8,11 +8,12 @@ from common.errors import ConfigurationError
 from common.networks.normalize import Normalize, Statistics
 from common.networks.resnet import (
     Activation,
+    Pool,
     check_positive,
     check_stages,
     conv1x1,
     conv3x3,
-    make_stages,
+    global_pool,
     named_sequence,
 )
 
@@ -131,10 +132,13 @@ class WideResNet(nn.Module):
         drop_rate: Dropout between the two convolutions of a block.
         activation: Makes one activation.
         block: Makes one block from (in_channels, out_channels, stride, activation, drop_rate).
+        drop_rates: One ``drop_rate`` for each stage, instead of the same for all.
+        activations: One ``activation`` for each stage; the head keeps ``activation``.
+        pool: Of the head: average or maximum over each map.
 
     Raises:
-        ConfigurationError: If ``depth`` does not divide into equal stages, or the lists differ in
-            length.
+        ConfigurationError: If ``depth`` does not divide into equal stages, the lists differ in
+            length, a drop rate is no probability below 1, or there is no such pool.
     """
 
     def __init__(
@@ -152,28 +156,45 @@ class WideResNet(nn.Module):
         drop_rate: float = 0.0,
         activation: Activation = nn.ReLU,
         block: WideBlockFactory = WideBlock,
+        drop_rates: Sequence[float] | None = None,
+        activations: Sequence[Activation] | None = None,
+        pool: Pool = "avg",
     ) -> None:
         super().__init__()
-        if not 0 <= drop_rate < 1:
-            raise ConfigurationError(f"drop_rate must lie in [0, 1), got {drop_rate}")
         if depths is None:
             depths = equal_depths(depth, len(strides))
         if widths is None:
             widths = [16 * widen_factor * 2**i for i in range(len(strides))]
+        if drop_rates is None:
+            drop_rates = [drop_rate] * len(strides)
+        if activations is None:
+            activations = [activation] * len(strides)
         check_positive(num_classes=num_classes, stem_width=stem_width)
         check_stages(depths, widths, strides)
+        for name, values in (("drop_rates", drop_rates), ("activations", activations)):
+            if len(values) != len(strides):
+                raise ConfigurationError(
+                    f"{name} needs one value for each of the {len(strides)} stages, got "
+                    f"{len(values)}"
+                )
+        for rate in drop_rates:
+            if not 0 <= rate < 1:
+                raise ConfigurationError(f"drop_rate must lie in [0, 1), got {rate}")
         self.widths = tuple(widths)
         self.normalize = Normalize(in_channels, mean, std)
-        self.stem = conv3x3(in_channels, stem_width)
-
-        def with_dropout(inside: int, out: int, stride: int, activation: Activation) -> nn.Module:
-            return block(inside, out, stride, activation, drop_rate)
-
-        self.stages = make_stages(with_dropout, stem_width, depths, widths, strides, activation)
+        self.stem: nn.Module = conv3x3(in_channels, stem_width)
+        self.stages = nn.Sequential()
+        inside, listed = stem_width, (depths, widths, strides, activations, drop_rates)
+        for blocks, width, stride, act, rate in zip(*listed, strict=True):
+            stage = nn.Sequential()
+            for i in range(blocks):
+                stage.append(block(inside, width, stride if i == 0 else 1, act, rate))
+                inside = width
+            self.stages.append(stage)
         self.head = named_sequence(
             norm=nn.BatchNorm2d(widths[-1]),
             act=activation(),
-            pool=nn.AdaptiveAvgPool2d(1),
+            pool=global_pool(pool),
             flatten=nn.Flatten(),
             linear=nn.Linear(widths[-1], num_classes),
         )

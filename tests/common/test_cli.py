@@ -102,6 +102,7 @@ def test_fit_test_predict_and_rerun_from_the_saved_config(config) -> None:
     assert list(last["attacks"]) == ["fgsm/ce_f", "fgsm/cw_f", "fgsm/model", "pgd2/ce_f"]
     assert last["metrics"]["worst"] == min(last["metrics"].values())
 
+    call("validate", "--config", run / "config.yaml", "--ckpt_path", run / "checkpoints/last.ckpt")
     call("predict", "--config", run / "config.yaml", "--ckpt_path", run / "checkpoints/last.ckpt")
     rows = list(csv.DictReader((run / "predictions.csv").open()))
     assert [int(row["index"]) for row in rows] == list(range(50))

@@ -9,7 +9,7 @@ from common.attacks.pgd import PGD
 from common.errors import ConfigurationError
 from common.objectives import ALP, AT, MART, TRADES, Batch, Natural, Objective
 
-ADVERSARIAL = [AT(), TRADES(), MART(), ALP()]
+ADVERSARIAL = [AT(), TRADES(), MART(), MART(variant="released"), ALP()]
 ALL = [Natural(), *ADVERSARIAL]
 
 
@@ -60,6 +60,9 @@ def rewrite(net: nn.Module, batch: Batch, term: str) -> float:
                 "boost": -math.log(1.0001 - wrong + 1e-12),
                 "weighted_kl": (1.0000001 - p[y])
                 * sum(a * (math.log(a) - math.log(b + 1e-12)) for a, b in zip(p, q, strict=True)),
+                "released_boost": wrong - 1.0001,
+                "released_kl": (1.0000001 - p[y])
+                * sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)),
                 "pairing": sum((a - b) ** 2 for a, b in zip(z, z_adv, strict=True)) / len(z),
             }[term]
         )
@@ -73,6 +76,10 @@ def rewrite(net: nn.Module, batch: Batch, term: str) -> float:
         (AT(), {"adversarial": 1.0}),
         (TRADES(beta=3.0), {"clean": 1.0, "kl": 3.0}),
         (MART(beta=2.0), {"adversarial": 1.0, "boost": 1.0, "weighted_kl": 2.0}),
+        (
+            MART(beta=2.0, variant="released"),
+            {"adversarial": 1.0, "released_boost": 1.0, "released_kl": 2.0},
+        ),
         (ALP(weight=0.7), {"clean": 1.0, "adversarial": 1.0, "pairing": 0.7}),
     ],
 )
@@ -124,6 +131,15 @@ def test_mart_survives_certain_predictions():
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss.item() == pytest.approx(-1e-4, rel=0.1)  # log(1.0001), as in the official code
     assert torch.isfinite(gradient).all()
+
+
+def test_mart_has_two_variants():
+    net, batch = make()
+    assert MART().variant == "authors"
+    losses = [MART(variant=v).outer(net, batch).item() for v in ("authors", "released")]
+    assert losses[0] > losses[1] + 0.1
+    with pytest.raises(ConfigurationError, match="one of authors, released, got 'paper'"):
+        MART(variant="paper")
 
 
 @pytest.mark.parametrize("objective", ADVERSARIAL, ids=lambda o: type(o).__name__)

@@ -32,6 +32,8 @@ ATTACKS = {
     "fgsm-l2": FGSM(0.5, "l2"),
     "mim": MIM("8/255"),
     "mim-l2": MIM(0.6, norm="l2"),
+    "pgd-unprojected": PGD("8/255", "2/255", 4, "gaussian", start_scale=0.1, project_start=False),
+    "pgd-unprojected-l2": PGD(0.6, 0.2, 4, "gaussian", "l2", project_start=False),
     "friendly": FriendlyPGD(0.2, 0.06, 5, tau=1),
     "friendly-noise": FriendlyPGD(0.2, 0.06, 5, tau=1, noise=0.01),
 }
@@ -206,6 +208,53 @@ def test_equals_the_bare_loop(task):
         x_adv = torch.minimum(torch.maximum(x_adv, task.x - eps), task.x + eps).clamp(0, 1)
     attack = PGD("8/255", "2/255", 7)
     assert torch.equal(attack(task.loss, task.x, ExampleRandom(0, 0, task.index)), x_adv)
+
+
+@pytest.mark.parametrize("start", ["uniform", "gaussian"])
+def test_an_unprojected_start_is_where_the_first_gradient_is_taken(task, start):
+    """The official TRADES loop: noise, and only after the first step ball and box."""
+    eps, step = 8 / 255, 2 / 255
+    random = ExampleRandom(0, 0, task.index)
+    if start == "gaussian":
+        noise = 0.1 * random.normal(task.x.shape[1:])
+    else:
+        noise = random.uniform(task.x.shape[1:]) * (2 * eps) - eps
+    x_adv, seen = task.x + noise, []
+    assert x_adv.min() < 0
+    assert x_adv.max() > 1
+    for _ in range(3):
+        x_adv = x_adv.detach().requires_grad_()
+        seen.append(x_adv.detach())
+        (gradient,) = torch.autograd.grad(task.loss(x_adv).sum(), x_adv)
+        x_adv = x_adv.detach() + step * gradient.sign()
+        x_adv = torch.minimum(torch.maximum(x_adv, task.x - eps), task.x + eps).clamp(0, 1)
+    asked = []
+
+    def loss(x: Tensor) -> Tensor:
+        asked.append(x.detach())
+        return task.loss(x)
+
+    attack = PGD("8/255", "2/255", 3, start, start_scale=0.1, project_start=False)
+    assert torch.equal(attack(loss, task.x, ExampleRandom(0, 0, task.index)), x_adv)
+    assert all(torch.equal(one, other) for one, other in zip(asked, seen, strict=True))
+    projected = attack.but(project_start=True)
+    assert "project_start" in repr(attack)
+    assert "project_start" not in repr(projected)
+    asked.clear()
+    projected(loss, task.x, ExampleRandom(0, 0, task.index))
+    assert not torch.equal(asked[0], seen[0])
+    assert 0 <= asked[0].min() <= asked[0].max() <= 1
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_an_unprojected_start_without_steps_is_projected_all_the_same(task, norm):
+    settings = {"start": "gaussian", "norm": norm, "start_scale": 0.5}
+    attack = PGD(0.1, 0.05, 0, **settings, project_start=False)
+    x_adv = attack(task.loss, task.x, ExampleRandom(0, 0, task.index))
+    expected = PGD(0.1, 0.05, 0, **settings)(task.loss, task.x, ExampleRandom(0, 0, task.index))
+    assert torch.equal(x_adv, expected)
+    assert distance(x_adv, task.x, norm).max() <= 0.1 * (1 + 1e-5) + 1e-6
+    assert 0 <= x_adv.min() <= x_adv.max() <= 1
 
 
 def test_counts_one_pass_per_step_and_no_last_one(task):
@@ -486,6 +535,24 @@ def test_friendly_noise_has_its_scale_and_spares_stopped_examples():
     noise = x_adv[~stopped] - 0.6
     assert noise.std().item() == pytest.approx(0.02, rel=0.05)
     assert noise.mean().item() == pytest.approx(0.0, abs=0.002)
+
+
+def test_friendly_noise_inside_the_step_is_uniform_and_scaled_by_it():
+    x, stopped = torch.full((64, 1, 8, 8), 0.5), torch.arange(64) < 20
+    attack = FriendlyPGD(0.4, 0.1, 1, "zero", noise=0.2, noise_form="scaled")
+    x_adv = attack(
+        lambda z: z.flatten(1).sum(1),
+        x,
+        torch.Generator().manual_seed(0),
+        is_adversarial=lambda _: stopped,
+    )
+    assert torch.equal(x_adv[stopped], x[stopped])
+    noise = x_adv[~stopped] - 0.6
+    assert noise.min() >= -1e-6
+    assert noise.max() <= 0.02 + 1e-6
+    assert noise.mean().item() == pytest.approx(0.01, rel=0.05)
+    with pytest.raises(ConfigurationError, match="noise_form must be one of added, scaled"):
+        FriendlyPGD(0.1, noise_form="inside")
 
 
 def test_friendly_needs_to_know_what_is_adversarial(task):

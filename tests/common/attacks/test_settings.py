@@ -93,6 +93,7 @@ def test_settings_are_complete():
         "restarts": 1,
         "start_scale": 0.001,
         "l1_density": 0.01,
+        "project_start": True,
     }
     assert FGSM(0.1).settings() == {"class": "common.attacks.pgd.FGSM", "eps": 0.1, "norm": "linf"}
     assert FriendlyPGD(0.1, tau={0: 0, 50: 1}).settings()["tau"] == {"0": 0, "50": 1}

@@ -183,3 +183,54 @@ def test_weight_perturbation_climbs() -> None:
 def test_gamma_out_of_range(gamma) -> None:
     with pytest.raises(ConfigurationError, match=r"\[0, 1\)"):
         AdversarialWeightPerturbation(gamma=gamma)
+
+
+def test_weights_are_perturbed_from_the_start_epoch_on() -> None:
+    module, seen = classifier(AT()), []
+
+    class Watch(AdversarialTraining):
+        def setup(self, trainer, pl_module, stage) -> None:
+            pass
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            seen.append((trainer.current_epoch, bool(awp._originals)))
+
+    awp = AdversarialWeightPerturbation(gamma=0.01, start_epoch=2)
+    attack = AdversarialTraining(FGSM(0.1))
+    training = trainer(attack, awp, Watch(), max_steps=-1, max_epochs=4)
+    training.fit(module, datamodule=data(train_limit=80))
+    assert {epoch for epoch, _ in seen} == {0, 1, 2, 3}
+    assert all(is_perturbed == (epoch >= 2) for epoch, is_perturbed in seen)
+
+
+def test_perturbing_and_restoring_is_exact_and_of_the_size_of_each_weight() -> None:
+    module = classifier(TRADES()).double().train()
+    batch = {"x": torch.rand(20, 1, 8, 8, dtype=torch.float64), "y": torch.arange(20) % 10}
+    batch["x_adv"] = (batch["x"] + 0.1).clamp(0, 1)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    awp = AdversarialWeightPerturbation(gamma=0.3)
+    awp.on_train_batch_start(trainer(), module, batch, 0)
+    for name, weight in module.named_parameters():
+        moved = (weight - before[name]).norm()
+        torch.testing.assert_close(moved, 0.3 * before[name].norm() * (weight.ndim > 1))
+    awp.on_after_backward(trainer(), module)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_an_objective_may_say_what_its_weights_climb() -> None:
+    class Other(AT):
+        def weight_loss(self, model, batch):
+            return -self.outer(model, batch)
+
+    batch = {"x": torch.rand(20, 1, 8, 8), "y": torch.arange(20) % 10}
+    batch["x_adv"] = batch["x"]
+    moved = []
+    for objective in (AT(), Other()):
+        module = classifier(objective).train()
+        before = module.net.head.linear.weight.detach().clone()
+        awp = AdversarialWeightPerturbation(gamma=0.02)
+        awp.on_train_batch_start(trainer(), module, batch, 0)
+        moved.append(module.net.head.linear.weight.detach() - before)
+        awp.on_after_backward(trainer(), module)
+    torch.testing.assert_close(moved[0], -moved[1], rtol=1e-3, atol=1e-7)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from common.attacks.randomness import AUGMENTATION, ExampleRandom
-from common.data.images import ImageDataModule, shift_and_flip
+from common.data.images import ImageDataModule, Views, shift_and_flip
 from common.data.sources import CIFAR10, Digits, ImageSource, ImageSpec, Split
 from common.errors import ConfigurationError, DataUnavailableError
 
@@ -212,7 +212,16 @@ def test_limits_take_the_first_examples() -> None:
 # -------------------------------------------------------------------------------- augmentation
 
 
-def slow_shift_and_flip(x: Tensor, shift: Tensor, is_flipped: Tensor, padding: int) -> Tensor:
+def mirrored(place: int, size: int) -> int:
+    """Steps away from an edge, from there back into the image."""
+    while not 0 <= place < size:
+        place = -place if place < 0 else 2 * (size - 1) - place
+    return place
+
+
+def slow_shift_and_flip(
+    x: Tensor, shift: Tensor, is_flipped: Tensor, padding: int, padding_mode: str = "zero"
+) -> Tensor:
     out = torch.zeros_like(x)
     n, channels, height, width = x.shape
     for k in range(n):
@@ -221,6 +230,8 @@ def slow_shift_and_flip(x: Tensor, shift: Tensor, is_flipped: Tensor, padding: i
                 for j in range(width):
                     row = i + int(shift[k, 0]) - padding
                     column = j + int(shift[k, 1]) - padding
+                    if padding_mode == "reflect":
+                        row, column = mirrored(row, height), mirrored(column, width)
                     if 0 <= row < height and 0 <= column < width:
                         target = width - 1 - j if is_flipped[k] else j
                         out[k, c, i, target] = x[k, c, row, column]
@@ -237,6 +248,80 @@ def test_shift_and_flip_against_loops(padding: int, shape: tuple[int, int, int])
     assert out.dtype == torch.uint8
     assert torch.equal(out, slow_shift_and_flip(x, shift, is_flipped, padding))
     assert torch.equal(shift_and_flip(x.float(), shift, is_flipped, padding), out.float())
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 5, 7)])
+def test_reflected_padding_against_loops_and_torch(
+    padding: int, shape: tuple[int, int, int]
+) -> None:
+    x = torch.randint(1, 256, (9, *shape), dtype=torch.uint8)
+    shift = torch.randint(2 * padding + 1, (9, 2))
+    is_flipped = torch.arange(9) % 2 == 0
+    out = shift_and_flip(x, shift, is_flipped, padding, "reflect")
+    assert out.dtype == torch.uint8
+    assert torch.equal(out, slow_shift_and_flip(x, shift, is_flipped, padding, "reflect"))
+    padded = torch.nn.functional.pad(x.float(), (padding,) * 4, mode="reflect")
+    for k in range(9):
+        top, left = shift[k].tolist()
+        crop = padded[k, :, top : top + shape[1], left : left + shape[2]]
+        assert torch.equal(out[k].float(), crop.flip(2) if is_flipped[k] else crop)
+
+
+def test_reflected_padding_is_a_setting() -> None:
+    x = torch.randint(1, 256, (40, 1, 4, 4), dtype=torch.uint8)
+    index = torch.arange(40)
+    zero = module(crop_padding=2, flip=True).augment(x, index, epoch=0)
+    reflected = module(crop_padding=2, flip=True, crop_padding_mode="reflect")
+    out = reflected.augment(x, index, epoch=0)
+    assert (zero == 0).any()
+    assert (out > 0).all()
+    assert torch.equal(out[zero > 0], zero[zero > 0])  # cropped and flipped at the same places
+    with pytest.raises(ConfigurationError, match="one of zero, reflect"):
+        module(crop_padding_mode="mirror")
+    with pytest.raises(ConfigurationError, match="has to mirror"):
+        module(crop_padding=8, crop_padding_mode="reflect")
+
+
+class Darker(Views):
+    """Half and a quarter of the brightness, and a random bit."""
+
+    def __call__(self, x: Tensor, random: ExampleRandom) -> list[Tensor]:
+        bit = random.integers(2, (1, 1, 1)).to(torch.uint8)
+        return [x // 2 + bit, x // 4]
+
+
+def test_views_come_behind_the_images() -> None:
+    x, y = Memory().load("train")
+    index = torch.arange(20)
+    data = module(trainer=stub_trainer(epoch=1, training=True), views=Darker(), seed=3)
+    plain = module(trainer=stub_trainer(epoch=1, training=True), seed=3)
+    for crop in (0, 1):
+        data.crop_padding = plain.crop_padding = crop
+        batch = {"x": x[:20], "y": y[:20], "index": index}
+        out = data.on_after_batch_transfer(dict(batch), 0)
+        alone = plain.on_after_batch_transfer(dict(batch), 0)
+        assert out["x"].shape == (60, *x.shape[1:])
+        assert torch.equal(out["x"][:20], alone["x"])  # the image itself is as without views
+        assert torch.equal(out["y"], y[:20].repeat(3))
+        assert torch.equal(out["view"], torch.arange(3).repeat_interleave(20))
+        assert torch.equal(out["index"][:20], index)
+        assert len(out["index"].unique()) == 60
+        again = data.on_after_batch_transfer({k: v[5:9] for k, v in batch.items()}, 0)
+        for k in range(3):  # an example's versions do not depend on its batch
+            assert torch.equal(again["x"][4 * k : 4 * k + 4], out["x"][20 * k + 5 : 20 * k + 9])
+        if crop == 0:
+            assert torch.equal(out["x"][40:], (x[:20] // 4).float() / 255)
+            bits = (out["x"][20:40] * 255).round() - x[:20] // 2
+            assert set(bits.flatten().tolist()) == {0.0, 1.0}
+
+
+def test_views_are_for_training_only() -> None:
+    x, y = Memory().load("train")
+    data = module(trainer=stub_trainer(epoch=1, training=False), views=Darker())
+    out = data.on_after_batch_transfer({"x": x, "y": y, "index": torch.arange(len(y))}, 0)
+    assert len(out["x"]) == len(x)
+    assert "view" not in out
 
 
 def decode(image: Tensor, original: Tensor, padding: int) -> tuple[int, int, bool]:

@@ -198,7 +198,8 @@ def test_the_command_line(tmp_path, factory: str, capsys) -> None:
 
 def test_a_killed_evaluation_goes_on(tmp_path, factory: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "common.evaluation", "--model", factory]
-    command += ["--data", "digits", "--eps", "0.1", "--suite", "quick", "--batch_size", "40"]
+    command += ["--data", "digits", "--eps", "0.1", "--suite", "quick", "--batch_size", "20"]
+    command += ["--examples", "200"]
     command += ["--device", "cpu"]
     root = str(Path(common.__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
@@ -208,7 +209,7 @@ def test_a_killed_evaluation_goes_on(tmp_path, factory: str) -> None:
         )
         outcomes = tmp_path / "killed" / "outcomes"
         deadline = time.monotonic() + 120
-        while len(list(outcomes.rglob("*.npz"))) < 20 and process.poll() is None:
+        while len(list(outcomes.rglob("*.npz"))) < 15 and process.poll() is None:
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)

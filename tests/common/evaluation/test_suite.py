@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
+from common.attacks.gama import GAMAPGD
 from common.attacks.losses import cross_entropy
 from common.attacks.minimum_norm import DeepFool
 from common.attacks.noise import UniformNoise
@@ -289,3 +290,16 @@ def test_the_result_file_holds_every_outcome(tmp_path) -> None:
     assert len(made_with["checkpoint_digest"]) == 64
     assert made_with["versions"]["torch"] == torch.__version__.split("+")[0]
     assert json.loads((tmp_path / "results.json").read_text()) == result
+
+
+def test_gama_without_projection_is_reported_and_does_not_count(batch) -> None:
+    entries = suite(
+        gama=SuiteEntry(GAMAPGD(0.1, steps=4, decay_at=(2, 3))),
+        official=SuiteEntry(GAMAPGD(0.1, steps=4, decay_at=(2, 3), project=False)),
+    )
+    model = Model()
+    found = run_steps(model, batch, steps_of(entries, model, 2, seed=0), seed=0)
+    assert found.lines["gama"].counts
+    assert not found.lines["official"].counts
+    assert found.columns["gama"]["linf"].nan_to_num().max() <= 0.1 + 1e-6
+    assert found.correct["official"].sum() <= found.correct["gama"].sum()

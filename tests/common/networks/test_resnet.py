@@ -8,7 +8,16 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from common.errors import ConfigurationError
-from common.networks.resnet import BasicBlock, DigitsResNet, ResNet, ResNet10, ResNet18
+from common.networks.resnet import (
+    BareShortcutBlock,
+    BasicBlock,
+    CifarResNet,
+    DigitsResNet,
+    ResNet,
+    ResNet10,
+    ResNet18,
+    kaiming,
+)
 
 
 def size(net: nn.Module) -> tuple[int, int]:
@@ -44,6 +53,23 @@ def shake_batchnorms(net: nn.Module) -> nn.Module:
 def test_sizes_as_published(make, parameters, buffers):
     with torch.device("meta"):
         assert size(make()) == (parameters, buffers)
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters"),
+    [
+        (8, 77_850),
+        (20, 272_282),
+        (32, 466_714),
+        (44, 661_146),
+        (56, 855_578),
+        (110, 1_730_522),
+    ],
+)
+def test_sizes_of_the_three_stage_family(depth, parameters):
+    with torch.device("meta"):
+        assert size(CifarResNet(depth))[0] == parameters
+        assert size(CifarResNet(depth, strides=(1, 1, 2)))[0] == parameters
 
 
 @pytest.mark.parametrize(
@@ -107,6 +133,41 @@ def test_strides_that_start_with_one_share_their_weights_but_not_their_function(
     assert not torch.allclose(one(x), other(x), atol=1e-3)
 
 
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_pool_of_the_head(pool):
+    net, x = tiny(pool=pool).eval(), torch.rand(2, 3, 8, 8)
+    z = net.features(x)
+    v = z.mean((2, 3)) if pool == "avg" else z.amax((2, 3))
+    assert torch.allclose(net(x), net.head.linear(v), atol=1e-6)
+    assert net.state_dict().keys() == tiny().state_dict().keys()
+
+
+def test_starting_weights():
+    torch.manual_seed(3)
+    default = ResNet(depths=(1,), widths=(64,), strides=(1,))
+    torch.manual_seed(3)
+    net = ResNet(depths=(1,), widths=(64,), strides=(1,), init=kaiming)
+    conv = net.stages[0][0].conv1
+    assert conv.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
+    assert default.stages[0][0].conv1.weight.std().item() < 0.7 * conv.weight.std().item()
+    assert torch.equal(net.head.linear.weight, default.head.linear.weight)
+    assert net.stages[0][0].bn2.weight.min() == 1  # no branch starts at zero
+
+
+def test_a_bare_shortcut_is_the_convolution_alone():
+    block, x = BareShortcutBlock(4, 6, 2).eval(), torch.randn(2, 4, 8, 8)
+    residual = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
+    shortcut = F.conv2d(x, block.shortcut.weight, stride=2)
+    assert torch.equal(block(x), (residual + shortcut).relu())
+    assert isinstance(BareShortcutBlock(4, 4).shortcut, nn.Identity)
+
+
+@pytest.mark.parametrize("depth", [2, 18, 0])
+def test_refuses_depths_that_do_not_divide(depth):
+    with pytest.raises(ConfigurationError, match=f"depth={depth}"):
+        CifarResNet(depth)
+
+
 def test_backward_reaches_every_parameter():
     net = tiny()
     net(torch.rand(4, 3, 8, 8)).square().sum().backward()
@@ -145,6 +206,7 @@ def test_compiles_in_one_graph_copies_and_pickles():
         ({"strides": (0, 1)}, "at least 1"),
         ({"num_classes": 0}, "num_classes"),
         ({"in_channels": 0}, "in_channels"),
+        ({"pool": "mean"}, 'pool must be "avg" or "max", got \'mean\''),
     ],
 )
 def test_refuses_settings_that_do_not_fit(kwargs, message):
@@ -156,7 +218,8 @@ def test_yaml_and_command_line_reach_every_setting(tmp_path):
     config = tmp_path / "net.yaml"
     config.write_text(
         "net:\n  class_path: common.networks.resnet.DigitsResNet\n"
-        "  init_args: {mean: [0.5], std: [0.25], activation: torch.nn.SiLU}\n"
+        "  init_args: {mean: [0.5], std: [0.25], activation: torch.nn.SiLU,\n"
+        "    pool: max, init: common.networks.resnet.kaiming}\n"
     )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
@@ -164,4 +227,5 @@ def test_yaml_and_command_line_reach_every_setting(tmp_path):
     net = parser.instantiate(parser.parse_args([f"--config={config}", "--net.num_classes=7"])).net
     assert isinstance(net, DigitsResNet)
     assert isinstance(net.stem.act, nn.SiLU)
+    assert isinstance(net.head.pool, nn.AdaptiveMaxPool2d)
     assert net(torch.rand(2, 1, 8, 8)).shape == (2, 7)

@@ -21,6 +21,8 @@ def tiny(**kwargs) -> WideResNet:
         (WideResNet, 36_479_194),
         (partial(WideResNet, 34), 46_160_474),
         (partial(WideResNet, 34, 12), 66_457_818),
+        (partial(WideResNet, 34, 20), 184_531_674),
+        (partial(WideResNet, strides=(1, 1, 2)), 36_479_194),
         (partial(WideResNet, 34, 1), 466_714),
         (partial(WideResNet, 34, widths=(320, 640, 512)), 68_116_698),
         (partial(WideResNet, 34, num_classes=100), 46_218_164),
@@ -120,6 +122,21 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(net(x), net(x))
 
 
+def test_stages_have_their_own_dropout_and_activation():
+    net = tiny(drop_rates=[0.0, 0.2, 0.5], activations=[nn.ReLU, nn.SiLU, nn.Tanh])
+    blocks = [stage[0] for stage in net.stages]
+    assert [getattr(b.dropout, "p", 0.0) for b in blocks] == [0.0, 0.2, 0.5]
+    assert [type(b.act1) for b in blocks] == [nn.ReLU, nn.SiLU, nn.Tanh]
+    assert [type(b.act2) for b in blocks] == [nn.ReLU, nn.SiLU, nn.Tanh]
+    assert isinstance(net.head.act, nn.ReLU)
+
+
+def test_maximum_over_the_map():
+    net, x = tiny(pool="max").eval(), torch.rand(2, 3, 8, 8)
+    v = net.head.act(net.head.norm(net.features(x))).amax((2, 3))
+    assert torch.equal(net(x), net.head.linear(v))
+
+
 def test_backward_reaches_every_parameter():
     net = tiny()
     net(torch.rand(4, 3, 8, 8)).square().sum().backward()
@@ -149,8 +166,12 @@ def test_refuses_depths_that_do_not_divide(depth):
     [
         ({"depths": (1, 1)}, "one value for each stage"),
         ({"drop_rate": 1.0}, "drop_rate"),
+        ({"drop_rates": (0.0, 0.0, -0.1)}, "drop_rate"),
+        ({"drop_rates": (0.0, 0.0)}, "drop_rates needs one value for each of the 3 stages, got 2"),
+        ({"activations": [nn.ReLU] * 4}, "activations needs one value"),
         ({"stem_width": 0}, "stem_width"),
         ({"num_classes": 0}, "num_classes"),
+        ({"pool": "mean"}, "pool must be"),
     ],
 )
 def test_refuses_settings_that_do_not_fit(kwargs, message):

@@ -1,0 +1,118 @@
+"""Averaged weights whose average forgets the beginning of training, or begins late."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+from common.errors import ConfigurationError
+
+
+class WarmUpAveraging(WeightAveraging):
+    r"""Exponential moving average of the parameters with a decay that grows.
+
+    After optimiser step t, counted from 1, :math:`\bar\theta \leftarrow \tau \bar\theta + (1 -
+    \tau) \theta` with :math:`\tau = \min(\mathrm{decay}, (1 + t) / (10 + t))`, from the weights
+    that training begins with. Buffers, the batch-norm statistics among them, are those of the
+    model that trains.
+
+    As with Lightning's own averaging, validation, checkpoints and tests use the average; attacks
+    in training and the optimiser do not.
+
+    Args:
+        decay: What tau grows to.
+        device: Where the average is kept; by default beside the model.
+
+    Raises:
+        ConfigurationError: If ``decay`` is outside [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.995, device: str | None = None) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ConfigurationError(
+                f"decay must lie in [0, 1), got {decay}; 0 keeps the current weights, 1 would "
+                "keep the initial ones for ever"
+            )
+        super().__init__(device=device, use_buffers=False, multi_avg_fn=self._update)
+        self.decay = decay
+
+    def tau(self, step: int | Tensor) -> float:
+        """Weight of the old average after optimiser step ``step``, from 1."""
+        return min(self.decay, float((1 + step) / (10 + step)))
+
+    def _update(self, averages: Any, currents: Any, step: Tensor | int) -> None:
+        torch._foreach_lerp_(averages, currents, 1.0 - self.tau(step))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with the weights as they are once everything has been set up.
+
+        The average was copied in ``setup``: before the model was moved to its device, and maybe
+        before weights to start from were loaded.
+        """
+        average = self._average_model
+        assert average is not None
+        if self._device is None:
+            average.to(pl_module.device)
+        if average.n_averaged == 0:
+            average.module.load_state_dict(pl_module.state_dict())
+            # At 0 the first update would copy. Counting from 1 makes the count the step's number.
+            average.n_averaged += 1
+
+
+class LateAveraging(WeightAveraging):
+    r"""Exponential moving average of the whole state from an epoch on; until then no averaging.
+
+    From the first step of that epoch :math:`\bar\theta \leftarrow \tau \bar\theta + (1 - \tau)
+    \theta`, beginning with the weights before it; batch-norm statistics are averaged likewise and
+    whole numbers copied. Before it, the average is the model that trains, so that validation and
+    checkpoints see no stale weights, as they would with Lightning's own averaging.
+
+    Args:
+        decay: The weight tau of the old average.
+        from_epoch: The first epoch, from 0, that is averaged over.
+        device: Where the average is kept; by default beside the model.
+
+    Raises:
+        ConfigurationError: If ``decay`` is outside [0, 1) or the epoch negative.
+    """
+
+    def __init__(
+        self, decay: float = 0.9996, from_epoch: int = 0, device: str | None = None
+    ) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ConfigurationError(
+                f"decay must lie in [0, 1), got {decay}; 0 keeps the current weights, 1 would "
+                "keep the first ones for ever"
+            )
+        if from_epoch < 0:
+            raise ConfigurationError(f"from_epoch counts epochs from 0, got {from_epoch}")
+        super().__init__(device=device, use_buffers=True, multi_avg_fn=self._update)
+        self.decay = decay
+        self.from_epoch = from_epoch
+        self._is_averaging = False
+
+    def _update(self, averages: Any, currents: Any, step: Tensor | int) -> None:
+        if self._is_averaging and averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, currents, 1.0 - self.decay)
+        else:
+            torch._foreach_copy_(averages, currents)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin with the weights before the first averaged step."""
+        average = self._average_model
+        assert average is not None
+        self._is_averaging = trainer.current_epoch >= self.from_epoch
+        if self._is_averaging and average.n_averaged == 0:
+            average.module.load_state_dict(pl_module.state_dict())
+            average.n_averaged += 1  # at 0 the first update would copy
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move the average to where the model is by now."""
+        average = self._average_model
+        assert average is not None
+        if self._device is None:
+            average.to(pl_module.device)

@@ -1,0 +1,164 @@
+"""Pseudo-labelled images beside a data set: a fixed part of every training batch."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from common.attacks.randomness import ExampleRandom
+from common.data.sources import ImageSpec, _ArrayUnpickler, _as_tensors, _one_line
+from common.errors import ConfigurationError, DataUnavailableError
+
+# Streams of random numbers, apart from those named in randomness.py and from the splits' 3.
+_LABELLED, _EXTRA, _PLACES = 4, 5, 6
+
+
+class ExtraImages:
+    """The 500 K images that Carmon et al. 2019 found for CIFAR-10 and labelled with a classifier.
+
+    One pickle with ``data``, uint8 ``(N, 32, 32, 3)``, and ``extrapolated_targets``, ``(N,)``. It
+    is read without running anything that a pickle could run. The images come from 80 Million Tiny
+    Images, which its authors withdrew in 2020; the file cannot be made anew from there.
+
+    Args:
+        root: Folder that has the file.
+        name: Of the file.
+    """
+
+    ADDRESS = "https://github.com/yaircarmon/semisup-adv"
+
+    def __init__(self, root: str = "data", name: str = "ti_500K_pseudo_labeled.pickle") -> None:
+        self.path = Path(root).expanduser().absolute() / name
+
+    def load(self, spec: ImageSpec) -> tuple[Tensor, Tensor]:
+        """Images, uint8 ``(N, C, H, W)``, and pseudo-labels, int64 ``(N,)``.
+
+        Args:
+            spec: Of the data set they go with, whose classes and shape they must have.
+
+        Raises:
+            DataUnavailableError: The file is missing, or holds something else.
+        """
+        if not self.path.is_file():
+            raise DataUnavailableError(
+                f"{self.path} is missing, the 500,000 pseudo-labelled images of Carmon et al. 2019 "
+                f"(1.5 GB, linked from {self.ADDRESS}; Tiny Images, where they come from, was "
+                "withdrawn, so nothing here can fetch or rebuild them): put the file there, name "
+                "its folder with --data.extra.root, or train without it, --data.extra null"
+            )
+        try:
+            with self.path.open("rb") as file:
+                entry = _ArrayUnpickler(file, encoding="latin1").load()
+            images, labels = entry["data"], entry["extrapolated_targets"]
+            return _as_tensors(images.transpose(0, 3, 1, 2), labels, spec)
+        except Exception as error:  # a damaged file can fail at any depth of its reader
+            raise DataUnavailableError(
+                f"{self.path} is not a set of pseudo-labelled images for {spec.name} "
+                f"({_one_line(error)}): it needs data, uint8 (N, 32, 32, 3), and "
+                f"extrapolated_targets, (N,); fetch it again, see {self.ADDRESS}"
+            ) from error
+
+
+class MixedDataset(Dataset[dict[str, Tensor]]):
+    """Labelled examples, followed by the extra ones: ``index`` tells them apart.
+
+    Args:
+        labelled: Fetches a batch by positions in ``[0, n)``.
+        n: How many labelled examples there are; the index of the first extra one.
+        x: Extra images, uint8 ``(M, C, H, W)``.
+        y: Their pseudo-labels, int64 ``(M,)``.
+    """
+
+    def __init__(self, labelled: Dataset[dict[str, Tensor]], n: int, x: Tensor, y: Tensor) -> None:
+        self.labelled, self.n = labelled, n
+        self._x, self._y = x, y
+
+    def __len__(self) -> int:
+        return self.n + len(self._y)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        is_extra = index >= self.n
+        rows = index[is_extra] - self.n
+        known = self.labelled.__getitems__(index[~is_extra].tolist())  # type: ignore[attr-defined]
+        x, y = self._x.new_empty((len(index), *self._x.shape[1:])), torch.empty_like(index)
+        x[is_extra], y[is_extra] = self._x[rows], self._y[rows]
+        x[~is_extra], y[~is_extra] = known["x"], known["y"]
+        return {"x": x, "y": y, "index": index}
+
+
+class MixedSampler(Sampler[int]):
+    """Batches that are partly labelled and partly extra (Carmon et al. 2019, official sampler).
+
+    An epoch has as many batches as the labelled examples alone would fill. Each batch takes the
+    next labelled ones of the epoch's permutation, at most once each, and fills up with extra ones
+    drawn uniformly with replacement, in mixed order. Half and half, an epoch therefore sees half
+    of the labelled set. A permutation that ends within a batch leaves more room for extra ones.
+
+    The order is a function of seed and epoch. Every batch is full, so process r of W taking every
+    W-th example makes the b-th batches of all processes together the b-th batch of a single one.
+
+    Args:
+        n: Number of labelled examples, positions ``[0, n)``.
+        m: Number of extra ones, positions ``[n, n + m)``.
+        batch_size: Over all processes.
+        fraction: Of extra examples in a batch; rounded to whole examples.
+        seed: Of the order.
+        world_size: Number of processes, W.
+        rank: This one, r.
+
+    Raises:
+        ConfigurationError: A batch would have no labelled or no extra example.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        m: int,
+        batch_size: int,
+        fraction: float,
+        seed: int,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.labelled_per_batch = batch_size - round(fraction * batch_size)
+        if not 0 < self.labelled_per_batch < batch_size:
+            raise ConfigurationError(
+                f"data.extra_fraction {fraction} leaves a batch of {batch_size} with "
+                f"{self.labelled_per_batch} labelled examples; choose one nearer to 0.5, a larger "
+                "data.batch_size, or data.extra: null"
+            )
+        self.n, self.m, self.batch_size = n, m, batch_size
+        self.seed, self.world_size, self.rank = seed, world_size, rank
+        self.batches = math.ceil(n / batch_size)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size // self.world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch's order comes next; the trainer calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order()[:, self.rank :: self.world_size].flatten().tolist()
+
+    def order(self) -> Tensor:
+        """The epoch over all processes, int64 ``(batches, batch_size)``."""
+        shape = (self.batches, self.batch_size)
+        slots = torch.arange(self.batches * self.batch_size)
+        extra = self.n + self._draw(_EXTRA, slots) % self.m
+        order = extra.view(shape)
+        permutation = self._draw(_LABELLED, torch.arange(self.n)).argsort(stable=True)
+        # One permutation is always enough: n / batch_size batches of at most batch_size.
+        used = permutation[: self.batches * self.labelled_per_batch]
+        batch, place = torch.arange(len(used)) // self.labelled_per_batch, torch.arange(len(used))
+        order[batch, place % self.labelled_per_batch] = used
+        return order.gather(1, self._draw(_PLACES, slots).view(shape).argsort(stable=True))
+
+    def _draw(self, stream: int, index: Tensor) -> Tensor:
+        """A uniform 53-bit number for each index, int64 ``(N,)``."""
+        return ExampleRandom(self.seed, self.epoch, index, stream=stream).integers(2**53, ())

@@ -1,0 +1,208 @@
+"""VGG for small images (Simonyan & Zisserman, ICLR 2015), its pools and batch-norm free."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from common.errors import ConfigurationError
+from common.networks.normalize import Normalize, Statistics
+from common.networks.resnet import (
+    Activation,
+    Initialize,
+    Pool,
+    check_positive,
+    global_pool,
+    named_sequence,
+)
+
+Config = Sequence[int | Literal["M"]]
+"""Channels of the convolutions in order, with "M" where the maps are halved."""
+
+
+def stages_of(config: Config) -> tuple[list[list[int]], list[int]]:
+    """Cut a list such as ``[64, "M", 128, "M"]`` behind every "M".
+
+    Returns:
+        The channels of each stage, and its stride: 2 where it ends in a pool, else 1.
+
+    Raises:
+        ConfigurationError: If a stage has no convolution, or an entry is neither a count nor "M".
+    """
+    stages: list[list[int]] = [[]]
+    for entry in config:
+        if entry == "M":
+            stages.append([])
+        elif isinstance(entry, int) and entry >= 1:
+            stages[-1].append(entry)
+        else:
+            raise ConfigurationError(
+                f'config lists channels (at least 1) and "M" for a pool, got {entry!r} in '
+                f"{list(config)}"
+            )
+    strides = [2] * (len(stages) - 1) + [1]
+    if not stages[-1]:
+        del stages[-1], strides[-1]
+    if not stages or not all(stages):
+        raise ConfigurationError(
+            f'config needs at least one convolution before every "M", got {list(config)}'
+        )
+    return stages, strides
+
+
+def kaiming(module: nn.Module) -> None:
+    """Starting weights of one layer, for ``init``: those of torchvision's VGG.
+
+    Convolutions are normal with variance ``2 / (k_h k_w out)`` (He et al., ICCV 2015, fan-out),
+    linear layers with standard deviation 0.01; both have zero bias.
+    """
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class VGG(nn.Module):
+    """Stages of conv3x3 - [BN] - act, each ended by a max-pool; the convolutions have a bias.
+
+    ``stages[i][j]`` is one conv - bn - act, ``stages[i].pool`` the pool behind them, ``head`` is
+    pool - flatten - linear. The last pool is global and the others round up, so any image size
+    works; at 32x32 with five pools both are the usual ones. Weights start from PyTorch's defaults
+    unless ``init`` is given.
+
+    The stages are given either as ``depths``, ``widths`` and ``strides`` (the default is VGG-16) or
+    as one ``config`` in the notation of most code.
+
+    Args:
+        depths: Convolutions per stage.
+        widths: Channels per stage.
+        strides: Size and stride of the max-pool behind each stage; 1 for none.
+        num_classes: Number of classes K.
+        in_channels: Channels of the images.
+        mean: Means of :class:`~common.networks.normalize.Normalize`; ``None`` keeps the pixels.
+        std: Its standard deviations.
+        config: Channels of all convolutions, "M" for a 2x2 max-pool; replaces the three lists.
+        hidden: Widths of linear layers before the last, each linear - act - dropout.
+        drop_rate: Dropout behind each hidden layer.
+        activation: Makes one activation.
+        pool: Of the head: average or maximum over each map.
+        norm: Whether batch-norm follows each convolution.
+        init: Sets starting weights, for example :func:`kaiming`; ``None`` keeps the defaults.
+
+    Raises:
+        ConfigurationError: If the lists do not describe the same stages, a count is below 1, or
+            there is no such pool.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (2, 2, 3, 3, 3),
+        widths: Sequence[int] = (64, 128, 256, 512, 512),
+        strides: Sequence[int] = (2, 2, 2, 2, 2),
+        num_classes: int = 10,
+        in_channels: int = 3,
+        mean: Statistics = None,
+        std: Statistics = None,
+        config: Config | None = None,
+        hidden: Sequence[int] = (),
+        drop_rate: float = 0.0,
+        activation: Activation = nn.ReLU,
+        pool: Pool = "avg",
+        norm: bool = True,
+        init: Initialize | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_classes=num_classes, **{f"hidden[{i}]": h for i, h in enumerate(hidden)})
+        if not 0 <= drop_rate < 1:
+            raise ConfigurationError(f"drop_rate must lie in [0, 1), got {drop_rate}")
+        if config is None:
+            given = f"depths={list(depths)}, widths={list(widths)}, strides={list(strides)}"
+            if not len(depths) == len(widths) == len(strides) >= 1:
+                raise ConfigurationError(
+                    f"depths, widths and strides need one value for each stage, got {given}"
+                )
+            if min(*depths, *widths, *strides) < 1:
+                raise ConfigurationError(
+                    f"depths, widths and strides must be at least 1, got {given}; a stride of 1 "
+                    "leaves the pool out"
+                )
+            channels = [[width] * depth for depth, width in zip(depths, widths, strict=True)]
+        else:
+            channels, strides = stages_of(config)
+        self.widths = tuple(stage[-1] for stage in channels)
+        self.normalize = Normalize(in_channels, mean, std)
+        self.stages = nn.Sequential()
+        inside = in_channels
+        for counts, stride in zip(channels, strides, strict=True):
+            stage = nn.Sequential()
+            for out in counts:
+                layer = named_sequence(conv=nn.Conv2d(inside, out, 3, padding=1))
+                if norm:
+                    layer.add_module("bn", nn.BatchNorm2d(out))
+                layer.add_module("act", activation())
+                stage.append(layer)
+                inside = out
+            if stride > 1:
+                stage.add_module("pool", nn.MaxPool2d(stride, ceil_mode=True))
+            self.stages.append(stage)
+        self.head = named_sequence(pool=global_pool(pool), flatten=nn.Flatten())
+        for i, out in enumerate(hidden):
+            self.head.add_module(
+                f"hidden{i}",
+                named_sequence(
+                    linear=nn.Linear(inside, out), act=activation(), drop=nn.Dropout(drop_rate)
+                ),
+            )
+            inside = out
+        self.head.add_module("linear", nn.Linear(inside, num_classes))
+        if init is not None:
+            self.apply(init)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head reads, ``(N, widths[-1], H', W')``."""
+        z: Tensor = self.stages(self.normalize(x))
+        return z
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+
+class VGG11(VGG):
+    """VGG-11: 9,231,114 parameters at 10 classes and 3 channels.
+
+    Args:
+        **kwargs: Of :class:`VGG`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(depths=(1, 1, 2, 2, 2), **kwargs)
+
+
+class VGG13(VGG):
+    """VGG-13: 9,416,010 parameters at 10 classes and 3 channels.
+
+    Args:
+        **kwargs: Of :class:`VGG`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(depths=(2, 2, 2, 2, 2), **kwargs)
+
+
+class VGG16(VGG):
+    """VGG-16: 14,728,266 parameters at 10 classes and 3 channels."""
+
+
+class VGG19(VGG):
+    """VGG-19: 20,040,522 parameters at 10 classes and 3 channels.
+
+    Args:
+        **kwargs: Of :class:`VGG`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(depths=(2, 2, 4, 4, 4), **kwargs)

@@ -1,0 +1,316 @@
+r"""Official checkpoints of Robust WRN as checkpoints of ours.
+
+``python -m paper_robustwrn convert official.pth out.ckpt`` writes ``out.ckpt`` and ``out.yaml``;
+
+    python -m paper_robustwrn test --config common/configs/paper-robustwrn.yaml \
+        --config out.yaml --ckpt_path out.ckpt
+
+attacks it as the paper did.
+
+The file tells depths, channels, classes and image channels. It does not tell strides where the
+width changes as well (taken to be 1 in the first stage and 2 in the others, as in every published
+network) nor activations (taken to be ReLU). Tags as in :mod:`paper_robustwrn.method`.
+"""
+
+import _codecs
+import argparse
+import itertools
+import pickle
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+import common
+from common.errors import CheckpointError, ConfigurationError, UserError
+from paper_robustwrn.method import RobustWideResNet
+
+WRAPPERS = ("model_state_dict", "state_dict")
+PROFILER = ("total_ops", "total_params")  # buffers the official FLOP counter leaves behind [C]
+DATA = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}  # by the number of classes
+BLOCK = re.compile(r"blocks\.(\d+)\.layer\.(\d+)\.(.+)")
+
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+PLAIN_NUMBERS: list[Any] = [
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # numpy 1, 2
+    np.dtype,
+    *{type(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool)},
+    _codecs.encode,  # makes bytes of old pickles' text
+]
+"""What numbers from numpy, such as accuracies in ``ENV``, need to be read; none of it runs code."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a state dict tells about its network."""
+
+    depths: tuple[int, ...]
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    num_classes: int
+    in_channels: int
+    imagenet_stem: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of :class:`RobustWideResNet`, as plain values."""
+        lists = {name: list(getattr(self, name)) for name in ("depths", "channels", "strides")}
+        return {
+            **lists,
+            "num_classes": self.num_classes,
+            "in_channels": self.in_channels,
+            "imagenet_stem": self.imagenet_stem,
+        }
+
+
+def read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The official state dict in a file, and what else the file holds; nothing in it is executed.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or holds code, or no state dict is in it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"the checkpoint {path} does not exist; check the path")
+    try:
+        with torch.serialization.safe_globals(PLAIN_NUMBERS):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {unsafe[1]}" if unsafe else "it is damaged or no file of torch.save"
+        raise CheckpointError(
+            f"{path} cannot be read: {reason}. A checkpoint holds tensors and plain values only, "
+            "and nothing in it is executed; give the file as its authors published it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}); it is truncated or damaged, so fetch it again"
+        ) from error
+    rest = dict(found) if isinstance(found, Mapping) else {}
+    for wrapper in WRAPPERS:
+        if isinstance(rest.get(wrapper), Mapping):
+            found = rest.pop(wrapper)
+            break
+    else:
+        rest = {}
+    if not isinstance(found, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
+    ):
+        raise CheckpointError(
+            f"{path} holds no state dict (names to tensors), neither bare nor under "
+            f"{' or '.join(WRAPPERS)}; give a checkpoint of HanxunH/RobustWRN"
+        )
+    bare = {key.removeprefix("module."): value for key, value in found.items()}
+    return {k: v for k, v in bare.items() if not k.endswith(PROFILER)}, rest
+
+
+def recover(
+    weights: Mapping[str, Tensor], origin: str, strides: Sequence[int] | None = None
+) -> Architecture:
+    """The network behind an official state dict.
+
+    Args:
+        weights: Official names to tensors.
+        origin: What to call the file in messages.
+        strides: Of the stages, where they are not the usual ones.
+
+    Raises:
+        CheckpointError: If the names are not those of the official network.
+    """
+    blocks = {(int(m[1]), int(m[2])) for key in weights if (m := BLOCK.fullmatch(key))}
+    stages = sorted({stage for stage, _ in blocks})
+    depths = tuple(sum(stage == s for s, _ in blocks) for stage in stages)
+    imagenet_stem = "stem_conv.0.weight" in weights
+    names = ["stem_conv.0.weight" if imagenet_stem else "stem_conv.weight"]
+    names += [f"blocks.{stage}.layer.0.conv2.weight" for stage in stages]
+    missing = [name for name in (*names, "fc.weight") if name not in weights]
+    if not stages or stages != list(range(len(stages))) or missing:
+        first = ", ".join(list(weights)[:3]) or "nothing"
+        lack = f"; it lacks {missing[0]}" if missing else ""
+        raise CheckpointError(
+            f"{origin} is no checkpoint of the official RobustWideResNet{lack} (its first entries: "
+            f"{first}); give a file of HanxunH/RobustWRN"
+        )
+    shapes = [tuple(weights[name].shape) for name in (*names, "fc.weight")]
+    if any(len(shape) != 4 for shape in shapes[:-1]) or len(shapes[-1]) != 2:
+        raise CheckpointError(
+            f"{origin} is no checkpoint of the official RobustWideResNet: {names[0]} and its like "
+            f"have shapes {', '.join(map(str, shapes))}; give a file of HanxunH/RobustWRN"
+        )
+    channels = tuple(shape[0] for shape in shapes[:-1])
+    found = []
+    for stage, (a, b) in enumerate(itertools.pairwise(channels)):
+        shortcut = f"blocks.{stage}.layer.0.convShortcut.weight" in weights
+        found.append((2 if shortcut else 1) if a == b else (2 if stage else 1))
+    if strides is not None and len(strides) != len(stages):
+        raise ConfigurationError(
+            f"strides are one for each of the {len(stages)} stages, got {list(strides)}"
+        )
+    return Architecture(
+        depths, channels, tuple(strides or found), shapes[-1][0], shapes[0][1], imagenet_stem
+    )
+
+
+def official_name(name: str) -> str:
+    """What the official code calls an entry of our state dict."""
+    name = re.sub(r"^stages\.(\d+)\.(\d+)\.", r"blocks.\1.layer.\2.", name)
+    for ours, theirs in (
+        (r"^stem\.conv\.", "stem_conv.0."),
+        (r"^stem\.bn\.", "stem_conv.1."),
+        (r"^stem\.", "stem_conv."),
+        (r"^head\.norm\.", "bn1."),
+        (r"^head\.linear\.", "fc."),
+        (r"\.shortcut\.", ".convShortcut."),
+    ):
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def rename(
+    weights: Mapping[str, Tensor], architecture: Architecture, origin: str
+) -> dict[str, Tensor]:
+    """Our state dict from the official one, entry by entry.
+
+    Raises:
+        CheckpointError: If an entry is missing, unknown or of another shape.
+    """
+    with torch.device("meta"):
+        own = RobustWideResNet(**architecture.arguments()).state_dict()
+    official = {official_name(name): name for name in own}
+    missing = [name for name in official if name not in weights]
+    unknown = [name for name in weights if name not in official]
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[ours].shape)}"
+        for name, ours in official.items()
+        if name in weights and weights[name].shape != own[ours].shape
+    ]
+    problems = [
+        f"{len(names)} {what} (first: {names[0]})"
+        for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "misshapen"))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{origin} does not fit the RobustWideResNet its names describe (depths "
+            f"{list(architecture.depths)}, channels {list(architecture.channels)}, strides "
+            f"{list(architecture.strides)}): {'; '.join(problems)}. Give the file as its authors "
+            "published it, or its strides with --strides"
+        )
+    return {ours: weights[name].detach().clone() for name, ours in official.items()}
+
+
+def convert(
+    source: str | Path, target: str | Path, strides: Sequence[int] | None = None
+) -> Architecture:
+    """Write ``target`` and, beside it, the YAML file with its model and data sections.
+
+    Args:
+        source: An official checkpoint, or its bare or wrapped state dict.
+        target: Where the Lightning checkpoint goes; its name ends in ``.ckpt``.
+        strides: Of the stages, where they are not the usual ones.
+
+    Returns:
+        The network that was recovered.
+
+    Raises:
+        CheckpointError: If ``source`` is not what it should be.
+        ConfigurationError: If ``target`` has another suffix or cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    if target.suffix != ".ckpt":
+        raise ConfigurationError(f"the converted checkpoint is a .ckpt file, got {target}")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ConfigurationError(f"{target} is the official file itself; choose another name")
+    weights, rest = read_official(source)
+    architecture = recover(weights, str(source), strides)
+    state = rename(weights, architecture, str(source))
+    environment = rest.get("ENV")
+    steps = environment.get("global_step") if isinstance(environment, Mapping) else 0
+    checkpoint = {
+        "epoch": _count(rest.get("epoch")),
+        "global_step": _count(steps),
+        "pytorch-lightning_version": version("lightning"),
+        "state_dict": {f"net.{name}": value for name, value in state.items()},
+        "callbacks": {},
+    }
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".tmp")
+        torch.save(checkpoint, partial)
+        target.with_suffix(".yaml").write_text(describe(architecture, source.name))
+        partial.replace(target)
+    except (OSError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{target} cannot be written ({str(error).splitlines()[0]}); choose another place"
+        ) from error
+    return architecture
+
+
+def _count(value: Any) -> int:
+    """A number of epochs or steps, 0 where the file has none."""
+    return int(value) if isinstance(value, int | np.integer) and value >= 0 else 0
+
+
+def describe(architecture: Architecture, origin: str) -> str:
+    """The YAML file: the model, and the data set where the number of classes tells it."""
+    sections: dict[str, Any] = {
+        "model": {
+            "class_path": "common.classifier.RobustClassifier",
+            "init_args": {
+                "net": {
+                    "class_path": "paper_robustwrn.method.RobustWideResNet",
+                    "init_args": architecture.arguments(),
+                },
+                "objective": {"class_path": "common.objectives.AT"},
+            },
+        }
+    }
+    note = "# The objective plays no part in evaluation.\n"
+    if architecture.num_classes in DATA and architecture.in_channels == 3:
+        name = f"{DATA[architecture.num_classes]}.yaml"
+        sections["data"] = str(Path(common.__file__).resolve().parent / "configs" / name)
+    else:
+        note += "# Which data these classes belong to is not known: give one more --config.\n"
+    text = yaml.safe_dump(sections, sort_keys=False, default_flow_style=None)
+    return f"# Converted from {origin!a}, trained by other code.\n{note}{text}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see python -m paper_robustwrn convert --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``convert official.pth out.ckpt``; errors are one line and exit status 2."""
+    parser = _Parser(
+        "python -m paper_robustwrn convert",
+        description="Turn an official checkpoint into one of ours, with a configuration beside it.",
+    )
+    parser.add_argument("source", help="official .pth file")
+    parser.add_argument("target", help="checkpoint to write; out.ckpt brings out.yaml along")
+    parser.add_argument(
+        "--strides",
+        type=int,
+        nargs="+",
+        help="stride of each stage, if not 1 2 2 ...; the file does not tell them",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        found = convert(arguments.source, arguments.target, arguments.strides)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    beside = Path(arguments.target).with_suffix(".yaml")
+    print(
+        f"{arguments.target}: depths {list(found.depths)}, channels {list(found.channels)}, "
+        f"strides {list(found.strides)}, {found.num_classes} classes\nEvaluate it with\n"
+        "  python -m paper_robustwrn test --config common/configs/paper-robustwrn.yaml "
+        f"--config {beside} --ckpt_path {arguments.target}"
+    )

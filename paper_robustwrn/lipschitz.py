@@ -1,0 +1,158 @@
+r"""An upper bound of a WideResNet's Lipschitz constant in l2, and what is measured against it.
+
+The paper explains its rule through the Lipschitz constant; its theorem was not found. This bound is
+our reconstruction [R]: the product over stem, blocks and head of
+
+- block: :math:`\sigma(sc) + \sigma(conv_2)\, g_2\, \sigma(conv_1)\, g_1`, where
+  :math:`\sigma` is the operator norm of a convolution at its real spatial size,
+  :math:`g = \max_c |\gamma_c| / \sqrt{v_c + \epsilon}` that of the batch-norm in front, and
+  :math:`\sigma(sc)` is 1 for the identity, :math:`\sigma(shortcut)\, g_1` where the shortcut reads
+  the activated tensor, :math:`\sigma(shortcut)` where it reads the raw one;
+- head: :math:`g\, \sigma(fc) / \sqrt{hw}`, the last factor from the average over h x w positions.
+
+Rectifiers move nothing further apart than their inputs are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.attacks.losses import cross_entropy
+from common.attacks.pgd import PGD
+from common.attacks.randomness import ExampleRandom
+from common.errors import ConfigurationError
+from common.evaluation.measures import Measure
+from common.evaluation.steps import Columns
+from common.networks.wide_resnet import WideBlock, WideResNet
+from common.objectives import Batch
+
+SLACK = 1e-4
+"""Power iteration approaches an operator norm from below; this much is added."""
+
+
+def operator_norm(linear: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> float:
+    """Largest l2 stretch of a linear map, by power iteration in float64.
+
+    Args:
+        linear: A map without offset, differentiable.
+        shape: Of its input, without the batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+    size = torch.tensor(0.0, dtype=torch.float64)
+    with torch.enable_grad():
+        for _ in range(1000):
+            v = (v / v.norm()).detach().requires_grad_()
+            out = linear(v)
+            (back,) = torch.autograd.grad(out, v, out.detach())
+            before, size = size, out.detach().norm()
+            v = back
+            if (size - before).abs() <= 1e-8 * size:
+                break
+    return size.item() * (1.0 + SLACK)
+
+
+def batch_norm_gain(norm: nn.BatchNorm2d) -> float:
+    """Largest factor of a batch-norm in evaluation mode.
+
+    Raises:
+        ConfigurationError: If it keeps no running statistics.
+    """
+    if norm.running_var is None:
+        raise ConfigurationError("the bound needs batch-norm with running statistics")
+    scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()
+    return float((scale.abs() / (norm.running_var + norm.eps).sqrt()).max())
+
+
+def upper_bound(net: WideResNet, shape: tuple[int, int, int]) -> dict[str, float]:
+    """The bound, stage by stage.
+
+    Args:
+        net: A network of our :class:`~common.networks.wide_resnet.WideResNet`, rectified linear
+            units only, in evaluation mode.
+        shape: Of an image, ``(C, H, W)``.
+
+    Returns:
+        ``stem``, ``stage1``, ``stage2``, ..., ``head``, and their product ``total``.
+
+    Raises:
+        ConfigurationError: If the network has other activations or another stem.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.SiLU | nn.GELU | nn.Mish | nn.PReLU | nn.MaxPool2d):
+            raise ConfigurationError(
+                f"the bound knows convolutions, batch-norm and ReLU, the network has "
+                f"{type(module).__name__}"
+            )
+    if not isinstance(net.stem, nn.Conv2d):
+        raise ConfigurationError("the bound needs the stem of CIFAR networks: one convolution")
+    std = net.normalize.std
+    factors = {"stem": _gain(net.stem, shape) / (1.0 if std is None else float(std.min()))}
+    at = _shape_after(net.stem, shape)
+    for number, stage in enumerate(net.stages.children(), start=1):
+        factor = 1.0
+        blocks: Any = stage.children()
+        for block in blocks:
+            factor *= _block(block, at)
+            at = _shape_after(block.conv1, at)
+        factors[f"stage{number}"] = factor
+    head: Any = net.head
+    weight = head.linear.weight.detach().double()
+    spread = float(at[1] * at[2]) ** 0.5
+    sigma = float(torch.linalg.matrix_norm(weight, 2))
+    factors["head"] = batch_norm_gain(head.norm) * sigma / spread
+    total = 1.0
+    for factor in factors.values():
+        total *= factor
+    return factors | {"total": total}
+
+
+def _block(block: WideBlock, shape: tuple[int, ...]) -> float:
+    g1, g2 = batch_norm_gain(block.bn1), batch_norm_gain(block.bn2)
+    inside = _shape_after(block.conv1, shape)
+    branch = _gain(block.conv2, inside) * g2 * _gain(block.conv1, shape) * g1
+    if isinstance(block.shortcut, nn.Identity):
+        return 1.0 + branch
+    shortcut: Any = block.shortcut
+    return _gain(shortcut, shape) * (g1 if block.changes_width else 1.0) + branch
+
+
+def _gain(conv: nn.Conv2d, shape: tuple[int, ...]) -> float:
+    weight = conv.weight.detach().double().cpu()
+
+    def linear(x: Tensor) -> Tensor:
+        padding: Any = conv.padding
+        return nn.functional.conv2d(x, weight, None, conv.stride, padding, conv.dilation)
+
+    return operator_norm(linear, shape)
+
+
+def _shape_after(conv: nn.Conv2d, shape: tuple[int, ...]) -> tuple[int, ...]:
+    padding: Any = conv.padding
+
+    def side(n: int) -> int:
+        return int((n + 2 * padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1)
+
+    return (conv.out_channels, side(shape[1]), side(shape[2]))
+
+
+class L2Ratio(Measure):
+    r"""``l2_ratio``, :math:`\|f(x) - f(x')\|_2 / \|x - x'\|_2`, which the bound may not fall below.
+
+    Args:
+        attack: Makes x', from cross-entropy.
+    """
+
+    def __init__(self, attack: PGD) -> None:
+        self.attack = attack
+
+    def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
+        """``l2_ratio`` ``(N,)``; 0 where x' is x."""
+        x, y = batch["x"], batch["y"]
+        x_adv = self.attack(lambda images: cross_entropy(model(images), y), x, random)
+        with torch.no_grad():
+            moved = (model(x) - model(x_adv)).norm(dim=1)
+        distance = (x - x_adv).flatten(1).norm(dim=1)
+        return {"l2_ratio": torch.where(distance > 0, moved / distance.clamp_min(1e-12), 0.0)}

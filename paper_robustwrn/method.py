@@ -1,0 +1,385 @@
+"""Robust WRN: the network, its size in closed form, the rule, and the grids of networks.
+
+``D = (D1, ..., DS)`` are residual blocks per stage, ``W = (W1, ..., WS)`` widening factors, and
+``channels = (16, 16 W1, 32 W2, 64 W3, ...)``, the first entry being the stem's. ``K`` classes.
+
+Tags name the source of a statement: [P] the paper, [C] its official code (HanxunH/RobustWRN),
+[F] a follow-up study on the same networks (S. Huang et al., CVPR 2023, arXiv 2212.11005),
+[R] our reconstruction where nothing public settles it.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from torch import nn
+
+from common.errors import ConfigurationError
+from common.networks.normalize import Statistics
+from common.networks.resnet import Activation, check_positive, check_stages, conv3x3, named_sequence
+from common.networks.wide_resnet import WideResNet, initialize
+
+Measure = Literal["parameters", "macs"]
+"""What a budget counts: parameters, or multiply-accumulates of convolutions and linear layer."""
+
+STEM_WIDTH = 16
+
+# ------------------------------------------------------------------------------------- network
+
+
+def channels_of(widths: Sequence[int]) -> tuple[int, ...]:
+    """Channels (16, 16 W1, 32 W2, 64 W3, ...) of widening factors W, stem first [C, F].
+
+    Raises:
+        ConfigurationError: If a factor is below 1.
+    """
+    if not widths or min(widths) < 1:
+        raise ConfigurationError(
+            f"widths are widening factors of at least 1, one for each stage, got {list(widths)}"
+        )
+    return (STEM_WIDTH, *(16 * 2**s * w for s, w in enumerate(widths)))
+
+
+def usual_strides(stages: int) -> tuple[int, ...]:
+    """Stride 1 in the first stage and 2 in each of the others, (1, 2, 2) for three [C]."""
+    return (1,) + (2,) * (stages - 1)
+
+
+class RobustWideResNet(WideResNet):
+    """A wide residual network with depth and width free per stage; by default WRN-34-R [C].
+
+    Blocks are pre-activation. Where the width changes, the 1x1 shortcut reads the activated input;
+    where only the resolution does, it reads the raw input; elsewhere the raw input is added as it
+    is. The head is BN - ReLU - global pool - linear whatever the stages' activations.
+
+    Stems: one convolution without batch-norm or activation, or for large images conv7x7 (stride 2)
+    - BN - ReLU - max-pool (stride 2) [C].
+
+    Args:
+        depths: Residual blocks per stage, D; any number of stages.
+        widths: Widening factors per stage, W. Unused where ``channels`` is given.
+        num_classes: Number of classes K.
+        in_channels: Channels of the images.
+        mean: Means of :class:`~common.networks.normalize.Normalize`; ``None`` keeps the pixels, as
+            every published model does.
+        std: Its standard deviations.
+        channels: Channels of the stem and of each stage, one more than there are stages.
+        strides: Stride of each stage's first block; ``None`` is (1, 2, 2, ...).
+        stem_stride: Stride of the 3x3 stem.
+        drop_rates: Dropout inside the blocks of each stage; every published configuration has 0.
+        activations: Makes one activation, for each stage; ``None`` is ReLU everywhere.
+        imagenet_stem: The stem for large images, instead of the 3x3 convolution.
+
+    Raises:
+        ConfigurationError: If the lists do not describe the same stages.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (5, 5, 5),
+        widths: Sequence[int] = (20, 20, 8),
+        num_classes: int = 10,
+        in_channels: int = 3,
+        mean: Statistics = None,
+        std: Statistics = None,
+        channels: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+        stem_stride: int = 1,
+        drop_rates: Sequence[float] | None = None,
+        activations: Sequence[Activation] | None = None,
+        imagenet_stem: bool = False,
+    ) -> None:
+        channels = channels_of(widths) if channels is None else channels
+        strides = usual_strides(len(depths)) if strides is None else strides
+        check_configuration(depths, channels, strides)
+        check_positive(stem_stride=stem_stride)
+        super().__init__(
+            num_classes=num_classes,
+            in_channels=in_channels,
+            mean=mean,
+            std=std,
+            depths=depths,
+            widths=channels[1:],
+            strides=strides,
+            stem_width=channels[0],
+            drop_rates=drop_rates,
+            activations=activations,
+        )
+        if imagenet_stem:
+            if stem_stride != 1:
+                raise ConfigurationError(
+                    f"stem_stride is {stem_stride} and imagenet_stem is true; that stem has its "
+                    "own strides, so drop one of the two"
+                )
+            self.stem = named_sequence(
+                conv=nn.Conv2d(in_channels, channels[0], 7, stride=2, padding=3, bias=False),
+                bn=nn.BatchNorm2d(channels[0]),
+                act=nn.ReLU(),
+                pool=nn.MaxPool2d(3, stride=2, padding=1),
+            )
+        elif stem_stride != 1:
+            self.stem = conv3x3(in_channels, channels[0], stem_stride)
+        if imagenet_stem or stem_stride != 1:
+            self.stem.apply(initialize)
+
+
+def check_configuration(
+    depths: Sequence[int], channels: Sequence[int], strides: Sequence[int]
+) -> None:
+    """Refuse lists that do not describe the same stages.
+
+    Raises:
+        ConfigurationError: If ``channels`` has not one entry more than ``depths`` and ``strides``,
+            or a value is below 1.
+    """
+    if len(channels) != len(depths) + 1:
+        raise ConfigurationError(
+            f"depths={list(depths)} need as many widths, or one channel count more for the stem, "
+            f"got channels={list(channels)}"
+        )
+    check_stages(depths, channels[1:], strides)
+    check_positive(stem_width=channels[0])
+
+
+# ---------------------------------------------------------------------------------------- size
+
+
+def count_parameters(
+    depths: Sequence[int],
+    channels: Sequence[int],
+    num_classes: int = 10,
+    in_channels: int = 3,
+    strides: Sequence[int] | None = None,
+) -> int:
+    r"""Parameters of a :class:`RobustWideResNet` with its 3x3 stem, in closed form [C].
+
+    .. math:: P = 9 c_{in} c_0 + \sum_s \left[ 2a + 9ab + 2b + 9b^2 + [\text{shortcut}]\, ab
+        + (D_s - 1)(4b + 18b^2) \right] + 2 c_S + (c_S + 1) K
+
+    with :math:`a = c_{s-1}`, :math:`b = c_s`. A stage has a shortcut convolution exactly where its
+    width or its resolution changes.
+
+    Raises:
+        ConfigurationError: If the lists do not describe the same stages.
+    """
+    strides = usual_strides(len(depths)) if strides is None else strides
+    check_configuration(depths, channels, strides)
+    count = 9 * in_channels * channels[0]
+    for depth, stride, (a, b) in zip(depths, strides, itertools.pairwise(channels), strict=True):
+        count += 2 * a + 9 * a * b + 2 * b + 9 * b * b + (depth - 1) * (4 * b + 18 * b * b)
+        if a != b or stride != 1:
+            count += a * b
+    return count + 2 * channels[-1] + (channels[-1] + 1) * num_classes
+
+
+def count_macs(
+    depths: Sequence[int],
+    channels: Sequence[int],
+    num_classes: int = 10,
+    in_channels: int = 3,
+    strides: Sequence[int] | None = None,
+    size: int = 32,
+) -> int:
+    r"""Multiply-accumulates of all convolutions and the linear layer for one image [C].
+
+    .. math:: M = 9 c_{in} c_0 h^2 + \sum_s h_s^2 \left[ 9ab + 9b^2 + [\text{shortcut}]\, ab
+        + (D_s - 1)\, 18b^2 \right] + c_S K
+
+    with :math:`h` the side of the image and :math:`h_s` the side behind the stride of stage s. The
+    published numbers also count batch-norm, which adds some 0.2 % [C].
+
+    Raises:
+        ConfigurationError: If the lists do not describe the same stages.
+    """
+    strides = usual_strides(len(depths)) if strides is None else strides
+    check_configuration(depths, channels, strides)
+    count = 9 * in_channels * channels[0] * size**2
+    for depth, stride, (a, b) in zip(depths, strides, itertools.pairwise(channels), strict=True):
+        size = -(-size // stride)
+        layers = 9 * a * b + 9 * b * b + (depth - 1) * 18 * b * b
+        count += size**2 * (layers + (a * b if a != b or stride != 1 else 0))
+    return count + channels[-1] * num_classes
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Depths D and widening factors W of one network, without building it."""
+
+    depths: tuple[int, ...] = (5, 5, 5)
+    widths: tuple[int, ...] = (10, 10, 10)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the stem and of each stage."""
+        return channels_of(self.widths)
+
+    @property
+    def name(self) -> str:
+        """``d5-5-4`` at W = 10 [P], ``w10-10-8`` at D = 5 [R], else both parts."""
+        d, w = "d" + "-".join(map(str, self.depths)), "w" + "-".join(map(str, self.widths))
+        if set(self.widths) == {10}:
+            return d
+        return w if set(self.depths) == {5} else f"{d}-{w}"
+
+    def parameters(self, num_classes: int = 10, in_channels: int = 3) -> int:
+        """As :func:`count_parameters`."""
+        return count_parameters(self.depths, self.channels, num_classes, in_channels)
+
+    def macs(self, num_classes: int = 10, in_channels: int = 3, size: int = 32) -> int:
+        """As :func:`count_macs`."""
+        return count_macs(self.depths, self.channels, num_classes, in_channels, size=size)
+
+    def cost(
+        self, measure: Measure, num_classes: int = 10, in_channels: int = 3, size: int = 32
+    ) -> int:
+        """Parameters or multiply-accumulates, by name."""
+        if measure == "parameters":
+            return self.parameters(num_classes, in_channels)
+        return self.macs(num_classes, in_channels, size)
+
+
+# ---------------------------------------------------------------------------- rule and search
+
+
+def robust_widths(w: int, ratio: float = 0.4, stages: int = 3) -> tuple[int, ...]:
+    """The rule R(w) = (w, ..., w, ratio w): the last stage narrower, everything else as it was.
+
+    The ratio is that of WRN-34-R = R(20) [C]; rounding to the nearest integer, ties up, is [R].
+
+    Raises:
+        ConfigurationError: If ``w`` is below 1 or ``ratio`` not positive.
+    """
+    check_positive(w=w, stages=stages)
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise ConfigurationError(f"ratio scales the last stage and must be positive, got {ratio}")
+    # In exact arithmetic: 0.29 * 50 is 14.499999999999998 as a float.
+    last = math.floor(Fraction(str(ratio)) * w + Fraction(1, 2))
+    return (w,) * (stages - 1) + (max(last, 1),)
+
+
+def smallest_robust(
+    budget: int,
+    depths: Sequence[int] = (5, 5, 5),
+    measure: Measure = "parameters",
+    ratio: float = 0.4,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    size: int = 32,
+) -> int:
+    """The smallest w whose R(w) reaches a budget; 20 for that of WRN-34-12 [R].
+
+    Args:
+        budget: Parameters or multiply-accumulates to reach.
+        depths: Blocks per stage.
+        measure: What the budget counts.
+        ratio: Of :func:`robust_widths`.
+        num_classes: Number of classes K.
+        in_channels: Channels of the images.
+        size: Side of the images, for multiply-accumulates.
+
+    Raises:
+        ConfigurationError: If the budget is below 1.
+    """
+    check_positive(budget=budget)
+
+    def reaches(w: int) -> bool:
+        rule = Configuration(tuple(depths), robust_widths(w, ratio, len(depths)))
+        return rule.cost(measure, num_classes, in_channels, size) >= budget
+
+    return next(w for w in itertools.count(1) if reaches(w))
+
+
+def search(
+    configurations: Iterable[Configuration],
+    budget: int,
+    measure: Measure = "parameters",
+    num_classes: int = 10,
+    in_channels: int = 3,
+    size: int = 32,
+) -> Configuration:
+    """The smallest of some networks that reaches a budget; the first among equals.
+
+    Raises:
+        ConfigurationError: If none of them reaches it.
+    """
+    sized = [(c.cost(measure, num_classes, in_channels, size), c) for c in configurations]
+    large = [(cost, c) for cost, c in sized if cost >= budget]
+    if not large:
+        largest = max((cost for cost, _ in sized), default=0)
+        raise ConfigurationError(
+            f"none of the {len(sized)} networks has {budget:,} {measure}, the largest has "
+            f"{largest:,}; lower the budget or widen the grid"
+        )
+    return min(large, key=lambda pair: pair[0])[1]
+
+
+# ------------------------------------------------------------------------------ named networks
+
+
+def grid(
+    depths: Iterable[Sequence[int]] = ((5, 5, 5),), widths: Iterable[Sequence[int]] = ((10,) * 3,)
+) -> tuple[Configuration, ...]:
+    """Every combination of depth vectors and width vectors."""
+    pairs = itertools.product(list(depths), list(widths))
+    return tuple(Configuration(tuple(d), tuple(w)) for d, w in pairs)
+
+
+def one_stage_at_a_time(usual: int, reduced: Sequence[int]) -> list[tuple[int, ...]]:
+    """``(usual, usual, usual)`` with each entry in turn replaced by each reduced value."""
+    return [
+        tuple(value if s == stage else usual for s in range(3))
+        for stage in range(3)
+        for value in reduced
+    ]
+
+
+NETWORKS = {
+    "WRN-28-10": Configuration((4, 4, 4)),
+    "WRN-34-10": Configuration(),
+    "WRN-34-12": Configuration(widths=(12, 12, 12)),
+    "WRN-34-20": Configuration(widths=(20, 20, 20)),
+    "WRN-34-R": Configuration(widths=robust_widths(20)),
+}
+"""The networks the paper names; WRN-34-12 has the budget of WRN-34-R [P, C]."""
+
+DEPTH_GRID = grid(depths=itertools.product((2, 3, 4, 5, 7, 9), repeat=3))
+"""All depths at W = 10, Fig. 1(b). Its labels have one digit per stage [P]; the values are [R]."""
+
+WIDTH_GRID = grid(widths=itertools.product((4, 6, 8, 10, 12, 14, 16, 20), repeat=3))
+"""All widths at D = 5; the values are those of [F]."""
+
+STAGE_GRID = (
+    Configuration(),
+    *grid(widths=one_stage_at_a_time(10, (8, 6, 4, 2))),
+    *grid(depths=one_stage_at_a_time(5, (4, 3, 2, 1))),
+)
+"""WRN-34-10, and with one stage narrower or shallower: 25 networks, the default sweep [R]."""
+
+EQUAL_BUDGET = grid(widths=((12, 12, 12), (20, 20, 8), (10, 20, 8), (4, 10, 12), (4, 4, 13)))
+"""About the parameters of WRN-34-12, uniform, by the rule, and against it [R]."""
+
+
+def named(name: str) -> Configuration:
+    """The network called ``WRN-34-R``, ``d5-5-4``, ``w10-10-8`` or ``d4-4-4-w11-13-6``.
+
+    Raises:
+        ConfigurationError: If the name is none of these.
+    """
+    if name in NETWORKS:
+        return NETWORKS[name]
+    d, w = r"d(?P<d>\d+(?:-\d+)*)", r"w(?P<w>\d+(?:-\d+)*)"
+    found = re.fullmatch(d, name) or re.fullmatch(w, name) or re.fullmatch(f"{d}-{w}", name)
+    if found is None:
+        raise ConfigurationError(
+            f"there is no network {name!r}; names are {', '.join(NETWORKS)}, blocks per stage like "
+            "d5-5-4, widening factors like w10-10-8, or both like d4-4-4-w11-13-6"
+        )
+    lists = {k: tuple(map(int, part.split("-"))) for k, part in found.groupdict().items()}
+    depths = lists.get("d") or (5,) * len(lists["w"])
+    widths = lists.get("w") or (10,) * len(depths)
+    check_configuration(depths, channels_of(widths), usual_strides(len(depths)))
+    return Configuration(depths, widths)

@@ -1,0 +1,106 @@
+"""Figures from whatever has finished, and verdicts that can turn out either way."""
+
+import json
+
+import pytest
+import torch
+
+from common.errors import ConfigurationError
+from common.evaluation.steps import Line, Outcomes, Threat
+from common.outcomes import checkpoint_entry
+from common.results import merge_result, result_path
+from paper_robustwrn.analysis import (
+    analyse,
+    evaluate_expectations,
+    networks_of,
+    shape_of,
+    stage_curves,
+)
+
+PGD = "pgd20/ce_f"
+
+
+def write(folder, stem: str, accuracy: float, parameters: float, seed: int = 0, **more) -> None:
+    held = torch.arange(100) < round(100 * accuracy)
+    right = torch.ones(100, dtype=torch.bool)
+    outcomes = Outcomes(
+        torch.zeros(100, dtype=torch.int64),
+        {"clean": right, PGD: held},
+        {PGD: right},
+        {PGD: Line("pgd20", norm="linf", eps=0.1)},
+        threat=Threat("linf", 0.1),
+    )
+    measures = {"parameters": parameters, "macs": 2 * parameters, **more}
+    merge_result(
+        result_path(folder, stem, seed),
+        paper="paper_robustwrn",
+        experiment=stem,
+        seed=seed,
+        label="last",
+        entry=checkpoint_entry(outcomes, measures=measures),
+        provenance={"config_digest": "x"},
+    )
+
+
+def test_names_tell_the_shape() -> None:
+    assert shape_of("cifar10_grid_w10-10-8") == ("w", (10, 10, 8))
+    assert shape_of("digits_d3-1-1_sat") == ("d", (3, 1, 1))
+    assert shape_of("cifar10_wrn34r_sat") is None
+
+
+def test_sweep_figures_come_from_whatever_has_finished(tmp_path) -> None:
+    for stem, accuracy, size in (
+        ("cifar10_grid_d5-5-5", 0.52, 46e6),
+        ("cifar10_grid_w10-10-8", 0.53, 34e6),
+        ("cifar10_grid_w10-10-4", 0.49, 17e6),
+        ("cifar10_grid_w8-10-10", 0.50, 45e6),
+        ("cifar10_grid_w10-10-10", 0.52, 46e6),
+    ):
+        write(tmp_path, stem, accuracy, size)
+    report = analyse(tmp_path, tmp_path, "cifar10_grid", [0])
+    names = {path.rpartition("/")[2] for path in report["figures"]}
+    prefix = "cifar10_grid_"
+    assert names == {prefix + n for n in ("parameters.png", "macs.png", "stage_widths.png")}
+    assert report["expectations"] == []
+    with pytest.raises(ConfigurationError, match="nothing to analyse"):
+        analyse(tmp_path, tmp_path, "svhn", [0])
+
+
+def test_a_stage_curve_needs_networks_that_differ_in_one_stage(tmp_path) -> None:
+    from common.results import load_results
+
+    write(tmp_path, "cifar10_grid_w10-10-8", 0.5, 1e6)
+    write(tmp_path, "cifar10_grid_w8-8-10", 0.5, 2e6)
+    assert stage_curves(networks_of(load_results(tmp_path)), "w") is None
+    write(tmp_path, "cifar10_grid_w10-10-4", 0.4, 3e6)
+    figure = stage_curves(networks_of(load_results(tmp_path)), "w")
+    (line,) = figure.axes[0].lines
+    assert line.get_xdata().tolist() == [4, 8]
+    assert line.get_ydata().tolist() == pytest.approx([40, 50])
+
+
+def verdicts(early: float, late: float, natural: float, share: float) -> dict[str, bool | None]:
+    metrics = {}
+    for seed in (0, 1):
+        for name, value in (("d3-1-1_sat", early), ("d1-1-3_sat", late)):
+            smooth = {"lipschitz": 40 + value, "stability": value, "parameters": 1.0}
+            metrics[name, seed] = {PGD: value, "clean_acc": 0.98, **smooth}
+        for name in ("d3-1-1_natural", "d1-1-3_natural"):
+            metrics[name, seed] = {PGD: natural}
+    lipschitz = {("d3-1-1_sat", seed): {"largest": share, "bound": 1.0} for seed in (0, 1)}
+    return {e.id: e.holds for e in evaluate_expectations(metrics, lipschitz, [0, 1])}
+
+
+def test_verdicts_turn_out_either_way() -> None:
+    good = verdicts(0.77, 0.76, 0.02, 0.5)
+    assert [name for name, holds in good.items() if holds] == ["a", "b", "c", "d", "f"]
+    bad = verdicts(0.70, 0.76, 0.5, 1.5)
+    assert [name for name, holds in bad.items() if holds] == ["b", "e"]
+
+
+def test_a_missing_seed_leaves_the_verdict_open(tmp_path) -> None:
+    write(tmp_path, "digits_d3-1-1_sat", 0.7, 48e3, lipschitz=40.0, stability=0.8)
+    report = analyse(tmp_path / "no_runs", tmp_path, "digits", [0, 1])
+    assert {e["holds"] for e in report["expectations"]} == {None}
+    assert any("checkpoint" in what for what in report["missing"])
+    assert json.loads((tmp_path / "analysis.json").read_text())["on"] == "digits"

@@ -1,0 +1,375 @@
+"""Official files, written by an independent model with the official names, read by our network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from common.checkpoints import load_checkpoint
+from common.classifier import RobustClassifier
+from common.cli import RobustCLI
+from common.cli import main as run
+from common.errors import CheckpointError, ConfigurationError
+from common.objectives import AT
+from paper_robustwrn.convert import convert, main, recover, rename
+from paper_robustwrn.method import RobustWideResNet, count_parameters
+
+ROOT = Path(__file__).parents[2]
+
+
+def conv(a: int, b: int, side: int, stride: int = 1, padding: int = 0) -> nn.Conv2d:
+    return nn.Conv2d(a, b, side, stride, padding, bias=False)
+
+
+class OfficialBlock(nn.Module):
+    def __init__(self, a: int, b: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(a), conv(a, b, 3, stride, 1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(b), conv(b, b, 3, 1, 1)
+        self.widens = a != b
+        if self.widens or stride == 2:
+            self.convShortcut = conv(a, b, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.bn1(x))
+        h = self.conv2(F.relu(self.bn2(self.conv1(a))))
+        if not hasattr(self, "convShortcut"):
+            return x + h
+        return h + self.convShortcut(a if self.widens else x)
+
+
+class OfficialStage(nn.Module):
+    def __init__(self, depth: int, a: int, b: int, stride: int) -> None:
+        super().__init__()
+        rest = [OfficialBlock(b, b, 1) for _ in range(depth - 1)]
+        self.layer = nn.Sequential(OfficialBlock(a, b, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Official(nn.Module):
+    """The network under the official names, with weights from a formula."""
+
+    def __init__(
+        self, depths=(2, 1, 2), channels=(4, 6, 6, 5), strides=(1, 2, 2), k=10, c=3, large=False
+    ) -> None:
+        super().__init__()
+        self.stem_conv: nn.Module = conv(c, channels[0], 3, 1, 1)
+        if large:
+            pool = nn.MaxPool2d(3, 2, 1)
+            stem = (conv(c, channels[0], 7, 2, 3), nn.BatchNorm2d(channels[0]), nn.ReLU(), pool)
+            self.stem_conv = nn.Sequential(*stem)
+        pairs = zip(depths, channels, channels[1:], strides, strict=False)
+        self.blocks = nn.ModuleList(OfficialStage(*stage) for stage in pairs)
+        self.bn1 = nn.BatchNorm2d(channels[-1])
+        self.fc = nn.Linear(channels[-1], k)
+        for number, (name, tensor) in enumerate(self.state_dict().items()):
+            if tensor.is_floating_point():
+                wave = torch.sin(torch.arange(tensor.numel()) * 0.7 + number).view_as(tensor)
+                tensor.copy_(1 + 0.3 * wave if name.endswith("running_var") else 0.5 * wave)
+            else:
+                tensor.fill_(number)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_conv(x)
+        for stage in self.blocks:
+            x = stage(x)
+        return self.fc(F.adaptive_avg_pool2d(F.relu(self.bn1(x)), 1).flatten(1))
+
+
+def official_file(model: nn.Module) -> dict[str, object]:
+    """What the official code saves, the flop counter's leftovers and numpy's numbers included."""
+    state = dict(model.state_dict())
+    state |= {"total_ops": torch.zeros(1), "blocks.0.layer.total_params": torch.zeros(1)}
+    environment = {
+        "global_step": 39_000,
+        "best_pgd_acc": np.float64(52.5),
+        "pgd_eval_history": [(50, np.float32(50.5)), (51, 51.0)],
+        "stable_acc_history": [np.int64(3)],
+        "flops": 19_146.1,
+    }
+    return {
+        "epoch": 99,
+        "model_state_dict": state,
+        "optimizer_state_dict": torch.optim.SGD(model.parameters(), 0.1).state_dict(),
+        "alpha_optimizer_state_dict": None,
+        "scheduler_state_dict": None,
+        "ENV": environment,
+        "genotype": None,
+    }
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    torch.save(official_file(Official()), tmp_path / "official.pth")
+    return tmp_path / "official.pth"
+
+
+def converted_net(target: Path) -> RobustWideResNet:
+    """The network that the YAML file describes, with the checkpoint's weights."""
+    section = yaml.safe_load(target.with_suffix(".yaml").read_text())["model"]["init_args"]["net"]
+    assert section["class_path"] == "paper_robustwrn.method.RobustWideResNet"
+    module = RobustClassifier(RobustWideResNet(**section["init_args"]), AT())
+    checkpoint = load_checkpoint(target)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.net.eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"channels": (4, 4, 4, 6)},  # 4 -> 4 without a stride, 4 -> 4 with one
+        {"channels": (4, 5, 5, 5), "strides": (1, 2, 1)},  # without, where 2 is usual
+        {"channels": (5, 5, 6, 4), "strides": (2, 2, 2)},
+        {"depths": (1, 1, 2, 1), "channels": (3, 4, 4, 6, 5), "strides": (1, 2, 2, 2)},
+        {"k": 100, "c": 1},
+        {"large": True},
+    ],
+)
+def test_logits_are_those_of_the_official_network(tmp_path, settings):
+    model = Official(**settings).eval()
+    torch.save(official_file(model), tmp_path / "official.pth")
+    target = tmp_path / "out.ckpt"
+    found = convert(tmp_path / "official.pth", target)
+    assert found.strides == settings.get("strides", (1, 2, 2))
+    net = converted_net(target)
+    x = torch.rand(4, settings.get("c", 3), 16, 16)
+    expected = model(x)
+    assert expected.std() > 1e-3
+    assert torch.allclose(net(x), expected, atol=1e-6)
+    assert len(net.state_dict()) == len(model.state_dict())
+
+
+def wrapped(model: nn.Module, how: str) -> object:
+    state = model.state_dict()
+    prefixed = {f"module.{key}": value for key, value in state.items()}
+    return {
+        "bare": state,
+        "parallel": prefixed,
+        "under state_dict": {"state_dict": prefixed, "epoch": 3},
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["bare", "parallel", "under state_dict"])
+def test_published_copies_are_read_too(tmp_path, how):
+    model = Official().eval()
+    torch.save(wrapped(model, how), tmp_path / "official.pth")
+    convert(tmp_path / "official.pth", tmp_path / "out.ckpt")
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.allclose(converted_net(tmp_path / "out.ckpt")(x), model(x), atol=1e-6)
+    assert load_checkpoint(tmp_path / "out.ckpt")["epoch"] == (3 if "under" in how else 0)
+
+
+def test_the_full_size_network_is_recovered(tmp_path):
+    """WRN-34-R by its shapes alone."""
+    with torch.device("meta"):
+        names = Official((5, 5, 5), (16, 320, 640, 512)).state_dict()
+    assert len(names) == 191
+    found = recover(names, "official.pth")
+    assert (found.depths, found.channels) == ((5, 5, 5), (16, 320, 640, 512))
+    assert (found.strides, found.num_classes, found.in_channels) == ((1, 2, 2), 10, 3)
+    assert len(rename(names, found, "official.pth")) == 191
+
+
+def test_strides_that_the_file_does_not_tell_are_given(tmp_path):
+    model = Official(channels=(4, 5, 6, 7), strides=(1, 1, 2)).eval()
+    torch.save(model.state_dict(), tmp_path / "official.pth")
+    convert(tmp_path / "official.pth", tmp_path / "out.ckpt", strides=(1, 1, 2))
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.allclose(converted_net(tmp_path / "out.ckpt")(x), model(x), atol=1e-6)
+    with pytest.raises(ConfigurationError, match="each of the 3 stages"):
+        convert(tmp_path / "official.pth", tmp_path / "out.ckpt", strides=(1, 2))
+
+
+# ----------------------------------------------------------------------- what comes out is used
+
+
+def test_the_checkpoint_is_one_of_lightning(source, tmp_path):
+    convert(source, tmp_path / "out.ckpt")
+    checkpoint = load_checkpoint(tmp_path / "out.ckpt")
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (99, 39_000)
+    assert all(name.startswith("net.") for name in checkpoint["state_dict"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["official.pth", "out.ckpt", "out.yaml"]
+
+
+@pytest.mark.parametrize(("k", "data"), [(10, "cifar10"), (100, "cifar100"), (7, None)])
+def test_the_data_follow_from_the_number_of_classes(tmp_path, k, data):
+    torch.save(Official(k=k).state_dict(), tmp_path / "official.pth")
+    convert(tmp_path / "official.pth", tmp_path / "out.ckpt")
+    text = (tmp_path / "out.yaml").read_text()
+    section = yaml.safe_load(text).get("data")
+    assert text.startswith("# Converted from 'official.pth'")
+    if data is None:
+        assert section is None
+    else:
+        assert Path(section) == ROOT / "common" / "configs" / f"{data}.yaml"
+        assert Path(section).exists()
+
+
+def test_the_suite_of_the_paper_and_the_yaml_file_make_one_configuration(source, tmp_path):
+    convert(source, tmp_path / "out.ckpt")
+    suite = ROOT / "common" / "configs" / "paper-robustwrn.yaml"
+    arguments = ["--config", str(suite), "--config", str(tmp_path / "out.yaml")]
+    cli = RobustCLI("paper_robustwrn", [*arguments, "--trainer.logger", "false"], run=False)
+    assert cli.config_init["experiment"] == "out"
+    assert {"pgd20", "aa"} <= set(cli.config_init["evaluation"].suite)
+    assert cli.datamodule.num_classes == 10
+    cli.model.load_state_dict(load_checkpoint(tmp_path / "out.ckpt")["state_dict"])
+
+
+def test_the_file_is_evaluated_in_one_command(source, tmp_path, fake_cifar10, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["official.pth", "out.ckpt"])
+    attack = {"class_path": "common.attacks.pgd.FGSM", "init_args": {"eps": "8/255"}}
+    suite = {"evaluation": {"suite": {"fgsm": {"attack": attack}}, "pictures": False}}
+    Path("suite.yaml").write_text(yaml.safe_dump(suite))
+    run(
+        [
+            *("test", "--config", "suite.yaml", "--config", "out.yaml"),
+            *("--ckpt_path", "out.ckpt", "--data.source.root", str(fake_cifar10)),
+            *("--trainer.accelerator", "cpu", "--trainer.logger", "false"),
+            *("--trainer.enable_progress_bar", "false", "--evaluation.results", "results.json"),
+            *("--trainer.enable_model_summary", "false"),
+        ],
+        package="paper_robustwrn",
+    )
+    result = yaml.safe_load(Path("results.json").read_text())
+    entry = result["checkpoints"]["out"]
+    assert (entry["epoch"], entry["global_step"], entry["examples"]) == (99, 39_000, 20)
+    assert set(entry["attacks"]) == {"fgsm/ce_f"}
+    assert entry["metrics"]["parameters"] == count_parameters((2, 1, 2), (4, 6, 6, 5))
+
+
+def test_module_entry_point(source, tmp_path):
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "paper_robustwrn", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+
+    done = call("convert", "official.pth", "out.ckpt")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "depths [2, 1, 2], channels [4, 6, 6, 5]" in done.stdout
+    assert "--ckpt_path out.ckpt" in done.stdout
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+def damage(state: dict, how: str) -> object:
+    if how == "other network":
+        return {"conv1.weight": torch.zeros(4, 3, 3, 3), "fc.weight": torch.zeros(10, 4)}
+    if how == "no head":
+        del state["fc.weight"]
+    if how == "no stem":
+        del state["stem_conv.weight"]
+    if how == "missing":
+        del state["blocks.1.layer.0.bn2.bias"]
+    if how == "unknown":
+        state["blocks.1.layer.0.relu1.weight"] = torch.zeros(1)
+    if how == "misshapen":
+        state["blocks.2.layer.1.conv1.weight"] = torch.zeros(5, 4, 3, 3)
+    if how == "flat":
+        state["stem_conv.weight"] = torch.zeros(5)
+    if how == "gap":
+        state = {k.replace("blocks.1", "blocks.7"): v for k, v in state.items()}
+    if how == "shortcut":
+        del state["blocks.2.layer.0.convShortcut.weight"]
+    return {"nothing": [1, 2], "numbers": {"a": 1}, "empty": {}}.get(how, state)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("other network", "lacks stem_conv.weight .* first entries: conv1.weight"),
+        ("no head", "lacks fc.weight"),
+        ("no stem", "lacks stem_conv.weight"),
+        ("missing", r"1 missing \(first: blocks.1.layer.0.bn2.bias\)"),
+        ("unknown", r"1 unknown \(first: blocks.1.layer.0.relu1.weight\)"),
+        ("misshapen", r"conv1.weight is \(5, 4, 3, 3\), expected \(5, 5, 3, 3\)"),
+        ("flat", r"have shapes \(5,\)"),
+        ("gap", "no checkpoint of the official RobustWideResNet"),
+        ("shortcut", r"missing \(first: blocks.2.layer.0.convShortcut.weight\)"),
+        ("nothing", "no state dict"),
+        ("numbers", "no state dict"),
+        ("empty", "no checkpoint of the official RobustWideResNet"),
+    ],
+)
+def test_files_that_are_not_official_are_refused(tmp_path, capsys, how, message):
+    torch.save(damage(dict(Official().state_dict()), how), tmp_path / "official.pth")
+    target = tmp_path / "out.ckpt"
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "official.pth", target)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "official.pth"), str(target)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not target.exists()
+
+
+class Malice:
+    def __init__(self, trace: str) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def test_code_in_a_file_is_not_executed(tmp_path):
+    content = official_file(Official()) | {"genotype": Malice(str(tmp_path / "trace"))}
+    torch.save(content, tmp_path / "official.pth")
+    with pytest.raises(CheckpointError, match=r"asks for \w+\.mkdir.*nothing in it is executed"):
+        convert(tmp_path / "official.pth", tmp_path / "out.ckpt")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_truncated_files_are_refused(source, tmp_path, keep):
+    whole = source.read_bytes()
+    source.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        convert(source, tmp_path / "out.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.pth", "out.ckpt"], "nowhere.pth does not exist"),
+        (["official.pth", "out.pth"], "is a .ckpt file, got out.pth"),
+        (["official.pth"], "required: target"),
+        (["official.pth", "out.ckpt", "--strides", "a"], "--strides"),
+        (["official.pth", "out.ckpt", "--strides", "1", "0", "2"], "at least 1"),
+        (["official.pth", "official.pth/out.ckpt"], "cannot be written"),
+    ],
+)
+def test_wrong_arguments_are_one_line(source, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_the_official_file_is_never_overwritten(tmp_path):
+    path = tmp_path / "official.ckpt"
+    torch.save(official_file(Official()), path)
+    with pytest.raises(ConfigurationError, match="official file itself"):
+        convert(path, path)

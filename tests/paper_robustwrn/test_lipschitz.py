@@ -1,0 +1,98 @@
+"""The bound holds, is tight where it can be, and the pieces are those of linear algebra."""
+
+import pytest
+import torch
+from torch import nn
+
+from common.attacks.pgd import PGD
+from common.errors import ConfigurationError
+from common.networks.wide_resnet import WideResNet
+from paper_robustwrn.analysis import lipschitz_of
+from paper_robustwrn.lipschitz import batch_norm_gain, operator_norm, upper_bound
+
+
+def trained_like(net: nn.Module) -> nn.Module:
+    """Statistics and scales as after training, no two alike."""
+    generator = torch.Generator().manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+            module.weight.data.uniform_(-1.5, 1.5, generator=generator)
+            module.bias.data.normal_(generator=generator)
+    return net.eval()
+
+
+def test_operator_norm_of_a_convolution_is_that_of_its_matrix() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False).double()
+    columns = [conv(e.view(1, 2, 5, 5)).flatten() for e in torch.eye(50, dtype=torch.float64)]
+    exact = torch.linalg.matrix_norm(torch.stack(columns, dim=1), 2).item()
+    found = operator_norm(conv, (2, 5, 5))
+    assert exact <= found <= exact * 1.001
+
+
+def test_gain_of_batch_norm_is_its_largest_factor() -> None:
+    norm = nn.BatchNorm2d(2)
+    norm.running_var = torch.tensor([4.0, 0.25])
+    norm.weight.data = torch.tensor([-3.0, 0.5])
+    assert batch_norm_gain(norm) == pytest.approx(1.5, rel=1e-4)
+    with pytest.raises(ConfigurationError, match="running statistics"):
+        batch_norm_gain(nn.BatchNorm2d(2, track_running_stats=False))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"depths": [1, 1], "widths": [4, 8], "strides": [1, 2]},
+        {"depths": [2, 1], "widths": [6, 6], "strides": [1, 2]},  # a shortcut that only strides
+        {"depths": [1, 2, 1], "widths": [4, 8, 6], "mean": [0.4], "std": [0.3]},
+    ],
+)
+def test_no_pair_of_images_is_moved_further_apart_than_the_bound(settings) -> None:
+    torch.manual_seed(1)
+    net = trained_like(WideResNet(in_channels=1, stem_width=4, **settings))
+    bound = upper_bound(net, (1, 8, 8))
+    product = 1.0
+    for name, factor in bound.items():
+        if name != "total":
+            product *= factor
+    assert bound["total"] == pytest.approx(product)
+    x = torch.rand(50, 1, 8, 8)
+    steps = torch.randn(50, 1, 8, 8)
+    with torch.no_grad():
+        for scale in (1e-3, 1e-1, 1.0):
+            ratio = (net(x + scale * steps) - net(x)).norm(dim=1) / (scale * steps).flatten(1).norm(
+                dim=1
+            )
+            assert ratio.max() < bound["total"]
+
+
+def test_a_bound_that_is_made_too_small_would_be_noticed() -> None:
+    """For a network without blocks that bend, the attack comes near the bound."""
+    net = WideResNet(
+        depths=[1], widths=[4], strides=[1], in_channels=1, stem_width=4, num_classes=2
+    ).eval()
+    with torch.no_grad():
+        net.stages[0][0].conv2.weight.zero_()
+        net.stages[0][0].bn1.bias.fill_(100.0)
+        net.head.norm.bias.fill_(100.0)
+    bound = upper_bound(net, (1, 6, 6))["total"]
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x)
+
+    x, y = torch.rand(20, 1, 6, 6), torch.arange(20) % 2
+    found = lipschitz_of(Classifier(), x, y, PGD(0.5, 0.2, 10, norm="l2"))
+    assert found["mean"] <= found["largest"] <= bound
+    assert found["largest"] > 0.05 * bound
+
+
+def test_other_networks_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="knows convolutions, batch-norm and ReLU"):
+        upper_bound(WideResNet(depth=10, widen_factor=1, activation=nn.SiLU), (3, 32, 32))
