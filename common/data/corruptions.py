@@ -1,0 +1,135 @@
+"""CIFAR-10-C: the test images of CIFAR-10 under 19 common corruptions, from its published files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.errors import ConfigurationError, DataUnavailableError
+
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise"),
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "gaussian_blur"),
+    *("snow", "frost", "fog", "brightness", "spatter"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression", "saturate"),
+)
+"""Names of the files, kind by kind: noise, blur, weather, digital."""
+
+SEVERITIES = 5
+
+
+class CIFAR10C:
+    """Corrupted CIFAR-10 (Hendrycks & Dietterich 2019, "Benchmarking neural network robustness").
+
+    A file for each corruption has the 10,000 test images five times, in the order of severity; one
+    more has the labels. They are read a batch at a time, so none has to fit into memory.
+
+    Args:
+        root: Folder that has ``CIFAR-10-C`` in it.
+        verify: Whether a file must have all 50,000 images. Switch it off for a subset, which is
+            five equal blocks all the same.
+    """
+
+    FOLDER = "CIFAR-10-C"
+    ADDRESS = "https://zenodo.org/records/2535967"
+    SHAPE = (32, 32, 3)
+    SIZE = 50_000
+
+    def __init__(self, root: str | Path = "data", verify: bool = True) -> None:
+        self.folder = Path(root).expanduser().absolute() / self.FOLDER
+        self.verify = verify
+
+    def check(self, names: tuple[str, ...] = CORRUPTIONS) -> int:
+        """Open all files, so that what is wrong with any is known before the first is used.
+
+        Args:
+            names: Corruptions, of :data:`CORRUPTIONS`.
+
+        Returns:
+            How many images each has.
+
+        Raises:
+            ConfigurationError: There is no such corruption.
+            DataUnavailableError: A file is missing, damaged or something else.
+        """
+        labels = self._labels()
+        for name in names:
+            self._images(name, len(labels))
+        return len(labels)
+
+    def batches(
+        self, name: str, size: int = 250, severity: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, uint8 ``(N, 3, 32, 32)``, and labels, int64 ``(N,)``, batch by batch.
+
+        Args:
+            name: Corruption.
+            size: Of a batch.
+            severity: From 1 to 5; ``None`` goes through all.
+
+        Raises:
+            ConfigurationError: There is no such corruption or severity.
+            DataUnavailableError: A file is missing, damaged or something else.
+        """
+        if severity is not None and not 1 <= severity <= SEVERITIES:
+            raise ConfigurationError(f"severity goes from 1 to {SEVERITIES}, got {severity}")
+        if size < 1:
+            raise ConfigurationError(f"the size of a batch must be at least 1, got {size}")
+        y = self._labels()
+        x = self._images(name, len(y))
+        block = len(y) // SEVERITIES
+        first, last = (
+            (0, len(y)) if severity is None else ((severity - 1) * block, severity * block)
+        )
+        for begin in range(first, last, size):
+            rows = slice(begin, min(begin + size, last))
+            images = np.ascontiguousarray(x[rows].transpose(0, 3, 1, 2))
+            yield torch.from_numpy(images), torch.from_numpy(y[rows].astype(np.int64))
+
+    def _labels(self) -> NDArray[Any]:
+        y = self._read("labels")
+        wanted = f"{self.SIZE:,}" if self.verify else f"a multiple of {SEVERITIES}"
+        is_whole = len(y) == self.SIZE if self.verify else len(y) and len(y) % SEVERITIES == 0
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or not is_whole:
+            raise self._unavailable(
+                "labels", f"holds {y.dtype} {y.shape}, expected {wanted} whole numbers"
+            )
+        if y.min() < 0 or y.max() > 9:
+            raise self._unavailable("labels", f"has labels from {y.min()} to {y.max()}, not 0 to 9")
+        return y
+
+    def _images(self, name: str, count: int) -> NDArray[Any]:
+        if name not in CORRUPTIONS:
+            raise ConfigurationError(
+                f"there is no corruption {name!r}; there are {', '.join(CORRUPTIONS)}"
+            )
+        x = self._read(name)
+        if x.dtype != np.uint8 or x.shape != (count, *self.SHAPE):
+            raise self._unavailable(
+                name, f"holds {x.dtype} {x.shape}, expected uint8 {(count, *self.SHAPE)}"
+            )
+        return x
+
+    def _read(self, name: str) -> NDArray[Any]:
+        path = self.folder / f"{name}.npy"
+        try:
+            found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise self._unavailable(name, "is missing") from None
+        except (OSError, ValueError, EOFError) as error:
+            reason = " ".join(str(error).split())
+            raise self._unavailable(name, f"cannot be read ({reason})") from error
+        if found.ndim == 0:
+            raise self._unavailable(name, "holds no array of images or labels")
+        return found
+
+    def _unavailable(self, name: str, what: str) -> DataUnavailableError:
+        return DataUnavailableError(
+            f"{self.folder / name}.npy {what}. It belongs to CIFAR-10-C, the 10,000 test images "
+            f"under {len(CORRUPTIONS)} corruptions with {SEVERITIES} severities (2.9 GB): fetch "
+            f"CIFAR-10-C.tar from {self.ADDRESS} and unpack it in {self.folder.parent}"
+        )

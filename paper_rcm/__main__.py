@@ -1,0 +1,13 @@
+"""``python -m paper_rcm fit|validate|test|predict|reproduce``, and ``corruptions``."""
+
+import sys
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["corruptions"]:
+        from paper_rcm.corruptions import main as corruptions
+
+        corruptions(sys.argv[2:])
+    else:
+        from common.cli import main
+
+        main(package="paper_rcm")

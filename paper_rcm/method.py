@@ -1,0 +1,347 @@
+"""RCM: larger feature maps from a network as it is, by its input or by its strides.
+
+Two knobs, ``m`` and the strides, are independent and used one at a time: up-sampling the input by
+m with the base strides, or m = 1 with the first stride of 2 replaced by 1. Neither adds a
+parameter or changes the loss.
+
+Tags name the source of a statement: [abs] the abstract, [note] a third party's reading note of the
+journal version, [code] the official code (MTandHJ/rcm), [measured] obtained by running that code,
+[derived] worked out here, [choice] ours, where nothing was found.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import ConfigurationError
+from common.networks.alexnet import AlexNet
+from common.networks.normalize import Normalize, Statistics
+from common.networks.preact_resnet import PreActResNet18
+from common.networks.resnet import CifarResNet, Initialize, ResNet, ResNet18, check_stages
+from common.networks.resnet import kaiming as resnet_kaiming
+from common.networks.vgg import VGG
+from common.networks.vgg import kaiming as vgg_kaiming
+from common.networks.wide_resnet import WideResNet
+
+Mode = Literal["nearest", "bilinear", "bicubic"]
+"""How pixels between the given ones are made; the paper has the first two [note]."""
+
+# ------------------------------------------------------------------------ up-sampling the input
+
+
+def enlarge(u: Tensor, scale_factor: float, mode: Mode = "nearest") -> Tensor:
+    """Images of ``round(m H)`` by ``round(m W)`` pixels, m = ``scale_factor`` [code].
+
+    A factor of 1 returns ``u`` itself. Bilinear and bicubic do not align corners. Rounding, for
+    factors that are no integers, is a [choice].
+
+    Args:
+        u: Images, ``(N, C, H, W)``.
+        scale_factor: The factor m, at least 1.
+        mode: Interpolation.
+
+    Returns:
+        ``(N, C, round(m H), round(m W))``.
+    """
+    if scale_factor == 1:
+        return u
+    size = [round(scale_factor * side) for side in u.shape[-2:]]
+    return F.interpolate(u, size=size, mode=mode)
+
+
+class EnlargedNetwork(nn.Module):
+    r"""A network that sees its normalised input up-sampled: ``arch(enlarge((x - mean) / std, m))``.
+
+    The order is that of the code; interpolation weights sum to 1, so the other order gives the same
+    up to rounding [derived]. What attacks see is ``x`` in the original resolution, and gradients
+    pass through the interpolation: with ``nearest`` a pixel's is the sum over its m x m copies.
+
+    A wrong ``scale_factor`` or wrong strides change no shape in the state dict and so load without
+    complaint; they belong to the configuration of a run [code].
+
+    Args:
+        arch: A backbone of ``common.networks``, without ``mean`` and ``std`` of its own.
+        scale_factor: The factor m; 2 is the paper's setting [code].
+        mode: Interpolation; a factor that is no integer needs ``bilinear`` [choice] or ``bicubic``.
+        num_classes: Number of classes K, which ``arch`` must have; ``None`` leaves it unchecked.
+        in_channels: Channels of the images; ``None`` takes those of ``arch``.
+        mean: Means of :class:`~common.networks.normalize.Normalize`; ``None`` keeps the pixels.
+        std: Its standard deviations.
+
+    Raises:
+        ConfigurationError: If the factor is below 1 or does not fit the mode, ``arch`` has other
+            classes or channels, or it normalises.
+    """
+
+    def __init__(
+        self,
+        arch: nn.Module,
+        scale_factor: float = 1,
+        mode: Mode = "nearest",
+        num_classes: int | None = None,
+        in_channels: int | None = None,
+        mean: Statistics = None,
+        std: Statistics = None,
+    ) -> None:
+        super().__init__()
+        check_enlargement(scale_factor, mode)
+        inner = getattr(arch, "normalize", None)
+        if isinstance(inner, Normalize):
+            if inner.mean is not None:
+                raise ConfigurationError(
+                    f"arch has mean={inner.mean.flatten().tolist()}; give mean and std to "
+                    "EnlargedNetwork, which normalises before it enlarges, and none to arch"
+                )
+            if in_channels not in (None, inner.in_channels):
+                raise ConfigurationError(
+                    f"in_channels is {in_channels} and that of arch {inner.in_channels}; give one "
+                    "of the two"
+                )
+            in_channels = inner.in_channels
+        linear = getattr(getattr(arch, "head", None), "linear", None)
+        if isinstance(linear, nn.Linear) and num_classes not in (None, linear.out_features):
+            raise ConfigurationError(
+                f"num_classes is {num_classes} and that of arch {linear.out_features}; give one of "
+                "the two"
+            )
+        self.scale_factor = scale_factor
+        self.mode: Mode = mode
+        self.normalize = Normalize(3 if in_channels is None else in_channels, mean, std)
+        self.arch = arch
+
+    def enlarged(self, x: Tensor) -> Tensor:
+        """What ``arch`` reads of images ``x`` in [0, 1], ``(N, C, round(m H), round(m W))``."""
+        return enlarge(self.normalize(x), self.scale_factor, self.mode)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The map before the head, ``(N, D, H', W')``; tokens ``(N, T, D)`` of a transformer."""
+        z: Tensor = self._part("features")(self.enlarged(x))
+        return z
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The vector f that the global pooling gives to the classifier, ``(N, D)`` [choice]."""
+        z = self.features(x)
+        for name, layer in self._part("head").named_children():
+            z = layer(z)
+            if name == "pool":
+                break
+        return z.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
+        logits: Tensor = self.arch(self.enlarged(x))
+        return logits
+
+    def extra_repr(self) -> str:
+        """Settings, for ``print(net)``."""
+        return f"scale_factor={self.scale_factor}, mode={self.mode}"
+
+    def _part(self, name: str) -> Any:
+        if not hasattr(self.arch, name):
+            raise TypeError(
+                f"{type(self.arch).__name__} has no {name!r}, so its pooled feature is unknown; "
+                "use a backbone of common.networks, which are stem, stages and head"
+            )
+        return getattr(self.arch, name)
+
+
+def check_enlargement(scale_factor: float, mode: str) -> None:
+    """Refuse factors and modes that do not go together.
+
+    Raises:
+        ConfigurationError: If the factor is below 1 or infinite, the mode unknown, or the factor
+            no integer and the mode ``nearest``, which would repeat some pixels and not others.
+    """
+    if mode not in get_args(Mode):
+        raise ConfigurationError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    if not (math.isfinite(scale_factor) and scale_factor >= 1):
+        raise ConfigurationError(f"scale_factor enlarges, so at least 1, got {scale_factor}")
+    if scale_factor != int(scale_factor) and mode == "nearest":
+        raise ConfigurationError(
+            f"scale_factor={scale_factor} is no integer, and mode=nearest would repeat pixels "
+            "unevenly; use mode=bilinear, or an integer"
+        )
+
+
+# ----------------------------------------------------------------------------- shrinking strides
+
+BASE_STRIDES: dict[type[nn.Module], str] = {
+    ResNet18: "1222",
+    PreActResNet18: "1222",
+    AlexNet: "1122",
+    VGG: "11222",
+    WideResNet: "122",
+    CifarResNet: "122",
+}
+"""Strides the paper starts from: [code] for the first four, which are not the defaults of the
+networks for AlexNet (2222) and VGG (22222); [choice] for the others, which have no recipe.
+
+The digits are the first convolution of each residual stage, AlexNet's first convolution and its
+three max-pools, and VGG's five max-pools. :func:`shrink` of these is [code] for the ResNets (1122)
+and a [choice] for the others (1112, 11122, 112).
+"""
+
+
+def parse_strides(text: str, stages: int | None = None) -> tuple[int, ...]:
+    """Strides of a string of digits: (1, 1, 2, 2) of "1122" [code].
+
+    Args:
+        text: One digit from 1 for each down-sampling operator, in their order.
+        stages: How many there must be; ``None`` takes any number.
+
+    Raises:
+        ConfigurationError: If ``text`` is no such string.
+    """
+    if not text or not set(text) <= set("123456789"):
+        raise ConfigurationError(
+            f'strides are written as digits from 1, such as "1122", got {text!r}'
+        )
+    if stages is not None and len(text) != stages:
+        raise ConfigurationError(f"{stages} digits are needed, one for each stride, got {text!r}")
+    return tuple(map(int, text))
+
+
+def format_strides(strides: Sequence[int]) -> str:
+    """The string of :func:`parse_strides`."""
+    return "".join(map(str, strides))
+
+
+def shrink(strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides with the first 2 replaced by 1, so that the last map gets twice as large [code].
+
+    Raises:
+        ConfigurationError: If there is no 2.
+    """
+    if 2 not in strides:
+        raise ConfigurationError(f"strides {list(strides)} have no 2 to replace by 1")
+    first = list(strides).index(2)
+    return (*strides[:first], 1, *strides[first + 1 :])
+
+
+def receptive_field(strides: Sequence[int], depths: Sequence[int] | None = None) -> int:
+    """Side of the square of pixels that one position of a ResNet's last map depends on.
+
+    109 for ResNet-18 with 1222 and 61 with 1122 [measured]. Shrinking lets it grow later.
+
+    Args:
+        strides: Of the stages' first convolutions.
+        depths: Basic blocks per stage; ``None`` is two each.
+
+    Raises:
+        ConfigurationError: If the lists do not describe the same stages.
+    """
+    depths = (2,) * len(strides) if depths is None else depths
+    check_stages(depths, strides, strides)
+    field, jump = 3, 1
+    for depth, stride in zip(depths, strides, strict=True):
+        field += 2 * jump
+        jump *= stride
+        field += 2 * jump * (2 * depth - 1)
+    return field
+
+
+# ------------------------------------------------------------------------------ named networks
+
+
+class VGG16BN(VGG):
+    """VGG-16 with batch-norm and a classifier 512 - 256 - 256 - K with dropout 0.5 [code].
+
+    14,922,826 parameters at 10 classes and 3 channels. Weights start as in
+    :func:`common.networks.vgg.kaiming`.
+
+    Args:
+        strides: Of the five max-pools; 1 leaves a pool out.
+        hidden: Widths of the classifier's hidden layers.
+        drop_rate: Dropout behind each.
+        init: Sets starting weights.
+        **kwargs: Of :class:`~common.networks.vgg.VGG`.
+    """
+
+    def __init__(
+        self,
+        strides: Sequence[int] = (1, 1, 2, 2, 2),
+        hidden: Sequence[int] = (256, 256),
+        drop_rate: float = 0.5,
+        init: Initialize | None = vgg_kaiming,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(strides=strides, hidden=hidden, drop_rate=drop_rate, init=init, **kwargs)
+
+
+class DigitsNet(ResNet):
+    """The scaled-down network: three basic blocks of 8, 16, 32 channels for 8x8 digits [choice].
+
+    Args:
+        strides: Of the three stages; 222 leads to a map of one pixel, 122 to 2x2.
+        in_channels: Channels of the images.
+        init: Sets starting weights.
+        **kwargs: Of :class:`~common.networks.resnet.ResNet`.
+    """
+
+    def __init__(
+        self,
+        strides: Sequence[int] = (2, 2, 2),
+        in_channels: int = 1,
+        init: Initialize | None = resnet_kaiming,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            depths=(1, 1, 1),
+            widths=(8, 16, 32),
+            strides=strides,
+            in_channels=in_channels,
+            init=init,
+            **kwargs,
+        )
+
+
+# ----------------------------------------------------------------------------------------- cost
+
+
+class Cost(NamedTuple):
+    """What one image costs a network.
+
+    Attributes:
+        macs: Multiply-accumulates of convolutions and linear layers.
+        activations: Outputs of convolutions and batch-norms, a proxy for training memory.
+        side: Side of the last map before the head; 0 for networks without maps.
+    """
+
+    macs: int
+    activations: int
+    side: int
+
+
+def cost(net: nn.Module, shape: Sequence[int] = (3, 32, 32)) -> Cost:
+    """Cost of one image of a shape, counted layer by layer without computing anything.
+
+    Products inside attention are left out, as in the numbers it is compared with [measured].
+
+    Args:
+        net: A backbone of ``common.networks`` or an :class:`EnlargedNetwork` of one.
+        shape: Channels, height and width of the image.
+    """
+    macs = activations = 0
+
+    def count(module: nn.Module, _: Any, out: Tensor) -> None:
+        nonlocal macs, activations
+        if isinstance(module, nn.Conv2d):
+            macs += out.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            macs += out.numel() * module.in_features
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            activations += out.numel()
+
+    x = torch.empty(1, *shape, device="meta")
+    twin: Any = copy.deepcopy(net).to("meta").eval()
+    with torch.no_grad():
+        z = twin.features(x)
+        for module in twin.modules():
+            module.register_forward_hook(count)
+        twin(x)
+    return Cost(macs, activations, z.shape[-1] if z.ndim == 4 else 0)

@@ -1,0 +1,66 @@
+"""How RCM meets training: a plain classifier, and what an attacker who knows it would climb."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.attacks.losses import cross_entropy
+from common.classifier import RobustClassifier
+from common.networks.resnet import ResNet
+from common.objectives import Batch, InnerLoss, differentiable
+from paper_rcm.method import EnlargedNetwork
+
+
+class RCMClassifier(RobustClassifier):
+    """A classifier whose network may see its input enlarged.
+
+    The paper's specially designed attacks were not found; two of ours stand in for them [choice].
+    """
+
+    def adaptive_losses(self) -> dict[str, InnerLoss]:
+        """Beside the usual ones, where the network allows them.
+
+        ``feature``: how far the pooled feature is from that of the clean image. ``ce_strides``: the
+        cross-entropy of the same weights with other strides, a stride-transfer attack.
+        """
+        losses = super().adaptive_losses()
+        if isinstance(self.net, EnlargedNetwork):
+            losses["feature"] = feature_distance
+            if isinstance(self.net.arch, ResNet):
+                losses["ce_strides"] = other_strides
+        return losses
+
+
+def feature_distance(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> squared l2 distance of the pooled features of x' and x, ``(N,)``; no labels."""
+    with torch.no_grad():
+        clean = differentiable(model.net.pooled(batch["x"]))
+    return lambda x: (model.net.pooled(x) - clean).square().sum(dim=1)
+
+
+def other_strides(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> cross-entropy of the twin with other strides, ``(N,)``."""
+    y = differentiable(batch["y"])
+    twin = with_other_strides(model.net)
+    return lambda x: cross_entropy(twin(x), y)
+
+
+def with_other_strides(net: EnlargedNetwork) -> EnlargedNetwork:
+    """The same weights, the second stage's stride turned from 2 to 1 or from 1 to 2.
+
+    State dicts of strides that begin alike fit each other [measured], so these are the two networks
+    of the paper's comparison, 1222 and 1122, with one set of weights.
+    """
+    twin = copy.deepcopy(net).eval()
+    stages: Any = twin.arch.stages
+    block = stages[1][0]
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d) and (
+            module is block.conv1 or module.kernel_size == (1, 1)
+        ):
+            side = 1 if module.stride[0] == 2 else 2
+            module.stride = (side, side)
+    return twin

@@ -1,0 +1,303 @@
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.attacks.randomness import ExampleRandom
+from common.callbacks.adversarial_training import AdversarialTraining
+from common.callbacks.averaging import LateAveraging
+from common.callbacks.modes import batch_statistics_kept
+from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
+from common.classifier import RobustClassifier
+from common.data.images import ImageDataModule
+from common.data.sources import Digits
+from common.errors import ConfigurationError
+from common.networks.resnet import DigitsResNet, ResNet18
+from common.objectives import TRADES
+from common.trainer import Trainer
+from paper_rcm.dajat import (
+    DAJAT,
+    AutoAugmentViews,
+    GrowingPGD,
+    SplitBatchNorm2d,
+    SplitResNet18,
+    branch,
+    jensen_shannon,
+    split_batch_norm,
+)
+from paper_rcm.method import EnlargedNetwork
+
+# ------------------------------------------------------------------------------------- the network
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    net = DigitsResNet()
+    split_batch_norm(net)
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():  # so that the branches differ
+        if isinstance(module, SplitBatchNorm2d):
+            module.auto.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.auto.running_mean.uniform_(-0.2, 0.2, generator=generator)
+    return net
+
+
+def test_parameters_are_those_of_the_released_network() -> None:
+    net = SplitResNet18()
+    assert sum(p.numel() for p in net.parameters()) == 11_183_562
+    shrunk = SplitResNet18(strides=(1, 1, 2, 2))
+    assert {k: v.shape for k, v in net.state_dict().items()} == {
+        k: v.shape for k, v in shrunk.state_dict().items()
+    }
+
+
+def test_both_branches_begin_as_the_plain_network() -> None:
+    torch.manual_seed(0)
+    plain = ResNet18(widths=(8, 8, 8, 8))
+    torch.manual_seed(0)
+    split = SplitResNet18(widths=(8, 8, 8, 8))
+    x = torch.rand(4, 3, 16, 16)
+    for net in (plain, split):
+        net.eval()
+    for name in ("base", "auto"):
+        with branch(split, name):  # type: ignore[arg-type]
+            assert torch.equal(split(x), plain(x))
+    assert not any(type(m) is nn.BatchNorm2d for m in split.children())
+    norms = [m for m in split.modules() if isinstance(m, SplitBatchNorm2d)]
+    assert len(norms) == sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules()) == 20
+    split_batch_norm(split)  # a second time changes nothing
+    assert len([m for m in split.modules() if isinstance(m, SplitBatchNorm2d)]) == len(norms)
+
+
+def test_a_branch_keeps_its_statistics_and_gradients_to_itself() -> None:
+    net = small().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with branch(net, "auto"):
+        net(torch.rand(8, 1, 8, 8)).sum().backward()
+    moved = {n for n, v in net.state_dict().items() if not torch.equal(v, before[n])}
+    assert moved
+    assert all(".auto." in name for name in moved)
+    for name, parameter in net.named_parameters():
+        assert (parameter.grad is None) == (".base." in name), name
+
+
+def test_the_base_branch_comes_back_after_an_exception() -> None:
+    net = small()
+    with pytest.raises(RuntimeError), branch(net, "auto"):
+        raise RuntimeError
+    assert all(m.branch == "base" for m in net.modules() if isinstance(m, SplitBatchNorm2d))
+    with pytest.raises(ConfigurationError, match="one of base, auto"), branch(net, "other"):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(ConfigurationError, match="SplitResNet18"), branch(DigitsResNet(), "auto"):
+        pass
+
+
+def test_it_can_be_enlarged() -> None:
+    net = EnlargedNetwork(SplitResNet18(widths=(8, 8, 8, 8)), scale_factor=2).eval()
+    x = torch.rand(2, 3, 16, 16)
+    with branch(net, "auto"):
+        assert net(x).shape == (2, 10)
+
+
+# --------------------------------------------------------------------------------------- the views
+
+
+def test_views_depend_on_seed_epoch_and_image_alone() -> None:
+    x = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
+    index = torch.arange(12)
+    views = AutoAugmentViews()
+    state = torch.random.get_rng_state()
+    first = views(x, ExampleRandom(0, 0, index))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(7)
+    rest = views(x[5:9], ExampleRandom(0, 0, index[5:9]))
+    assert len(first) == len(rest) == 2
+    for whole, part in zip(first, rest, strict=True):
+        assert whole.dtype == torch.uint8
+        assert whole.shape == x.shape
+        assert torch.equal(whole[5:9], part)
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(views(x, ExampleRandom(0, 1, index))[0], first[0])
+    changed = (first[0] != x).flatten(1).any(1)
+    assert int(changed.sum()) > 4
+    with pytest.raises(ConfigurationError, match=r"data\.views\.count"):
+        AutoAugmentViews(0)
+
+
+# -------------------------------------------------------------------------------------- the attack
+
+
+def test_the_ball_grows_linearly_to_the_last_epoch() -> None:
+    attack = GrowingPGD("8/255", epochs=200)
+    for epoch, part in ((0, 1 / 200), (99, 0.5), (199, 1.0), (250, 1.0)):
+        attack.set_epoch(epoch)
+        assert attack.eps == pytest.approx(part * 8 / 255)
+        assert attack.step_size == pytest.approx(attack.eps / 2)
+    assert (attack.steps, attack.start, attack.project_start) == (5, "gaussian", False)
+    attack.set_epoch(99)
+    x = torch.rand(4, 3, 8, 8)
+    x_adv = attack(lambda z: z.flatten(1).sum(1), x)
+    torch.testing.assert_close(x_adv, (x + 4 / 255).clamp(max=1.0))
+    with pytest.raises(ConfigurationError, match=r"trainer\.max_epochs"):
+        GrowingPGD("8/255", epochs=0)
+
+
+# ----------------------------------------------------------------------------------- the objective
+
+
+def make(n: int = 5) -> tuple[nn.Module, dict[str, Tensor]]:
+    net = small().double().eval()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(3 * n, 1, 8, 8, dtype=torch.float64, generator=generator)
+    noise = torch.rand(x.shape, dtype=torch.float64, generator=generator)
+    return net, {
+        "x": x,
+        "x_adv": (x + 0.2 * noise).clamp(0, 1),
+        "y": (torch.arange(n) % 10).repeat(3),
+        "index": torch.arange(3 * n),
+        "view": torch.arange(3).repeat_interleave(n),
+    }
+
+
+def predictions(net: nn.Module, x: Tensor, name: str) -> list[list[float]]:
+    with branch(net, name), torch.no_grad():  # type: ignore[arg-type]
+        return net(x).softmax(1).tolist()
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_against_a_slow_rewrite(smoothing: float) -> None:
+    net, batch = make()
+    n, total = 5, 0.0
+    p, q = {}, {}
+    for view, name in enumerate(("base", "auto", "auto")):
+        rows = slice(view * n, (view + 1) * n)
+        p[view] = predictions(net, batch["x"][rows], name)
+        q[view] = predictions(net, batch["x_adv"][rows], name)
+    for i in range(n):
+        y = i % 10
+        mean = [sum(p[view][i][k] for view in range(3)) / 3 for k in range(10)]
+        for view in range(3):
+            target = [smoothing / 10 + (1 - smoothing) * (k == y) for k in range(10)]
+            entropy = -sum(t * math.log(a) for t, a in zip(target, p[view][i], strict=True))
+            total += (entropy + 11 * kl(p[view][i], q[view][i])) / 3 / n
+            total += 2 * kl(p[view][i], mean) / 3 / n
+    loss = DAJAT(label_smoothing=smoothing).outer(net, batch)
+    assert loss.item() == pytest.approx(total, rel=1e-10)
+    assert batch["logits"].shape == batch["logits_adv"].shape == (15, 10)
+
+
+def test_equal_views_leave_trades() -> None:
+    """One view three times in one branch: no divergence between them is left."""
+    net, batch = make()
+    for module in net.modules():
+        if isinstance(module, SplitBatchNorm2d):
+            module.auto.load_state_dict(module.base.state_dict())
+    first = {key: value[:5] for key, value in batch.items()}
+    thrice = {key: value.repeat(3, *[1] * (value.ndim - 1)) for key, value in first.items()}
+    thrice["view"] = batch["view"]
+    trades = TRADES(beta=11.0).outer(net, first)
+    torch.testing.assert_close(DAJAT().outer(net, thrice), trades)
+
+
+def test_jensen_shannon_survives_certain_and_opposite_predictions() -> None:
+    logits = [torch.tensor([[200.0, -200.0]]), torch.tensor([[-200.0, 200.0]])]
+    divergence = jensen_shannon([z.requires_grad_() for z in logits])
+    assert divergence.item() == pytest.approx(math.log(2))
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(divergence.sum(), logits))
+
+
+def test_inner_is_the_divergence_of_each_view_in_its_branch() -> None:
+    net, batch = make()
+    loss = DAJAT().inner(net, batch)(batch["x_adv"])
+    for view, name in enumerate(("base", "auto", "auto")):
+        rows = slice(5 * view, 5 * view + 5)
+        p, q = (predictions(net, batch[key][rows], name) for key in ("x", "x_adv"))
+        expected = [kl(a, b) for a, b in zip(p, q, strict=True)]
+        assert loss[rows].tolist() == pytest.approx(expected, rel=1e-9)
+    plain = {key: value[:5] for key, value in batch.items() if key != "view"}
+    torch.testing.assert_close(DAJAT().inner(net, plain)(plain["x_adv"]), loss[:5])
+
+
+def test_weights_climb_the_base_view_alone() -> None:
+    net, batch = make()
+    base = {key: value[:5] for key, value in batch.items()}
+    expected = TRADES(beta=11.0).outer(net, base)
+    torch.testing.assert_close(DAJAT().weight_loss(net, batch), expected)
+
+
+def test_what_is_missing_is_named() -> None:
+    net, batch = make()
+    without = {key: value for key, value in batch.items() if key != "view"}
+    for method in (DAJAT().outer, DAJAT().weight_loss):
+        with pytest.raises(ConfigurationError, match="AutoAugmentViews"):
+            method(net, without)
+    del batch["x_adv"]
+    with pytest.raises(ConfigurationError, match=r"adversary\.attack"):
+        DAJAT().outer(net, batch)
+
+
+@pytest.mark.parametrize("settings", [{"beta": -1.0}, {"js_weight": math.inf},
+                                      {"label_smoothing": 1.0}])  # fmt: skip
+def test_settings_out_of_range(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
+        DAJAT(**settings)
+
+
+# ------------------------------------------------------------------------------------ all together
+
+
+class Recording(DAJAT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[dict[str, Tensor]] = []
+
+    def outer(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        self.batches.append(dict(batch))
+        return super().outer(model, batch)
+
+
+def test_it_trains(tmp_path: Any) -> None:
+    objective = Recording()
+    model = RobustClassifier(small(), objective, partial(torch.optim.SGD, lr=0.01))
+    data = ImageDataModule(
+        Digits(), batch_size=20, train_limit=40, val_size=20, crop_padding=1, seed=0,
+        views=AutoAugmentViews(),
+    )  # fmt: skip
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+        callbacks=[
+            LateAveraging(0.9, from_epoch=1),
+            AdversarialTraining(GrowingPGD(0.2, epochs=2)),
+            AdversarialWeightPerturbation(0.005, start_epoch=1),
+        ],
+    )  # fmt: skip
+    trainer.fit(model, data)
+    assert len(objective.batches) == 4
+    for i, batch in enumerate(objective.batches):
+        assert batch["x"].shape == batch["x_adv"].shape == (60, 1, 8, 8)
+        size = (batch["x"] - batch["x_adv"]).abs().amax().item()
+        assert size == pytest.approx(0.1 if i < 2 else 0.2, abs=1e-6)
+    norm = next(m for m in model.modules() if isinstance(m, SplitBatchNorm2d))
+    assert norm.base.num_batches_tracked is not None
+    # 4 steps, a clean and an adversarial pass in the base branch, two of each in the other;
+    # weight perturbation moved neither.
+    assert norm.base.num_batches_tracked.item() == 8
+    assert norm.auto.num_batches_tracked is not None
+    assert norm.auto.num_batches_tracked.item() == 16
+
+
+def test_statistics_of_both_branches_can_be_kept() -> None:
+    net = small().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with batch_statistics_kept(net), branch(net, "auto"):
+        net(torch.rand(8, 1, 8, 8))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

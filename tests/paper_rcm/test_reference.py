@@ -1,0 +1,379 @@
+"""The anchors, typed a second time; a row for every experiment; the official recipes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from common.cli import RobustCLI
+from common.config import load_class
+from common.evaluation.suite import check_suite, steps_of
+from common.tables import Reference, read_reference, render_table
+from paper_rcm.method import EnlargedNetwork, cost, parse_strides
+
+PAPER = Path(__file__).parents[2] / "paper_rcm"
+CONFIGS = {path.stem: path for path in (PAPER / "configs").glob("*.yaml")}
+REAL = sorted(stem for stem in CONFIGS if not stem.startswith("digits"))
+DEFENCES = ("at", "alp", "trades", "mart", "fat", "fattrades", "atawp", "tradesawp", "dajat")
+SIZES = ("parameters", "macs")
+
+# defence -> (clean, AutoAttack) of the last and of the best checkpoint, CIFAR-10, ResNet-18 1222
+ANCHORS = {
+    "at": ((84.15, 48.72), (84.15, 48.72)),
+    "alp": ((86.53, 47.38), (86.53, 47.38)),
+    "trades": ((82.62, 49.47), (82.35, 49.54)),
+    "atawp": ((82.32, 49.52), (82.32, 49.88)),
+    "tradesawp": ((82.69, 51.84), (82.75, 51.86)),
+    "martreleased": ((82.77, 47.29), (79.23, 47.83)),
+    "fat": ((87.34, 41.56), (87.55, 44.10)),
+    "fattrades": ((83.09, 47.68), (82.71, 48.16)),
+    "std": ((95.28, 0.0), (None, None)),
+}
+# epochs, rate, decay, epochs from 0 with the factor from there on
+RECIPES: dict[str, tuple[int, float, float, dict[int, float]]] = {
+    "std": (164, 0.1, 2e-4, {82: 0.1, 123: 0.01}),
+    "at": (110, 0.1, 5e-4, {100: 0.1, 105: 0.01}),
+    "alp": (110, 0.1, 5e-4, {100: 0.1, 105: 0.01}),
+    "trades": (110, 0.1, 5e-4, {100: 0.1, 105: 0.01}),
+    "atawp": (200, 0.1, 5e-4, {100: 0.1, 150: 0.01}),
+    "tradesawp": (200, 0.1, 5e-4, {100: 0.1, 150: 0.01}),
+    "mart": (120, 0.01, 3.5e-3, {75: 0.1, 90: 0.01}),
+    "martreleased": (120, 0.01, 3.5e-3, {75: 0.1, 90: 0.01}),
+    "fat": (120, 0.1, 2e-4, {59: 0.1, 89: 0.01, 109: 0.005}),
+    "fattrades": (85, 0.1, 5e-4, {74: 0.1}),
+}
+KL = {"steps": 10, "start": "gaussian", "start_scale": 0.001, "project_start": False}
+UNIFORM = {"eps": "8/255", "steps": 10, "start": "uniform"}
+ATTACKS: dict[str, dict[str, Any] | None] = {
+    "std": None,
+    "at": {**UNIFORM, "step_size": "2/255"},
+    "alp": {**UNIFORM, "step_size": "2/255"},
+    "atawp": {**UNIFORM, "step_size": "2/255"},
+    "mart": {**UNIFORM, "step_size": 0.007},
+    "martreleased": {**UNIFORM, "step_size": 0.007},
+    "trades": {**KL, "eps": "8/255", "step_size": 0.007},
+    "tradesawp": {**KL, "eps": "8/255", "step_size": "2/255"},
+    "fat": {
+        "eps": 0.031, "step_size": "2/255", "steps": 10, "start": "uniform",
+        "tau": {0: 0, 50: 1, 90: 2}, "noise": 0.001,
+    },
+    "fattrades": {
+        "eps": 0.031, "step_size": 0.007, "steps": 10, "start": "gaussian", "start_scale": 0.001,
+        "tau": {0: 0, 30: 1, 50: 2, 70: 3}, "noise": 0.001,
+    },
+    "dajat": {"eps": "8/255", "epochs": 200, "steps": 5},
+}  # fmt: skip
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "std": ("Natural", {}),
+    "at": ("AT", {}),
+    "atawp": ("AT", {}),
+    "fat": ("AT", {}),
+    "alp": ("ALP", {"weight": 0.5}),
+    "trades": ("TRADES", {"beta": 6.0}),
+    "tradesawp": ("TRADES", {"beta": 6.0}),
+    "fattrades": ("TRADES", {"beta": 6.0}),
+    "mart": ("MART", {"beta": 5.0}),
+    "martreleased": ("MART", {"beta": 5.0, "variant": "released"}),
+    "dajat": ("DAJAT", {"beta": 11.0, "js_weight": 2.0}),
+}
+AWP = {
+    "atawp": {"gamma": 0.01},
+    "tradesawp": {"gamma": 0.005, "start_epoch": 10},
+    "dajat": {"gamma": 0.005, "start_epoch": 9},
+}
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that occurs twice is an error and not the last one's gain."""
+
+
+def _mapping(loader: UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [key.value for key, _ in node.value]
+    assert len(keys) == len(set(keys)), f"{sorted(map(str, keys))} {node.start_mark}"
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+UniqueKeys.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def load(path: Path) -> Any:
+    return yaml.load(path.read_text(), Loader=UniqueKeys)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return read_reference(PAPER / "reference.yaml")
+
+
+def defence_of(stem: str) -> str:
+    return stem.rpartition("_")[2]
+
+
+def anchored(stem: str) -> bool:
+    return stem.removeprefix("cifar10_resnet18_1222_") in ANCHORS
+
+
+# --------------------------------------------------------------------------------------- reference
+
+
+def test_every_experiment_has_a_row_and_every_row_an_experiment(reference: Reference) -> None:
+    assert set(CONFIGS) == set(reference.rows)
+    filled = {group for row in reference.rows.values() for group in row.groups}
+    assert filled == {group.id for group in reference.groups}
+
+
+@pytest.mark.parametrize("defence", ANCHORS)
+def test_anchors(reference: Reference, defence: str) -> None:
+    row = reference.rows[f"cifar10_resnet18_1222_{defence}"]
+    last, selected = ANCHORS[defence]
+    assert (row.last["clean_acc"], row.last["aa"]) == last
+    assert (row.selected.get("clean_acc"), row.selected.get("aa")) == selected
+    assert row.source == "author-fw"
+    notes = {group.id: group.note for group in reference.groups}
+    for group in row.groups:
+        assert re.search(r"NOT (a cell|cells) of the paper", notes[group]), group
+
+
+def test_no_cell_of_the_paper_was_found(reference: Reference) -> None:
+    """Whatever accuracy is there is an anchor."""
+    natural = {"fgsm/ce_f": 37.96, "pgd40/ce_f": 0.0, "deepfool": 2.03}
+    for stem, row in reference.rows.items():
+        for label, numbers in (("last", row.last), ("selected", row.selected)):
+            known = {k: v for k, v in numbers.items() if k not in SIZES and v is not None}
+            if stem == "cifar100_resnet18_1222_std":
+                assert known == ({"clean_acc": 76.34} if label == "last" else {})
+            elif anchored(stem):
+                rest = {k: v for k, v in known.items() if k not in ("clean_acc", "aa")}
+                is_natural = stem.endswith("_std") and label == "last"
+                assert rest == (natural if is_natural else {}), stem
+            else:
+                assert not known, stem
+        if not stem.startswith("digits"):
+            assert {"clean_acc", "pgd20/ce_f", "aa"} <= set(row.last), "not found is null"
+
+
+def test_nothing_is_written_twice() -> None:
+    assert load(PAPER / "reference.yaml")["arxiv"] == "2202.12435"
+    for path in (PAPER / "configs").rglob("*.yaml"):
+        load(path)
+
+
+def test_every_source_is_in_the_legend(reference: Reference) -> None:
+    tags = load(PAPER / "reference.yaml")["tags"]
+    assert {row.source for row in reference.rows.values()} <= set(tags)
+    for group in reference.groups:
+        assert set(re.findall(r"\[(\w[\w-]*)\]", group.note)) <= set(tags)
+
+
+def test_columns_have_their_units(reference: Reference) -> None:
+    for group in reference.groups:
+        for metric in group.metrics:
+            if metric.key.startswith("pooled_change"):
+                assert metric.unit == "plain"
+            elif metric.key in SIZES:
+                assert metric.unit == ("thousands" if group.id == "digits" else "millions")
+            else:
+                assert metric.unit == "percent"
+
+
+def test_digits_were_never_published(reference: Reference) -> None:
+    digits = [row for stem, row in reference.rows.items() if stem.startswith("digits_")]
+    assert len(digits) == 6
+    assert not any(row.last or row.selected for row in digits)
+
+
+def test_the_tables_render(reference: Reference) -> None:
+    markdown = render_table("paper_rcm").markdown
+    for group in reference.groups:
+        assert f"### {group.title}" in markdown
+
+
+def test_the_experiments_are_complete(reference: Reference) -> None:
+    members = {g.id: {s for s, r in reference.rows.items() if g.id in r.groups}
+               for g in reference.groups}  # fmt: skip
+    strings = [f"1{a}{b}{c}" for a in "12" for b in "12" for c in "12"]
+    assert members["E3"] == {f"cifar10_resnet18_{s}_at" for s in strings}
+    strides = {f"cifar10_resnet18_{s}_at" for s in ("1222", "1122", "1112", "1111")}
+    factors = {f"cifar10_resnet18_1222_m{m}{mode}_at" for m in (2, 3, 4)
+               for mode in ("", "bilinear")}  # fmt: skip
+    assert members["E2"] == strides | factors
+    assert members["E7"] == {f"cifar10_resnet18_{s}{pool}_at"
+        for s in ("2222", "1222", "1122", "1112") for pool in ("", "_max")}  # fmt: skip
+    for net in ("alexnet", "vgg16", "resnet18", "preactresnet18", "wrn28_10"):
+        assert len(members[f"E9-{net}"]) == 3
+    for data in ("cifar10", "cifar100"):
+        rows = {f"{data}_resnet18_{s}_{d}" for s in ("1222", "1122") for d in DEFENCES}
+        assert members[f"E11-{data}"] - rows == (
+            {f"cifar10_resnet18_{s}_martreleased" for s in ("1222", "1122")}
+            if data == "cifar10"
+            else set()
+        )
+        assert rows <= members[f"E11-{data}"]
+
+
+# ----------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("stem", sorted(CONFIGS))
+def test_a_config_says_what_it_is_and_points_to_what_exists(stem: str) -> None:
+    path = CONFIGS[stem]
+    text, config = path.read_text(), load(path)
+    assert text.startswith("# RCM (TNNLS 2025)"), "which row, expected numbers, cost"
+    for section in ("data", "evaluation"):
+        assert (path.parent / config[section]).resolve().is_file()
+    is_natural = config["adversary"]["attack"] is None
+    objective = config["model"]["init_args"]["objective"]["class_path"]
+    assert load_class(objective).needs_x_adv != is_natural
+    assert ("_std" in stem) == is_natural
+    assert "num_classes" not in text
+    assert "in_channels" not in text
+
+
+@pytest.mark.parametrize("stem", sorted(CONFIGS))
+def test_the_name_is_that_of_the_network(stem: str, reference: Reference) -> None:
+    settings = load(CONFIGS[stem])["model"]["init_args"]["net"]["init_args"]
+    arguments = dict(settings["arch"].get("init_args", {}))
+    parts = stem.split("_")
+    digits = [part for part in parts if part.isdigit() and len(part) > 2]
+    if digits:
+        assert tuple(arguments["strides"]) == parse_strides(digits[0])
+    factor = next((part for part in parts if re.match(r"m\d", part)), "m1")
+    number = re.match(r"m([\d.]+)(\w*)", factor)
+    assert number is not None
+    assert settings["scale_factor"] == float(number[1])
+    assert settings.get("mode", "nearest") == (number[2] or "nearest")
+    assert arguments.get("pool", "avg") == ("max" if "max" in parts else "avg")
+    if "init" in arguments:
+        arguments["init"] = load_class(arguments["init"])
+    data, side = parts[0], 8 if parts[0] == "digits" else 32
+    classes = 100 if data == "cifar100" else 10
+    channels = 1 if data == "digits" else 3
+    with torch.device("meta"):
+        arch = load_class(settings["arch"]["class_path"])(
+            num_classes=classes, in_channels=channels, **arguments
+        )
+        net = EnlargedNetwork(arch, settings["scale_factor"], settings.get("mode", "nearest"))
+    parameters = sum(p.numel() for p in net.parameters())
+    macs = cost(net, (channels, side, side)).macs
+    # What the header and the reference say of its size.
+    text = CONFIGS[stem].read_text()
+    unit = 1 if data == "digits" else 1e6
+    said = re.search(r"^# ([\d.,]+)(?: M)? parameters, ([\d.]+) M MACs", text, re.M)
+    assert said is not None
+    assert float(said[1].replace(",", "")) == round(parameters / unit, 2)
+    assert float(said[2]) == round(macs / 1e6, 2 if data == "digits" else 1)
+    row = reference.rows[stem]
+    if (known := row.last.get("parameters")) is not None:
+        assert known == round(parameters / 1e6, 3)
+    if (known := row.last.get("macs")) is not None:
+        assert isinstance(known, float)
+        assert known == pytest.approx(macs / 1e6, abs=0.6 if known == int(known) else 0.06)
+
+
+@pytest.mark.parametrize("stem", REAL)
+def test_the_official_recipe(stem: str) -> None:
+    config, defence = load(CONFIGS[stem]), defence_of(stem)
+    model, trainer = config["model"]["init_args"], config["trainer"]
+    name, arguments = OBJECTIVES[defence]
+    if stem.startswith("cifar100") and defence == "dajat":
+        arguments = {**arguments, "label_smoothing": 0.1}
+    assert model["objective"]["class_path"].endswith(f".{name}")
+    assert model["objective"].get("init_args", {}) == arguments
+    attack = config["adversary"]["attack"]
+    assert (attack and attack["init_args"]) == ATTACKS[defence]
+    assert config["adversary"].get("mode", "eval") == "eval"
+    assert config.get("weight_perturbation") == AWP.get(defence)
+    optimizer, schedule = model["optimizer"]["init_args"], model["scheduler"]["init_args"]
+    normalises = {"mean", "std"} & set(model["net"]["init_args"])
+    if defence == "dajat":
+        assert trainer["max_epochs"] == schedule["T_max"] == 200
+        assert optimizer == {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}
+        (averaging,) = trainer["callbacks"]
+        assert averaging["init_args"] == {"decay": 0.9996, "from_epoch": 149}
+        assert not normalises
+    else:
+        epochs, rate, decay, factors = RECIPES[defence]
+        assert trainer == {"max_epochs": epochs}
+        assert optimizer == {"lr": rate, "momentum": 0.9, "weight_decay": decay}
+        if "milestones" in schedule:
+            assert schedule["gamma"] == 0.1
+            schedule = {
+                "factors": {e: 0.1 ** (i + 1) for i, e in enumerate(schedule["milestones"])}
+            }
+        assert schedule["factors"] == pytest.approx(factors)
+        assert normalises
+    data = load(CONFIGS[stem].parent / config["data"])
+    assert (data["batch_size"], data["crop_padding"], data["flip"]) == (128, 4, True)
+    assert data.get("drop_last", False) is False
+    if defence == "dajat":
+        assert "crop_padding_mode" not in data
+        assert data["views"]["init_args"] == {"count": 2}
+    else:
+        assert (data["crop_padding_mode"], data["validate_on"]) == ("reflect", "test")
+    source = data["source"]["class_path"]
+    assert source.endswith("CIFAR100" if stem.startswith("cifar100") else "CIFAR10")
+
+
+@pytest.mark.parametrize("stem", [stem for stem in REAL if "_1222_" in stem])
+def test_nothing_but_the_strides_changes_from_base_to_shrunk(stem: str) -> None:
+    """Never retune."""
+    shrunk = stem.replace("_1222_", "_1122_")
+    if shrunk not in CONFIGS:
+        assert re.search(r"_m\d", stem)
+        return
+    one, other = load(CONFIGS[stem]), load(CONFIGS[shrunk])
+    for config, strides in ((one, [1, 2, 2, 2]), (other, [1, 1, 2, 2])):
+        arch = config["model"]["init_args"]["net"]["init_args"]["arch"]["init_args"]
+        assert arch.pop("strides") == strides
+    assert one == other
+
+
+def test_the_recipe_on_digits() -> None:
+    digits = [load(path) for stem, path in CONFIGS.items() if stem.startswith("digits")]
+    nets = [config.pop("model")["init_args"] for config in digits]
+    assert all(config == digits[0] for config in digits)
+    attack = digits[0]["adversary"]["attack"]["init_args"]
+    assert attack == {"eps": 0.15, "step_size": "eps/3", "steps": 4, "start": "uniform"}
+    for net in nets:
+        optimizer = net["optimizer"]["init_args"]
+        assert optimizer == {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+        epochs = digits[0]["trainer"]["max_epochs"]
+        milestones = [round(0.75 * epochs), round(0.9 * epochs)]
+        assert net["scheduler"]["init_args"] == {"milestones": milestones, "gamma": 0.1}
+        assert net["net"]["init_args"]["mean"] == [0.3]
+        assert net["net"]["init_args"]["std"] == [0.37]
+    # In time for the order of strides, which short training reverses.
+    assert digits[0]["trainer"]["max_epochs"] * 800 / 50 > 600
+
+
+def test_the_suite_is_that_of_the_tables_and_the_longer_one_begins_with_it() -> None:
+    shared = PAPER / "configs/shared"
+    tables = yaml.safe_load((shared / "evaluation_cifar.yaml").read_text())
+    masking = yaml.safe_load((shared / "evaluation_masking.yaml").read_text())
+    overlay = yaml.safe_load(
+        (PAPER.parent / "common/configs/paper-rcm.yaml").read_text()
+    )["evaluation"]["suite"]  # fmt: skip
+    assert list(tables["suite"]) == ["fgsm", "pgd20", "pgd40", "deepfool", "aa"]
+    for name, entry in tables["suite"].items():
+        assert entry["attack"] == overlay[name]["attack"]
+        assert masking["suite"][name] == entry
+    assert list(masking["suite"])[:5] == list(tables["suite"])
+    for name in ("cw_l2", "budget"):
+        assert masking["suite"][name] == overlay[name]
+    assert masking["measures"] == tables["measures"]
+    validation = tables["validation"]["attack"]["init_args"]
+    assert validation == {"eps": "8/255", "step_size": "2/255", "steps": 10, "start": "uniform"}
+
+
+def test_the_longer_suite_can_be_made_of_any_resnet() -> None:
+    arguments = ["--config", str(CONFIGS["cifar10_resnet18_1122_at"]), "--trainer.logger", "false"]
+    arguments += ["--evaluation", str(PAPER / "configs/shared/evaluation_masking.yaml")]
+    cli = RobustCLI("paper_rcm", arguments, run=False)
+    suite = cli.config_init["evaluation"].suite
+    check_suite(suite, cli.model)
+    steps = [step.key for step in steps_of(suite, cli.model, 10, 0)]
+    assert len([key for key in steps if key.startswith("budget/")]) == 20
+    assert {"feature/feature", "strides/ce_strides", "cw_l2", "square/square"} <= set(steps)

@@ -1,0 +1,50 @@
+import math
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from common.errors import ConfigurationError
+from paper_rcm.schedules import FactorsByEpoch
+
+
+def optimizer(lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def rates(scheduler: LRScheduler, epochs: int) -> list[float]:
+    found = []
+    for _ in range(epochs):
+        found.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_the_rates_of_friendly_training() -> None:
+    found = rates(FactorsByEpoch(optimizer(0.1), {59: 0.1, 89: 0.01, 109: 0.005}), 120)
+    expected = [0.1] * 59 + [0.01] * 30 + [0.001] * 20 + [0.0005] * 11
+    assert found == pytest.approx(expected)
+
+
+def test_it_resumes_exactly() -> None:
+    factors = {3: 0.5, 1: 0.25}
+    whole = rates(FactorsByEpoch(optimizer(1.0), factors), 6)
+    assert whole == [1.0, 0.25, 0.25, 0.5, 0.5, 0.5]
+    first = FactorsByEpoch(optimizer(1.0), factors)
+    rates(first, 2)
+    second = FactorsByEpoch(optimizer(1.0), factors)
+    second.load_state_dict(first.state_dict())
+    assert rates(second, 4)[1:] == whole[3:]
+
+
+def test_torchs_own_cosine_is_that_of_dajat() -> None:
+    found = rates(CosineAnnealingLR(optimizer(0.2), T_max=200), 200)
+    expected = [0.1 * (1 + math.cos(math.pi * (e - 1) / 200)) for e in range(1, 201)]
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("factors", [{}, {-1: 0.1}, {3: 0.0}])
+def test_factors_that_mean_nothing(factors: dict[int, float]) -> None:
+    with pytest.raises(ConfigurationError, match="factors are positive numbers by the epoch"):
+        FactorsByEpoch(optimizer(0.1), factors)
