@@ -21,6 +21,11 @@ def write_json_atomically(path: str | Path, data: Mapping[str, Any]) -> None:
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
+    """As :func:`write_bytes_atomically`, in UTF-8."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: str | Path, content: bytes) -> None:
     """Write a file that is at every moment either the old one or the new one.
 
     Raises:
@@ -33,8 +38,8 @@ def write_text_atomically(path: str | Path, text: str) -> None:
         # In the same folder, since a rename is atomic only within one file system.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
         temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

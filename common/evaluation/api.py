@@ -181,7 +181,7 @@ def evaluate(
     suspicions = [str(warning.message) for warning in caught]
     for text in suspicions:
         warnings.warn(text, stacklevel=2)
-    victim = as_victim(model, classes).eval() if not model.training else as_victim(model, classes)
+    victim = as_victim(model, classes)
     if entries or checks is None:
         check_suite(entries, victim)
     folder = None if output is None else Path(output)

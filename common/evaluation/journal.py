@@ -9,12 +9,10 @@ everything else done.
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import json
-import os
 import re
 import sys
-import tempfile
-import time
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -30,6 +28,7 @@ import common.attacks
 import common.evaluation
 from common.errors import RunDirectoryError
 from common.evaluation.steps import Columns, Step
+from common.files import write_bytes_atomically, write_text_atomically
 from common.objectives import Batch
 from common.provenance import weights_digest
 
@@ -55,11 +54,11 @@ class Journal:
         self.folder = folder / _digest(text)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.folder / "identity.json", text.encode())
         except OSError as error:
             raise RunDirectoryError(
                 f"outcomes cannot be kept in {folder} ({error.strerror}); choose a writable folder"
             ) from error
+        write_text_atomically(self.folder / "identity.json", text)
 
     def path(self, step: Step, index: Tensor) -> Path | None:
         """The file of a step's outcomes on these examples."""
@@ -100,17 +99,13 @@ class Journal:
         if path is None:
             return
         arrays: dict[str, Any] = {name: column.numpy() for name, column in columns.items()}
+        content = io.BytesIO()
+        np.savez(content, index=index.numpy(), seconds=np.float64(seconds), **arrays)
         try:
-            handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, index=index.numpy(), seconds=np.float64(seconds), **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(path)
-        except OSError as error:
+            write_bytes_atomically(path, content.getvalue())
+        except RunDirectoryError as error:
             raise RunDirectoryError(
-                f"cannot write {path}: {error.strerror or error}; free some space or choose "
-                "another folder, and run the same command again: what was done is kept"
+                f"{error}; then run the same command again: what was done is kept"
             ) from error
 
 
@@ -174,9 +169,3 @@ def _file_digest(path: Path) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}-{os.getpid()}-{time.monotonic_ns()}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
