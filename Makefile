@@ -96,8 +96,8 @@ ALL     := $(basename $(notdir $(wildcard $(CONFIGS)/*.yaml)))
 row      = runs/paper_$(PAPER)/$(1)/seed$(2)/finished
 # What a config refers to by path decides its row too.
 parts    = $(shell sed -nE 's|^[a-z]+: *([^ {]+\.yaml).*|$(CONFIGS)/\1|p' $(CONFIGS)/$(1).yaml)
-# A row that starts from the weights of another waits for that one.
-needs    = $(shell sed -n 's/^warm_start:.*experiment: *\([A-Za-z0-9_]*\).*/\1/p' $(CONFIGS)/$(1).yaml)
+# A row that starts from the weights of another, or learns from it, waits for that one.
+needs    = $(filter $(ALL),$(shell sed -n 's/.*experiment: *\([A-Za-z0-9_]*\).*/\1/p' $(CONFIGS)/$(1).yaml))
 
 # A row made with other ARGS is made again.
 given    = x$(strip $(ARGS))

@@ -13,6 +13,7 @@ from common.attacks.losses import cross_entropy, hinge_margin
 from common.checkpoints import check_weights_fit
 from common.errors import ConfigurationError, DivergedError
 from common.objectives import Batch, InnerLoss, Objective, differentiable
+from common.parameter_groups import ParameterGroup, grouped_optimizer
 
 
 class RobustClassifier(LightningModule):
@@ -24,6 +25,7 @@ class RobustClassifier(LightningModule):
         optimizer: Called with the parameters.
         scheduler: Called with the optimiser; none keeps the learning rate.
         scheduler_interval: Step the scheduler after every epoch or every optimiser step.
+        groups: Parameters with a learning rate or weight decay of their own.
         channels_last: Keep convolution weights in the layout ``NHWC``; often faster, and the same
             numbers up to rounding. Off by default: torch 2.15 aborts in the weight gradient of
             convolutions with 4 channels in this layout on a CPU.
@@ -36,6 +38,7 @@ class RobustClassifier(LightningModule):
         optimizer: OptimizerCallable = torch.optim.SGD,
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["epoch", "step"] = "epoch",
+        groups: list[ParameterGroup] | None = None,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
@@ -46,6 +49,7 @@ class RobustClassifier(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
+        self.groups = groups or []
         self.accuracy: MulticlassAccuracy | None = None
         self.loaded_at: dict[str, int] = {}  # epoch and global step of the checkpoint loaded last
 
@@ -132,7 +136,7 @@ class RobustClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The injected optimiser over all trainable parameters, and its scheduler."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        optimizer = grouped_optimizer(self.optimizer, self, self.groups)
         if self.scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.scheduler(optimizer), "interval": self.scheduler_interval}
