@@ -7,7 +7,7 @@ from common.outcomes import group_of, outcome_bits
 from common.reference import Group, Row
 from common.schema import AuditCheck, CheckpointResult, Result
 from common.sheets import Sheet
-from common.statistics import mcnemar_exact
+from common.statistics import mcnemar_exact, welch_t_test
 
 Results = Mapping[str, Sequence[Result]]
 """By experiment."""
@@ -17,36 +17,43 @@ _NOTE = (
     "*only one right* counts the examples that only this row / only {label} gets right, all seeds "
     "together. *p* is McNemar's exact test, two-sided, for each seed. The p values of different "
     "seeds share their examples and are not independent, and none is corrected for the number of "
-    "comparisons."
+    "comparisons. *p over seeds* is Welch's two-sample t-test of the accuracies of the seeds, "
+    "two-sided: whether another training run would show the difference too."
 )
 
 _Pair = tuple[list[bool], list[bool]]
 
 
 def comparison_sheet(
-    group: Group, rows: Sequence[Row], baseline: Row, results: Results
+    group: Group, rows: Sequence[Row], baselines: Mapping[str, Row], results: Results
 ) -> Sheet | None:
-    """Set the rows of a table against its baseline, example by example.
+    """Set the rows of a table against their baselines, example by example.
 
     Args:
         group: The table.
-        rows: Its rows; the baseline may be among them.
-        baseline: What they are compared with.
+        rows: Its rows; baselines may be among them.
+        baselines: What each is compared with, by stem; rows that are not there or are their own
+            baseline are compared with nothing.
         results: Of all experiments.
 
     Returns:
         ``None`` where there is nothing to compare.
     """
     titles = {metric.key: metric.title for metric in group.metrics}
-    others = [row for row in rows if row.stem != baseline.stem]
+    others = [row for row in rows if baselines.get(row.stem, row).stem != row.stem]
     keys = group.compare
     if keys is None:
-        keys = _own_metrics(list(titles), [baseline, *others], results)
-    if not keys:
+        keys = _own_metrics(list(titles), [*baselines.values(), *others], results)
+    if not keys or not others:
         return None
+    labels = {baselines[row.stem].label for row in others}
+    is_common = len(labels) == 1
     lines, strangers = [], []
     for row in others:
+        baseline = baselines[row.stem]
         name = f"{row.label} (`{row.stem}`)"
+        if not is_common:
+            name += f" against {baseline.label}"
         pairs = list(_last_pairs(results.get(row.stem, []), results.get(baseline.stem, [])))
         strangers += [
             f"`{row.stem}` (seed {seed})" for seed, *both in pairs if not _same_examples(*both)
@@ -65,19 +72,20 @@ def comparison_sheet(
             if found:
                 lines.append([name, titles.get(key, key), *_compared(found)])
                 name = ""
+    label = next(iter(labels)) if is_common else "its baseline"
     notes = []
     if strangers:
         notes.append(
-            f"Not comparable with {baseline.label}, because it was measured on other examples: "
+            f"Not comparable with {label}, because it was measured on other examples: "
             f"{', '.join(strangers)}"
         )
     if not lines and not notes:
         return None
-    title = f"Paired comparison with {baseline.label}"
+    title = f"Paired comparison with {label}"
     if not lines:
         return Sheet(title, notes=notes, level=4)
-    header = ["experiment", "metric", "difference", "only one right", "p", "seeds"]
-    return Sheet(title, _NOTE.format(label=baseline.label), header, lines, notes, level=4)
+    header = ["experiment", "metric", "difference", "only one right", "p", "p over seeds", "seeds"]
+    return Sheet(title, _NOTE.format(label=label), header, lines, notes, level=4)
 
 
 def _own_metrics(keys: Sequence[str], rows: Sequence[Row], results: Results) -> list[str]:
@@ -120,10 +128,14 @@ def _compared(found: Mapping[int, _Pair]) -> list[str]:
         differences.append(100.0 * (here - there) / len(a))
         p_values.append(f"{mcnemar_exact(here, there):.2g}")
         only_ours, only_theirs = only_ours + here, only_theirs + there
+    p_seeds = welch_t_test(
+        *([fmean(bits) for bits in side] for side in zip(*found.values(), strict=True))
+    )
     return [
         f"{fmean(differences):+.2f}",
         f"{only_ours} / {only_theirs}",
         ", ".join(p_values),
+        "" if p_seeds is None else f"{p_seeds:.2g}",
         ", ".join(map(str, found)),
     ]
 

@@ -61,16 +61,16 @@ class Group:
     def __post_init__(self) -> None:
         if self.layout not in ("wide", "stacked"):
             raise TypeError(f"layout must be wide or stacked, got {self.layout!r}")
-        if self.compare is not None and (self.baseline is None or isinstance(self.compare, str)):
-            raise TypeError(
-                f"compare must be a list of metrics beside a baseline, got {self.compare!r} with "
-                f"baseline {self.baseline!r}"
-            )
+        if isinstance(self.compare, str):
+            raise TypeError(f"compare must be a list of metrics, got {self.compare!r}")
 
 
 @dataclass(frozen=True)
 class Row:
-    """An experiment: the tables it is in, and the printed numbers of its two checkpoints."""
+    """An experiment: the tables it is in, and the printed numbers of its two checkpoints.
+
+    A ``baseline``, the stem of another, is what it is compared with instead of its tables' own.
+    """
 
     stem: str
     groups: list[str]
@@ -78,6 +78,7 @@ class Row:
     source: str | None = None
     last: dict[str, Number] = field(default_factory=dict)
     selected: dict[str, Number] = field(default_factory=dict)
+    baseline: str | None = None
 
     def printed(self, label: str, key: str) -> list[float]:
         """What was printed for a metric, one number per repeat."""
@@ -114,13 +115,15 @@ def read_reference(path: str | Path) -> Reference:
         raise ConfigurationError(
             f"{path} cannot be read ({type(error).__name__}: {error}); it needs groups (a list of "
             "id, title, metrics, note, layout, baseline, compare) and rows (by stem: groups, "
-            "label, source, last, selected)"
+            "label, source, last, selected, baseline)"
         ) from error
-    for group in groups:
-        if group.baseline is not None and group.baseline not in rows:
+    owners = [(f"the group {group.id}", group.baseline) for group in groups]
+    owners += [(row.stem, row.baseline) for row in rows.values()]
+    for owner, baseline in owners:
+        if baseline is not None and baseline not in rows:
             raise ConfigurationError(
-                f"{path}: the group {group.id} has the baseline {group.baseline!r}, which is no "
-                "row; name the stem of one"
+                f"{path}: {owner} has the baseline {baseline!r}, which is no row; name the stem of "
+                "one"
             )
     columns = {group.id: {metric.key for metric in group.metrics} for group in groups}
     for row in rows.values():

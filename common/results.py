@@ -178,3 +178,32 @@ def load_results(folder: str | Path) -> list[Result]:
             )
         results.append(result)
     return sorted(results, key=lambda result: (result["experiment"], result["seed"]))
+
+
+COSTS = "costs.json"
+"""What training a network costs, beside the results of a paper; see :mod:`common.costs`."""
+
+
+def read_costs(results: str | Path) -> dict[str, dict[str, float]]:
+    """The costs of a paper's experiments, by stem and metric; empty where none were measured.
+
+    Args:
+        results: Folder of the paper's results.
+
+    Raises:
+        ConfigurationError: If the file is damaged.
+    """
+    path = Path(results) / COSTS
+    if not path.is_file():
+        return {}
+    try:
+        experiments = json.loads(path.read_text(encoding="utf-8"))["experiments"]
+        return {
+            stem: {key: float(value) for key, value in entry["metrics"].items()}
+            for stem, entry in experiments.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); delete it and measure the "
+            "costs again"
+        ) from error

@@ -1,7 +1,8 @@
-"""What a finite test set leaves open: intervals of proportions, and paired comparisons."""
+"""What finite test sets and few seeds leave open: intervals and comparisons."""
 
 import math
-from statistics import NormalDist
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, variance
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -57,3 +58,30 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
         ways = ways * (n - i) // (i + 1)
         tail += ways
     return min(1.0, 2 * tail / (1 << n))
+
+
+def welch_t_test(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Two-sided p value of Welch's t-test of two samples (Welch, Biometrika 34:28, 1947).
+
+    Here a sample is a number per training run, so that the p value is about runs and not about
+    test examples.
+
+    Args:
+        first: A number per run.
+        second: The same for the other method.
+
+    Returns:
+        The p value; ``None`` with fewer than two runs of either. Where neither varies at all, 1
+        if they agree and 0 if they do not.
+    """
+    if min(len(first), len(second)) < 2:
+        return None
+    spread = [variance(sample) / len(sample) for sample in (first, second)]
+    if not any(spread):
+        return 1.0 if fmean(first) == fmean(second) else 0.0
+    from scipy.stats import t  # takes a second, which tables without comparisons need not wait
+
+    freedom = sum(spread) ** 2 / sum(
+        part**2 / (len(sample) - 1) for part, sample in zip(spread, (first, second), strict=True)
+    )
+    return float(2.0 * t.sf(abs(fmean(first) - fmean(second)) / math.sqrt(sum(spread)), freedom))

@@ -11,7 +11,8 @@ A paper's ``reference.yaml`` lists its tables (``groups``) and experiments (``ro
 
 Numbers are percentages, lists of repeats, or null for "not found". A group with a ``baseline`` (the
 stem of a row) gets a second table, in which its other rows are compared with that one example by
-example, on the metrics of a list ``compare`` or else on those of the group that allow it.
+example, on the metrics of a list ``compare`` or else on those of the group that allow it; a row may
+have a ``baseline`` of its own.
 
 ``python -m common.tables paper_x`` prints the tables and rewrites the README's.
 """
@@ -35,7 +36,7 @@ from common.errors import ConfigurationError, UserError
 from common.outcomes import counts_as_attack, metrics_of
 from common.readme import BEGIN, END, is_current, write_readme
 from common.reference import UNITS, Group, Metric, Reference, Row, read_reference
-from common.results import LABELS, Result, load_results
+from common.results import LABELS, Result, load_results, read_costs
 from common.sheets import Sheet
 
 __all__ = [
@@ -86,6 +87,7 @@ class Report:
 
 
 _Results = Mapping[str, list[Result]]  # by experiment
+_Costs = Mapping[str, Mapping[str, float]]  # by experiment and metric
 _Cells = dict[str, dict[str, dict[str, str]]]  # by experiment, metric and kind
 _Lines = list[tuple[Row, list[str]]]
 
@@ -95,6 +97,7 @@ _KINDS = {
     "difference": "last − paper",
     "paper selected": "paper, selected",
     "selected": "selected",
+    "network": "network",
 }
 
 _LEGEND = (
@@ -102,7 +105,8 @@ _LEGEND = (
     "one chosen by validation: mean ± sample standard deviation where there are several seeds, and "
     "where there is one, the 95 % interval that the finite number of test examples leaves (Wilson; "
     "another run of training may well fall outside it). An empty cell is a number that was not "
-    "published or that we have not measured; a row without seeds has not been run."
+    "published or that we have not measured; a row without seeds has not been run, and its line "
+    "*network*, if there is one, says what our network costs."
 )
 
 
@@ -135,15 +139,19 @@ def render_table(
     for result in load_results(folder / "results"):
         if seeds is None or result["seed"] in seeds:
             results.setdefault(result["experiment"], []).append(result)
+    costs = read_costs(folder / "results")
     sheets = []
     for group in reference.groups:
         members = [row for row in rows if group.id in row.groups]
         if members and (groups is None or group.id in groups):
-            sheets.append(_sheet(group, members, results))
-            if group.baseline is not None:
-                baseline = reference.rows[group.baseline]
-                if comparison := comparison_sheet(group, members, baseline, results):
-                    sheets.append(comparison)
+            sheets.append(_sheet(group, members, results, costs))
+            baselines = {
+                row.stem: reference.rows[stem]
+                for row in members
+                if (stem := row.baseline or group.baseline) is not None
+            }
+            if comparison := comparison_sheet(group, members, baselines, results):
+                sheets.append(comparison)
     for path in sorted((folder / "results").glob("analysis*.json")):
         sheets.append(_expectations(path))
     missing = [gap for row in rows if (gap := _gap(row, results, seeds))]
@@ -158,9 +166,12 @@ def render_table(
     return Report("\n\n".join(parts), [sheet.to_rich() for sheet in sheets], missing)
 
 
-def _sheet(group: Group, rows: list[Row], results: _Results) -> Sheet:
+def _sheet(group: Group, rows: list[Row], results: _Results, costs: _Costs) -> Sheet:
     cells: _Cells = {
-        row.stem: {metric.key: _cell(row, metric, results) for metric in group.metrics}
+        row.stem: {
+            metric.key: _cell(row, metric, results, costs.get(row.stem, {}).get(metric.key))
+            for metric in group.metrics
+        }
         for row in rows
     }
     known = [row for row in rows if any(any(cell.values()) for cell in cells[row.stem].values())]
@@ -177,8 +188,11 @@ def _sheet(group: Group, rows: list[Row], results: _Results) -> Sheet:
     return Sheet(group.title, group.note, [*header, "seeds"], [line for _, line in lines], notes)
 
 
-def _cell(row: Row, metric: Metric, results: _Results) -> dict[str, str]:
-    """What there is to say about one metric of one experiment, by kind."""
+def _cell(row: Row, metric: Metric, results: _Results, cost: float | None) -> dict[str, str]:
+    """What there is to say about one metric of one experiment, by kind.
+
+    A cost belongs to the network: it stands beside our results, or by itself where there are none.
+    """
     key, scale = metric.key, UNITS[metric.unit]
     ours: dict[str, list[float]] = {label: [] for label in LABELS}
     ends: dict[str, list[float]] = {label: [] for label in LABELS}
@@ -188,6 +202,10 @@ def _cell(row: Row, metric: Metric, results: _Results) -> dict[str, str]:
             if checkpoint is not None and key in checkpoint["metrics"]:
                 ours[label].append(scale * checkpoint["metrics"][key])
                 ends[label] = [scale * end for end in checkpoint["intervals"].get(key, [])]
+    if cost is not None and not any(ours.values()):
+        for label in LABELS:
+            has_result = any(label in result["checkpoints"] for result in results.get(row.stem, []))
+            ours[label] = [scale * cost] if has_result else []
     printed = row.printed("last", key)
     difference = ""
     if printed and ours["last"]:
@@ -198,6 +216,7 @@ def _cell(row: Row, metric: Metric, results: _Results) -> dict[str, str]:
         "difference": difference,
         "paper selected": _repeats(row.printed("selected", key)),
         "selected": _spread(ours["selected"], ends["selected"]),
+        "network": "" if cost is None or row.stem in results else _repeats([scale * cost]),
     }
 
 

@@ -1,4 +1,4 @@
-"""``python -m paper_rcm fit|validate|test|predict|reproduce``, and ``corruptions``."""
+"""``python -m paper_rcm fit|validate|test|predict|reproduce``, ``corruptions`` and ``costs``."""
 
 import sys
 
@@ -7,6 +7,10 @@ if __name__ == "__main__":
         from paper_rcm.corruptions import main as corruptions
 
         corruptions(sys.argv[2:])
+    elif sys.argv[1:2] == ["costs"]:
+        from paper_rcm.costs import main as costs
+
+        sys.exit(costs(sys.argv[2:]))
     else:
         from common.cli import main
 

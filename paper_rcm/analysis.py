@@ -1,9 +1,12 @@
 """The paper's figures and claims, from what has finished: ``python -m paper_rcm.analysis``.
 
 - E1: the simulation next to the theorem, pooled features of a random convolution under noise.
+- E4: what the networks cost (measured on the digits; ``python -m paper_rcm costs`` for others).
 - E5: natural, consistency and robust accuracy of every network by the side of its last map.
 - E6: how far pooled features of trained networks move, average against max pooling.
-- E12: a two-sample t-test over seeds, larger map against base.
+- E8: how well pooled features separate the classes.
+- E12: a two-sample t-test over seeds, larger map against base; in full under the tables.
+- E14: robust accuracy against the radius.
 
 The verdicts of the scaled-down run go to ``analysis.json``. Tags as in ``method.py``.
 """
@@ -12,11 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
-from scipy.stats import ttest_ind
 
 from common.analysis import (
     BySeed,
@@ -24,28 +25,45 @@ from common.analysis import (
     by_seed,
     combined,
     conclude,
+    load_last,
+    load_runs,
+    load_test_split,
     plain_values,
     run_analysis,
 )
+from common.attacks.pgd import PGD
 from common.errors import ConfigurationError
-from common.figures import (
-    CYCLE,
-    FONT,
-    MARKERS,
-    blank_figure,
-    put_legend_above,
-    save_figure,
-    tidy_axes,
+from common.figures import save_figure
+from common.results import load_results, read_costs, write_json_atomically
+from common.statistics import welch_t_test
+from paper_rcm.costs import measure_costs
+from paper_rcm.features import Embedding, attacked, embed, pooled_features, separation
+from paper_rcm.figures import (
+    AR,
+    BUDGET,
+    accuracy_figure,
+    budget_figure,
+    cost_figure,
+    features_figure,
+    movement_figure,
+    network_of,
+    simulation_figure,
 )
-from common.results import load_results, write_json_atomically
 from paper_rcm.theory import simulate
 
 SIDES = (4, 8, 16, 32, 64)
 STRIDES = (1, 2, 4, 8)
-AR = "pgd20/ce_f"
+COMPARED = {"digits": ("222_avg", "122_avg"), "cifar10": ("resnet18_1222_at", "resnet18_1122_at")}
+"""Networks whose features are set side by side (E8)."""
+
+DIGITS_BATCH = 50
+"""Of the steps that are timed on the digits: that of their recipe."""
+
+EXAMPLES = 2000
+"""Images whose features are embedded."""
 
 
-# ------------------------------------------------------------------------------------ the figures
+# ------------------------------------------------------------------------------------ what is drawn
 
 
 def simulation() -> dict[str, dict[str, dict[int, float]]]:
@@ -59,114 +77,50 @@ def simulation() -> dict[str, dict[str, dict[int, float]]]:
     return found
 
 
-def simulation_figure(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
-    """Movement against the side of the map, and against the stride."""
-    fig = blank_figure(7.0, 3.0)
-    titles = {"side": "side of the map", "stride": "stride, 32x32 images"}
-    for ax, (axis, pools) in zip(fig.subplots(1, 2), found.items(), strict=True):
-        for i, (pool, line) in enumerate(pools.items()):
-            style: dict[str, Any] = {"color": CYCLE[i], "marker": MARKERS[i], "markersize": 4}
-            ax.plot(list(line), list(line.values()), label=f"{pool} pooling", **style)
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_xlabel(titles[axis], fontsize=FONT)
-        ax.set_ylabel("movement of the pooled feature (l2)", fontsize=FONT)
-        tidy_axes(ax)
-    put_legend_above(fig, ax)
-    return fig
+def features(
+    runs: Path, dataset: str, seeds: Sequence[int], device: str
+) -> tuple[dict[tuple[str, int], dict[str, float]], Figure | None, list[str]]:
+    """Separation of the classes in the networks compared, and the picture of the first seed.
 
+    Args:
+        runs: Where the paper's runs are.
+        dataset: With what the stems begin.
+        seeds: Which.
+        device: Where networks run.
 
-def network_of(method: str) -> tuple[str, str, float]:
-    """Strides, pooling and up-sampling factor of ``222_m2_avg``, ``resnet18_1122_at``."""
-    parts = method.split("_")
-    strides = next((part for part in parts if part.isdigit() and len(part) > 2), "")
-    pool = "max" if "max" in parts else "avg"
-    factor = next((part for part in parts if part[:1] == "m" and part[1:2].isdigit()), "m1")
-    digits = "".join(c for c in factor[1:] if c.isdigit() or c == ".")
-    return strides, pool, float(digits)
-
-
-def map_side(method: str, image: int) -> float:
-    """Side of the last map of a residual network."""
-    strides, _, factor = network_of(method)
-    side = round(image * factor)
-    for stride in strides:
-        side = -(-side // int(stride))
-    return float(side)
-
-
-def accuracy_figure(metrics: Mapping[tuple[str, int], Mapping[str, float]], image: int) -> Figure:
-    """NA, CA and AR of every network, by the side of its last map (E5)."""
-    names = sorted({m for m, _ in metrics}, key=lambda m: (network_of(m)[1], map_side(m, image)))
-    fig = blank_figure(max(4.8, 0.9 * len(names) + 1.5), 3.3)
-    ax = fig.subplots()
-    for i, (key, label) in enumerate(
-        (("clean_acc", "natural"), ("consistency", "consistency"), (AR, "robust"))
-    ):
-        values = [_mean(metrics, name, key) for name in names]
-        at = [n for n, value in enumerate(values) if value is not None]
-        shown = [100 * value for value in values if value is not None]
-        style: dict[str, Any] = {"color": CYCLE[i], "marker": MARKERS[i], "markersize": 6}
-        ax.plot(at, shown, linestyle="", label=label, **style)
-    sides = [f"{name}\n{map_side(name, image):.0f}x{map_side(name, image):.0f}" for name in names]
-    ax.set_xticks(range(len(names)), sides, fontsize=FONT - 1)
-    ax.set_ylabel("accuracy (%)", fontsize=FONT)
-    tidy_axes(ax)
-    put_legend_above(fig, ax)
-    return fig
-
-
-def movement_figure(
-    metrics: Mapping[tuple[str, int], Mapping[str, float]], image: int
-) -> Figure | None:
-    """Movement of the pooled feature of trained networks against the side of the map (E6)."""
-    fig = blank_figure(7.0, 3.0)
-    keys = {"pooled_change": "PGD-20", "pooled_change_noise": "uniform noise"}
-    drawn = False
-    for ax, (key, title) in zip(fig.subplots(1, 2), keys.items(), strict=True):
-        for i, pool in enumerate(("avg", "max")):
-            points: dict[float, float] = {}
-            for name in {m for m, _ in metrics}:
-                value = _mean(metrics, name, key)
-                if network_of(name)[1] == pool and network_of(name)[2] == 1 and value is not None:
-                    points[map_side(name, image)] = value
-            if points:
-                drawn = True
-                line = sorted(points.items())
-                style: dict[str, Any] = {"color": CYCLE[i], "marker": MARKERS[i], "markersize": 5}
-                ax.plot(*zip(*line, strict=True), label=f"{pool} pooling", **style)
-        ax.set_xlabel(f"side of the last map ({title})", fontsize=FONT)
-        ax.set_ylabel("movement (l2)", fontsize=FONT)
-        tidy_axes(ax)
-    if not drawn:
-        return None
-    put_legend_above(fig, ax)
-    return fig
-
-
-def _mean(
-    metrics: Mapping[tuple[str, int], Mapping[str, float]], name: str, key: str
-) -> float | None:
-    values = [
-        found[key] for (method, _), found in metrics.items() if method == name and key in found
-    ]
-    return fmean(values) if values else None
+    Returns:
+        Numbers by (network, seed), the picture, and what is missing, in words.
+    """
+    names = COMPARED.get(dataset, ())
+    loaded, missing = load_runs(runs, names, dataset, seeds, load_last)
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    embeddings: dict[str, dict[str, Embedding]] = {}
+    eps = "0.15" if dataset == "digits" else "8/255"
+    attack = PGD(eps=eps, step_size="eps/4", steps=20)
+    for (name, seed), (model, data) in loaded.items():
+        model.to(device)
+        x, y = (part[:EXAMPLES].to(device) for part in load_test_split(data))
+        clean = pooled_features(model, x)
+        kinds = {"clean": clean, "PGD-20": pooled_features(model, attacked(model, x, y, attack))}
+        numbers: dict[str, float] = {}
+        for kind, values in kinds.items():
+            found_of = separation(values, y, clean)
+            numbers[f"silhouette {kind}"] = found_of.silhouette
+            numbers[f"class mean {kind}"] = found_of.class_mean_acc
+        found[name, seed] = numbers
+        if seed == min(seeds):
+            embeddings[name] = {kind: embed(values, y) for kind, values in kinds.items()}
+    return found, features_figure(embeddings) if embeddings else None, missing
 
 
 # ------------------------------------------------------------------------------- the expectations
-
-
-def t_test(first: BySeed, second: BySeed) -> float | None:
-    """P of Welch's two-sided two-sample t-test [choice]; ``None`` with fewer than two seeds."""
-    if len(first) < 2 or len(second) < 2:
-        return None
-    return float(ttest_ind(list(first.values()), list(second.values()), equal_var=False).pvalue)
 
 
 def evaluate_expectations(
     metrics: Mapping[tuple[str, int], Mapping[str, float]],
     simulated: Mapping[str, Mapping[str, Mapping[int, float]]],
     seeds: Sequence[int],
+    separated: Mapping[tuple[str, int], Mapping[str, float]] | None = None,
 ) -> list[Expectation]:
     """The claims R1 to R7 as far as the scaled-down run can judge them.
 
@@ -174,6 +128,7 @@ def evaluate_expectations(
         metrics: (what stands after ``digits_``, seed) -> metrics of its result.
         simulated: As from :func:`simulation`.
         seeds: All that a verdict needs.
+        separated: As from :func:`features`.
     """
 
     def of(name: str, metric: str) -> BySeed:
@@ -183,7 +138,7 @@ def evaluate_expectations(
         return combined(of(larger, metric), of(base, metric), lambda a, b: 100 * (a - b))
 
     def p(larger: str, base: str) -> dict[str, BySeed]:
-        value = t_test(of(larger, AR), of(base, AR))
+        value = welch_t_test(list(of(larger, AR).values()), list(of(base, AR).values()))
         return {"p of the t-test on AR": {} if value is None else {0: value}}
 
     average, largest = simulated["side"]["avg"], simulated["side"]["max"]
@@ -274,7 +229,41 @@ def evaluate_expectations(
             )
         },
     )
-    return [r1, r2, r3, r4, r5, r6, r7, e6]
+    apart = separated or {}
+
+    def wider(key: str) -> BySeed:
+        return combined(
+            by_seed(apart, "122_avg", key), by_seed(apart, "222_avg", key), lambda a, b: a - b
+        )
+
+    e8 = conclude(
+        "E8",
+        "pooled features under PGD-20: silhouette of the classes with 122 minus that with 222 is "
+        "positive",
+        wider("silhouette PGD-20"),
+        seeds,
+        lambda value: value > 0.0,
+        0.0,
+        {
+            "the same, clean": wider("silhouette clean"),
+            "nearest class mean, PGD-20, difference": wider("class mean PGD-20"),
+            "nearest class mean, clean, difference": wider("class mean clean"),
+        },
+    )
+    largest_radius = {
+        seed: max(found[f"{BUDGET}1"] for (_, s), found in metrics.items() if s == seed)
+        for seed in {seed for _, seed in metrics}
+        if all(f"{BUDGET}1" in found for (_, s), found in metrics.items() if s == seed)
+    }
+    e14 = conclude(
+        "E14",
+        "masking: at radius 1 PGD-20 leaves nothing of any network",
+        largest_radius,
+        seeds,
+        lambda value: value == 0.0,
+        0.0,
+    )
+    return [r1, r2, r3, r4, r5, r6, r7, e6, e8, e14]
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -286,11 +275,11 @@ def analyse(
     """Draw what can be drawn and judge what can be judged.
 
     Args:
-        runs: Unused: everything needed is in the result files.
+        runs: Where the paper's runs are, whose checkpoints features are read from.
         results: Where the result files are and the output goes.
         on: With what the stems begin.
         seeds: Which.
-        device: Unused.
+        device: Where networks run.
 
     Returns:
         What was written, with ``figures`` and ``path`` added.
@@ -318,28 +307,53 @@ def analyse(
     }
     simulated = simulation()
     image = 8 if dataset == "digits" else 32
-    pictures = {"simulation": simulation_figure(simulated)}
+    if dataset == "digits":
+        _measure_digits({result["experiment"] for result in found}, results)
+    costs = {
+        stem.removeprefix(f"{dataset}_"): cost
+        for stem, cost in read_costs(results).items()
+        if stem.startswith(f"{dataset}_") and (dataset == "digits" or stem.endswith("_at"))
+    }
+    separated, embedded, missing = features(runs, dataset, seeds, device)
     maps = {key: value for key, value in metrics.items() if network_of(key[0])[0]}
-    if maps:
-        pictures["accuracies"] = accuracy_figure(maps, image)
-        if moved := movement_figure(maps, image):
-            pictures["movement"] = moved
-    judged = evaluate_expectations(metrics, simulated, seeds) if dataset == "digits" else []
+    drawn = {
+        "simulation": simulation_figure(simulated),
+        "accuracies": accuracy_figure(maps, image) if maps else None,
+        "movement": movement_figure(maps, image),
+        "cost": cost_figure({k: v for k, v in costs.items() if "resnet" in k or image == 8}),
+        "features": embedded,
+        "budget": budget_figure(metrics),
+    }
+    judged = (
+        evaluate_expectations(metrics, simulated, seeds, separated) if dataset == "digits" else []
+    )
     report: dict[str, Any] = {
         "on": on,
         "seeds": list(seeds),
         "expectations": [plain_values(asdict(one)) for one in judged],
         "simulation": plain_values(simulated),
-        "missing": [],
+        "features": {
+            f"{name}, seed {seed}": plain_values(numbers)
+            for (name, seed), numbers in separated.items()
+        },
+        "missing": missing,
     }
     path = results / ("analysis.json" if dataset == "digits" else f"analysis_{on}.json")
     write_json_atomically(path, report)
     prefix = "digits" if dataset == "digits" else on
     figures = [
         save_figure(figure, results / "figures" / f"{prefix}_{name}.png")
-        for name, figure in pictures.items()
+        for name, figure in drawn.items()
+        if figure is not None
     ]
     return {**report, "figures": [str(figure) for figure in figures], "path": str(path)}
+
+
+def _measure_digits(stems: set[str], results: Path) -> None:
+    """Costs of the networks that were trained; on the digits they take seconds."""
+    configs = sorted((Path(__file__).parent / "configs").glob("digits*.yaml"))
+    wanted = [path for path in configs if path.stem in stems]
+    measure_costs(wanted, results, DIGITS_BATCH)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_ind
 
-from common.statistics import mcnemar_exact, wilson_interval
+from common.statistics import mcnemar_exact, welch_t_test, wilson_interval
 
 
 @given(st.integers(1, 3000), st.floats(0, 1), st.sampled_from([0.5, 0.9, 0.95, 0.999]))
@@ -66,3 +66,30 @@ def test_p_values_of_a_large_test_set_neither_overflow_nor_vanish() -> None:
 def test_negative_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="got 1 and -1"):
         mcnemar_exact(1, -1)
+
+
+def test_welch_compares_runs() -> None:
+    assert welch_t_test([0.8], [0.7, 0.6]) is None
+    close = welch_t_test([0.80, 0.82, 0.81], [0.805, 0.815, 0.812])
+    apart = welch_t_test([0.80, 0.82, 0.81], [0.60, 0.62, 0.61])
+    assert apart is not None
+    assert close is not None
+    assert apart < 0.001 < close
+    # Unequal variances, by hand: t = 3 / sqrt(1/3 + 4/3), 2.94 degrees of freedom
+    assert welch_t_test([9.0, 10.0, 11.0], [5.0, 7.0, 9.0]) == pytest.approx(0.1044, abs=2e-4)
+
+
+def test_welch_without_spread_is_certain() -> None:
+    assert welch_t_test([0.5, 0.5], [0.5, 0.5]) == 1.0
+    assert welch_t_test([0.5, 0.5], [0.6, 0.6]) == 0.0
+
+
+samples = st.lists(st.floats(0.0, 1.0).map(lambda x: round(x, 4)), min_size=2, max_size=6)
+
+
+@given(samples, samples)
+def test_welch_is_that_of_scipy(first: list[float], second: list[float]) -> None:
+    if len(set(first)) == len(set(second)) == 1:
+        return  # scipy has no answer there
+    expected = ttest_ind(first, second, equal_var=False).pvalue
+    assert welch_t_test(first, second) == pytest.approx(expected, rel=1e-5, abs=1e-9)

@@ -86,6 +86,12 @@ AWP = {
 }
 
 
+BASES = {
+    "alexnet": "1122", "vgg16": "11222", "resnet18": "1222", "preactresnet18": "1222",
+    "wrn28_10": "122",
+}  # fmt: skip
+
+
 class UniqueKeys(yaml.SafeLoader):
     """YAML in which a key that occurs twice is an error and not the last one's gain."""
 
@@ -171,8 +177,10 @@ def test_every_source_is_in_the_legend(reference: Reference) -> None:
 def test_columns_have_their_units(reference: Reference) -> None:
     for group in reference.groups:
         for metric in group.metrics:
-            if metric.key.startswith("pooled_change"):
+            if metric.key.startswith("pooled_change") or metric.key == "step_time":
                 assert metric.unit == "plain"
+            elif metric.key == "peak_memory":
+                assert metric.unit == "millions"
             elif metric.key in SIZES:
                 assert metric.unit == ("thousands" if group.id == "digits" else "millions")
             else:
@@ -203,7 +211,15 @@ def test_the_experiments_are_complete(reference: Reference) -> None:
     assert members["E7"] == {f"cifar10_resnet18_{s}{pool}_at"
         for s in ("2222", "1222", "1122", "1112") for pool in ("", "_max")}  # fmt: skip
     for net in ("alexnet", "vgg16", "resnet18", "preactresnet18", "wrn28_10"):
-        assert len(members[f"E9-{net}"]) == 3
+        defences = {defence_of(stem) for stem in members[f"E9-{net}"]}
+        assert defences == ({"at"} if net == "wrn28_10" else {"at", "alp", "trades"})
+        assert len(members[f"E9-{net}"]) == 3 * len(defences)
+        for stem in members[f"E9-{net}"]:
+            base = (
+                reference.rows[stem].baseline
+                or reference.rows[f"cifar10_{net}_{BASES[net]}_at"].stem
+            )
+            assert base == f"cifar10_{net}_{BASES[net]}_{defence_of(stem)}"
     for data in ("cifar10", "cifar100"):
         rows = {f"{data}_resnet18_{s}_{d}" for s in ("1222", "1122") for d in DEFENCES}
         assert members[f"E11-{data}"] - rows == (
