@@ -123,7 +123,8 @@ def budget_figure(metrics: Mapping[tuple[str, int], Mapping[str, float]]) -> Fig
     lines: dict[str, dict[float, float]] = {}
     for name in sorted({m for m, _ in metrics}):
         for key in sorted({k for (m, _), found in metrics.items() if m == name for k in found}):
-            if key.startswith(BUDGET) and "/" not in (radius := key.removeprefix(BUDGET)):
+            radius = key.removeprefix(BUDGET)
+            if key.startswith(BUDGET) and radius.replace(".", "", 1).isdigit():
                 lines.setdefault(name, {})[float(radius)] = _mean(metrics, name, key) or 0.0
     radii = sorted({radius for line in lines.values() for radius in line})
     if not radii:

@@ -62,7 +62,7 @@ def test_verdicts_turn_out_either_way() -> None:
 
 
 def test_a_budget_is_drawn_from_sweeps_and_nothing_else() -> None:
-    swept = {f"{BUDGET}0.1": 0.5, f"{BUDGET}1": 0.0, f"{BUDGET}1/ce_f": 0.0, AR: 0.7}
+    swept = {f"{BUDGET}0.1": 0.5, f"{BUDGET}1": 0.0, f"{BUDGET}1_clean": 0.9, AR: 0.7}
     figure = budget_figure({("222_avg", 0): swept, ("122_avg", 0): {AR: 0.8}})
     (line,) = figure.axes[0].get_lines()
     assert list(line.get_xdata()) == [0.1, 1.0]
