@@ -372,11 +372,11 @@ def test_the_suite_is_that_of_the_tables_and_the_longer_one_begins_with_it() -> 
     overlay = yaml.safe_load(
         (PAPER.parent / "common/configs/paper-rcm.yaml").read_text()
     )["evaluation"]["suite"]  # fmt: skip
-    assert list(tables["suite"]) == ["fgsm", "pgd20", "pgd40", "deepfool", "aa"]
+    assert list(tables["suite"]) == ["fgsm", "pgd20", "pgd40", "cw20", "deepfool", "aa"]
     for name, entry in tables["suite"].items():
-        assert entry["attack"] == overlay[name]["attack"]
+        assert entry == overlay[name] | {k: v for k, v in entry.items() if k == "survivors_only"}
         assert masking["suite"][name] == entry
-    assert list(masking["suite"])[:5] == list(tables["suite"])
+    assert list(masking["suite"])[:6] == list(tables["suite"])
     for name in ("cw_l2", "budget"):
         assert masking["suite"][name] == overlay[name]
     assert masking["measures"] == tables["measures"]
