@@ -30,8 +30,10 @@ from common.costs import (
     relative_times,
 )
 from common.errors import ConfigurationError, UserError
+from common.figures import save_figure
 from common.files import write_json_atomically
 from common.results import COSTS
+from paper_rcm.figures import cost_figure
 from paper_rcm.method import BASE_STRIDES, DigitsNet, cost, parse_strides
 
 DATA = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
@@ -212,6 +214,19 @@ def show(entries: Mapping[str, Any]) -> Table:
     return table
 
 
+def draw(entries: Mapping[str, Any], folder: Path) -> list[Path]:
+    """E4's figure for each data set: the digits, or ResNet-18 in its ways to a larger map."""
+    written = []
+    for dataset in DATA:
+        stems = [stem for stem in entries if stem.startswith(f"{dataset}_")]
+        if dataset != "digits":
+            stems = [stem for stem in stems if "_resnet18_" in stem and stem.endswith("_at")]
+        costs = {stem.removeprefix(f"{dataset}_"): entries[stem]["metrics"] for stem in stems}
+        if figure := cost_figure(costs):
+            written.append(save_figure(figure, folder / f"{dataset}_cost.png"))
+    return written
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the costs that are asked for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m paper_rcm costs", description=__doc__)
@@ -238,4 +253,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console.print(show(found))
+    for path in draw(found, folder / "results" / "figures"):
+        console.print(f"wrote {path}")
     return 0

@@ -150,8 +150,9 @@ def cost_figure(costs: Mapping[str, Mapping[str, float]]) -> Figure | None:
         strides, pool, factor = network_of(name)
         if pool != "avg" or not strides or not cost.get("map_side"):
             continue
-        # The base network is where both lines begin.
-        if factor == 1:
+        # The base network is where both lines begin; of strides with an equal product, those with
+        # the ones first are the rule's.
+        if factor == 1 and list(strides) == sorted(strides):
             lines["strides"][cost["map_side"]] = name
         if factor != 1 or cost.get("step_time") == 1.0:
             lines["up-sampling"][cost["map_side"]] = name

@@ -76,7 +76,7 @@ def test_costs_are_drawn_by_how_the_map_got_larger() -> None:
 
     costs = {
         "222_avg": cost(1, 1.0), "122_avg": cost(2, 1.2), "222_m2_avg": cost(2, 1.8),
-        "112_avg": cost(4, 1.5), "112_max": cost(4, 9.0),
+        "112_avg": cost(4, 1.5), "112_max": cost(4, 9.0), "121_avg": cost(4, 7.0),
     }  # fmt: skip
     time = cost_figure(costs).axes[2]
     strides, enlarged = time.get_lines()

@@ -75,6 +75,7 @@ def test_networks_are_measured_once_and_the_base_is_one(tmp_path, monkeypatch) -
     assert memory[1] < memory[0] < memory[2]
     again = measure_costs(paths, tmp_path, batch_size=4)
     assert (again, len(timed)) == (found, 2)
+    assert [path.name for path in costs.draw(found, tmp_path)] == ["digits_cost.png"]
     measure_costs(paths[:1], tmp_path, batch_size=8)
     assert len(timed) == 3, "another batch size is another measurement"
 
