@@ -2,7 +2,9 @@
 
 A paper's ``analysis.py`` has a function ``analyse`` that draws figures and judges the paper's
 claims on what there is, and leaves ``analysis.json`` beside the results, from which tables show the
-verdicts. Whatever is missing is named there, and the rest is done without it.
+verdicts. Whatever is missing is named there, and the rest is done without it. A claim with one
+number is an ``Expectation``; one with several variants is a ``Claim``, and goes with whatever else
+an analysis has to show into ``tables``: a list of title, note, header and lines of text.
 """
 
 import argparse
@@ -13,7 +15,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,6 +87,97 @@ def conclude(
     verdict = holds(value) if value is not None and set(values) >= set(seeds) else None
     others = {name: mean(numbers) for name, numbers in (beside or {}).items()}
     return Expectation(id, claim, value, threshold, verdict, values, others)
+
+
+# --------------------------------------------------------------- claims about several variants
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences over seeds, and its standard error.
+
+    Attributes:
+        mean: In whatever the numbers are in.
+        error: Standard error of the mean; infinite with fewer than two seeds.
+        seeds: How many.
+    """
+
+    mean: float
+    error: float
+    seeds: int
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the mean is above zero by more than two standard errors."""
+        return self.mean > 2.0 * self.error
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the mean is below zero by more than two standard errors."""
+        return self.mean < -2.0 * self.error
+
+    def text(self, digits: int = 1) -> str:
+        """Mean ± standard error, to so many decimals; the mean alone where there is no error."""
+        error = f" ± {self.error:.{digits}f}" if math.isfinite(self.error) else ""
+        return f"{self.mean:+.{digits}f}{error}"
+
+
+def paired_difference(first: BySeed, second: BySeed, scale: float = 1.0) -> Difference | None:
+    """``first`` minus ``second`` over the seeds that have both; ``None`` if there is none."""
+    values = [scale * value for value in combined(first, second, lambda a, b: a - b).values()]
+    if not values:
+        return None
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return Difference(fmean(values), error, len(values))
+
+
+Verdict = Literal["supported", "contradicted", "undecided", "not testable here"]
+
+VERDICTS: dict[Verdict, str] = {
+    "supported": "supported",
+    "contradicted": "not supported: contradicted",
+    "undecided": "not supported: undecided",
+    "not testable here": "not testable here",
+}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the results say about a claim, for one variant of a method.
+
+    Attributes:
+        verdict: One of four.
+        evidence: The numbers behind it, in words.
+    """
+
+    verdict: Verdict
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper and its judgement for every variant, by the variant's name."""
+
+    id: str
+    claim: str
+    judgements: Mapping[str, Judgement]
+
+
+def verdict_table(claims: Sequence[Claim], note: str = "") -> dict[str, Any]:
+    """Claims as an entry of ``tables`` in ``analysis.json``, a line for each variant."""
+    lines = [
+        [
+            claim.id if i == 0 else "",
+            claim.claim if i == 0 else "",
+            variant,
+            VERDICTS[judgement.verdict],
+            judgement.evidence,
+        ]
+        for claim in claims
+        for i, (variant, judgement) in enumerate(claim.judgements.items())
+    ]
+    header = ["", "claim", "variant", "verdict", "numbers"]
+    return {"title": "Verdicts", "note": note, "header": header, "lines": lines}
 
 
 # ------------------------------------------------------------------------ runs and results
@@ -207,6 +301,8 @@ def describe(report: Mapping[str, Any]) -> str:
             + (f" ({seeds})" if seeds else "")
         )
         lines += [f"    {name}: {number(value)}" for name, value in entry["beside"].items()]
+    for table in report.get("tables", []):
+        lines += [table["title"], *("    " + " | ".join(line) for line in table["lines"])]
     lines += [f"missing: {what}" for what in report["missing"]]
     lines += [f"wrote {path}" for path in (report["path"], *report["figures"])]
     return "\n".join(lines)

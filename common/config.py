@@ -56,22 +56,27 @@ def load_class(path: str) -> Any:
 def fill_from_data(config: Namespace) -> None:
     """Give every network of the model the class and channel counts of the data.
 
-    A network is whatever takes both ``num_classes`` and ``in_channels``. Where its ``mean`` and
-    ``std`` are the word ``data``, they become those of the data set.
+    A network is whatever takes both ``num_classes`` and ``in_channels``, or an ``image_shape``
+    (channels, height, width of an image). Where its ``mean`` and ``std`` are the word ``data``,
+    they become those of the data set.
 
     Raises:
-        ConfigurationError: If a network is explicitly given other counts.
+        ConfigurationError: If a network is explicitly given other counts or another shape.
     """
     source = config.data.source
     spec = load_class(source.class_path)(**(source.get("init_args") or {})).spec
     for path, node in _class_nodes(config.model, "model"):
         arguments = node.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
-        if not {"num_classes", "in_channels"} <= set(vars(arguments)):
+        names = set(vars(arguments))
+        if not ({"num_classes", "in_channels"} <= names or "image_shape" in names):
             continue
         defaults = _defaults(node.class_path)
-        for name, value in (("num_classes", spec.num_classes), ("in_channels", spec.shape[0])):
-            given = arguments.get(name)
-            if given not in (None, defaults.get(name), value):
+        known = {"num_classes": spec.num_classes, "in_channels": spec.shape[0]}
+        for name, value in {**known, "image_shape": list(spec.shape)}.items():
+            if name not in names:
+                continue
+            given, default = (_as_list(one.get(name)) for one in (arguments, defaults))
+            if given not in (None, default, value):
                 raise ConfigurationError(
                     f"{path}.{name} is {given} and {type_name(source.class_path)} has {value}; "
                     f"drop {path}.{name} (it is filled in from the data) or choose other data"
@@ -82,10 +87,16 @@ def fill_from_data(config: Namespace) -> None:
                 arguments[name] = list(value)
 
 
+def _as_list(value: Any) -> Any:
+    """A shape as a list, however it was written."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _defaults(class_path: str) -> dict[str, Any]:
-    """Default arguments of a class, those it passes on as keywords included."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(load_class(class_path), "made", fail_untyped=False)
+    """Default arguments of a class or function, those it passes on as keywords included."""
+    parser, made = ArgumentParser(exit_on_error=False), load_class(class_path)
+    add = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments
+    add(made, "made", fail_untyped=False)
     return dict(vars(parser.get_defaults().made))
 
 

@@ -94,6 +94,8 @@ class Reference:
 
     groups: list[Group]
     rows: dict[str, Row]
+    checkpoints: tuple[str, ...] = ("last", "selected")
+    """What a complete result has; ``[last]`` where nothing is selected."""
 
 
 def read_reference(path: str | Path) -> Reference:
@@ -111,12 +113,17 @@ def read_reference(path: str | Path) -> Reference:
             for group in data["groups"]
         ]
         rows = {stem: Row(stem=stem, **row) for stem, row in data["rows"].items()}
+        checkpoints = tuple(data.get("checkpoints", Reference.checkpoints))
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({type(error).__name__}: {error}); it needs groups (a list of "
             "id, title, metrics, note, layout, baseline, compare) and rows (by stem: groups, "
             "label, source, last, selected, baseline)"
         ) from error
+    if not checkpoints or set(checkpoints) - set(Reference.checkpoints):
+        raise ConfigurationError(
+            f"{path}: checkpoints are {list(checkpoints)}; name last, selected or both"
+        )
     owners = [(f"the group {group.id}", group.baseline) for group in groups]
     owners += [(row.stem, row.baseline) for row in rows.values()]
     for owner, baseline in owners:
@@ -138,4 +145,4 @@ def read_reference(path: str | Path) -> Reference:
                 f"{path}: {row.stem} has a number for {hidden[0]!r}, which none of its groups "
                 f"{row.groups} shows; add the metric to one of them"
             )
-    return Reference(groups, rows)
+    return Reference(groups, rows, checkpoints)

@@ -12,7 +12,8 @@ A paper's ``reference.yaml`` lists its tables (``groups``) and experiments (``ro
 Numbers are percentages, lists of repeats, or null for "not found". A group with a ``baseline`` (the
 stem of a row) gets a second table, in which its other rows are compared with that one example by
 example, on the metrics of a list ``compare`` or else on those of the group that allow it; a row may
-have a ``baseline`` of its own.
+have a ``baseline`` of its own. Beside ``groups`` and ``rows``, ``checkpoints: [last]`` says that a
+paper selects none.
 
 ``python -m common.tables paper_x`` prints the tables and rewrites the README's.
 """
@@ -153,8 +154,9 @@ def render_table(
             if comparison := comparison_sheet(group, members, baselines, results):
                 sheets.append(comparison)
     for path in sorted((folder / "results").glob("analysis*.json")):
-        sheets.append(_expectations(path))
-    missing = [gap for row in rows if (gap := _gap(row, results, seeds))]
+        sheets += _analysis(path)
+    gaps = (_gap(row, results, seeds, reference.checkpoints) for row in rows)
+    missing = [gap for gap in gaps if gap]
     parts = [_LEGEND, *(sheet.to_markdown() for sheet in sheets)]
     if missing:
         parts.append(
@@ -324,7 +326,9 @@ def _titles(group: Group, rows: list[Row], results: _Results) -> tuple[dict[str,
     return titles, notes
 
 
-def _gap(row: Row, results: _Results, seeds: Sequence[int] | None) -> str:
+def _gap(
+    row: Row, results: _Results, seeds: Sequence[int] | None, checkpoints: Sequence[str]
+) -> str:
     """The row with what is missing of it; empty when nothing is."""
     found = results.get(row.stem, [])
     if not found:
@@ -333,16 +337,25 @@ def _gap(row: Row, results: _Results, seeds: Sequence[int] | None) -> str:
     lacking = [f"seed {seed}" for seed in absent] + [
         f"{label} of seed {result['seed']}"
         for result in found
-        for label in LABELS
+        for label in checkpoints
         if label not in result["checkpoints"]
     ]
     return f"`{row.stem}` ({', '.join(lacking)})" if lacking else ""
 
 
-def _expectations(path: Path) -> Sheet:
-    """The verdicts that the paper's analysis left in ``analysis[_<what>].json``."""
+def _analysis(path: Path) -> list[Sheet]:
+    """What the paper's analysis left in ``analysis[_<what>].json``: expectations and tables."""
     verdicts = {True: "holds", False: "does not hold", None: "undecided"}
+    what = path.stem.removeprefix("analysis").replace("_", " ")
+    suffix = f"{what and ','}{what}"
     try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        tables = [
+            Sheet(f"{t['title']}{suffix}", t["note"], t["header"], t["lines"])
+            for t in report.get("tables", [])
+        ]
+        if tables and not report["expectations"]:
+            return tables
         lines = [
             [
                 str(entry["id"]),
@@ -351,16 +364,15 @@ def _expectations(path: Path) -> Sheet:
                 str(entry["threshold"]),
                 verdicts[entry["holds"]],
             ]
-            for entry in json.loads(path.read_text(encoding="utf-8"))["expectations"]
+            for entry in report["expectations"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({type(error).__name__}: {error}); delete it and run the "
             "analysis again"
         ) from error
-    what = path.stem.removeprefix("analysis").replace("_", " ")
     header = ["", "claim", "value", "threshold", "verdict"]
-    return Sheet(f"Expectations{what and ','}{what}", header=header, lines=lines)
+    return [Sheet(f"Expectations{suffix}", header=header, lines=lines), *tables]
 
 
 def _value(value: Any) -> str:

@@ -58,6 +58,18 @@ def test_the_python_of_the_front_page_runs(capsys, monkeypatch) -> None:
     assert "PGD-20" in capsys.readouterr().out
 
 
+def test_a_torchvision_network_takes_a_weight_map_in_one_line() -> None:
+    (block,) = python_blocks(ROOT / "paper_wm/README.md")
+    names = {}
+    with torch.device("meta"):
+        exec(block, names)
+        logits = names["net"](torch.empty(2, 3, 224, 224))
+    assert logits.shape == (2, 10)
+    keys = set(names["net"].state_dict()) - set(torchvision.models.resnet18().state_dict())
+    assert keys == {"conv1.weight_map.map"}
+    assert names["net"].conv1.weight_map.map.shape == (64, 112, 112)
+
+
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: p.parent.name)
 def test_files_and_targets_a_readme_names_exist(readme) -> None:
     text = readme.read_text()

@@ -311,6 +311,37 @@ def test_verdicts_follow_the_tables(paper: Path) -> None:
         render_table("paper_toy")
 
 
+def test_tables_of_an_analysis_follow_its_expectations(paper: Path) -> None:
+    (paper / "results").mkdir()
+    path = paper / "results" / "analysis_mnist.json"
+    entries = [{"id": "a", "claim": "x", "value": 1.5, "threshold": 1.0, "holds": True}]
+    extra = {"title": "Verdicts", "note": "By a rule.", "header": ["", "b"], "lines": [["x", "1"]]}
+    path.write_text(json.dumps({"expectations": entries, "tables": [extra]}))
+    markdown = render_table("paper_toy").markdown
+    assert markdown.index("### Expectations, mnist") < markdown.index("### Verdicts, mnist")
+    assert "By a rule." in markdown
+    assert tables(markdown)["Verdicts, mnist"] == [{"": "x", "b": "1"}]
+    path.write_text(json.dumps({"expectations": [], "tables": [extra]}))
+    markdown = render_table("paper_toy").markdown
+    assert "### Verdicts, mnist" in markdown
+    assert "Expectations" not in markdown
+    path.write_text(json.dumps({"expectations": [], "tables": [{"title": "Verdicts"}]}))
+    with pytest.raises(ConfigurationError, match=r"analysis_mnist\.json cannot be read.*note"):
+        render_table("paper_toy")
+
+
+def test_a_paper_may_select_nothing(paper: Path) -> None:
+    put(paper, "toy_net_ours")
+    assert "`toy_net_ours` (selected of seed 0)" in render_table("paper_toy").missing
+    write_reference(paper, REFERENCE | {"checkpoints": ["last"]})
+    assert read_reference(paper / "reference.yaml").checkpoints == ("last",)
+    assert not any("toy_net_ours" in gap for gap in render_table("paper_toy").missing)
+    for wrong in ([], ["best"]):
+        write_reference(paper, REFERENCE | {"checkpoints": wrong})
+        with pytest.raises(ConfigurationError, match="name last, selected or both"):
+            read_reference(paper / "reference.yaml")
+
+
 # ------------------------------------------------------------------------- comparisons and audits
 
 

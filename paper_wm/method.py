@@ -1,0 +1,382 @@
+"""WM: the Weight Map layer, and how it gets into any network. A reconstruction.
+
+Of the paper only title pages and abstracts could be read, so the operation itself is not known
+from it. Tags name the source of a statement: [P1], [P2] abstract of v1, v2; [T] front matter of the
+first author's thesis; [S] second-hand and unverified; [D] decided here, each one a setting; [M]
+follows from the definitions, whatever the paper says; [obs] seen in a trial run.
+
+The names of the two variants, smoothing and unsharp, are [S]; their formulas are [D]: a map M has a
+weight for every position of the feature X, and a local filter without parameters follows.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import ConfigurationError
+
+Variant = Literal["smoothing", "unsharp", "highpass", "scale", "subtract", "subtract_summed"]
+"""``smoothing`` and ``unsharp`` are the two variants [S]; ``highpass`` is another reading of an
+unsharp mask and ``scale`` the control without a filter [D]. ``subtract`` takes a weighted blur from
+an unweighted input, ``subtract_summed`` takes the same single map, summed over channels, from every
+channel: further readings of the second variant, unverified [D]."""
+
+KernelNorm = Literal["sum", "mean"]
+Order = Literal["weight_then_reduce", "reduce_then_weight"]
+Init = Literal["constant", "uniform", "normal"]
+
+# ------------------------------------------------------------------------------------- the filter
+
+
+def box_sum(z: Tensor, k: int) -> Tensor:
+    """B_k: sum over a k x k window with zeros around the map, each channel by itself [D].
+
+    Args:
+        z: Features, ``(N, C, H, W)``.
+        k: Side of the window, odd.
+
+    Returns:
+        The same shape.
+    """
+    return F.avg_pool2d(z, k, stride=1, padding=k // 2, divisor_override=1)
+
+
+def box_mean(z: Tensor, k: int) -> Tensor:
+    """A_k = B_k / k^2; the divisor is k^2 at the border too [D]."""
+    return box_sum(z, k) / (k * k)
+
+
+def reduce(
+    z: Tensor, variant: Variant, k: int = 3, kernel_norm: KernelNorm = "sum", lam: float = 1.0
+) -> Tensor:
+    r"""The local filter of a variant [D].
+
+    ``smoothing`` is :math:`B_k z` or :math:`A_k z`, ``highpass`` :math:`z - A_k z`, ``unsharp``
+    :math:`z + \lambda (z - A_k z)`, ``scale`` :math:`z`. So :math:`\lambda` leads from the local
+    mean (-1) past no filter (0) to sharpening (1) [M].
+
+    Args:
+        z: Features, ``(N, C, H, W)``.
+        variant: Any but ``subtract`` and ``subtract_summed``, which need the unweighted input.
+        k: Side of the window, odd.
+        kernel_norm: Of ``smoothing``: ``sum`` is B_k, ``mean`` is A_k.
+        lam: Of ``unsharp``.
+
+    Returns:
+        The same shape.
+    """
+    if variant == "scale":
+        return z
+    if variant == "smoothing":
+        return box_sum(z, k) if kernel_norm == "sum" else box_mean(z, k)
+    detail = z - box_mean(z, k)
+    return detail if variant == "highpass" else z + lam * detail
+
+
+# -------------------------------------------------------------------------------------- the layer
+
+
+class WeightMap(nn.Module):
+    r"""Y = K(M * X): a weight for every position, then a filter without parameters [D].
+
+    The two ``subtract`` variants are :math:`X - A_k(M X)` and, with the same map for every channel,
+    :math:`X - \sum_c A_k(M_c X_c)`. The layer is bilinear in M and X, exact in its gradients, and
+    the same in training and evaluation [M]. It computes in float32, under autocast too: sums of
+    nine compound where layers are stacked.
+
+    Args:
+        variant: What follows the weighting.
+        shape: Of the feature, ``(C, H, W)``; another one is refused and never resized.
+        kernel_size: Side k of the window, odd.
+        kernel_norm: Of ``smoothing`` alone. Sum and mean are one class of functions, the map of
+            one being k^2 times that of the other [M].
+        lam: Of ``unsharp`` alone; ``None`` is 1.
+        order: ``reduce_then_weight`` weights what comes out of the filter instead.
+        shared: One map for all channels, ``(1, H, W)``.
+        init: The map starts at ``init_value`` times 1, U(0, 1) or N(1, 0.1^2).
+        init_value: 1/k^2 makes the sum kernel start as the mean.
+        trainable: ``False`` freezes the map at its start: the control for everything the filter
+            does by itself.
+
+    Raises:
+        ConfigurationError: If a setting is out of range or does not apply to the variant.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        shape: Sequence[int],
+        kernel_size: int = 3,
+        kernel_norm: KernelNorm = "sum",
+        lam: float | None = None,
+        order: Order = "weight_then_reduce",
+        shared: bool = False,
+        init: Init = "constant",
+        init_value: float = 1.0,
+        trainable: bool = True,
+    ) -> None:
+        super().__init__()
+        _choice("variant", variant, Variant)
+        _choice("kernel_norm", kernel_norm, KernelNorm)
+        _choice("order", order, Order)
+        _choice("init", init, Init)
+        if len(shape) != 3 or min(shape) < 1:
+            raise ConfigurationError(
+                f"shape must be (channels, height, width) of the feature, got {tuple(shape)}"
+            )
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ConfigurationError(
+                f"kernel_size must be odd, so that the window has a centre, got {kernel_size}; try "
+                f"{max(kernel_size - 1, 1)} or {max(kernel_size, 0) + 1}"
+            )
+        if kernel_norm != "sum" and variant != "smoothing":
+            raise ConfigurationError(
+                f"kernel_norm={kernel_norm} applies to variant=smoothing alone, got "
+                f"variant={variant}, which always uses the mean where it filters; drop kernel_norm"
+            )
+        if lam is not None and variant != "unsharp":
+            raise ConfigurationError(
+                f"lam={lam} applies to variant=unsharp alone, got variant={variant}; drop lam"
+            )
+        self.variant: Variant = variant
+        self.shape = (shape[0], shape[1], shape[2])
+        self.kernel_size = kernel_size
+        self.kernel_norm: KernelNorm = kernel_norm
+        self.lam = 1.0 if lam is None else lam
+        self.order: Order = order
+        self.shared = shared
+        self.init: Init = init
+        self.init_value = init_value
+        size = (1 if shared else shape[0], shape[1], shape[2])
+        self.map = nn.Parameter(torch.empty(size, dtype=torch.float32), requires_grad=trainable)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Set the map to its start; ``constant`` draws no random numbers."""
+        if self.init == "uniform":
+            self.map.uniform_(0.0, 1.0).mul_(self.init_value)
+        elif self.init == "normal":
+            self.map.normal_(1.0, 0.1).mul_(self.init_value)
+        else:
+            self.map.fill_(self.init_value)
+
+    def filtered(self, z: Tensor) -> Tensor:
+        """K(z): the layer with a map of ones, without the input that ``subtract`` keeps."""
+        if self.variant in ("subtract", "subtract_summed"):
+            return box_mean(z, self.kernel_size)
+        return reduce(z, self.variant, self.kernel_size, self.kernel_norm, self.lam)
+
+    def weighted(self, x: Tensor) -> Tensor:
+        """Map and filter in their order, ``(N, C, H, W)``."""
+        if self.order == "reduce_then_weight":
+            return self.map * self.filtered(x)
+        return self.filtered(self.map * x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``(N, C, H, W)`` to features of the same shape; float32 under autocast.
+
+        Raises:
+            ValueError: If the feature is not of the shape the map was made for.
+        """
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"this weight map was made for features (N, {', '.join(map(str, self.shape))}), "
+                f"got {tuple(x.shape)}; it belongs to positions and is not resized, so insert the "
+                "maps with the shape of the images that the network will see"
+            )
+        kind = x.device.type
+        is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if not is_cast:
+            return self._computed(x).to(x.dtype)
+        with torch.autocast(kind, enabled=False):
+            return self._computed(x)
+
+    def _computed(self, x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = self.weighted(x)
+        if self.variant == "subtract":
+            return x - y
+        if self.variant == "subtract_summed":
+            return x - y.sum(dim=1, keepdim=True)
+        return y
+
+    def extra_repr(self) -> str:
+        """Settings, for ``print(net)``."""
+        parts = [self.variant, "x".join(map(str, self.map.shape)), f"k={self.kernel_size}"]
+        if self.variant == "smoothing":
+            parts.append(self.kernel_norm)
+        if self.variant == "unsharp":
+            parts.append(f"lam={self.lam:g}")
+        if self.order != "weight_then_reduce":
+            parts.append(self.order)
+        return ", ".join(parts if self.map.requires_grad else [*parts, "frozen"])
+
+
+def _choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ConfigurationError(
+            f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}"
+        )
+
+
+# ---------------------------------------------------------------------- into any network [P1] [P2]
+
+
+def insert_weight_maps(
+    net: nn.Module,
+    after: Sequence[str],
+    example_shape: Sequence[int],
+    variant: Variant,
+    **settings: Any,
+) -> nn.Module:
+    """Put a weight map behind named modules of a network, in place.
+
+    The map becomes a child ``weight_map`` of the module it follows and is applied to its output by
+    a forward hook. So no key of the state dict changes, weights of the base network load with
+    ``strict=False``, and there is one more key, ``<module>.weight_map.map``, for each map. Behind a
+    ``Sequential`` means behind its last module.
+
+    The sizes of the maps are found by one forward pass of a blank image in evaluation mode; it
+    changes neither buffers nor the state of random generators, and works on the meta device.
+
+    Args:
+        net: The network; it is changed.
+        after: Names as in ``net.named_modules()``, such as ``stem.conv``.
+        example_shape: Of one image, ``(C, H, W)``.
+        variant: As in :class:`WeightMap`.
+        **settings: Of :class:`WeightMap`, the same for all maps.
+
+    Returns:
+        The network.
+
+    Raises:
+        ConfigurationError: If a module does not exist, has a map already, is run never or several
+            times in a forward pass, or its output is no feature map; or a setting is refused.
+    """
+    if not after:
+        raise ConfigurationError(
+            "no place for a weight map was named; give after, for instance after: [stem.conv]"
+        )
+    places = {name: _module_after(net, name) for name in after}
+    if len(set(map(id, places.values()))) < len(after):
+        raise ConfigurationError(
+            f"two of the places {list(after)} are the same module; name each of them once"
+        )
+    outputs = _outputs(net, places, example_shape)
+    maps = {}
+    for name in after:
+        seen = outputs[name]
+        if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim != 4:
+            raise ConfigurationError(_misfit(name, seen))
+        shape = tuple(seen[0].shape[1:])
+        maps[name] = WeightMap(variant, shape, **settings).to(seen[0].device)
+    for name, weight_map in maps.items():
+        places[name].add_module("weight_map", weight_map)
+        places[name].register_forward_hook(_apply_weight_map)
+    return net
+
+
+def weight_maps(net: nn.Module) -> dict[str, WeightMap]:
+    """The maps of a network by the name of the module they follow, in the order of the modules."""
+    found = net.named_modules()
+    return {
+        name.removesuffix(".weight_map"): module
+        for name, module in found
+        if isinstance(module, WeightMap)
+    }
+
+
+@contextmanager
+def bypassed(net: nn.Module) -> Iterator[None]:
+    """Let gradients pass every weight map as if it were not there; outputs stay what they are.
+
+    Backward pass differentiable approximation (Athalye et al. 2018) by the identity: were the
+    layer's robustness owed to the scale of its gradients, this attack would be stronger [D].
+    """
+
+    def straight_through(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return args[0] + (output - args[0]).detach()
+
+    handles = [m.register_forward_hook(straight_through) for m in weight_maps(net).values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _apply_weight_map(module: Any, _: Any, output: Tensor) -> Tensor:
+    """The forward hook; it finds the map on the module, so that copies use their own."""
+    mapped: Tensor = module.weight_map(output)
+    return mapped
+
+
+def _module_after(net: nn.Module, name: str) -> nn.Module:
+    """The module that a map behind ``name`` is attached to."""
+    modules = dict(net.named_modules())
+    if not name or name not in modules:
+        near = difflib.get_close_matches(name, modules, n=1)
+        known = [key for key, module in modules.items() if isinstance(module, nn.Conv2d)]
+        hint = f"did you mean {near[0]!r}?" if near else f"convolutions are {', '.join(known[:8])}"
+        raise ConfigurationError(f"the network has no module {name!r} to put a map after; {hint}")
+    module: nn.Module = modules[name]
+    while isinstance(module, nn.Sequential) and len(module):
+        if type(module).forward is not nn.Sequential.forward:
+            raise ConfigurationError(
+                f"module {name!r} is a Sequential with a forward pass of its own, so its last "
+                "module may not be the last to run; name one of its modules"
+            )
+        module = list(module.children())[-1]
+    if hasattr(module, "weight_map"):
+        raise ConfigurationError(
+            f"there is a weight map after {name!r} already; insert maps once, into a fresh network"
+        )
+    return module
+
+
+def _outputs(
+    net: nn.Module, places: dict[str, nn.Module], example_shape: Sequence[int]
+) -> dict[str, list[Any]]:
+    """What each place puts out for a blank image, one entry per call."""
+    seen: dict[str, list[Any]] = {name: [] for name in places}
+    handles = [
+        module.register_forward_hook(lambda _m, _a, output, name=name: seen[name].append(output))
+        for name, module in places.items()
+    ]
+    modes = {module: module.training for module in net.modules()}
+    parameter = next(net.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            net.eval()(parameter.new_zeros(1, *example_shape))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigurationError(
+            f"the network cannot take images of shape {'x'.join(map(str, example_shape))} "
+            f"(channels x height x width): {str(error).splitlines()[0]}; give the example_shape of "
+            "the images it is for"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return seen
+
+
+def _misfit(name: str, seen: list[Any]) -> str:
+    if len(seen) != 1:
+        times = "never" if not seen else f"{len(seen)} times"
+        return (
+            f"module {name!r} runs {times} in a forward pass, and a map belongs to one place; name "
+            "a module that runs once"
+        )
+    what = tuple(seen[0].shape) if isinstance(seen[0], Tensor) else type(seen[0]).__name__
+    return (
+        f"module {name!r} puts out {what}, and a weight map needs a feature (N, C, H, W); name a "
+        "module before pooling and flattening"
+    )

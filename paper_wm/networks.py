@@ -1,0 +1,219 @@
+"""Networks of the comparison [D]: the small CNN, and any network with weight maps by position.
+
+Which networks the paper uses is not known. Tags as in ``method.py``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from common.errors import ConfigurationError
+from common.networks.normalize import Normalize, Statistics
+from common.networks.resnet import ResNet, check_positive, conv3x3, named_sequence
+from common.networks.wide_resnet import WideResNet
+from paper_wm.method import Init, KernelNorm, Order, Variant, insert_weight_maps
+
+Placement = Literal["first", "all", "stem", "stages"]
+Position = Literal["pre", "post"]
+
+
+class SmallCNN(nn.Module):
+    """Three blocks conv3x3 - BN - ReLU, max-pooling behind the first two, a linear layer [D].
+
+    6,178 parameters with widths 8, 16, 16 on 1x16x16, 155,626 with the defaults on 1x28x28, 175,402
+    on 3x32x32. Weights start from PyTorch's defaults.
+
+    Args:
+        widths: Channels of the three blocks.
+        num_classes: Number of classes K.
+        image_shape: Channels, height and width of the images.
+        mean: Means of :class:`~common.networks.normalize.Normalize`; ``None`` keeps the pixels.
+        std: Its standard deviations.
+
+    Raises:
+        ConfigurationError: If there are not three widths or the images cannot be halved twice.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (32, 64, 128),
+        num_classes: int = 10,
+        image_shape: Sequence[int] = (1, 28, 28),
+        mean: Statistics = None,
+        std: Statistics = None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_classes=num_classes)
+        if len(widths) != 3 or min(widths) < 1:
+            raise ConfigurationError(f"widths must be three numbers of channels, got {widths}")
+        if len(image_shape) != 3 or min(image_shape) < 1 or min(image_shape[1:]) < 4:
+            raise ConfigurationError(
+                "image_shape must be (channels, height, width) with sides of at least 4, which are "
+                f"halved twice, got {tuple(image_shape)}"
+            )
+        channels, height, width = image_shape
+        self.normalize = Normalize(channels, mean, std)
+        self.blocks = nn.Sequential()
+        for i, out in enumerate(widths):
+            block = named_sequence(
+                conv=conv3x3(channels, out), bn=nn.BatchNorm2d(out), act=nn.ReLU()
+            )
+            if i < 2:
+                block.add_module("pool", nn.MaxPool2d(2))
+            self.blocks.append(block)
+            channels = out
+        inside = channels * (height // 4) * (width // 4)
+        self.head = named_sequence(flatten=nn.Flatten(), linear=nn.Linear(inside, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
+        logits: Tensor = self.head(self.blocks(self.normalize(x)))
+        return logits
+
+
+def matching_widths(target: int, **settings: Any) -> tuple[int, int, int]:
+    """Widths of the ``wide`` control: those of a :class:`SmallCNN`, scaled to a parameter count.
+
+    Args:
+        target: Parameters of the network with weight maps.
+        **settings: Of the :class:`SmallCNN` that is widened.
+
+    Returns:
+        All three widths times one factor and rounded, nearest to ``target``.
+    """
+    widths = tuple(settings.pop("widths", (32, 64, 128)))
+    steps = range(max(widths), 4 * max(widths) + 1)
+    found = {tuple(round(w * step / max(widths)) for w in widths) for step in steps}
+    first, second, third = min(found, key=lambda w: abs(_cnn_size(w, **settings) - target))
+    return first, second, third
+
+
+def _cnn_size(
+    widths: Sequence[int], num_classes: int = 10, image_shape: Sequence[int] = (1, 28, 28)
+) -> int:
+    """Parameters of a :class:`SmallCNN`."""
+    channels, height, width = image_shape
+    count = 0
+    for out in widths:
+        count += 9 * channels * out + 2 * out
+        channels = out
+    return count + (channels * (height // 4) * (width // 4) + 1) * num_classes
+
+
+# ------------------------------------------------------------------------- where the maps go [D]
+
+
+def places(
+    net: nn.Module, placement: Placement | None = None, position: Position = "pre"
+) -> tuple[list[str], list[str]]:
+    """Modules that maps go after: those at convolutions, and those at the outputs of stages.
+
+    Args:
+        net: A :class:`SmallCNN`, or a ResNet or WideResNet of ``common.networks``.
+        placement: ``first`` or ``all`` blocks of a small CNN; ``stem`` of a residual network, or
+            ``stages``, which is the stem and the output of every stage. ``None`` is ``first`` and
+            ``stem``.
+        position: ``pre`` is before batch-norm, ``post`` behind the activation and before pooling.
+
+    Raises:
+        ConfigurationError: If the network does not have such places.
+    """
+    if position not in get_args(Position):
+        raise ConfigurationError(f"position must be pre or post, got {position!r}")
+    if isinstance(net, SmallCNN):
+        if placement not in ("first", "all", None):
+            raise ConfigurationError(
+                f"a small CNN has no {placement}; placement must be first or all"
+            )
+        layer = "conv" if position == "pre" else "act"
+        count = 3 if placement == "all" else 1
+        return [f"blocks.{i}.{layer}" for i in range(count)], []
+    if not isinstance(net, ResNet | WideResNet):
+        raise ConfigurationError(
+            f"where weight maps go in a {type(net).__name__} is not known; name the modules, for "
+            "instance after: [conv1]"
+        )
+    if placement not in ("stem", "stages", None):
+        raise ConfigurationError(
+            f"a residual network has no {placement} block; placement must be stem or stages"
+        )
+    if isinstance(net, WideResNet):
+        if position == "post":
+            raise ConfigurationError(
+                "the stem of a wide ResNet is a convolution without batch-norm and activation of "
+                "its own; set position: pre"
+            )
+        stem = "stem"
+    else:
+        stem = "stem.conv" if position == "pre" else "stem.act"
+    stages = [f"stages.{i}" for i in range(len(net.stages))] if placement == "stages" else []
+    return [stem], stages
+
+
+def with_weight_maps(
+    net: nn.Module,
+    variant: Variant,
+    placement: Placement | None = None,
+    position: Position = "pre",
+    after: list[str] | None = None,
+    image_shape: Sequence[int] | None = None,
+    kernel_size: int = 3,
+    kernel_norm: KernelNorm = "sum",
+    lam: float | None = None,
+    order: Order = "weight_then_reduce",
+    shared: bool = False,
+    init: Init = "constant",
+    init_value: float = 1.0,
+    stage_init_value: float | None = None,
+    trainable: bool = True,
+) -> nn.Module:
+    """A network with weight maps, for configuration files.
+
+    Args:
+        net: The base network; it is changed and returned.
+        variant: As in :class:`~paper_wm.method.WeightMap`, and so are the settings below.
+        placement: As in :func:`places`.
+        position: As in :func:`places`.
+        after: Names of modules, instead of ``placement`` and ``position``.
+        image_shape: Channels, height and width of the images; the command line fills it in.
+        kernel_size: Side of the window.
+        kernel_norm: Of ``smoothing``.
+        lam: Of ``unsharp``.
+        order: Of map and filter.
+        shared: One map for all channels.
+        init: How maps start.
+        init_value: Scale of the start.
+        stage_init_value: The same for maps at the outputs of stages. Nothing normalises the trunk
+            behind them, so ``None`` is 1/k^2 where the filter is a sum: a factor of nine compounds
+            [D]. Elsewhere ``None`` is ``init_value``.
+        trainable: Whether maps learn.
+
+    Returns:
+        ``net``.
+
+    Raises:
+        ConfigurationError: If the shape is not known, there is no such place, or a setting is out
+            of range.
+    """
+    if image_shape is None:
+        raise ConfigurationError(
+            "weight maps belong to positions, so image_shape must be given: (channels, height, "
+            "width); the command line fills it in from the data"
+        )
+    if after is not None and placement is not None:
+        raise ConfigurationError(
+            f"placement={placement} and after={after} both say where maps go; give one of them"
+        )
+    first, stages = (after, []) if after is not None else places(net, placement, position)
+    settings: dict[str, Any] = {"kernel_size": kernel_size, "kernel_norm": kernel_norm, "lam": lam}
+    settings |= {"order": order, "shared": shared, "init": init, "trainable": trainable}
+    insert_weight_maps(net, first, image_shape, variant, init_value=init_value, **settings)
+    if stages:
+        if stage_init_value is None:
+            is_sum = variant == "smoothing" and kernel_norm == "sum"
+            stage_init_value = 1.0 / kernel_size**2 if is_sum else init_value
+        insert_weight_maps(
+            net, stages, image_shape, variant, init_value=stage_init_value, **settings
+        )
+    return net

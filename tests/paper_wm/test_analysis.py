@@ -1,0 +1,235 @@
+"""From runs and results to tables, verdicts and figures; what is missing is named."""
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import ConfigurationError
+from common.evaluation.steps import Line, Outcomes, Threat
+from common.outcomes import checkpoint_entry
+from common.results import merge_result, result_path
+from common.tables import render_table
+from paper_wm import analysis
+from paper_wm.analysis import analyse, scatter_points, try_insertions
+from paper_wm.figures import curve
+from paper_wm.gathered import Found, base_of, split_stem, transfer
+from paper_wm.method import weight_maps
+from paper_wm.networks import SmallCNN, with_weight_maps
+
+N, SHAPE = 40, (1, 8, 8)
+HELD = {  # method -> how many images stand (uniform 0.4, salt and pepper, PGD-20)
+    "base": (20, 22, 6),
+    "smoothing": (36, 35, 24),
+    "smoothing_frozen": (36, 34, 24),
+    "unsharp": (12, 11, 1),
+    "scale": (20, 22, 6),
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    y, right = torch.arange(N) % 10, torch.ones(N, dtype=torch.bool)
+    for method, held in HELD.items():
+        for seed in (0, 1, 2):
+            lines = {
+                "uniform/level=0.4": Line("uniform", kind="noise", at={"level": 0.4}),
+                "saltpepper/level=0.1": Line("saltpepper", kind="noise", at={"level": 0.1}),
+                "pgd20/ce_f/eps=0.05": Line("pgd20", norm="linf", eps=0.05, at={"eps": 0.05}),
+                "pgd20/ce_f/eps=0.03": Line("pgd20", norm="linf", eps=0.03, at={"eps": 0.03}),
+                "bypass/ce_f": Line("bypass", norm="linf", eps=0.05),
+            }
+            counts = (*held, held[2], held[2])
+            correct = {
+                key: torch.arange(N) < count + (seed if count > 2 else 0)
+                for key, count in zip(lines, counts, strict=True)
+            }
+            outcomes = Outcomes(
+                y,
+                {"clean": right, **correct},
+                dict.fromkeys(lines, right),
+                lines,
+                threat=Threat("linf", 0.05),
+            )
+            check = {"id": "black_box", "question": "?", "value": 0.0, "threshold": 0.0}
+            is_bad = method == "unsharp" and seed == 1
+            check |= {"verdict": "fail" if is_bad else "pass", "detail": ""}
+            merge_result(
+                result_path(tmp_path, f"digits_cnn3_{method}", seed),
+                paper="paper_wm",
+                experiment=f"digits_cnn3_{method}",
+                seed=seed,
+                label="last",
+                entry=checkpoint_entry(outcomes, audit={"examples": N, "checks": [check]}),
+                provenance={"config_digest": "x"},
+            )
+    return tmp_path
+
+
+def network(method: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    net: nn.Module = SmallCNN((4, 4, 4), image_shape=SHAPE)
+    if method != "base":
+        variant = method.partition("_")[0]
+        trainable = not method.endswith("frozen")
+        net = with_weight_maps(net, variant, image_shape=SHAPE, trainable=trainable)
+        for weight_map in weight_maps(net).values():
+            if trainable:
+                weight_map.map.data += 0.1 * torch.randn_like(weight_map.map)
+    return net.eval()
+
+
+def load(run: Path):
+    """A network instead of a run, and blank data."""
+    x, y = torch.rand(N, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 10
+    data = SimpleNamespace(
+        prepare_data=lambda: None,
+        setup=lambda stage: None,
+        test_dataloader=lambda: [{"x": x, "y": y}],
+        on_after_batch_transfer=lambda batch, _: batch,
+    )
+    method = split_stem(run.parent.name)[1]
+    return network(method, int(run.name.removeprefix("seed"))), data
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs"
+    for method in ("base", "smoothing", "smoothing_frozen", "unsharp"):
+        for seed in (0, 1, 2):
+            checkpoint = folder / f"digits_cnn3_{method}" / f"seed{seed}" / "checkpoints/last.ckpt"
+            checkpoint.parent.mkdir(parents=True)
+            checkpoint.touch()
+    return folder
+
+
+def test_stems_and_what_is_asked_for() -> None:
+    assert split_stem("mnist_cnn3_smoothing_all_post") == ("mnist_cnn3", "smoothing_all_post")
+    assert split_stem("cifar10_wrn16_4_base_at") == ("cifar10_wrn16_4", "base_at")
+    assert split_stem("elsewhere") == ("elsewhere", "")
+    for on, base in (
+        ("digits", "digits_cnn3"),
+        ("fashion_mnist", "fashion_mnist_cnn3"),
+        ("cifar10_resnet18", "cifar10_resnet18"),
+        ("cifar10_wrn16_4_smoothing", "cifar10_wrn16_4"),
+    ):
+        assert base_of(on) == base
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "smoothing",
+        pytest.param("unsharp", marks=pytest.mark.slow),
+        pytest.param("subtract_summed", marks=pytest.mark.slow),
+    ],
+)
+def test_maps_go_into_every_kind_of_network(variant) -> None:
+    """C1."""
+    found = try_insertions(variant)
+    assert len(found) == 8
+    assert all(found.values())
+
+
+def test_the_whole_analysis(results, runs, monkeypatch) -> None:
+    monkeypatch.setattr(analysis, "try_insertions", lambda variant: {"a": True})
+    report = analyse(runs, results, "digits", [0, 1, 2], load=load)
+    assert report["on"] == "digits_cnn3"
+    verdicts = {
+        claim["id"]: {name: one["verdict"] for name, one in claim["judgements"].items()}
+        for claim in report["claims"]
+    }
+    assert verdicts["C2"] == {"smoothing": "supported", "unsharp, lam 1": "contradicted"}
+    assert verdicts["C1"]["smoothing"] == "supported"
+    assert verdicts["C7"]["smoothing"] == "not testable here"
+    names = {Path(path).name for path in report["figures"]}
+    parts = ("1_noise", "2_attacks", "3_maps", "4_histogram", "5_scatter")
+    assert names == {f"digits_cnn3_{part}.png" for part in parts}
+    missing = [what for what in report["missing"] if "digits_cnn3_scale" in what]
+    assert len(missing) == len(report["missing"]) == 3, "results without runs are named"
+
+    tables = {table["title"]: table for table in report["tables"]}
+    rows = {line[0]: line for line in tables["E4: amplification"]["lines"]}
+    shown = ["smoothing", "smoothing, values shuffled", "smoothing, frozen"]
+    assert list(rows) == [*shown, "unsharp", "unsharp, values shuffled"]
+    header = tables["E4: amplification"]["header"]
+    theory = dict(zip(header, rows["smoothing, frozen"], strict=True))["white noise, theory"]
+    assert theory == "7.56 ± 0.00", "9 inside, 6 at edges, 4 in corners of an 8x8 map"
+    checks = {line[0]: line for line in tables["E6: adaptive checks"]["lines"]}
+    assert checks["unsharp"][-1] == "seed 1: black_box"
+    assert checks["smoothing"][-1] == "none"
+    assert checks["base"][-2] == "", "base is the source of the transferred images"
+    layers = report["amplification"]["digits_cnn3_smoothing"]["seed1"]
+    assert set(layers) == {"blocks.0.conv"}
+    assert json.loads((results / "analysis.json").read_text())["claims"] == report["claims"]
+
+
+def test_results_alone_are_enough_for_verdicts(results, monkeypatch) -> None:
+    monkeypatch.setattr(analysis, "try_insertions", lambda variant: {"a": True})
+    report = analyse(results / "nowhere", results, "digits", [0, 1, 2], load=load)
+    by_id = {claim["id"]: claim["judgements"]["smoothing"] for claim in report["claims"]}
+    assert by_id["C2"]["verdict"] == "supported"
+    assert by_id["C6"]["verdict"] == "not testable here"
+    assert {Path(path).name for path in report["figures"]} == {
+        "digits_cnn3_1_noise.png",
+        "digits_cnn3_2_attacks.png",
+    }
+
+
+def test_nothing_to_work_on_is_told(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no result .*mnist_cnn3_.*ON=mnist_cnn3"):
+        analyse(tmp_path, tmp_path, "mnist", [0])
+
+
+def test_transfer_is_the_accuracy_under_images_of_another_network() -> None:
+    torch.manual_seed(0)
+    source, victim = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2))
+    x = torch.rand(30, *SHAPE)
+    with torch.no_grad():
+        y = source(x).argmax(1)
+    assert transfer(source, source, x, y, 0.0) == 1.0
+    assert transfer(source, source, x, y, 0.3) == 0.0
+    with torch.no_grad():
+        agree = float((victim(x).argmax(1) == y).float().mean())
+    assert transfer(source, victim, x, y, 0.0) == pytest.approx(agree)
+    assert transfer(source, victim, x, y, 0.3) <= agree
+    assert transfer(copy.deepcopy(source), source, x, y, 0.3) == 0.0
+
+
+def test_methods_without_a_label_of_their_own_are_found_too() -> None:
+    found = Found("mnist_cnn3", [0])
+    found.by_base["mnist_cnn3"] = {("smoothing_k5", 0): {}, ("unsharp", 0): {}, ("base", 0): {}}
+    expected = {"base": "base", "unsharp": "unsharp", "smoothing_k5": "smoothing, k5"}
+    assert list(found.methods.items()) == list(expected.items())
+
+
+def test_curves_begin_at_clean_accuracy() -> None:
+    metrics = {
+        ("base", 0): {"clean_acc": 0.9, "uniform/level=0.2": 0.5, "uniform/level=0.2/draw=1": 0.1},
+        ("base", 1): {"clean_acc": 0.8, "uniform/level=0.1": 0.6, "uniform/level=0.2": 0.4},
+    }
+    found = curve(metrics, "base", "uniform/level=")
+    assert found == {0.0: [0.9, 0.8], 0.1: [0.6], 0.2: [0.5, 0.4]}
+    assert curve(metrics, "base", "gaussian/level=") == {}
+    assert curve(metrics, "scale", "uniform/level=") == {}
+
+
+def test_points_need_gains_and_accuracy() -> None:
+    numbers = {"signal_gain": 2.0, "noise_gain": 0.5}
+    summaries = {("a", 0): numbers, ("b", 0): numbers, ("c", 0): numbers | {"noise_gain": None}}
+    metrics = {("a", 0): {"noise": 0.7}, ("b", 0): {}, ("c", 0): {"noise": 0.7}}
+    (point,) = scatter_points(metrics, summaries, "noise")
+    assert (point.method, point.accuracy, point.gains) == ("a", 0.7, (2.0, 0.5, 4.0))
+
+
+def test_tables_of_the_analysis_reach_the_readme() -> None:
+    folder = Path(__file__).parents[2] / "paper_wm"
+    if not (folder / "results/analysis.json").is_file():
+        pytest.skip("no results yet")
+    markdown = render_table("paper_wm").markdown
+    for title in ("### Verdicts", "### E4: amplification", "### E6: adaptive checks"):
+        assert title in markdown

@@ -1,0 +1,506 @@
+"""The layer against slow rewrites and identities; its way into networks; refusals."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from common.errors import ConfigurationError
+from paper_wm.method import (
+    WeightMap,
+    box_mean,
+    box_sum,
+    bypassed,
+    insert_weight_maps,
+    reduce,
+    weight_maps,
+)
+
+SHAPE = (3, 6, 5)
+FILTERS = ("smoothing", "unsharp", "highpass", "scale")
+VARIANTS = (*FILTERS, "subtract", "subtract_summed")
+
+
+def layer(variant: str, shape=SHAPE, random: bool = True, **settings) -> WeightMap:
+    """A layer in double precision with a random map."""
+    made = WeightMap(variant, shape, **settings).double()
+    if random:
+        made.map.data.normal_()
+    return made
+
+
+def features(n: int = 2, shape=SHAPE) -> torch.Tensor:
+    return torch.randn(n, *shape, dtype=torch.float64)
+
+
+def slow(x: torch.Tensor, m: torch.Tensor, variant: str, k: int, norm: str, lam: float):
+    """The definition in loops: Y = K(M * X), terms outside the map zero."""
+    _, channels, height, width = x.shape
+    z, blur = x * m, torch.zeros_like(x)
+    for i in range(height):
+        for j in range(width):
+            for a in range(-(k // 2), k // 2 + 1):
+                for b in range(-(k // 2), k // 2 + 1):
+                    if 0 <= i + a < height and 0 <= j + b < width:
+                        blur[:, :, i, j] += z[:, :, i + a, j + b]
+    mean = blur / k**2
+    if variant == "subtract_summed":
+        total = sum(mean[:, c] for c in range(channels))
+        return torch.stack([x[:, c] - total for c in range(channels)], dim=1)
+    return {
+        "smoothing": blur if norm == "sum" else mean,
+        "unsharp": z + lam * (z - mean),
+        "highpass": z - mean,
+        "scale": z,
+        "subtract": x - mean,
+    }[variant]
+
+
+# --------------------------------------------------------------------------------- the operation
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_layer_is_its_definition_in_loops(variant, k) -> None:
+    for settings in ({}, {"shared": True}):
+        made = layer(variant, kernel_size=k, **settings)
+        x = features()
+        torch.testing.assert_close(made(x), slow(x, made.map, variant, k, "sum", 1.0))
+
+
+def test_norm_and_lam_are_those_of_the_definition() -> None:
+    x = features()
+    mean, soft = layer("smoothing", kernel_norm="mean"), layer("unsharp", lam=-0.3)
+    torch.testing.assert_close(mean(x), slow(x, mean.map, "smoothing", 3, "mean", 1.0))
+    torch.testing.assert_close(soft(x), slow(x, soft.map, "unsharp", 3, "sum", -0.3))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_other_order_weights_what_the_filter_gives(variant) -> None:
+    made, x = layer(variant, order="reduce_then_weight"), features()
+    if variant == "subtract":
+        expected = x - made.map * box_mean(x, 3)
+    elif variant == "subtract_summed":
+        expected = x - (made.map * box_mean(x, 3)).sum(1, keepdim=True)
+    else:
+        expected = made.map * reduce(x, variant, 3)
+    assert torch.equal(made(x), expected)
+    if variant != "scale":
+        first = layer(variant)
+        first.map.data.copy_(made.map.data)
+        assert not torch.allclose(first(x), expected)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shapes_stay(variant, k, n) -> None:
+    """Invariant 1."""
+    assert layer(variant, kernel_size=k)(features(n)).shape == (n, *SHAPE)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 6), (3, 5, 5), (4, 6, 5), (1, 6, 5)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_feature_of_another_shape_is_refused(shape, shared) -> None:
+    """Invariant 1: never resized, never broadcast."""
+    with pytest.raises(ValueError, match=re.escape("(N, 3, 6, 5), got (2, ")):
+        layer("smoothing", shared=shared)(features(2, shape))
+    with pytest.raises(ValueError, match="not resized"):
+        layer("smoothing", shared=shared)(features(2)[0])
+
+
+def test_parameters_are_the_map_alone() -> None:
+    """Invariant 2."""
+    for settings, total, trainable in (
+        ({}, 90, 90),
+        ({"shared": True}, 30, 30),
+        ({"trainable": False}, 90, 0),
+    ):
+        made = WeightMap("smoothing", SHAPE, **settings)
+        assert sum(p.numel() for p in made.parameters()) == total
+        assert sum(p.numel() for p in made.parameters() if p.requires_grad) == trainable
+        assert list(made.state_dict()) == ["map"]
+        assert not list(made.buffers())
+        assert made.map.dtype == torch.float32
+
+
+def test_identities_of_ones_and_of_a_window_of_one() -> None:
+    """Invariant 3."""
+    x = features()
+    assert torch.equal(layer("unsharp", random=False, lam=0.0)(x), x)
+    assert torch.equal(layer("scale", random=False)(x), x)
+    scale = layer("scale")
+    for settings in (
+        {"variant": "smoothing"},
+        {"variant": "smoothing", "kernel_norm": "mean"},
+        {"variant": "unsharp", "lam": 1.0},
+        {"variant": "unsharp", "lam": -3.7},
+    ):
+        made = layer(**settings, kernel_size=1)
+        made.map.data.copy_(scale.map.data)
+        torch.testing.assert_close(made(x), scale(x))
+    assert not layer("highpass", kernel_size=1)(x).any()
+
+
+def test_variants_are_combinations_of_each_other() -> None:
+    """Invariant 4."""
+    z = features()
+    mean, high = reduce(z, "smoothing", 3, "mean"), reduce(z, "highpass", 3)
+    torch.testing.assert_close(reduce(z, "unsharp", 3, lam=-1.0), mean)
+    torch.testing.assert_close(reduce(z, "scale", 3), mean + high)
+    for lam in (-0.5, 0.5, 2.0):
+        torch.testing.assert_close(reduce(z, "unsharp", 3, lam=lam), z + lam * high)
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_sum_and_mean_are_one_class_of_functions(k) -> None:
+    """Invariant 5."""
+    total, mean = layer("smoothing", kernel_size=k), layer("smoothing", kernel_size=k)
+    mean = layer("smoothing", kernel_size=k, kernel_norm="mean")
+    mean.map.data.copy_(k**2 * total.map.data)
+    x = features()
+    torch.testing.assert_close(total(x), mean(x))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_noise_at_the_input_passes_as_if_alone(variant) -> None:
+    """Invariant 6: linear in X, and for the filters in M."""
+    made, x, noise = layer(variant), features(), features()
+    torch.testing.assert_close(made(x + noise) - made(x), made(noise))
+    torch.testing.assert_close(made(2.5 * x), 2.5 * made(x))
+    if variant in FILTERS:
+        ones = layer(variant, random=False)
+        torch.testing.assert_close(made(x), ones(made.map * x))
+        other, both = layer(variant), layer(variant)
+        both.map.data.copy_(made.map.data - 2.0 * other.map.data)
+        torch.testing.assert_close(both(x), made(x) - 2.0 * other(x))
+
+
+def test_a_constant_map_commutes_with_shifts_and_another_does_not() -> None:
+    """Invariant 11."""
+    shape = (1, 8, 8)
+    x = torch.zeros(1, *shape, dtype=torch.float64)
+    x[..., 3:5, 3:5] = torch.rand(2, 2, dtype=torch.float64)
+    moved = x.roll(1, dims=3)
+    constant, varying = layer("smoothing", shape, random=False), layer("smoothing", shape)
+    torch.testing.assert_close(constant(moved), constant(x).roll(1, dims=3))
+    assert not torch.allclose(varying(moved), varying(x).roll(1, dims=3))
+
+
+@pytest.mark.parametrize("variant", FILTERS)
+def test_a_zero_map_learns_although_nothing_passes(variant) -> None:
+    """Invariant 12."""
+    made, x = layer(variant), features().requires_grad_()
+    made.map.data.zero_()
+    y = made(x)
+    y.backward(features())
+    assert not y.any()
+    assert not x.grad.any()
+    assert made.map.grad.abs().sum() > 0
+
+
+def test_batch_norm_undoes_the_scale_of_a_map() -> None:
+    """Invariant 13: the gauge freedom, and no gradient along it."""
+    made, bn = layer("smoothing"), nn.BatchNorm2d(3, eps=1e-12).double().train()
+    x, target = features(8), features(8)
+    scaled = copy.deepcopy(made)
+    scaled.map.data *= torch.tensor([0.2, 3.0, 7.0], dtype=torch.float64)[:, None, None]
+    torch.testing.assert_close(bn(scaled(x)), bn(made(x)))
+    (bn(made(x)) - target).square().sum().backward()
+    along = (made.map.grad * made.map).sum(dim=(1, 2))
+    assert along.abs().max() < 1e-6 * made.map.grad.norm()
+    assert made.map.grad.norm() > 0.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_images_do_not_see_each_other(variant) -> None:
+    """Invariant 16."""
+    made, x = layer(variant), features(5)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    assert torch.equal(made(x[order]), made(x)[order])
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_pooling_is_the_depthwise_convolution_with_ones(k) -> None:
+    """Invariant 17."""
+    z = torch.randn(4, 3, 9, 7)
+    ones = torch.ones(3, 1, k, k)
+    expected = F.conv2d(z, ones, padding=k // 2, groups=3)
+    assert (box_sum(z, k) - expected).abs().max() < 1e-5
+    pooled = k**2 * F.avg_pool2d(z, k, 1, k // 2, count_include_pad=True)
+    assert (box_sum(z, k) - pooled).abs().max() < 1e-5
+    assert (box_mean(z, k) - expected / k**2).abs().max() < 1e-6
+
+
+def test_starts() -> None:
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    constant = WeightMap("smoothing", (8, 16, 16), init_value=0.25).map
+    assert torch.equal(torch.random.get_rng_state(), state), "no random number is drawn"
+    assert (constant == 0.25).all()
+    uniform = WeightMap("scale", (8, 16, 16), init="uniform").map
+    assert 0.0 <= uniform.min() < 0.01
+    assert 0.99 < uniform.max() <= 1.0
+    normal = WeightMap("scale", (8, 16, 16), init="normal").map
+    assert abs(normal.mean() - 1.0) < 0.01
+    assert abs(normal.std() - 0.1) < 0.005
+    scaled = WeightMap("scale", (8, 16, 16), init="normal", init_value=2.0).map
+    assert abs(scaled.mean() - 2.0) < 0.02
+
+
+def test_training_and_evaluation_are_the_same() -> None:
+    made, x = layer("unsharp"), features()
+    assert torch.equal(made.train()(x), made.eval()(x))
+
+
+def test_the_layer_computes_in_float32_under_autocast() -> None:
+    made = WeightMap("smoothing", (1, 5, 5))
+    x = torch.full((1, 1, 5, 5), 1.0 / 3.0, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = made(x)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, made(x.float())), "nine terms are summed with all their digits"
+    assert made(x).dtype == torch.bfloat16, "a half-precision network stays one"
+    assert made(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kernel_size": 2}, "must be odd.*got 2; try 1 or 3"),
+        ({"kernel_size": 0}, "must be odd.*got 0"),
+        ({"variant": "blur"}, "variant must be one of smoothing, .*got 'blur'"),
+        ({"lam": 0.5}, "lam=0.5 applies to variant=unsharp alone, got variant=smoothing; drop"),
+        ({"variant": "highpass", "lam": 1.0}, "got variant=highpass; drop lam"),
+        ({"variant": "unsharp", "kernel_norm": "mean"}, "variant=smoothing alone.*drop kernel_n"),
+        ({"kernel_norm": "l2"}, "kernel_norm must be one of sum, mean, got 'l2'"),
+        ({"order": "both"}, "order must be one of"),
+        ({"init": "zeros"}, "init must be one of constant, uniform, normal"),
+        ({"shape": (3, 6)}, r"\(channels, height, width\).*got \(3, 6\)"),
+        ({"shape": (3, 0, 6)}, r"got \(3, 0, 6\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings, message) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        WeightMap(**{"variant": "smoothing", "shape": SHAPE, **settings})
+
+
+def test_print_shows_the_settings() -> None:
+    assert "smoothing, 3x6x5, k=3, sum, frozen" in repr(
+        WeightMap("smoothing", SHAPE, trainable=False)
+    )
+    assert "unsharp, 1x6x5, k=5, lam=0.5" in repr(
+        WeightMap("unsharp", SHAPE, 5, lam=0.5, shared=True)
+    )
+
+
+# --------------------------------------------------------------------------------- into networks
+
+
+class Plain(nn.Module):
+    """Convolutions, a shared activation, dropout and batch-norm; nothing of ours in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU()
+        self.drop = nn.Dropout(0.5)
+        self.tail = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2), nn.ReLU())
+        self.unused = nn.Conv2d(1, 1, 1)
+        self.fc = nn.Linear(6 * 9, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.drop(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.relu(self.tail(h)).flatten(1))
+
+
+def plain(seed: int = 0) -> Plain:
+    torch.manual_seed(seed)
+    return Plain()
+
+
+def inserted(*after: str, variant: str = "smoothing", **settings) -> Plain:
+    return insert_weight_maps(plain(), after, (1, 8, 8), variant, **settings)
+
+
+def test_insertion_leaves_weights_keys_modes_buffers_and_generators_alone() -> None:
+    before = plain()
+    before.bn1.eval()
+    after = copy.deepcopy(before)
+    state = torch.random.get_rng_state()
+    insert_weight_maps(after, ["conv1", "tail"], (1, 8, 8), "smoothing")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [m.training for m in before.modules()] == [
+        m.training for m in after.modules() if not isinstance(m, WeightMap)
+    ]
+    old, new = before.state_dict(), after.state_dict()
+    for key, value in old.items():
+        assert torch.equal(new[key], value), key
+    assert set(new) - set(old) == {"conv1.weight_map.map", "tail.1.weight_map.map"}
+    found = after.load_state_dict(old, strict=False)
+    assert not found.unexpected_keys
+    assert isinstance(after.conv1, nn.Conv2d)
+
+
+def test_the_map_is_applied_behind_the_named_module_once() -> None:
+    net = inserted("conv1", init_value=0.5).eval()
+    base = plain().eval()
+    x = torch.rand(3, 1, 8, 8)
+    by_hand = base.conv1(x)
+    by_hand = WeightMap("smoothing", (4, 8, 8), init_value=0.5)(by_hand)
+    h = base.relu(base.bn1(by_hand))
+    torch.testing.assert_close(net(x), base.fc(base.relu(base.tail(h)).flatten(1)))
+    assert {name: m.shape for name, m in weight_maps(net).items()} == {"conv1": (4, 8, 8)}
+
+
+def test_behind_a_sequential_is_behind_its_last_module() -> None:
+    net = inserted("tail")
+    assert {name: m.shape for name, m in weight_maps(net).items()} == {"tail.1": (6, 3, 3)}
+    assert len(net.tail) == 2
+    x = torch.rand(2, 4, 8, 8)
+    torch.testing.assert_close(net.tail(x), box_sum(plain().tail(x), 3))
+
+
+def test_copies_and_pickles_have_maps_of_their_own() -> None:
+    net = inserted("conv1").eval()
+    x = torch.rand(2, 1, 8, 8)
+    before = net(x)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net.cpu()))):
+        twin.conv1.weight_map.map.data.zero_()
+        assert torch.equal(net(x), before)
+        assert not torch.allclose(twin(x), before)
+
+
+def test_a_map_passes_gradients_to_what_is_before_it() -> None:
+    net = inserted("conv1", "tail")
+    net(torch.rand(2, 1, 8, 8)).square().sum().backward()
+    for name in ("conv1.weight", "conv1.weight_map.map", "tail.1.weight_map.map"):
+        assert dict(net.named_parameters())[name].grad.abs().sum() > 0, name
+
+
+def test_past_the_maps_outputs_stay_and_gradients_change() -> None:
+    net = inserted("conv1").eval()
+    base = plain().eval()
+    x = torch.rand(2, 1, 8, 8, requires_grad=True)
+    logits = net(x)
+    (exact,) = torch.autograd.grad(logits.sum(), x)
+    with bypassed(net):
+        through = net(x)
+        (passed,) = torch.autograd.grad(through.sum(), x)
+    torch.testing.assert_close(through, logits)
+    assert not torch.allclose(passed, exact)
+    (again,) = torch.autograd.grad(net(x).sum(), x)
+    assert torch.equal(again, exact), "afterwards everything is as before"
+    # Without anything nonlinear behind the map the gradient is that of the base network.
+    inside, conv = nn.Sequential(nn.Conv2d(1, 2, 3)), nn.Conv2d(1, 2, 3)
+    conv.load_state_dict(inside[0].state_dict())
+    insert_weight_maps(inside, ["0"], (1, 8, 8), "smoothing")
+    with bypassed(inside):
+        (mapped,) = torch.autograd.grad(inside(x).sum(), x)
+    (bare,) = torch.autograd.grad(conv(x).sum(), x)
+    torch.testing.assert_close(mapped, bare)
+    assert base.conv1.weight.shape == net.conv1.weight.shape
+
+
+def test_a_torchvision_network_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        net = torchvision.models.resnet18(num_classes=10)
+        insert_weight_maps(net, ["conv1", "layer2"], (3, 224, 224), "smoothing")
+    shapes = {name: m.shape for name, m in weight_maps(net).items()}
+    assert shapes == {"conv1": (64, 112, 112), "layer2.1": (128, 28, 28)}
+    assert net.conv1.weight_map.map.numel() == 802_816
+    assert net.conv1.weight_map.map.is_meta
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (["conv7"], "no module 'conv7'.*did you mean 'conv1'"),
+        (["backbone.block"], "convolutions are conv1, tail.0, unused"),
+        ([""], "no module ''"),
+        ([], "no place for a weight map"),
+        (["relu"], "'relu' runs 2 times"),
+        (["unused"], "'unused' runs never"),
+        (["fc"], r"'fc' puts out \(1, 5\), and a weight map needs a feature"),
+        (["tail", "tail.1"], "are the same module"),
+        (["conv1", "conv1"], "are the same module"),
+    ],
+)
+def test_places_that_do_not_work_are_refused_before_anything_is_changed(after, message) -> None:
+    net = plain()
+    keys = list(net.state_dict())
+    with pytest.raises(ConfigurationError, match=message):
+        insert_weight_maps(net, after, (1, 8, 8), "smoothing")
+    assert list(net.state_dict()) == keys
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_maps_are_not_inserted_twice() -> None:
+    net = inserted("conv1")
+    with pytest.raises(ConfigurationError, match="a weight map after 'conv1' already"):
+        insert_weight_maps(net, ["conv1"], (1, 8, 8), "unsharp")
+    assert len(net.conv1._forward_hooks) == 1
+
+
+def test_images_that_do_not_fit_are_refused_then_and_later() -> None:
+    with pytest.raises(ConfigurationError, match=r"images of shape 2x8x8.*give the example_shape"):
+        insert_weight_maps(plain(), ["conv1"], (2, 8, 8), "smoothing")
+    net = insert_weight_maps(nn.Sequential(nn.Conv2d(1, 2, 3)), ["0"], (1, 8, 8), "scale")
+    with pytest.raises(ValueError, match=r"\(N, 2, 6, 6\), got \(1, 2, 7, 7\)"):
+        net(torch.rand(1, 1, 9, 9))
+
+
+def test_a_sequential_that_runs_otherwise_is_refused() -> None:
+    class Backwards(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for module in reversed(list(self)):
+                x = module(x)
+            return x
+
+    net = nn.Sequential(Backwards(nn.Conv2d(4, 4, 3), nn.Conv2d(1, 4, 3)))
+    with pytest.raises(ConfigurationError, match="a forward pass of its own"):
+        insert_weight_maps(net, ["0"], (1, 8, 8), "smoothing")
+
+
+# ----------------------------------------------------------------------------------- on a device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_on_a_gpu_the_layer_is_the_same_and_in_float32_under_autocast(variant, dtype) -> None:
+    made, x = WeightMap(variant, SHAPE, init="normal"), torch.randn(4, *SHAPE)
+    there = copy.deepcopy(made).cuda()
+    torch.testing.assert_close(there(x.cuda()).cpu(), made(x))
+    with torch.autocast("cuda", dtype=dtype):
+        y = there(x.cuda().to(dtype))
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.cpu(), made(x.to(dtype).float()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_maps_go_to_the_device_of_the_network_and_train_there_in_half_precision() -> None:
+    net = insert_weight_maps(plain().cuda(), ["conv1", "tail"], (1, 8, 8), "smoothing")
+    assert all(p.is_cuda for p in net.parameters())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = net(torch.rand(4, 1, 8, 8, device="cuda")).square().mean()
+    loss.backward()
+    for weight_map in weight_maps(net).values():
+        assert weight_map.map.grad.dtype == torch.float32
+        assert weight_map.map.grad.abs().sum() > 0
+
+
+def test_a_compiled_network_uses_its_maps() -> None:
+    net = inserted("conv1").eval()
+    x = torch.rand(2, 1, 8, 8)
+    expected = net(x)
+    net.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(net(x), expected)
