@@ -42,6 +42,19 @@ def _read(path: Path) -> Any:
         ) from error
 
 
+def checkpoint_beside(run: str | Path, experiment: str, checkpoint: str = "selected") -> Path:
+    """Where a neighbouring experiment with the same seed keeps a checkpoint.
+
+    Args:
+        run: The run directory of this one, ``runs/<paper>/<experiment>/seed<k>[-v<n>]``.
+        experiment: Name of the other.
+        checkpoint: ``selected`` or ``last``.
+    """
+    run = Path(run)
+    seed = run.name.split("-v")[0]
+    return run.parent.parent / experiment / seed / "checkpoints" / f"{checkpoint}.ckpt"
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load weights from a file, whatever they are wrapped in.
 

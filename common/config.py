@@ -107,11 +107,13 @@ def type_name(class_path: str) -> str:
 
 def _class_nodes(value: Any, path: str) -> Iterator[tuple[str, Namespace]]:
     """All ``{class_path, init_args}`` nodes below a value, with the option that reaches them."""
-    if isinstance(value, Namespace):
-        if "class_path" in value:
-            yield path, value
-            for key, part in vars(value.get("init_args") or SimpleNamespace()).items():
-                yield from _class_nodes(part, f"{path}.{key}")
+    if isinstance(value, Namespace) and "class_path" in value:
+        yield path, value
+        for key, part in vars(value.get("init_args") or SimpleNamespace()).items():
+            yield from _class_nodes(part, f"{path}.{key}")
+    elif isinstance(value, Namespace):  # a dataclass among the arguments of a class
+        for key, part in vars(value).items():
+            yield from _class_nodes(part, f"{path}.{key}")
     elif isinstance(value, dict):
         for key, part in value.items():
             yield from _class_nodes(part, f"{path}.{key}")

@@ -1,5 +1,7 @@
 """What a paper printed: the tables and rows of its ``reference.yaml``."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,15 +25,38 @@ class Metric:
         title: Heading.
         unit: ``percent`` of a figure in [0, 1]; ``plain`` as it is; ``thousands``; ``millions``;
             ``giga``.
+        mean_of: Other columns of the same table with their weights, which sum to 1: ours is then
+            their weighted mean, computed for each seed, and ``key`` is a name of its own.
     """
 
     key: str
     title: str
     unit: Literal["percent", "plain", "thousands", "millions", "giga"] = "percent"
+    mean_of: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise TypeError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        if self.mean_of is not None:
+            weights = list(self.mean_of.values())
+            if not weights or min(weights) < 0 or not math.isclose(sum(weights), 1.0):
+                raise TypeError(
+                    f"mean_of of {self.key!r} needs weights of at least 0 that sum to 1, got "
+                    f"{self.mean_of}"
+                )
+
+    @property
+    def sources(self) -> list[str]:
+        """The keys that ours is made of."""
+        return [self.key] if self.mean_of is None else list(self.mean_of)
+
+    def of(self, metrics: Mapping[str, float]) -> float | None:
+        """Ours from the metrics of a checkpoint; ``None`` where a part of it is missing."""
+        if not all(key in metrics for key in self.sources):
+            return None
+        if self.mean_of is None:
+            return metrics[self.key]
+        return sum(weight * metrics[key] for key, weight in self.mean_of.items())
 
 
 @dataclass(frozen=True)
@@ -132,6 +157,14 @@ def read_reference(path: str | Path) -> Reference:
                 f"{path}: {owner} has the baseline {baseline!r}, which is no row; name the stem of "
                 "one"
             )
+    for group in groups:
+        plain = {metric.key for metric in group.metrics if metric.mean_of is None}
+        for metric in group.metrics:
+            if metric.mean_of is not None and (lost := set(metric.mean_of) - plain):
+                raise ConfigurationError(
+                    f"{path}: {metric.key} in the group {group.id} is a mean of {min(lost)!r}, "
+                    f"which is no column of it; the others are {', '.join(sorted(plain))}"
+                )
     columns = {group.id: {metric.key for metric in group.metrics} for group in groups}
     for row in rows.values():
         if unknown := [group for group in row.groups if group not in columns]:

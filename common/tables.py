@@ -9,11 +9,12 @@ A paper's ``reference.yaml`` lists its tables (``groups``) and experiments (``ro
       cifar10_resnet18_plain:
         {groups: [E1], label: plain, source: R0, last: {clean_acc: 84.56}, selected: {}}
 
-Numbers are percentages, lists of repeats, or null for "not found". A group with a ``baseline`` (the
-stem of a row) gets a second table, in which its other rows are compared with that one example by
-example, on the metrics of a list ``compare`` or else on those of the group that allow it; a row may
-have a ``baseline`` of its own. Beside ``groups`` and ``rows``, ``checkpoints: [last]`` says that a
-paper selects none.
+Numbers are percentages, lists of repeats, or null for "not found". A column may be the weighted
+mean of others, ``{key: w, title: W, mean_of: {clean_acc: 0.5, pgd20: 0.5}}``. A group with a
+``baseline`` (the stem of a row) gets a second table, in which its other rows are compared with that
+one example by example, on the metrics of a list ``compare`` or else on those of the group that
+allow it; a row may have a ``baseline`` of its own. Beside ``groups`` and ``rows``, ``checkpoints:
+[last]`` says that a paper selects none.
 
 ``python -m common.tables paper_x`` prints the tables and rewrites the README's.
 """
@@ -201,8 +202,9 @@ def _cell(row: Row, metric: Metric, results: _Results, cost: float | None) -> di
     for result in results.get(row.stem, []):
         for label in LABELS:
             checkpoint = result["checkpoints"].get(label)
-            if checkpoint is not None and key in checkpoint["metrics"]:
-                ours[label].append(scale * checkpoint["metrics"][key])
+            value = None if checkpoint is None else metric.of(checkpoint["metrics"])
+            if checkpoint is not None and value is not None:
+                ours[label].append(scale * value)
                 ends[label] = [scale * end for end in checkpoint["intervals"].get(key, [])]
     if cost is not None and not any(ours.values()):
         for label in LABELS:
@@ -298,7 +300,7 @@ def _titles(group: Group, rows: list[Row], results: _Results) -> tuple[dict[str,
             (attack, checkpoint["examples"])
             for checkpoint in checkpoints
             for name, attack in checkpoint["attacks"].items()
-            if metric.key in metrics_of(name, attack)
+            if not metrics_of(name, attack).isdisjoint(metric.sources)
         ]
         smaller = {attack["examples"] for attack, total in behind if attack["examples"] < total}
         titles[metric.key] = metric.title

@@ -55,11 +55,23 @@ MADE = [
 ]
 
 
+def predecessors(config: dict) -> dict[str, str]:
+    """By option, the experiments whose networks the objective of this one asks."""
+    arguments = config["model"]["init_args"]["objective"].get("init_args", {})
+    return {
+        f"model.objective.{name}": value["experiment"]
+        for name, value in arguments.items()
+        if isinstance(value, dict) and "experiment" in value
+    }
+
+
 def options(path: Path, **more: object) -> list[str]:
     settings = SMALL | more
     config = yaml.safe_load(path.read_text())
     if config["adversary"].get("attack") is None:
         settings = {k: v for k, v in settings.items() if not k.startswith("adversary")}
+    for key in predecessors(config):  # networks that other runs train are taken as they are
+        settings[f"{key}.as_it_is"] = "true"
     flat = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
     return ["--config", str(path), *flat]
 
@@ -78,6 +90,8 @@ def test_a_config_describes_one_known_experiment(path) -> None:
     assert {"model", "data", "adversary", "evaluation", "trainer"} <= set(config)
     if start := config.get("warm_start"):
         assert (path.parent / f"{start['experiment']}.yaml").exists()
+    for experiment in predecessors(config).values():
+        assert (path.parent / f"{experiment}.yaml").exists()
 
 
 @pytest.mark.parametrize("path", MADE)
@@ -116,10 +130,14 @@ def test_every_config_survives_fit(path, tmp_path, monkeypatch, request) -> None
         "svhn": "fake_svhn",
         "mnist": "fake_mnist",
         "fashion": "fake_fashion_mnist",
+        "tiny": "fake_tiny_imagenet",
     }
     root = request.getfixturevalue(fixture[dataset])
     monkeypatch.chdir(tmp_path)
     more = {"data.source.root": root, "data.val_limit": 2}
+    if dataset == "tiny":
+        # Twelve images of three classes; one of each is held out.
+        more |= {"data.val_size": 3, "data.source.verify": "false"}
     if "500k" in path.stem:
         more["data.extra.root"] = root
         images = np.zeros((8, 32, 32, 3), dtype=np.uint8)

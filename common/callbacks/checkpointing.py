@@ -10,6 +10,9 @@ from torch import Tensor
 
 from common.errors import ConfigurationError, DivergedError
 
+ATTACKED = ("val/robust_acc", "val/mean_acc")
+"""Metrics that exist where validation attacks."""
+
 
 class SafeCheckpoint(ModelCheckpoint):
     """Replaces a checkpoint only by a whole one, and only by weights that are numbers."""
@@ -49,7 +52,8 @@ class SelectedCheckpoint(SafeCheckpoint):
     Among equal epochs the later one is kept.
 
     Args:
-        monitor: Logged metric; ``val/robust_acc`` needs ``evaluation.validation``.
+        monitor: Logged metric; ``val/robust_acc`` needs ``evaluation.validation``, and so does
+            ``val/mean_acc``, the mean of that and ``val/clean_acc``.
         mode: Whether larger or smaller is better.
         dirpath: Folder; ``checkpoints`` in the run directory when not given.
         from_epoch: The first epoch, from 0, that may be selected. A run that ends before it
@@ -90,11 +94,19 @@ class SelectedCheckpoint(SafeCheckpoint):
         """
         super().setup(trainer, pl_module, stage)
         attacks = [getattr(c, "validation", None) for c in trainer.callbacks]  # type: ignore[attr-defined]
-        if stage == "fit" and self.monitor == "val/robust_acc" and not any(attacks):
+        if stage == "fit" and self.monitor in ATTACKED and not any(attacks):
             raise ConfigurationError(
-                "checkpoint.monitor is val/robust_acc and evaluation.validation is null, so nobody "
-                "measures it; name an attack there, or set checkpoint.monitor to val/clean_acc"
+                f"checkpoint.monitor is {self.monitor} and evaluation.validation is null, so "
+                "nobody measures it; name an attack there, or set checkpoint.monitor to "
+                "val/clean_acc"
             )
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        candidates = super()._monitor_candidates(trainer)
+        if candidates.keys() >= {"val/clean_acc", "val/robust_acc"}:
+            both = candidates["val/clean_acc"], candidates["val/robust_acc"]
+            candidates["val/mean_acc"] = (both[0] + both[1]) / 2
+        return candidates
 
     def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
         too_early = trainer.current_epoch < self.from_epoch

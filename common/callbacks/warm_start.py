@@ -6,7 +6,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from common.checkpoints import check_weights_fit, load_checkpoint
+from common.checkpoints import check_weights_fit, checkpoint_beside, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
 
 
@@ -86,6 +86,4 @@ class WarmStart(Callback):
     def _find(self, run: Path) -> Path:
         if self.path is not None:
             return Path(self.path)
-        seed = run.name.split("-v")[0]  # runs/<paper>/<experiment>/seed<k>[-v<n>]
-        folder = run.parent.parent / str(self.experiment) / seed / "checkpoints"
-        return folder / f"{self.checkpoint}.ckpt"
+        return checkpoint_beside(run, str(self.experiment), self.checkpoint)

@@ -2,12 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import cross_entropy, hinge_margin
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
@@ -17,22 +17,33 @@ from common.evaluation.steps import Columns, Threat, judged
 from common.objectives import Batch
 from common.provenance import weights_digest
 
+TransferLoss = Literal["cross_entropy", "margin"]
+
+LOSSES = {"cross_entropy": cross_entropy, "margin": hinge_margin}
+"""By the names that configuration files use."""
+
 
 class Transfer(Settings):
-    """Climbs the cross-entropy of a surrogate and shows the result to the model (black box).
+    """Climbs a loss of a surrogate and shows the result to the model (black box).
 
     Args:
         attack: The ascent on the surrogate.
         surrogate: A checkpoint in the directory of a finished run
             (``runs/paper_x/experiment/seed0/checkpoints/last.ckpt``), or a network: images in
             [0, 1] to logits. It must know the same classes.
+        loss: What is climbed on it: ``cross_entropy``, or the ``margin`` with its ceiling.
 
     Raises:
-        ConfigurationError: If the surrogate is a path that does not end in ``.ckpt``.
+        ConfigurationError: If the surrogate is a path that does not end in ``.ckpt``, or the loss
+            is another.
         CheckpointError: On first use, if there is no such checkpoint.
     """
 
-    def __init__(self, attack: PGD, surrogate: str | nn.Module) -> None:
+    def __init__(
+        self, attack: PGD, surrogate: str | nn.Module, loss: TransferLoss = "cross_entropy"
+    ) -> None:
+        if loss not in LOSSES:
+            raise ConfigurationError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         if isinstance(surrogate, str) and not surrogate.endswith(".ckpt"):
             raise ConfigurationError(
                 f"surrogate must be a checkpoint, RUN/checkpoints/last.ckpt, got {surrogate!r}"
@@ -40,6 +51,7 @@ class Transfer(Settings):
         self.attack = attack
         self.norm, self.eps = attack.norm, attack.eps
         self.surrogate = surrogate
+        self.loss: TransferLoss = loss
         self._network: nn.Module | None = None
 
     @property
@@ -64,7 +76,7 @@ class Transfer(Settings):
         network = self.network.to(batch["x"].device)
         with frozen(network, "eval"):
             x_adv = self.attack(
-                lambda x: cross_entropy(network(x), batch["y"]),
+                lambda x: LOSSES[self.loss](network(x), batch["y"]),
                 batch["x"],
                 random,
                 is_adversarial=lambda x: network(x).argmax(dim=1) != batch["y"],

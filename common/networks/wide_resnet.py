@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
@@ -93,6 +94,38 @@ class WideBlock(nn.Module):
         """``(N, in, H, W)`` to ``(N, out, H / stride, W / stride)``, rounded up."""
         a = self.activate(x)
         return self.residual(a) + self.skip(x, a)
+
+
+class SamePaddingBlock(WideBlock):
+    """A :class:`WideBlock` that pads like TensorFlow's ``SAME`` where it strides.
+
+    A convolution of stride 2 gets a row below and a column to the right, instead of one on every
+    side, as in the networks that Gowal et al. released. For images whose sides stay even.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the first convolution and of the shortcut.
+        activation: Makes one activation.
+        drop_rate: Probability of zeroing an activation between the convolutions.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        activation: Activation = nn.ReLU,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride, activation, drop_rate)
+        self.strides = stride != 1
+        if self.strides:
+            self.conv1.padding = (0, 0)
+
+    def residual(self, a: Tensor) -> Tensor:
+        """The residual branch of an activated input, ``(N, out, H / stride, W / stride)``."""
+        return super().residual(F.pad(a, (0, 1, 0, 1)) if self.strides else a)
 
 
 def equal_depths(depth: int, stages: int = 3) -> list[int]:

@@ -225,6 +225,51 @@ def test_several_seeds_give_mean_and_sample_deviation(paper: Path) -> None:
     assert rows[1]["PGD-20 last"] == "57.50 ± 3.54"
 
 
+def with_mean(**mean_of: float) -> dict[str, Any]:
+    metrics = [{"key": "clean_acc", "title": "Natural"}, {"key": "pgd20/ce_f", "title": "f"}]
+    weights = {key.replace("pgd20_ce_f", "pgd20/ce_f"): w for key, w in mean_of.items()}
+    metrics.append({"key": "w", "title": "W", "mean_of": weights})
+    group = {**REFERENCE["groups"][3], "metrics": metrics}
+    return {**REFERENCE, "groups": [*REFERENCE["groups"][:3], group]}
+
+
+def test_a_column_may_be_the_weighted_mean_of_others(paper: Path) -> None:
+    write_reference(paper, with_mean(clean_acc=0.25, pgd20_ce_f=0.75))
+    put(paper, clean=0.9, robust=0.5)
+    (row,) = tables(render_table("paper_toy").markdown)["E8: worst"]
+    assert row["W last"] == "60.00", "without an interval: its parts share their examples"
+    for seed, robust in enumerate((0.50, 0.60, 0.55)):
+        put(paper, seed=seed, clean=0.9, robust=robust)
+    (row,) = tables(render_table("paper_toy").markdown)["E8: worst"]
+    assert row["W last"] == "63.75 ± 3.75", "of every seed, then over seeds"
+
+
+def test_a_mean_without_all_of_its_parts_is_empty(paper: Path) -> None:
+    write_reference(paper, with_mean(clean_acc=0.5, pgd20_ce_f=0.5))
+    put(paper, without="pgd20/ce_f")
+    (row,) = tables(render_table("paper_toy").markdown)["E8: worst"]
+    assert "W last" not in row
+    assert row["Natural last"] == one(90.0)
+
+
+@pytest.mark.parametrize(
+    ("mean_of", "message"),
+    [
+        ({"clean_acc": 0.5, "aa": 0.5}, "w in the group E8 is a mean of 'aa', which is no column"),
+        ({"clean_acc": 0.5, "w": 0.5}, "a mean of 'w', which is no column"),
+        ({"clean_acc": 0.5, "pgd20_ce_f": 0.6}, "weights of at least 0 that sum to 1"),
+        ({"clean_acc": 1.5, "pgd20_ce_f": -0.5}, "weights of at least 0 that sum to 1"),
+        ({}, "weights of at least 0 that sum to 1"),
+    ],
+)
+def test_a_mean_of_what_is_not_there_is_refused(
+    paper: Path, mean_of: dict[str, float], message: str
+) -> None:
+    write_reference(paper, with_mean(**mean_of))
+    with pytest.raises(ConfigurationError, match=message):
+        render_table("paper_toy")
+
+
 def test_stacked_tables_have_a_line_per_kind(paper: Path) -> None:
     put(paper, robust=0.5)
     put(paper, label="selected", robust=0.6)

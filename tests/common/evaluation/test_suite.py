@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.gama import GAMAPGD
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import cross_entropy, hinge_margin
 from common.attacks.minimum_norm import DeepFool
 from common.attacks.noise import UniformNoise
 from common.attacks.pgd import FGSM, PGD
+from common.attacks.randomness import EVALUATION, ExampleRandom
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.classifier import RobustClassifier
 from common.data.images import ImageDataModule
@@ -198,6 +199,22 @@ def test_transfer_shows_the_surrogates_images_to_the_model(batch) -> None:
 
     useless = suite(t=SuiteEntry(Transfer(PGD(0.12, 0.03, 1, start="zero"), Blind())))
     assert run(batch, useless).correct["t"].sum() > white.correct["pgd/ce_f"].sum()
+
+
+def test_a_transfer_attack_may_climb_the_margin(batch) -> None:
+    pgd = PGD(0.12, 0.03, 10)
+    transfer = Transfer(pgd, Model(), "margin")
+    net = Model()
+    x_adv = pgd(
+        lambda x: hinge_margin(net(x), batch["y"]),
+        batch["x"],
+        ExampleRandom(0, 0, batch["index"], EVALUATION),
+    )
+    found = transfer.run(net, batch, ExampleRandom(0, 0, batch["index"], EVALUATION))
+    assert torch.equal(found["x_adv"], x_adv)
+    assert transfer.settings() != Transfer(pgd, Model()).settings()
+    with pytest.raises(ConfigurationError, match="cross_entropy, margin, got 'dlr'"):
+        Transfer(pgd, Model(), "dlr")
 
 
 def test_expectation_over_transformation_averages_the_loss() -> None:

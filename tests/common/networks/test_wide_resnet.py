@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import ConfigurationError
-from common.networks.wide_resnet import WideBlock, WideResNet, equal_depths
+from common.networks.wide_resnet import SamePaddingBlock, WideBlock, WideResNet, equal_depths
 
 
 def tiny(**kwargs) -> WideResNet:
@@ -177,3 +177,20 @@ def test_refuses_depths_that_do_not_divide(depth):
 def test_refuses_settings_that_do_not_fit(kwargs, message):
     with pytest.raises(ConfigurationError, match=message):
         tiny(**kwargs)
+
+
+def test_same_padding_adds_a_row_below_and_a_column_to_the_right():
+    torch.manual_seed(0)
+    block, plain = SamePaddingBlock(4, 6, 2), WideBlock(4, 6, 2)
+    plain.load_state_dict(block.state_dict())
+    x = torch.rand(2, 4, 8, 8)
+    a = block.activate(x)
+    expected = F.conv2d(F.pad(a, (0, 1, 0, 1)), block.conv1.weight, stride=2)
+    h = block.act2(block.bn2(expected))
+    torch.testing.assert_close(block.residual(a), block.conv2(h))
+    assert block(x).shape == plain(x).shape == (2, 6, 4, 4)
+    assert not torch.allclose(block.eval()(x), plain.eval()(x))
+    # Without a stride it is the plain block.
+    block, plain = SamePaddingBlock(4, 6).eval(), WideBlock(4, 6).eval()
+    plain.load_state_dict(block.state_dict())
+    assert torch.equal(block(x), plain(x))

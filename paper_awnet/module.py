@@ -1,0 +1,144 @@
+"""How AW-Net meets training: teachers found, rates told the epoch, and what an attacker climbs."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.attacks.losses import cross_entropy
+from common.callbacks.modes import is_logged
+from common.classifier import RobustClassifier
+from common.objectives import Batch, InnerLoss, differentiable
+from paper_awnet import oat
+from paper_awnet.method import ADVERSARIAL, CLEAN
+from paper_awnet.networks import AWNet
+from paper_awnet.objectives import PairedObjective, dynamic_network, forced
+
+WEIGHTS = (0.1, 1, 10)
+"""lambda of the joint attacks."""
+
+
+class AWNetClassifier(RobustClassifier):
+    """A classifier whose network may be an AW-Net and whose objective may have teachers."""
+
+    def setup(self, stage: str) -> None:
+        """Besides the usual: read the teachers, where there are any, before anything is trained."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and isinstance(self.objective, PairedObjective) and data is not None:
+            for teacher in self.objective.teachers.values():
+                teacher.load(Path(self.trainer.default_root_dir), data.shape, data.num_classes)
+
+    def on_train_epoch_start(self) -> None:
+        """Rates that decay with the epochs."""
+        set_epoch = getattr(self.objective, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self.current_epoch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss; on logged steps also what it is made of, and how far the signals move."""
+        loss = super().training_step(batch, batch_idx)
+        if isinstance(self.objective, PairedObjective) and is_logged(self.trainer):
+            for name, value in self.objective.report.items():
+                self.log(f"train/{name}", value, batch_size=len(batch["y"]), sync_dist=True)
+        return loss
+
+    def adaptive_losses(self) -> dict[str, InnerLoss]:
+        """Beside the usual ones, for an AW-Net, those that know of the router [D].
+
+        ``ce_routerdetached``: the router follows the image and takes no part in the gradient (A1).
+        ``ce_routerfrozen``: signals and P_type stay those of the clean image (A2).
+        ``joint_clean_<w>``, ``joint_adv_<w>``: cross-entropy minus w times that of the type head
+        with a type, so misclassified while looking clean or adversarial (A3).
+        ``ce_branchclean``, ``ce_branchadv``: the network with P_type forced (A4).
+        ``misroute``: away from the type of a clean image alone (A5).
+
+        For OAT, ``ce_knob_<lambda>``: the network at another lambda. Whatever is climbed, success
+        is judged on the deployed network.
+        """
+        losses = super().adaptive_losses()
+        if isinstance(self.net, AWNet):
+            losses |= {"ce_routerdetached": router_detached, "ce_routerfrozen": router_frozen}
+            for name, kind in (("clean", CLEAN), ("adv", ADVERSARIAL)):
+                for weight in WEIGHTS:
+                    losses[f"joint_{name}_{weight}"] = partial(joint, kind, weight)
+                losses[f"ce_branch{name}"] = partial(forced_branch, kind)
+            losses["misroute"] = misroute
+        if isinstance(self.net, oat.OATNet):
+            losses |= oat.adaptive_losses()
+        return losses
+
+    def log_histograms(self, add: Callable[[str, Tensor], None], batch: Batch) -> None:
+        """Hand P_type and the signals on clean and adversarial images to TensorBoard."""
+        if not isinstance(self.net, AWNet):
+            return
+        for kind in ("x", "x_adv"):
+            if kind in batch:
+                outputs = self.net.outputs(batch[kind])
+                add(f"p_adv/{kind}", outputs.p[:, ADVERSARIAL])
+                for j, omega in enumerate(outputs.signals, 1):
+                    add(f"omega{j}/{kind}", omega)
+
+
+# ------------------------------------------------------------------------------ adaptive attacks
+
+
+def router_detached(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> cross-entropy; signals and P_type of x' are constants to the gradient (A1)."""
+    net, y = _network(model), differentiable(batch["y"])
+
+    def loss(x: Tensor) -> Tensor:
+        routing = _routing(net, x)
+        return cross_entropy(net.outputs(x, **routing).logits, y)
+
+    return loss
+
+
+def router_frozen(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> cross-entropy with signals and P_type of the clean image (A2)."""
+    net, y = _network(model), differentiable(batch["y"])
+    with torch.inference_mode(False):
+        routing = _routing(net, differentiable(batch["x"]))
+    return lambda x: cross_entropy(net.outputs(x, **routing).logits, y)
+
+
+def joint(kind: int, weight: float, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> CE(f(x'), y) - weight CE(u(x'), kind): wrong, and of that type (A3)."""
+    net, y = _network(model), differentiable(batch["y"])
+
+    def loss(x: Tensor) -> Tensor:
+        outputs = net.outputs(x)
+        looks = cross_entropy(outputs.type_logits, torch.full_like(y, kind))
+        return cross_entropy(outputs.logits, y) - weight * looks
+
+    return loss
+
+
+def forced_branch(kind: int, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> cross-entropy of the network that takes every image for one type (A4)."""
+    branch, y = forced(_network(model), kind), differentiable(batch["y"])
+    return lambda x: cross_entropy(branch(x), y)
+
+
+def misroute(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> CE(u(x'), clean), which has nothing to do with the class (A5)."""
+    net, y = _network(model), batch["y"]
+    return lambda x: cross_entropy(net.router.read(x)[1], torch.full_like(y, CLEAN))
+
+
+def _network(model: Any) -> AWNet:
+    net = dynamic_network(model)
+    if net is None:
+        raise TypeError(f"{type(model).__name__} holds no AWNet, so it has no router to attack")
+    return net
+
+
+@torch.no_grad()
+def _routing(net: AWNet, x: Tensor) -> Mapping[str, Any]:
+    """Signals and mixture of images, as arguments of :meth:`AWNet.outputs`, constant."""
+    z, type_logits = net.router.read(x)
+    p = type_logits.softmax(dim=1)
+    return {"p": net.mixture(p), "signals": net.router.signals(z, p)}

@@ -1,0 +1,54 @@
+"""MobileNetV2 as in the CIFAR code: counts, blocks, shapes, refusals."""
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import ConfigurationError
+from common.networks.mobilenet_v2 import CIFAR_STAGES, InvertedResidual, MobileNetV2
+
+
+@pytest.mark.parametrize(("classes", "parameters"), [(10, 2_296_922), (100, 2_412_212)])
+def test_parameters(classes, parameters) -> None:
+    with torch.device("meta"):
+        net = MobileNetV2(num_classes=classes)
+        assert sum(p.numel() for p in net.parameters()) == parameters
+        assert net(torch.rand(2, 3, 32, 32)).shape == (2, classes)
+        assert net.features(torch.rand(1, 3, 64, 64)).shape == (1, 320, 8, 8)
+    assert sum(len(stage) for stage in net.stages) == 17
+    norms = sum(2 * m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    assert norms == 35_088
+
+
+def test_a_block_by_hand() -> None:
+    block = InvertedResidual(3, 5, 1, 4).eval()
+    x = torch.rand(2, 3, 6, 6)
+    h = block.bn1(nn.functional.conv2d(x, block.conv1.weight)).relu()
+    assert h.shape == (2, 12, 6, 6)
+    h = nn.functional.conv2d(h, block.conv2.weight, padding=1, groups=12)
+    h = block.bn3(nn.functional.conv2d(block.bn2(h).relu(), block.conv3.weight))
+    shortcut = block.shortcut.bn(nn.functional.conv2d(x, block.shortcut.conv.weight))
+    torch.testing.assert_close(block(x), h + shortcut)
+    assert (block(x) < 0).any(), "nothing follows the sum"
+
+
+@pytest.mark.parametrize(
+    ("channels", "stride", "kind"), [((4, 4), 1, nn.Identity), ((4, 4), 2, type(None))]
+)
+def test_shortcuts(channels, stride, kind) -> None:
+    block = InvertedResidual(*channels, stride)
+    assert isinstance(block.shortcut, kind)
+    assert block(torch.rand(2, 4, 7, 7)).shape[-1] == -(-7 // stride)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    net = MobileNetV2(((1, 4, 1, 1), (2, 6, 2, 2)), 4, 8, in_channels=1)
+    net(torch.rand(4, 1, 8, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_bad_counts() -> None:
+    with pytest.raises(ConfigurationError, match="depth must be at least 1, got 0"):
+        MobileNetV2(((1, 4, 0, 1),))
+    with pytest.raises(ConfigurationError, match="head_width must be at least 1"):
+        MobileNetV2(CIFAR_STAGES, head_width=0)

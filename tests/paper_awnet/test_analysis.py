@@ -1,0 +1,215 @@
+"""Verdicts either way, W-Robust, and the whole analysis on small runs."""
+
+import json
+
+import pytest
+import torch
+
+from common.attacks import pgd
+from common.errors import ConfigurationError
+from common.evaluation.steps import Line, Outcomes, Threat
+from common.outcomes import checkpoint_entry
+from common.reference import Metric
+from common.results import merge_result, result_path
+from paper_awnet import analysis
+from paper_awnet.analysis import analyse, compare_weights, curves_of, without_tensors
+from paper_awnet.claims import evaluate_expectations, roles_of, w_robust
+from paper_awnet.distributions import Filters
+from paper_awnet.method import Router
+from paper_awnet.module import AWNetClassifier
+from paper_awnet.networks import AWNet, DigitsStudent
+from paper_awnet.objectives import HybridCE
+
+PGD = "pgd20/ce_f"
+
+
+def test_weighted_robust_accuracy() -> None:
+    """Invariant 14, and the tables' form of it."""
+    assert w_robust({"clean_acc": 0.7, PGD: 0.7}, PGD) == pytest.approx(0.7)
+    found = {"clean_acc": 0.9, PGD: 0.4}
+    assert w_robust(found, PGD, 1.0) == 0.9
+    assert w_robust(found, PGD, 0.0) == 0.4
+    assert w_robust({**found, PGD: 0.5}, PGD) > w_robust(found, PGD)
+    assert w_robust({**found, "clean_acc": 0.95}, PGD) > w_robust(found, PGD)
+    column = Metric("w", "W", mean_of={"clean_acc": 0.5, PGD: 0.5})
+    assert column.of(found) == pytest.approx(w_robust(found, PGD))
+    with pytest.raises(ConfigurationError, match=r"lies in \[0, 1\], got 1.5"):
+        w_robust(found, PGD, 1.5)
+
+
+def test_roles() -> None:
+    assert roles_of("digits").static == "static_mtard"
+    real = roles_of("cifar10_resnet18")
+    assert (real.base, real.robust, real.pgd) == ("cifar10_resnet18", "trades", "pgd_trades/ce_f")
+
+
+def verdicts(good: bool, seeds=(0, 1)) -> dict[str, bool | None]:
+    accuracies = {"static_mtard": 0.2, "mixbn_mtard": 0.3, "dynamic_mtard": 0.21}
+    accuracies |= {"awnet_mtard": 0.3 if good else 0.22}
+    metrics = {
+        (name, seed): {"clean_acc": 0.98, PGD: value, "worst": value / 2}
+        for name, value in accuracies.items()
+        for seed in seeds
+    }
+    if not good:
+        for seed in seeds:
+            metrics["awnet_mtard", seed]["worst"] = 0.05
+    examined = {
+        seed: {
+            "routing": {"clean": {"type_acc": 0.99}, "pgd": {"type_acc": 0.97 if good else 0.6}},
+            "forced": {
+                "clean": {"soft": 0.98, "clean": 0.98, "adv": 0.94 if good else 0.97},
+                "pgd": {"soft": 0.3, "clean": 0.05 if good else 0.3, "adv": 0.3},
+            },
+            "omega_shift": 0.02 if good else 0.3,
+            "omega_std": 0.01,
+        }
+        for seed in seeds
+    }
+    count = 8 if good else 3
+    compared = {s: {"further": count, "smaller_l1": count, "larger_kurtosis": count} for s in seeds}
+    reach = {("teacher_clean", s): {"reach": 0.1} for s in seeds}
+    reach |= {("teacher_robust", s): {"reach": 0.3 if good else 0.05} for s in seeds}
+    found = evaluate_expectations(metrics, compared, examined, reach, [0, 1])
+    return {one.id: one.holds for one in found}
+
+
+def test_verdicts_turn_out_either_way() -> None:
+    good, bad = verdicts(True), verdicts(False)
+    assert good.pop("C6b") is False, "half a point is not two"
+    assert good.pop("C6c") is bad.pop("C6c") is None, "there is no detector's result"
+    assert bad.pop("C6a") is good.pop("C6a") is True
+    bad.pop("C6b")
+    assert set(good.values()) == {True}
+    assert set(bad.values()) == {False}
+    assert set(verdicts(True, seeds=(0,)).values()) == {None}, "a seed is missing"
+
+
+def test_weights_are_compared_with_the_next_seeds() -> None:
+    roles, n = roles_of("digits"), 4
+
+    def net(scale: float) -> dict[str, Filters]:
+        w = scale * torch.linspace(-1, 1, 72).reshape(n, 2, 3, 3)
+        return {"a": Filters(w, w)}
+
+    found = {("teacher_clean", s): net(1.0 + 0.01 * s) for s in (0, 1)}
+    found |= {("teacher_robust", s): net(0.5) for s in (0, 1)}
+    compared = compare_weights(found, roles, [0, 1])
+    assert set(compared) == {0, 1}
+    for entry in compared.values():
+        assert (entry["layers"], entry["further"], entry["smaller_l1"]) == (1, 1, 1)
+    same = compare_weights(found, roles, [0, 1])[0]["seeds"]["a"]["wasserstein"]
+    assert same == pytest.approx(0.01 * torch.linspace(-1, 1, 72).abs().mean().item(), rel=1e-3)
+    alone = compare_weights(found, roles, [0])[0]
+    assert "further" not in alone, "there is no second seed to compare with"
+    del found["teacher_robust", 1]
+    assert set(compare_weights(found, roles, [0, 1])) == {0}
+
+
+def put_result(folder, name: str, seed: int, held: int) -> None:
+    right = torch.ones(50, dtype=torch.bool)
+    outcomes = Outcomes(
+        torch.zeros(50, dtype=torch.int64),
+        {"clean": right, PGD: torch.arange(50) < held},
+        {PGD: right},
+        {PGD: Line("pgd20", norm="linf", eps=0.3)},
+        threat=Threat("linf", 0.3),
+    )
+    merge_result(
+        result_path(folder, f"digits_{name}", seed),
+        paper="paper_awnet",
+        experiment=f"digits_{name}",
+        seed=seed,
+        label="last",
+        entry=checkpoint_entry(outcomes),
+        provenance={"config_digest": "x"},
+    )
+
+
+class Data:
+    """What the analysis asks of a data module."""
+
+    def prepare_data(self) -> None: ...
+
+    def setup(self, stage: str) -> None: ...
+
+    def test_dataloader(self) -> list:
+        torch.manual_seed(0)
+        return [{"x": torch.rand(12, 1, 8, 8), "y": torch.randint(10, (12,))}]
+
+    def on_after_batch_transfer(self, batch, _):
+        return batch
+
+
+def load(run):
+    torch.manual_seed(int(run.name[-1]) + 10 * ("robust" in str(run)))
+    net = DigitsStudent(widths=(4, 6, 8))
+    if "awnet" in str(run):
+        net = AWNet(net, lambda c, s: Router(c, s, (4, 6, 8), type_hidden=5, init="normal"))
+    return AWNetClassifier(net, HybridCE(), torch.optim.SGD).eval(), Data()
+
+
+def test_the_whole_analysis(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(analysis, "PGD", lambda eps, step, steps: _pgd(eps, step))
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    for name, held in (("static_mtard", 10), ("awnet_mtard", 20)):
+        for seed in (0, 1):
+            put_result(results, name, seed, held)
+    for name in ("teacher_clean", "teacher_robust", "awnet_mtard"):
+        for seed in (0, 1):
+            path = runs / f"digits_{name}/seed{seed}/checkpoints/last.ckpt"
+            path.parent.mkdir(parents=True)
+            path.touch()
+    report = analyse(runs, results, "digits", [0, 1], load=load)
+    assert report["missing"] == []
+    holds = {e["id"]: e["holds"] for e in report["expectations"]}
+    assert holds["C2"] is True
+    assert holds["C6a"] is None
+    assert isinstance(holds["C1a"], bool)
+    saved = json.loads((results / "analysis.json").read_text())
+    assert set(saved["router"]) == {"0", "1"}
+    forced = saved["router"]["0"]["forced"]
+    assert set(forced) == {"clean", "pgd", "pgd_clean", "pgd_adv"}
+    assert set(forced["pgd"]) == {"soft", "clean", "adv"}
+    assert len(saved["weights"]["0"]["between"]) == 9
+    names = {path.rpartition("/digits_")[2] for path in report["figures"]}
+    assert names == {
+        f"{n}.png" for n in ("router", "signals", "weights", "distances", "gradients", "trade_off")
+    }
+
+
+def _pgd(eps: float, step: float) -> pgd.PGD:
+    return pgd.PGD(eps, step, 1)
+
+
+def test_results_alone_are_enough_for_some_verdicts(tmp_path) -> None:
+    for seed in (0, 1):
+        put_result(tmp_path, "static_mtard", seed, 10)
+        put_result(tmp_path, "awnet_mtard", seed, 10)
+    report = analyse(tmp_path / "runs", tmp_path, "digits", [0, 1])
+    holds = {e["id"]: e["holds"] for e in report["expectations"]}
+    assert holds["C2"] is False
+    assert holds["F4a"] is None
+    assert len(report["missing"]) == 6
+    assert [p.rpartition("/")[2] for p in report["figures"]] == ["digits_trade_off.png"]
+
+
+def test_nothing_to_analyse(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match=r"nothing to analyse.*make reproduce-awnet"):
+        analyse(tmp_path, tmp_path, "digits", [0])
+
+
+def test_what_training_logged_is_read_back(tmp_path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    assert curves_of(tmp_path) == {}
+    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
+        for step, value in enumerate((0.5, 0.25)):
+            writer.add_scalar("train/w_nat", value, step)
+            writer.add_scalar("val/clean_acc", value, step)
+    assert curves_of(tmp_path) == {"w_nat": [(0, 0.5), (1, 0.25)]}
+
+
+def test_tensors_are_for_pictures() -> None:
+    entry = {"a": {"p": torch.ones(2), "auroc": 0.5}, "b": 1}
+    assert without_tensors(entry) == {"a": {"auroc": 0.5}, "b": 1}

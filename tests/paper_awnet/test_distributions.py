@@ -1,0 +1,150 @@
+"""Histograms, distances and shapes against plain Python; which batch-norm reads what."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kurtosis, wasserstein_distance
+from torch import nn
+
+from common.networks.preact_resnet import PreActResNet
+from common.networks.resnet import ResNet
+from paper_awnet.distributions import (
+    Filters,
+    distances,
+    filters,
+    histograms,
+    js_divergence,
+    mean_scales,
+    quantile,
+    shape_of,
+    wasserstein,
+)
+from paper_awnet.method import Router
+from paper_awnet.networks import AWNet
+
+IMAGE = torch.rand(1, 8, 8)
+
+
+def backbone() -> ResNet:
+    net = ResNet((1, 1), (4, 6), (1, 2), in_channels=1).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            module.running_var.uniform_(0.5, 2.0)
+            module.running_mean.normal_()
+    return net
+
+
+def test_histograms_count_everything_in_common_bins() -> None:
+    a, b = torch.randn(4000), 3 * torch.randn(4000)
+    p, q, bound = histograms(a, b)
+    assert bound == pytest.approx(np.quantile(b.abs().numpy(), 0.999), rel=1e-5)
+    for values, found in ((a, p), (b, q)):
+        assert found.shape == (100,)
+        assert found.sum().item() == pytest.approx(1.0)
+        counts, _ = np.histogram(values.clamp(-bound, bound).numpy(), 100, (-bound, bound))
+        assert np.abs(found.numpy() * 4000 - counts).max() <= 1  # a value on an edge
+    assert q[0] > 0
+    assert q[-1] > 0
+
+
+def test_quantiles_interpolate() -> None:
+    values = torch.rand(777, dtype=torch.float64)
+    for q in (0.0, 0.3, 0.999, 1.0):
+        assert quantile(values, q).item() == pytest.approx(np.quantile(values.numpy(), q))
+
+
+def test_js_divergence() -> None:
+    p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 0.5, 0.5])
+    assert js_divergence(p, p) == 0.0
+    assert js_divergence(p, q) == pytest.approx(js_divergence(q, p))
+    assert js_divergence(p, q) == pytest.approx(0.5 * math.log(2))
+    one, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    assert js_divergence(one, other) == pytest.approx(math.log(2))
+
+
+def test_wasserstein_is_scipys() -> None:
+    a, b = torch.randn(300), torch.randn(300) * 2 + 1
+    assert wasserstein(a, b) == pytest.approx(wasserstein_distance(a.numpy(), b.numpy()), rel=1e-5)
+    assert wasserstein(a, a + 0.5) == pytest.approx(0.5, abs=1e-6)
+    with pytest.raises(ValueError, match="300 and 10 weights"):
+        wasserstein(a, b[:10])
+
+
+def test_shapes() -> None:
+    w = torch.randn(6, 3, 3, 3) ** 3
+    found = shape_of(w)
+    flat = w.flatten().numpy().astype(float)
+    assert found.kurtosis == pytest.approx(kurtosis(flat), rel=1e-5)
+    assert found.std == pytest.approx(flat.std(), rel=1e-5)
+    assert found.mean_abs == pytest.approx(np.abs(flat).mean(), rel=1e-5)
+    assert found.sparsity == pytest.approx((np.abs(flat) < 0.01 * np.abs(flat).max()).mean())
+    assert found.l1 == pytest.approx(np.abs(w.numpy()).reshape(6, -1).sum(1).mean(), rel=1e-5)
+    assert found.l2 == pytest.approx(np.linalg.norm(w.numpy().reshape(6, -1), axis=1).mean())
+
+
+def test_folding_takes_the_free_scale_away() -> None:
+    net = backbone()
+    before = filters(net, IMAGE)
+    block = net.stages[1][0]
+    with torch.no_grad():  # the same function with another raw scale
+        block.conv1.weight.mul_(7.0)
+        block.bn1.running_mean.mul_(7.0)
+        block.bn1.running_var.mul_(49.0)
+    after = filters(net, IMAGE)
+    name = "stages.1.0.conv1"
+    torch.testing.assert_close(before[name].folded, after[name].folded, rtol=1e-4, atol=1e-6)
+    assert wasserstein(before[name].raw, after[name].raw) > 0.1
+
+
+def test_every_convolution_of_a_resnet_has_its_batch_norm() -> None:
+    net = backbone()
+    found = filters(net, IMAGE)
+    assert set(found) == {
+        "stem.conv",
+        *(f"stages.{i}.0.conv{j}" for i in (0, 1) for j in (1, 2)),
+        "stages.1.0.shortcut.conv",
+    }
+    norm = net.stages[1][0].shortcut.bn
+    gain = norm.weight / (norm.running_var + 1e-5).sqrt()
+    folded = net.stages[1][0].shortcut.conv.weight * gain[:, None, None, None]
+    torch.testing.assert_close(found["stages.1.0.shortcut.conv"].folded, folded.detach())
+
+
+def test_convolutions_before_a_sum_are_not_folded() -> None:
+    found = filters(PreActResNet((1, 1), (4, 6), (1, 2), in_channels=1).eval(), IMAGE)
+    assert found["stages.0.0.conv1"].folded is not None
+    assert found["stages.0.0.conv2"].folded is None
+    # A first block's batch-norm reads the stem; its shortcut, which does so too, is left aside.
+    assert set(distances(found, found)) == {"stem", "stages.0.0.conv1", "stages.1.0.conv1"}
+    assert "stages.0.0.conv2" in distances(found, found, folded=False)
+
+
+def test_an_awnet_is_folded_with_either_batch_norm_and_scaled_by_mean_signals() -> None:
+    router = partial(Router, widths=(4, 6, 8), type_hidden=5, init="normal")
+    net = AWNet(backbone(), router).eval()
+    nn.init.constant_(net.arch.stages[0][0].bn1.adv.weight, 3.0)
+    signals = net.outputs(torch.rand(5, 1, 8, 8)).signals
+    scales = mean_scales(net, signals)
+    assert set(scales) == {f"stages.{i}.0.conv{j}" for i in (0, 1) for j in (1, 2)}
+    torch.testing.assert_close(scales["stages.0.0.conv2"], signals[0][:, 4:].mean(0))
+    plain, clean, adv = (
+        filters(net, IMAGE, kind, s)
+        for kind, s in (("clean", None), ("clean", scales), ("adv", scales))
+    )
+    name = "stages.0.0.conv1"
+    assert set(plain) == set(filters(backbone(), IMAGE)), "the router's are left out"
+    scaled = plain[name].raw * scales[name].detach()[:, None, None, None]
+    torch.testing.assert_close(clean[name].raw, scaled)
+    norm = net.arch.stages[0][0].bn1.adv
+    gain = (3.0 / (norm.running_var + 1e-5).sqrt())[:, None, None, None]
+    torch.testing.assert_close(adv[name].folded, scaled * gain)
+    assert distances(clean, adv)[name]["wasserstein"] > 0
+
+
+def test_distance_of_a_network_from_itself() -> None:
+    one = {"a": Filters(torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 3))}
+    assert distances(one, one) == {"a": {"wasserstein": 0.0, "js": 0.0}}

@@ -1,0 +1,260 @@
+"""Router and detector, dynamic convolution, MixBN: the invariants of the layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import ConfigurationError
+from paper_awnet.method import (
+    ACTIVATIONS,
+    Detector,
+    DynamicConv2d,
+    MixBatchNorm2d,
+    Route,
+    Router,
+    check_probabilities,
+    grouped_convolution,
+    rows_by_type,
+    scaled_output,
+    straight_through,
+)
+
+SMALL = {"widths": (4, 6, 8), "type_hidden": 5}
+
+
+# ---------------------------------------------------------------------------- the side network
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"), [(Router, 129 * 3840), (Detector, 3 * 3840)], ids=lambda v: str(v)
+)
+def test_parameters_of_the_side_network(kind, heads) -> None:
+    with torch.device("meta"):
+        net = kind(3, [128, 128, 256, 256, 512, 512, 1024, 1024])
+    count = {n: sum(p.numel() for p in m.parameters()) for n, m in net.named_children()}
+    assert count == {"features": 93_472, "type_head": 8_386, "signal_heads": heads}
+
+
+@pytest.mark.parametrize("kind", [Router, Detector])
+def test_signals_begin_at_one_and_stay_between_zero_and_two(kind) -> None:
+    x = torch.rand(5, 1, 8, 8)
+    net = kind(1, [6, 4], **SMALL).eval()
+    z, u = net.read(x)
+    assert z.shape == (5, 8)
+    assert u.shape == (5, 2)
+    assert [tuple(s.shape) for s in net.signals(z, u.softmax(1))] == [(5, 6), (5, 4)]
+    assert all((s == 1).all() for s in net.signals(z, u.softmax(1)))
+    wild = kind(1, [6, 4], **SMALL, init="normal", init_std=3.0).eval()
+    z, u = wild.read(x)
+    for omega in wild.signals(z, u.softmax(1)):
+        assert ((omega > 0) & (omega < 2)).all()
+        assert omega.std() > 0
+    assert all((head.bias == 0).all() for head in wild.signal_heads)
+
+
+def test_what_signals_depend_on() -> None:
+    x = torch.rand(4, 1, 8, 8)
+    p = torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    router = Router(1, [6], **SMALL, init="normal").eval()
+    detector = Detector(1, [6], **SMALL, init="normal").eval()
+    z, _ = router.read(x)
+    assert torch.equal(router.signals(z, p)[0], router.signals(z, 1 - p)[0])
+    assert router.signals(z, p)[0].std(dim=0).max() > 0
+    same = detector.signals(z, p)[0]
+    assert (same == same[0]).all(), "one point of the curve for all images of one p"
+    assert not torch.allclose(same, detector.signals(z, 1 - p)[0])
+
+
+def test_activations() -> None:
+    a = torch.linspace(-4, 4, 50)
+    assert torch.allclose(ACTIVATIONS["two_sigmoid"](a), ACTIVATIONS["one_plus_tanh"](a))
+    assert torch.allclose(ACTIVATIONS["two_sigmoid"](a), 2 / (1 + (-a).exp()))
+    assert torch.allclose(ACTIVATIONS["sigmoid"](a), 1 / (1 + (-a).exp()))
+    assert torch.allclose(ACTIVATIONS["softplus"](a), (1 + a.exp()).log(), atol=1e-6)
+    assert torch.equal(ACTIVATIONS["linear"](a), 1 + a)
+    zero = torch.zeros(1)
+    for name in ("two_sigmoid", "one_plus_tanh", "linear"):
+        assert ACTIVATIONS[name](zero) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": "relu"}, "activation must be one of two_sigmoid.*got 'relu'"),
+        ({"init": "ones"}, "init must be one of zero, normal, got 'ones'"),
+        ({"init": "normal", "init_std": 0.0}, "above 0, got 0.0.*init: zero"),
+        ({"widths": (4, 0, 4)}, r"widths\[1\] must be at least 1, got 0"),
+        ({"widths": (4, 4)}, "one stride for each width"),
+        ({"type_hidden": 0}, "type_hidden must be at least 1"),
+    ],
+)
+def test_bad_settings_of_the_router(settings, message) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Router(1, [4], **settings)
+
+
+# ----------------------------------------------------------------------- dynamic convolution
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "groups", "stride"), [(3, 5, 1, 1), (4, 6, 1, 2), (6, 6, 6, 2)]
+)
+def test_scaled_output_is_the_grouped_convolution(inside, outside, groups, stride) -> None:
+    """Invariant 3, values and all gradients, in float64; depthwise too."""
+    conv = nn.Conv2d(
+        inside, outside, 3, stride, padding=1, groups=groups, bias=False, dtype=torch.float64
+    )
+    x = torch.randn(4, inside, 7, 7, dtype=torch.float64, requires_grad=True)
+    omega = torch.rand(4, outside, dtype=torch.float64, requires_grad=True)
+    fast = scaled_output(conv(x), omega)
+    slow = grouped_convolution(x, conv, omega)
+    assert (fast - slow).abs().max() < 1e-12
+    weights = torch.randn_like(fast)
+    inputs = (conv.weight, omega, x)
+    for a, b in zip(
+        torch.autograd.grad((fast * weights).sum(), inputs),
+        torch.autograd.grad((slow * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert (a - b).abs().max() < 1e-11
+
+
+def test_a_dynamic_convolution_keeps_weight_and_settings() -> None:
+    route, conv = Route(), nn.Conv2d(4, 6, 3, 2, padding=1, bias=False)
+    dynamic = DynamicConv2d(conv, route, 1)
+    assert dynamic.weight is conv.weight
+    x, omega = torch.rand(2, 4, 8, 8), torch.rand(2, 6)
+    with route.told([torch.zeros(2, 3), omega], None):
+        assert torch.equal(dynamic(x), conv(x) * omega[:, :, None, None])
+    with pytest.raises(RuntimeError, match="no signals outside"):
+        dynamic(x)
+    with pytest.raises(ConfigurationError, match="has a bias"):
+        DynamicConv2d(nn.Conv2d(4, 6, 3), route, 0)
+
+
+# ------------------------------------------------------------------------------------- MixBN
+
+
+def mixed(channels: int = 5) -> tuple[MixBatchNorm2d, Route]:
+    """Two batch-norms that have seen different things."""
+    route = Route()
+    mix = MixBatchNorm2d(nn.BatchNorm2d(channels), route)
+    for norm in (mix.clean, mix.adv):
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 3.0)
+    return mix, route
+
+
+def test_both_batch_norms_start_alike_and_share_nothing() -> None:
+    norm = nn.BatchNorm2d(3)
+    nn.init.uniform_(norm.weight)
+    norm.running_mean.fill_(0.3)
+    mix = MixBatchNorm2d(norm, Route())
+    for name, value in mix.clean.state_dict().items():
+        assert torch.equal(value, mix.adv.state_dict()[name])
+        assert value.data_ptr() != mix.adv.state_dict()[name].data_ptr()
+
+
+def test_evaluation_is_linear_in_p_and_equals_the_two_batch_norms() -> None:
+    """Invariant 5."""
+    mix, route = mixed()
+    mix.eval()
+    x = torch.randn(6, 5, 3, 3)
+    p = torch.rand(6, 1)
+    p = torch.cat([p, 1 - p], dim=1)
+
+    def out(mixture):
+        with route.told((), mixture):
+            return mix(x)
+
+    clean, adv = (out(torch.tensor(v).expand(6, 2)) for v in ([1.0, 0.0], [0.0, 1.0]))
+    torch.testing.assert_close(clean, mix.clean(x))
+    torch.testing.assert_close(adv, mix.adv(x))
+    a, b = p[:, :1, None, None], p[:, 1:, None, None]
+    torch.testing.assert_close(out(p), a * clean + b * adv)
+    with pytest.raises(RuntimeError, match="no P_type outside"):
+        mix(x)
+
+
+def test_training_is_two_batch_norms_on_two_batches() -> None:
+    """Invariant 6: values, running statistics, any order of the images, no influence of P."""
+    mix, route = mixed()
+    twins = copy.deepcopy(mix.clean), copy.deepcopy(mix.adv)
+    x = torch.randn(8, 5, 3, 3)
+    types = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
+    p = torch.rand(8, 2, requires_grad=True)
+    with route.told((), p, rows_by_type(types)):
+        out = mix(x)
+    expected = torch.empty_like(x)
+    for kind, twin in enumerate(twins):
+        expected[types == kind] = twin(x[types == kind])
+    assert torch.equal(out, expected)
+    for norm, twin in zip((mix.clean, mix.adv), twins, strict=True):
+        assert torch.equal(norm.running_mean, twin.running_mean)
+        assert torch.equal(norm.running_var, twin.running_var)
+    assert torch.autograd.grad(out.sum(), p, allow_unused=True) == (None,)
+    order = torch.argsort(types, stable=True)
+    with route.told((), None, rows_by_type(types[order])):
+        torch.testing.assert_close(mix(x[order]), expected[order])
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_images_of_one_type_leave_the_other_batch_norm_as_it_is(kind) -> None:
+    mix, route = mixed()
+    other = (mix.adv, mix.clean)[kind]
+    before = copy.deepcopy(other.state_dict())
+    with route.told((), None, rows_by_type(torch.full((4,), kind))):
+        mix(torch.randn(4, 5, 3, 3))
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+    assert (mix.clean, mix.adv)[kind].num_batches_tracked == 1
+
+
+def test_half_precision_maps_stay_half() -> None:
+    mix, route = mixed()
+    with route.told((), torch.tensor([[0.25, 0.75]])):
+        assert mix.eval()(torch.randn(1, 5, 2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_route_forgets_even_after_an_error() -> None:
+    route = Route()
+    with pytest.raises(ZeroDivisionError), route.told([torch.ones(1, 1)], torch.ones(1, 2)):
+        raise ZeroDivisionError
+    assert (route.signals, route.mixture, route.rows) == ((), None, None)
+
+
+def test_rows_by_type() -> None:
+    assert rows_by_type(torch.tensor([0, 0, 1])) == (slice(0, 2), slice(2, 3))
+    clean, adv = rows_by_type(torch.tensor([1, 0, 1]))
+    assert clean.tolist() == [1]
+    assert adv.tolist() == [0, 2]
+    with pytest.raises(ConfigurationError, match=r"0 \(clean\) or 1 \(adversarial\).*\[0, 2\]"):
+        rows_by_type(torch.tensor([0, 2]))
+
+
+# ----------------------------------------------------------------------------------- P_type
+
+
+def test_straight_through_has_hard_values_and_soft_gradients() -> None:
+    u = torch.tensor([[0.3, 0.1], [-1.0, 2.0]], requires_grad=True)
+    p = u.softmax(1)
+    hard = straight_through(p)
+    torch.testing.assert_close(hard, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    weights = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    found = torch.autograd.grad((hard * weights).sum(), u, retain_graph=True)[0]
+    soft = torch.autograd.grad((p * weights).sum(), u)[0]
+    assert torch.equal(found, soft)
+    assert soft.abs().min() > 0
+
+
+@pytest.mark.parametrize("p", [[0.5, 0.6], [-0.1, 1.1], [[0.5, 0.5]] * 3, [1.0, 0.0, 0.0]], ids=str)
+def test_what_is_no_distribution_is_refused(p) -> None:
+    with pytest.raises(ConfigurationError, match=r"distribution over \(clean, adversarial\)"):
+        check_probabilities(torch.tensor(p), 2)
+
+
+def test_one_distribution_serves_all_images() -> None:
+    assert check_probabilities(torch.tensor([0.0, 1.0]), 3).tolist() == [[0.0, 1.0]] * 3

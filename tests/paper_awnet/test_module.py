@@ -1,0 +1,211 @@
+"""The classifier: adaptive attacks, attacks that leave no trace, teachers at fit."""
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.attacks.pgd import PGD
+from common.callbacks.modes import frozen
+from common.cli import main
+from common.evaluation.suite import resolve_losses
+from common.networks.resnet import ResNet
+from common.objectives import Natural
+from paper_awnet.method import Router
+from paper_awnet.module import AWNetClassifier
+from paper_awnet.networks import AWNet, DigitsStudent
+from paper_awnet.oat import OATNet
+from paper_awnet.objectives import HybridCE, forced
+
+CONFIGS = Path(__file__).parents[2] / "paper_awnet/configs"
+KNOWS = {
+    "ce_routerdetached",
+    "ce_routerfrozen",
+    *(f"joint_{kind}_{w}" for kind in ("clean", "adv") for w in (0.1, 1, 10)),
+    "ce_branchclean",
+    "ce_branchadv",
+    "misroute",
+}
+
+
+def network(**settings) -> AWNet:
+    router = partial(Router, widths=(4, 6, 8), type_hidden=5, init="normal")
+    net = AWNet(DigitsStudent(widths=(4, 6, 8)), router, **settings)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.5)
+            module.running_mean.normal_(std=0.1)
+    return net
+
+
+@pytest.fixture
+def model() -> AWNetClassifier:
+    torch.manual_seed(0)
+    return AWNetClassifier(network(), HybridCE(), torch.optim.SGD).eval()
+
+
+@pytest.fixture
+def digits() -> dict[str, torch.Tensor]:
+    return {
+        "x": torch.rand(6, 1, 8, 8),
+        "y": torch.randint(10, (6,)),
+        "index": torch.arange(6),
+    }
+
+
+def test_which_attacks_there_are(model) -> None:
+    assert set(model.adaptive_losses()) == {"ce_f", "cw_f"} | KNOWS
+    plain = AWNetClassifier(ResNet((1,), (4,), (1,)), Natural(), torch.optim.SGD)
+    assert set(plain.adaptive_losses()) == {"ce_f", "cw_f"}
+    oat = AWNetClassifier(OATNet(ResNet((1,), (4,), (1,))), Natural(), torch.optim.SGD)
+    assert "ce_knob_0.4" in oat.adaptive_losses()
+    patterns = ["ce_router*", "joint_*", "ce_branch*", "misroute"]
+    assert set(resolve_losses(patterns, model)) == KNOWS
+
+
+def gradient(loss, x: torch.Tensor) -> torch.Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(loss(x).sum(), x)[0]
+
+
+def losses(model, digits, name):
+    return model.adaptive_losses()[name](model, digits)
+
+
+def test_every_attack_has_a_gradient_and_depends_on_its_own_image_alone(model, digits) -> None:
+    for name in KNOWS:
+        loss = losses(model, digits, name)
+        assert loss(digits["x"]).shape == (6,)
+        assert (gradient(loss, digits["x"]).flatten(1).abs().amax(1) > 0).all(), name
+        moved = digits["x"].clone()
+        moved[0] = torch.rand(1, 8, 8)
+        torch.testing.assert_close(loss(moved)[1:], loss(digits["x"])[1:])
+
+
+def test_a1_has_the_value_of_the_deployed_network_and_another_gradient(model, digits) -> None:
+    x, y = digits["x"], digits["y"]
+    loss = losses(model, digits, "ce_routerdetached")
+    torch.testing.assert_close(loss(x), F.cross_entropy(model(x), y, reduction="none"))
+    live, cut = gradient(losses(model, digits, "ce_f"), x), gradient(loss, x)
+    assert (live - cut).abs().max() > 1e-3 * live.abs().max()
+
+
+def test_a2_keeps_the_route_of_the_clean_image(model, digits) -> None:
+    x, y = digits["x"], digits["y"]
+    out = model.net.outputs(x)
+    other = torch.rand_like(x)
+    kept = model.net.outputs(other, p=out.p, signals=out.signals).logits
+    expected = F.cross_entropy(kept, y, reduction="none")
+    found = losses(model, digits, "ce_routerfrozen")(other)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, losses(model, digits, "ce_f")(other))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("clean", 0), ("adv", 1)])
+def test_a3_and_a4_and_a5(model, digits, name, kind) -> None:
+    x, y = digits["x"], digits["y"]
+    out = model.net.outputs(x)
+    looks = F.cross_entropy(out.type_logits, torch.full_like(y, kind), reduction="none")
+    wrong = F.cross_entropy(out.logits, y, reduction="none")
+    torch.testing.assert_close(losses(model, digits, f"joint_{name}_10")(x), wrong - 10 * looks)
+    branch = F.cross_entropy(forced(model.net, kind)(x), y, reduction="none")
+    torch.testing.assert_close(losses(model, digits, f"ce_branch{name}")(x), branch)
+    if kind == 0:
+        torch.testing.assert_close(losses(model, digits, "misroute")(x), looks)
+
+
+def test_attacks_work_inside_inference_mode(model, digits) -> None:
+    with torch.inference_mode():
+        batch = {key: value.clone() for key, value in digits.items()}
+        for name in ("ce_routerfrozen", "ce_routerdetached", "joint_clean_1"):
+            with torch.inference_mode(False):
+                part = {key: value.clone() for key, value in batch.items()}
+                x_adv = PGD(0.3, 0.1, 2)(losses(model, part, name), part["x"])
+            assert (x_adv - part["x"]).abs().max() > 0.05
+
+
+def test_an_attack_leaves_no_trace(model, digits) -> None:
+    """Invariant 12: buffers, gradients, flags; ball and box."""
+    model.train()
+    model.net.arch.stem.eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    with frozen(model, "eval"):
+        x_adv = PGD(0.3, 0.1, 3)(model.objective.inner(model, digits), digits["x"])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert modes == [m.training for m in model.modules()]
+    assert (x_adv - digits["x"]).abs().max() <= 0.3 + 1e-6
+    assert 0 <= x_adv.min() <= x_adv.max() <= 1
+
+
+def test_histograms_of_the_route(model, digits) -> None:
+    added = {}
+    model.log_histograms(lambda name, values: added.update({name: values}), digits)
+    assert set(added) == {"p_adv/x", "omega1/x", "omega2/x", "omega3/x"}
+
+
+# ------------------------------------------------------------------------- the whole command line
+
+
+def run(command: str, stem: str, *more: str) -> None:
+    small = {
+        "data.train_limit": 128,
+        "data.val_limit": 8,
+        "data.test_limit": 8,
+        "adversary.attack.steps": 1,
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+        "trainer.log_every_n_steps": 1,
+        "trainer.check_val_every_n_epoch": 1,
+    }
+    if "teacher_clean" in stem:
+        del small["adversary.attack.steps"]
+    options = [part for key, value in small.items() for part in (f"--{key}", str(value))]
+    path = CONFIGS / f"{stem}.yaml"
+    main([command, "--config", str(path), *options, *more], package="paper_awnet")
+
+
+def test_a_missing_teacher_is_told_with_the_command_that_trains_it(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        run("fit", "digits_awnet_mtard", "--seed_everything", "7")
+    assert error.value.code == 2
+    line = capsys.readouterr().err
+    assert "the teacher digits_teacher_clean has not been trained" in line
+    assert "paper_awnet/configs/digits_teacher_clean.yaml --seed_everything 7" in line
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_teachers_student_interruption_and_test(tmp_path, monkeypatch) -> None:
+    """Trained by their own configs, found, frozen; interrupted and resumed equals uninterrupted."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("clean", "robust"):
+        run("fit", f"digits_teacher_{name}", "--trainer.max_epochs", "1")
+    runs = tmp_path / "runs/paper_awnet"
+    before = (runs / "digits_teacher_robust/seed0/checkpoints/last.ckpt").read_bytes()
+    stem = "digits_awnet_mtard"
+    run("fit", stem, "--trainer.max_epochs", "3", "--experiment", "whole")
+    run("fit", stem, "--trainer.max_epochs", "2", "--experiment", "cut")
+    run("fit", stem, "--trainer.max_epochs", "3", "--experiment", "cut", "--ckpt_path", "last")
+    whole, cut = (
+        torch.load(runs / f"{n}/seed0/checkpoints/last.ckpt")["state_dict"]
+        for n in ("whole", "cut")
+    )
+    assert whole.keys() == cut.keys()
+    assert {"objective.w_nat", "objective.initial", "objective.has_begun"} <= whole.keys()
+    assert not any("teacher" in k or k.startswith("objective.clean") for k in whole)
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    assert whole["objective.w_nat"] != 0.5
+    assert (runs / "digits_teacher_robust/seed0/checkpoints/last.ckpt").read_bytes() == before
+    for name in ("clean", "robust"):  # a test asks no teacher
+        (runs / f"digits_teacher_{name}/seed0/checkpoints/last.ckpt").unlink()
+    run("test", stem, "--experiment", "whole", "--ckpt_path", "last")
+    assert (runs / "whole/seed0/results.json").is_file()

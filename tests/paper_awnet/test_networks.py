@@ -1,0 +1,306 @@
+"""Dynamic networks made of the common backbones: counts, static equivalence, routes, refusals."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import CheckpointError, ConfigurationError
+from common.networks.mobilenet_v2 import MobileNetV2
+from common.networks.preact_resnet import PreActResNet
+from common.networks.resnet import ResNet, ResNet18
+from common.networks.vgg import VGG
+from common.networks.wide_resnet import SamePaddingBlock, WideResNet
+from paper_awnet.method import Detector, DynamicConv2d, MixBatchNorm2d, Router
+from paper_awnet.networks import AWNet, DigitsStudent, ResNet34, ResNet56
+
+SMALL = partial(Router, widths=(4, 6, 8), type_hidden=5)
+WILD = partial(SMALL, init="normal")
+STATIC = {
+    "resnet": partial(ResNet, depths=(1, 2), widths=(4, 6), strides=(1, 2)),
+    "wide": partial(WideResNet, depths=(1, 2), widths=(4, 6), strides=(1, 2), stem_width=4),
+    "preact": partial(PreActResNet, depths=(1, 2), widths=(4, 6), strides=(1, 2)),
+    "mobile": partial(MobileNetV2, stages=((1, 4, 1, 1), (2, 6, 2, 2)), stem_width=4, head_width=8),
+}
+
+
+def small(name: str = "resnet", router=SMALL, **settings) -> AWNet:
+    return AWNet(STATIC[name](in_channels=1), router, **settings)
+
+
+def shaken(net: AWNet) -> AWNet:
+    """Different statistics and weights in every batch-norm."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2.0)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [
+        (lambda: AWNet(ResNet18()), 11_780_780),
+        (lambda: AWNet(ResNet18(num_classes=100)), 11_826_950),
+        (lambda: AWNet(ResNet18(num_classes=200)), 11_878_250),
+        (lambda: AWNet(MobileNetV2()), 4_468_972),
+        (lambda: AWNet(MobileNetV2(num_classes=100)), 4_584_262),
+        (lambda: AWNet(WideResNet(34, 8)), 30_827_228),
+        (lambda: AWNet(WideResNet(34, 10)), 47_729_564),
+        (lambda: AWNet(ResNet18(), Detector), 11_287_340),
+        # of teachers and static students
+        (ResNet56, 855_770),
+        (partial(ResNet56, num_classes=100), 861_620),
+        (ResNet34, 21_282_122),
+        (DigitsStudent, 19_810),
+    ],
+)
+def test_parameters(make, parameters) -> None:
+    """Invariant 2."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in make().parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("backbone", "blocks", "signals"),
+    [
+        (ResNet18, 8, 3_840),
+        (MobileNetV2, 17, 15_776),
+        (partial(WideResNet, 34, 8), 15, 8_960),
+        (partial(WideResNet, 34, 10), 15, 11_200),
+    ],
+)
+def test_signals_of_the_backbones(backbone, blocks, signals) -> None:
+    with torch.device("meta"):
+        net = AWNet(backbone())
+        doubled = sum(p.numel() for p in net.arch.parameters())
+        plain = sum(p.numel() for p in backbone().parameters())
+    assert len(net.widths) == blocks
+    assert sum(map(sum, net.widths)) == signals
+    extra = {8: 9_600, 17: 35_088, 15: {8_960: 17_952, 11_200: 22_432}.get(signals)}[blocks]
+    assert doubled - plain == extra
+
+
+def test_signals_of_resnet18_by_block() -> None:
+    with torch.device("meta"):
+        net, last = AWNet(ResNet18()), AWNet(ResNet18(), scope="last_conv")
+    assert [sum(w) for w in net.widths] == [128, 128, 256, 256, 512, 512, 1024, 1024]
+    assert [sum(w) for w in last.widths] == [64, 64, 128, 128, 256, 256, 512, 512]
+    dynamic = {n for n, m in last.arch.named_modules() if isinstance(m, DynamicConv2d)}
+    assert dynamic == {f"stages.{i}.{j}.conv2" for i in range(4) for j in range(2)}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_outputs(name) -> None:
+    """Invariant 1."""
+    net, x = small(name, WILD).eval(), torch.rand(5, 1, 8, 8)
+    out = net.outputs(x)
+    assert out.logits.shape == (5, 10)
+    assert out.type_logits.shape == out.p.shape == (5, 2)
+    assert torch.allclose(out.p.sum(1), torch.ones(5))
+    assert [s.shape[1] for s in out.signals] == [sum(w) for w in net.widths]
+    assert torch.equal(out.logits, net(x))
+    single = {n for n, m in net.arch.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert {n.rpartition(".")[2] for n in single} == {"clean", "adv"}, "every one is two"
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_with_static_weights_it_is_the_static_network(name) -> None:
+    """Invariant 4: for any P, any mixing; and again after copying weights into another one."""
+    torch.manual_seed(3)
+    static = STATIC[name](in_channels=1)
+    for module in static.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2.0)
+    static.eval()
+    net = small(name)
+    net.load_static(static.state_dict())
+    net.eval()
+    x = torch.rand(6, 1, 8, 8)
+    expected = static(x)
+    torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-4)
+    for p in ([1.0, 0.0], [0.2, 0.8]):
+        out = net.outputs(x, p=torch.tensor(p)).logits
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(CheckpointError, match="the static network holds the weights of another"):
+        net.load_static({k: v for k, v in static.state_dict().items() if "stem" not in k})
+
+
+@pytest.mark.parametrize("mixbn", [True, False])
+@pytest.mark.parametrize("kind", [Router, Detector])
+def test_the_four_combinations_train(kind, mixbn) -> None:
+    make = partial(kind, widths=(4, 6, 8), type_hidden=5, init="normal")
+    net = small(router=make, mixbn=mixbn)
+    assert any(isinstance(m, MixBatchNorm2d) for m in net.modules()) == mixbn
+    types = torch.tensor([0, 0, 0, 1, 1, 1])
+    out = net.outputs(torch.rand(6, 1, 8, 8), types)
+    (out.logits.square().sum() + out.type_logits.square().sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.arch.parameters())
+    assert all(p.grad is not None for p in net.router.parameters())
+
+
+def test_two_batch_norms_are_the_routers_default() -> None:
+    assert small().has_mixbn
+    assert not small(router=partial(Detector, widths=(4, 6, 8), type_hidden=5)).has_mixbn
+
+
+def test_given_p_and_signals_reproduce_what_was_not_given() -> None:
+    """Invariant 15, and that they matter."""
+    net, x = shaken(small(router=WILD)).eval(), torch.rand(5, 1, 8, 8)
+    own = net.outputs(x)
+    again = net.outputs(x, p=own.p, signals=own.signals)
+    torch.testing.assert_close(again.logits, own.logits)
+    other = net.outputs(x, p=torch.tensor([0.0, 1.0])).logits
+    assert (other - own.logits).abs().max() > 1e-3
+    still = net.outputs(x, signals=[torch.ones_like(s) for s in own.signals]).logits
+    assert (still - own.logits).abs().max() > 1e-3
+
+
+def test_a_forced_type_moves_a_detectors_signals_and_not_a_routers() -> None:
+    x, adv = torch.rand(4, 1, 8, 8), torch.tensor([0.0, 1.0])
+    for kind, moves in ((Router, False), (Detector, True)):
+        net = small(router=partial(kind, widths=(4, 6, 8), type_hidden=5, init="normal")).eval()
+        own, forced = net.outputs(x), net.outputs(x, p=adv)
+        same = all(torch.equal(a, b) for a, b in zip(own.signals, forced.signals, strict=True))
+        assert same != moves
+
+
+def test_mixing_modes() -> None:
+    net, x = shaken(small(router=WILD)).eval(), torch.rand(6, 1, 8, 8)
+    p = net.outputs(x).p
+    hard = nn.functional.one_hot(p.argmax(1), 2).float()
+    expected = {
+        "soft": p,
+        "hard": hard,
+        "clean": torch.tensor([1.0, 0.0]),
+        "adv": torch.tensor([0.0, 1.0]),
+    }
+    for mixing, mixture in expected.items():
+        net.mixing = mixing
+        torch.testing.assert_close(net(x), net.outputs(x, p=mixture).logits)
+
+
+def test_hard_mixing_does_not_hide_the_router_from_attacks() -> None:
+    """The gradient through P_type is the soft one's, so it is there."""
+    net = shaken(small(mixing="hard")).eval()
+    x = torch.rand(4, 1, 8, 8, requires_grad=True)
+    (live,) = torch.autograd.grad(net(x).square().sum(), x)
+    p = net.mixture(net.outputs(x).p).detach()
+    (cut,) = torch.autograd.grad(net.outputs(x, p=p).logits.square().sum(), x)
+    assert (live - cut).abs().max() > 1e-6
+
+
+def test_training_mode_without_types_is_refused() -> None:
+    net = small()
+    with pytest.raises(ConfigurationError, match=r"types=.*adversary.mode: eval"):
+        net(torch.rand(2, 1, 8, 8))
+    one = small(mixbn=False)
+    assert one(torch.rand(2, 1, 8, 8)).shape == (2, 10), "one batch-norm asks for no types"
+
+
+def test_nothing_is_kept_from_a_pass_and_copies_are_independent() -> None:
+    net, x = shaken(small(router=WILD)).eval(), torch.rand(3, 1, 8, 8)
+    before = net(x)
+    twin = copy.deepcopy(net)
+    assert (net.route.signals, net.route.mixture, net.route.rows) == ((), None, None)
+    assert twin.route is not net.route
+    assert all(m.route is twin.route for m in twin.modules() if isinstance(m, DynamicConv2d))
+    assert torch.equal(twin(x), before)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(net(x), before)
+    assert set(twin.state_dict()) == set(net.state_dict())
+
+
+@pytest.mark.slow
+def test_it_compiles() -> None:
+    net, x = shaken(small(router=WILD)).eval(), torch.rand(3, 1, 8, 8)
+    expected = net(x)
+    net.compile(backend="eager")
+    torch.testing.assert_close(net(x), expected)
+    torch.testing.assert_close(net(x), expected)
+    torch._dynamo.reset()
+
+
+def test_without_dynamic_filters_there_are_no_signals() -> None:
+    net = small(dynamic=False)
+    assert net.widths == []
+    assert len(net.router.signal_heads) == 0
+    assert not any(isinstance(m, DynamicConv2d) for m in net.modules())
+    assert net.eval().outputs(torch.rand(2, 1, 8, 8)).signals == []
+
+
+def test_scale_cancellation() -> None:
+    """Invariant 7: a scale by type and filter is inert in training mode, not in evaluation."""
+    net = shaken(small()).double()
+    x = torch.rand(8, 1, 8, 8, dtype=torch.float64)
+    types = torch.arange(2).repeat_interleave(4)
+    own = [torch.ones(8, sum(w), dtype=torch.float64) for w in net.widths]
+    scaled = []
+    for omega in own:
+        by_type = torch.empty(2, omega.shape[1], dtype=torch.float64).uniform_(0.5, 2.0)
+        scaled.append(omega * by_type[types])
+    with torch.no_grad():
+        a = net.outputs(x, types, signals=own).logits
+        b = net.outputs(x, types, signals=scaled).logits
+        net.eval()
+        c, d = (net.outputs(x, signals=s).logits for s in (own, scaled))
+    assert (a - b).abs().max() < 1e-3
+    assert (c - d).abs().max() > 1e-2
+
+
+def test_gradients_of_signals_of_one_type_cancel() -> None:
+    """Section 2.8.2: sum over images of one type of omega dL/d omega is about zero."""
+    net = shaken(small()).double()
+    x = torch.rand(8, 1, 8, 8, dtype=torch.float64)
+    types = torch.arange(2).repeat_interleave(4)
+    signals = [
+        torch.empty(8, sum(w), dtype=torch.float64).uniform_(0.5, 1.5).requires_grad_()
+        for w in net.widths
+    ]
+    loss = net.outputs(x, types, signals=signals).logits.square().sum()
+    for omega, gradient in zip(signals, torch.autograd.grad(loss, signals), strict=True):
+        product = omega.detach() * gradient
+        for kind in (0, 1):
+            total = product[types == kind].sum(dim=0).abs()
+            assert total.max() < 1e-2 * product.abs().sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scope": "all"}, "scope must be one of block, last_conv, got 'all'"),
+        ({"mixing": "mean"}, "mixing must be one of soft, hard, clean, adv, got 'mean'"),
+    ],
+)
+def test_bad_settings(settings, message) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        small(**settings)
+
+
+def test_a_network_without_residual_blocks_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"VGG has no residual blocks.*dynamic: false"):
+        AWNet(VGG(), SMALL)
+
+
+def test_signals_of_another_shape_are_refused() -> None:
+    net = small().eval()
+    with pytest.raises(ConfigurationError, match="signals must have the shapes"):
+        net.outputs(torch.rand(2, 1, 8, 8), signals=[torch.ones(2, 3)])
+
+
+@pytest.mark.parametrize(
+    ("depth", "factor", "classes", "parameters"),
+    [(22, 6, 100, 9_693_108), (70, 16, 100, 266_888_756), (70, 16, 10, 266_796_506)],
+)
+def test_teachers_of_cifar100(depth, factor, classes, parameters) -> None:
+    with torch.device("meta"):
+        net = WideResNet(depth, factor, classes, activation=nn.SiLU, block=SamePaddingBlock)
+        assert sum(p.numel() for p in net.parameters()) == parameters
+        assert net(torch.rand(1, 3, 32, 32)).shape == (1, classes)
