@@ -36,7 +36,12 @@ from common.results import COSTS
 from paper_rcm.figures import cost_figure
 from paper_rcm.method import BASE_STRIDES, DigitsNet, cost, parse_strides
 
-DATA = {"digits": ((1, 8, 8), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
+DATA = {
+    "digits": ((1, 8, 8), 10),
+    "cifar10": ((3, 32, 32), 10),
+    "cifar100": ((3, 32, 32), 100),
+    "tiny": ((3, 64, 64), 200),
+}
 """Shape and classes, by what a stem begins with."""
 
 MEMORY_BATCH = 128

@@ -264,8 +264,9 @@ def test_the_name_is_that_of_the_network(stem: str, reference: Reference) -> Non
     assert arguments.get("pool", "avg") == ("max" if "max" in parts else "avg")
     if "init" in arguments:
         arguments["init"] = load_class(arguments["init"])
-    data, side = parts[0], 8 if parts[0] == "digits" else 32
-    classes = 100 if data == "cifar100" else 10
+    data = parts[0]
+    side = {"digits": 8, "tiny": 64}.get(data, 32)
+    classes = {"cifar100": 100, "tiny": 200}.get(data, 10)
     channels = 1 if data == "digits" else 3
     with torch.device("meta"):
         arch = load_class(settings["arch"]["class_path"])(
@@ -330,7 +331,8 @@ def test_the_official_recipe(stem: str) -> None:
     else:
         assert (data["crop_padding_mode"], data["validate_on"]) == ("reflect", "test")
     source = data["source"]["class_path"]
-    assert source.endswith("CIFAR100" if stem.startswith("cifar100") else "CIFAR10")
+    names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "tiny": "TinyImageNet"}
+    assert source.endswith(f".{names[stem.partition('_')[0]]}")
 
 
 @pytest.mark.parametrize("stem", [stem for stem in REAL if "_1222_" in stem])
