@@ -130,7 +130,7 @@ def histograms(first: Tensor, second: Tensor, bins: int = BINS) -> tuple[Tensor,
     Returns:
         Both histograms, ``(bins,)``, each with sum 1, and b.
     """
-    values = [w.flatten().double() for w in (first, second)]
+    values = [w.detach().flatten().double() for w in (first, second)]
     bound = max(float(quantile(w.abs(), 0.999)) for w in values) or 1.0
     counts = [torch.histc(w.clamp(-bound, bound), bins=bins, min=-bound, max=bound) for w in values]
     one, other = (count / count.sum() for count in counts)

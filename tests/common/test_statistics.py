@@ -87,6 +87,7 @@ def test_welch_without_spread_is_certain() -> None:
 samples = st.lists(st.floats(0.0, 1.0).map(lambda x: round(x, 4)), min_size=2, max_size=6)
 
 
+@pytest.mark.filterwarnings("ignore:Precision loss")
 @given(samples, samples)
 def test_welch_is_that_of_scipy(first: list[float], second: list[float]) -> None:
     if len(set(first)) == len(set(second)) == 1:
