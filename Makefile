@@ -10,6 +10,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 STAMP  := $(VENV)/.installed
 PY     := $(VENV)/bin/python
+BENCHENV := .venv-bench
+BENCH    := $(BENCHENV)/.installed
+BENCHPY  := $(BENCHENV)/bin/python
 
 PAPERS := $(patsubst paper_%/configs,%,$(wildcard paper_*/configs))
 ON     ?= digits
@@ -44,6 +47,12 @@ reproduce-%: $(STAMP) ## rows, table and figures of a paper [ON=stem-prefix] [SE
 results: $(STAMP) ## render all tables again from the result files
 	@$(PY) -m common.tables $(addprefix paper_,$(PAPERS))
 
+bench: $(BENCH) ## ours against peers and the bare loop, some minutes [ARGS="training --compile"]
+	OMP_NUM_THREADS=1 $(BENCHPY) -m benchmarks $(ARGS)
+
+bench-full: $(BENCH) ## the same with more rounds, sizes and examples, an hour or two
+	OMP_NUM_THREADS=1 $(BENCHPY) -m benchmarks --full --compile $(ARGS)
+
 tensorboard: $(STAMP) ## look at all runs
 	$(VENV)/bin/tensorboard --logdir runs
 
@@ -76,14 +85,23 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# Peers that would disturb the environment get one of their own, which sees the other's packages. A
+# peer that cannot be installed is a line of the report.
+$(BENCH): $(STAMP)
+	@rm -rf $(BENCHENV); $(PYTHON) -m venv $(BENCHENV)
+	@$(PY) -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(BENCHENV)/lib/python3*/site-packages)/main.pth
+	@$(BENCHPY) -m pip install --quiet --disable-pip-version-check --no-deps \
+	  "adversarial-robustness-toolbox>=1.20.1" six tqdm || echo "adversarial-robustness-toolbox is not there"
+	@touch $@
+
 clean: ## remove the environment and caches; runs and results stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build
+	rm -rf $(VENV) $(BENCHENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.PHONY: reproduce results tensorboard check format test test-slow setup clean help rows
+.PHONY: reproduce results bench bench-full tensorboard check format test test-slow setup clean help rows
 
 # ---- the experiment graph: one node per config and seed, made by the sub-make of reproduce-% --------
 ifneq ($(PAPER),)

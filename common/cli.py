@@ -114,7 +114,8 @@ class RobustCLI(LightningCLI):
         if config.evaluation.suite:
             threat = threat_of(config.evaluation, config.adversary)
             fill_threat(config.evaluation.suite, threat)
-        digest = training_digest(self._plain(config))
+        plain = self._plain(config)
+        digest = training_digest(plain)
         if self.subcommand:
             run = self._run_directory(config, digest)
             config.trainer.default_root_dir = str(run)
@@ -124,7 +125,6 @@ class RobustCLI(LightningCLI):
         config.evaluation.experiment = config.experiment
         config.evaluation.paper = self.package
         config.evaluation.config_digest = digest
-        plain = self._plain(config)
         config.monitoring.hyperparameters = {
             key: plain[key] for key in ("experiment", "seed_everything", "model", "adversary")
         }
@@ -222,7 +222,14 @@ class SaveTrainingConfig(SaveConfigCallback):
         logger = config.trainer.logger
         if logger and logger.class_path == TENSORBOARD:
             config.update(None, "trainer.logger")
-        self.parser.save(config, str(partial), skip_none=False, overwrite=True, multifile=False)
+        self.parser.save(
+            config,
+            str(partial),
+            skip_none=False,
+            skip_validation=True,  # it was validated when it was parsed
+            overwrite=True,
+            multifile=False,
+        )
         partial.replace(path)
         self.already_saved = True
 

@@ -43,6 +43,10 @@ def training_digest(config: Mapping[str, Any]) -> str:
     decisive["validation"] = (config.get("evaluation") or {}).get("validation")
     trainer = config.get("trainer") or {}
     decisive["trainer"] = {key: trainer.get(key) for key in TRAINER_SETTINGS}
+    # Switched off they leave a digest as it was before they existed.
+    for section, name in (("adversary", "engine"), ("validation", "until_broken")):
+        if isinstance(given := decisive[section], Mapping) and not given.get(name):
+            decisive[section] = {key: value for key, value in given.items() if key != name}
     text = json.dumps(without_whereabouts(decisive), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -48,6 +48,7 @@ def collect(
     config_digest: str,
     wall_time_s: float,
     attack_seconds: Mapping[str, float],
+    engine: object = None,
 ) -> dict[str, Any]:
     """Everything about a result that may differ between two runs giving the same numbers."""
     status = _git("status", "--porcelain", "--untracked-files=no")
@@ -63,6 +64,7 @@ def collect(
         "world_size": world_size,
         "threads": torch.get_num_threads(),
         "precision": precision,
+        **({} if engine is None else {"engine": repr(engine)}),
         "tf32": bool(torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32),
         "checkpoint_digest": weights_digest(state_dict),
         "config_digest": config_digest,

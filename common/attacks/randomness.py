@@ -5,6 +5,7 @@ and the point where a run was resumed. Here each number is a hash of (seed, stre
 index, position in the image), so it depends on none of them and is the same on every device.
 """
 
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -51,6 +52,12 @@ class ExampleRandom:
             key = _mix(key + _GOLDEN + part)
         self._key = _mix(key + _GOLDEN + index)
         self._drawn = 0
+
+    def of(self, rows: Tensor) -> "ExampleRandom":
+        """The further numbers of some of the examples, independent of what is drawn here."""
+        part = copy.copy(self)
+        part._key = self._key[rows]
+        return part
 
     def _bits(self, shape: Sequence[int]) -> Tensor:
         """Uniform 53-bit integers, ``(N, *shape)``."""

@@ -1,9 +1,12 @@
 """Writes ``batch["x_adv"]`` before every training step; by then adversarial examples are data."""
 
+from contextlib import nullcontext
+
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 
+from common.attacks.engine import AttackEngine
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, run_seed
 from common.callbacks.modes import AttackMode, frozen, is_logged
@@ -23,18 +26,27 @@ class AdversarialTraining(Callback):
     Args:
         attack: Any projected ascent; ``None`` trains on what the loader gives.
         mode: Batch-norm mode while attacking, see :func:`common.callbacks.modes.frozen`.
+        engine: Computes the attack's passes; ``None`` for the plain network. In float32 a run
+            differs from the plain one by rounding, which training amplifies; in bf16 by more.
     """
 
-    def __init__(self, attack: PGD | None = None, mode: AttackMode = "eval") -> None:
+    def __init__(
+        self,
+        attack: PGD | None = None,
+        mode: AttackMode = "eval",
+        engine: AttackEngine | None = None,
+    ) -> None:
         self.attack = attack
         self.mode = mode
+        self.engine = engine
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that attack and objective belong together.
 
         Raises:
-            ConfigurationError: If only one of them deals with adversarial examples, or if the
-                precision would underflow input gradients.
+            ConfigurationError: If only one of them deals with adversarial examples, if the
+                precision would underflow input gradients, or if an engine is to attack in train
+                mode.
         """
         if stage != "fit":
             return
@@ -52,6 +64,11 @@ class AdversarialTraining(Callback):
                 "reads the adversarial examples; set adversary.attack to null or choose an "
                 "adversarial objective"
             )
+        if self.engine is not None and self.mode != "eval":
+            raise ConfigurationError(
+                f"adversary.engine computes attacks in eval mode and adversary.mode is "
+                f"{self.mode}; set adversary.engine to null, or adversary.mode to eval"
+            )
         if self.attack is not None and trainer.precision in ("16-mixed", "16-true"):
             raise ConfigurationError(
                 f"trainer.precision is {trainer.precision}: fp16 underflows most input gradients, "
@@ -68,13 +85,16 @@ class AdversarialTraining(Callback):
         random = ExampleRandom(run_seed(), trainer.current_epoch, batch["index"])
         # Lightning enters autocast after this hook, so the precision is entered by hand.
         with frozen(pl_module, self.mode), trainer.precision_plugin.train_step_context():
-            loss_fn = objective_of(pl_module).inner(pl_module, batch)
-            batch["x_adv"] = self.attack(
-                loss_fn,
-                batch["x"],
-                random,
-                is_adversarial=lambda x: pl_module(x).argmax(dim=1) != batch["y"],
-            )
+            with (
+                nullcontext() if self.engine is None else self.engine.applied(pl_module, batch["x"])
+            ):
+                loss_fn = objective_of(pl_module).inner(pl_module, batch)
+                batch["x_adv"] = self.attack(
+                    loss_fn,
+                    batch["x"],
+                    random,
+                    is_adversarial=lambda x: pl_module(x).argmax(dim=1) != batch["y"],
+                )
             if is_logged(trainer):
                 self._measure(pl_module, batch)
 

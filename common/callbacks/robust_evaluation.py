@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from common import provenance
+from common.attacks.engine import AttackEngine
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
 from common.callbacks.modes import frozen
@@ -47,6 +48,9 @@ class RobustEvaluation(Callback):
             first attack. Attacks in larger balls or other norms are reported, and do not count.
         audit: Checks for gradient masking; ``None`` for none.
         measures: What else to find out about the network: see :mod:`common.evaluation.measures`.
+        engine: Computes the passes of the suite's attacks; their success is judged by the plain
+            float32 network whatever it is (:mod:`common.evaluation.fast`). Validation, which
+            chooses a checkpoint, goes without.
         pictures: Whether to draw curves, bars and examples beside the results and in TensorBoard.
         results: The JSON file of results; ``None`` puts ``results.json`` into the run directory.
         experiment: Name under which results are filed; the command line fills it in.
@@ -61,6 +65,7 @@ class RobustEvaluation(Callback):
         threat: Threat | None = None,
         audit: Audit | None = None,
         measures: dict[str, Measure] | None = None,
+        engine: AttackEngine | None = None,
         pictures: bool = True,
         results: str | None = None,
         experiment: str | None = None,
@@ -72,6 +77,7 @@ class RobustEvaluation(Callback):
         self.threat = threat
         self.audit = audit
         self.measures = measures or {}
+        self.engine = engine
         self.pictures = pictures
         self.results = results
         self.experiment = experiment or "unnamed"
@@ -85,6 +91,11 @@ class RobustEvaluation(Callback):
                 "evaluation.validation runs after every epoch and has to be common.attacks.pgd.PGD "
                 f"or one of its kind, got {type(validation.attack).__name__}; other attacks go "
                 "into evaluation.suite"
+            )
+        if validation is not None and validation.until_broken:
+            raise ConfigurationError(
+                "evaluation.validation attacks batch by batch to the last step; drop until_broken, "
+                "which is for entries of evaluation.suite"
             )
 
     # ---- set-up ------------------------------------------------------------------------------
@@ -204,7 +215,7 @@ class RobustEvaluation(Callback):
         }
         with torch.no_grad():
             classes = pl_module(examples["x"][:1].to(pl_module.device)).shape[1]
-        steps = steps_of(suite, pl_module, classes, run_seed())
+        steps = steps_of(suite, pl_module, classes, run_seed(), self.engine)
         threat = self.threat or next((step.threat for step in steps if step.threat), None)
         if self.audit is not None and threat is not None:
             steps += self.audit.steps(pl_module, threat, classes)
@@ -250,6 +261,7 @@ class RobustEvaluation(Callback):
                 config_digest=self.config_digest,
                 wall_time_s=time.perf_counter() - self._started,
                 attack_seconds=outcomes.seconds,
+                engine=self.engine,
             ),
         )
 

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from common.attacks.autoattack import AutoAttack
+from common.attacks.compaction import climb_until_broken
+from common.attacks.engine import AttackEngine
 from common.attacks.gama import GAMAPGD
 from common.attacks.minimum_norm import MinimumNorm
 from common.attacks.noise import Noise
-from common.attacks.pgd import PGD, parse_radius
+from common.attacks.pgd import PGD, FriendlyPGD, LossFn, parse_radius
 from common.attacks.randomness import EVALUATION, ExampleRandom
 from common.errors import ConfigurationError
+from common.evaluation.fast import attacked, autoattacked, part_of
 from common.evaluation.steps import Columns, Step, Threat, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.objectives import Batch, InnerLoss
@@ -46,6 +49,9 @@ class SuiteEntry:
             ``{eps: [2/255, 4/255, 8/255]}`` or ``{steps: [1, 10, 100]}``: a curve in the results.
         eot: Average losses over so many forward passes (expectation over transformation, Athalye,
             Carlini & Wagner 2018, Section 4.2); for networks that draw random numbers.
+        until_broken: Take an example out as soon as it is found misclassified, instead of judging
+            where it ends: faster, and never fewer examples are broken. For projected ascents on a
+            deterministic network.
 
     Raises:
         ConfigurationError: If a setting is out of range or does not apply to the attack.
@@ -58,6 +64,7 @@ class SuiteEntry:
     checkpoints: list[str] | None = None
     sweep: dict[str, list[float | str]] | None = None
     eot: int = 1
+    until_broken: bool = False
 
     def __post_init__(self) -> None:
         if not self.losses:
@@ -69,6 +76,13 @@ class SuiteEntry:
             if value is not None and value < 1:
                 what = "at least 1 or null for all" if name == "examples" else "at least 1"
                 raise ConfigurationError(f"{name} must be {what}, got {value}")
+        is_ascent = isinstance(self.attack, PGD) and not isinstance(self.attack, FriendlyPGD)
+        if self.until_broken and (self.eot > 1 or not is_ascent):
+            raise ConfigurationError(
+                "until_broken takes examples out of a projected ascent (PGD, MIM, FGSM) on a "
+                f"network that draws no random numbers, got {type(self.attack).__name__} with eot "
+                f"{self.eot}; drop until_broken"
+            )
         for name, values in (self.sweep or {}).items():
             if name not in self.attack.settings() or not values:
                 raise ConfigurationError(
@@ -140,7 +154,11 @@ def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
 
 
 def steps_of(
-    suite: Mapping[str, SuiteEntry], model: Any, num_classes: int, seed: int
+    suite: Mapping[str, SuiteEntry],
+    model: Any,
+    num_classes: int,
+    seed: int,
+    engine: AttackEngine | None = None,
 ) -> list[Step]:
     """The steps of a suite on a model, in their order.
 
@@ -149,12 +167,14 @@ def steps_of(
         model: Declares ``adaptive_losses``.
         num_classes: K of the model; some attacks need more than two or three classes.
         seed: Of AutoAttack's random starts.
+        engine: Computes the passes of projected ascents, GAMA, minimum-norm attacks and AutoAttack;
+            ``None`` for the plain network.
     """
     return [
         step
         for name, entry in suite.items()
         for attack, at in entry.variants()
-        for step in _steps(name, entry, attack, at, model, num_classes, seed)
+        for step in _steps(name, entry, attack, at, model, num_classes, seed, engine)
     ]
 
 
@@ -166,13 +186,27 @@ def _steps(
     model: Any,
     num_classes: int,
     seed: int,
+    engine: AttackEngine | None,
 ) -> Iterator[Step]:
     def step(run: Any, part: str = "", at: Mapping[str, float] = at, **fields: Any) -> Step:
         point = [f"{axis}={value:.6g}" for axis, value in at.items()]
         settings = {"attack": attack.settings(), "part": part, "eot": entry.eot, "at": dict(at)}
+        settings = fields.pop("settings", settings)
+        if entry.until_broken:
+            settings["until_broken"] = True
+        if engine is not None and not isinstance(attack, Noise | Transfer):
+            settings["engine"] = engine.settings()
         key = "/".join([name, *filter(None, [part]), *point])
         given = common | {"settings": settings, "at": dict(at)} | fields
         return Step(key=key, entry=name, run=run, **given)
+
+    if engine is not None and isinstance(attack, AutoAttack | MinimumNorm):
+        # Reduced precision finds other distances, and nothing tells which are the shorter ones.
+        # AutoAttack is mostly spent on what no precision breaks: attacking that twice takes longer.
+        engine = engine.in_float32()
+
+    def crafted(craft: Any, threat: Threat | None) -> Any:
+        return partial(attacked, craft, threat, engine)
 
     # The unprojected form of GAMA leaves the ball: reported as its authors would, not counted.
     is_bounded = getattr(attack, "project", True)
@@ -206,18 +240,23 @@ def _steps(
                 *(", ".join(left_out), num_classes, ", ".join(planned)),
             )
         for part in planned:
-            run = partial(_autoattack, attack, part, seed, adaptive)
+            run = partial(autoattacked, attack, part, seed, adaptive, engine)
             settings = {"attack": attack.settings(), "part": part, "loss": loss_name}
             yield step(run, part, settings=settings, cumulative=True, batch_size=attack.batch_size)
     elif isinstance(attack, GAMAPGD):
-        yield step(partial(_on_logits, attack))
+        ball = Threat("linf", attack.eps) if attack.project else None
+        yield step(crafted(partial(_on_logits, attack), ball))
     elif isinstance(attack, MinimumNorm):
-        yield step(partial(_minimum_norm, attack))
+        threat = None if attack.eps is None else Threat(attack.norm, attack.eps)
+        yield step(crafted(partial(_minimum_norm, attack), threat))
     elif isinstance(attack, Transfer):
         yield step(attack.run)
     else:
         for loss_name, inner in resolve_losses(entry.losses, model).items():
-            yield step(partial(_ascent, attack, inner, entry.eot), loss_name)
+            craft = partial(_ascent, attack, inner, entry.eot)
+            if entry.until_broken:
+                craft = partial(_compacted, attack, inner)
+            yield step(crafted(craft, Threat(attack.norm, attack.eps)), loss_name)
 
 
 # ------------------------------------------------------------------------------ what a step runs
@@ -225,11 +264,20 @@ def _steps(
 
 def _ascent(
     attack: PGD, inner: InnerLoss, eot: int, model: Any, batch: Batch, random: ExampleRandom
-) -> Columns:
+) -> Tensor:
     loss = averaged(inner(model, batch), eot)
     wrong = partial(is_wrong, model, batch["y"])
-    x_adv = attack(loss, batch["x"], random, is_adversarial=wrong)
-    return judged(model, batch, x_adv, Threat(attack.norm, attack.eps))
+    return attack(loss, batch["x"], random, is_adversarial=wrong)
+
+
+def _compacted(
+    attack: PGD, inner: InnerLoss, model: Any, batch: Batch, random: ExampleRandom
+) -> Tensor:
+    def of(rows: Tensor) -> tuple[LossFn, Callable[[Tensor], Tensor]]:
+        part = part_of(batch, rows)
+        return inner(model, part), partial(is_wrong, model, part["y"])
+
+    return climb_until_broken(attack, of, batch["x"], random)
 
 
 def averaged(loss: Callable[[Tensor], Tensor], times: int) -> Callable[[Tensor], Tensor]:
@@ -239,33 +287,12 @@ def averaged(loss: Callable[[Tensor], Tensor], times: int) -> Callable[[Tensor],
     return lambda x: torch.stack([loss(x) for _ in range(times)]).mean(dim=0)
 
 
-def _autoattack(
-    attack: AutoAttack,
-    part: str,
-    seed: int,
-    inner: InnerLoss | None,
-    model: Any,
-    batch: Batch,
-    _: ExampleRandom,
-) -> Columns:
-    steered = None if inner is None else partial(_steered, inner, model)
-    x_adv, correct = attack.step(part, model, batch["x"], batch["y"], seed, steered)
-    return judged(model, batch, x_adv, Threat(attack.norm, attack.eps), correct)
+def _on_logits(attack: GAMAPGD, model: Any, batch: Batch, random: ExampleRandom) -> Tensor:
+    return attack(model, batch["x"], batch["y"], random)
 
 
-def _steered(inner: InnerLoss, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return model(x), inner(model, {"x": x, "y": y})(x)
-
-
-def _on_logits(attack: GAMAPGD, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
-    x_adv = attack(model, batch["x"], batch["y"], random)
-    return judged(model, batch, x_adv, Threat("linf", attack.eps) if attack.project else None)
-
-
-def _minimum_norm(attack: MinimumNorm, model: Any, batch: Batch, _: ExampleRandom) -> Columns:
-    x_adv = attack(model, batch["x"], batch["y"])
-    threat = None if attack.eps is None else Threat(attack.norm, attack.eps)
-    return judged(model, batch, x_adv, threat)
+def _minimum_norm(attack: MinimumNorm, model: Any, batch: Batch, _: ExampleRandom) -> Tensor:
+    return attack(model, batch["x"], batch["y"])
 
 
 def _noisy(

@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 
+from common.attacks.engine import AttackEngine
 from common.attacks.pgd import FGSM, PGD, FriendlyPGD
 from common.attacks.randomness import ExampleRandom
 from common.callbacks.adversarial_training import AdversarialTraining
@@ -234,3 +235,60 @@ def test_an_objective_may_say_what_its_weights_climb() -> None:
         moved.append(module.net.head.linear.weight.detach() - before)
         awp.on_after_backward(trainer(), module)
     torch.testing.assert_close(moved[0], -moved[1], rtol=1e-3, atol=1e-7)
+
+
+# ---- the attack-side network -----------------------------------------------------------------
+
+
+def trained_with(engine, objective, **settings):
+    objective = objective()
+    module = classifier(objective, double=True)
+    adversary = AdversarialTraining(PGD(0.1, 0.03, 3), engine=engine)
+    callbacks = [adversary, AdversarialWeightPerturbation(0.005)]
+    fitted = trainer(*callbacks, max_steps=3, precision="64-true", **settings)
+    fitted.fit(module, datamodule=data(batch_size=10))
+    return module
+
+
+@pytest.mark.parametrize("objective", [AT, TRADES, MART, ALP])
+def test_folding_trains_the_same_network(objective) -> None:
+    """In double precision rounding has no time to grow; weight perturbation is on as well."""
+    plain, fast = trained_with(None, objective), trained_with(AttackEngine(), objective)
+    assert list(plain.state_dict()) == list(fast.state_dict())
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fast.state_dict()[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    start = classifier(objective(), double=True).state_dict()
+    assert not torch.equal(start["net.stem.conv.weight"], plain.net.stem.conv.weight)
+
+
+class Watching(AT):
+    """Notes what it is attacked through and what it trains."""
+
+    def inner(self, model, batch):
+        self.attacked = type(model.net.stem.bn)
+        return super().inner(model, batch)
+
+    def outer(self, model, batch):
+        self.trained = type(model.net.stem.bn)
+        return super().outer(model, batch)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("engine", [AttackEngine(), AttackEngine(precision="bf16")])
+def test_only_the_attack_sees_the_attack_side_network(engine, precision: str) -> None:
+    objective = Watching()
+    module = classifier(objective)
+    adversary = AdversarialTraining(PGD(0.1, 0.05, 2), engine=engine)
+    names = list(module.state_dict())
+    trainer(adversary, precision=precision).fit(module, datamodule=data())
+    assert objective.attacked is torch.nn.Identity
+    assert objective.trained is torch.nn.BatchNorm2d
+    assert list(module.state_dict()) == names
+    assert engine._plans.of[module].pairs
+
+
+@pytest.mark.parametrize("mode", ["train", "train_frozen"])
+def test_an_engine_needs_eval_mode(mode: str) -> None:
+    adversary = AdversarialTraining(PGD(0.1), mode, AttackEngine())
+    with pytest.raises(ConfigurationError, match=r"adversary\.engine .*mode is train"):
+        trainer(adversary).fit(classifier(AT()), datamodule=data())

@@ -1,0 +1,1 @@
+"""Ours against installed peers and the bare hand-written loop, as ratios within one run."""

@@ -1,0 +1,60 @@
+"""``python -m benchmarks [training evaluation overheads growth] [--full] [--device cuda]``.
+
+Writes ``benchmarks/results/<name>.json`` and ``.md``; sections that are not asked for stay as they
+were.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import evaluation, overheads, report, training
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the sections and write them down."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", allow_abbrev=False)
+    parser.add_argument("sections", nargs="*", choices=[*report.SECTIONS, []], default=[])
+    parser.add_argument("--full", action="store_true", help="more rounds, sizes and examples")
+    parser.add_argument("--compile", action="store_true", help="compiled candidates as well")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--examples", type=int, help="of the evaluation")
+    parser.add_argument("--name", help="of the files; by default that of the device")
+    given = parser.parse_args(argv)
+    name = given.name or torch.device(given.device).type
+    for section in given.sections or report.SECTIONS:
+        found = measured(section, given)
+        path = report.write(name, section, found, given.device)
+        print(f"{section}: written to {path}", flush=True)
+    print(path.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def measured(section: str, given: argparse.Namespace) -> dict[str, Any]:
+    """The findings of one section."""
+    if section == "training":
+        rounds = given.rounds or (9 if given.full else 3)
+        return training.compare(given.batch, given.steps, rounds, given.compile, given.device)
+    if section == "evaluation":
+        examples = given.examples or (400 if given.full else 48)
+        return evaluation.compare(examples, given.full)
+    if section == "growth":
+        return training.growth(given.full, given.device)
+    found = [overheads.lightning(32, 10, 5, is_small=True)]
+    if given.full:
+        found += [overheads.lightning(32, 10, 3), overheads.lightning(128, 10, 3)]
+    else:
+        found += [overheads.lightning(32, 3, 3)]
+    return {
+        "lightning": found,
+        "imports": overheads.imports(),
+        "command_line": overheads.command_line(),
+    }
+
+
+if __name__ == "__main__":
+    main()

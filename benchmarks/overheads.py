@@ -1,0 +1,174 @@
+"""What stands between the loop and the user: Lightning, imports, the command line."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.loops import Task, candidate, ours
+from benchmarks.timing import quartiles, timed
+from common.attacks.engine import AttackEngine
+from common.attacks.pgd import PGD
+from common.callbacks.adversarial_training import AdversarialTraining
+from common.classifier import RobustClassifier
+from common.data.images import ImageDataModule
+from common.data.sources import ImageSource, ImageSpec
+from common.networks.resnet import ResNet, ResNet18
+from common.objectives import AT
+from common.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+IMPORTS = ("torch", "common.attacks.pgd", "common.evaluation", "common.tables", "common.cli")
+
+
+class Noise(ImageSource):
+    """Random colour images of 32x32."""
+
+    def __init__(self, n: int = 512) -> None:
+        self.n = n
+        self.spec = ImageSpec(
+            "Noise", 10, (3, 32, 32), (0.5,) * 3, (0.29,) * 3, tuple("0123456789")
+        )
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    def load(self, split: str) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randint(0, 256, (self.n, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return x, torch.randint(10, (self.n,), generator=generator)
+
+
+class _Clock(AdversarialTraining):
+    """The callback, with the processor's time at every beginning of a step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.at: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.at.append(time.process_time())
+        super().on_train_batch_start(*args)
+
+    def seconds(self) -> list[float]:
+        """Of every step but the first, its loading and all hooks included."""
+        return [b - a for a, b in zip(self.at[1:], self.at[2:], strict=False)]
+
+
+def lightning(batch: int, steps: int, rounds: int, is_small: bool = False) -> dict[str, Any]:
+    """A training step through Lightning relative to the same step called bare.
+
+    In turns: some steps by the trainer, as many by a loop around our own attack and update, with
+    the same options. Both augment with random crops and flips in the trainer's case only.
+    """
+    build = partial(ResNet, (1, 1, 1), (16, 32, 64), (1, 2, 2)) if is_small else ResNet18
+    engine = AttackEngine(channels_last=False)
+    torch.manual_seed(0)
+    net = build()
+    x, y = Noise(batch).load("train")
+    task = Task(net.eval(), x.float() / 255.0, y, steps=steps)
+    bare = candidate(task, ours(task, engine))
+    bare()
+    ratios, alone = [], []
+    for _ in range(rounds):
+        through = statistics.median(_through_lightning(build, engine, batch, steps))
+        ours_s = statistics.median(timed(bare)[0] for _ in range(3))
+        ratios.append(through / ours_s)
+        alone.append(ours_s)
+    lower, median, upper = quartiles(ratios)
+    return {
+        "setting": f"{'small ResNet' if is_small else 'ResNet-18'}, batch {batch}, PGD-{steps}, "
+        "loading, crop and flip included",
+        "ratio": median,
+        "lower": lower,
+        "upper": upper,
+        "bare_cpu_s": statistics.median(alone),
+    }
+
+
+def _through_lightning(build: Any, engine: AttackEngine, batch: int, steps: int) -> list[float]:
+    torch.manual_seed(0)
+    clock = _Clock(PGD(8 / 255, 2 / 255, steps, "zero"), engine=engine)
+    module = RobustClassifier(build(), AT(), partial(torch.optim.SGD, lr=0.0, momentum=0.9))
+    data = ImageDataModule(Noise(batch * 5), batch_size=batch, crop_padding=4, flip=True)
+    trainer = Trainer(
+        max_steps=5, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
+        callbacks=[clock], accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    return clock.seconds()
+
+
+def imports(repeats: int = 3) -> dict[str, Any]:
+    """Processor seconds of a fresh interpreter importing something, the interpreter's included."""
+    return {
+        name: min(_cpu([sys.executable, "-c", f"import {name}"]) for _ in range(repeats))
+        for name in IMPORTS
+    }
+
+
+def command_line(repeats: int = 3) -> dict[str, Any]:
+    """From the start of the command to the first optimiser step and to its end, in seconds."""
+    found: dict[str, list[float]] = {"first_step_cpu_s": [], "first_step_wall_s": []}
+    found |= {"whole_cpu_s": []}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            marker = Path(folder) / "first"
+            command = [
+                sys.executable, "-c", _FIRST_STEP, str(marker), str(time.time()), "fit",
+                "--config", "paper_robustwrn/configs/digits_d3-1-1_sat.yaml", "--runs", folder,
+                "--trainer.max_steps", "1", "--trainer.enable_progress_bar", "false",
+            ]  # fmt: skip
+            found["whole_cpu_s"].append(_cpu(command))
+            cpu, wall = map(float, marker.read_text().split())
+            found["first_step_cpu_s"].append(cpu)
+            found["first_step_wall_s"].append(wall)
+    return {name: min(values) for name, values in found.items()}
+
+
+# Writes processor and wall time when the first step of the optimiser is over.
+_FIRST_STEP = """
+import sys, time
+marker, begun = sys.argv[1], float(sys.argv[2])
+sys.argv = ["paper_robustwrn", *sys.argv[3:]]
+from common.cli import main
+from common.classifier import RobustClassifier
+def on_train_batch_end(self, *args):
+    with open(marker, "w") as file:
+        file.write(f"{time.process_time()} {time.time() - begun}")
+RobustClassifier.on_train_batch_end = on_train_batch_end
+main(package="paper_robustwrn")
+"""
+
+
+def _cpu(command: list[str]) -> float:
+    before = os.times()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr[-500:]}")
+    after = os.times()
+    return (after.children_user - before.children_user) + (
+        after.children_system - before.children_system
+    )
+
+
+def test_times(log: Path) -> dict[str, float]:
+    """Seconds of the tests by folder, from the report of ``pytest --junitxml``."""
+    from xml.etree import ElementTree
+
+    found: dict[str, float] = {}
+    for case in ElementTree.parse(log).getroot().iter("testcase"):
+        name = ".".join(case.get("classname", "?").split(".")[:3])
+        found[name] = found.get(name, 0.0) + float(case.get("time", 0.0))
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

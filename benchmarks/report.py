@@ -1,0 +1,161 @@
+"""Results as JSON, and as the tables people read."""
+
+import json
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.costs import device_name
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    *("torch", "lightning", "pyautoattack", "torchattacks", "foolbox"),
+    "adversarial-robustness-toolbox",
+)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers belong to."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "processor": device_name(device),
+        "threads": torch.get_num_threads(),
+        "bf16_units": _bf16_units(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _bf16_units() -> str:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown"
+    if "amx_bf16" in flags:
+        return "AMX"
+    return "AVX-512 dot products" if "avx512_bf16" in flags else "none"
+
+
+def write(name: str, section: str, found: Any, device: str) -> Path:
+    """Put one section's findings beside the others and render all of them again."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    whole[section] = {"machine": machine(device), "found": found}
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(rendered(name, whole), encoding="utf-8")
+    return path
+
+
+def rendered(name: str, whole: dict[str, Any]) -> str:
+    """All sections as Markdown."""
+    lines = [f"# Benchmarks on {name}", ""]
+    for section, render in SECTIONS.items():
+        if section not in whole:
+            continue
+        about = whole[section]["machine"]
+        versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
+        lines += [f"## {section.capitalize()}", ""]
+        lines += render(whole[section]["found"])
+        lines += [
+            "",
+            f"{about['processor']}, {about['threads']} thread(s), bf16 units: "
+            f"{about['bf16_units']}; {versions}; {about['date']}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table, all columns but the first to the right."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return ["| " + " | ".join(cells) + " |" for cells in [head, rule, *rows]]
+
+
+def _training(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{found['setting']}; {found['rounds']} rounds in turns, ratios of processor time.",
+        "",
+    ]
+    rows = []
+    for name, row in found["rows"].items():
+        passes = row.get("passes")
+        counts = "/".join(str(n) for n in passes.values()) if passes else ""
+        rows.append(
+            [
+                name,
+                f"{row['ratio']:.3f}",
+                f"{row['lower']:.3f} to {row['upper']:.3f}",
+                f"{row['images_per_s']:.1f}",
+                counts,
+                f"{100 * row['pixels_apart']:.2f} %",
+                f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else "",
+                f"{100 * row['of_conv_peak']:.0f} %",
+                f"{100 * row['of_matmul_peak']:.0f} %",
+            ]
+        )
+    head = ["step", "time / bare loop", "quartiles", "images/s"]
+    head += ["forward/backward/weight passes", "pixels other than the bare loop's (PGD-3)"]
+    head += ["peak memory / bare loop", "of the convolution peak", "of the matrix peak"]
+    lines += table(head, rows)
+    lines += [""] + [f"- {name} did not run: {why}" for name, why in found["missing"].items()]
+    peak = ", ".join(f"{name} {value:.0f}" for name, value in found["peaks_gflops"].items())
+    return [*lines, "", f"Measured peaks in GFLOP/s: {peak}."]
+
+
+def _evaluation(found: dict[str, Any]) -> list[str]:
+    lines = [found["setting"] + "."]
+    for title, key in (("AutoAttack standard", "autoattack"), ("PGD-100", "pgd100")):
+        head = [title, "time / first", "quartiles", "robust"]
+        head += ["broken here alone", "broken there alone"]
+        rows = [
+            [
+                name,
+                f"{row['ratio']:.3f}",
+                f"{row['lower']:.3f} to {row['upper']:.3f}",
+                *(str(row[k]) for k in ("robust", "broken_here_alone", "broken_there_alone")),
+            ]
+            for name, row in found[key]["rows"].items()
+        ]
+        lines += ["", *table(head, rows)]
+    return lines
+
+
+def _overheads(found: dict[str, Any]) -> list[str]:
+    rows = [
+        [f"step through Lightning / bare: {row['setting']}", f"{row['ratio']:.4f}",
+         f"{row['lower']:.4f} to {row['upper']:.4f}"]
+        for row in found["lightning"]
+    ]  # fmt: skip
+    rows += [[f"import {k}, CPU s", f"{v:.2f}", ""] for k, v in found["imports"].items()]
+    rows += [[f"command line: {k}", f"{v:.2f}", ""] for k, v in found["command_line"].items()]
+    return table(["what", "value", "quartiles"], rows)
+
+
+def _growth(found: dict[str, Any]) -> list[str]:
+    lines = [found["setting"] + ".", ""]
+    rows = []
+    for axis in ("batch", "steps", "network"):
+        seconds = ", ".join(f"{k}: {v:.3g}" for k, v in found[axis]["seconds"].items())
+        power = found[axis].get("exponent")
+        rows.append([axis, seconds, "" if power is None else f"{power:.2f}"])
+    return lines + table(["along", "seconds", "exponent"], rows)
+
+
+SECTIONS = {
+    "training": _training,
+    "evaluation": _evaluation,
+    "overheads": _overheads,
+    "growth": _growth,
+}

@@ -1,0 +1,345 @@
+"""The attack-side network: the same function as the model's, cheaper to differentiate by x.
+
+Nine tenths of adversarial training are forward and backward passes of a network that does not
+change meanwhile. For as long as an attack lasts, its convolutions are replaced by stand-ins with
+weights of their own: batch-norm folded in, another memory layout, or bfloat16. Everything else, the
+parameters, the modules' own methods and what the model's losses read of them, is left in place, and
+afterwards the model is what it was.
+"""
+
+import copy
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from common.attacks.folding import Pair, foldable, folded_weights, has_hooks, places
+from common.attacks.settings import Settings
+from common.errors import ConfigurationError
+
+Precision = Literal["32", "bf16"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class AttackEngine(Settings):
+    """How the forward and backward passes of an attack are computed.
+
+    In float32 the results are those of the plain network up to rounding. In ``bf16`` about one
+    gradient sign in a hundred differs: training follows another path, and an evaluation has to
+    confirm what it finds (:mod:`common.evaluation.fast` does).
+
+    Args:
+        fold: Fold eval-mode batch-norm into the convolution before it, wherever the network's code
+            shows that this convolution feeds nothing else; the rest keeps its exact path.
+        channels_last: Keep the stand-ins' weights, and so the activations, in the layout ``NHWC``.
+        precision: ``32`` computes in the network's own type; ``bf16`` keeps weights and activations
+            of the attack in bfloat16, pixels and losses in float32. It pays where the processor
+            has units for it.
+        compile: Compile the attack's passes in this mode; ``None`` does not. The first step then
+            takes from half a minute to several.
+
+    Raises:
+        ConfigurationError: For an unknown precision or mode.
+    """
+
+    def __init__(
+        self,
+        fold: bool = True,
+        channels_last: bool = True,
+        precision: Precision = "32",
+        compile: CompileMode | None = None,
+    ) -> None:
+        if precision not in get_args(Precision):
+            raise ConfigurationError(
+                f"precision of an attack engine is 32 or bf16, got {precision!r}; fp16 underflows "
+                "input gradients"
+            )
+        if compile is not None and compile not in get_args(CompileMode):
+            raise ConfigurationError(
+                f"compile must be null or one of {', '.join(get_args(CompileMode))}, got "
+                f"{compile!r}"
+            )
+        self.fold = fold
+        self.channels_last = channels_last
+        self.precision: Precision = precision
+        self.compile: CompileMode | None = compile
+        self._plans = _Plans()
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether what it finds has to be confirmed in float32."""
+        return self.precision != "32"
+
+    def in_float32(self) -> "AttackEngine":
+        """The same engine with nothing reduced; itself if nothing is."""
+        if not self.is_reduced:
+            return self
+        if self._plans.full is None:
+            self._plans.full = self.but(precision="32")
+        return self._plans.full
+
+    @contextmanager
+    def applied(self, model: nn.Module, x: Tensor) -> Iterator[None]:
+        """Let the model compute by the attack-side network until the end of the block.
+
+        Only input gradients are meant: parameters of the stand-ins have none.
+
+        Args:
+            model: Images to logits, in eval mode, parameters not requiring gradients. Its own
+                forward and every method that goes through its modules becomes fast.
+            x: Some images ``(N, C, H, W)``; the first two try out a network that is new.
+
+        Raises:
+            ValueError: If a batch-norm to be folded is in training mode.
+        """
+        plan = self._plan(model, x)
+        plan.refresh()
+        with plan.swapped(), self._reduced(x.device):
+            yield
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function computed in this engine's precision, with float32 results.
+
+        For code inside :meth:`applied` that switches autocast off, as AutoAttack's does.
+        """
+        if not self.is_reduced:
+            return function
+
+        def wrapped(x: Tensor, *args: Any) -> Any:
+            with self._reduced(x.device):
+                found = function(x, *args)
+            return tuple(map(_widened, found)) if isinstance(found, tuple) else _widened(found)
+
+        return wrapped
+
+    def folded(self, model: nn.Module, x: Tensor) -> int:
+        """How many batch-norms of a model this engine folds."""
+        return len(self._plan(model, x).pairs)
+
+    def __repr__(self) -> str:
+        """What it does."""
+        parts = [name for name in ("fold", "channels_last") if getattr(self, name)]
+        parts += [self.precision, *([f"compile={self.compile}"] if self.compile else [])]
+        return f"AttackEngine({', '.join(parts)})"
+
+    def _reduced(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.is_reduced)
+
+    def _plan(self, model: nn.Module, x: Tensor) -> "_Plan":
+        plan = self._plans.of.get(model)
+        if plan is None or not plan.fits():
+            pairs = foldable(model) if self.fold else []
+            if pairs and not _is_equal(model, x[:2]):
+                _LOG.warning(
+                    "%s computes something else with its batch-norms folded; attacks use it as it "
+                    "is",
+                    type(model).__name__,
+                )
+                pairs = []
+            plan = _Plan(model, pairs, self)
+            norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+            _LOG.info("%s folds %d of %d batch-norms", self, len(pairs), norms)
+            self._plans.of[model] = plan
+        return plan
+
+
+class _Plans:
+    """Stand-ins by model: scratch memory that no copy and no file of an engine takes along."""
+
+    def __init__(self) -> None:
+        self.of: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
+        self.full: AttackEngine | None = None
+
+    def __deepcopy__(self, memo: Any) -> "_Plans":
+        return _Plans()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Plans, ()
+
+
+class _Plan:
+    """The stand-ins of one model."""
+
+    def __init__(self, model: nn.Module, pairs: list[Pair], engine: AttackEngine) -> None:
+        self.pairs = pairs
+        self._dtype = torch.bfloat16 if engine.is_reduced else None
+        self._layout = torch.channels_last if engine.channels_last else torch.contiguous_format
+        paired = {id(pair.conv): pair for pair in pairs}
+        is_other = engine.channels_last or engine.is_reduced
+        self._sources: list[Pair | nn.Conv2d] = [
+            paired.get(id(module)) or module
+            for module in model.modules()
+            if type(module) is nn.Conv2d
+            and (id(module) in paired or (is_other and not has_hooks(module)))
+        ]
+        self._convs = [_stand_in(source) for source in self._sources]
+        self._slots: list[tuple[weakref.ref[nn.Module], str, nn.Module, nn.Module]] = []
+        hung = [part for pair in pairs for part in pair]
+        hung += [source for source in self._sources if isinstance(source, nn.Conv2d)]
+        at = places(model, hung)
+        for source, conv in zip(self._sources, self._convs, strict=True):
+            original = source.conv if isinstance(source, Pair) else source
+            self._slot(at, original, conv)
+            if isinstance(source, Pair):
+                self._slot(at, source.norm, nn.Identity().eval())
+        self._compiled = _Compiled(model, engine.compile)
+
+    def _slot(self, at: Any, original: nn.Module, stand_in: nn.Module) -> None:
+        for parent, name in at[id(original)]:
+            self._slots.append((weakref.ref(parent), name, original, stand_in))
+
+    def fits(self) -> bool:
+        """Whether the model still has the modules it had."""
+        return all(
+            (parent := ref()) is not None and parent._modules.get(name) is original
+            for ref, name, original, _ in self._slots
+        )
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the stand-ins' weights up to date, in place.
+
+        Always: what is written through ``.data``, by weight perturbation or averaging, leaves no
+        trace in a tensor's version, and the price is a fraction of a pass.
+        """
+        weight: Tensor
+        bias: Tensor | None
+        for source, conv in zip(self._sources, self._convs, strict=True):
+            if isinstance(source, Pair):
+                if source.norm.training:
+                    raise ValueError(
+                        "a batch-norm to be folded is in training mode, where it is no affine map; "
+                        "call model.eval() first, or attack without an engine"
+                    )
+                weight, bias = folded_weights(source)
+            else:
+                weight, bias = source.weight, source.bias
+            self._put(conv, "weight", weight)
+            self._put(conv, "bias", bias)
+
+    def _put(self, conv: nn.Module, name: str, value: Tensor | None) -> None:
+        kept = conv._parameters.get(name)  # the update of the weights needs its memory in between
+        if value is None:
+            conv._parameters[name] = None
+            return
+        dtype = self._dtype or value.dtype
+        if kept is None or kept.device != value.device or kept.dtype != dtype:
+            layout = self._layout if value.ndim == 4 else torch.contiguous_format
+            empty = torch.empty(value.shape, dtype=dtype, device=value.device, memory_format=layout)
+            kept = nn.Parameter(empty, requires_grad=False)
+            conv._parameters[name] = kept
+        kept.copy_(value)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Hang the stand-ins in, and take them out again whatever happens."""
+        try:
+            for ref, name, _, stand_in in self._slots:
+                ref()._modules[name] = stand_in  # type: ignore[union-attr]  # checked by fits
+            with self._compiled.used():
+                yield
+        finally:
+            for ref, name, original, _ in self._slots:
+                if (parent := ref()) is not None:
+                    parent._modules[name] = original
+            if not self._compiled.is_used:  # whose graphs want the same memory every time
+                for conv in self._convs:
+                    conv._parameters.clear()
+
+
+class _Compiled:
+    """The model's network compiled for attacks, beside how it is otherwise called."""
+
+    def __init__(self, model: nn.Module, mode: CompileMode | None) -> None:
+        net = getattr(model, "net", model)
+        self._net = weakref.ref(net)
+        self._call = None
+        if mode is not None:
+            call = weakref.WeakMethod(net._call_impl)
+            self._call = torch.compile(_called(call), mode=mode)
+        self.is_used = self._call is not None
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        net = self._net()
+        if self._call is None or net is None:
+            yield
+            return
+        before = net._compiled_call_impl
+        net._compiled_call_impl = self._call
+        try:
+            yield
+        finally:
+            net._compiled_call_impl = before
+
+
+def _called(method: "weakref.WeakMethod[Any]") -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = method()
+        if bound is None:
+            raise ReferenceError("the compiled network is gone")
+        return bound(*args, **kwargs)
+
+    return call
+
+
+def _stand_in(source: Pair | nn.Conv2d) -> nn.Conv2d:
+    """A convolution of the same geometry with weights to come."""
+    conv = source.conv if isinstance(source, Pair) else source
+    made = copy.copy(conv)
+    made._parameters = {}
+    return made.eval()
+
+
+def _widened(found: Any) -> Any:
+    return found.float() if isinstance(found, Tensor) and found.is_floating_point() else found
+
+
+def _is_equal(model: nn.Module, x: Tensor) -> bool:
+    """Whether folding leaves the logits as they are, tried out on a copy.
+
+    Statistics and scales of a fresh network are zeros and ones, which would hide an error, so the
+    copy's are other numbers. Forward passes that draw must draw the same.
+    """
+    with (
+        torch.random.fork_rng(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(x.device.type, enabled=False),
+    ):
+        try:
+            trial = copy.deepcopy(model)
+            generator = torch.Generator().manual_seed(0)
+            for module in trial.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    _scatter(module, generator)
+            plan = _Plan(trial, foldable(trial), AttackEngine(channels_last=False))
+            torch.manual_seed(0)
+            wanted = trial(x.clone())
+            plan.refresh()
+            torch.manual_seed(0)
+            with plan.swapped():
+                got = trial(x.clone())
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            _LOG.info("folding could not be tried out: %s", error)
+            return False
+        largest = wanted.abs().max().clamp_min(1e-6)
+        return bool(torch.isfinite(wanted).all() and (wanted - got).abs().max() < 1e-3 * largest)
+
+
+def _scatter(norm: Any, generator: torch.Generator) -> None:
+    for tensor, low, high in (
+        (norm.running_mean, -0.3, 0.3),
+        (norm.running_var, 0.5, 1.5),
+        (norm.weight, 0.5, 1.5),
+        (norm.bias, -0.3, 0.3),
+    ):
+        if tensor is not None:
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.copy_(low + (high - low) * noise)

@@ -1,0 +1,147 @@
+"""Which convolutions of a network carry their batch-norm, and the weights that stand in for both.
+
+In eval mode batch-norm is an affine map per channel, so a convolution followed by it is one
+convolution with other weights. Whether it *is* followed by it, and by nothing else, is read off the
+forward methods by :mod:`torch.fx`, class by class; what cannot be read stays as it is.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx, nn
+
+_LOG = logging.getLogger(__name__)
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class Pair(NamedTuple):
+    """A convolution whose output goes into a batch-norm and nowhere else."""
+
+    conv: nn.Conv2d
+    norm: nn.Module
+
+
+class Place(NamedTuple):
+    """Where a module hangs: its parent and its name there."""
+
+    parent: nn.Module
+    name: str
+
+
+def foldable(model: nn.Module) -> list[Pair]:
+    """All pairs of a model, found in the forward methods of its modules.
+
+    A pair counts where both hang in one place of the model alone, are called once by the method
+    that calls them, have exactly PyTorch's own classes (a subclass may compute something else) and
+    no hooks (which would see another output).
+
+    Args:
+        model: Any module; it is not called.
+    """
+    hung = Counter(
+        id(child) for module in model.modules() for child in module._modules.values() if child
+    )
+    found: list[Pair] = []
+    called: Counter[int] = Counter()
+    inlined: set[int] = set()
+    for module in model.modules():  # parents come before their children
+        if id(module) in inlined or not any(type(part) in NORMS for part in _within(module)):
+            continue
+        tracer = _OneLevel()
+        try:
+            graph = tracer.trace(module)
+        except Exception as error:  # whatever a forward method does with what is not a tensor
+            _LOG.debug("%s is read part by part: %s", type(module).__name__, error)
+            continue
+        inlined |= tracer.inlined
+        calls = [node for node in graph.nodes if node.op == "call_module"]
+        called.update(id(module.get_submodule(str(node.target))) for node in calls)
+        found += _pairs(module, calls)
+    return [
+        pair
+        for pair in found
+        if all(hung[id(part)] == 1 and called[id(part)] == 1 for part in pair)
+    ]
+
+
+def places(model: nn.Module, wanted: Iterable[nn.Module]) -> dict[int, list[Place]]:
+    """Where modules hang, by their identity: shared ones in several places."""
+    found: dict[int, list[Place]] = {id(module): [] for module in wanted}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if id(child) in found:
+                found[id(child)].append(Place(parent, name))
+    return found
+
+
+def folded_weights(pair: Pair) -> tuple[Tensor, Tensor]:
+    r"""Weight and bias of the convolution that does both.
+
+    .. math:: W' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} W, \qquad
+              b' = \beta + \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} (b - \mu)
+    """
+    conv = pair.conv
+    norm: Any = pair.norm  # its running statistics are there, or it were no pair
+    scale: Tensor = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift: Tensor = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    bias = scale * shift if norm.bias is None else norm.bias + scale * shift
+    return conv.weight * scale.view(-1, 1, 1, 1), bias
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody listens to the calls of a module."""
+    return any(
+        getattr(module, name)
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
+
+
+class _OneLevel(fx.Tracer):
+    """Reads one forward method; sequences inside are looked into, other modules are calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlined: set[int] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a call stays a call."""
+        if type(m).forward is not nn.Sequential.forward or has_hooks(m):
+            return True
+        self.inlined.add(id(m))
+        return False
+
+
+def _within(module: nn.Module) -> Iterator[nn.Module]:
+    """What a forward method can call itself, or through containers."""
+    for child in module.children():
+        yield child
+        if isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            yield from _within(child)
+
+
+def _pairs(module: nn.Module, calls: list[fx.Node]) -> Iterator[Pair]:
+    for node in calls:
+        source: Any = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        norm = module.get_submodule(str(node.target))
+        conv = module.get_submodule(str(source.target))
+        if (
+            type(conv) is nn.Conv2d
+            and type(norm) in NORMS
+            and norm.running_mean is not None
+            and norm.running_var is not None
+            and not has_hooks(conv)
+            and not has_hooks(norm)
+        ):
+            yield Pair(conv, norm)

@@ -1,0 +1,87 @@
+"""Numbers behind the tables, and the tables."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import report
+from benchmarks.passes import Passes
+from benchmarks.peak import flops_of, memory_of
+from benchmarks.timing import exponent, interleaved, quartiles
+from common.networks.resnet import ResNet18
+
+
+def test_turns_alternate_and_ratios_are_within_a_round() -> None:
+    calls: list[str] = []
+    names = ("one", "two", "three")
+    steps = {name: (lambda name=name: calls.append(name)) for name in names}
+    found = interleaved(steps, "one", rounds=2, warm_up=1)
+    assert calls == [*names, *names, *reversed(names)]
+    assert found["one"].ratio == found["one"].lower == found["one"].upper == 1.0
+    with pytest.raises(ValueError, match="none of one, two, three"):
+        interleaved(steps, "four", rounds=2)
+    with pytest.raises(ValueError, match="at least 1"):
+        interleaved(steps, "one", rounds=0)
+
+
+def test_quartiles_and_exponents() -> None:
+    assert quartiles([4.0]) == (4.0, 4.0, 4.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2.0)
+
+
+def test_operations_are_passes_times_twice_the_multiplications() -> None:
+    net = nn.Linear(10, 4).eval()
+    assert flops_of(net, torch.rand(3, 10), Passes(2, 1, 1)) == 2 * 40 * 3 * 4
+    with torch.device("meta"):
+        resnet, x = ResNet18().eval(), torch.empty(32, 3, 32, 32)
+    assert flops_of(resnet, x, Passes(11, 11, 1)) == pytest.approx(2 * 555_422_720 * 32 * 23)
+
+
+def test_memory_counts_what_is_alive_at_once() -> None:
+    weight = torch.zeros(100)  # 400 bytes
+
+    def step() -> None:
+        for _ in range(3):
+            a = torch.ones(1000)  # 4000 bytes
+            b = a + 1
+            del a, b
+
+    assert memory_of(step) == 8000
+    assert memory_of(step, weight) == 8400
+    assert memory_of(lambda: weight.view(10, 10), weight) == 400
+
+
+def test_sections_are_kept_beside_each_other(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    growth = {
+        "setting": "Small",
+        "batch": {"seconds": {8: 0.1, 16: 0.2}, "exponent": 1.0},
+        "steps": {"seconds": {1: 0.1}, "exponent": 0.9},
+        "network": {"seconds": {"ResNet-18": 2.5}},
+    }
+    row = {
+        "ratio": 0.7, "lower": 0.6, "upper": 0.8, "robust": 20,
+        "broken_here_alone": 0, "broken_there_alone": 1,
+    }  # fmt: skip
+    evaluation = {"setting": "Digits"} | {
+        key: {"rows": {"ours": row}} for key in ("autoattack", "pgd100")
+    }
+    report.write("cpu", "growth", growth, "cpu")
+    path = report.write("cpu", "evaluation", evaluation, "cpu")
+    assert set(json.loads(path.read_text())) == {"growth", "evaluation"}
+    text = path.with_suffix(".md").read_text()
+    assert text.index("## Evaluation") < text.index("## Growth")
+    assert "| ours | 0.700 | 0.600 to 0.800 | 20 | 0 | 1 |" in text
+    assert "| batch | 8: 0.1, 16: 0.2 | 1.00 |" in text
+    assert f"torch {torch.__version__.split('+')[0]}" in text
+
+
+def test_every_committed_file_renders_to_its_table() -> None:
+    for path in report.RESULTS.glob("*.json"):
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.rendered(
+            path.stem, whole
+        )
