@@ -44,6 +44,9 @@ reproduce-%: $(STAMP) ## rows, table and figures of a paper [ON=stem-prefix] [SE
 	@if [ -e runs/.failed-$* ]; then echo "some rows of paper_$* failed, see FAILED above;" \
 	  "the same command tries them again"; exit 1; fi
 
+commands-%: $(STAMP) ## one command per row, for a cluster [ON=] [SEEDS=] [ARGS=]
+	@$(MAKE) --no-print-directory -s PAPER=$* commands
+
 results: $(STAMP) ## render all tables again from the result files
 	@$(PY) -m common.tables $(addprefix paper_,$(PAPERS))
 
@@ -70,8 +73,11 @@ format: $(STAMP) ## format the code and fix what the linter can
 test: $(STAMP) ## fast tests, some minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES)
 
-test-slow: $(STAMP) ## all tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) -m "not gpu"
+test-slow: $(STAMP) ## all tests but those of test-faults
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) -m "not gpu and not faults"
+
+test-faults: $(STAMP) ## kills, full disks, lost ranks, 1/2/3 processes, several nodes: some 20 minutes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) -m faults
 
 ##@ Set-up
 setup: $(STAMP) ## make or refresh the environment in .venv
@@ -101,7 +107,8 @@ help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.PHONY: reproduce results bench bench-full tensorboard check format test test-slow setup clean help rows
+.PHONY: reproduce results bench bench-full tensorboard check format test test-slow test-faults setup clean \
+  help rows commands
 
 # ---- the experiment graph: one node per config and seed, made by the sub-make of reproduce-% --------
 ifneq ($(PAPER),)
@@ -125,6 +132,10 @@ FORCE:
 .PHONY: FORCE
 
 rows: $(foreach stem,$(STEMS),$(foreach seed,$(SEEDS),$(call row,$(stem),$(seed))))
+
+# Every command makes its row, and first the rows that this one starts from.
+commands:
+	@$(foreach stem,$(STEMS),$(foreach seed,$(SEEDS),printf '%s\n' "make -C $(CURDIR) PAPER=$(PAPER) ON=$(stem) SEEDS=$(seed) ARGS='$(strip $(ARGS))' $(call row,$(stem),$(seed))";))true
 
 define ROW
 $(call row,$(1),$(2)): $(CONFIGS)/$(1).yaml $(call parts,$(1)) $(foreach n,$(call needs,$(1)),$(call row,$(n),$(2))) $(if $(wildcard $(call row,$(1),$(2))),$(call changed,$(1),$(2))) | $(STAMP)

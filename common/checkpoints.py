@@ -1,18 +1,45 @@
 """Reading checkpoints without trusting them, and naming what is wrong with them."""
 
+import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
 from common.errors import CheckpointError
+from common.files import damage_of, write_sealed
+
+
+class SealedCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, with their digest, and reads no damaged ones."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Replace the file at once.
+
+        Raises:
+            RunDirectoryError: If it cannot be written; the one before it is kept.
+        """
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_sealed(path, content)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Whatever was saved, on the CPU; nothing in the file is executed."""
+        return cast(dict[str, Any], _read(Path(path)))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a Lightning checkpoint on the CPU, tensors and plain values only.
+
+    A file that carries its digest, as those of our runs do, is compared with it.
 
     Raises:
         CheckpointError: If the file is missing, damaged, holds code, or is no Lightning checkpoint.
@@ -33,13 +60,20 @@ def _read(path: Path) -> Any:
         beside = f"; beside it there is {', '.join(found)}" if found else ""
         raise CheckpointError(f"the checkpoint {path} does not exist{beside}; check the path")
     try:
+        if damage := damage_of(path):
+            raise ValueError(damage)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"the checkpoint {path} cannot be read ({str(error).splitlines()[0][:120]}); it is "
+            f"the checkpoint {path} cannot be read ({_first_line(error)}); it is "
             "truncated, damaged or holds more than tensors and plain values. Use another "
             "checkpoint of the run, or train again"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:120]
 
 
 def checkpoint_beside(run: str | Path, experiment: str, checkpoint: str = "selected") -> Path:

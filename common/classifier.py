@@ -11,7 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import cross_entropy, hinge_margin
 from common.checkpoints import check_weights_fit
-from common.errors import ConfigurationError, DivergedError
+from common.diagnosis import FiniteGuard
+from common.errors import ConfigurationError
 from common.objectives import Batch, InnerLoss, Objective, differentiable
 from common.parameter_groups import ParameterGroup, grouped_optimizer
 
@@ -51,6 +52,7 @@ class RobustClassifier(LightningModule):
         self.scheduler_interval = scheduler_interval
         self.groups = groups or []
         self.accuracy: MulticlassAccuracy | None = None
+        self.guard = FiniteGuard()
         self.loaded_at: dict[str, int] = {}  # epoch and global step of the checkpoint loaded last
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,15 +106,33 @@ class RobustClassifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's outer loss on this batch."""
         loss = self.objective.outer(self, batch)
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"the training loss became {loss.item()} at epoch {self.current_epoch}, step "
-                f"{self.global_step} (batch {batch_idx}); no step was taken with it and the last "
-                "checkpoint is from before. Lower model.optimizer.lr, set "
-                "trainer.gradient_clip_val, or train in 32-true precision"
-            )
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["y"]), sync_dist=True)
+        mean = self.guard.check(self, loss, batch, batch_idx)
+        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["y"]))
         return loss
+
+    def watch(self, name: str, value: Tensor) -> None:
+        """Stop the run if a number is not finite, when the next training loss is looked at.
+
+        Nothing waits for the device: callbacks, routers and masks may watch in every step.
+
+        Args:
+            name: What it is about, for the message.
+            value: Any shape; it has to be finite.
+        """
+        self.guard.watch(name, value)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Watch the gradients; a scaler of fp16 has its own way with infinite ones."""
+        if self.trainer.precision != "16-mixed":
+            self.guard.watch_gradients(self)
+
+    def on_validation_start(self) -> None:
+        """Look at the gradients of the epoch's last step before a checkpoint may be selected."""
+        self.guard.check_watched(self)
+
+    def on_train_epoch_end(self) -> None:
+        """The same where there is no validation."""
+        self.guard.check_watched(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accuracy on clean images."""

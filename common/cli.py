@@ -5,19 +5,22 @@
 
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
+import torch
 import yaml
 from filelock import FileLock, Timeout
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import ArgumentParser, Namespace, dict_to_namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from common.callbacks.adversarial_training import AdversarialTraining
@@ -29,15 +32,26 @@ from common.callbacks.warm_start import WarmStart
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
-from common.config import UserFriendlyParser, explain, fill_from_data, training_digest
+from common.config import (
+    UserFriendlyParser,
+    class_paths,
+    explain,
+    fill_from_data,
+    training_digest,
+)
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.evaluation.ready import fill_threat, threat_of
+from common.files import is_full, remove_leftovers
 from common.trainer import Trainer
+
+# A value of any type, in a logger's settings for instance, must not become a call of any class.
+set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
 CONFIGS = Path(__file__).parent / "configs"
 BASE = str(CONFIGS / "base.yaml")
 TRAINING = ("fit", "reproduce")
+OWN_CLASSES = ("common.", "paper_", "torch.nn.", "torch.optim.")
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
 
@@ -111,6 +125,7 @@ class RobustCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         config.experiment = config.experiment or self._experiment_name(config)
         fill_from_data(config)
+        self._go_on_if_requeued(config)
         if config.evaluation.suite:
             threat = threat_of(config.evaluation, config.adversary)
             fill_threat(config.evaluation.suite, threat)
@@ -143,6 +158,16 @@ class RobustCLI(LightningCLI):
             if resolved.parent != CONFIGS:
                 return resolved.stem
         return "unnamed"
+
+    def _go_on_if_requeued(self, config: Namespace) -> None:
+        """A job that SLURM runs again goes on with its run; ``fit`` would begin a new one."""
+        is_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        if self.subcommand != "fit" or config.get("ckpt_path") is not None or not is_again:
+            return
+        base = Path(config.runs, self.package, config.experiment, f"seed{config.seed_everything}")
+        versions = sorted(base.parent.glob(f"{base.name}-v*"), key=_version)
+        if ((versions[-1] if versions else base) / "checkpoints" / "last.ckpt").exists():
+            config.ckpt_path = "last"
 
     def _run_directory(self, config: Namespace, digest: str) -> Path:
         """Where this run writes, locked against a second one.
@@ -178,16 +203,40 @@ class RobustCLI(LightningCLI):
         else:  # an interrupted make leaves its rows running: the next one waits for them
             self.lock = lock(run, timeout=-1)
             set_aside_if_other(run, digest)
+        remove_leftovers(run)
         return run
 
     def instantiate_classes(self) -> None:
         """Build everything; a value some class refuses is the user's to mend."""
         try:
+            self._draw_as_ever()
             super().instantiate_classes()
         except UserError:
             raise
         except ValueError as error:
             raise ConfigurationError(explain(str(error))) from error
+
+    def _draw_as_ever(self) -> None:
+        """Draw the random numbers that one more model draws, so that seeds mean what they meant.
+
+        The hyper-parameters for TensorBoard hold the model's settings. While jsonargparse still
+        built every class named under a value of any type, it built a second model there, before
+        the one that trains, as far as the untyped settings went. Configurations can no longer have
+        classes built in such places; the published results began with the weights that came next.
+        """
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        model = self._plain(config)["model"]
+        if not all(path.startswith(OWN_CLASSES) for path in class_paths(model)):
+            return  # nothing of ours, and no reason to build somebody's class where none is asked
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--settings", type=dict[str, Any])
+        settings = parser.get_defaults()
+        settings.settings = {"model": model}
+        set_parsing_settings(instantiate_subclass_spec_in_any=True)
+        try:
+            parser.instantiate(settings)
+        finally:
+            set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that every run has."""
@@ -198,7 +247,8 @@ class RobustCLI(LightningCLI):
         if config.get("logger") and not config.get("fast_dev_run"):
             extra.append(LearningRateMonitor(logging_interval="step"))
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
-            extra.append(LastCheckpoint(self._get(self.config_init, "checkpoint").dirpath))
+            saving = self._get(self.config_init, "checkpoint")
+            extra.append(LastCheckpoint(saving.dirpath, saving.every_n_steps))
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
         return cast(Trainer, super().instantiate_trainer(**kwargs))
 
@@ -320,8 +370,31 @@ def main(args: Sequence[str] | None = None, package: str = "common") -> None:
     try:
         RobustCLI(package=package, args=args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(str(error))
     except MisconfigurationException as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
+        _end(" ".join(str(error).split()), error)
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None  # Lightning's own status would be 0
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except (OSError, RuntimeError, MemoryError) as error:
+        if is_full(error):
+            _end(f"{error}; what was done so far is kept. Make room and run the same command again")
+        if is_out_of_memory(error):
+            _end(
+                f"out of memory ({str(error).splitlines()[0][:200]}); the last checkpoint is kept. "
+                "Lower data.batch_size or raise trainer.accumulate_grad_batches",
+                error,
+            )
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine has no memory left."""
+    is_cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_cpu
+
+
+def _end(message: str, cause: BaseException | None = None) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2) from cause

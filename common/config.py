@@ -26,7 +26,10 @@ TRAINER_SETTINGS = (
     *("limit_val_batches", "overfit_batches", "check_val_every_n_epoch", "min_epochs", "min_steps"),
     "max_time",
 )
-WHEREABOUTS = ("root", "dirpath", "num_workers", "eval_batch_size", "test_limit")
+WHEREABOUTS = (
+    *("root", "dirpath", "num_workers", "eval_batch_size", "test_limit"),
+    "every_n_train_steps",  # of saving: a run that can go on from more places is the same run
+)
 
 
 def training_digest(config: Mapping[str, Any]) -> str:
@@ -124,6 +127,17 @@ def _class_nodes(value: Any, path: str) -> Iterator[tuple[str, Namespace]]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _class_nodes(part, path)
+
+
+def class_paths(value: Any) -> Iterator[str]:
+    """All import paths of classes named anywhere in plain settings."""
+    if isinstance(value, Mapping):
+        if isinstance(path := value.get("class_path"), str):
+            yield path
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from class_paths(part)
 
 
 class UserFriendlyParser(LightningArgumentParser):

@@ -1,13 +1,22 @@
 """Files that are at every moment either the old one or the new one, never half of it."""
 
+import errno
+import hashlib
+import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.errors import RunDirectoryError
+
+_SEAL = b"sha256:"
+_SEAL_LENGTH = len(_SEAL) + 64
+_END, _END_LENGTH = b"PK\x05\x06", 22  # the record a zip archive ends with, but for its comment
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json_atomically(path: str | Path, data: Mapping[str, Any]) -> None:
@@ -25,8 +34,12 @@ def write_text_atomically(path: str | Path, text: str) -> None:
     write_bytes_atomically(path, text.encode())
 
 
-def write_bytes_atomically(path: str | Path, content: bytes) -> None:
+def write_bytes_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
     """Write a file that is at every moment either the old one or the new one.
+
+    Args:
+        path: The file.
+        *parts: What it will hold, one after the other.
 
     Raises:
         RunDirectoryError: If it cannot be written.
@@ -39,7 +52,8 @@ def write_bytes_atomically(path: str | Path, content: bytes) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -71,10 +85,108 @@ def check_writable(path: str | Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
+    if error.errno in _NO_ROOM:
+        return RunDirectoryError(
+            f"cannot write {path}: {error.strerror} ({_free(path.parent)}); what was there before "
+            "is kept. Make room and run the same command again"
+        )
     return RunDirectoryError(
         f"cannot write {path}: {error.strerror or error}; make {path.parent} a writable folder "
         "with free space, or choose another file"
     )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that no more can be written: disk, quota or the largest file."""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free"
+    except OSError:
+        return "free space unknown"
+
+
+# ---------------------------------------------------------------------------------------- digests
+
+
+def write_sealed(path: str | Path, archive: io.BytesIO) -> None:
+    """Write a zip archive, as torch and numpy make them, with its own digest at the end.
+
+    The SHA-256 over all bytes before it is the archive's comment, so that every reader of such
+    archives reads it as before, and :func:`damage_of` finds a single flipped bit.
+
+    Args:
+        path: The file, replaced as by :func:`write_bytes_atomically`.
+        archive: The archive; its comment must be empty.
+
+    Raises:
+        RunDirectoryError: If it cannot be written.
+        ValueError: If it is no zip archive without a comment.
+    """
+    content = archive.getbuffer()
+    if bytes(content[-_END_LENGTH:][:4]) != _END or bytes(content[-2:]) != b"\0\0":
+        raise ValueError(f"what is to be written to {path} is no zip archive without a comment")
+    content[-2:] = _SEAL_LENGTH.to_bytes(2, "little")
+    write_bytes_atomically(path, content, _SEAL + hashlib.sha256(content).hexdigest().encode())
+
+
+def damage_of(path: str | Path) -> str:
+    """What is wrong with a sealed file; empty if it is whole, or was never sealed.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _END_LENGTH - _SEAL_LENGTH, 0))
+        end = file.read()
+        seal = end[-_SEAL_LENGTH:]
+        if (problem := _comment_problem(end)) or not seal.startswith(_SEAL):
+            return problem
+        file.seek(0)
+        digest, left = hashlib.sha256(), size - _SEAL_LENGTH
+        while left and (part := file.read(min(left, 2**20))):
+            digest.update(part)
+            left -= len(part)
+    found, expected = digest.hexdigest(), seal[len(_SEAL) :].decode(errors="replace")
+    if found == expected:
+        return ""
+    return f"its bytes have the SHA-256 {found[:12]}..., it was written with {expected[:12]}..."
+
+
+def _comment_problem(end: bytes) -> str:
+    """What is wrong with an archive's comment, which the seal is; empty without an archive."""
+    place = end.rfind(_END)
+    if place < 0 or len(end) < place + _END_LENGTH:
+        return ""
+    expected = int.from_bytes(end[place + _END_LENGTH - 2 : place + _END_LENGTH], "little")
+    comment = end[place + _END_LENGTH :]
+    if len(comment) != expected:
+        return f"{len(comment)} bytes follow the archive, {expected} were written"
+    if expected == _SEAL_LENGTH and not comment.startswith(_SEAL):
+        return "the bytes that follow the archive are damaged"
+    return ""
+
+
+def content_digest(data: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values, whatever the file's spaces and order of keys."""
+    text = json.dumps(
+        data, sort_keys=True, ensure_ascii=False
+    )  # NaN is refused where it is written
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what writers that were killed left behind under temporary names.
+
+    Args:
+        folder: A run directory that no other process is writing.
+    """
+    for pattern in (".*.tmp", "*.ckpt.tmp"):
+        for path in Path(folder).rglob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _to_json(data: Any, indent: str = "") -> str:

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from common.errors import ConfigurationError
-from common.files import check_writable, write_json_atomically, write_text_atomically
+from common.files import (
+    check_writable,
+    content_digest,
+    write_json_atomically,
+    write_text_atomically,
+)
 from common.outcomes import (
     checkpoint_entry,
     outcome_bits,
@@ -100,6 +105,7 @@ def merge_result(
     }
     if problem := problem_of(merged):
         raise ConfigurationError(f"the result for {path} contradicts itself: {problem}")
+    merged["digest"] = content_digest(merged)
     write_json_atomically(path, merged)
     return merged
 
@@ -140,9 +146,9 @@ def read_result(path: str | Path) -> Result:
     """Read a result file, bring it to the present schema, and check it.
 
     Raises:
-        ConfigurationError: If the file is missing, is of a newer schema, is no result, or
-            contradicts itself (counts, outcomes, metrics and intervals are compared); the message
-            says where.
+        ConfigurationError: If the file is missing, is of a newer schema, is no result, is not what
+            was written (by its digest, where it has one), or contradicts itself (counts, outcomes,
+            metrics and intervals are compared); the message says where.
     """
     path = Path(path)
     remedy = "delete it and run the experiment's test again, which needs no training"

@@ -31,7 +31,8 @@ A file is called ``<experiment>-seed<seed>.json`` and looks like this; lists are
         },
         "selected": {...}
       },
-      "provenance": {"last": {"config_digest": "79ab...", ...}, "selected": {...}}
+      "provenance": {"last": {"config_digest": "79ab...", ...}, "selected": {...}},
+      "digest": "5d41..."
     }
 
 :class:`Result` and the classes it is made of say what each key means. Everything under
@@ -182,6 +183,8 @@ class Result(TypedDict):
         seed: Of the run.
         checkpoints: What was measured, by checkpoint: ``last``, ``selected`` or a file's stem.
         provenance: Where it comes from; the same keys.
+        digest: SHA-256 of the values of all other keys, whatever their order; older files have
+            none. Take it out after editing a file by hand.
     """
 
     schema: int
@@ -190,3 +193,4 @@ class Result(TypedDict):
     seed: int
     checkpoints: dict[str, CheckpointResult]
     provenance: dict[str, Provenance]
+    digest: NotRequired[str]

@@ -5,11 +5,14 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from common.callbacks.resuming import end_with_parent
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -58,6 +61,13 @@ class DeviceInvariantDDP(DDPStrategy):
         kwargs.setdefault("gradient_as_bucket_view", True)
         kwargs.setdefault("forward_sync_buffers", False)
         super().__init__(timeout=timeout, **kwargs)
+
+    def setup_environment(self) -> None:
+        """Join the others; a process that Lightning started ends with the one that started it."""
+        environment = self.cluster_environment
+        if isinstance(environment, LightningEnvironment) and self.local_rank > 0:
+            end_with_parent()
+        super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Choose the batch-norm of this device before DDP wraps the module."""

@@ -4,15 +4,32 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import common.strategy  # noqa: F401  (registers the device-invariant ddp)
-from common.checkpoints import load_checkpoint
+from common.callbacks.resuming import Resuming, SignalConnector
+from common.checkpoints import SealedCheckpointIO, load_checkpoint
+from common.errors import RunDirectoryError, UserError
 
 
 class Trainer(pl.Trainer):
-    """Checks checkpoints before it uses them, and can reproduce a row."""
+    """Checks checkpoints before it uses them, can be stopped anywhere, and can reproduce a row.
+
+    Takes the arguments of Lightning's trainer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.resumed_from: str | None = None
+        self.callbacks.insert(0, Resuming())  # type: ignore[attr-defined]  # set by a connector
+        self._signal_connector = SignalConnector(self)
+        # Resuming does this at the end of a batch, where every rank can still save.
+        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = SealedCheckpointIO()
 
     def fit(
         self,
@@ -26,14 +43,18 @@ class Trainer(pl.Trainer):
         """Train; with ``--ckpt_path last`` go on where an interrupted run stopped."""
         # Lightning sets its own ckpt_path only after the callbacks' setup, which needs to know.
         self.resumed_from = self._checked(ckpt_path)
-        super().fit(
-            model,
-            train_dataloaders,
-            val_dataloaders,
-            datamodule,
-            ckpt_path=self.resumed_from,
-            weights_only=weights_only,
-        )
+        try:
+            super().fit(
+                model,
+                train_dataloaders,
+                val_dataloaders,
+                datamodule,
+                ckpt_path=self.resumed_from,
+                weights_only=weights_only,
+            )
+        except SIGTERMException:
+            self._signal_connector.requeue()  # type: ignore[attr-defined]
+            raise
 
     def validate(
         self,
@@ -83,8 +104,47 @@ class Trainer(pl.Trainer):
         last = folder / "last.ckpt"
         self.fit(model, datamodule=datamodule, ckpt_path=str(last) if last.exists() else None)
         for name in ("last", "selected"):
-            if (folder / f"{name}.ckpt").exists():
+            if self.strategy.broadcast((folder / f"{name}.ckpt").exists()):
                 self.test(model, datamodule=datamodule, ckpt_path=str(folder / f"{name}.ckpt"))
+
+    def save_checkpoint(
+        self,
+        filepath: str | Path,
+        weights_only: bool | None = None,
+        storage_options: Any | None = None,
+    ) -> None:
+        """Write a checkpoint; what keeps one rank from it is told to all.
+
+        Raises:
+            RunDirectoryError: If it cannot be written; the one before it is kept.
+        """
+        checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
+        problem = None
+        try:
+            self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        except UserError as error:
+            problem = str(error)
+        problem = self.strategy.broadcast(problem)
+        if problem is not None:
+            raise RunDirectoryError(problem)
+
+    def _run(
+        self,
+        model: LightningModule,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Go where the first rank goes; its view of the run directory decides for all.
+
+        Ranks that torchrun or SLURM start look at the directory at different times, the first one
+        having written to it or not.
+        """
+        if self.world_size > 1:
+            self.strategy.setup_environment()
+            path = None if ckpt_path is None else str(ckpt_path)
+            agreed = self.strategy.broadcast((str(self.default_root_dir), path, self.resumed_from))
+            self._default_root_dir, ckpt_path, self.resumed_from = agreed
+        return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
 
     def _to_evaluate(self, ckpt_path: str | Path | None) -> str | None:
         """As ``_checked``; what is evaluated is the file's weights, averaged if it holds those.
@@ -104,5 +164,10 @@ class Trainer(pl.Trainer):
         path = Path(ckpt_path)
         if ckpt_path in ("last", "selected"):
             path = Path(self.default_root_dir) / "checkpoints" / f"{ckpt_path}.ckpt"
-        load_checkpoint(path)
+        if self.is_global_zero:  # the others are told which it is
+            load_checkpoint(path)
         return str(path)
+
+
+def _nothing() -> None:
+    """Does nothing."""

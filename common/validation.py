@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from common.files import content_digest
 from common.outcomes import examples_in, intervals, packed_bits, summarise
-from common.schema import SCHEMA
+from common.schema import SCHEMA, Result
 
 NUMBER = (int, float)
 NULLABLE_NUMBER = (int, float, type(None))
@@ -17,7 +18,9 @@ def problem_of(data: Any) -> str:
     An older schema is brought up to :data:`SCHEMA` in place.
     """
     try:
+        found = _digest_of(data)
         _check_result(data)
+        _check_digest(data, found)
     except KeyError as error:
         return f"{error.args[0]} is missing"
     except (TypeError, ValueError, AttributeError) as error:
@@ -55,6 +58,24 @@ def _check_result(data: Any) -> None:
             _check_audit(checkpoint["audit"], f"{place}audit.")
     if is_old:
         data["schema"] = SCHEMA
+
+
+def _digest_of(data: Any) -> str:
+    """Digest of what the file says, before anything is migrated; empty if it carries none."""
+    if not isinstance(data, dict) or "digest" not in data:
+        return ""
+    return content_digest({key: value for key, value in data.items() if key != "digest"})
+
+
+def _check_digest(data: dict[str, Any], found: str) -> None:
+    """Hold what the file says against what was written; files from before digests have none."""
+    if unknown := sorted(set(data) - set(Result.__annotations__)):
+        raise ValueError(f"{unknown[0]} is no key of a result")
+    if data.get("digest", "") != found:
+        raise ValueError(
+            f"its digest is {str(data['digest'])[:12]}..., its content has {found[:12]}...: it was "
+            "damaged, or edited without taking the digest out"
+        )
 
 
 def _migrated(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -127,6 +127,22 @@ def test_the_plan_is_printed_and_nothing_runs(project) -> None:
     assert not (project / "runs").exists()
 
 
+def test_commands_stand_for_themselves(project) -> None:
+    """Each makes its row and what the row starts from; together they make what reproduce does."""
+    arguments = ("SEEDS=0 1", "ON=digits_resnet_cas", "ARGS=--data.batch_size 50")
+    listed = make(project, "-s", "commands-cifs", *arguments)
+    assert listed.returncode == 0, listed.stderr
+    lines = listed.stdout.splitlines()
+    assert len(lines) == 4
+    (line,) = [x for x in lines if "digits_resnet_cas/seed1/" in x]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    subprocess.run(f"{line} PY={project / 'python'}", shell=True, env=environment, check=True)
+    assert rows_asked(project) == [("digits_resnet_cas_natural", "1"), ("digits_resnet_cas", "1")]
+    assert (project / "runs/paper_cifs/digits_resnet_cas/seed1/finished").exists()
+    given = (project / "runs/paper_cifs/digits_resnet_cas/seed1/args").read_text()
+    assert given == "--data.batch_size 50"
+
+
 def test_a_prefix_chooses_rows_and_a_wrong_one_is_named(project) -> None:
     done = make(project, "reproduce-cifs", "ON=cifar10_wrn28_10_cifs", "SEEDS=5")
     assert done.returncode == 0
@@ -141,7 +157,17 @@ def test_a_prefix_chooses_rows_and_a_wrong_one_is_named(project) -> None:
 
 def test_help_lists_the_targets(project) -> None:
     listed = make(project, "help").stdout
-    for target in ("reproduce-%", "test", "test-slow", "check", "results", "tensorboard", "setup"):
+    for target in (
+        "reproduce-%",
+        "commands-%",
+        "test",
+        "test-slow",
+        "test-faults",
+        "check",
+        "results",
+        "tensorboard",
+        "setup",
+    ):
         assert f"make {target}" in listed
 
 

@@ -79,6 +79,7 @@ def _ascent(
     ends = x.clone()
     at = torch.arange(len(x), device=x.device)  # where in ``ends`` the climbing ones belong
     for step in range(1, attack.steps + 1):
+        attack.lost = attack.unmoved = None  # about as many examples as there were a step ago
         direction, velocity = attack._direction(loss_fn, x_adv, velocity)
         x_adv = project(x_adv.add(direction, alpha=attack.step_size))
         if step not in points:

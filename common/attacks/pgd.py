@@ -31,7 +31,11 @@ class PGD(Settings):
     coordinates with the largest gradient (l1). Every example takes all steps.
 
     A gradient entry that is not finite leaves its pixel where it is: the sign of NaN would poison
-    the image, and whether the loss itself is finite is for the caller to check.
+    the image, and whether the loss itself is finite is for the caller to check. After a call
+    ``lost`` says which examples had, at some step, a gradient without a direction because its
+    entries were not finite, and ``unmoved`` which had a zero gradient at every step: a float that
+    underflows looks like that, and so does a loss that is flat. Both are bool ``(N,)`` and stay on
+    the device.
 
     Args:
         eps: Radius of the ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
@@ -97,6 +101,9 @@ class PGD(Settings):
                 "start to uniform or gaussian, or restarts to 1"
             )
 
+    lost: Tensor | None = None
+    unmoved: Tensor | None = None
+
     def __call__(
         self,
         loss_fn: LossFn,
@@ -132,6 +139,7 @@ class PGD(Settings):
             raise ValueError(f"x must be floating-point pixels in [0, 1], got {x.dtype}")
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+            self.lost = self.unmoved = None
             x_adv = self._run(loss_fn, x, generator, is_adversarial)
             if self.restarts == 1:
                 return x_adv
@@ -199,7 +207,9 @@ class PGD(Settings):
         self, loss_fn: LossFn, x_adv: Tensor, velocity: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The next step's direction, of length one in ``norm``, and the accumulated gradient."""
-        gradient = input_gradient(loss_fn, x_adv).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        raw = input_gradient(loss_fn, x_adv)
+        gradient = raw.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        self._note(raw, gradient)
         if velocity is not None and self.momentum is not None:
             velocity = velocity * self.momentum + _normalised(gradient, 1)
             gradient = velocity
@@ -208,6 +218,14 @@ class PGD(Settings):
         if self.norm == "l2":
             return _normalised(gradient, 2), velocity
         return _sparse_direction(gradient, x_adv, self.l1_density), velocity
+
+    def _note(self, raw: Tensor, gradient: Tensor) -> None:
+        """Remember which examples were given no direction, without waiting for the device."""
+        is_zero = gradient.flatten(1).abs().amax(dim=1) == 0.0
+        is_bad = ~torch.isfinite(raw.flatten(1).sum(dim=1))  # where all else is zero, exactly
+        lost, unmoved = is_zero & is_bad, is_zero & ~is_bad
+        self.lost = lost if self.lost is None else self.lost | lost
+        self.unmoved = unmoved if self.unmoved is None else self.unmoved & unmoved
 
     def _projection(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Into the ball around x and the box."""

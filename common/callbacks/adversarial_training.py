@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from common.attacks.engine import AttackEngine
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, run_seed
-from common.callbacks.modes import AttackMode, frozen, is_logged
+from common.callbacks.modes import AttackMode, frozen, is_logged, refuse_half_precision
 from common.errors import ConfigurationError
 from common.objectives import Batch, objective_of
 
@@ -69,11 +69,8 @@ class AdversarialTraining(Callback):
                 f"adversary.engine computes attacks in eval mode and adversary.mode is "
                 f"{self.mode}; set adversary.engine to null, or adversary.mode to eval"
             )
-        if self.attack is not None and trainer.precision in ("16-mixed", "16-true"):
-            raise ConfigurationError(
-                f"trainer.precision is {trainer.precision}: fp16 underflows most input gradients, "
-                "so the attack would be weak; use bf16-mixed or 32-true"
-            )
+        if self.attack is not None:
+            refuse_half_precision(trainer, "the attack's input gradients")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
@@ -95,12 +92,26 @@ class AdversarialTraining(Callback):
                     random,
                     is_adversarial=lambda x: pl_module(x).argmax(dim=1) != batch["y"],
                 )
+            self._watch(pl_module)
             if is_logged(trainer):
                 self._measure(pl_module, batch)
 
+    def _watch(self, module: LightningModule) -> None:
+        """Have the run stop where examples got no direction, when the step looks at its loss."""
+        watch = getattr(module, "watch", None)
+        if watch is not None and self.attack is not None and self.attack.lost is not None:
+            watch("attack", torch.where(self.attack.lost, torch.nan, 0.0))
+
     def _measure(self, module: LightningModule, batch: Batch) -> None:
-        """Log what the attack gained: inner loss and accuracy before and after it."""
+        """Log what the attack gained: inner loss and accuracy before and after it.
+
+        And the share of examples whose gradient was exactly zero at every step.
+        """
         size = len(batch["y"])
+        unmoved = getattr(self.attack, "unmoved", None)
+        if unmoved is not None:
+            name, share = "train/attack_zero_gradient", unmoved.float().mean()
+            module.log(name, share, batch_size=size, on_step=True, sync_dist=True)
         with torch.no_grad(), frozen(module, "eval"):
             loss_fn = objective_of(module).inner(module, batch)
             for when, x in (("before", batch["x"]), ("after", batch["x_adv"])):

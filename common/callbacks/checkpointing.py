@@ -1,7 +1,7 @@
 """Two files per run: ``last.ckpt`` to go on from, ``selected.ckpt`` by a validation metric."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
@@ -15,7 +15,10 @@ ATTACKED = ("val/robust_acc", "val/mean_acc")
 
 
 class SafeCheckpoint(ModelCheckpoint):
-    """Replaces a checkpoint only by a whole one, and only by weights that are numbers."""
+    """Replaces a checkpoint only by a whole one, and only by weights that are numbers.
+
+    Where the files are is not part of what it remembers: a run directory may be moved.
+    """
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         for name, value in trainer.lightning_module.state_dict().items():
@@ -25,24 +28,77 @@ class SafeCheckpoint(ModelCheckpoint):
                     f"{trainer.global_step}; it is not saved, and the checkpoint before it is "
                     "kept. Lower model.optimizer.lr or set trainer.gradient_clip_val"
                 )
-        partial = f"{filepath}.tmp"
-        trainer.save_checkpoint(partial, self.save_weights_only)
-        if trainer.is_global_zero:
-            Path(partial).replace(filepath)
-        trainer.strategy.barrier()
+        trainer.save_checkpoint(filepath, self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, with the files by name."""
+        return _moved(super().state_dict(), None)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning's, with the files in today's folder."""
+        folder = None if self.dirpath is None else str(self.dirpath)
+        super().load_state_dict(_moved(state_dict, folder))
+
+
+def _moved(state: dict[str, Any], folder: str | None) -> dict[str, Any]:
+    """The state of a checkpoint callback as if its files were in another folder."""
+
+    def moved(path: str) -> str:
+        name = Path(path).name
+        return str(Path(folder, name)) if folder is not None and name else name
+
+    paths = {key: moved(value) for key, value in state.items() if key.endswith("_model_path")}
+    best = {moved(path): score for path, score in state.get("best_k_models", {}).items()}
+    return state | paths | {"dirpath": folder, "best_k_models": best}
+
 
 class LastCheckpoint(SafeCheckpoint):
-    """Saves ``last.ckpt`` after every epoch, so that a killed run loses at most one."""
+    """Saves ``last.ckpt`` after every epoch, and when the run is asked to stop.
 
-    def __init__(self, dirpath: str | None = None) -> None:
+    Args:
+        dirpath: Folder; ``checkpoints`` in the run directory when not given.
+        every_n_train_steps: Also after every so many optimiser steps, for epochs that are long; a
+            run that is killed then loses at most as many.
+
+    Raises:
+        ConfigurationError: If the number of steps is below 1.
+    """
+
+    def __init__(self, dirpath: str | None = None, every_n_train_steps: int | None = None) -> None:
+        _check_steps(every_n_train_steps)
+        self.every_n_steps = every_n_train_steps
         super().__init__(
             dirpath=dirpath,
             filename="last",
             save_on_train_epoch_end=True,
             enable_version_counter=False,
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save within an epoch, between two optimiser steps; its end has its own save."""
+        loop = trainer.fit_loop.epoch_loop
+        is_due = (
+            self.every_n_steps is not None
+            and trainer.global_step % self.every_n_steps == 0
+            and trainer.global_step != self._last_global_step_saved
+        )
+        if not (is_due or trainer.received_sigterm) or self._should_skip_saving_checkpoint(trainer):
+            return
+        # Gradients that have been accumulated so far are not part of a checkpoint.
+        if loop._should_accumulate() or loop._num_ready_batches_reached():
+            return
+        self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+
+
+def _check_steps(steps: int | None) -> None:
+    if steps is not None and steps < 1:
+        raise ConfigurationError(
+            f"checkpoint.every_n_train_steps must be at least 1, got {steps}; null saves at the "
+            "end of every epoch alone"
         )
 
 
@@ -58,9 +114,10 @@ class SelectedCheckpoint(SafeCheckpoint):
         dirpath: Folder; ``checkpoints`` in the run directory when not given.
         from_epoch: The first epoch, from 0, that may be selected. A run that ends before it
             selects none and has its last checkpoint alone.
+        every_n_train_steps: For :class:`LastCheckpoint`, which the command line makes with it.
 
     Raises:
-        ConfigurationError: If ``from_epoch`` is negative.
+        ConfigurationError: If ``from_epoch`` is negative or the number of steps below 1.
     """
 
     def __init__(
@@ -69,7 +126,10 @@ class SelectedCheckpoint(SafeCheckpoint):
         mode: Literal["min", "max"] = "max",
         dirpath: str | None = None,
         from_epoch: int = 0,
+        every_n_train_steps: int | None = None,
     ) -> None:
+        _check_steps(every_n_train_steps)
+        self.every_n_steps = every_n_train_steps
         if from_epoch < 0:
             raise ConfigurationError(
                 f"checkpoint.from_epoch counts epochs from 0, got {from_epoch}; 0 lets every "

@@ -16,7 +16,7 @@ from common import provenance
 from common.attacks.engine import AttackEngine
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
-from common.callbacks.modes import frozen
+from common.callbacks.modes import frozen, refuse_half_precision
 from common.errors import ConfigurationError
 from common.evaluation.audit import Audit, AuditReport
 from common.evaluation.engine import Team, in_order, run_steps
@@ -112,6 +112,8 @@ class RobustEvaluation(Callback):
             check_writable(self.results_path(trainer))
         if stage in ("fit", "validate") and self.validation is not None:
             resolve_losses(self.validation.losses, pl_module)
+            if trainer.precision != "16-mixed":  # validation runs outside autocast, in float32
+                refuse_half_precision(trainer, "the input gradients of evaluation.validation")
 
     def results_path(self, trainer: Trainer) -> Path:
         """Where the results of this run go."""

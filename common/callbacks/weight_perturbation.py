@@ -5,7 +5,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from common.callbacks.modes import batch_statistics_kept
+from common.callbacks.modes import batch_statistics_kept, refuse_half_precision
 from common.errors import ConfigurationError
 from common.objectives import Batch, objective_of
 
@@ -40,6 +40,15 @@ class AdversarialWeightPerturbation(Callback):
         self.gamma = gamma
         self.start_epoch = start_epoch
         self._originals: list[tuple[Tensor, Tensor]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a precision in which the weights' gradients would vanish.
+
+        Raises:
+            ConfigurationError: If it is fp16.
+        """
+        if stage == "fit" and self.gamma > 0.0:
+            refuse_half_precision(trainer, "the gradients that the weights climb")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int

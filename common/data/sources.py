@@ -7,6 +7,7 @@ wrong, where, and what to do about it.
 
 import gzip
 import hashlib
+import io
 import pickle
 import shutil
 import socket
@@ -29,7 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.attacks.randomness import ExampleRandom
-from common.errors import ConfigurationError, DataUnavailableError
+from common.errors import ConfigurationError, DataUnavailableError, RunDirectoryError
+from common.files import damage_of, write_sealed
 
 Split = Literal["train", "test"]
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -643,22 +645,28 @@ class TinyImageNet(ImageSource):
 
     def _cached(self, cache: Path, digest: str, count: int) -> Tensor | None:
         """The kept pixels, or None where there are none of these very files."""
+        if not cache.is_file():
+            return None
         try:
+            if damage := damage_of(cache):
+                raise ValueError(damage)
             content = torch.load(cache, weights_only=True)
             x: Tensor = content["x"]
             if content["digest"] == digest and x.shape == (count, *self.spec.shape):
                 return x
-        except Exception:  # whatever is wrong with it, decoding anew puts it right
-            return None
+        except Exception as error:  # whatever is wrong with it, decoding anew puts it right
+            warnings.warn(
+                f"{cache} is damaged ({_one_line(error)}); the images are decoded again",
+                stacklevel=2,
+            )
         return None
 
     def _keep(self, cache: Path, content: dict[str, Any]) -> None:
         try:
-            with tempfile.TemporaryDirectory(prefix=".decode-", dir=self.root) as folder:
-                part = Path(folder) / cache.name
-                torch.save(content, part)
-                part.replace(cache)
-        except OSError as error:
+            archive = io.BytesIO()
+            torch.save(content, archive)
+            write_sealed(cache, archive)
+        except RunDirectoryError as error:
             warnings.warn(
                 f"the decoded images could not be kept as {cache} ({error}); every run will decode "
                 "them again",

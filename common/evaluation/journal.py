@@ -14,7 +14,6 @@ import json
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -28,7 +27,7 @@ import common.attacks
 import common.evaluation
 from common.errors import RunDirectoryError
 from common.evaluation.steps import Columns, Step
-from common.files import write_bytes_atomically, write_text_atomically
+from common.files import damage_of, write_sealed, write_text_atomically
 from common.objectives import Batch
 from common.provenance import weights_digest
 
@@ -75,12 +74,14 @@ class Journal:
         if path is None or not path.is_file():
             return None
         try:
+            if damage := damage_of(path):
+                raise ValueError(damage)
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files}
             seconds = arrays.pop("seconds").item()
             if not torch.equal(arrays.pop("index"), index):
                 raise ValueError("it is about other examples")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged archive fails at any depth of its reader
             warnings.warn(
                 f"{path} is damaged ({error}); {step.key} runs again on its {len(index)} examples",
                 stacklevel=2,
@@ -102,7 +103,7 @@ class Journal:
         content = io.BytesIO()
         np.savez(content, index=index.numpy(), seconds=np.float64(seconds), **arrays)
         try:
-            write_bytes_atomically(path, content.getvalue())
+            write_sealed(path, content)
         except RunDirectoryError as error:
             raise RunDirectoryError(
                 f"{error}; then run the same command again: what was done is kept"

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -267,7 +268,14 @@ def _ascent(
 ) -> Tensor:
     loss = averaged(inner(model, batch), eot)
     wrong = partial(is_wrong, model, batch["y"])
-    return attack(loss, batch["x"], random, is_adversarial=wrong)
+    x_adv = attack(loss, batch["x"], random, is_adversarial=wrong)
+    if attack.lost is not None and (lost := int(attack.lost.sum())):
+        warnings.warn(
+            f"{attack!r} had no finite gradient for {lost} of {len(x_adv)} examples, which it "
+            "could not move; their outcomes say nothing about robustness",
+            stacklevel=2,
+        )
+    return x_adv
 
 
 def _compacted(

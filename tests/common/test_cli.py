@@ -346,3 +346,51 @@ def test_a_network_may_ask_for_the_statistics_of_the_data(config) -> None:
     cli = RobustCLI("paper_tiny", [str(a) for a in arguments], run=False)
     assert cli.model.net.normalize.mean.item() == pytest.approx(cli.datamodule.mean[0])
     assert cli.model.net.normalize.std.item() == pytest.approx(cli.datamodule.std[0])
+
+
+def test_saving_more_often_is_the_same_experiment(config) -> None:
+    call("reproduce", "--config", config)
+    run = Path("runs/paper_tiny/tiny/seed0")
+    before = (run / "results.json").read_text()
+    call("reproduce", "--config", config, "--checkpoint.every_n_train_steps", "1")
+    assert [path.name for path in run.parent.iterdir()] == ["seed0"], "it was not set aside"
+    digests = [
+        json.loads(text)["provenance"]["last"]["config_digest"]
+        for text in (before, (run / "results.json").read_text())
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_a_job_that_slurm_runs_again_goes_on(config, monkeypatch) -> None:
+    call("fit", "--config", config, "--trainer.max_epochs", "1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    call("fit", "--config", config, "--trainer.max_epochs", "2")
+    run = Path("runs/paper_tiny/tiny")
+    assert [path.name for path in run.iterdir()] == ["seed0"]
+    assert torch.load(run / "seed0/checkpoints/last.ckpt")["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "Lower data."),
+        (MemoryError("no room"), "out of memory (no room)"),
+        (OSError(28, "No space left on device", "events.out"), "Make room and run the same"),
+    ],
+)
+def test_what_runs_out_is_one_line(config, capsys, monkeypatch, error, expected) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("common.classifier.RobustClassifier.training_step", fail)
+    assert expected in refused(capsys, "fit", "--config", config)
+
+
+def test_other_errors_keep_their_traceback(config, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("common.classifier.RobustClassifier.training_step", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        call("fit", "--config", config)

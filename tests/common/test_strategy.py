@@ -1,6 +1,5 @@
-"""One process or two: the same parameters, the same verdicts."""
+"""One process or two: the same verdicts; ``tests/test_devices.py`` is about the parameters."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,94 +11,16 @@ from common.attacks.noise import GaussianNoise
 from common.attacks.pgd import PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.robust_evaluation import RobustEvaluation
-from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
 from common.evaluation import Audit, SuiteEntry
 from common.networks.resnet import DigitsResNet
-from common.objectives import AT, MART, TRADES
+from common.objectives import AT
 from common.results import read_result
 from common.strategy import DeviceInvariantDDP, GlobalBatchNorm, GlobalBatchNormSync
 from common.trainer import Trainer
-
-STEPS = 3
-
-
-def run(folder: Path, devices: int, objective, awp: float = 0.0, accumulate: int = 1) -> None:
-    torch.manual_seed(0)
-    model = RobustClassifier(
-        DigitsResNet(num_classes=10, in_channels=1).double(),
-        objective,
-        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
-    )
-    batch_size = 48 // accumulate
-    data = ImageDataModule(Digits(), batch_size=batch_size, eval_batch_size=37, test_limit=75)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp_fork" if devices > 1 else "auto",
-        precision="64-true",
-        max_steps=STEPS,
-        accumulate_grad_batches=accumulate,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        callbacks=[
-            AdversarialTraining(PGD(0.2, 0.1, steps=2)),
-            AdversarialWeightPerturbation(gamma=awp),
-            Save(folder / "weights.pt"),
-        ],
-    )
-    trainer.fit(model, datamodule=data)
-
-
-class Save(AdversarialTraining):
-    """Hands the trained weights over by file, because forked processes share nothing else."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-
-    def setup(self, trainer, pl_module, stage) -> None: ...
-
-    def on_train_end(self, trainer, pl_module) -> None:
-        if trainer.is_global_zero:
-            torch.save(pl_module.state_dict(), self.path)
-
-
-def weights(folder: Path, **kwargs) -> dict[str, Tensor]:
-    folder.mkdir()
-    run(folder, **kwargs)
-    return torch.load(folder / "weights.pt")
-
-
-def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-10, msg=name)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({"objective": AT()}, id="AT"),
-        pytest.param({"objective": AT(), "awp": 0.01}, id="AT with weight perturbation"),
-        pytest.param({"objective": TRADES(), "accumulate": 2}, id="TRADES", marks=pytest.mark.slow),
-        pytest.param({"objective": MART(), "awp": 0.01}, id="MART", marks=pytest.mark.slow),
-    ],
-)
-def test_two_processes_train_the_parameters_of_one(tmp_path, settings) -> None:
-    one = weights(tmp_path / "one", devices=1, **settings)
-    two = weights(tmp_path / "two", devices=2, **settings)
-    assert_close(one, two)
-    untrained = DigitsResNet(num_classes=10, in_channels=1).double().state_dict()
-    assert not torch.allclose(one["net.head.linear.weight"], untrained["head.linear.weight"])
 
 
 def evaluate(folder: Path, devices: int) -> dict:

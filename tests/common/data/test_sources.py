@@ -559,7 +559,7 @@ def test_tiny_imagenet_works_where_nothing_can_be_written(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(sources.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(sources.tempfile, "mkstemp", refuse)
     with pytest.warns(UserWarning, match="could not be kept"):
         x, _ = TinyImageNet(root=str(fake_tiny_imagenet), verify=False).load("train")
     assert len(x) == 12

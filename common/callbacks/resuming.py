@@ -1,0 +1,152 @@
+"""What it takes to stop a run at any moment and go on as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+STATES = "random_states"
+"""Key of a checkpoint under which every rank's random state is kept."""
+
+
+class Resuming(Callback):
+    """Keeps the random numbers of every rank in checkpoints, and stops all ranks together.
+
+    Data order, augmentation and attacks draw numbers that belong to an example and an epoch, so
+    they need no state. Dropout and the like draw from torch's generators: their states are saved
+    with a checkpoint and set when a run goes on, so that its masks are those of an undisturbed one.
+
+    :class:`SignalConnector` only notes that somebody asked to stop. Here the ranks agree on it
+    after the same batch; :class:`~common.callbacks.checkpointing.LastCheckpoint` saves then, and
+    Lightning ends the run.
+    """
+
+    def __init__(self) -> None:
+        self._states: list[dict[str, Tensor]] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have float64 from the start: Lightning converts after it has restored a checkpoint.
+
+        The weights, and averages of them that callbacks copy, would be rounded to float32 before.
+        """
+        if trainer.precision == "64-true":
+            pl_module.double()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop if any rank was asked to; one number is exchanged, as Lightning itself would."""
+        connector = trainer._signal_connector
+        if trainer.world_size > 1 and isinstance(connector, SignalConnector):
+            is_asked = trainer.strategy.reduce_boolean_decision(connector.is_asked, all=False)
+            connector.received_sigterm = bool(is_asked)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put in the random states of all ranks, by rank."""
+        mine = {"cpu": torch.get_rng_state()}
+        if pl_module.device.type == "cuda":
+            mine["cuda"] = torch.cuda.get_rng_state(pl_module.device)
+        states = [mine]
+        if trainer.world_size > 1:
+            states = [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(states, mine)
+        checkpoint[STATES] = states
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take them out when training goes on; evaluation draws its own numbers."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._states = checkpoint.get(STATES)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set this rank's state, after everything else that draws."""
+        states, self._states = self._states, None
+        if states is None:
+            return
+        if len(states) != trainer.world_size:
+            rank_zero_warn(
+                f"the run goes on with {trainer.world_size} processes and was made with "
+                f"{len(states)}: dropout and the like draw other numbers than they would have"
+            )
+            return
+        mine = states[trainer.global_rank]
+        torch.set_rng_state(mine["cpu"])
+        if "cuda" in mine and pl_module.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda"], pl_module.device)
+
+
+class SignalConnector(_SignalConnector):
+    """Signals end a run between two batches, wherever they catch it.
+
+    Lightning's own handlers talk to the other ranks, and on SLURM save a checkpoint, at whatever
+    line the signal happens to interrupt: in the middle of a collective operation, of a backward
+    pass, or while weights are perturbed. Here the handlers take a note. Outside training there is
+    nothing to save that is not on disk already, and the process ends at once; a second SIGTERM
+    ends it at once too.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.is_asked = False
+        self.is_requeued = False
+
+    def register_signal_handlers(self) -> None:
+        """A new run has not been asked yet."""
+        self.is_asked = self.is_requeued = False
+        super().register_signal_handlers()
+
+    def _sigterm_notifier_fn(self, signum: int, _: FrameType | None) -> None:
+        launcher = self.trainer.strategy.launcher
+        if launcher is not None and not self.is_asked:
+            launcher.kill(signum)  # tells the processes that this one started
+        if self.is_asked or self.trainer.state.fn != TrainerFn.FITTING:
+            raise SIGTERMException
+        self._note()
+
+    def _slurm_sigusr_handler_fn(self, signum: int, _: FrameType | None) -> None:
+        self.is_requeued = True
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.requeue()
+            raise SIGTERMException
+        self._note()
+
+    def _note(self) -> None:
+        self.is_asked = True
+        if self.trainer.world_size == 1:
+            self.received_sigterm = True
+
+    def requeue(self) -> None:
+        """Hand the job back to SLURM if that is what the signal was for."""
+        if not self.is_requeued or not self.trainer.is_global_zero:
+            return
+        job = os.environ["SLURM_JOB_ID"]
+        if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+            job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        done = subprocess.run(["scontrol", "requeue", job], check=False)
+        print(f"SLURM was asked to queue job {job} again (status {done.returncode})", flush=True)
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when the one that started it is killed.
+
+    A rank that lost its first process would otherwise hold its device until the others time out.
+    """
+    try:
+        import ctypes
+
+        ctypes.CDLL("libc.so.6", use_errno=True).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):  # not Linux
+        return

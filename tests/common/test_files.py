@@ -1,0 +1,157 @@
+"""Whole files: what a full disk leaves, what a flipped bit is called."""
+
+import io
+import os
+import resource
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.checkpoints import SealedCheckpointIO, load_checkpoint
+from common.errors import CheckpointError, ConfigurationError, RunDirectoryError
+from common.files import (
+    content_digest,
+    damage_of,
+    remove_leftovers,
+    write_bytes_atomically,
+    write_sealed,
+)
+from common.results import read_result, write_json_atomically
+
+ROOT = Path(__file__).parents[2]
+
+
+def checkpoint(path: Path, size: int = 5) -> bytes:
+    state = {"state_dict": {"weight": torch.arange(float(size))}, "epoch": 3}
+    SealedCheckpointIO().save_checkpoint(state, path)
+    return path.read_bytes()
+
+
+def test_any_reader_reads_a_sealed_archive(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    content = checkpoint(path)
+    assert damage_of(path) == ""
+    for mapped in (False, True):
+        found = torch.load(path, weights_only=True, mmap=mapped)
+        assert torch.equal(found["state_dict"]["weight"], torch.arange(5.0))
+    archive = io.BytesIO()
+    np.savez(archive, a=np.arange(3))
+    write_sealed(tmp_path / "a.npz", archive)
+    assert np.load(tmp_path / "a.npz")["a"].tolist() == [0, 1, 2]
+    assert content[-71:-64] == b"sha256:"
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    content = checkpoint(path)
+    assert len(content) > 1000
+    for place in [*range(0, len(content) - 71, 5), *range(len(content) - 93, len(content))]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        assert damage_of(path), place
+    with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read \(its bytes have the"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("left", [0, 1, 70, 72, 500, -1, -71, -100])
+def test_a_truncated_checkpoint_is_named(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(checkpoint(path)[:left])
+    with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read"):
+        load_checkpoint(path)
+
+
+def test_a_strangers_checkpoint_has_no_digest_and_is_read(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(1)}}, tmp_path / "a.ckpt")
+    assert load_checkpoint(tmp_path / "a.ckpt")["state_dict"]["a"] == 1
+
+
+def test_what_is_no_archive_is_not_sealed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no zip archive"):
+        write_sealed(tmp_path / "a", io.BytesIO(b"text" * 20))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_digest_is_of_values_not_of_their_order() -> None:
+    assert content_digest({"a": 1, "b": [2.5]}) == content_digest({"b": [2.5], "a": 1})
+    assert content_digest({"a": 1}) != content_digest({"a": 2})
+
+
+RESULTS = sorted(ROOT.glob("paper_*/results/*-seed*.json"))
+
+
+def test_a_flipped_bit_of_a_result_is_found(tmp_path: Path) -> None:
+    """Every bit of a digit, letter or brace; blanks between them say nothing."""
+    data: Any = read_result(RESULTS[0])
+    data.pop("digest", None)
+    data["digest"] = content_digest(data)
+    path = tmp_path / "result.json"
+    write_json_atomically(path, data)
+    assert read_result(path)["digest"] == data["digest"]
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(content), 150, replace=False).tolist():
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(rng.integers(0, 7))
+        path.write_bytes(damaged)
+        with suppress(ConfigurationError):
+            found: Any = read_result(path)
+            assert found == data, place  # a blank that became another one
+
+
+def test_what_killed_writers_leave_is_removed(tmp_path: Path) -> None:
+    kept = [tmp_path / "results.json", tmp_path / "checkpoints/last.ckpt", tmp_path / "a.tmp"]
+    left = [tmp_path / ".results.json-ab12.tmp", tmp_path / "checkpoints/last.ckpt.tmp"]
+    (tmp_path / "checkpoints").mkdir()
+    for path in kept + left:
+        path.touch()
+    remove_leftovers(tmp_path)
+    assert [path.exists() for path in kept + left] == [True] * 3 + [False] * 2
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    """A limit on the size of files, which needs no rights; in a child, for it cannot be lifted."""
+    path = tmp_path / "last.ckpt"
+    before = checkpoint(path)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            checkpoint(path, size=100_000)
+        except RunDirectoryError as error:
+            (tmp_path / "told").write_text(str(error))
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    told = (tmp_path / "told").read_text()
+    assert "cannot write" in told
+    assert "MiB free); what was there before is kept" in told
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "told"]
+
+
+@pytest.mark.faults
+def test_a_full_file_system_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        before = checkpoint(folder / "last.ckpt")
+        with pytest.raises(RunDirectoryError, match=r"No space left on device \(0\.\d MiB free\)"):
+            checkpoint(folder / "last.ckpt", size=200_000)
+        assert (folder / "last.ckpt").read_bytes() == before
+        assert [p.name for p in folder.iterdir()] == ["last.ckpt"]
+        with pytest.raises(RunDirectoryError, match="No space left"):
+            write_bytes_atomically(folder / "results.json", b"x" * 500_000)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

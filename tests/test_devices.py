@@ -1,0 +1,204 @@
+"""One process, two or three: the same parameters, the same selected checkpoint, in float64.
+
+A row of the table is a model with its objective and callbacks; to hold another method to it, add a
+row. Most rows carry the marker ``faults``.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+
+from common.attacks.pgd import FGSM, PGD, FriendlyPGD
+from common.callbacks.adversarial_training import AdversarialTraining
+from common.callbacks.averaging import LateAveraging, WarmUpAveraging
+from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
+from common.callbacks.robust_evaluation import RobustEvaluation
+from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
+from common.classifier import RobustClassifier
+from common.data.images import ImageDataModule
+from common.data.sources import Digits
+from common.evaluation import SuiteEntry
+from common.networks.resnet import ResNet
+from common.objectives import AT, MART, TRADES
+from common.trainer import Trainer
+from paper_cifs.method import CIFSResNet, JointCrossEntropy
+from paper_cifs.module import CIFSClassifier
+
+BATCH = 48
+EPOCHS = 2
+IMAGES = 96
+
+
+def plain(objective: Any) -> Callable[[], RobustClassifier]:
+    """A small residual network with this objective."""
+
+    def make() -> RobustClassifier:
+        net = ResNet(depths=[1, 1], widths=[4, 4], strides=[1, 2], in_channels=1, num_classes=10)
+        return RobustClassifier(net, objective, partial(torch.optim.SGD, lr=0.05, momentum=0.9))
+
+    return make
+
+
+def cifs() -> RobustClassifier:
+    net = CIFSResNet(
+        depths=(1, 1), widths=(4, 4), strides=(2, 2), in_channels=1, num_classes=10, hidden=4
+    )
+    return CIFSClassifier(net, JointCrossEntropy(), partial(torch.optim.SGD, lr=0.05))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained, and with what beside it."""
+
+    make: Callable[[], RobustClassifier]
+    attack: PGD = field(default_factory=lambda: PGD(0.2, 0.1, steps=2))
+    callbacks: Callable[[], list[Callback]] = list
+    accumulate: int = 1
+
+
+def awp() -> list[Callback]:
+    return [AdversarialWeightPerturbation(gamma=0.01)]
+
+
+def averaged() -> list[Callback]:
+    return [WarmUpAveraging(decay=0.9)]
+
+
+def awp_and_late() -> list[Callback]:
+    return [AdversarialWeightPerturbation(gamma=0.01), LateAveraging(decay=0.8, from_epoch=1)]
+
+
+def lightnings() -> list[Callback]:
+    return [EMAWeightAveraging(decay=0.9)]
+
+
+slow = pytest.mark.faults
+TABLE = [
+    pytest.param(Row(plain(TRADES(6.0)), callbacks=averaged, accumulate=2), 3, id="TRADES+EMA"),
+    pytest.param(Row(cifs, callbacks=awp), 2, id="CIFS+AWP"),
+]
+for name, make in {
+    "AT": plain(AT()), "TRADES": plain(TRADES(6.0)), "MART": plain(MART(5.0)), "CIFS": cifs,
+}.items():  # fmt: skip
+    for extra in (list, awp, averaged, awp_and_late, lightnings):
+        for accumulate in (1, 2):
+            row = Row(make, callbacks=extra, accumulate=accumulate)
+            label = f"{name}-{extra.__name__}-x{accumulate}"
+            for devices in (2, 3):
+                TABLE.append(pytest.param(row, devices, id=f"{label}-{devices}", marks=slow))
+TABLE.append(
+    pytest.param(Row(plain(AT()), FriendlyPGD(0.2, 0.1, 3, tau=1)), 3, id="FAT", marks=slow)
+)
+
+
+class Report(Callback):
+    """Hands over what each process has, by file: forked processes share nothing else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Weights of rank zero; of every rank, what it thinks was selected."""
+        rank = trainer.global_rank
+        torch.save(pl_module.state_dict(), self.folder / f"weights{rank}.pt")
+        (selected,) = [c for c in trainer.callbacks if isinstance(c, SelectedCheckpoint)]
+        score = selected.best_model_score
+        found = [None if score is None else score.item(), Path(selected.best_model_path).name]
+        (self.folder / f"selected{rank}.json").write_text(json.dumps(found))
+
+
+def train(row: Row, devices: int, folder: Path, precision: Any = "64-true") -> None:
+    """Two epochs on a few digits."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    model = row.make()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp_fork" if devices > 1 else "auto",
+        precision=precision,
+        max_epochs=EPOCHS,
+        accumulate_grad_batches=row.accumulate,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        callbacks=[
+            AdversarialTraining(row.attack),
+            *row.callbacks(),
+            RobustEvaluation(validation=SuiteEntry(FGSM(0.1))),
+            Report(folder),
+            LastCheckpoint(str(folder)),
+            SelectedCheckpoint(dirpath=str(folder)),
+        ],
+    )
+    data = ImageDataModule(
+        Digits(), BATCH // row.accumulate, eval_batch_size=13, train_limit=IMAGES, val_limit=50
+    )
+    trainer.fit(model, datamodule=data)
+
+
+def result(folder: Path, rank: int = 0) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
+    """Weights, what was selected, and the selected file."""
+    selected = json.loads((folder / f"selected{rank}.json").read_text())
+    return torch.load(folder / f"weights{rank}.pt"), selected, torch.load(folder / "selected.ckpt")
+
+
+@pytest.mark.parametrize(("row", "devices"), TABLE)
+def test_processes_train_the_parameters_of_one(tmp_path: Path, row: Row, devices: int) -> None:
+    train(row, 1, tmp_path / "one")
+    train(row, devices, tmp_path / "more")
+    one, chosen, file = result(tmp_path / "one")
+    for rank in range(devices):
+        more, other, other_file = result(tmp_path / "more", rank)
+        assert one.keys() == more.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, more[name], rtol=1e-6, atol=1e-6, msg=name)
+        assert other[1] == chosen[1] == "selected.ckpt", "every rank selects the same"
+        assert other[0] == pytest.approx(chosen[0], abs=1e-6)
+        assert other_file["global_step"] == file["global_step"]
+    name = next(key for key in one if key.endswith("head.linear.weight"))
+    untrained = untrained_weights(row)[name]
+    assert (one[name] - untrained).abs().max() > 1e-4, "something was trained"
+
+
+def untrained_weights(row: Row) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return row.make().double().state_dict()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("devices", [2, 3])
+def test_in_float32_sums_round_otherwise_and_no_more(tmp_path: Path, devices: int) -> None:
+    """The README's tolerance; the sign in the attack may flip where a gradient is rounding."""
+    row = Row(plain(TRADES(6.0)), PGD(0.2, 0.1, steps=2, norm="l2"))
+    train(row, 1, tmp_path / "one", "32-true")
+    train(row, devices, tmp_path / "more", "32-true")
+    one, more = (result(tmp_path / name)[0] for name in ("one", "more"))
+    for name, value in one.items():
+        torch.testing.assert_close(value, more[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_an_accumulated_step_is_one_of_the_same_global_batch(tmp_path: Path) -> None:
+    """Without batch-norm, whose statistics are those of a forward pass."""
+
+    def make() -> RobustClassifier:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        return RobustClassifier(net, TRADES(6.0), partial(torch.optim.SGD, lr=0.05))
+
+    for accumulate in (1, 2):
+        train(Row(make, accumulate=accumulate), 1, tmp_path / str(accumulate))
+    one, two = (result(tmp_path / str(accumulate))[0] for accumulate in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-9, atol=1e-10, msg=name)

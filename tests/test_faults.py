@@ -1,0 +1,503 @@
+"""Kills, signals, full disks, lost ranks, several nodes: what is left is the undisturbed result.
+
+Most of it carries the marker ``faults`` (``make test-faults``). Where a process is killed it is a
+fork of this one, which starts at once, or a real command.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.cli import lock, main
+from common.errors import RunDirectoryError
+
+ROOT = Path(__file__).parents[1]
+
+CONFIG = """
+model:
+  class_path: common.classifier.RobustClassifier
+  init_args:
+    net:
+      class_path: common.networks.resnet.ResNet
+      init_args: {depths: [1, 1], widths: [4, 4], strides: [1, 2]}
+    objective: common.objectives.TRADES
+    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, momentum: 0.9}}
+data:
+  source: common.data.sources.Digits
+  batch_size: 12
+  crop_padding: 1
+  val_size: 60
+  val_limit: 40
+  train_limit: 60
+  test_limit: 50
+  eval_batch_size: 20
+adversary:
+  attack:
+    class_path: common.attacks.pgd.PGD
+    init_args: {eps: 0.1, step_size: 0.05, steps: 2}
+weight_perturbation: {gamma: 0.01}
+evaluation:
+  pictures: false
+  validation: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}}
+  suite:
+    fgsm: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}, losses: ["*"]}
+    pgd9:
+      attack:
+        class_path: common.attacks.pgd.PGD
+        init_args: {eps: 0.1, step_size: 0.02, steps: 9, restarts: 3}
+checkpoint: {every_n_train_steps: 2}
+trainer:
+  max_epochs: 4
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks: [{class_path: common.callbacks.averaging.WarmUpAveraging}]
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def forked(work: Callable[[], None], log: Path) -> int:
+    """A process that does this and ends with the status a command would have."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    file = log.open("a", buffering=1)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file  # pytest's own would keep what is written
+        work()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def cli(*arguments: str | Path) -> Callable[[], None]:
+    return lambda: main([str(a) for a in arguments], package="paper_tiny")
+
+
+def ended(pid: int, within: float = 120.0) -> int:
+    """The status of a child, negative for a signal; it is killed where it takes too long."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"the process did not end within {within} s")
+
+
+def metrics(run: Path) -> str:
+    """The text of everything measured, and the digests of the weights, to the last bit."""
+    return measured(run / "results.json")
+
+
+def measured(path: Path) -> str:
+    """The same of a result file."""
+    result = json.loads(path.read_text())
+    digests = {label: entry["checkpoint_digest"] for label, entry in result["provenance"].items()}
+    return json.dumps([result["checkpoints"], digests])
+
+
+def is_done(run: Path) -> bool:
+    try:
+        return len(json.loads((run / "results.json").read_text())["checkpoints"]) == 2
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------ kills
+
+
+def kill_at_random(config: Path, kills: int, seed: int, signals: Sequence[int]) -> None:
+    """Kill ``reproduce`` so often, at random times; its result is that of an undisturbed run."""
+    log, draw = config.with_name("log"), random.Random(seed)
+    begun = time.monotonic()
+    assert ended(forked(cli("reproduce", "--config", config, "--runs", "whole"), log)) == 0
+    whole = min(time.monotonic() - begun, 8.0)  # on a busy machine it may have been far more
+    expected = metrics(Path("whole/paper_tiny/tiny/seed0"))
+    run = Path("runs/paper_tiny/tiny/seed0")
+    for _ in range(kills):
+        if is_done(run):  # a new run, so that each kill hits one that is under way
+            shutil.rmtree(run)
+        pid = forked(cli("reproduce", "--config", config), log)
+        time.sleep(draw.uniform(0.02, 0.9) * whole)
+        number = draw.choice(signals)
+        os.kill(pid, number)
+        status = ended(pid)
+        assert status in (0, -number, 128 + number, 1), log.read_text()[-2000:]
+        assert status == 0 or not (status == 1 and number != signal.SIGINT)
+        if is_done(run):
+            assert metrics(run) == expected
+    assert ended(forked(cli("reproduce", "--config", config), log)) == 0
+    assert metrics(run) == expected
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_a_few_random_kills_change_no_number(config: Path) -> None:
+    kill_at_random(config, 3, 0, (signal.SIGKILL, signal.SIGTERM))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", [1, 2])
+def test_many_random_kills_change_no_number(config: Path, seed: int) -> None:
+    kill_at_random(config, 20, seed, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+
+
+@pytest.mark.faults
+def test_twenty_random_kills_of_make(tmp_path: Path) -> None:
+    """All of it: rows that wait for rows, training, evaluation, figures, tables."""
+    project = copied_project(tmp_path / "project")
+    whole, seconds = timed_make(copied_project(tmp_path / "whole"))
+    draw = random.Random(3)
+    for _ in range(20):
+        job = start_make(project)
+        time.sleep(draw.uniform(0.05, 0.95) * seconds)
+        number = draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+        if job.poll() is None:
+            os.killpg(job.pid, number)
+        job.wait(timeout=300)
+        if job.returncode == 0:
+            assert results_of(project) == whole
+            shutil.rmtree(project / "runs")
+    assert timed_make(project)[0] == whole
+    rendered = [
+        (folder / "paper_cifs/README.md").read_text() for folder in (project, tmp_path / "whole")
+    ]
+    assert rendered[0] == rendered[1], "the tables too"
+
+
+OVERLAY = """
+data: {train_limit: 100, val_limit: 50, test_limit: 60}
+trainer: {max_epochs: 2, check_val_every_n_epoch: 1}
+checkpoint: {every_n_train_steps: 1}
+"""
+
+
+def copied_project(folder: Path) -> Path:
+    """What make needs; the environment is this one, the code a copy."""
+    folder.mkdir()
+    for name in ("common", "paper_cifs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    for path in (folder / "paper_cifs/results").glob("*.json"):
+        path.unlink()
+    (folder / ".venv").mkdir()
+    (folder / ".venv/.installed").touch()
+    (folder / "overlay.yaml").write_text(OVERLAY)
+    return folder
+
+
+def start_make(folder: Path) -> subprocess.Popen[bytes]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    arguments = ["SEEDS=0", "JOBS=2", f"PY={sys.executable}", "ON=digits_resnet_plain"]
+    with (folder / "make.log").open("ab") as log:
+        return subprocess.Popen(
+            ["make", "reproduce-cifs", *arguments, "ARGS=--config overlay.yaml"],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def timed_make(folder: Path) -> tuple[dict[str, str], float]:
+    begun = time.monotonic()
+    job = start_make(folder)
+    job.wait(timeout=600)
+    found = results_of(folder)
+    assert len(found) == 2, (folder / "make.log").read_text()[-3000:]
+    return found, time.monotonic() - begun
+
+
+def results_of(folder: Path) -> dict[str, str]:
+    """What was measured, by row."""
+    return {
+        path.name: measured(path) for path in (folder / "paper_cifs/results").glob("*-seed0.json")
+    }
+
+
+def test_a_terminated_row_is_not_a_finished_one(config: Path) -> None:
+    """Lightning ends with status 0 then, and make would take the row for done."""
+    log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
+    pid = forked(cli("fit", "--config", config, "--trainer.max_epochs", "1000"), log)
+    while not (run / "checkpoints/last.ckpt").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid) == 128 + signal.SIGTERM
+    assert torch.load(run / "checkpoints/last.ckpt")["epoch"] < 1000
+
+
+def test_ctrl_c_twice_ends_with_a_status_and_a_whole_checkpoint(config: Path) -> None:
+    log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
+    pid = forked(cli("fit", "--config", config, "--trainer.max_epochs", "1000"), log)
+    while not (run / "checkpoints/last.ckpt").exists():
+        time.sleep(0.01)
+    for _ in range(2):
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.02)
+    assert ended(pid) in (1, 128 + signal.SIGINT)
+    assert torch.load(run / "checkpoints/last.ckpt")["epoch"] < 1000
+
+
+# ------------------------------------------------------------------------------------------- locks
+
+
+def test_a_lock_ends_with_its_owner_though_a_child_of_it_lives(tmp_path: Path) -> None:
+    """As a data loader's worker does for some seconds after its parent was killed."""
+    ready = tmp_path / "child"
+
+    def own() -> None:
+        held = lock(tmp_path / "run")
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        ready.with_suffix(".part").write_text(str(child))
+        ready.with_suffix(".part").rename(ready)
+        time.sleep(60)
+        held.release()
+
+    owner = forked(own, tmp_path / "log")
+    while not ready.exists():
+        time.sleep(0.01)
+    child = int(ready.read_text())
+    try:
+        with pytest.raises(RunDirectoryError, match="another process is writing"):
+            lock(tmp_path / "run")
+        os.kill(owner, signal.SIGKILL)
+        assert ended(owner) == -signal.SIGKILL
+        os.kill(child, 0)  # it lives
+        lock(tmp_path / "run").release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+# ----------------------------------------------------------------------------------- disk, memory
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_room_lets_it_go_on(config: Path) -> None:
+    """Files may only grow to a size that results need and checkpoints exceed."""
+    log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
+    assert ended(forked(cli("reproduce", "--config", config, "--runs", "whole"), log)) == 0
+    arguments = ("reproduce", "--config", config, "--trainer.logger", "false")
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+        cli(*arguments)()
+
+    told = config.with_name("told")
+    assert ended(forked(limited, told)) == 2
+    (line,) = [x for x in told.read_text().splitlines() if x.startswith("error:")]
+    assert "last.ckpt: File too large" in line
+    assert "what was there before is kept" in line
+    assert ended(forked(cli(*arguments), log)) == 0
+    assert metrics(run) == metrics(Path("whole/paper_tiny/tiny/seed0"))
+
+
+@pytest.mark.faults
+def test_a_small_file_system_ends_a_run_and_leaves_the_last_good_state(config: Path) -> None:
+    folder = config.with_name("small")
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        arguments = ("reproduce", "--config", config, "--runs", folder, "--trainer.logger", "false")
+        told = config.with_name("told")
+        assert ended(forked(cli(*arguments), told)) == 2
+        assert "No space left on device" in told.read_text()
+        run = folder / "paper_tiny/tiny/seed0"
+        for path in run.rglob("*.ckpt"):
+            assert torch.load(path)["state_dict"]
+        again = subprocess.run(
+            ["mount", "-o", "remount,size=10m", str(folder)], check=False, capture_output=True
+        )
+        assert again.returncode == 0
+        assert ended(forked(cli(*arguments), told)) == 0
+        assert ended(forked(cli("reproduce", "--config", config, "--runs", "whole"), told)) == 0
+        assert metrics(run) == metrics(Path("whole/paper_tiny/tiny/seed0"))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+# --------------------------------------------------------------------------- ranks, nodes, machines
+
+
+def command(config: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "paper_cifs", "reproduce", "--config", str(config), *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def descendants(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], check=False, capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.use_distributed_sampler",
+       "false")  # fmt: skip
+
+
+def wait_for(path: Path, job: subprocess.Popen[Any], within: float = 240.0) -> None:
+    until = time.monotonic() + within
+    while not path.exists():
+        assert job.poll() is None, "it ended too soon"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", ["a rank", "the first process"])
+def test_a_killed_rank_ends_the_run_which_then_goes_on(config: Path, victim: str) -> None:
+    long = ("--trainer.max_epochs", "60")
+    run = Path("runs/paper_cifs/tiny/seed0")
+    with Path("out").open("w") as out:
+        job = subprocess.Popen(
+            command(config, *TWO, *long), env=environment(), stdout=out, stderr=out
+        )
+    wait_for(run / "checkpoints/last.ckpt", job)
+    ranks = descendants(job.pid)
+    assert ranks
+    os.kill(ranks[0] if victim == "a rank" else job.pid, signal.SIGKILL)
+    assert job.wait(timeout=120) != 0
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < until, "a rank outlived the run"
+        time.sleep(0.1)
+    done = torch.load(run / "checkpoints/last.ckpt")["global_step"]
+    assert done > 0
+    Path("one.yaml").write_text(CONFIG)
+    last = subprocess.run(
+        command(config, *TWO, *long), env=environment(), check=False, capture_output=True, text=True
+    )
+    assert last.returncode == 0, last.stderr[-2000:]
+    one = subprocess.run(
+        command(config, *long, "--runs", "one"), env=environment(), check=False, capture_output=True
+    )
+    assert one.returncode == 0
+    pair = [
+        torch.load(r / "paper_cifs/tiny/seed0/checkpoints/last.ckpt")
+        for r in map(Path, ("runs", "one"))
+    ]
+    for name, value in pair[0]["state_dict"].items():
+        torch.testing.assert_close(value, pair[1]["state_dict"][name], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.faults
+def test_sigterm_stops_all_ranks_after_the_same_batch(config: Path) -> None:
+    long = ("--trainer.max_epochs", "100000", "--checkpoint.every_n_train_steps", "100000")
+    run = Path("runs/paper_cifs/tiny/seed0")
+    with Path("out").open("w") as out:
+        job = subprocess.Popen(
+            command(config, *TWO, *long), env=environment(), stdout=out, stderr=out
+        )
+    wait_for(run / "checkpoints/last.ckpt", job)
+    time.sleep(1.0)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=60) == 128 + signal.SIGTERM, Path("out").read_text()[-2000:]
+    checkpoint = torch.load(run / "checkpoints/last.ckpt")
+    assert checkpoint["epoch"] > 0
+    assert len(checkpoint["random_states"]) == 2
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.mark.faults
+def test_two_nodes_that_torchrun_joins_measure_what_one_process_does(config: Path) -> None:
+    """Also when they start at different times over a run directory that is there already."""
+    port = free_port()
+    arguments = ["-m", "paper_cifs", "reproduce", "--config", str(config)]
+    arguments += [
+        "--trainer.num_nodes",
+        "2",
+        "--trainer.devices",
+        "1",
+        *TWO[2:],
+        "--trainer.precision",
+        "32-true",
+    ]
+
+    def node(rank: int) -> subprocess.Popen[str]:
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc_per_node",
+            "1",
+        ]
+        rendezvous = [
+            "--node_rank",
+            str(rank),
+            "--master_addr",
+            "localhost",
+            "--master_port",
+            str(port),
+        ]
+        return subprocess.Popen(
+            [*torchrun, *rendezvous, *arguments],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    nodes = [node(0)]
+    time.sleep(3.0)
+    nodes.append(node(1))
+    for job in nodes:
+        out, _ = job.communicate(timeout=300)
+        assert job.returncode == 0, out[-3000:]
+    one = subprocess.run(
+        command(config, "--runs", "one"), env=environment(), check=False, capture_output=True
+    )
+    assert one.returncode == 0
+    name = "paper_cifs/tiny/seed0/checkpoints/last.ckpt"
+    pair = [torch.load(Path(folder) / name)["state_dict"] for folder in ("runs", "one")]
+    for key, value in pair[0].items():
+        torch.testing.assert_close(value, pair[1][key], rtol=1e-3, atol=1e-4, msg=key)
+    result = json.loads(Path("runs/paper_cifs/tiny/seed0/results.json").read_text())
+    assert result["provenance"]["last"]["world_size"] == 2
+    assert result["checkpoints"]["last"]["examples"] == 50
+    assert [p.name for p in Path("runs/paper_cifs/tiny").iterdir()] == ["seed0"]
