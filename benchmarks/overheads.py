@@ -68,7 +68,7 @@ def lightning(batch: int, steps: int, rounds: int, is_small: bool = False) -> di
     """A training step through Lightning relative to the same step called bare.
 
     In turns: some steps by the trainer, as many by a loop around our own attack and update, with
-    the same options. Both augment with random crops and flips in the trainer's case only.
+    the same options. The trainer's also load and augment their images.
     """
     build = partial(ResNet, (1, 1, 1), (16, 32, 64), (1, 2, 2)) if is_small else ResNet18
     engine = AttackEngine(channels_last=False)
@@ -161,14 +161,3 @@ def _cpu(command: list[str]) -> float:
     return (after.children_user - before.children_user) + (
         after.children_system - before.children_system
     )
-
-
-def test_times(log: Path) -> dict[str, float]:
-    """Seconds of the tests by folder, from the report of ``pytest --junitxml``."""
-    from xml.etree import ElementTree
-
-    found: dict[str, float] = {}
-    for case in ElementTree.parse(log).getroot().iter("testcase"):
-        name = ".".join(case.get("classname", "?").split(".")[:3])
-        found[name] = found.get(name, 0.0) + float(case.get("time", 0.0))
-    return dict(sorted(found.items(), key=lambda item: -item[1]))

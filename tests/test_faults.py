@@ -4,6 +4,7 @@ Most of it carries the marker ``faults`` (``make test-faults``). Where a process
 fork of this one, which starts at once, or a real command.
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -20,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sklearn.datasets  # noqa: F401  (forks have it then)
 import torch
 
 from common.cli import lock, main
 from common.errors import RunDirectoryError
 
 ROOT = Path(__file__).parents[1]
+
+WITHIN = 300.0  # seconds that a process may take to end
 
 CONFIG = """
 model:
@@ -60,6 +64,7 @@ evaluation:
         class_path: common.attacks.pgd.PGD
         init_args: {eps: 0.1, step_size: 0.02, steps: 9, restarts: 3}
 checkpoint: {every_n_train_steps: 2}
+monitoring: {images: 0}
 trainer:
   max_epochs: 4
   accelerator: cpu
@@ -89,6 +94,7 @@ def forked(work: Callable[[], None], log: Path) -> int:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file  # pytest's own would keep what is written
+        faulthandler.dump_traceback_later(WITHIN - 10, file=file)  # where it hangs, if it does
         work()
         status = 0
     except SystemExit as end:
@@ -103,7 +109,7 @@ def cli(*arguments: str | Path) -> Callable[[], None]:
     return lambda: main([str(a) for a in arguments], package="paper_tiny")
 
 
-def ended(pid: int, within: float = 120.0) -> int:
+def ended(pid: int, within: float = WITHIN) -> int:
     """The status of a child, negative for a signal; it is killed where it takes too long."""
     until = time.monotonic() + within
     while time.monotonic() < until:
