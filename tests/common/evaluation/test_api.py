@@ -196,6 +196,7 @@ def test_the_command_line(tmp_path, factory: str, capsys) -> None:
         assert match in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(tmp_path, factory: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "common.evaluation", "--model", factory]
     command += ["--data", "digits", "--eps", "0.1", "--suite", "quick", "--batch_size", "20"]
