@@ -95,6 +95,7 @@ def autoattacked(
             batch["y"],
             seed,
             None if steered is None else engine.wrap(steered),
+            skips_repeats=True,
         )
     held = correct | ~is_wrong(model, batch["y"], x_adv)
     columns = judged(model, batch, x_adv, threat, held)

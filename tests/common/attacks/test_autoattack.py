@@ -337,3 +337,35 @@ def test_is_set_from_the_command_line():
     )
     attack = parser.instantiate(config).attack
     assert repr(attack) == "AutoAttack(eps=8/255, norm='linf', ['apgd-ce', 'square'])"
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("is_steered", [False, True])
+def test_square_skips_what_it_has_seen_and_finds_the_same(norm, is_steered):
+    task = Task(n=40)
+    x, y = task.x[2:], task.y[2:]
+    attack = small(
+        norm, square_queries=1500 if norm == "linf" else 200
+    )  # of one pixel from 1000 on
+    found, evaluated = {}, {}
+
+    def predict(z: Tensor) -> Tensor:
+        evaluated[skips] += len(z)
+        return task.net(z)
+
+    def steered(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = predict(z)
+        return logits, F.cross_entropy(logits, labels, reduction="none")
+
+    for skips in (False, True):
+        evaluated[skips] = 0
+        found[skips] = attack.step(
+            "square", predict, x, y, 5, steered if is_steered else None, skips_repeats=skips
+        )
+    assert torch.equal(found[True][1], found[False][1])
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=0, atol=1e-6)
+    assert 5 < found[True][1].sum() < 35  # otherwise nothing was tested
+    if norm == "linf":  # in the others no square leaves an image as it is
+        assert evaluated[True] < 0.9 * evaluated[False]
+    else:
+        assert evaluated[True] <= evaluated[False]
