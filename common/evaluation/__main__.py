@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
+from common.attacks.engine import AttackEngine
 from common.checkpoints import load_weights
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             eps=arguments.eps,
             norm=arguments.norm,
             audit=arguments.audit,
+            engine=_engine(arguments.engine),
             num_classes=data.num_classes,
             class_names=data.class_names,
             output=arguments.output,
@@ -82,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(ready_suites())}, or a YAML file with evaluation: {{suite: ...}}",
     )
     parser.add_argument("--audit", action="store_true", help="check for gradient masking too")
+    parser.add_argument(
+        "--engine",
+        choices=("fp32", "bf16"),
+        help="attack a network with batch-norm folded, in float32 or bfloat16; the plain float32 "
+        "network judges",
+    )
     parser.add_argument("--eps", default="8/255", help="radius of the threat model (8/255)")
     parser.add_argument("--norm", default="linf", choices=("linf", "l2", "l1"))
     parser.add_argument("--examples", type=int, metavar="N", help="only the first so many")
@@ -95,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--name", help="under which results are filed")
     return parser
+
+
+def _engine(precision: str | None) -> AttackEngine | None:
+    if precision is None:
+        return None
+    return AttackEngine(precision="bf16" if precision == "bf16" else "32")
 
 
 def build_model(path: str, arguments: str = "{}") -> nn.Module:

@@ -196,6 +196,26 @@ def test_the_command_line(tmp_path, factory: str, capsys) -> None:
         assert match in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.*about chance")
+def test_an_engine_from_the_command_line(tmp_path, factory: str) -> None:
+    arguments = ["--model", factory, "--data", "digits", "--eps", "0.02", "--examples", "60"]
+    found = {}
+    for engine in (None, "fp32", "bf16"):
+        torch.manual_seed(1)  # the factory draws its weights
+        more = [] if engine is None else ["--engine", engine]
+        output = tmp_path / str(engine)
+        assert main([*arguments, *more, "--device", "cpu", "--output", str(output)]) == 0
+        result = read_result(output / "results.json")
+        (settings,) = result["provenance"].values()
+        (found[engine],) = result["checkpoints"].values()
+        precision = {None: None, "fp32": "32", "bf16": "bf16"}[engine]
+        wanted = precision and f"AttackEngine(fold, channels_last, {precision})"
+        assert settings.get("engine") == wanted
+    plain, fast = found[None], found["fp32"]
+    assert 0 < plain["metrics"]["worst"] < plain["metrics"]["clean_acc"]
+    assert fast["metrics"] == plain["metrics"]
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on(tmp_path, factory: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "common.evaluation", "--model", factory]
