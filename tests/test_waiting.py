@@ -1,6 +1,7 @@
 """Attacks and losses never ask a tensor for its value: on a GPU the host would wait for it.
 
-They run on tensors without storage, where asking for a value is an error.
+They run on tensors without storage, where asking for a value is an error, and so is mixing tensors
+of the host with those of a device, which need not be there. Only backward passes want a real one.
 """
 
 from contextlib import nullcontext
@@ -29,6 +30,23 @@ STEMS = [
     *("paper_rcm/digits_112_avg", "paper_awnet/digits_awnet_mtard"),
     *("paper_awnet/digits_detector_mtard",),
 ]
+DEVICES: list[Any] = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA"),
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients on a device that is not there are zero, without a backward pass."""
+    if "device" in request.fixturenames and request.getfixturevalue("device") == "cuda":
+        zeros = lambda _, x, **__: (torch.zeros_like(x),)  # noqa: E731
+        monkeypatch.setattr(torch.autograd, "grad", zeros)
+
+
 ATTACKS: dict[str, Any] = {
     "fgsm": FGSM(0.1),
     "linf": PGD(0.1, 0.03, 2),
@@ -40,8 +58,9 @@ ATTACKS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stem", STEMS)
-def test_a_training_step_asks_for_no_value(stem: str) -> None:
+def test_a_training_step_asks_for_no_value(stem: str, device: str) -> None:
     package, _, name = stem.partition("/")
     path = ROOT / package / "configs" / f"{name}.yaml"
     config = yaml.safe_load(path.read_text())
@@ -52,13 +71,17 @@ def test_a_training_step_asks_for_no_value(stem: str) -> None:
         if isinstance(value, dict) and "experiment" in value:
             arguments += [f"--model.objective.{option}.as_it_is", "true"]
     with FakeTensorMode():
-        cli = RobustCLI(package, arguments, run=False)
-        model, adversary = cli.model, cli.config_init["adversary"]
-        batch = {
-            "x": torch.rand(4, *cli.datamodule.shape),
-            "y": torch.zeros(4, dtype=torch.long),
-            "index": torch.arange(4),
-        }
+        with torch.device(device):
+            cli = RobustCLI(package, arguments, run=False)
+            batch = {
+                "x": torch.zeros(4, *cli.datamodule.shape, dtype=torch.uint8),
+                "y": torch.zeros(4, dtype=torch.long),
+                "index": torch.arange(4),
+            }
+        model, data, adversary = cli.model, cli.datamodule, cli.config_init["adversary"]
+        data.crop_padding, data.flip = 1, True
+        batch["x"] = data.augment(batch["x"], batch["index"], epoch=0)
+        batch = data.on_after_batch_transfer(batch, 0)
         adversary.attack.set_epoch(0)
         with frozen(model, adversary.mode):
             batch["x_adv"] = adversary.attack(
@@ -68,15 +91,22 @@ def test_a_training_step_asks_for_no_value(stem: str) -> None:
                 is_adversarial=lambda x: model(x).argmax(dim=1) != batch["y"],
             )
         assert batch["x_adv"].shape == batch["x"].shape
+        assert batch["x_adv"].device.type == device
         if package == "paper_awnet":  # it sorts clean from adversarial examples, once a step
             return
-        model.objective.outer(model, batch).backward()
+        loss = model.objective.outer(model, batch)
+        assert loss.shape == ()
+        if device == "cuda":
+            return
+        loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert sum(gradient is not None for gradient in gradients) > len(gradients) / 2
 
 
-def attacked(attack: Any, by: AttackEngine | None = None, asks: bool = False) -> Tensor:
-    with FakeTensorMode():
+def attacked(
+    attack: Any, device: str = "cpu", by: AttackEngine | None = None, asks: bool = False
+) -> Tensor:
+    with FakeTensorMode(), torch.device(device):
         net = ResNet(depths=(1, 1), widths=(8, 16), strides=(1, 2)).eval()
         x, y = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
 
@@ -92,17 +122,23 @@ def attacked(attack: Any, by: AttackEngine | None = None, asks: bool = False) ->
             return found
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_asks_for_no_value(name: str) -> None:
-    assert attacked(ATTACKS[name]).shape == (4, 3, 8, 8)
+def test_an_attack_asks_for_no_value(name: str, device: str) -> None:
+    assert attacked(ATTACKS[name], device).device.type == device
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_nor_does_an_engine(precision, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [("cpu", "32"), ("cpu", "bf16"), pytest.param("cuda", "32", marks=DEVICES[1].marks)],
+)
+def test_nor_does_an_engine(device, precision, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_is_equal", lambda *_: True)  # a trial, once per network
-    assert attacked(ATTACKS["linf"], AttackEngine(precision=precision)).shape == (4, 3, 8, 8)
+    found = attacked(ATTACKS["linf"], device, AttackEngine(precision=precision))
+    assert found.device.type == device
 
 
 def test_such_a_question_would_be_noticed() -> None:
+    """Here, and so it would be in the attacks above."""
     with pytest.raises(DataDependentOutputException):
         attacked(ATTACKS["linf"], asks=True)
