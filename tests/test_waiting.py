@@ -6,6 +6,7 @@ of the host with those of a device, which need not be there. Only backward passe
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,9 @@ from common.attacks.pgd import FGSM, MIM, PGD, FriendlyPGD
 from common.attacks.randomness import ExampleRandom
 from common.callbacks.modes import frozen
 from common.cli import RobustCLI
+from common.data.extra import ExtraImages
+from common.data.images import ImageDataModule
+from common.data.sources import Digits
 from common.networks.resnet import ResNet
 
 ROOT = Path(__file__).parents[1]
@@ -142,3 +146,34 @@ def test_such_a_question_would_be_noticed() -> None:
     """Here, and so it would be in the attacks above."""
     with pytest.raises(DataDependentOutputException):
         attacked(ATTACKS["linf"], asks=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [({}, "cuda"), ({"num_workers": 1}, "cpu"), ({"extra": ExtraImages()}, "cpu")],
+    ids=["alone", "workers", "extra"],
+)
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_images_stay_in_the_memory_of_a_gpu(
+    settings: dict[str, Any], where: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    source = Digits()
+    with FakeTensorMode():
+        splits = {
+            split: (torch.zeros(90, 1, 8, 8, dtype=torch.uint8), torch.arange(90) % 10)
+            for split in ("train", "test")
+        }
+        monkeypatch.setattr(source, "load", splits.__getitem__)
+        data = ImageDataModule(source, validate_on="test", **settings)
+        strategy = SimpleNamespace(root_device=torch.device(device, 0))
+        data.trainer = SimpleNamespace(world_size=1, global_rank=0, strategy=strategy)
+        monkeypatch.setattr(ExtraImages, "load", lambda *_: splits["train"])
+        data.setup("fit")
+        batch = data.train_set.__getitems__([3, 1, 2])
+        assert batch["x"].device.type == where
+        assert batch["x"].shape == (3, 1, 8, 8)
+        assert {batch["y"].device.type, batch["index"].device.type} == {"cpu"}
+        assert data.train_set.y.device.type == "cpu"
+        loader = data.val_dataloader()
+        assert loader.pin_memory == (where == "cpu")  # what is there already cannot be pinned
