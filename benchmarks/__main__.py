@@ -1,4 +1,4 @@
-"""``python -m benchmarks [training evaluation overheads growth] [--full] [--device cuda]``.
+"""``python -m benchmarks [SECTION ...] [--full] [--compile] [--device cuda]``.
 
 Writes ``benchmarks/results/<name>.json`` and ``.md``; sections that are not asked for stay as they
 were.
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import evaluation, overheads, report, training
+from benchmarks import accuracy, evaluation, overheads, report, training
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,8 +40,10 @@ def measured(section: str, given: argparse.Namespace) -> dict[str, Any]:
         rounds = given.rounds or (9 if given.full else 3)
         return training.compare(given.batch, given.steps, rounds, given.compile, given.device)
     if section == "evaluation":
-        examples = given.examples or (400 if given.full else 48)
+        examples = given.examples or (400 if given.full else 128)
         return evaluation.compare(examples, given.full)
+    if section == "accuracy":
+        return accuracy.compare(seeds=10 if given.full else 5, epochs=12)
     if section == "growth":
         return training.growth(given.full, given.device)
     found = [overheads.lightning(32, 10, 5, is_small=True)]

@@ -19,7 +19,7 @@ from common.attacks.engine import AttackEngine
 from common.attacks.pgd import PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.classifier import RobustClassifier
-from common.data.images import ImageDataModule
+from common.data.images import Batch, ImageDataModule, ImageDataset
 from common.data.sources import ImageSource, ImageSpec
 from common.networks.resnet import ResNet, ResNet18
 from common.objectives import AT
@@ -46,6 +46,32 @@ class Noise(ImageSource):
         generator = torch.Generator().manual_seed(0)
         x = torch.randint(0, 256, (self.n, 3, 32, 32), generator=generator, dtype=torch.uint8)
         return x, torch.randint(10, (self.n,), generator=generator)
+
+
+class _TimedImages(ImageDataModule):
+    """Images, and the processor time that fetching and augmenting them takes."""
+
+    spent = 0.0
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        fetch = ImageDataset.__getitems__
+
+        def timed_fetch(dataset: ImageDataset, indices: list[int]) -> Batch:
+            begun = time.process_time()
+            found = fetch(dataset, indices)
+            self.spent += time.process_time() - begun
+            return found
+
+        kind = type("TimedDataset", (ImageDataset,), {"__getitems__": timed_fetch})
+        assert self.train_set is not None
+        self.train_set.__class__ = kind
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        begun = time.process_time()
+        found = super().on_after_batch_transfer(batch, dataloader_idx)
+        self.spent += time.process_time() - begun
+        return found
 
 
 class _Clock(AdversarialTraining):
@@ -78,9 +104,11 @@ def lightning(batch: int, steps: int, rounds: int, is_small: bool = False) -> di
     task = Task(net.eval(), x.float() / 255.0, y, steps=steps)
     bare = candidate(task, ours(task, engine))
     bare()
-    ratios, alone = [], []
+    ratios, alone, loading = [], [], []
     for _ in range(rounds):
-        through = statistics.median(_through_lightning(build, engine, batch, steps))
+        seconds, share = _through_lightning(build, engine, batch, steps)
+        through = statistics.median(seconds)
+        loading.append(share)
         ours_s = statistics.median(timed(bare)[0] for _ in range(3))
         ratios.append(through / ours_s)
         alone.append(ours_s)
@@ -92,21 +120,26 @@ def lightning(batch: int, steps: int, rounds: int, is_small: bool = False) -> di
         "lower": lower,
         "upper": upper,
         "bare_cpu_s": statistics.median(alone),
+        "data_share": statistics.median(loading),
     }
 
 
-def _through_lightning(build: Any, engine: AttackEngine, batch: int, steps: int) -> list[float]:
+def _through_lightning(
+    build: Any, engine: AttackEngine, batch: int, steps: int
+) -> tuple[list[float], float]:
+    """Seconds of each step, and the share of the whole that went into the data."""
     torch.manual_seed(0)
     clock = _Clock(PGD(8 / 255, 2 / 255, steps, "zero"), engine=engine)
     module = RobustClassifier(build(), AT(), partial(torch.optim.SGD, lr=0.0, momentum=0.9))
-    data = ImageDataModule(Noise(batch * 5), batch_size=batch, crop_padding=4, flip=True)
+    data = _TimedImages(Noise(batch * 5), batch_size=batch, crop_padding=4, flip=True)
     trainer = Trainer(
         max_steps=5, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
         callbacks=[clock], accelerator="cpu",
     )  # fmt: skip
+    begun = time.process_time()
     trainer.fit(module, datamodule=data)
-    return clock.seconds()
+    return clock.seconds(), data.spent / (time.process_time() - begun)
 
 
 def imports(repeats: int = 3) -> dict[str, Any]:

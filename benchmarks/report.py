@@ -132,10 +132,29 @@ def _evaluation(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _accuracy(found: dict[str, Any]) -> list[str]:
+    def percent(row: dict[str, float | None], key: str) -> list[str]:
+        mean, spread, p = (row[name] for name in (key, f"{key}_std", f"{key}_p"))
+        text = f"{100 * (mean or 0.0):.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+        return [text, "" if p is None else f"{p:.2f}"]
+
+    rows = [
+        [name, *percent(row, "clean"), *percent(row, "worst")]
+        for name, row in found["rows"].items()
+    ]
+    head = ["training attack", "clean %", "p (Welch)", "worst case %", "p (Welch)"]
+    return [f"{found['setting']}; mean ± standard deviation.", "", *table(head, rows)]
+
+
 def _overheads(found: dict[str, Any]) -> list[str]:
     rows = [
         [f"step through Lightning / bare: {row['setting']}", f"{row['ratio']:.4f}",
          f"{row['lower']:.4f} to {row['upper']:.4f}"]
+        for row in found["lightning"]
+    ]  # fmt: skip
+    rows += [
+        [f"fetching and augmenting, share of the time: {row['setting']}",
+         f"{100 * row['data_share']:.2f} %", ""]
         for row in found["lightning"]
     ]  # fmt: skip
     rows += [[f"import {k}, CPU s", f"{v:.2f}", ""] for k, v in found["imports"].items()]
@@ -156,6 +175,7 @@ def _growth(found: dict[str, Any]) -> list[str]:
 SECTIONS = {
     "training": _training,
     "evaluation": _evaluation,
+    "accuracy": _accuracy,
     "overheads": _overheads,
     "growth": _growth,
 }

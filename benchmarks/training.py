@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.loops import Attack, Candidate, Task, bare, by_backward, candidate, ours
+from benchmarks.loops import Attack, Candidate, Task, bare, by_backward, candidate, one_graph, ours
 from benchmarks.passes import Passes, counted
 from benchmarks.peak import flops_of, memory_of, peaks
 from benchmarks.timing import exponent, interleaved, timed
@@ -51,6 +51,8 @@ def attacks(what: Task, is_compiled: bool) -> tuple[dict[str, Attack], dict[str,
     """All candidates by name, and the peers that are not there."""
     engines = ENGINES | (COMPILED if is_compiled else {})
     found = {BASE: bare(what)} | {name: ours(what, engine) for name, engine in engines.items()}
+    if is_compiled:
+        found["the same, compiled as one graph per attack step"] = one_graph(what, AttackEngine())
     found["loop with backward()"] = by_backward(what)
     there, missing = peers.available(what)
     return found | there, missing

@@ -3,14 +3,17 @@
 import pytest
 import torch
 
-from benchmarks.loops import Task, bare, by_backward, candidate, ours
+from benchmarks import accuracy
+from benchmarks.loops import Task, bare, by_backward, candidate, one_graph, ours
 from benchmarks.passes import Passes, counted
 from benchmarks.peers import PEERS, available
 from common.attacks.engine import AttackEngine
+from common.attacks.pgd import FGSM
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.classifier import RobustClassifier
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
+from common.evaluation.suite import SuiteEntry
 from common.networks.resnet import DigitsResNet
 from common.objectives import ALP, AT, MART, TRADES
 from common.trainer import Trainer
@@ -117,3 +120,21 @@ def test_lightning_adds_no_pass(objective, expected: Passes, engine) -> None:
         2 * expected.backward,
         2 * expected.weight_gradient,
     )
+
+
+def test_what_an_engine_does_to_robustness_is_measured_over_seeds(monkeypatch) -> None:
+    suite = {"fgsm": SuiteEntry(FGSM(accuracy.EPS))}
+    monkeypatch.setattr(accuracy, "SUITE", suite)
+    found = accuracy.compare(seeds=1, epochs=1)
+    for name, row in found["rows"].items():
+        assert row["worst"] == found["accuracies"][name][0]["worst"]
+        assert 0.05 < row["worst"] < row["clean"] < 1.0
+    folded, reduced = (found["accuracies"][name][0] for name in list(accuracy.ENGINES)[1:])
+    assert folded != reduced  # bf16 takes another path
+
+
+@pytest.mark.slow
+def test_a_step_in_one_compiled_graph_gives_the_images_of_the_bare_loop(task) -> None:
+    wanted = candidate(task, bare(task)).images()
+    found = candidate(task, one_graph(task, AttackEngine())).images()
+    assert (found - wanted).abs().gt(1e-5).float().mean() < 0.05

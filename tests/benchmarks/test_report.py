@@ -69,12 +69,27 @@ def test_sections_are_kept_beside_each_other(tmp_path, monkeypatch) -> None:
     evaluation = {"setting": "Digits"} | {
         key: {"rows": {"ours": row}} for key in ("autoattack", "pgd100")
     }
+    accuracy = {
+        "setting": "Digits",
+        "rows": {
+            "no engine": {
+                "clean": 0.98, "clean_std": 0.01, "clean_p": None,
+                "worst": 0.61, "worst_std": 0.02, "worst_p": None,
+            },
+            "bf16": {
+                "clean": 0.981, "clean_std": 0.011, "clean_p": 0.8,
+                "worst": 0.615, "worst_std": 0.03, "worst_p": 0.75,
+            },
+        },
+    }  # fmt: skip
+    report.write("cpu", "accuracy", accuracy, "cpu")
     report.write("cpu", "growth", growth, "cpu")
     path = report.write("cpu", "evaluation", evaluation, "cpu")
-    assert set(json.loads(path.read_text())) == {"growth", "evaluation"}
+    assert set(json.loads(path.read_text())) == {"growth", "evaluation", "accuracy"}
     text = path.with_suffix(".md").read_text()
     assert text.index("## Evaluation") < text.index("## Growth")
     assert "| ours | 0.700 | 0.600 to 0.800 | 20 | 0 | 1 |" in text
+    assert "| bf16 | 98.10 ± 1.10 | 0.80 | 61.50 ± 3.00 | 0.75 |" in text
     assert "| batch | 8: 0.1, 16: 0.2 | 1.00 |" in text
     assert f"torch {torch.__version__.split('+')[0]}" in text
 
