@@ -64,6 +64,7 @@ def compare(examples: int, is_full: bool) -> dict[str, Any]:
         "setting": f"DigitsResNet after PGD-5 training on 8x8 digits, clean accuracy {clean:.3f}; "
         f"AutoAttack on the first {examples} test images in linf eps {EPS}, PGD-100 on all "
         f"{len(y)} at a radius that breaks half of them",
+        "examples": examples,
         "autoattack": _autoattack(net, x[:examples], y[:examples], is_full),
         "pgd100": _pgd100(net, x, y),
     }

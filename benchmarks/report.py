@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import goals
 from common.costs import device_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,6 +62,8 @@ def write(name: str, section: str, found: Any, device: str) -> Path:
 def rendered(name: str, whole: dict[str, Any]) -> str:
     """All sections as Markdown."""
     lines = [f"# Benchmarks on {name}", ""]
+    if "training" in whole:
+        lines += ["## Goals", "", *table(["what", "goal", "measured", ""], goals.rows(whole)), ""]
     for section, render in SECTIONS.items():
         if section not in whole:
             continue
@@ -156,6 +159,7 @@ def _overheads(found: dict[str, Any]) -> list[str]:
         [f"fetching and augmenting, share of the time: {row['setting']}",
          f"{100 * row['data_share']:.2f} %", ""]
         for row in found["lightning"]
+        if "data_share" in row
     ]  # fmt: skip
     rows += [[f"import {k}, CPU s", f"{v:.2f}", ""] for k, v in found["imports"].items()]
     rows += [[f"command line: {k}", f"{v:.2f}", ""] for k, v in found["command_line"].items()]

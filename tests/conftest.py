@@ -6,6 +6,7 @@ import pickle
 import struct
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,23 @@ import torchvision.datasets
 from torch import Tensor
 
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Where the time of the tests went: seconds over all workers, by folder or file."""
+    seconds: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for report in (r for reports in terminalreporter.stats.values() for r in reports):
+        if isinstance(report, pytest.TestReport):
+            folders = Path(report.nodeid.partition("::")[0]).parts[1:]
+            part = "/".join(folders[: 2 if folders[0] == "common" else 1])
+            seconds[part] += report.duration
+            count[part] += report.when == "call"
+    if sum(seconds.values()) < 30.0:
+        return
+    terminalreporter.section("seconds by part, all workers together")
+    for part, spent in seconds.most_common():
+        terminalreporter.write_line(f"{spent:8.1f}  {count[part]:5d} tests  {part}")
 
 
 @pytest.fixture(autouse=True)

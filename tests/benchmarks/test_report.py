@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import report
+from benchmarks import goals, report
 from benchmarks.passes import Passes
 from benchmarks.peak import flops_of, memory_of
 from benchmarks.timing import exponent, interleaved, quartiles
@@ -100,3 +100,27 @@ def test_every_committed_file_renders_to_its_table() -> None:
         assert path.with_suffix(".md").read_text(encoding="utf-8") == report.rendered(
             path.stem, whole
         )
+
+
+def test_a_goal_is_judged_by_what_was_measured() -> None:
+    rows = {"bare loop": 1.0, goals.EAGER: 0.9, goals.BF16: 0.5, "foolbox 3.3.4": 1.35}
+    whole = {
+        "training": {
+            "machine": {"bf16_units": "none"},
+            "found": {
+                "rows": {k: {"ratio": v, "memory_ratio": 1.2} for k, v in rows.items()},
+                "peaks_gflops": {"matmul bf16": 30.0, "matmul fp32": 20.0},
+            },
+        }
+    }
+    found = {(row[0], row[1]): row[2:] for row in goals.rows(whole)}
+    assert found["step in fp32 / bare loop", "≤ 0.93"] == ["0.900", "reached"]
+    assert found["the same, compiled", "≤ 0.9"] == ["", "not measured"]
+    text = "no AMX: bf16 multiplies 1.5 times as fast as fp32"
+    assert found["step in bf16 / bare loop", "≤ 0.28"] == ["0.500", text]
+    assert found["loops with backward() / ours in fp32", "≥ 1.6"] == ["1.500", "not reached"]
+    assert found["the same, ours in bf16", "≥ 8"] == ["2.700", text]
+    assert found["peak memory of a step / bare loop's", "≤ 1.1"] == ["1.200", "not reached"]
+    whole["training"]["machine"]["bf16_units"] = "AMX"
+    found = {(row[0], row[1]): row[2:] for row in goals.rows(whole)}
+    assert found["step in bf16 / bare loop", "≤ 0.28"] == ["0.500", "not reached"]

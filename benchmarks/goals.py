@@ -1,0 +1,140 @@
+"""What we set ourselves, and how far it was reached on this machine: all read off the sections."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Whole = dict[str, Any]
+"""All sections: ``{name: {"machine": ..., "found": ...}}``."""
+
+EAGER = "ours, folded, channels_last"
+COMPILED = (f"{EAGER}, compiled", "the same, compiled as one graph per attack step")
+BF16 = f"{EAGER}, bf16"
+BF16_COMPILED = f"{BF16}, compiled"
+BACKWARD = ("foolbox", "adversarial-robustness-toolbox", "loop with backward()")
+
+
+class Goal(NamedTuple):
+    """A ratio and the bound it was to keep to."""
+
+    what: str
+    bound: float
+    measured: Callable[[Whole], float]
+    """Raises KeyError where the section, or the candidate, was not measured."""
+    is_least: bool = False
+    """Whether the bound is a least value, and not a largest one."""
+    excuse: Callable[[Whole], str | None] = lambda _: None
+    """The measurement that shows why it cannot be reached here, in words."""
+
+    def row(self, whole: Whole) -> list[str]:
+        """Cells of the table."""
+        sign = "≥" if self.is_least else "≤"
+        try:
+            value = self.measured(whole)
+        except KeyError:
+            return [self.what, f"{sign} {self.bound:g}", "", "not measured"]
+        is_reached = value >= self.bound if self.is_least else value <= self.bound
+        verdict = "reached" if is_reached else self.excuse(whole) or "not reached"
+        return [self.what, f"{sign} {self.bound:g}", f"{value:.3f}", verdict]
+
+
+def rows(whole: Whole) -> list[list[str]]:
+    """Goal, bound, measured value and verdict, as text."""
+    return [goal.row(whole) for goal in GOALS]
+
+
+def _found(whole: Whole, section: str) -> Any:
+    return whole[section]["found"]
+
+
+def _without_matrix_units(whole: Whole) -> str | None:
+    """The bf16 goals presuppose a processor with units for matrices in it."""
+    if whole["training"]["machine"]["bf16_units"] == "AMX":
+        return None
+    peaks = _found(whole, "training")["peaks_gflops"]
+    times = peaks["matmul bf16"] / peaks["matmul fp32"]
+    return f"no AMX: bf16 multiplies {times:.1f} times as fast as fp32"
+
+
+def _second_pass(whole: Whole) -> str | None:
+    """What bf16 does not break is attacked again in float32, and that alone takes so long."""
+    table = _found(whole, "evaluation")["autoattack"]["rows"]
+    examples = _found(whole, "evaluation").get("examples")
+    if examples is None:  # a file from before it was kept
+        return None
+    again = table[EAGER]["ratio"] * table[EAGER]["robust"] / examples
+    return (
+        f"{table[EAGER]['robust']} of {examples} withstand it, and attacking those again in "
+        f"float32 takes about {again:.2f}"
+    )
+
+
+def _step(*names: str) -> Callable[[Whole], float]:
+    """The best of some candidates, relative to the bare loop."""
+
+    def measured(whole: Whole) -> float:
+        table = _found(whole, "training")["rows"]
+        ratios = [float(table[name]["ratio"]) for name in names if name in table]
+        if not ratios:
+            raise KeyError(names)
+        return min(ratios)
+
+    return measured
+
+
+def _against(peers: tuple[str, ...], ours: str) -> Callable[[Whole], float]:
+    """How many times slower the fastest of some peers is than ours."""
+
+    def measured(whole: Whole) -> float:
+        table = _found(whole, "training")["rows"]
+        ratios = [row["ratio"] for name, row in table.items() if name.startswith(peers)]
+        if not ratios:
+            raise KeyError(peers)
+        return float(min(ratios) / table[ours]["ratio"])
+
+    return measured
+
+
+def _lightning(words: str) -> Callable[[Whole], float]:
+    def measured(whole: Whole) -> float:
+        for row in _found(whole, "overheads")["lightning"]:
+            if row["setting"].startswith(words):
+                return float(row["ratio"])
+        raise KeyError(words)
+
+    return measured
+
+
+def _evaluation(part: str, name: str) -> Callable[[Whole], float]:
+    return lambda whole: float(_found(whole, "evaluation")[part]["rows"][name]["ratio"])
+
+
+def _disagreements(whole: Whole) -> float:
+    table = _found(whole, "evaluation")["autoattack"]["rows"].values()
+    return float(sum(row["broken_here_alone"] + row["broken_there_alone"] for row in table))
+
+
+GOALS = (
+    Goal("step through Lightning / our engine bare, batch 32", 1.03,
+         _lightning("ResNet-18, batch 32")),
+    Goal("the same, batch 128", 1.02, _lightning("ResNet-18, batch 128")),
+    Goal("step in fp32 / bare loop", 0.93, _step(EAGER)),
+    Goal("the same, compiled", 0.90, _step(*COMPILED)),
+    Goal("step in bf16 / bare loop", 0.28, _step(BF16), excuse=_without_matrix_units),
+    Goal("the same, compiled", 0.18, _step(BF16_COMPILED), excuse=_without_matrix_units),
+    Goal("loops with backward() / ours in fp32", 1.6, _against(BACKWARD, EAGER), True),
+    Goal("the same, ours in bf16", 8.0, _against(BACKWARD, BF16), True,
+         _without_matrix_units),
+    Goal("torchattacks / ours in fp32", 1.08, _against(("torchattacks",), EAGER), True),
+    Goal("the same, ours in bf16", 5.0, _against(("torchattacks",), BF16), True,
+         _without_matrix_units),
+    Goal("peak memory of a step / bare loop's", 1.1,
+         lambda whole: float(_found(whole, "training")["rows"][EAGER]["memory_ratio"])),
+    Goal("AutoAttack in fp32 / official package", 0.65, _evaluation("autoattack", EAGER)),
+    Goal("the same, bf16 first", 0.35, _evaluation("autoattack", "bf16 first, float32 after it"),
+         excuse=_second_pass),
+    Goal("verdicts of AutoAttack that differ", 0, _disagreements),
+    Goal("PGD-100 / loop without compaction", 0.45,
+         _evaluation("pgd100", "ours, until broken, folded")),
+    Goal("command line to the first step, seconds", 8.0,
+         lambda whole: float(_found(whole, "overheads")["command_line"]["first_step_wall_s"])),
+)  # fmt: skip
