@@ -418,13 +418,17 @@ class _Best:
     loss: Tensor
 
     def after(self, x: Tensor, margin: Tensor, loss: Tensor) -> "_Best":
-        """With these proposals taken where they are better, or misclassified."""
-        is_better = loss < self.loss
-        is_taken = is_better | (margin <= 0)
+        """With these proposals taken where they are better, or misclassified.
+
+        By the package's sums, in which what is not finite spoils margin and loss.
+        """
+        is_better = (loss < self.loss).float()
+        is_taken = torch.max(is_better, (margin <= 0).float())
+        flags = is_taken.view(-1, *[1] * (x.ndim - 1))
         return _Best(
-            torch.where(is_taken.view(-1, *[1] * (x.ndim - 1)), x, self.x),
-            torch.where(is_taken, margin, self.margin),
-            torch.where(is_better, loss, self.loss),
+            flags * x + (1.0 - flags) * self.x,
+            is_taken * margin + (1.0 - is_taken) * self.margin,
+            is_better * loss + (1.0 - is_better) * self.loss,
         ).standing()
 
     def standing(self) -> "_Best":

@@ -11,13 +11,15 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import NoneType
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from common.attacks.folding import Pair, foldable, folded_weights, has_hooks, places
+from common.attacks.folding import NORMS, Pair, foldable, folded_weights, has_hooks, places
 from common.attacks.settings import Settings
 from common.errors import ConfigurationError
 
@@ -30,15 +32,16 @@ _LOG = logging.getLogger(__name__)
 class AttackEngine(Settings):
     """How the forward and backward passes of an attack are computed.
 
-    In float32 the results are those of the plain network up to rounding. In ``bf16`` about one
-    gradient sign in a hundred differs: training follows another path, and an evaluation has to
-    confirm what it finds (:mod:`common.evaluation.fast` does).
+    In float32 the results are those of the plain network up to rounding. In ``bf16`` some gradient
+    signs differ, one in twenty-five on an untrained ResNet-18: training follows another path, and
+    an evaluation has to confirm what it finds (:mod:`common.evaluation.fast` does).
 
     Args:
         fold: Fold eval-mode batch-norm into the convolution before it, wherever the network's code
             shows that this convolution feeds nothing else; the rest keeps its exact path.
         channels_last: Keep the stand-ins' weights, and so the activations, in the layout ``NHWC``.
-        precision: ``32`` computes in the network's own type; ``bf16`` keeps weights and activations
+        precision: ``32`` computes as the network would, in its own type or that of the trainer's
+            autocast; ``bf16`` keeps weights and activations
             of the attack in bfloat16, pixels and losses in float32. It pays where the processor
             has units for it.
         compile: Compile the attack's passes in this mode; ``None`` does not. The first step then
@@ -92,7 +95,8 @@ class AttackEngine(Settings):
 
         Args:
             model: Images to logits, in eval mode, parameters not requiring gradients. Its own
-                forward and every method that goes through its modules becomes fast.
+                forward and every method that goes through its modules becomes fast. What lies
+                between a folded convolution and its batch-norm is scaled and shifted already.
             x: Some images ``(N, C, H, W)``; the first two try out a network that is new.
 
         Raises:
@@ -128,20 +132,13 @@ class AttackEngine(Settings):
         parts += [self.precision, *([f"compile={self.compile}"] if self.compile else [])]
         return f"AttackEngine({', '.join(parts)})"
 
-    def _reduced(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.is_reduced)
+    def _reduced(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16) if self.is_reduced else nullcontext()
 
     def _plan(self, model: nn.Module, x: Tensor) -> "_Plan":
         plan = self._plans.of.get(model)
         if plan is None or not plan.fits():
-            pairs = foldable(model) if self.fold else []
-            if pairs and not _is_equal(model, x[:2]):
-                _LOG.warning(
-                    "%s computes something else with its batch-norms folded; attacks use it as it "
-                    "is",
-                    type(model).__name__,
-                )
-                pairs = []
+            pairs = _tried_out(model, x) if self.fold else []
             plan = _Plan(model, pairs, self)
             norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
             _LOG.info("%s folds %d of %d batch-norms", self, len(pairs), norms)
@@ -187,20 +184,25 @@ class _Plan:
             original = source.conv if isinstance(source, Pair) else source
             self._slot(at, original, conv)
             if isinstance(source, Pair):
-                self._slot(at, source.norm, nn.Identity().eval())
+                self._slot(at, source.norm, _PassThrough(source.norm))
         self._compiled = _Compiled(model, engine.compile)
+        self._model = weakref.ref(model)
+        self._settings = _settings(model)
 
     def _slot(self, at: Any, original: nn.Module, stand_in: nn.Module) -> None:
         for parent, name in at[id(original)]:
             self._slots.append((weakref.ref(parent), name, original, stand_in))
 
     def fits(self) -> bool:
-        """Whether the model still has the modules it had."""
-        return all(
+        """Whether the model still has the modules it had, and these their settings and hooks."""
+        is_there = all(
             (parent := ref()) is not None and parent._modules.get(name) is original
             for ref, name, original, _ in self._slots
         )
+        model = self._model()
+        return is_there and model is not None and _settings(model) == self._settings
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the stand-ins' weights up to date, in place.
@@ -212,11 +214,7 @@ class _Plan:
         bias: Tensor | None
         for source, conv in zip(self._sources, self._convs, strict=True):
             if isinstance(source, Pair):
-                if source.norm.training:
-                    raise ValueError(
-                        "a batch-norm to be folded is in training mode, where it is no affine map; "
-                        "call model.eval() first, or attack without an engine"
-                    )
+                _check_mode(source)
                 weight, bias = folded_weights(source)
             else:
                 weight, bias = source.weight, source.bias
@@ -253,16 +251,32 @@ class _Plan:
                     conv._parameters.clear()
 
 
+class _PassThrough(nn.Identity):
+    """In the place of a folded norm, whose parameters and statistics can still be read."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_norm"] = norm  # not a child
+        self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_norm"], name)
+
+
 class _Compiled:
     """The model's network compiled for attacks, beside how it is otherwise called."""
 
     def __init__(self, model: nn.Module, mode: CompileMode | None) -> None:
         net = getattr(model, "net", model)
         self._net = weakref.ref(net)
-        self._call = None
+        self._call: Callable[..., Any] | None = None
         if mode is not None:
-            call = weakref.WeakMethod(net._call_impl)
-            self._call = torch.compile(_called(call), mode=mode)
+            call = torch.compile(_called(weakref.WeakMethod(net._call_impl)), mode=mode)
+            # CUDA graphs write over what they returned before.
+            self._call = call if mode == "default" else lambda *a, **k: _cloned(call(*a, **k))
         self.is_used = self._call is not None
 
     @contextmanager
@@ -271,10 +285,19 @@ class _Compiled:
         if self._call is None or net is None:
             yield
             return
+        import torch._dynamo  # takes a second, which only compiling needs
+        import torch._functorch.config
+
         before = net._compiled_call_impl
         net._compiled_call_impl = self._call
         try:
-            yield
+            # Attacks that differentiate logit by logit go through one graph several times; and all
+            # networks of a process count as one function that is compiled again and again.
+            with (
+                torch._functorch.config.patch(donated_buffer=False),
+                torch._dynamo.config.patch(recompile_limit=64),
+            ):
+                yield
         finally:
             net._compiled_call_impl = before
 
@@ -289,6 +312,33 @@ def _called(method: "weakref.WeakMethod[Any]") -> Callable[..., Any]:
     return call
 
 
+def _cloned(found: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, found)
+
+
+def _settings(model: nn.Module) -> list[Any]:
+    """What decides about the function of the modules, beside their tensors: flags, sizes, hooks."""
+    found: list[Any] = []
+    for module in model.modules():
+        plain = [
+            (name, value)
+            for name, value in vars(module).items()
+            if type(value) in (bool, int, str, tuple, NoneType)
+            and name != "training"
+            and not name.startswith("_")
+        ]
+        found.append((id(module), plain, list(module._parameters), has_hooks(module)))
+    return found
+
+
+def _check_mode(pair: Pair) -> None:
+    if pair.norm.training:
+        raise ValueError(
+            "a batch-norm to be folded is in training mode, where it is no affine map; call "
+            "model.eval() first, or attack without an engine"
+        )
+
+
 def _stand_in(source: Pair | nn.Conv2d) -> nn.Conv2d:
     """A convolution of the same geometry with weights to come."""
     conv = source.conv if isinstance(source, Pair) else source
@@ -301,14 +351,45 @@ def _widened(found: Any) -> Any:
     return found.float() if isinstance(found, Tensor) and found.is_floating_point() else found
 
 
+def _tried_out(model: nn.Module, x: Tensor) -> list[Pair]:
+    """The pairs that can be folded; none where the logits then differ.
+
+    Forward methods are read by calling them with what is no tensor, which may leave traces in a
+    module and draw random numbers: so a copy is read, and another one is tried out.
+    """
+    if not any(isinstance(module, NORMS) for module in model.modules()):
+        return []
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        try:
+            pairs = _pairs(model)
+        except Exception as error:  # of a forward method, or of what cannot be copied
+            _LOG.warning(
+                "attacks use %s as it is: what could be folded was not found (%s: %s)",
+                type(model).__name__, type(error).__name__, error,
+            )  # fmt: skip
+            return []
+        for pair in pairs:
+            _check_mode(pair)
+        if pairs and not _is_equal(model, x[:2]):
+            return []
+    return pairs
+
+
+def _pairs(model: nn.Module) -> list[Pair]:
+    read = copy.deepcopy(model)
+    names = {id(module): name for name, module in read.named_modules()}
+    found = [[model.get_submodule(names[id(part)]) for part in pair] for pair in foldable(read)]
+    return [Pair(cast(nn.Conv2d, conv), norm) for conv, norm in found]
+
+
 def _is_equal(model: nn.Module, x: Tensor) -> bool:
     """Whether folding leaves the logits as they are, tried out on a copy.
 
     Statistics and scales of a fresh network are zeros and ones, which would hide an error, so the
     copy's are other numbers. Forward passes that draw must draw the same.
     """
+    kind = type(model).__name__
     with (
-        torch.random.fork_rng(),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(x.device.type, enabled=False),
@@ -319,18 +400,28 @@ def _is_equal(model: nn.Module, x: Tensor) -> bool:
             for module in trial.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     _scatter(module, generator)
-            plan = _Plan(trial, foldable(trial), AttackEngine(channels_last=False))
+            plan = _Plan(trial, _pairs(trial), AttackEngine(channels_last=False))
             torch.manual_seed(0)
             wanted = trial(x.clone())
             plan.refresh()
             torch.manual_seed(0)
             with plan.swapped():
                 got = trial(x.clone())
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            _LOG.info("folding could not be tried out: %s", error)
+        except Exception as error:  # of anybody's forward method
+            _LOG.warning(
+                "attacks use %s as it is: folding could not be tried out (%s: %s)",
+                kind, type(error).__name__, error,
+            )  # fmt: skip
             return False
         largest = wanted.abs().max().clamp_min(1e-6)
-        return bool(torch.isfinite(wanted).all() and (wanted - got).abs().max() < 1e-3 * largest)
+        is_equal = bool(
+            torch.isfinite(wanted).all() and (wanted - got).abs().max() < 1e-3 * largest
+        )
+    if not is_equal:
+        _LOG.warning(
+            "attacks use %s as it is: with its batch-norms folded it computes something else", kind
+        )
+    return is_equal
 
 
 def _scatter(norm: Any, generator: torch.Generator) -> None:

@@ -201,7 +201,8 @@ class _Run:
     def _attacked(self, step: Step, rows: Tensor) -> Columns:
         """Run the step on one chunk."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        with torch.inference_mode(False), torch.random.fork_rng():
+        of = [device] if device.type == "cuda" else []
+        with torch.inference_mode(False), torch.random.fork_rng(devices=of):
             part = {key: value[rows].to(device) for key, value in self.examples.items()}
             key = zlib.crc32(step.entry.encode())
             # For forward passes that draw: the same numbers on any device and after a restart.

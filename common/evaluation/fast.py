@@ -32,9 +32,10 @@ def attacked(
 ) -> Columns:
     """What an attack amounts to, see :func:`common.evaluation.steps.judged`.
 
-    With an engine in float32 that is an attack on the same function up to rounding. With one in
-    reduced precision an example is broken exactly if that attack's image fools the plain network,
-    or, where it does not, if the image of the float32 attack does.
+    With an engine in float32 that is an attack on the same function up to rounding; an example that
+    the engine's network takes for broken and the plain one does not is attacked through the plain
+    one. With an engine in reduced precision an example is broken exactly if that attack's image
+    fools the plain network, or, where it does not, if the float32 attack breaks it.
 
     Args:
         craft: The attack.
@@ -49,12 +50,15 @@ def attacked(
     again = random.of(torch.arange(len(batch["y"]), device=batch["y"].device))
     with engine.applied(model, batch["x"]):
         x_adv = craft(model, batch, random)
+        claimed = is_wrong(model, batch["y"], x_adv)
     columns = judged(model, batch, x_adv, threat)
-    left = columns["correct"].nonzero().flatten()
-    if not engine.is_reduced or len(left) == 0:
+    left = columns["correct"] if engine.is_reduced else columns["correct"] & claimed
+    rows = left.nonzero().flatten()
+    if len(rows) == 0:
         return columns
-    rest = attacked(craft, threat, engine.in_float32(), model, part_of(batch, left), again.of(left))
-    return merged(columns, rest, left)
+    slower = engine.in_float32() if engine.is_reduced else None
+    rest = attacked(craft, threat, slower, model, part_of(batch, rows), again.of(rows))
+    return merged(columns, rest, rows)
 
 
 def autoattacked(

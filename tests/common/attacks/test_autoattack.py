@@ -369,3 +369,21 @@ def test_square_skips_what_it_has_seen_and_finds_the_same(norm, is_steered):
         assert evaluated[True] < 0.9 * evaluated[False]
     else:
         assert evaluated[True] <= evaluated[False]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_square_gets_over_logits_that_are_not_finite_as_the_package_does(value):
+    task = Task(n=12)
+    task.x[:6, 0, 0, 0] = 0.6
+
+    def predict(x: Tensor) -> Tensor:
+        logits = task.net(x)
+        return torch.where(x[:, :1, 0, 0] > 0.61, torch.full_like(logits, value), logits)
+
+    y = predict(task.x).argmax(1)
+    attack = small(square_queries=200)
+    plain, skipping = (
+        attack.step("square", predict, task.x, y, 0, skips_repeats=skips) for skips in (False, True)
+    )
+    assert torch.equal(plain[1], skipping[1])
+    torch.testing.assert_close(plain[0], skipping[0], rtol=0, atol=1e-6, equal_nan=True)

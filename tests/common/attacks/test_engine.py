@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.attacks.engine import AttackEngine
 from common.attacks.folding import foldable
+from common.attacks.losses import cross_entropy
 from common.attacks.pgd import PGD, input_gradient
 from common.callbacks.modes import frozen
 from common.errors import ConfigurationError
@@ -347,18 +348,121 @@ def test_a_network_that_folding_would_change_is_named_and_used_as_it_is(caplog) 
         pass
     with AttackEngine().applied(net, images(size=8)):
         pass
-    assert "Inside computes something else" in caplog.text
+    assert "attacks use Inside as it is: with its batch-norms folded" in caplog.text
 
 
-def test_training_mode_is_refused() -> None:
+@pytest.mark.parametrize("is_known", [False, True])
+def test_training_mode_is_refused(is_known: bool) -> None:
     net = lived(DigitsResNet(in_channels=3))
     engine = AttackEngine()
-    with engine.applied(net, images()):
-        pass
+    if is_known:
+        with engine.applied(net, images()):
+            pass
     net.train()
     with pytest.raises(ValueError, match="training mode"), engine.applied(net, images()):
         pass
     assert type(net.stem.bn) is nn.BatchNorm2d
+    net.eval()
+    assert engine.folded(net, images()) == 11
+
+
+class Switched(Odd):
+    """Two branches, and a flag between them, as auxiliary batch-norms have."""
+
+    which = "bn"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.which = "bn"
+
+    def maps(self, x: Tensor) -> Tensor:
+        z = self.conv(x)
+        return self.bn(z) if self.which == "bn" else self.other(z)
+
+
+def with_late_hook(net: nn.Module) -> None:
+    net.bn.register_forward_hook(lambda module, args, out: out * 1.5)
+
+
+def with_other_padding(net: nn.Module) -> None:
+    net.conv.padding_mode = "circular"
+    net.conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def with_other_branch(net: nn.Module) -> None:
+    net.which = "other"
+
+
+def with_weight_norm(net: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(net.conv)
+
+
+@pytest.mark.parametrize(
+    "change", [with_late_hook, with_other_padding, with_other_branch, with_weight_norm]
+)
+def test_what_changes_in_a_network_is_noticed(change) -> None:
+    net, x, engine = lived(Switched()), images(size=8), AttackEngine()
+    before = net(x)
+    assert engine.folded(net, x) == 1
+    plan = engine._plan(net, x)
+    assert engine._plan(net, x) is plan  # planning takes longer than an attack
+    change(net)
+    wanted = net(x)
+    with frozen(net), engine.applied(net, x):
+        found = net(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    if change is not with_weight_norm:
+        assert (wanted - before).abs().max() > 1e-3
+
+
+class Traces(Plain):
+    """Counts its calls, keeps what it saw, and draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return super().forward(x + 0.0 * torch.rand(()))
+
+
+def test_planning_leaves_no_trace() -> None:
+    net, x = lived(Traces()), images(size=8)
+    state = torch.get_rng_state()
+    assert AttackEngine().folded(net, x) in (0, 1)
+    assert net.seen == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_engine_works_in_inference_mode() -> None:
+    net, x, engine = lived(Plain()), images(size=8), AttackEngine()
+    attack, y = PGD(0.05, 0.02, 3, "zero"), torch.zeros(3, dtype=torch.long)
+    with frozen(net):
+        wanted = attack(lambda z: cross_entropy(net(z), y), x)
+        with torch.inference_mode(), engine.applied(net, x):
+            found = attack(lambda z: cross_entropy(net(z), y.clone()), x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_folded_norm_can_still_be_read() -> None:
+    net, x = lived(Plain()), images(size=8)
+    norm = net.bn
+    with AttackEngine().applied(net, x):
+        assert net.bn is not norm
+        assert net.bn.weight is norm.weight
+        assert net.bn.running_var is norm.running_var
+        with pytest.raises(AttributeError, match="nothing"):
+            _ = net.bn.nothing
+
+
+def test_in_float32_the_autocast_around_it_stays() -> None:
+    net, x = lived(Plain()), images(size=8)
+    for engine in (AttackEngine(), AttackEngine(precision="bf16")):
+        with torch.autocast("cpu", torch.bfloat16), engine.applied(net, x):
+            assert net(x).dtype == torch.bfloat16
+    with AttackEngine().applied(net, x):
+        assert net(x).dtype == torch.float32
 
 
 # -------------------------------------------------------------------------------- bf16, compiled

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.attacks.autoattack import AutoAttack
 from common.attacks.engine import AttackEngine
 from common.attacks.gama import GAMAPGD
+from common.attacks.losses import cross_entropy
 from common.attacks.minimum_norm import DeepFool
 from common.attacks.noise import UniformNoise
 from common.attacks.pgd import MIM, PGD, FriendlyPGD
@@ -18,7 +19,7 @@ from common.callbacks.robust_evaluation import RobustEvaluation
 from common.errors import ConfigurationError
 from common.evaluation import SuiteEntry, evaluate
 from common.evaluation.engine import run_steps
-from common.evaluation.fast import autoattacked, part_of
+from common.evaluation.fast import attacked, autoattacked, part_of
 from common.evaluation.steps import Outcomes, Threat
 from common.evaluation.suite import steps_of
 from common.evaluation.victim import Victim
@@ -157,6 +158,45 @@ def test_a_useless_engine_changes_no_verdict(model, examples, claims) -> None:
     if not claims:
         assert all(torch.equal(plain.correct[key], found.correct[key]) for key in plain.correct)
     assert_confirmed(model, examples, found)
+
+
+def test_a_second_attack_draws_what_the_first_drew(model, examples) -> None:
+    engine = Sabotaged(precision="bf16")
+    engine.claims = False
+    engine._plans.full = AttackEngine(fold=False, channels_last=False)
+    attack = PGD(EPS, EPS / 4, 3, start="uniform")
+    random = ExampleRandom(0, 0, examples["index"])
+
+    def craft(model, batch, random) -> Tensor:
+        return attack(lambda x: cross_entropy(model(x), batch["y"]), batch["x"], random)
+
+    with frozen(model):
+        plain = attacked(craft, None, None, model, examples, random.of(examples["index"]))
+        found = attacked(craft, None, engine, model, examples, random)
+    standing = found["correct"]
+    assert 5 < standing.sum() < 55
+    assert torch.equal(plain["x_adv"][standing], found["x_adv"][standing])
+
+
+@pytest.mark.parametrize("until_broken", [False, True])
+def test_float32_that_claims_too_much_is_corrected(model, examples, until_broken: bool) -> None:
+    """Such as rounding on a device would: an attack stopped there had found nothing yet."""
+    suite = {"pgd": SuiteEntry(PGD(EPS, EPS / 4, 10), until_broken=until_broken)}
+    engine = Sabotaged()
+    engine.claims = True
+    plain, found = run(model, examples, None, suite), run(model, examples, engine, suite)
+    assert 5 < plain.correct["pgd/ce_f"].sum() < 50
+    assert not (found.correct["pgd/ce_f"] & ~plain.correct["pgd/ce_f"]).any()
+    assert_confirmed(model, examples, found)
+
+
+@pytest.mark.slow
+def test_a_compiled_engine_takes_every_attack_of_a_suite(model, examples) -> None:
+    suite = SUITE | OFFICIAL
+    plain = run(model, examples, None, suite)
+    found = run(model, examples, AttackEngine(compile="default"), suite)
+    for key in plain.correct:
+        assert torch.equal(plain.correct[key], found.correct[key]), key
 
 
 def test_what_the_plain_network_does_not_confirm_is_attacked_again_by_autoattack(
