@@ -51,7 +51,7 @@ def measured(section: str, given: argparse.Namespace) -> dict[str, Any]:
         found += [overheads.lightning(32, 10, 3), overheads.lightning(128, 10, 3)]
     else:
         # One step of attack on a large batch: what is beside the attack weighs most.
-        found += [overheads.lightning(32, 10, 2), overheads.lightning(128, 1, 2)]
+        found += [overheads.lightning(32, 10, 3), overheads.lightning(128, 1, 3)]
     return {
         "lightning": found,
         "imports": overheads.imports(),

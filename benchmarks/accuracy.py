@@ -4,6 +4,7 @@ import statistics
 from typing import Any
 
 import torch
+from scipy.stats import ttest_ind
 from torch import Tensor, nn
 
 from benchmarks.evaluation import EPS, robust_digits
@@ -60,5 +61,8 @@ def _row(found: list[dict[str, float]], base: list[dict[str, float]]) -> dict[st
         values, others = ([one[key] for one in every] for every in (found, base))
         row[key] = statistics.mean(values)
         row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        row[f"{key}_p"] = None if found is base else welch_t_test(values, others)
+        if found is not base and len(values) > 1:
+            row[f"{key}_p"] = welch_t_test(values, others)
+            between = ttest_ind(values, others, equal_var=False).confidence_interval()
+            row[f"{key}_low"], row[f"{key}_high"] = map(float, between)
     return row

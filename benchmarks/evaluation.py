@@ -83,7 +83,7 @@ def _autoattack(net: nn.Module, x: Tensor, y: Tensor, is_full: bool) -> dict[str
         runs[name] = partial(_suite, net, x, y, entry, engine, "aa/square")
     # What suites do not do: see common.evaluation.suite.
     runs["bf16 first, float32 after it"] = partial(_reduced, net, x, y)
-    return _measured(runs, "official package alone", rounds=3 if is_full else 2)
+    return _measured(net, runs, "official package alone", rounds=3 if is_full else 2)
 
 
 def _reduced(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _pgd100(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
         "ours, until broken": suite(None, True),
         "ours, until broken, folded": suite(AttackEngine(channels_last=False), True),
     }
-    return _measured(runs, "loop without compaction", rounds=3) | {"eps": radius}
+    return _measured(net, runs, "loop without compaction", rounds=3) | {"eps": radius}
 
 
 def _halving(net: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -165,12 +165,22 @@ def _outcome(model: nn.Module, x: Tensor, y: Tensor, steps: list[Step], key: str
     return run_steps(model, batch, steps, seed=0, batch_size=len(y)).correct[key]
 
 
-def _measured(runs: dict[str, Callable[[], Tensor]], base: str, rounds: int) -> dict[str, Any]:
+def _measured(
+    net: nn.Module, runs: dict[str, Callable[[], Tensor]], base: str, rounds: int
+) -> dict[str, Any]:
+    """Times, verdicts beside the base's, and how many images went through the network."""
     verdicts: dict[str, Tensor] = {}
+    images = dict.fromkeys(runs, 0)
 
     def kept(name: str) -> Callable[[], None]:
         def run() -> None:
-            verdicts[name] = runs[name]()
+            images[name] = 0
+
+            def count(module: nn.Module, args: Any) -> None:
+                images[name] += len(args[0])
+
+            with net.register_forward_pre_hook(count):
+                verdicts[name] = runs[name]()
 
         return run
 
@@ -179,6 +189,7 @@ def _measured(runs: dict[str, Callable[[], Tensor]], base: str, rounds: int) -> 
     rows = {
         name: {
             **vars(timing),
+            "images": images[name],
             "robust": int(verdicts[name].sum()),
             "broken_here_alone": int((verdicts[base] & ~verdicts[name]).sum()),
             "broken_there_alone": int((verdicts[name] & ~verdicts[base]).sum()),

@@ -13,12 +13,20 @@ BF16_COMPILED = f"{BF16}, compiled"
 BACKWARD = ("foolbox", "adversarial-robustness-toolbox", "loop with backward()")
 
 
+class Ratio(NamedTuple):
+    """A median and the quartiles around it."""
+
+    value: float
+    lower: float
+    upper: float
+
+
 class Goal(NamedTuple):
     """A ratio and the bound it was to keep to."""
 
     what: str
     bound: float
-    measured: Callable[[Whole], float]
+    measured: Callable[[Whole], Ratio]
     """Raises KeyError where the section, or the candidate, was not measured."""
     is_least: bool = False
     """Whether the bound is a least value, and not a largest one."""
@@ -32,9 +40,16 @@ class Goal(NamedTuple):
             value = self.measured(whole)
         except KeyError:
             return [self.what, f"{sign} {self.bound:g}", "", "not measured"]
-        is_reached = value >= self.bound if self.is_least else value <= self.bound
-        verdict = "reached" if is_reached else self.excuse(whole) or "not reached"
-        return [self.what, f"{sign} {self.bound:g}", f"{value:.3f}", verdict]
+        median, *quartiles = (
+            number >= self.bound if self.is_least else number <= self.bound for number in value
+        )
+        if median:
+            verdict = "reached" if all(quartiles) else "reached, not by both quartiles"
+        elif any(quartiles):
+            verdict = "missed within the quartiles"
+        else:
+            verdict = self.excuse(whole) or "not reached"
+        return [self.what, f"{sign} {self.bound:g}", f"{value.value:.3f}", verdict]
 
 
 def rows(whole: Whole) -> list[list[str]]:
@@ -68,12 +83,20 @@ def _second_pass(whole: Whole) -> str | None:
     )
 
 
-def _step(*names: str) -> Callable[[Whole], float]:
+def _ratio(row: dict[str, float]) -> Ratio:
+    return Ratio(row["ratio"], row["lower"], row["upper"])
+
+
+def _number(value: float) -> Ratio:
+    return Ratio(value, value, value)
+
+
+def _step(*names: str) -> Callable[[Whole], Ratio]:
     """The best of some candidates, relative to the bare loop."""
 
-    def measured(whole: Whole) -> float:
+    def measured(whole: Whole) -> Ratio:
         table = _found(whole, "training")["rows"]
-        ratios = [float(table[name]["ratio"]) for name in names if name in table]
+        ratios = [_ratio(table[name]) for name in names if name in table]
         if not ratios:
             raise KeyError(names)
         return min(ratios)
@@ -81,42 +104,44 @@ def _step(*names: str) -> Callable[[Whole], float]:
     return measured
 
 
-def _against(peers: tuple[str, ...], ours: str) -> Callable[[Whole], float]:
-    """How many times slower the fastest of some peers is than ours."""
+def _against(peers: tuple[str, ...], ours: str) -> Callable[[Whole], Ratio]:
+    """How many times slower the fastest of some peers is than ours; quartiles at their worst."""
 
-    def measured(whole: Whole) -> float:
+    def measured(whole: Whole) -> Ratio:
         table = _found(whole, "training")["rows"]
-        ratios = [row["ratio"] for name, row in table.items() if name.startswith(peers)]
+        ratios = [_ratio(row) for name, row in table.items() if name.startswith(peers)]
         if not ratios:
             raise KeyError(peers)
-        return float(min(ratios) / table[ours]["ratio"])
+        peer, own = min(ratios), _ratio(table[ours])
+        return Ratio(peer.value / own.value, peer.lower / own.upper, peer.upper / own.lower)
 
     return measured
 
 
-def _lightning(words: str) -> Callable[[Whole], float]:
-    def measured(whole: Whole) -> float:
+def _lightning(words: str) -> Callable[[Whole], Ratio]:
+    def measured(whole: Whole) -> Ratio:
         for row in _found(whole, "overheads")["lightning"]:
             if row["setting"].startswith(words):
-                return float(row["ratio"])
+                return _ratio(row)
         raise KeyError(words)
 
     return measured
 
 
-def _evaluation(part: str, name: str) -> Callable[[Whole], float]:
-    return lambda whole: float(_found(whole, "evaluation")[part]["rows"][name]["ratio"])
+def _evaluation(part: str, name: str) -> Callable[[Whole], Ratio]:
+    return lambda whole: _ratio(_found(whole, "evaluation")[part]["rows"][name])
 
 
-def _disagreements(whole: Whole) -> float:
+def _disagreements(whole: Whole) -> Ratio:
     table = _found(whole, "evaluation")["autoattack"]["rows"].values()
-    return float(sum(row["broken_here_alone"] + row["broken_there_alone"] for row in table))
+    return _number(sum(row["broken_here_alone"] + row["broken_there_alone"] for row in table))
 
 
 GOALS = (
-    Goal("step through Lightning / our engine bare, batch 32", 1.03,
-         _lightning("ResNet-18, batch 32")),
-    Goal("the same, batch 128", 1.02, _lightning("ResNet-18, batch 128")),
+    Goal("step through Lightning / our engine bare, batch 32, PGD-10", 1.03,
+         _lightning("ResNet-18, batch 32, PGD-10")),
+    Goal("the same, batch 128, one attack step", 1.02,
+         _lightning("ResNet-18, batch 128, PGD-1,")),
     Goal("step in fp32 / bare loop", 0.93, _step(EAGER)),
     Goal("the same, compiled", 0.90, _step(*COMPILED)),
     Goal("step in bf16 / bare loop", 0.28, _step(BF16), excuse=_without_matrix_units),
@@ -128,7 +153,7 @@ GOALS = (
     Goal("the same, ours in bf16", 5.0, _against(("torchattacks",), BF16), True,
          _without_matrix_units),
     Goal("peak memory of a step / bare loop's", 1.1,
-         lambda whole: float(_found(whole, "training")["rows"][EAGER]["memory_ratio"])),
+         lambda whole: _number(_found(whole, "training")["rows"][EAGER]["memory_ratio"])),
     Goal("AutoAttack in fp32 / official package", 0.65, _evaluation("autoattack", EAGER)),
     Goal("the same, bf16 first", 0.35, _evaluation("autoattack", "bf16 first, float32 after it"),
          excuse=_second_pass),
@@ -136,5 +161,5 @@ GOALS = (
     Goal("PGD-100 / loop without compaction", 0.45,
          _evaluation("pgd100", "ours, until broken, folded")),
     Goal("command line to the first step, seconds", 8.0,
-         lambda whole: float(_found(whole, "overheads")["command_line"]["first_step_wall_s"])),
+         lambda whole: _number(_found(whole, "overheads")["command_line"]["first_step_wall_s"])),
 )  # fmt: skip

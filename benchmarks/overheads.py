@@ -26,6 +26,7 @@ from common.objectives import AT
 from common.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
+STEPS = 5  # of one training run
 IMPORTS = ("torch", "common.attacks.pgd", "common.evaluation", "common.tables", "common.cli")
 
 
@@ -131,15 +132,14 @@ def _through_lightning(
     torch.manual_seed(0)
     clock = _Clock(PGD(8 / 255, 2 / 255, steps, "zero"), engine=engine)
     module = RobustClassifier(build(), AT(), partial(torch.optim.SGD, lr=0.0, momentum=0.9))
-    data = _TimedImages(Noise(batch * 5), batch_size=batch, crop_padding=4, flip=True)
+    data = _TimedImages(Noise(batch * STEPS), batch_size=batch, crop_padding=4, flip=True)
     trainer = Trainer(
-        max_steps=5, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_steps=STEPS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
         callbacks=[clock], accelerator="cpu",
     )  # fmt: skip
-    begun = time.process_time()
     trainer.fit(module, datamodule=data)
-    return clock.seconds(), data.spent / (time.process_time() - begun)
+    return clock.seconds(), data.spent / STEPS / statistics.median(clock.seconds())
 
 
 def imports(repeats: int = 3) -> dict[str, Any]:

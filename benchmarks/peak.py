@@ -18,10 +18,20 @@ from common.evaluation.measures import cost
 SHAPES = ((64, 32), (128, 16), (256, 8), (512, 4))
 
 
-def matmul_flops(dtype: torch.dtype, device: str, n: int = 1024) -> float:
-    """Floating-point operations per second of a square matrix product."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2.0 * n**3 / _best(lambda: a @ b, device)
+def matmul_flops(dtype: torch.dtype, device: str, batch: int) -> float:
+    """Floating-point operations per second of the best of some matrix products.
+
+    Square ones, and those that the stages' convolutions would be as matrix products.
+    """
+    shapes = [(n, n, n) for n in (512, 1024, 2048)]
+    shapes += [(batch * size**2, 9 * channels, channels) for channels, size in SHAPES[1:]]
+    best = 0.0
+    for m, k, n in shapes:
+        a = torch.randn(m, k, device=device).to(dtype)
+        b = torch.randn(k, n, device=device).to(dtype)
+        seconds = _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+        best = max(best, 2.0 * m * k * n / seconds)
+    return best
 
 
 def conv_flops(dtype: torch.dtype, device: str, batch: int, channels: int, size: int) -> float:
@@ -41,7 +51,7 @@ def peaks(device: str, batch: int) -> dict[str, float]:
     """GFLOP/s of matrix products and convolutions, float32 and bfloat16."""
     found: dict[str, float] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        found[f"matmul {name}"] = matmul_flops(dtype, device) / 1e9
+        found[f"matmul {name}"] = matmul_flops(dtype, device, batch) / 1e9
         for channels, size in SHAPES:
             flops = conv_flops(dtype, device, batch, channels, size)
             found[f"conv {channels}@{size}x{size} {name}"] = flops / 1e9
@@ -94,13 +104,15 @@ class _Alive(TorchDispatchMode):
 def memory_of(step: Callable[[], object], *alive: Tensor) -> int:
     """Most bytes of tensors alive at once in a step; those ``alive`` beforehand count.
 
-    Counted tensor by tensor, so without an allocator's or a convolution's workspace; on a GPU it is
-    the allocator's number.
+    Counted tensor by tensor, so without an allocator's or a convolution's workspace. With those
+    alive on a GPU it is what the allocator hands out beyond what others hold.
     """
-    if torch.cuda.is_available():
+    if any(tensor.is_cuda for tensor in alive):
+        own = sum(tensor.untyped_storage().nbytes() for tensor in alive)
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
-        return int(torch.cuda.max_memory_allocated())
+        return int(torch.cuda.max_memory_allocated()) - before + own
     with _Alive() as tracker:
         for tensor in alive:
             tracker.note(tensor)

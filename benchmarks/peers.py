@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -42,18 +43,24 @@ def art(task: Task) -> Attack:
     classification = importlib.import_module("art.estimators.classification")
     evasion = importlib.import_module("art.attacks.evasion")
 
-    def attack(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    made: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+    def build(net: nn.Module, x: Tensor) -> Any:
         with torch.no_grad():
             classes = net(x[:1]).shape[1]
         model = classification.PyTorchClassifier(
             net, nn.CrossEntropyLoss(), tuple(x.shape[1:]), classes, clip_values=(0.0, 1.0),
             device_type="gpu" if x.is_cuda else "cpu",
         )  # fmt: skip
-        pgd = evasion.ProjectedGradientDescentPyTorch(
+        return evasion.ProjectedGradientDescentPyTorch(
             model, np.inf, task.eps, task.step_size, max_iter=task.steps, num_random_init=0,
             batch_size=len(x), verbose=False,
         )  # fmt: skip
-        found: Any = pgd.generate(x.cpu().numpy(), y.cpu().numpy())
+
+    def attack(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if net not in made:
+            made[net] = build(net, x)
+        found: Any = made[net].generate(x.cpu().numpy(), y.cpu().numpy())
         net.eval()
         return torch.from_numpy(found).to(x.device)
 

@@ -120,14 +120,16 @@ def _training(found: dict[str, Any]) -> list[str]:
 def _evaluation(found: dict[str, Any]) -> list[str]:
     lines = [found["setting"] + "."]
     for title, key in (("AutoAttack standard", "autoattack"), ("PGD-100", "pgd100")):
-        head = [title, "time / first", "quartiles", "robust"]
-        head += ["broken here alone", "broken there alone"]
+        rounds = found[key]["rounds"]
+        head = [f"{title}, {rounds} round(s)", "time / first", "quartiles", "images classified"]
+        head += ["robust", "broken here alone", "broken there alone"]
+        counts = ("images", "robust", "broken_here_alone", "broken_there_alone")
         rows = [
             [
                 name,
                 f"{row['ratio']:.3f}",
-                f"{row['lower']:.3f} to {row['upper']:.3f}",
-                *(str(row[k]) for k in ("robust", "broken_here_alone", "broken_there_alone")),
+                f"{row['lower']:.3f} to {row['upper']:.3f}" if rounds > 1 else "",
+                *(str(row.get(k, "")) for k in counts),
             ]
             for name, row in found[key]["rows"].items()
         ]
@@ -137,15 +139,19 @@ def _evaluation(found: dict[str, Any]) -> list[str]:
 
 def _accuracy(found: dict[str, Any]) -> list[str]:
     def percent(row: dict[str, float | None], key: str) -> list[str]:
-        mean, spread, p = (row[name] for name in (key, f"{key}_std", f"{key}_p"))
+        mean, spread = row[key], row[f"{key}_std"]
         text = f"{100 * (mean or 0.0):.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
-        return [text, "" if p is None else f"{p:.2f}"]
+        low, high, p = (row.get(f"{key}_{name}") for name in ("low", "high", "p"))
+        if low is None or high is None:
+            return [text, "", ""]
+        return [text, f"{100 * low:+.2f} to {100 * high:+.2f}", "" if p is None else f"{p:.2f}"]
 
     rows = [
         [name, *percent(row, "clean"), *percent(row, "worst")]
         for name, row in found["rows"].items()
     ]
-    head = ["training attack", "clean %", "p (Welch)", "worst case %", "p (Welch)"]
+    difference = "difference, 95 % interval (Welch)"
+    head = ["training attack", "clean %", difference, "p", "worst case %", difference, "p"]
     return [f"{found['setting']}; mean ± standard deviation.", "", *table(head, rows)]
 
 

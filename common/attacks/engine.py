@@ -327,7 +327,8 @@ def _settings(model: nn.Module) -> list[Any]:
             and name != "training"
             and not name.startswith("_")
         ]
-        found.append((id(module), plain, list(module._parameters), has_hooks(module)))
+        is_part = isinstance(module, (nn.Conv2d, nn.Sequential, *NORMS))  # what folding looks into
+        found.append((id(module), plain, list(module._parameters), is_part and has_hooks(module)))
     return found
 
 
