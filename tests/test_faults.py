@@ -390,7 +390,7 @@ def wait_for(path: Path, job: subprocess.Popen[Any], within: float = 240.0) -> N
 @pytest.mark.faults
 @pytest.mark.parametrize("victim", ["a rank", "the first process"])
 def test_a_killed_rank_ends_the_run_which_then_goes_on(config: Path, victim: str) -> None:
-    long = ("--trainer.max_epochs", "60")
+    long = ("--trainer.max_epochs", "20")
     run = Path("runs/paper_cifs/tiny/seed0")
     with Path("out").open("w") as out:
         job = subprocess.Popen(
@@ -405,23 +405,17 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on(config: Path, victim: str
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         assert time.monotonic() < until, "a rank outlived the run"
         time.sleep(0.1)
-    done = torch.load(run / "checkpoints/last.ckpt")["global_step"]
-    assert done > 0
-    Path("one.yaml").write_text(CONFIG)
-    last = subprocess.run(
-        command(config, *TWO, *long), env=environment(), check=False, capture_output=True, text=True
-    )
-    assert last.returncode == 0, last.stderr[-2000:]
-    one = subprocess.run(
-        command(config, *long, "--runs", "one"), env=environment(), check=False, capture_output=True
-    )
-    assert one.returncode == 0
-    pair = [
-        torch.load(r / "paper_cifs/tiny/seed0/checkpoints/last.ckpt")
-        for r in map(Path, ("runs", "one"))
-    ]
-    for name, value in pair[0]["state_dict"].items():
-        torch.testing.assert_close(value, pair[1]["state_dict"][name], rtol=1e-2, atol=1e-2)
+    assert 0 < torch.load(run / "checkpoints/last.ckpt")["global_step"] < 100
+    for runs in ("runs", "whole"):
+        done = subprocess.run(
+            command(config, *TWO, *long, "--runs", runs),
+            env=environment(),
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert metrics(run) == metrics(Path("whole/paper_cifs/tiny/seed0"))
 
 
 @pytest.mark.faults
