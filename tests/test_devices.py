@@ -161,6 +161,7 @@ for name, make in METHODS.items():
                 TABLE.append(pytest.param(row, devices, id=f"{label}-{devices}", marks=slow))
 OTHERS = {
     "FAT": Row(plain(AT()), FriendlyPGD(0.2, 0.1, 3, tau=1)),
+    "FAT+CIFS": Row(cifs, FriendlyPGD(0.2, 0.1, 3, tau=1)),
     "restarts": Row(plain(AT()), PGD(0.2, 0.1, 2, start="uniform", restarts=2)),
     "engine": Row(plain(AT()), engine=AttackEngine()),
     "engine+AW-Net": Row(awnet(), engine=AttackEngine()),

@@ -179,27 +179,48 @@ def test_many_random_kills_change_no_number(config: Path, seed: int) -> None:
     kill_at_random(config, 20, seed, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
 
 
+PHASES = {  # what there is in runs when a phase has begun, and for how long it may go on
+    "set-up": ("", 4.0),
+    "fit": ("*/seed0/checkpoints/last.ckpt", 1.0),
+    "checkpoint": ("*/seed0/checkpoints/.*.tmp", 0.0),
+    "test": ("*/seed0/outcomes/*/*.npz", 1.0),
+    "tables": ("digits_resnet_plain/seed0/finished", 8.0),
+}
+
+
 @pytest.mark.faults
 def test_twenty_random_kills_of_make(tmp_path: Path) -> None:
     """All of it: rows that wait for rows, training, evaluation, figures, tables."""
-    project = copied_project(tmp_path / "project")
-    whole, seconds = timed_make(copied_project(tmp_path / "whole"))
+    project, undisturbed = (copied_project(tmp_path / name) for name in ("project", "whole"))
+    whole = finished_make(undisturbed)
     draw = random.Random(3)
-    for _ in range(20):
-        job = start_make(project)
-        time.sleep(draw.uniform(0.05, 0.95) * seconds)
-        number = draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-        if job.poll() is None:
-            os.killpg(job.pid, number)
-        job.wait(timeout=300)
-        if job.returncode == 0:
-            assert results_of(project) == whole
-            shutil.rmtree(project / "runs")
-    assert timed_make(project)[0] == whole
-    rendered = [
-        (folder / "paper_cifs/README.md").read_text() for folder in (project, tmp_path / "whole")
-    ]
-    assert rendered[0] == rendered[1], "the tables too"
+    hits = dict.fromkeys(PHASES, 0)
+    for _ in range(4):
+        shutil.rmtree(project / "runs", ignore_errors=True)
+        for path in (project / "paper_cifs/results").glob("*.json"):
+            path.unlink()
+        for phase, (sign, longest) in PHASES.items():
+            hits[phase] += killed_make(project, sign, draw.uniform(0.0, longest), draw)
+        assert finished_make(project) == whole
+        rendered = [(p / "paper_cifs/README.md").read_text() for p in (project, undisturbed)]
+        assert rendered[0] == rendered[1], "the tables too"
+    assert all(hits.values()), hits
+    assert sum(hits.values()) >= 15, hits
+
+
+def killed_make(folder: Path, sign: str, delay: float, draw: random.Random) -> bool:
+    """Start it, and kill it so long after something is there; whether it was under way then."""
+    job = start_make(folder)
+    runs, until = folder / "runs/paper_cifs", time.monotonic() + 300
+    while sign and job.poll() is None and not any(runs.glob(sign)):
+        assert time.monotonic() < until, f"{sign} never came"
+        time.sleep(0.001)
+    time.sleep(delay)
+    is_hit = job.poll() is None
+    if is_hit:
+        os.killpg(job.pid, draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))
+    job.wait(timeout=300)
+    return is_hit
 
 
 OVERLAY = """
@@ -239,13 +260,12 @@ def start_make(folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def timed_make(folder: Path) -> tuple[dict[str, str], float]:
-    begun = time.monotonic()
-    job = start_make(folder)
-    job.wait(timeout=600)
+def finished_make(folder: Path) -> dict[str, str]:
+    """Run it to its end; what was measured."""
+    assert start_make(folder).wait(timeout=600) == 0, (folder / "make.log").read_text()[-3000:]
     found = results_of(folder)
-    assert len(found) == 2, (folder / "make.log").read_text()[-3000:]
-    return found, time.monotonic() - begun
+    assert len(found) == 2
+    return found
 
 
 def results_of(folder: Path) -> dict[str, str]:
