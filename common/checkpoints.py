@@ -65,15 +65,15 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"the checkpoint {path} cannot be read ({_first_line(error)}); it is "
+            f"the checkpoint {path} cannot be read ({_first_sentence(error)}); it is "
             "truncated, damaged or holds more than tensors and plain values. Use another "
-            "checkpoint of the run, or train again"
+            "checkpoint of the run, or delete it and those beside it to train again"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:120]
+    return lines[0].partition(". ")[0][:120]
 
 
 def checkpoint_beside(run: str | Path, experiment: str, checkpoint: str = "selected") -> Path:

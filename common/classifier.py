@@ -13,7 +13,7 @@ from common.attacks.losses import cross_entropy, hinge_margin
 from common.checkpoints import check_weights_fit
 from common.diagnosis import FiniteGuard
 from common.errors import ConfigurationError
-from common.objectives import Batch, InnerLoss, Objective, differentiable
+from common.objectives import Batch, InnerLoss, Objective, differentiable, weighted
 from common.parameter_groups import ParameterGroup, grouped_optimizer
 
 
@@ -105,7 +105,7 @@ class RobustClassifier(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's outer loss on this batch."""
-        loss = self.objective.outer(self, batch)
+        loss = weighted(self.objective.outer(self, batch), batch)
         mean = self.guard.check(self, loss, batch, batch_idx)
         self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["y"]))
         return loss

@@ -42,7 +42,7 @@ from common.config import (
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.evaluation.ready import fill_threat, threat_of
-from common.files import is_full, remove_leftovers
+from common.files import is_full, remove_leftovers, write_sealed_yaml, yaml_damage_of
 from common.trainer import Trainer
 
 # A value of any type, in a logger's settings for instance, must not become a call of any class.
@@ -123,6 +123,9 @@ class RobustCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from something else: names, folders, class counts."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        for path in config.get("config") or []:
+            if damage := yaml_damage_of(str(path)):
+                raise ConfigurationError(f"{path} is damaged: {damage}")
         config.experiment = config.experiment or self._experiment_name(config)
         fill_from_data(config)
         self._go_on_if_requeued(config)
@@ -257,12 +260,9 @@ class SaveTrainingConfig(SaveConfigCallback):
     """Saves ``config.yaml`` for training only; testing would overwrite what it was trained with."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Write the file on rank zero, under a temporary name first."""
+        """Write the file on rank zero."""
         if stage != "fit" or self.already_saved or not trainer.is_global_zero:
             return
-        path = Path(trainer.default_root_dir) / "config.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
         config = self.config.clone()
         # The file describes the experiment; where this run happened to write is not part of it.
         config.pop("ckpt_path", None)
@@ -272,15 +272,9 @@ class SaveTrainingConfig(SaveConfigCallback):
         logger = config.trainer.logger
         if logger and logger.class_path == TENSORBOARD:
             config.update(None, "trainer.logger")
-        self.parser.save(
-            config,
-            str(partial),
-            skip_none=False,
-            skip_validation=True,  # it was validated when it was parsed
-            overwrite=True,
-            multifile=False,
-        )
-        partial.replace(path)
+        # It was validated when it was parsed.
+        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        write_sealed_yaml(Path(trainer.default_root_dir) / "config.yaml", text)
         self.already_saved = True
 
 
@@ -325,9 +319,25 @@ def lock(run: Path, timeout: float = 0) -> FileLock:
 
 
 def set_aside_if_other(run: Path, digest: str) -> None:
-    """Rename a run made with other settings, so that it is neither lost nor gone on with."""
+    """Rename a run made with other settings, so that it is neither lost nor gone on with.
+
+    Raises:
+        RunDirectoryError: If its settings cannot be read.
+    """
     saved = run / "config.yaml"
-    if not saved.exists() or training_digest(yaml.safe_load(saved.read_text())) == digest:
+    if not saved.exists():
+        return
+    try:
+        if damage := yaml_damage_of(saved):
+            raise ValueError(damage)
+        is_same = training_digest(yaml.safe_load(saved.read_text(encoding="utf-8"))) == digest
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise RunDirectoryError(
+            f"{saved} is damaged ({' '.join(str(error).split())[:150]}), so nobody knows whether "
+            "this run was made with the settings given now. If it was, delete the file, and the "
+            "run goes on; if not, move the run away or choose another folder with --runs FOLDER"
+        ) from error
+    if is_same:
         return
     number = 1
     while (aside := run.with_name(f"{run.name}-replaced{number}")).exists():

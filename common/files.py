@@ -14,6 +14,7 @@ from typing import Any
 from common.errors import RunDirectoryError
 
 _SEAL = b"sha256:"
+_YAML_SEAL = b"# SHA-256 of the lines below: "
 _SEAL_LENGTH = len(_SEAL) + 64
 _END, _END_LENGTH = b"PK\x05\x06", 22  # the record a zip archive ends with, but for its comment
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -176,6 +177,54 @@ def content_digest(data: Mapping[str, Any]) -> str:
         data, sort_keys=True, ensure_ascii=False
     )  # NaN is refused where it is written
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_sealed_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """As :func:`write_json_atomically`, with a last key ``digest``, the SHA-256 of the others."""
+    written = json.loads(_to_json(data))
+    write_json_atomically(path, written | {"digest": content_digest(written)})
+
+
+def read_sealed_json(path: str | Path) -> dict[str, Any]:
+    """What such a file holds, without its digest; a file that never had one is read as it is.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON object, or not what was written.
+    """
+    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(f"expected an object, got {type(data).__name__}")
+    expected = data.pop("digest", None)
+    if expected is not None and expected != (found := content_digest(data)):
+        raise ValueError(
+            f"its digest is {str(expected)[:12]}..., its content has {found[:12]}...: it was "
+            "damaged, or edited without taking the digest out"
+        )
+    return data
+
+
+def write_sealed_yaml(path: str | Path, text: str) -> None:
+    """As :func:`write_text_atomically`, with the text's SHA-256 in a comment before it."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text_atomically(path, f"{_YAML_SEAL.decode()}{digest}\n{text}")
+
+
+def yaml_damage_of(path: str | Path) -> str:
+    """What is wrong with such a file; empty if it is whole, or was never sealed.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    content = Path(path).read_bytes()
+    if not content:
+        return "it is empty"
+    if not content.startswith(_YAML_SEAL):
+        return ""
+    seal, _, text = content.removeprefix(_YAML_SEAL).partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() == seal:
+        return ""
+    return "it does not have the SHA-256 that its first line says; after an edit take that line out"
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -3,7 +3,8 @@
 A batch is a dict of tensors: ``x`` images in [0, 1] ``(N, C, H, W)``, ``y`` labels ``(N,)``,
 ``index`` positions in the data set ``(N,)``; the adversarial-training callback adds ``x_adv``
 beside ``x``. ``outer`` leaves the detached logits it computed in ``batch["logits"]`` (clean) and
-``batch["logits_adv"]``, for metrics.
+``batch["logits_adv"]``, for metrics. A loss is a mean over examples; see :func:`weighted` for where
+processes have different numbers of them.
 
 Where a loss needs clean and adversarial logits, the clean pass comes first and each is a pass of
 its own, so in train mode batch-norm sees the two kinds of images apart and updates twice.
@@ -246,6 +247,17 @@ def clean_and_adversarial_logits(model: Model, batch: Batch) -> tuple[Tensor, Te
     """Both, clean first; a missing ``x_adv`` is found before any pass."""
     adversarial_images(batch)
     return clean_logits(model, batch), adversarial_logits(model, batch)
+
+
+def weighted(loss: Tensor, batch: Batch) -> Tensor:
+    """A mean over this process's examples, so that the mean over processes is over all examples.
+
+    ``batch["weight"]``, where the processes have different numbers of examples, is this process's
+    number over the mean of all processes' numbers, once for each example, ``(N,)``.
+    """
+    if "weight" not in batch:
+        return loss
+    return loss * batch["weight"][0].to(loss)
 
 
 def check_weight(name: str, value: float) -> float:

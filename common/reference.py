@@ -141,9 +141,9 @@ def read_reference(path: str | Path) -> Reference:
         checkpoints = tuple(data.get("checkpoints", Reference.checkpoints))
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); it needs groups (a list of "
-            "id, title, metrics, note, layout, baseline, compare) and rows (by stem: groups, "
-            "label, source, last, selected, baseline)"
+            f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); it "
+            "needs groups (a list of id, title, metrics, note, layout, baseline, compare) and rows "
+            "(by stem: groups, label, source, last, selected, baseline)"
         ) from error
     if not checkpoints or set(checkpoints) - set(Reference.checkpoints):
         raise ConfigurationError(

@@ -15,6 +15,7 @@ from common.errors import ConfigurationError
 from common.files import (
     check_writable,
     content_digest,
+    read_sealed_json,
     write_json_atomically,
     write_text_atomically,
 )
@@ -151,7 +152,10 @@ def read_result(path: str | Path) -> Result:
             metrics and intervals are compared); the message says where.
     """
     path = Path(path)
-    remedy = "delete it and run the experiment's test again, which needs no training"
+    remedy = (
+        "delete it and run the experiment's test again, which needs no training (with make, "
+        "delete the file finished in its run directory, and make writes it again)"
+    )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -203,7 +207,7 @@ def read_costs(results: str | Path) -> dict[str, dict[str, float]]:
     if not path.is_file():
         return {}
     try:
-        experiments = json.loads(path.read_text(encoding="utf-8"))["experiments"]
+        experiments = read_sealed_json(path)["experiments"]
         return {
             stem: {key: float(value) for key, value in entry["metrics"].items()}
             for stem, entry in experiments.items()

@@ -21,7 +21,6 @@ allow it; a row may have a ``baseline`` of its own. Beside ``groups`` and ``rows
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from rich.text import Text
 
 from common.comparison import audit_notes, comparison_sheet
 from common.errors import ConfigurationError, UserError
+from common.files import read_sealed_json
 from common.outcomes import counts_as_attack, metrics_of
 from common.readme import BEGIN, END, is_current, write_readme
 from common.reference import UNITS, Group, Metric, Reference, Row, read_reference
@@ -351,7 +351,7 @@ def _analysis(path: Path) -> list[Sheet]:
     what = path.stem.removeprefix("analysis").replace("_", " ")
     suffix = f"{what and ','}{what}"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_sealed_json(path)
         tables = [
             Sheet(f"{t['title']}{suffix}", t["note"], t["header"], t["lines"])
             for t in report.get("tables", [])

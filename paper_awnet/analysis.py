@@ -30,7 +30,8 @@ from common.analysis import (
 from common.attacks.pgd import PGD
 from common.errors import ConfigurationError
 from common.figures import save_figure
-from common.results import load_results, write_json_atomically
+from common.files import write_sealed_json
+from common.results import load_results
 from paper_awnet import plots
 from paper_awnet.claims import JOINT, Roles, evaluate_expectations, roles_of
 from paper_awnet.distributions import Filters, distances, filters, mean_scales, shape_of
@@ -215,7 +216,7 @@ def analyse(
         "missing": missing,
     }
     path = results / ("analysis.json" if is_digits else f"analysis_{on}.json")
-    write_json_atomically(path, report)
+    write_sealed_json(path, report)
     saved = [
         save_figure(figure, results / "figures" / f"{roles.base}_{name}.png")
         for name, figure in pictures.items()

@@ -80,12 +80,17 @@ def signal_statistics(signals: Sequence[Tensor], types: Tensor) -> dict[str, Ten
     return found
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The same in every process: the mean of all processes' values."""
+def mean_over_ranks(values: Tensor, count: int) -> Tensor:
+    """The same in every process: means over its examples as the means over those of all.
+
+    Args:
+        values: Means, ``(M,)``.
+        count: Of how many examples in this process.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = values.detach().clone()
+        total = torch.cat([values.detach() * count, values.new_tensor([count])])
         torch.distributed.all_reduce(total)
-        return total / torch.distributed.get_world_size()
+        return total[:-1] / total[-1]
     return values.detach()
 
 

@@ -41,7 +41,10 @@ class AWNetClassifier(RobustClassifier):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss; on logged steps also what it is made of, and how far the signals move."""
         loss = super().training_step(batch, batch_idx)
-        if isinstance(self.objective, PairedObjective) and is_logged(self.trainer):
+        if not isinstance(self.objective, PairedObjective):
+            return loss
+        self.objective.advance(is_step_over=not self.trainer.fit_loop._should_accumulate())
+        if is_logged(self.trainer):
             for name, value in self.objective.report.items():
                 self.log(f"train/{name}", value, batch_size=len(batch["y"]), sync_dist=True)
         return loss

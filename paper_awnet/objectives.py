@@ -8,7 +8,7 @@ adversarial one first [M], and no types. Tags as in :mod:`paper_awnet.method`.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,13 @@ class PairedObjective(nn.Module, ABC):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the objective which epoch (from 0) this is."""
+
+    def advance(self, is_step_over: bool = True) -> None:
+        """Tell it that a batch was trained on, and whether the optimiser takes its step now.
+
+        Args:
+            is_step_over: False where gradients are accumulated and more batches follow.
+        """
 
     def attacked(self, model: Any) -> Callable[[Tensor], Tensor]:
         """The function that the training attack sees: images to logits."""
@@ -161,6 +168,10 @@ class MTARD(PairedObjective):
 
     with :math:`L_{nat} = KL(T_{nat}(x), f(x))` and :math:`L_{adv} = KL(T_{adv}(x'), f(x'))`.
 
+    The weights move before the backward pass, by the losses of the batch over all processes, and
+    once per optimiser step: :meth:`advance` ends it. Where gradients are accumulated, each batch is
+    weighted by the losses so far, and the step ends with the mean over its batches.
+
     Args:
         clean: T_nat, which sees the clean images.
         robust: T_adv, which sees the adversarial ones.
@@ -208,6 +219,8 @@ class MTARD(PairedObjective):
         self.eta_w, self.beta = eta_w, beta
         self.milestones = tuple(milestones)
         self.decay = 1.0
+        self._before: _Seen | None = None  # of the batches of this step that are done
+        self._with_this: _Seen | None = None  # and of the one under way
         self.register_buffer("w_nat", torch.tensor(0.5))
         self.register_buffer("initial", torch.zeros(2))
         self.register_buffer("has_begun", torch.tensor(False))
@@ -226,37 +239,73 @@ class MTARD(PairedObjective):
         soft = self.targets(self.clean(batch["x"]), self.robust(adversarial_images(batch)))
         loss_nat = distillation(soft[0], logits, self.scale)
         loss_adv = distillation(soft[1], logits_adv, self.scale)
+        w_nat = self.w_nat
         if self.training:
-            self._advance(torch.stack([loss_nat.detach(), loss_adv.detach()]), *soft)
+            losses = torch.stack([loss_nat.detach(), loss_adv.detach()])
+            self._with_this = self._observed(self._statistics(losses, *soft), len(logits))
+            w_nat = self._moved(self._with_this)[0]
         self.report |= {
             "loss_nat": loss_nat.detach(),
             "loss_adv": loss_adv.detach(),
-            "w_nat": self.w_nat.clone(),
+            "w_nat": w_nat.clone(),
         }
-        return self.w_nat * loss_nat + (1 - self.w_nat) * loss_adv
+        return w_nat * loss_nat + (1 - w_nat) * loss_adv
+
+    @torch.no_grad()
+    def advance(self, is_step_over: bool = True) -> None:
+        """Keep what the batch showed; where the step is over, the weights move for good."""
+        if self._with_this is None:
+            return
+        self._before, self._with_this = self._with_this, None
+        if is_step_over:
+            self._remember(self._before)
+            self._before = None
 
     def targets(self, clean: Tensor, robust: Tensor) -> tuple[Tensor, Tensor]:
         """The teachers' logits as they are distilled."""
         return clean, robust
 
+    @staticmethod
+    def _statistics(losses: Tensor, clean: Tensor, robust: Tensor) -> Tensor:
+        """What is to be known of a batch: L_nat, L_adv."""
+        return losses
+
     @torch.no_grad()
-    def _advance(self, losses: Tensor, clean: Tensor, robust: Tensor) -> None:
-        """Before the backward pass: the first losses are remembered, the weights move."""
-        losses = mean_over_ranks(losses).to(self.initial)
-        self.initial = torch.where(self.has_begun, self.initial, losses)
+    def _observed(self, statistics: Tensor, count: int) -> "_Seen":
+        """Those of this step's batches so far, of all processes."""
+        seen = self._before or _Seen(torch.zeros_like(statistics), 0)
+        return _Seen(seen.total + mean_over_ranks(statistics, count), seen.batches + 1)
+
+    @torch.no_grad()
+    def _moved(self, seen: "_Seen") -> tuple[Tensor, Tensor]:
+        """w_nat after a step with these losses, and those of the first step."""
+        losses = seen.mean()[:2].to(self.initial)
+        initial = torch.where(self.has_begun, self.initial, losses)
+        return balanced(self.w_nat, losses, initial, self.eta_w * self.decay, self.beta), initial
+
+    def _remember(self, seen: "_Seen") -> None:
+        self.w_nat, self.initial = self._moved(seen)
         self.has_begun = torch.ones_like(self.has_begun)
-        eta = self.eta_w * self.decay
-        self.w_nat = balanced(self.w_nat, losses, self.initial, eta, self.beta)
+
+
+class _Seen(NamedTuple):
+    """Statistics of the batches of one optimiser step."""
+
+    total: Tensor
+    batches: int
+
+    def mean(self) -> Tensor:
+        return self.total / self.batches
 
 
 class BMTARD(MTARD):
     """MTARD with teachers' temperatures that make both equally certain [M].
 
-    Each teacher's logits are divided by a temperature in [1, 10]; after each step the more certain
-    teacher's grows by ``rate`` and the other's falls. The code compares the quotient of the two
-    entropies with 1; here their difference is compared with 0, which is the same as long as both
-    are positive and does not turn around where a teacher is so certain that the constant in the
-    logarithm makes its entropy negative.
+    Each teacher's logits are divided by a temperature in [1, 10]; after each step (:meth:`advance`)
+    the more certain teacher's grows by ``rate`` and the other's falls. The code compares the
+    quotient of the two entropies with 1; here their difference is compared with 0, which is the
+    same as long as both are positive and does not turn around where a teacher is so certain that
+    the constant in the logarithm makes its entropy negative.
 
     Args:
         clean: T_nat.
@@ -299,13 +348,16 @@ class BMTARD(MTARD):
         self.report["temperature_adv"] = self.temperatures[1].clone()
         return clean / self.temperatures[0], robust / self.temperatures[1]
 
+    @staticmethod
     @torch.no_grad()
-    def _advance(self, losses: Tensor, clean: Tensor, robust: Tensor) -> None:
-        super()._advance(losses, clean, robust)
-        h = torch.stack(
-            [negative_entropy(full_precision(z).softmax(dim=1)) for z in (clean, robust)]
-        )
-        h = mean_over_ranks(h)
+    def _statistics(losses: Tensor, clean: Tensor, robust: Tensor) -> Tensor:
+        """L_nat, L_adv, and h of both teachers."""
+        h = [negative_entropy(full_precision(z).softmax(dim=1)) for z in (clean, robust)]
+        return torch.cat([losses, torch.stack(h)])
+
+    def _remember(self, seen: _Seen) -> None:
+        super()._remember(seen)
+        h = seen.mean()[2:]
         sign = torch.sign(h - h.flip(0)).to(self.temperatures)
         self.temperatures = (self.temperatures + self.rate * self.decay * sign).clamp(1.0, 10.0)
 

@@ -53,7 +53,7 @@ from common.figures import (
     save_figure,
     tidy_axes,
 )
-from common.results import write_json_atomically
+from common.files import write_sealed_json
 from paper_cifs.method import CIFS, AdaptiveLoss, global_average, joint_logits
 
 NETWORKS = {"digits": "resnet", "fashion_mnist": "resnet10"}  # what a data set alone stands for
@@ -696,7 +696,7 @@ def analyse(
     }
     name = "analysis" if got.dataset == "digits" else f"analysis_{got.base}"
     path = results / f"{name}.json"
-    write_json_atomically(path, report)
+    write_sealed_json(path, report)
     figures = draw_figures(got, results / "figures")
     return {**report, "figures": [str(figure) for figure in figures], "path": str(path)}
 

@@ -34,7 +34,8 @@ from common.analysis import (
 from common.attacks.pgd import PGD
 from common.errors import ConfigurationError
 from common.figures import save_figure
-from common.results import load_results, read_costs, write_json_atomically
+from common.files import write_sealed_json
+from common.results import load_results, read_costs
 from common.statistics import welch_t_test
 from paper_rcm.costs import measure_costs
 from paper_rcm.features import Embedding, attacked, embed, pooled_features, separation
@@ -339,7 +340,7 @@ def analyse(
         "missing": missing,
     }
     path = results / ("analysis.json" if dataset == "digits" else f"analysis_{on}.json")
-    write_json_atomically(path, report)
+    write_sealed_json(path, report)
     prefix = "digits" if dataset == "digits" else on
     figures = [
         save_figure(figure, results / "figures" / f"{prefix}_{name}.png")

@@ -10,13 +10,12 @@ Tags as in :mod:`paper_rcm.method`.
 
 import argparse
 import hashlib
-import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from rich.console import Console
@@ -29,7 +28,7 @@ from common.cli import RobustCLI, load_run
 from common.data.corruptions import CIFAR10C, CORRUPTIONS, SEVERITIES
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError, UserError
-from common.files import check_writable, write_json_atomically
+from common.files import check_writable, read_sealed_json, write_sealed_json
 from common.provenance import weights_digest
 
 
@@ -115,7 +114,7 @@ def evaluate_corruptions(
             entry["accuracy"][name] = sum(correct) / images
             entry = _in_order(entry)
             checkpoints[label] = entry
-            write_json_atomically(results, {"schema": 1, "checkpoints": checkpoints})
+            write_sealed_json(results, {"schema": 1, "checkpoints": checkpoints})
         if console is not None:
             console.print(f"{name}: {100 * entry['accuracy'][name]:.2f}")
     return entry
@@ -146,7 +145,7 @@ def read_corruptions(path: str | Path) -> dict[str, Entry]:
         RunDirectoryError: If it cannot be read or is something else.
     """
     try:
-        found: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = read_sealed_json(path)
         entries: dict[str, Entry] = dict(found["checkpoints"])
         for entry in entries.values():
             if set(entry) != set(Entry.__annotations__):

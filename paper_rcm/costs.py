@@ -31,8 +31,8 @@ from common.costs import (
 )
 from common.errors import ConfigurationError, UserError
 from common.figures import save_figure
-from common.files import write_json_atomically
-from common.results import COSTS
+from common.files import read_sealed_json, write_sealed_json
+from common.results import COSTS, read_costs
 from paper_rcm.figures import cost_figure
 from paper_rcm.method import BASE_STRIDES, DigitsNet, cost, parse_strides
 
@@ -138,10 +138,10 @@ def measure_costs(
         The entries of these experiments, by stem.
     """
     path = Path(results) / COSTS
-    try:
-        known: dict[str, Any] = json.loads(path.read_text("utf-8"))["experiments"]
-    except (OSError, ValueError, KeyError):
-        known = {}
+    known: dict[str, Any] = {}
+    if path.is_file():
+        read_costs(results)  # says what is wrong with it
+        known = read_sealed_json(path)["experiments"]
     setting = {"device": device_name(device), "batch_size": batch_size, "torch": torch.__version__}
     shared = {
         (digest(entry["network"]), digest(entry["timed"])): entry["metrics"]
@@ -156,7 +156,7 @@ def measure_costs(
         found[config.stem] = {"network": section, "timed": setting, "metrics": shared[key]}
         known[config.stem] = found[config.stem]
         entries = {stem: known[stem] for stem in sorted(known)}
-        write_json_atomically(path, {"schema": 1, "experiments": entries})
+        write_sealed_json(path, {"schema": 1, "experiments": entries})
         if console is not None:
             ratio = shared[key]["step_time"]
             console.print(f"{config.stem}: step time x {ratio:.2f}")

@@ -48,8 +48,9 @@ from common.figures import (
     save_figure,
     tidy_axes,
 )
+from common.files import write_sealed_json
 from common.networks.wide_resnet import WideResNet
-from common.results import Result, load_results, write_json_atomically
+from common.results import Result, load_results
 from paper_robustwrn.lipschitz import L2Ratio, upper_bound
 
 METRIC = "pgd20/ce_f"
@@ -368,7 +369,7 @@ def analyse(
         report["expectations"] = []
     report["missing"] = missing
     path = results / ("analysis.json" if dataset == "digits" else f"analysis_{on}.json")
-    write_json_atomically(path, report)
+    write_sealed_json(path, report)
     prefix = "digits" if dataset == "digits" else on
     figures = [
         save_figure(figure, folder / f"{prefix}_{name}.png") for name, figure in pictures.items()

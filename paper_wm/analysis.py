@@ -31,12 +31,12 @@ from common.analysis import (
 )
 from common.errors import ConfigurationError
 from common.figures import save_figure
+from common.files import write_sealed_json
 from common.networks.alexnet import AlexNet
 from common.networks.preact_resnet import PreActResNet18
 from common.networks.resnet import ResNet18
 from common.networks.vgg import VGG
 from common.networks.wide_resnet import WideResNet
-from common.results import write_json_atomically
 from paper_wm.amplification import spearman
 from paper_wm.figures import (
     Point,
@@ -284,7 +284,7 @@ def analyse(
     }
     is_digits = base == "digits_cnn3"
     path = results / ("analysis.json" if is_digits else f"analysis_{base}.json")
-    write_json_atomically(path, report)
+    write_sealed_json(path, report)
     figures = [
         save_figure(figure, results / "figures" / f"{base}_{name}.png")
         for name, figure in draw(found).items()

@@ -6,7 +6,7 @@ row. Most rows carry the marker ``faults``.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,32 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
+from common.attacks.engine import AttackEngine
 from common.attacks.pgd import FGSM, PGD, FriendlyPGD
+from common.attacks.randomness import ExampleRandom
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.averaging import LateAveraging, WarmUpAveraging
 from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
-from common.data.images import ImageDataModule
+from common.data.images import ImageDataModule, Views
 from common.data.sources import Digits
 from common.evaluation import SuiteEntry
 from common.networks.resnet import ResNet
-from common.objectives import AT, MART, TRADES
+from common.objectives import ALP, AT, MART, TRADES
 from common.trainer import Trainer
+from paper_awnet.method import Router
+from paper_awnet.module import AWNetClassifier
+from paper_awnet.networks import AWNet, DigitsStudent
+from paper_awnet.oat import OAT, OATNet
+from paper_awnet.objectives import BMTARD, HybridCE, RoutedTRADES
+from paper_awnet.teachers import Teacher
 from paper_cifs.method import CIFSResNet, JointCrossEntropy
 from paper_cifs.module import CIFSClassifier
+from paper_rcm.dajat import DAJAT, split_batch_norm
+from paper_wm.module import WeightMapClassifier
+from paper_wm.networks import SmallCNN, with_weight_maps
 
 BATCH = 48
 EPOCHS = 2
@@ -55,6 +66,52 @@ def cifs() -> RobustClassifier:
     return CIFSClassifier(net, JointCrossEntropy(), partial(torch.optim.SGD, lr=0.05))
 
 
+def awnet(objective: Callable[[], Any] | None = None) -> Callable[[], RobustClassifier]:
+    """Router, two batch-norms, and B-MTARD with two teachers unless told otherwise."""
+
+    def bmtard() -> BMTARD:
+        teachers = [Teacher(DigitsStudent(widths=(4, 4, 4)), as_it_is=True) for _ in range(2)]
+        return BMTARD(*teachers, rate=0.1, scale="batchmean")
+
+    def make() -> RobustClassifier:
+        router = partial(Router, widths=(4, 6, 8), type_hidden=5, init="normal")
+        net = AWNet(DigitsStudent(widths=(4, 6, 8)), router)
+        optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+        return AWNetClassifier(net, (objective or bmtard)(), optimizer)
+
+    return make
+
+
+def oat() -> RobustClassifier:
+    net = OATNet(ResNet((1, 1), (4, 4), (1, 2), in_channels=1, num_classes=10), hidden=4)
+    return AWNetClassifier(net, OAT(), partial(torch.optim.SGD, lr=0.05))
+
+
+def dajat() -> RobustClassifier:
+    net = ResNet(depths=[1, 1], widths=[4, 4], strides=[1, 2], in_channels=1, num_classes=10)
+    split_batch_norm(net)
+    return RobustClassifier(net, DAJAT(), partial(torch.optim.SGD, lr=0.05))
+
+
+def weight_map() -> RobustClassifier:
+    shape = (1, 8, 8)
+    net = SmallCNN(widths=(4, 4, 4), image_shape=shape)
+    net = with_weight_maps(net, "smoothing", "all", "post", image_shape=shape)
+    return WeightMapClassifier(net, AT(), partial(torch.optim.SGD, lr=0.05))
+
+
+class Shifted(Views):
+    """Each image once more, moved by a random number of rows, twice."""
+
+    def __call__(self, x: Tensor, random: ExampleRandom) -> list[Tensor]:
+        """Two versions."""
+        rows = random.integers(3, (2,))
+        return [
+            torch.stack([a.roll(int(r), 1) for a, r in zip(x, some, strict=True)])
+            for some in rows.unbind(1)
+        ]
+
+
 @dataclass(frozen=True)
 class Row:
     """What is trained, and with what beside it."""
@@ -63,6 +120,9 @@ class Row:
     attack: PGD = field(default_factory=lambda: PGD(0.2, 0.1, steps=2))
     callbacks: Callable[[], list[Callback]] = list
     accumulate: int = 1
+    engine: AttackEngine | None = None
+    views: Views | None = None
+    images: int = IMAGES
 
 
 def awp() -> list[Callback]:
@@ -82,22 +142,45 @@ def lightnings() -> list[Callback]:
 
 
 slow = pytest.mark.faults
+UNEVEN = 101  # the last batch has 5 examples: 3 and 2, or 2, 2 and 1
 TABLE = [
     pytest.param(Row(plain(TRADES(6.0)), callbacks=averaged, accumulate=2), 3, id="TRADES+EMA"),
     pytest.param(Row(cifs, callbacks=awp), 2, id="CIFS+AWP"),
+    pytest.param(Row(awnet(), callbacks=awp, images=UNEVEN), 2, id="AW-Net+AWP, uneven"),
 ]
-for name, make in {
+METHODS = {
     "AT": plain(AT()), "TRADES": plain(TRADES(6.0)), "MART": plain(MART(5.0)), "CIFS": cifs,
-}.items():  # fmt: skip
+    "AW-Net": awnet(),
+}  # fmt: skip
+for name, make in METHODS.items():
     for extra in (list, awp, averaged, awp_and_late, lightnings):
         for accumulate in (1, 2):
             row = Row(make, callbacks=extra, accumulate=accumulate)
             label = f"{name}-{extra.__name__}-x{accumulate}"
             for devices in (2, 3):
                 TABLE.append(pytest.param(row, devices, id=f"{label}-{devices}", marks=slow))
-TABLE.append(
-    pytest.param(Row(plain(AT()), FriendlyPGD(0.2, 0.1, 3, tau=1)), 3, id="FAT", marks=slow)
-)
+OTHERS = {
+    "FAT": Row(plain(AT()), FriendlyPGD(0.2, 0.1, 3, tau=1)),
+    "FAT+CIFS": Row(cifs, FriendlyPGD(0.2, 0.1, 3, tau=1)),
+    "restarts": Row(plain(AT()), PGD(0.2, 0.1, 2, start="uniform", restarts=2)),
+    "engine": Row(plain(AT()), engine=AttackEngine()),
+    "engine+AW-Net": Row(awnet(), engine=AttackEngine()),
+    "ALP": Row(plain(ALP())),
+    "AW-Net+TRADES": Row(awnet(RoutedTRADES)),
+    "AW-Net+CE": Row(awnet(HybridCE), accumulate=2),
+    "OAT": Row(oat),
+    "DAJAT": Row(dajat, callbacks=awp_and_late, views=Shifted()),
+    "WM": Row(weight_map),
+}
+for name, row in OTHERS.items():
+    for images in (IMAGES, UNEVEN):
+        for devices in (2, 3):
+            label = f"{name}-{images}-{devices}"
+            param = pytest.param(replace(row, images=images), devices, id=label, marks=slow)
+            TABLE.append(param)
+for name, make in METHODS.items():
+    row = Row(make, callbacks=awp, accumulate=2, images=UNEVEN)
+    TABLE.append(pytest.param(row, 3, id=f"{name}-uneven", marks=slow))
 
 
 class Report(Callback):
@@ -135,7 +218,7 @@ def train(row: Row, devices: int, folder: Path, precision: Any = "64-true") -> N
         num_sanity_val_steps=0,
         default_root_dir=folder,
         callbacks=[
-            AdversarialTraining(row.attack),
+            AdversarialTraining(row.attack, engine=row.engine),
             *row.callbacks(),
             RobustEvaluation(validation=SuiteEntry(FGSM(0.1))),
             Report(folder),
@@ -144,7 +227,12 @@ def train(row: Row, devices: int, folder: Path, precision: Any = "64-true") -> N
         ],
     )
     data = ImageDataModule(
-        Digits(), BATCH // row.accumulate, eval_batch_size=13, train_limit=IMAGES, val_limit=50
+        Digits(),
+        BATCH // row.accumulate,
+        eval_batch_size=13,
+        train_limit=row.images,
+        val_limit=50,
+        views=row.views,
     )
     trainer.fit(model, datamodule=data)
 
@@ -168,9 +256,9 @@ def test_processes_train_the_parameters_of_one(tmp_path: Path, row: Row, devices
         assert other[1] == chosen[1] == "selected.ckpt", "every rank selects the same"
         assert other[0] == pytest.approx(chosen[0], abs=1e-6)
         assert other_file["global_step"] == file["global_step"]
-    name = next(key for key in one if key.endswith("head.linear.weight"))
-    untrained = untrained_weights(row)[name]
-    assert (one[name] - untrained).abs().max() > 1e-4, "something was trained"
+    untrained = untrained_weights(row)
+    moved = [(one[name] - untrained[name]).abs().max() for name in one if name.endswith("weight")]
+    assert max(moved) > 1e-4, "something was trained"
 
 
 def untrained_weights(row: Row) -> dict[str, Tensor]:
@@ -182,12 +270,13 @@ def untrained_weights(row: Row) -> dict[str, Tensor]:
 @pytest.mark.parametrize("devices", [2, 3])
 def test_in_float32_sums_round_otherwise_and_no_more(tmp_path: Path, devices: int) -> None:
     """The README's tolerance; the sign in the attack may flip where a gradient is rounding."""
-    row = Row(plain(TRADES(6.0)), PGD(0.2, 0.1, steps=2, norm="l2"))
+    ten_steps = 5 * BATCH
+    row = Row(plain(TRADES(6.0)), PGD(0.2, 0.1, steps=2, norm="l2"), images=ten_steps)
     train(row, 1, tmp_path / "one", "32-true")
     train(row, devices, tmp_path / "more", "32-true")
     one, more = (result(tmp_path / name)[0] for name in ("one", "more"))
     for name, value in one.items():
-        torch.testing.assert_close(value, more[name], rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(value, more[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_an_accumulated_step_is_one_of_the_same_global_batch(tmp_path: Path) -> None:

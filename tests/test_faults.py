@@ -179,27 +179,48 @@ def test_many_random_kills_change_no_number(config: Path, seed: int) -> None:
     kill_at_random(config, 20, seed, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
 
 
+PHASES = {  # what there is in runs when a phase has begun, and for how long it may go on
+    "set-up": ("", 4.0),
+    "fit": ("*/seed0/checkpoints/last.ckpt", 1.0),
+    "checkpoint": ("*/seed0/checkpoints/.*.tmp", 0.0),
+    "test": ("*/seed0/outcomes/*/*.npz", 1.0),
+    "tables": ("digits_resnet_plain/seed0/finished", 8.0),
+}
+
+
 @pytest.mark.faults
 def test_twenty_random_kills_of_make(tmp_path: Path) -> None:
     """All of it: rows that wait for rows, training, evaluation, figures, tables."""
-    project = copied_project(tmp_path / "project")
-    whole, seconds = timed_make(copied_project(tmp_path / "whole"))
+    project, undisturbed = (copied_project(tmp_path / name) for name in ("project", "whole"))
+    whole = finished_make(undisturbed)
     draw = random.Random(3)
-    for _ in range(20):
-        job = start_make(project)
-        time.sleep(draw.uniform(0.05, 0.95) * seconds)
-        number = draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-        if job.poll() is None:
-            os.killpg(job.pid, number)
-        job.wait(timeout=300)
-        if job.returncode == 0:
-            assert results_of(project) == whole
-            shutil.rmtree(project / "runs")
-    assert timed_make(project)[0] == whole
-    rendered = [
-        (folder / "paper_cifs/README.md").read_text() for folder in (project, tmp_path / "whole")
-    ]
-    assert rendered[0] == rendered[1], "the tables too"
+    hits = dict.fromkeys(PHASES, 0)
+    for _ in range(4):
+        shutil.rmtree(project / "runs", ignore_errors=True)
+        for path in (project / "paper_cifs/results").glob("*.json"):
+            path.unlink()
+        for phase, (sign, longest) in PHASES.items():
+            hits[phase] += killed_make(project, sign, draw.uniform(0.0, longest), draw)
+        assert finished_make(project) == whole
+        rendered = [(p / "paper_cifs/README.md").read_text() for p in (project, undisturbed)]
+        assert rendered[0] == rendered[1], "the tables too"
+    assert all(hits.values()), hits
+    assert sum(hits.values()) >= 15, hits
+
+
+def killed_make(folder: Path, sign: str, delay: float, draw: random.Random) -> bool:
+    """Start it, and kill it so long after something is there; whether it was under way then."""
+    job = start_make(folder)
+    runs, until = folder / "runs/paper_cifs", time.monotonic() + 300
+    while sign and job.poll() is None and not any(runs.glob(sign)):
+        assert time.monotonic() < until, f"{sign} never came"
+        time.sleep(0.001)
+    time.sleep(delay)
+    is_hit = job.poll() is None
+    if is_hit:
+        os.killpg(job.pid, draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))
+    job.wait(timeout=300)
+    return is_hit
 
 
 OVERLAY = """
@@ -239,13 +260,12 @@ def start_make(folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def timed_make(folder: Path) -> tuple[dict[str, str], float]:
-    begun = time.monotonic()
-    job = start_make(folder)
-    job.wait(timeout=600)
+def finished_make(folder: Path) -> dict[str, str]:
+    """Run it to its end; what was measured."""
+    assert start_make(folder).wait(timeout=600) == 0, (folder / "make.log").read_text()[-3000:]
     found = results_of(folder)
-    assert len(found) == 2, (folder / "make.log").read_text()[-3000:]
-    return found, time.monotonic() - begun
+    assert len(found) == 2
+    return found
 
 
 def results_of(folder: Path) -> dict[str, str]:
@@ -390,7 +410,7 @@ def wait_for(path: Path, job: subprocess.Popen[Any], within: float = 240.0) -> N
 @pytest.mark.faults
 @pytest.mark.parametrize("victim", ["a rank", "the first process"])
 def test_a_killed_rank_ends_the_run_which_then_goes_on(config: Path, victim: str) -> None:
-    long = ("--trainer.max_epochs", "60")
+    long = ("--trainer.max_epochs", "20")
     run = Path("runs/paper_cifs/tiny/seed0")
     with Path("out").open("w") as out:
         job = subprocess.Popen(
@@ -405,23 +425,17 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on(config: Path, victim: str
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         assert time.monotonic() < until, "a rank outlived the run"
         time.sleep(0.1)
-    done = torch.load(run / "checkpoints/last.ckpt")["global_step"]
-    assert done > 0
-    Path("one.yaml").write_text(CONFIG)
-    last = subprocess.run(
-        command(config, *TWO, *long), env=environment(), check=False, capture_output=True, text=True
-    )
-    assert last.returncode == 0, last.stderr[-2000:]
-    one = subprocess.run(
-        command(config, *long, "--runs", "one"), env=environment(), check=False, capture_output=True
-    )
-    assert one.returncode == 0
-    pair = [
-        torch.load(r / "paper_cifs/tiny/seed0/checkpoints/last.ckpt")
-        for r in map(Path, ("runs", "one"))
-    ]
-    for name, value in pair[0]["state_dict"].items():
-        torch.testing.assert_close(value, pair[1]["state_dict"][name], rtol=1e-2, atol=1e-2)
+    assert 0 < torch.load(run / "checkpoints/last.ckpt")["global_step"] < 100
+    for runs in ("runs", "whole"):
+        done = subprocess.run(
+            command(config, *TWO, *long, "--runs", runs),
+            env=environment(),
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert metrics(run) == metrics(Path("whole/paper_cifs/tiny/seed0"))
 
 
 @pytest.mark.faults

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.callbacks.modes import batch_statistics_kept, refuse_half_precision
 from common.errors import ConfigurationError
-from common.objectives import Batch, objective_of
+from common.objectives import Batch, objective_of, weighted
 
 
 class AdversarialWeightPerturbation(Callback):
@@ -64,7 +64,7 @@ class AdversarialWeightPerturbation(Callback):
         ):
             objective = objective_of(pl_module)
             loss = getattr(objective, "weight_loss", objective.outer)(pl_module, batch)
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            gradients = torch.autograd.grad(weighted(loss, batch), weights, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is None:
                 continue

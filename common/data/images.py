@@ -91,12 +91,22 @@ class _TrainLoader(DataLoader[Batch]):
     begin to read at once: a resumed run would go through the first epoch's order again. And it
     counts the batches done before the interruption without skipping them. Beginning at the first
     ``next`` and skipping here settles both.
+
+    Where the processes have different numbers of examples of the last batch, its examples get a
+    ``weight``, see :func:`common.objectives.weighted`.
     """
 
     batches_done: Callable[[], int]
+    last_weight: float = 1.0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        yield from islice(super().__iter__(), self.batches_done(), None)
+        last = len(self) - 1
+        for number, batch in islice(enumerate(super().__iter__()), self.batches_done(), None):
+            if number == last and self.last_weight != 1.0:
+                batch["weight"] = torch.full(
+                    batch["y"].shape, self.last_weight, dtype=torch.float64
+                )
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: epoch and progress, which Lightning keeps, determine the position."""
@@ -104,6 +114,27 @@ class _TrainLoader(DataLoader[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing, as :meth:`state_dict`."""
+
+
+class _SharingSampler(DistributedSampler[int]):
+    """This process's part of the order of a single process, nothing repeated.
+
+    Args:
+        dataset: What is shuffled.
+        part: Places in the order.
+        seed: Decides it, together with the epoch.
+    """
+
+    def __init__(self, dataset: Dataset[Batch], part: range, seed: int) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
+        self._part = part
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(super().__iter__())
+        return (order[place] for place in self._part)
+
+    def __len__(self) -> int:
+        return len(self._part)
 
 
 def shift_and_flip(
@@ -147,9 +178,8 @@ class ImageDataModule(LightningDataModule):
 
     ``index`` counts from 0 within the split the batch comes from. Order and augmentation depend on
     seed, epoch and index alone: not on the number of devices, nor on the batch size as far as
-    augmentation goes, nor on where a run was interrupted. Where devices cannot share the last
-    training batch evenly, some of its examples are repeated; ``drop_last`` avoids it. Validation
-    and test never repeat an example.
+    augmentation goes, nor on where a run was interrupted. No example is ever repeated: where
+    devices cannot share the last training batch evenly, their parts of it are weighted by size.
 
     The trainer must be made with ``use_distributed_sampler=False``.
 
@@ -347,14 +377,11 @@ class ImageDataModule(LightningDataModule):
         dataset: Dataset[Batch] = labelled
         sampler: Sampler[int]
         if self._extra is None:
-            sampler = DistributedSampler(
-                labelled,
-                num_replicas=self._world_size,
-                rank=self._rank,
-                shuffle=True,
-                seed=self.order_seed,
-                drop_last=self.drop_last,
-            )
+            used = len(labelled)
+            if self.drop_last:
+                used -= used % self.batch_size
+            part = range(self._rank, used, self._world_size)
+            sampler = _SharingSampler(labelled, part, self.order_seed)
         else:
             dataset = MixedDataset(labelled, len(labelled), *self._extra)
             sampler = MixedSampler(
@@ -374,6 +401,8 @@ class ImageDataModule(LightningDataModule):
             **self._loader_options(),
         )
         loader.batches_done = self._batches_done
+        if self._extra is None:
+            loader.last_weight = self._last_weight(len(labelled))
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -462,6 +491,19 @@ class ImageDataModule(LightningDataModule):
                 "trainer.use_distributed_sampler is true, but the data already come divided over "
                 "the devices, without repeating examples in evaluation: set it to false"
             )
+
+    def _last_weight(self, examples: int) -> float:
+        """This process's examples of the last training batch over the mean of all processes."""
+        rest, devices = examples % self.batch_size, self._world_size
+        if self.drop_last or rest == 0:
+            return 1.0
+        if rest < devices:
+            raise ConfigurationError(
+                f"the last training batch has {rest} of the {examples} examples, too few for "
+                f"{devices} devices: set data.drop_last: true, or choose another data.batch_size "
+                "or fewer devices"
+            )
+        return len(range(self._rank, rest, devices)) * devices / rest
 
     def _batches_done(self) -> int:
         """Batches of the current epoch that a resumed run has behind it; 0 otherwise."""

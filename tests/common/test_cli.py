@@ -171,6 +171,27 @@ def test_reproduce_tests_both_checkpoints_and_goes_on_with_what_is_there(config)
     assert json.loads(path.read_text())["checkpoints"]["last"]["epoch"] == 0
 
 
+def test_a_damaged_configuration_of_a_run_is_named(config, capsys) -> None:
+    call("fit", "--config", config, "--trainer.max_epochs", "1")
+    path = Path("runs/paper_tiny/tiny/seed0/config.yaml")
+    content = path.read_bytes()
+    flipped = content.replace(b"lr: 0.1", b"lr: 0.3")
+    assert flipped != content
+    for damaged in (b"", content[: len(content) // 2], flipped):
+        path.write_bytes(damaged)
+        line = refused(capsys, "reproduce", "--config", config)
+        assert f"{path} is damaged" in line
+        assert "delete the file, and the run goes on" in line
+    line = refused(capsys, "validate", "--config", path)
+    assert line == (
+        f"error: {path} is damaged: it does not have the SHA-256 that its first line says; after "
+        "an edit take that line out"
+    )
+    path.unlink()
+    call("fit", "--config", config, "--trainer.max_epochs", "2", "--ckpt_path", "last")
+    assert yaml.safe_load(path.read_text())["trainer"]["max_epochs"] == 2
+
+
 def test_awp_and_averaged_weights_are_one_overlay_away(config) -> None:
     overlays = Path(__file__).parents[2] / "common/configs"
     call("fit", "--config", config, "--config", overlays / "awp.yaml",

@@ -17,9 +17,13 @@ from common.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from common.files import (
     content_digest,
     damage_of,
+    read_sealed_json,
     remove_leftovers,
     write_bytes_atomically,
     write_sealed,
+    write_sealed_json,
+    write_sealed_yaml,
+    yaml_damage_of,
 )
 from common.results import read_result, write_json_atomically
 
@@ -103,6 +107,45 @@ def test_a_flipped_bit_of_a_result_is_found(tmp_path: Path) -> None:
         with suppress(ConfigurationError):
             found: Any = read_result(path)
             assert found == data, place  # a blank that became another one
+
+
+def test_a_flipped_bit_of_a_report_is_found(tmp_path: Path) -> None:
+    path, report = tmp_path / "analysis.json", {"id": "a", "value": 0.25, "lines": [["1", None]]}
+    write_sealed_json(path, report)
+    assert read_sealed_json(path) == report
+    content = path.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 7
+        path.write_bytes(damaged)
+        with suppress(ValueError):  # a blank that became another one, or "digest" another key
+            found = read_sealed_json(path)
+            assert {key: found.get(key) for key in report} == report, place
+    for left in (0, 1, len(content) // 2):
+        path.write_bytes(content[:left])
+        with pytest.raises(ValueError, match=r"."):
+            read_sealed_json(path)
+    path.write_text('{"value": 0.5}')
+    assert read_sealed_json(path) == {"value": 0.5}, "one without a digest is read as it is"
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="expected an object, got list"):
+        read_sealed_json(path)
+
+
+def test_a_damaged_configuration_is_found(tmp_path: Path) -> None:
+    path, text = tmp_path / "config.yaml", "model:\n  lr: 0.1\n"
+    write_sealed_yaml(path, text)
+    assert path.read_text().partition("\n")[2] == text
+    assert yaml_damage_of(path) == ""
+    content = path.read_bytes()
+    for left in range(len(content)):
+        path.write_bytes(content[:left])
+        if left == 0 or left >= 30:
+            assert yaml_damage_of(path), left
+    path.write_bytes(content.replace(b"0.1", b"0.3"))
+    assert "after an edit take that line out" in yaml_damage_of(path)
+    path.write_text("lr: 0.3\n")
+    assert yaml_damage_of(path) == "", "one without a digest is read as it is"
 
 
 def test_what_killed_writers_leave_is_removed(tmp_path: Path) -> None:

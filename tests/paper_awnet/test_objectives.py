@@ -121,6 +121,7 @@ def test_outer_is_the_equation(batch, teachers) -> None:
     adv = distillation(teachers["robust"](batch["x_adv"]), out.logits[N:], "batchmean")
     expected = (nat + adv) / 2 + 0.7 * F.cross_entropy(out.type_logits, types)
     torch.testing.assert_close(objective.outer(net, batch), expected)
+    objective.advance()
     assert objective.w_nat == 0.5, "exactly, in the first step"
     assert torch.equal(objective.initial, torch.stack([nat, adv]).detach())
     torch.testing.assert_close(batch["logits_adv"], out.logits[N:].detach())
@@ -153,6 +154,7 @@ def test_weights_follow_the_losses_and_the_milestones(batch, teachers) -> None:
     net = student()
     objective = MTARD(**teachers, milestones=[2, 4], scale="batchmean")
     objective.outer(net, batch)
+    objective.advance()
     first = objective.initial.clone()
     steps = []
     for epoch in (0, 2, 4):
@@ -162,6 +164,7 @@ def test_weights_follow_the_losses_and_the_milestones(batch, teachers) -> None:
             for p in net.arch.parameters():
                 p.mul_(1.3)
         objective.outer(net, batch)
+        objective.advance()
         losses = torch.stack([objective.report["loss_nat"], objective.report["loss_adv"]])
         r = losses / first
         eta = 0.025 * {0: 1.0, 2: 0.1, 4: 0.01}[epoch]
@@ -177,6 +180,7 @@ def test_what_it_remembers_survives_a_checkpoint(batch, teachers) -> None:
     objective = BMTARD(**teachers, scale="batchmean", rate=0.1)
     for _ in range(3):
         objective.outer(net, batch)
+        objective.advance()
         nn.init.normal_(net.arch.head.linear.weight)
     saved = {k: v.clone() for k, v in objective.state_dict().items()}
     assert all(torch.isfinite(v).all() for v in saved.values() if v.is_floating_point())
@@ -185,15 +189,61 @@ def test_what_it_remembers_survives_a_checkpoint(batch, teachers) -> None:
     for one in (objective, resumed):
         torch.manual_seed(0)
         one.outer(copy.deepcopy(net), batch)
+        one.advance()
     for name, value in objective.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert objective.w_nat != 0.5
     assert (objective.temperatures != 1.0).any()
 
 
+def test_another_look_at_the_loss_moves_nothing(batch, teachers) -> None:
+    """Weight perturbation has one before every step."""
+    net = student()
+    objective = BMTARD(**teachers, scale="batchmean", rate=0.1)
+    objective.outer(net, batch)
+    objective.advance()
+    nn.init.normal_(net.arch.head.linear.weight)
+    twin = copy.deepcopy(objective)
+    for _ in range(3):
+        twin.outer(copy.deepcopy(net), batch)
+    for one in (objective, twin):
+        torch.testing.assert_close(
+            one.w_nat, torch.tensor(0.5), msg="only advance moves it for good"
+        )
+        one.outer(copy.deepcopy(net), batch)
+        one.advance()
+    for name, value in objective.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+    assert objective.w_nat != 0.5
+
+
+def test_an_accumulated_step_moves_the_weights_as_a_large_one(batch, teachers) -> None:
+    """In evaluation mode of the network, for batch-norm sees less of it at once."""
+    net = student().eval()
+    net.arch.requires_grad_(False)
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 3), slice(3, 6))]
+    whole = BMTARD(**teachers, scale="batchmean", rate=0.1, lambda_type=0.0)
+    split = copy.deepcopy(whole)
+    for scale in (1.0, 1.5, 2.0):
+        net.arch.head.linear.weight.mul_(scale)
+        whole.outer(net, batch)
+        whole.advance()
+        for part, is_over in zip(parts, (False, True), strict=True):
+            before = split.w_nat.clone()
+            split.outer(net, part)
+            split.advance(is_over)
+            if not is_over:
+                assert torch.equal(split.w_nat, before)
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(split.state_dict()[name], value, msg=name)
+    assert whole.w_nat != 0.5
+    assert (whole.temperatures != 1.0).any()
+
+
 def test_nothing_moves_outside_of_training(batch, teachers) -> None:
     objective = BMTARD(**teachers).eval()
     objective.outer(student(), batch)
+    objective.advance()
     assert not objective.has_begun
     assert torch.equal(objective.temperatures, torch.ones(2))
 
@@ -217,6 +267,7 @@ def test_the_more_certain_teacher_is_softened(batch, sharp) -> None:
     net, history = student(), []
     for _ in range(30):
         objective.outer(net, batch)
+        objective.advance()
         history.append(objective.temperatures.clone())
     clean_t, robust_t = torch.stack(history).T
     assert (clean_t.diff() >= 0).all()

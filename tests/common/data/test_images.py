@@ -14,6 +14,7 @@ from common.attacks.randomness import AUGMENTATION, ExampleRandom
 from common.data.images import ImageDataModule, Views, shift_and_flip
 from common.data.sources import CIFAR10, Digits, ImageSource, ImageSpec, Split
 from common.errors import ConfigurationError, DataUnavailableError
+from common.objectives import weighted
 
 CONFIGS = Path(__file__).parents[3] / "common" / "configs"
 
@@ -459,11 +460,36 @@ def test_processes_share_the_batches_of_one(world_size: int, n: int, drop_last: 
     assert order_of(module(**options), 0) != order_of(module(**options), 3)
 
 
-def test_uneven_last_training_batch_repeats_but_never_starves() -> None:
-    options: dict[str, Any] = {"batch_size": 16, "validate_on": "test", "train_limit": 77}
-    shares = [order_of(module(trainer=stub_trainer(4, rank), **options)) for rank in range(4)]
-    assert [[len(batch) for batch in share] for share in shares] == [[4, 4, 4, 4, 4]] * 4
-    assert {i for share in shares for batch in share for i in batch} == set(range(77))
+@pytest.mark.parametrize("batch_size", [16, 76])
+def test_uneven_last_training_batch_is_shared_and_weighted(batch_size: int) -> None:
+    options: dict[str, Any] = {"batch_size": batch_size, "validate_on": "test", "train_limit": 86}
+    shares = [
+        list(module(trainer=stub_trainer(4, rank), **options).train_dataloader())
+        for rank in range(4)
+    ]
+    alone = list(module(**options).train_dataloader())
+    assert all("weight" not in batch for batch in alone)
+    assert [len(share) for share in shares] == [len(alone)] * 4
+    for b, batch in enumerate(alone):
+        together = [share[b] for share in shares]
+        found = torch.cat([part["index"] for part in together])
+        assert sorted(found.tolist()) == sorted(batch["index"].tolist())
+        # The mean over processes of their weighted means is the mean over all examples.
+        value = (found % 7).double()
+        parts = value.split([len(part["y"]) for part in together])
+        means = [weighted(v.mean(), p) for v, p in zip(parts, together, strict=True)]
+        torch.testing.assert_close(torch.stack(means).mean(), value.mean())
+        is_last = b == len(alone) - 1
+        assert all(("weight" in part) == is_last for part in together)
+
+
+def test_a_last_batch_with_fewer_examples_than_devices_is_refused() -> None:
+    options: dict[str, Any] = {"batch_size": 16, "validate_on": "test", "train_limit": 83}
+    data = module(trainer=stub_trainer(4), **options)
+    with pytest.raises(ConfigurationError, match=r"has 3 of the 83 .* 4 devices: set data\.drop"):
+        data.train_dataloader()
+    dropped = module(trainer=stub_trainer(4), drop_last=True, **options).train_dataloader()
+    assert [len(batch["y"]) for batch in dropped] == [4] * 5
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
