@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.attacks import engine
 from common.attacks.engine import AttackEngine
@@ -42,6 +43,17 @@ DEVICES: list[Any] = [
         marks=pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA"),
     ),
 ]
+
+
+class NoCopies(TorchDispatchMode):
+    """Copies between the host and a device wait for it, unless care is taken."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        source = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}.get(func)
+        if source is not None and args[source].device != out.device:
+            raise AssertionError(f"{func} from {args[source].device} to {out.device}")
+        return out
 
 
 @pytest.fixture(autouse=True)
@@ -85,10 +97,10 @@ def test_a_training_step_asks_for_no_value(stem: str, device: str) -> None:
             }
         model, data, adversary = cli.model, cli.datamodule, cli.config_init["adversary"]
         data.crop_padding, data.flip = 1, True
-        batch["x"] = data.augment(batch["x"], batch["index"], epoch=0)
-        batch = data.on_after_batch_transfer(batch, 0)
         adversary.attack.set_epoch(0)
-        with frozen(model, adversary.mode):
+        with frozen(model, adversary.mode), NoCopies():
+            batch["x"] = data.augment(batch["x"], batch["index"], epoch=0)
+            batch = data.on_after_batch_transfer(batch, 0)
             batch["x_adv"] = adversary.attack(
                 model.objective.inner(model, batch),
                 batch["x"],
@@ -122,7 +134,7 @@ def attacked(
         def is_adversarial(z: Tensor) -> Tensor:
             return net(z).argmax(dim=1) != y
 
-        with frozen(net), nullcontext() if by is None else by.applied(net, x):
+        with frozen(net), NoCopies(), nullcontext() if by is None else by.applied(net, x):
             found: Tensor = attack(loss_fn, x, is_adversarial=is_adversarial)
             return found
 
@@ -179,3 +191,13 @@ def test_images_stay_in_the_memory_of_a_gpu(
         assert data.train_set.y.device.type == "cpu"
         loader = data.val_dataloader()
         assert loader.pin_memory == (where == "cpu")  # what is there already cannot be pinned
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_a_copy_to_the_device_would_be_noticed(device: str) -> None:
+    with FakeTensorMode(), NoCopies():
+        x = torch.rand(3, device=device)
+        with pytest.raises(AssertionError, match="_to_copy"):
+            x.cpu()
+        with pytest.raises(AssertionError, match="from cpu to cuda"):
+            torch.tensor([1.0]).to(device)
