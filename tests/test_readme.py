@@ -8,6 +8,8 @@ import torch
 import torchvision
 from torch import nn
 
+from common import tables
+
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("paper_*/README.md"))]
 
@@ -82,3 +84,9 @@ def test_files_and_targets_a_readme_names_exist(readme) -> None:
         assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\(([\w./]+)\)", text):
         assert (readme.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("readme", READMES[1:], ids=lambda path: path.parent.name)
+def test_the_tables_of_a_paper_are_those_of_its_results(readme: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert tables.main([readme.parent.name, "--check"]) == 0, capsys.readouterr().out[-300:]
