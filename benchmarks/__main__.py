@@ -46,12 +46,11 @@ def measured(section: str, given: argparse.Namespace) -> dict[str, Any]:
         return accuracy.compare(seeds=10 if given.full else 5, epochs=12)
     if section == "growth":
         return training.growth(given.full, given.device)
-    found = [overheads.lightning(32, 10, 5, is_small=True)]
+    found = [overheads.lightning(32, 10, 40, is_small=True), overheads.lightning(32, 10, 8)]
+    # With one step of attack what is beside the attack weighs most.
+    found.append(overheads.lightning(128, 1, 8))
     if given.full:
-        found += [overheads.lightning(32, 10, 3), overheads.lightning(128, 10, 3)]
-    else:
-        # One step of attack on a large batch: what is beside the attack weighs most.
-        found += [overheads.lightning(32, 10, 3), overheads.lightning(128, 1, 3)]
+        found.append(overheads.lightning(128, 10, 8))
     return {
         "lightning": found,
         "imports": overheads.imports(),

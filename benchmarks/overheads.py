@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from common.objectives import AT
 from common.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-STEPS = 5  # of one training run
 IMPORTS = ("torch", "common.attacks.pgd", "common.evaluation", "common.tables", "common.cli")
 
 
@@ -75,71 +75,75 @@ class _TimedImages(ImageDataModule):
         return found
 
 
-class _Clock(AdversarialTraining):
-    """The callback, with the processor's time at every beginning of a step."""
+class _Beside(AdversarialTraining):
+    """The callback, and after each of the trainer's steps the bare one; processor times of both."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, bare: Callable[[], object], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.at: list[float] = []
+        self._bare = bare
+        self._began: list[float] = []
+        self._bare_s: list[float] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.at.append(time.process_time())
+        self._began.append(time.process_time())
         super().on_train_batch_start(*args)
 
-    def seconds(self) -> list[float]:
-        """Of every step but the first, its loading and all hooks included."""
-        return [b - a for a, b in zip(self.at[1:], self.at[2:], strict=False)]
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._bare_s.append(timed(self._bare)[0])
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """The trainer's steps but the first and the last, hooks and loading included, and the bare.
+
+        A bare step's time is the mean of those before and after the trainer's.
+        """
+        return [
+            (after - before - own, (earlier + own) / 2)
+            for before, after, own, earlier in zip(
+                self._began[1:], self._began[2:], self._bare_s[1:], self._bare_s, strict=False
+            )
+        ]
 
 
-def lightning(batch: int, steps: int, rounds: int, is_small: bool = False) -> dict[str, Any]:
+def lightning(batch: int, attack_steps: int, steps: int, is_small: bool = False) -> dict[str, Any]:
     """A training step through Lightning relative to the same step called bare.
 
-    In turns: some steps by the trainer, as many by a loop around our own attack and update, with
-    the same options. The trainer's also load and augment their images.
+    In turns, step by step: one by the trainer, which also loads and augments its images, and one by
+    a loop around our own attack and update, with the same options.
     """
     build = partial(ResNet, (1, 1, 1), (16, 32, 64), (1, 2, 2)) if is_small else ResNet18
     engine = AttackEngine(channels_last=False)
     torch.manual_seed(0)
     net = build()
     x, y = Noise(batch).load("train")
-    task = Task(net.eval(), x.float() / 255.0, y, steps=steps)
+    task = Task(net.eval(), x.float() / 255.0, y, steps=attack_steps)
     bare = candidate(task, ours(task, engine))
     bare()
-    ratios, alone, loading = [], [], []
-    for _ in range(rounds):
-        seconds, share = _through_lightning(build, engine, batch, steps)
-        through = statistics.median(seconds)
-        loading.append(share)
-        ours_s = statistics.median(timed(bare)[0] for _ in range(3))
-        ratios.append(through / ours_s)
-        alone.append(ours_s)
-    lower, median, upper = quartiles(ratios)
+    beside = _Beside(PGD(8 / 255, 2 / 255, attack_steps, "zero"), engine=engine, bare=bare)
+    torch.manual_seed(0)
+    module = RobustClassifier(build(), AT(), partial(torch.optim.SGD, lr=0.0, momentum=0.9))
+    source = Noise(batch * (steps + 3))
+    data = _TimedImages(
+        source, batch_size=batch, val_size=batch, drop_last=True, crop_padding=4, flip=True
+    )
+    trainer = Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
+        callbacks=[beside], accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    pairs = beside.pairs()
+    lower, median, upper = quartiles([through / alone for through, alone in pairs])
+    through = statistics.median(seconds for seconds, _ in pairs)
     return {
-        "setting": f"{'small ResNet' if is_small else 'ResNet-18'}, batch {batch}, PGD-{steps}, "
-        "loading, crop and flip included",
+        "setting": f"{'small ResNet' if is_small else 'ResNet-18'}, batch {batch}, "
+        f"PGD-{attack_steps}, loading, crop and flip included",
+        "steps": len(pairs),
         "ratio": median,
         "lower": lower,
         "upper": upper,
-        "bare_cpu_s": statistics.median(alone),
-        "data_share": statistics.median(loading),
+        "bare_cpu_s": statistics.median(alone for _, alone in pairs),
+        "data_share": data.spent / (len(pairs) + 2) / through,
     }
-
-
-def _through_lightning(
-    build: Any, engine: AttackEngine, batch: int, steps: int
-) -> tuple[list[float], float]:
-    """Seconds of each step, and the share of the whole that went into the data."""
-    torch.manual_seed(0)
-    clock = _Clock(PGD(8 / 255, 2 / 255, steps, "zero"), engine=engine)
-    module = RobustClassifier(build(), AT(), partial(torch.optim.SGD, lr=0.0, momentum=0.9))
-    data = _TimedImages(Noise(batch * STEPS), batch_size=batch, crop_padding=4, flip=True)
-    trainer = Trainer(
-        max_steps=STEPS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
-        callbacks=[clock], accelerator="cpu",
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    return clock.seconds(), data.spent / STEPS / statistics.median(clock.seconds())
 
 
 def imports(repeats: int = 3) -> dict[str, Any]:

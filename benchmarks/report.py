@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import goals
 from common.costs import device_name
+from common.readme import write_readme
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -56,7 +57,21 @@ def write(name: str, section: str, found: Any, device: str) -> Path:
     whole[section] = {"machine": machine(device), "found": found}
     path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(rendered(name, whole), encoding="utf-8")
+    readme = RESULTS.parent / "README.md"
+    if name == "cpu" and readme.is_file():
+        for block, lines in summary(whole).items():
+            write_readme(readme, "\n".join(lines), f"<!-- {block} -->", f"<!-- /{block} -->")
     return path
+
+
+def summary(whole: dict[str, Any]) -> dict[str, list[str]]:
+    """What the README shows of the results on a CPU, by the names of the markers around it."""
+    found: dict[str, list[str]] = {}
+    if "training" in whole:
+        found["goals"] = table(["what", "goal", "measured", ""], goals.rows(whole))
+    if "accuracy" in whole:
+        found["accuracy"] = _accuracy(whole["accuracy"]["found"])
+    return found
 
 
 def rendered(name: str, whole: dict[str, Any]) -> str:
@@ -157,8 +172,8 @@ def _accuracy(found: dict[str, Any]) -> list[str]:
 
 def _overheads(found: dict[str, Any]) -> list[str]:
     rows = [
-        [f"step through Lightning / bare: {row['setting']}", f"{row['ratio']:.4f}",
-         f"{row['lower']:.4f} to {row['upper']:.4f}"]
+        [f"step through Lightning / bare: {row['setting']}; {row.get('steps', '')} steps",
+         f"{row['ratio']:.4f}", f"{row['lower']:.4f} to {row['upper']:.4f}"]
         for row in found["lightning"]
     ]  # fmt: skip
     rows += [

@@ -38,6 +38,9 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Call all candidates once per round, in alternating order, and compare within the rounds.
 
+    The base begins a round and ends it, so that a machine that slows down meanwhile counts for it
+    by half as it does for the others.
+
     On a CPU the ratio is that of processor time, which other processes disturb less than the clock;
     on a GPU it is that of the clock, with the device synchronised around each call.
     """
@@ -50,14 +53,21 @@ def interleaved(
             step()
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     wall: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    others = [name for name in steps if name != base]
     for _ in range(rounds):
-        for name in names:
+        for name in (base, *others, base):
             spent, passed = timed(steps[name], device)
             cpu[name].append(spent)
             wall[name].append(passed)
-        names.reverse()
-    return {name: _timing(cpu[name], cpu[base], wall[name]) for name in steps}
+        others.reverse()
+    bases = [(first + last) / 2 for first, last in _pairs(cpu[base])]
+    found = {name: _timing(cpu[name], bases, wall[name]) for name in others}
+    return {base: _timing(bases, bases, wall[base])} | found
+
+
+def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
+    """Neighbours in pairs."""
+    return list(zip(values[::2], values[1::2], strict=True))
 
 
 def timed(step: Step, device: str = "cpu") -> tuple[float, float]:

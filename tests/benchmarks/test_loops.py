@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import accuracy
+from benchmarks import accuracy, overheads
 from benchmarks.loops import Task, bare, by_backward, candidate, one_graph, ours
 from benchmarks.passes import Passes, counted
 from benchmarks.peers import PEERS, available
@@ -131,6 +131,14 @@ def test_what_an_engine_does_to_robustness_is_measured_over_seeds(monkeypatch) -
         assert 0.05 < row["worst"] < row["clean"] < 1.0
     folded, reduced = (found["accuracies"][name][0] for name in list(accuracy.ENGINES)[1:])
     assert folded != reduced  # bf16 takes another path
+
+
+def test_steps_of_the_trainer_and_bare_ones_are_timed_in_turns() -> None:
+    found = overheads.lightning(batch=4, attack_steps=1, steps=3, is_small=True)
+    assert found["steps"] == 3
+    assert found["bare_cpu_s"] > 0
+    assert 0 < found["lower"] <= found["ratio"] <= found["upper"]
+    assert 0 < found["data_share"] < 1
 
 
 @pytest.mark.slow

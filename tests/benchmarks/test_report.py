@@ -18,7 +18,7 @@ def test_turns_alternate_and_ratios_are_within_a_round() -> None:
     names = ("one", "two", "three")
     steps = {name: (lambda name=name: calls.append(name)) for name in names}
     found = interleaved(steps, "one", rounds=2, warm_up=1)
-    assert calls == [*names, *names, *reversed(names)]
+    assert calls == [*names, "one", "two", "three", "one", "one", "three", "two", "one"]
     assert found["one"].ratio == found["one"].lower == found["one"].upper == 1.0
     with pytest.raises(ValueError, match="none of one, two, three"):
         interleaved(steps, "four", rounds=2)
@@ -102,6 +102,14 @@ def test_every_committed_file_renders_to_its_table() -> None:
         assert path.with_suffix(".md").read_text(encoding="utf-8") == report.rendered(
             path.stem, whole
         )
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    whole = json.loads((report.RESULTS / "cpu.json").read_text(encoding="utf-8"))
+    readme = (report.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert set(report.summary(whole)) == {"goals", "accuracy"}
+    for lines in report.summary(whole).values():
+        assert "\n".join(lines) in readme
 
 
 def test_a_goal_is_judged_by_what_was_measured() -> None:
