@@ -323,13 +323,17 @@ def _settings(model: nn.Module) -> list[Any]:
         plain = [
             (name, value)
             for name, value in vars(module).items()
-            if type(value) in (bool, int, str, tuple, NoneType)
-            and name != "training"
-            and not name.startswith("_")
+            if _is_plain(value) and name != "training" and not name.startswith("_")
         ]
         is_part = isinstance(module, (nn.Conv2d, nn.Sequential, *NORMS))  # what folding looks into
         found.append((id(module), plain, list(module._parameters), is_part and has_hooks(module)))
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return type(value) in (bool, int, str, NoneType)
 
 
 def _check_mode(pair: Pair) -> None:

@@ -393,18 +393,29 @@ def with_other_branch(net: nn.Module) -> None:
     net.which = "other"
 
 
+def with_a_tuple_of_tensors(net: nn.Module) -> None:
+    net.kept = (torch.zeros(3), 1)
+    net.which = "other"
+
+
 def with_weight_norm(net: nn.Module) -> None:
     torch.nn.utils.parametrizations.weight_norm(net.conv)
 
 
 @pytest.mark.parametrize(
-    "change", [with_late_hook, with_other_padding, with_other_branch, with_weight_norm]
+    "change",
+    [
+        *(with_late_hook, with_other_padding, with_other_branch, with_weight_norm),
+        with_a_tuple_of_tensors,
+    ],
 )
 def test_what_changes_in_a_network_is_noticed(change) -> None:
     net, x, engine = lived(Switched()), images(size=8), AttackEngine()
     before = net(x)
     assert engine.folded(net, x) == 1
+    net.kept = (torch.ones(3), 1)
     plan = engine._plan(net, x)
+    net.kept = (torch.ones(3), 1)
     assert engine._plan(net, x) is plan  # planning takes longer than an attack
     change(net)
     wanted = net(x)
