@@ -61,8 +61,8 @@ def interleaved(
             wall[name].append(passed)
         others.reverse()
     bases = [(first + last) / 2 for first, last in _pairs(cpu[base])]
-    found = {name: _timing(cpu[name], bases, wall[name]) for name in others}
-    return {base: _timing(bases, bases, wall[base])} | found
+    spent_by = cpu | {base: bases}
+    return {name: _timing(spent_by[name], bases, wall[name]) for name in steps}
 
 
 def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:

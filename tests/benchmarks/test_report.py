@@ -19,6 +19,7 @@ def test_turns_alternate_and_ratios_are_within_a_round() -> None:
     steps = {name: (lambda name=name: calls.append(name)) for name in names}
     found = interleaved(steps, "one", rounds=2, warm_up=1)
     assert calls == [*names, "one", "two", "three", "one", "one", "three", "two", "one"]
+    assert list(found) == list(names)
     assert found["one"].ratio == found["one"].lower == found["one"].upper == 1.0
     with pytest.raises(ValueError, match="none of one, two, three"):
         interleaved(steps, "four", rounds=2)
