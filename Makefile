@@ -50,7 +50,7 @@ commands-%: $(STAMP) ## one command per row, for a cluster [ON=] [SEEDS=] [ARGS=
 results: $(STAMP) ## render all tables again from the result files
 	@$(PY) -m common.tables $(addprefix paper_,$(PAPERS))
 
-bench: $(BENCH) ## ours against peers and the bare loop, some minutes [ARGS="training --compile"]
+bench: $(BENCH) ## ours against peers and the bare loop, under half an hour [ARGS="training --compile"]
 	OMP_NUM_THREADS=1 $(BENCHPY) -m benchmarks $(ARGS)
 
 bench-full: $(BENCH) ## the same with more rounds, sizes and examples, an hour or two

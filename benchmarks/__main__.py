@@ -41,7 +41,7 @@ def measured(section: str, given: argparse.Namespace) -> dict[str, Any]:
         return training.compare(given.batch, given.steps, rounds, given.compile, given.device)
     if section == "evaluation":
         examples = given.examples or (400 if given.full else 128)
-        return evaluation.compare(examples, given.full)
+        return evaluation.compare(examples, given.rounds or (3 if given.full else 1))
     if section == "accuracy":
         return accuracy.compare(seeds=10 if given.full else 5, epochs=12)
     if section == "growth":

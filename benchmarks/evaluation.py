@@ -55,7 +55,7 @@ def _floats(split: Any) -> tuple[Tensor, Tensor]:
     return x.float() / 255.0, y.long()
 
 
-def compare(examples: int, is_full: bool) -> dict[str, Any]:
+def compare(examples: int, rounds: int) -> dict[str, Any]:
     """AutoAttack standard and PGD-100, verdict by verdict."""
     net, x, y = robust_digits()
     with torch.no_grad():
@@ -65,12 +65,12 @@ def compare(examples: int, is_full: bool) -> dict[str, Any]:
         f"AutoAttack on the first {examples} test images in linf eps {EPS}, PGD-100 on all "
         f"{len(y)} at a radius that breaks half of them",
         "examples": examples,
-        "autoattack": _autoattack(net, x[:examples], y[:examples], is_full),
+        "autoattack": _autoattack(net, x[:examples], y[:examples], rounds),
         "pgd100": _pgd100(net, x, y),
     }
 
 
-def _autoattack(net: nn.Module, x: Tensor, y: Tensor, is_full: bool) -> dict[str, Any]:
+def _autoattack(net: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
     engines: dict[str, AttackEngine | None] = {
         "ours, no engine": None,
         "ours, folded, channels_last": AttackEngine(),
@@ -83,7 +83,7 @@ def _autoattack(net: nn.Module, x: Tensor, y: Tensor, is_full: bool) -> dict[str
         runs[name] = partial(_suite, net, x, y, entry, engine, "aa/square")
     # What suites do not do: see common.evaluation.suite.
     runs["bf16 first, float32 after it"] = partial(_reduced, net, x, y)
-    return _measured(net, runs, "official package alone", rounds=3 if is_full else 2)
+    return _measured(net, runs, "official package alone", rounds)
 
 
 def _reduced(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
