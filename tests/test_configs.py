@@ -48,11 +48,10 @@ def kind(path: Path) -> tuple[str, ...]:
 
 
 # One of each kind is made by default, all of them by the slow tests.
-FIRST_OF_KIND = {kind(path): path for path in reversed(CONFIGS)}.values()
-MADE = [
-    pytest.param(path, id=path.stem, marks=() if path in FIRST_OF_KIND else pytest.mark.slow)
-    for path in CONFIGS
-]
+def mostly_slow(paths: list[Path]) -> list[object]:
+    first = {kind(path): path for path in reversed(paths)}.values()
+    marks = {path: () if path in first else pytest.mark.slow for path in paths}
+    return [pytest.param(path, id=path.stem, marks=marks[path]) for path in paths]
 
 
 def predecessors(config: dict) -> dict[str, str]:
@@ -94,7 +93,7 @@ def test_a_config_describes_one_known_experiment(path) -> None:
         assert (path.parent / f"{experiment}.yaml").exists()
 
 
-@pytest.mark.parametrize("path", MADE)
+@pytest.mark.parametrize("path", mostly_slow(CONFIGS))
 def test_a_config_parses_and_everything_in_it_can_be_made(path) -> None:
     """Large networks without weights: shapes and counts need none."""
     arguments = [*options(path), "--trainer.logger", "false"]
@@ -114,7 +113,7 @@ def test_a_config_parses_and_everything_in_it_can_be_made(path) -> None:
     assert suite
 
 
-@pytest.mark.parametrize("path", DIGITS, ids=name)
+@pytest.mark.parametrize("path", mostly_slow(DIGITS))
 def test_a_digits_config_survives_fit(path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     main(["fit", *options(path), "--warm_start.experiment", "null"], package=path.parents[1].name)
