@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import goals
 from common.costs import device_name
+from common.files import write_json_atomically, write_text_atomically
 from common.readme import write_readme
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,12 +52,11 @@ def _bf16_units() -> str:
 
 def write(name: str, section: str, found: Any, device: str) -> Path:
     """Put one section's findings beside the others and render all of them again."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     whole[section] = {"machine": machine(device), "found": found}
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(rendered(name, whole), encoding="utf-8")
+    write_json_atomically(path, whole)
+    write_text_atomically(path.with_suffix(".md"), rendered(name, whole))
     readme = RESULTS.parent / "README.md"
     if name == "cpu" and readme.is_file():
         for block, lines in summary(whole).items():
