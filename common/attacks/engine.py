@@ -366,28 +366,34 @@ def _tried_out(model: nn.Module, x: Tensor) -> list[Pair]:
         return []
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         try:
-            pairs = _pairs(model)
+            names = _pair_names(model)
         except Exception as error:  # of a forward method, or of what cannot be copied
             _LOG.warning(
                 "attacks use %s as it is: what could be folded was not found (%s: %s)",
                 type(model).__name__, type(error).__name__, error,
             )  # fmt: skip
             return []
+        pairs = _pairs(model, names)
         for pair in pairs:
             _check_mode(pair)
-        if pairs and not _is_equal(model, x[:2]):
+        if pairs and not _is_equal(model, names, x[:2]):
             return []
     return pairs
 
 
-def _pairs(model: nn.Module) -> list[Pair]:
+def _pair_names(model: nn.Module) -> list[tuple[str, str]]:
+    """The names of convolutions and their norms, read off a copy."""
     read = copy.deepcopy(model)
     names = {id(module): name for name, module in read.named_modules()}
-    found = [[model.get_submodule(names[id(part)]) for part in pair] for pair in foldable(read)]
-    return [Pair(cast(nn.Conv2d, conv), norm) for conv, norm in found]
+    return [(names[id(conv)], names[id(norm)]) for conv, norm in foldable(read)]
 
 
-def _is_equal(model: nn.Module, x: Tensor) -> bool:
+def _pairs(model: nn.Module, names: list[tuple[str, str]]) -> list[Pair]:
+    of = model.get_submodule
+    return [Pair(cast(nn.Conv2d, of(conv)), of(norm)) for conv, norm in names]
+
+
+def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool:
     """Whether folding leaves the logits as they are, tried out on a copy.
 
     Statistics and scales of a fresh network are zeros and ones, which would hide an error, so the
@@ -405,7 +411,7 @@ def _is_equal(model: nn.Module, x: Tensor) -> bool:
             for module in trial.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     _scatter(module, generator)
-            plan = _Plan(trial, _pairs(trial), AttackEngine(channels_last=False))
+            plan = _Plan(trial, _pairs(trial, names), AttackEngine(channels_last=False))
             torch.manual_seed(0)
             wanted = trial(x.clone())
             plan.refresh()
