@@ -18,13 +18,15 @@ from common.networks.wide_resnet import WideResNet
 BASE = "bare loop"
 ENGINES = {
     "ours, no engine": None,
-    "ours, folded": AttackEngine(channels_last=False),
-    "ours, folded, channels_last": AttackEngine(),
+    "ours, folded": AttackEngine(channels_last=False, winograd=False),
+    "ours, folded, channels_last": AttackEngine(winograd=False),
+    "ours, folded, channels_last, Winograd": AttackEngine(),
     "ours, folded, bf16": AttackEngine(channels_last=False, precision="bf16"),
     "ours, folded, channels_last, bf16": AttackEngine(precision="bf16"),
 }
 COMPILED = {
-    "ours, folded, channels_last, compiled": AttackEngine(compile="default"),
+    "ours, folded, channels_last, compiled": AttackEngine(compile="default", winograd=False),
+    "ours, folded, channels_last, Winograd, compiled": AttackEngine(compile="default"),
     "ours, folded, channels_last, bf16, compiled": AttackEngine(
         precision="bf16", compile="default"
     ),

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from common.attacks.folding import NORMS, Pair, foldable, folded_weights, has_hooks, places
 from common.attacks.settings import Settings
+from common.attacks.winograd import WinogradConv2d, tile_of, transformed
 from common.errors import ConfigurationError
 
 Precision = Literal["32", "bf16"]
@@ -46,6 +47,9 @@ class AttackEngine(Settings):
             has units for it.
         compile: Compile the attack's passes in this mode; ``None`` does not. The first step then
             takes from half a minute to several.
+        winograd: On a CPU, in float32 and float64, compute 3x3 convolutions of many channels with a
+            fraction of the multiplications (:mod:`common.attacks.winograd`). It rounds up to six
+            times as much as a convolution does.
 
     Raises:
         ConfigurationError: For an unknown precision or mode.
@@ -57,6 +61,7 @@ class AttackEngine(Settings):
         channels_last: bool = True,
         precision: Precision = "32",
         compile: CompileMode | None = None,
+        winograd: bool = True,
     ) -> None:
         if precision not in get_args(Precision):
             raise ConfigurationError(
@@ -72,6 +77,7 @@ class AttackEngine(Settings):
         self.channels_last = channels_last
         self.precision: Precision = precision
         self.compile: CompileMode | None = compile
+        self.winograd = winograd
         self._plans = _Plans()
 
     @property
@@ -129,8 +135,13 @@ class AttackEngine(Settings):
     def __repr__(self) -> str:
         """What it does."""
         parts = [name for name in ("fold", "channels_last") if getattr(self, name)]
+        parts += ["winograd"] if self._multiplies_less else []
         parts += [self.precision, *([f"compile={self.compile}"] if self.compile else [])]
         return f"AttackEngine({', '.join(parts)})"
+
+    @property
+    def _multiplies_less(self) -> bool:
+        return self.winograd and not self.is_reduced
 
     def _reduced(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16) if self.is_reduced else nullcontext()
@@ -168,14 +179,18 @@ class _Plan:
         self._dtype = torch.bfloat16 if engine.is_reduced else None
         self._layout = torch.channels_last if engine.channels_last else torch.contiguous_format
         paired = {id(pair.conv): pair for pair in pairs}
+        multiplies_less = engine._multiplies_less
         is_other = engine.channels_last or engine.is_reduced
         self._sources: list[Pair | nn.Conv2d] = [
             paired.get(id(module)) or module
             for module in model.modules()
             if type(module) is nn.Conv2d
-            and (id(module) in paired or (is_other and not has_hooks(module)))
+            and (
+                id(module) in paired
+                or ((is_other or (multiplies_less and tile_of(module))) and not has_hooks(module))
+            )
         ]
-        self._convs = [_stand_in(source) for source in self._sources]
+        self._convs = [_stand_in(source, multiplies_less) for source in self._sources]
         self._slots: list[tuple[weakref.ref[nn.Module], str, nn.Module, nn.Module]] = []
         hung = [part for pair in pairs for part in pair]
         hung += [source for source in self._sources if isinstance(source, nn.Conv2d)]
@@ -210,16 +225,12 @@ class _Plan:
         Always: what is written through ``.data``, by weight perturbation or averaging, leaves no
         trace in a tensor's version, and the price is a fraction of a pass.
         """
-        weight: Tensor
-        bias: Tensor | None
         for source, conv in zip(self._sources, self._convs, strict=True):
-            if isinstance(source, Pair):
-                _check_mode(source)
-                weight, bias = folded_weights(source)
-            else:
-                weight, bias = source.weight, source.bias
-            self._put(conv, "weight", weight)
+            weight, bias = _weights(source)
             self._put(conv, "bias", bias)
+            tile = _tile(conv, weight)
+            self._put(conv, "weight", None if tile else weight)
+            self._put(conv, "factors", transformed(weight, tile) if tile else None)
 
     def _put(self, conv: nn.Module, name: str, value: Tensor | None) -> None:
         kept = conv._parameters.get(name)  # the update of the weights needs its memory in between
@@ -344,11 +355,27 @@ def _check_mode(pair: Pair) -> None:
         )
 
 
-def _stand_in(source: Pair | nn.Conv2d) -> nn.Conv2d:
+def _weights(source: Pair | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    if isinstance(source, nn.Conv2d):
+        return source.weight, source.bias
+    _check_mode(source)
+    return folded_weights(source)
+
+
+def _tile(conv: nn.Conv2d, weight: Tensor) -> int | None:
+    """Of Winograd's convolution, where it is to be used."""
+    is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    return tile_of(conv) if isinstance(conv, WinogradConv2d) and is_there else None
+
+
+def _stand_in(source: Pair | nn.Conv2d, multiplies_less: bool) -> nn.Conv2d:
     """A convolution of the same geometry with weights to come."""
     conv = source.conv if isinstance(source, Pair) else source
     made = copy.copy(conv)
     made._parameters = {}
+    if multiplies_less and tile_of(conv):
+        made.__class__ = WinogradConv2d
+        cast(WinogradConv2d, made).read_weight = lambda: _weights(source)[0].detach()
     return made.eval()
 
 
@@ -411,7 +438,8 @@ def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool
             for module in trial.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     _scatter(module, generator)
-            plan = _Plan(trial, _pairs(trial, names), AttackEngine(channels_last=False))
+            plainly = AttackEngine(channels_last=False, winograd=False)
+            plan = _Plan(trial, _pairs(trial, names), plainly)
             torch.manual_seed(0)
             wanted = trial(x.clone())
             plan.refresh()

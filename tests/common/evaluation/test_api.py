@@ -208,9 +208,8 @@ def test_an_engine_from_the_command_line(tmp_path, factory: str) -> None:
         result = read_result(output / "results.json")
         (settings,) = result["provenance"].values()
         (found[engine],) = result["checkpoints"].values()
-        precision = {None: None, "fp32": "32", "bf16": "bf16"}[engine]
-        wanted = precision and f"AttackEngine(fold, channels_last, {precision})"
-        assert settings.get("engine") == wanted
+        what = {"fp32": "winograd, 32", "bf16": "bf16"}.get(engine)
+        assert settings.get("engine") == (what and f"AttackEngine(fold, channels_last, {what})")
     plain, fast = found[None], found["fp32"]
     assert 0 < plain["metrics"]["worst"] < plain["metrics"]["clean_acc"]
     assert fast["metrics"] == plain["metrics"]
