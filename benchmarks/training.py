@@ -54,7 +54,9 @@ def attacks(what: Task, is_compiled: bool) -> tuple[dict[str, Attack], dict[str,
     engines = ENGINES | (COMPILED if is_compiled else {})
     found = {BASE: bare(what)} | {name: ours(what, engine) for name, engine in engines.items()}
     if is_compiled:
-        found["the same, compiled as one graph per attack step"] = one_graph(what, AttackEngine())
+        found["ours, folded, channels_last, Winograd, one compiled graph per step"] = one_graph(
+            what, AttackEngine()
+        )
     found["loop with backward()"] = by_backward(what)
     there, missing = peers.available(what)
     return found | there, missing

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from common.attacks.columns import ColumnsConv2d, has_matrix_units, suits
 from common.attacks.folding import NORMS, Pair, foldable, folded_weights, has_hooks, places
 from common.attacks.settings import Settings
 from common.attacks.winograd import WinogradConv2d, tile_of, transformed
@@ -135,13 +136,9 @@ class AttackEngine(Settings):
     def __repr__(self) -> str:
         """What it does."""
         parts = [name for name in ("fold", "channels_last") if getattr(self, name)]
-        parts += ["winograd"] if self._multiplies_less else []
+        parts += ["winograd"] if self.winograd and not self.is_reduced else []
         parts += [self.precision, *([f"compile={self.compile}"] if self.compile else [])]
         return f"AttackEngine({', '.join(parts)})"
-
-    @property
-    def _multiplies_less(self) -> bool:
-        return self.winograd and not self.is_reduced
 
     def _reduced(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16) if self.is_reduced else nullcontext()
@@ -179,7 +176,6 @@ class _Plan:
         self._dtype = torch.bfloat16 if engine.is_reduced else None
         self._layout = torch.channels_last if engine.channels_last else torch.contiguous_format
         paired = {id(pair.conv): pair for pair in pairs}
-        multiplies_less = engine._multiplies_less
         is_other = engine.channels_last or engine.is_reduced
         self._sources: list[Pair | nn.Conv2d] = [
             paired.get(id(module)) or module
@@ -187,10 +183,10 @@ class _Plan:
             if type(module) is nn.Conv2d
             and (
                 id(module) in paired
-                or ((is_other or (multiplies_less and tile_of(module))) and not has_hooks(module))
+                or ((is_other or _kind(module, engine) is not nn.Conv2d) and not has_hooks(module))
             )
         ]
-        self._convs = [_stand_in(source, multiplies_less) for source in self._sources]
+        self._convs = [_stand_in(source, engine) for source in self._sources]
         self._slots: list[tuple[weakref.ref[nn.Module], str, nn.Module, nn.Module]] = []
         hung = [part for pair in pairs for part in pair]
         hung += [source for source in self._sources if isinstance(source, nn.Conv2d)]
@@ -368,14 +364,22 @@ def _tile(conv: nn.Conv2d, weight: Tensor) -> int | None:
     return tile_of(conv) if isinstance(conv, WinogradConv2d) and is_there else None
 
 
-def _stand_in(source: Pair | nn.Conv2d, multiplies_less: bool) -> nn.Conv2d:
+def _kind(conv: nn.Conv2d, engine: AttackEngine) -> type[nn.Conv2d]:
+    """What stands in for a convolution."""
+    if engine.is_reduced:
+        is_product = engine.channels_last and has_matrix_units() and suits(conv)
+        return ColumnsConv2d if is_product else nn.Conv2d
+    return WinogradConv2d if engine.winograd and tile_of(conv) else nn.Conv2d
+
+
+def _stand_in(source: Pair | nn.Conv2d, engine: AttackEngine) -> nn.Conv2d:
     """A convolution of the same geometry with weights to come."""
     conv = source.conv if isinstance(source, Pair) else source
     made = copy.copy(conv)
     made._parameters = {}
-    if multiplies_less and tile_of(conv):
-        made.__class__ = WinogradConv2d
-        cast(WinogradConv2d, made).read_weight = lambda: _weights(source)[0].detach()
+    made.__class__ = _kind(conv, engine)
+    if isinstance(made, WinogradConv2d):
+        made.read_weight = lambda: _weights(source)[0].detach()
     return made.eval()
 
 

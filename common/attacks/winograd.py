@@ -27,21 +27,24 @@ _LARGEST_FACTORS = 4 * 2**20  # numbers, of one convolution; what is kept beside
 _MEMORY = 8 * 2**20  # bytes of transformed images at a time: what stays in a processor's cache
 
 
-def tile_of(conv: nn.Conv2d) -> int | None:
-    """The edge of the tiles for a convolution, ``None`` for one that gains nothing or is another.
-
-    Tiles of 4 keep four times the memory of the weights, those of 2 not quite twice.
-    """
-    is_meant = (
+def is_usual_3x3(conv: nn.Conv2d) -> bool:
+    """Whether outputs see the 3x3 pixels around them, all channels, and zeros beyond the edge."""
+    return (
         conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
         and conv.dilation == (1, 1)
         and conv.padding in ((1, 1), "same")
         and conv.padding_mode == "zeros"
         and conv.groups == 1
-        and min(conv.in_channels, conv.out_channels) >= _LEAST_CHANNELS
     )
-    if not is_meant:
+
+
+def tile_of(conv: nn.Conv2d) -> int | None:
+    """The edge of the tiles for a convolution, ``None`` for one that gains nothing or is another.
+
+    Tiles of 4 keep four times the memory of the weights, those of 2 not quite twice.
+    """
+    if not is_usual_3x3(conv) or min(conv.in_channels, conv.out_channels) < _LEAST_CHANNELS:
         return None
     return 4 if 36 * conv.in_channels * conv.out_channels <= _LARGEST_FACTORS else 2
 

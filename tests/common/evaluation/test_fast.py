@@ -266,4 +266,6 @@ def test_anybodys_model_takes_an_engine(model, examples, tmp_path) -> None:
     plain = evaluate(model.net, data, suite, **settings)
     fast = evaluate(model.net, data, suite, engine=FAST, output=tmp_path, **settings)
     assert plain.metrics == fast.metrics
-    assert "AttackEngine(fold, channels_last, winograd, 32)" in (tmp_path / "results.json").read_text()
+    assert (
+        "AttackEngine(fold, channels_last, winograd, 32)" in (tmp_path / "results.json").read_text()
+    )
