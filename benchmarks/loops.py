@@ -120,6 +120,13 @@ class Candidate:
         self.optimizer.step()
         return x_adv
 
+    def alive(self) -> list[Tensor]:
+        """What is there between two steps: weights, statistics, their gradients, momentum."""
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        states = [v for state in self.optimizer.state.values() for v in state.values()]
+        kept = [value for value in states if isinstance(value, Tensor)]
+        return [*self.net.state_dict().values(), *gradients, *kept]
+
     def images(self) -> Tensor:
         """What the attack makes of the network as it is; weights and statistics stay."""
         self.net.eval()

@@ -103,7 +103,8 @@ class AttackEngine(Settings):
         Args:
             model: Images to logits, in eval mode, parameters not requiring gradients. Its own
                 forward and every method that goes through its modules becomes fast. What lies
-                between a folded convolution and its batch-norm is scaled and shifted already.
+                between a folded convolution and its batch-norm is scaled and shifted already,
+                and large 3x3 convolutions may have no ``weight`` to read.
             x: Some images ``(N, C, H, W)``; the first two try out a network that is new.
 
         Raises:
@@ -136,9 +137,13 @@ class AttackEngine(Settings):
     def __repr__(self) -> str:
         """What it does."""
         parts = [name for name in ("fold", "channels_last") if getattr(self, name)]
-        parts += ["winograd"] if self.winograd and not self.is_reduced else []
+        parts += ["winograd"] if self._is_winograd else []
         parts += [self.precision, *([f"compile={self.compile}"] if self.compile else [])]
         return f"AttackEngine({', '.join(parts)})"
+
+    @property
+    def _is_winograd(self) -> bool:
+        return self.winograd and not self.is_reduced
 
     def _reduced(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16) if self.is_reduced else nullcontext()
@@ -147,7 +152,7 @@ class AttackEngine(Settings):
         plan = self._plans.of.get(model)
         if plan is None or not plan.fits():
             pairs = _tried_out(model, x) if self.fold else []
-            plan = _Plan(model, pairs, self)
+            plan = _Plan(model, pairs, self, _map_sizes(model, x) if self._is_winograd else {})
             norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
             _LOG.info("%s folds %d of %d batch-norms", self, len(pairs), norms)
             self._plans.of[model] = plan
@@ -171,7 +176,9 @@ class _Plans:
 class _Plan:
     """The stand-ins of one model."""
 
-    def __init__(self, model: nn.Module, pairs: list[Pair], engine: AttackEngine) -> None:
+    def __init__(
+        self, model: nn.Module, pairs: list[Pair], engine: AttackEngine, sizes: "_Sizes"
+    ) -> None:
         self.pairs = pairs
         self._dtype = torch.bfloat16 if engine.is_reduced else None
         self._layout = torch.channels_last if engine.channels_last else torch.contiguous_format
@@ -183,10 +190,10 @@ class _Plan:
             if type(module) is nn.Conv2d
             and (
                 id(module) in paired
-                or ((is_other or _kind(module, engine) is not nn.Conv2d) and not has_hooks(module))
+                or ((is_other or _tile(module, sizes) is not None) and not has_hooks(module))
             )
         ]
-        self._convs = [_stand_in(source, engine) for source in self._sources]
+        self._convs = [_stand_in(source, engine, sizes) for source in self._sources]
         self._slots: list[tuple[weakref.ref[nn.Module], str, nn.Module, nn.Module]] = []
         hung = [part for pair in pairs for part in pair]
         hung += [source for source in self._sources if isinstance(source, nn.Conv2d)]
@@ -224,9 +231,9 @@ class _Plan:
         for source, conv in zip(self._sources, self._convs, strict=True):
             weight, bias = _weights(source)
             self._put(conv, "bias", bias)
-            tile = _tile(conv, weight)
-            self._put(conv, "weight", None if tile else weight)
-            self._put(conv, "factors", transformed(weight, tile) if tile else None)
+            factors = _factors(conv, weight) if isinstance(conv, WinogradConv2d) else None
+            self._put(conv, "weight", weight if factors is None else None)
+            self._put(conv, "factors", factors)
 
     def _put(self, conv: nn.Module, name: str, value: Tensor | None) -> None:
         kept = conv._parameters.get(name)  # the update of the weights needs its memory in between
@@ -358,28 +365,69 @@ def _weights(source: Pair | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     return folded_weights(source)
 
 
-def _tile(conv: nn.Conv2d, weight: Tensor) -> int | None:
+def _factors(conv: WinogradConv2d, weight: Tensor) -> Tensor | None:
     """Of Winograd's convolution, where it is to be used."""
     is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-    return tile_of(conv) if isinstance(conv, WinogradConv2d) and is_there else None
+    if not is_there or torch.is_autocast_enabled("cpu"):
+        return None
+    return transformed(weight, conv.tile)
 
 
-def _kind(conv: nn.Conv2d, engine: AttackEngine) -> type[nn.Conv2d]:
-    """What stands in for a convolution."""
-    if engine.is_reduced:
-        is_product = engine.channels_last and has_matrix_units() and suits(conv)
-        return ColumnsConv2d if is_product else nn.Conv2d
-    return WinogradConv2d if engine.winograd and tile_of(conv) else nn.Conv2d
+_Sizes = dict[int, set[tuple[int, int]]]
+"""Heights and widths of the maps that go into convolutions, by the modules' identity."""
 
 
-def _stand_in(source: Pair | nn.Conv2d, engine: AttackEngine) -> nn.Conv2d:
+def _map_sizes(model: nn.Module, x: Tensor) -> _Sizes:
+    """What goes into large 3x3 convolutions, seen by trying out a copy."""
+    names = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Conv2d and tile_of(module, (4, 4)) and not has_hooks(module)
+    }
+    if not names or x.device.type != "cpu":
+        return {}
+    sizes: _Sizes = {id(module): set() for module in names.values()}
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(x.device.type, enabled=False),
+        torch.random.fork_rng(devices=[]),
+    ):
+        try:
+            trial = copy.deepcopy(model)
+            for name, module in names.items():
+                seen = sizes[id(module)]
+                trial.get_submodule(name).register_forward_pre_hook(
+                    lambda _, args, seen=seen: seen.add(tuple(args[0].shape[-2:]))
+                )
+            trial(x[:2].clone())
+        except Exception as error:  # of anybody's forward method
+            _LOG.warning(
+                "large convolutions of %s stay as they are: their maps were not found (%s: %s)",
+                type(model).__name__, type(error).__name__, error,
+            )  # fmt: skip
+            return {}
+    return sizes
+
+
+def _tile(conv: nn.Conv2d, sizes: _Sizes) -> int | None:
+    """Of Winograd's convolution, where it gains on every map."""
+    tiles = {tile_of(conv, size) for size in sizes.get(id(conv), ())}
+    return tiles.pop() if len(tiles) == 1 else None
+
+
+def _stand_in(source: Pair | nn.Conv2d, engine: AttackEngine, sizes: _Sizes) -> nn.Conv2d:
     """A convolution of the same geometry with weights to come."""
     conv = source.conv if isinstance(source, Pair) else source
     made = copy.copy(conv)
     made._parameters = {}
-    made.__class__ = _kind(conv, engine)
-    if isinstance(made, WinogradConv2d):
-        made.read_weight = lambda: _weights(source)[0].detach()
+    tile = _tile(conv, sizes)
+    if tile is not None:
+        made.__class__ = WinogradConv2d
+        made.tile = tile  # type: ignore[assignment]
+        made.is_contiguous = not engine.channels_last  # type: ignore[assignment]
+    elif engine.is_reduced and engine.channels_last and has_matrix_units() and suits(conv):
+        made.__class__ = ColumnsConv2d
     return made.eval()
 
 
@@ -443,7 +491,7 @@ def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     _scatter(module, generator)
             plainly = AttackEngine(channels_last=False, winograd=False)
-            plan = _Plan(trial, _pairs(trial, names), plainly)
+            plan = _Plan(trial, _pairs(trial, names), plainly, {})
             torch.manual_seed(0)
             wanted = trial(x.clone())
             plan.refresh()

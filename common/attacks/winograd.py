@@ -11,7 +11,6 @@ Everything here is a product with a matrix, so derivatives, of any order, come b
 nothing of the image is kept for them.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -23,6 +22,7 @@ POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 pairs round six times as much as a convolution does; the usual 0, 1, -1, 2, -2 twelve times."""
 
 _LEAST_CHANNELS = 256
+_LEAST_USE = 0.7  # of the pixels of the tiles
 _LARGEST_FACTORS = 4 * 2**20  # numbers, of one convolution; what is kept beside the weights
 _MEMORY = 8 * 2**20  # bytes of transformed images at a time: what stays in a processor's cache
 
@@ -39,14 +39,23 @@ def is_usual_3x3(conv: nn.Conv2d) -> bool:
     )
 
 
-def tile_of(conv: nn.Conv2d) -> int | None:
+def tile_of(conv: nn.Conv2d, size: tuple[int, int]) -> int | None:
     """The edge of the tiles for a convolution, ``None`` for one that gains nothing or is another.
 
     Tiles of 4 keep four times the memory of the weights, those of 2 not quite twice.
+
+    Args:
+        conv: Any convolution.
+        size: Height and width of its maps. Maps that hardly fill their tiles gain nothing, nor do
+            those of so many tiles that the transforms weigh as much as the products.
     """
-    if not is_usual_3x3(conv) or min(conv.in_channels, conv.out_channels) < _LEAST_CHANNELS:
+    least = min(conv.in_channels, conv.out_channels)
+    if not is_usual_3x3(conv) or least < _LEAST_CHANNELS or max(size) > least / 4:
         return None
-    return 4 if 36 * conv.in_channels * conv.out_channels <= _LARGEST_FACTORS else 2
+    tile = 4 if 36 * conv.in_channels * conv.out_channels <= _LARGEST_FACTORS else 2
+    height, width = size
+    padded = tile**2 * -(-height // tile) * -(-width // tile)
+    return tile if height * width >= _LEAST_USE * padded else None
 
 
 def transformed(weight: Tensor, tile: int) -> Tensor:
@@ -71,7 +80,7 @@ def convolve(x: Tensor, factors: Tensor, tile: int) -> Tensor:
     n, _, height, width = x.shape
     tiles = n * -(-height // tile) * -(-width // tile)
     size = len(factors) * tiles * max(factors.shape[1:]) * x.element_size()
-    parts = min(max(1, -(-size // _MEMORY)), n)
+    parts = max(1, min(-(-size // _MEMORY), n))
     pixels_first = x.permute(2, 3, 0, 1)
     done = [_convolve(part, factors, tile) for part in pixels_first.chunk(parts, 2)]
     return (done[0] if len(done) == 1 else torch.cat(done, 2)).permute(2, 3, 0, 1)
@@ -84,27 +93,24 @@ class WinogradConv2d(nn.Conv2d):
     would not survive the transforms.
     """
 
+    tile: int
     factors: Tensor
-    read_weight: Callable[[], Tensor]
-    """For whoever asks for the weight all the same."""
+    is_contiguous = False
+    """Whether what comes out is brought into the usual layout, which costs a copy."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Images ``(N, in, H, W)`` to ``(N, out, H, W)``; without ``N`` as well."""
-        factors, tile = self._parameters.get("factors"), tile_of(self)
-        if factors is None or tile is None:
+        factors = self._parameters.get("factors")
+        if factors is None:
             return super().forward(input)
         if input.ndim == 3:
             return self.forward(input[None])[0]
         if torch.is_autocast_enabled("cpu"):
             input = input.to(factors.dtype)
         with torch.autocast("cpu", enabled=False):
-            y = convolve(input, factors, tile)
+            y = convolve(input, factors, self.tile)
+            y = y.contiguous() if self.is_contiguous else y
             return y if self.bias is None else y + self.bias.view(-1, 1, 1)
-
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """The weight, where factors stand for it."""
-        found = super().__getattr__(name)
-        return self.read_weight() if found is None and name == "weight" else found
 
 
 def _convolve(x: Tensor, factors: Tensor, tile: int) -> Tensor:
@@ -139,7 +145,7 @@ def _kept(tile: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _made(tile: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     tiles = -(-length // tile)
-    axis = torch.eye(length, dtype=torch.float64)
+    axis = torch.eye(length, dtype=torch.float64, device="cpu")
     windows = F.pad(axis, (1, tiles * tile + 1 - length)).unfold(1, tile + 2, tile)
     into = torch.einsum("ri,ltr->itl", torch.linalg.inv(_at_points(tile, tile + 2)), windows)
     outputs = F.pad(axis, (0, tiles * tile - length)).unfold(1, tile, tile)
@@ -149,5 +155,6 @@ def _made(tile: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _at_points(tile: int, n: int) -> Tensor:
     """From ``n`` coefficients of a polynomial to its values ``(tile + 2, n)``, infinity last."""
-    powers = torch.tensor(POINTS[tile], dtype=torch.float64)[:, None] ** torch.arange(n)
-    return torch.cat([powers, torch.eye(n, dtype=torch.float64)[-1:]])
+    points = torch.tensor(POINTS[tile], dtype=torch.float64, device="cpu")
+    powers = points[:, None] ** torch.arange(n, device="cpu")
+    return torch.cat([powers, torch.eye(n, dtype=torch.float64, device="cpu")[-1:]])

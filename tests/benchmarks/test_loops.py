@@ -85,6 +85,15 @@ def test_candidates_leave_the_task_alone_and_keep_their_weights(task) -> None:
         assert torch.equal(one, other)
 
 
+def test_between_steps_weights_gradients_and_momentum_are_alive(task) -> None:
+    step = candidate(task, ours(task))
+    at_first = sum(tensor.numel() for tensor in step.alive())
+    assert at_first == sum(value.numel() for value in step.net.state_dict().values())
+    step()
+    weights = sum(parameter.numel() for parameter in step.net.parameters())
+    assert sum(tensor.numel() for tensor in step.alive()) == at_first + 2 * weights
+
+
 @pytest.mark.parametrize(
     ("objective", "expected"),
     [

@@ -75,7 +75,7 @@ def test_nothing_of_the_image_is_kept_for_the_gradient(tile) -> None:
     assert largest <= factors.nbytes < x.nbytes / 10
 
 
-@pytest.mark.parametrize(("tile", "times"), [(2, 4), (4, 12)])
+@pytest.mark.parametrize(("tile", "times"), [(2, 4), (4, 7)])
 def test_rounding_is_some_times_a_convolutions(tile, times) -> None:
     x, weight = drawn(4, 64, 8, 8).relu(), drawn(64, 64, 3, 3) / 24
     exact = usual(x, weight)
@@ -111,7 +111,26 @@ def test_rounding_is_some_times_a_convolutions(tile, times) -> None:
 def test_which_tiles_suit_a_convolution(settings, wanted) -> None:
     usual_ones = {"in_channels": 256, "out_channels": 256, "kernel_size": 3, "padding": 1}
     with torch.device("meta"):
-        assert tile_of(nn.Conv2d(**(usual_ones | settings))) == wanted
+        assert tile_of(nn.Conv2d(**(usual_ones | settings)), (8, 8)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "wanted"),
+    [
+        (256, (4, 4), 4),
+        (256, (7, 7), 4),
+        (256, (64, 8), 4),
+        (256, (65, 8), None),  # transforms of so long an axis cost too much
+        (256, (6, 6), None),  # nine of sixteen pixels
+        (256, (2, 2), None),
+        (512, (2, 2), 2),
+        (512, (1, 1), None),
+        (512, (3, 3), None),
+    ],
+)
+def test_on_which_maps(channels, size, wanted) -> None:
+    with torch.device("meta"):
+        assert tile_of(nn.Conv2d(channels, channels, 3, padding=1), size) == wanted
 
 
 @pytest.fixture
@@ -128,21 +147,15 @@ def uses(monkeypatch) -> list[tuple[torch.Size, int]]:
 
 
 @pytest.fixture
-def small(monkeypatch) -> None:
-    """Convolutions of few channels suit as well."""
-    monkeypatch.setattr(winograd, "_LEAST_CHANNELS", 1)
-
-
-@pytest.fixture
-def convs(small) -> tuple[nn.Conv2d, WinogradConv2d]:
+def convs() -> tuple[nn.Conv2d, WinogradConv2d]:
     plain = nn.Conv2d(4, 5, 3, padding=1)
     made = WinogradConv2d(4, 5, 3, padding=1)
-    made.bias = plain.bias
+    made.tile, made.bias = 4, plain.bias
     made.factors = nn.Parameter(transformed(plain.weight.detach(), 4), requires_grad=False)
     return plain, made
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (1, 4, 2, 2), (4, 5, 6)])
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (1, 4, 2, 2), (4, 5, 6), (0, 4, 8, 8)])
 def test_it_stands_in_for_a_convolution(convs, uses, shape) -> None:
     plain, made = convs
     x = drawn(*shape, dtype=torch.float32)
@@ -165,6 +178,15 @@ def test_without_bias(convs, uses) -> None:
     x = torch.rand(2, 4, 8, 8)
     torch.testing.assert_close(made(x), plain(x), rtol=1e-4, atol=1e-5)
     assert len(uses) == 1
+
+
+def test_maps_are_made_on_the_processor_whatever_the_default() -> None:
+    winograd._kept.cache_clear()
+    x, weight = drawn(1, 2, 5, 5), drawn(2, 2, 3, 3)
+    factors = transformed(weight, 4)
+    with torch.device("meta"):
+        found = convolve(x, factors, 4)
+    torch.testing.assert_close(found, usual(x, weight), rtol=1e-11, atol=1e-12)
 
 
 def test_autocast_does_not_reach_the_products(convs) -> None:
@@ -230,17 +252,66 @@ def test_factors_follow_the_weights(uses) -> None:
     assert all(not conv._parameters for conv in plan._convs)
 
 
-def test_a_weight_can_still_be_read() -> None:
+def test_under_autocast_it_computes_as_the_network_would(uses) -> None:
     net, x, engine = wide(), drawn(4, 3, 16, 16).sigmoid().float(), AttackEngine(fold=False)
-    name, conv = next(
-        (n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and tile_of(m)
-    )
-    with engine.applied(net, x):
-        stand_in = net.get_submodule(name)
-        assert isinstance(stand_in, WinogradConv2d)
-        assert stand_in._parameters["weight"] is None
-        assert torch.equal(stand_in.weight, conv.weight)
-    assert net.get_submodule(name) is conv
+    with frozen(net), torch.autocast("cpu", torch.bfloat16):
+        wanted = net(x)
+        with engine.applied(net, x):
+            found = net(x)
+    assert uses == []
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+    with frozen(net), engine.applied(net, x):  # the same plan, without it
+        net(x)
+    assert len(uses) == 1
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(16, 1), (4, 0), (300, 0)])
+def test_the_size_of_the_maps_decides(size, wanted, uses) -> None:
+    net, x, engine = wide(), torch.rand(2, 3, size, size), AttackEngine()
+    with torch.no_grad():
+        with engine.applied(net, x):
+            found = net(x)
+        torch.testing.assert_close(found, net(x), rtol=1e-3, atol=1e-4)
+    assert len(uses) == wanted
+
+
+def test_a_convolution_for_maps_of_several_sizes_stays(uses) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(256, 256, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.repeat(1, 86, 1, 1)[:, :256]
+            return (self.conv(x).mean((2, 3)) + self.conv(x[..., :1, :1]).mean((2, 3)))[:, :10]
+
+    net, x = Twice().eval(), torch.rand(2, 3, 8, 8)
+    with torch.no_grad(), AttackEngine().applied(net, x):
+        net(x)
+    assert uses == []
+
+
+def test_layouts_are_those_asked_for() -> None:
+    net, x = wide(), drawn(4, 3, 16, 16).sigmoid().float()
+    name = next(n for n, m in net.named_modules() if type(m) is nn.Conv2d and tile_of(m, (8, 8)))
+    for channels_last in (False, True):
+        engine = AttackEngine(fold=False, channels_last=channels_last)
+        with torch.no_grad(), engine.applied(net, x):
+            conv = net.get_submodule(name)
+            assert type(conv) is WinogradConv2d
+            y = conv(torch.rand(2, 256, 8, 8))
+            assert y.is_contiguous() is not channels_last
+        assert type(net.get_submodule(name)) is nn.Conv2d
+
+
+def test_a_network_that_cannot_be_copied_stays(caplog, uses) -> None:
+    net, x = wide(), drawn(4, 3, 16, 16).sigmoid().float()
+    net.uncopied = (i for i in range(3))
+    with caplog.at_level("WARNING"), torch.no_grad(), AttackEngine().applied(net, x):
+        net(x)
+    assert "their maps were not found (TypeError: cannot pickle 'generator'" in caplog.text
+    assert uses == []
 
 
 @pytest.mark.parametrize("options", [{"winograd": False}, {"precision": "bf16"}])
@@ -256,7 +327,7 @@ def test_where_it_is_off(options, uses) -> None:
 
 def test_a_convolution_somebody_listens_to_stays(uses) -> None:
     net, x = wide(), drawn(4, 3, 16, 16).sigmoid().float()
-    convs = [m for m in net.modules() if type(m) is nn.Conv2d and tile_of(m)]
+    convs = [m for m in net.modules() if type(m) is nn.Conv2d and tile_of(m, (8, 8))]
     heard: list[Tensor] = []
     for conv in convs:
         conv.register_forward_hook(lambda module, args, out: heard.append(out))
@@ -283,5 +354,6 @@ def test_compiled_it_gives_the_same_gradients() -> None:
     with frozen(net), frozen(twin):
         wanted = gradient_of(net, x)
         with AttackEngine(compile="default").applied(twin, x):
+            assert any(isinstance(module, WinogradConv2d) for module in twin.modules())
             found = gradient_of(twin, x)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max().item())
