@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import goals
+from common.attacks.columns import has_matrix_units
 from common.costs import device_name
 from common.files import write_json_atomically, write_text_atomically
 from common.readme import write_readme
@@ -41,13 +42,10 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _bf16_units() -> str:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "unknown"
-    if "amx_bf16" in flags:
+    if has_matrix_units():
         return "AMX"
-    return "AVX-512 dot products" if "avx512_bf16" in flags else "none"
+    has_dot_products = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "AVX-512 dot products" if has_dot_products else "none"
 
 
 def write(name: str, section: str, found: Any, device: str) -> Path:

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_map_only
 from common.attacks.columns import ColumnsConv2d, has_matrix_units, suits
 from common.attacks.folding import NORMS, Pair, foldable, folded_weights, has_hooks, places
 from common.attacks.settings import Settings
-from common.attacks.winograd import WinogradConv2d, tile_of, transformed
+from common.attacks.trials import aside
+from common.attacks.winograd import WinogradConv2d, tiles_of, transformed
 from common.errors import ConfigurationError
 
 Precision = Literal["32", "bf16"]
@@ -152,7 +153,7 @@ class AttackEngine(Settings):
         plan = self._plans.of.get(model)
         if plan is None or not plan.fits():
             pairs = _tried_out(model, x) if self.fold else []
-            plan = _Plan(model, pairs, self, _map_sizes(model, x) if self._is_winograd else {})
+            plan = _Plan(model, pairs, self, tiles_of(model, x) if self._is_winograd else {})
             norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
             _LOG.info("%s folds %d of %d batch-norms", self, len(pairs), norms)
             self._plans.of[model] = plan
@@ -177,7 +178,7 @@ class _Plan:
     """The stand-ins of one model."""
 
     def __init__(
-        self, model: nn.Module, pairs: list[Pair], engine: AttackEngine, sizes: "_Sizes"
+        self, model: nn.Module, pairs: list[Pair], engine: AttackEngine, tiles: dict[int, int]
     ) -> None:
         self.pairs = pairs
         self._dtype = torch.bfloat16 if engine.is_reduced else None
@@ -190,10 +191,10 @@ class _Plan:
             if type(module) is nn.Conv2d
             and (
                 id(module) in paired
-                or ((is_other or _tile(module, sizes) is not None) and not has_hooks(module))
+                or ((is_other or id(module) in tiles) and not has_hooks(module))
             )
         ]
-        self._convs = [_stand_in(source, engine, sizes) for source in self._sources]
+        self._convs = [_stand_in(source, engine, tiles) for source in self._sources]
         self._slots: list[tuple[weakref.ref[nn.Module], str, nn.Module, nn.Module]] = []
         hung = [part for pair in pairs for part in pair]
         hung += [source for source in self._sources if isinstance(source, nn.Conv2d)]
@@ -373,58 +374,14 @@ def _factors(conv: WinogradConv2d, weight: Tensor) -> Tensor | None:
     return transformed(weight, conv.tile)
 
 
-_Sizes = dict[int, set[tuple[int, int]]]
-"""Heights and widths of the maps that go into convolutions, by the modules' identity."""
-
-
-def _map_sizes(model: nn.Module, x: Tensor) -> _Sizes:
-    """What goes into large 3x3 convolutions, seen by trying out a copy."""
-    names = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Conv2d and tile_of(module, (4, 4)) and not has_hooks(module)
-    }
-    if not names or x.device.type != "cpu":
-        return {}
-    sizes: _Sizes = {id(module): set() for module in names.values()}
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(x.device.type, enabled=False),
-        torch.random.fork_rng(devices=[]),
-    ):
-        try:
-            trial = copy.deepcopy(model)
-            for name, module in names.items():
-                seen = sizes[id(module)]
-                trial.get_submodule(name).register_forward_pre_hook(
-                    lambda _, args, seen=seen: seen.add(tuple(args[0].shape[-2:]))
-                )
-            trial(x[:2].clone())
-        except Exception as error:  # of anybody's forward method
-            _LOG.warning(
-                "large convolutions of %s stay as they are: their maps were not found (%s: %s)",
-                type(model).__name__, type(error).__name__, error,
-            )  # fmt: skip
-            return {}
-    return sizes
-
-
-def _tile(conv: nn.Conv2d, sizes: _Sizes) -> int | None:
-    """Of Winograd's convolution, where it gains on every map."""
-    tiles = {tile_of(conv, size) for size in sizes.get(id(conv), ())}
-    return tiles.pop() if len(tiles) == 1 else None
-
-
-def _stand_in(source: Pair | nn.Conv2d, engine: AttackEngine, sizes: _Sizes) -> nn.Conv2d:
+def _stand_in(source: Pair | nn.Conv2d, engine: AttackEngine, tiles: dict[int, int]) -> nn.Conv2d:
     """A convolution of the same geometry with weights to come."""
     conv = source.conv if isinstance(source, Pair) else source
     made = copy.copy(conv)
     made._parameters = {}
-    tile = _tile(conv, sizes)
-    if tile is not None:
+    if id(conv) in tiles:
         made.__class__ = WinogradConv2d
-        made.tile = tile  # type: ignore[assignment]
+        made.tile = tiles[id(conv)]  # type: ignore[assignment]
         made.is_contiguous = not engine.channels_last  # type: ignore[assignment]
     elif engine.is_reduced and engine.channels_last and has_matrix_units() and suits(conv):
         made.__class__ = ColumnsConv2d
@@ -443,7 +400,7 @@ def _tried_out(model: nn.Module, x: Tensor) -> list[Pair]:
     """
     if not any(isinstance(module, NORMS) for module in model.modules()):
         return []
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+    with aside(x.device):
         try:
             names = _pair_names(model)
         except Exception as error:  # of a forward method, or of what cannot be copied
@@ -479,35 +436,28 @@ def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool
     copy's are other numbers. Forward passes that draw must draw the same.
     """
     kind = type(model).__name__
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(x.device.type, enabled=False),
-    ):
-        try:
-            trial = copy.deepcopy(model)
-            generator = torch.Generator().manual_seed(0)
-            for module in trial.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    _scatter(module, generator)
-            plainly = AttackEngine(channels_last=False, winograd=False)
-            plan = _Plan(trial, _pairs(trial, names), plainly, {})
-            torch.manual_seed(0)
-            wanted = trial(x.clone())
-            plan.refresh()
-            torch.manual_seed(0)
-            with plan.swapped():
-                got = trial(x.clone())
-        except Exception as error:  # of anybody's forward method
-            _LOG.warning(
-                "attacks use %s as it is: folding could not be tried out (%s: %s)",
-                kind, type(error).__name__, error,
-            )  # fmt: skip
-            return False
-        largest = wanted.abs().max().clamp_min(1e-6)
-        is_equal = bool(
-            torch.isfinite(wanted).all() and (wanted - got).abs().max() < 1e-3 * largest
-        )
+    try:
+        trial = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(0)
+        for module in trial.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                _scatter(module, generator)
+        plainly = AttackEngine(channels_last=False, winograd=False)
+        plan = _Plan(trial, _pairs(trial, names), plainly, {})
+        torch.manual_seed(0)
+        wanted = trial(x.clone())
+        plan.refresh()
+        torch.manual_seed(0)
+        with plan.swapped():
+            got = trial(x.clone())
+    except Exception as error:  # of anybody's forward method
+        _LOG.warning(
+            "attacks use %s as it is: folding could not be tried out (%s: %s)",
+            kind, type(error).__name__, error,
+        )  # fmt: skip
+        return False
+    largest = wanted.abs().max().clamp_min(1e-6)
+    is_equal = bool(torch.isfinite(wanted).all() and (wanted - got).abs().max() < 1e-3 * largest)
     if not is_equal:
         _LOG.warning(
             "attacks use %s as it is: with its batch-norms folded it computes something else", kind

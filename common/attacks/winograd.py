@@ -11,11 +11,18 @@ Everything here is a product with a matrix, so derivatives, of any order, come b
 nothing of the image is kept for them.
 """
 
+import copy
+import logging
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.attacks.folding import has_hooks
+from common.attacks.trials import aside
+
+_LOG = logging.getLogger(__name__)
 
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 """By the edge of a tile: where polynomials are evaluated, with infinity. For tiles of 4, reciprocal
@@ -56,6 +63,43 @@ def tile_of(conv: nn.Conv2d, size: tuple[int, int]) -> int | None:
     height, width = size
     padded = tile**2 * -(-height // tile) * -(-width // tile)
     return tile if height * width >= _LEAST_USE * padded else None
+
+
+def tiles_of(model: nn.Module, x: Tensor) -> dict[int, int]:
+    """The tiles of those convolutions of a model that gain on all their maps, by their identity.
+
+    The maps are seen by trying out a copy. Convolutions with hooks are left out.
+
+    Args:
+        model: Images to anything.
+        x: Images ``(N, C, H, W)``, of which the first two are tried.
+    """
+    large = {
+        name: conv
+        for name, conv in model.named_modules()
+        if type(conv) is nn.Conv2d and tile_of(conv, (4, 4)) and not has_hooks(conv)
+    }
+    if not large or x.device.type != "cpu":
+        return {}
+    found: dict[str, set[int | None]] = {name: set() for name in large}
+    with aside(x.device):
+        try:
+            trial = copy.deepcopy(model)
+            for name, conv in large.items():
+                trial.get_submodule(name).register_forward_pre_hook(
+                    lambda _, args, conv=conv, seen=found[name]: seen.add(
+                        tile_of(conv, args[0].shape[-2:])
+                    )
+                )
+            trial(x[:2].clone())
+        except Exception as error:  # of anybody's forward method
+            _LOG.warning(
+                "large convolutions of %s stay as they are: their maps were not found (%s: %s)",
+                type(model).__name__, type(error).__name__, error,
+            )  # fmt: skip
+            return {}
+    alike = {name: tiles.pop() for name, tiles in found.items() if len(tiles) == 1}
+    return {id(large[name]): tile for name, tile in alike.items() if tile is not None}
 
 
 def transformed(weight: Tensor, tile: int) -> Tensor:
