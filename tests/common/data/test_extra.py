@@ -14,9 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from common.data.base import ImageSource, ImageSpec, Split
 from common.data.extra import ExtraImages, MixedSampler
 from common.data.images import ImageDataModule
-from common.data.sources import CIFAR10, ImageSource, ImageSpec, Split
+from common.data.sources import CIFAR10
 from common.errors import ConfigurationError, DataUnavailableError
 
 CONFIGS = Path(__file__).parents[3] / "common" / "configs"

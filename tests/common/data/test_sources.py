@@ -4,6 +4,7 @@ import shutil
 import socket
 import struct
 import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 import torchvision.datasets
 from sklearn.datasets import load_digits
 
-from common.data import sources
+from common.data import downloads
+from common.data.base import ImageSource
 from common.data.sources import (
     CIFAR10,
     CIFAR100,
@@ -22,7 +24,6 @@ from common.data.sources import (
     SVHN,
     Digits,
     FashionMNIST,
-    ImageSource,
     TinyImageNet,
     stratified_split,
 )
@@ -248,8 +249,8 @@ def test_complete_files_need_no_network_and_are_not_touched(
 
 
 def test_files_are_hashed_once(fake_cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed, original = [], sources._md5
-    monkeypatch.setattr(sources, "_md5", lambda path: hashed.append(path) or original(path))
+    hashed, original = [], downloads.md5_of
+    monkeypatch.setattr(downloads, "md5_of", lambda path: hashed.append(path) or original(path))
     source = CIFAR10(root=str(fake_cifar10))
     source.prepare()
     source.load("train")
@@ -423,11 +424,11 @@ def archived_cifar10(
     cls = torchvision.datasets.CIFAR10
     folder = fake_cifar10 / cls.base_folder
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": sources._md5(folder / "batches.meta")})
+    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": downloads.md5_of(folder / "batches.meta")})
     archive = tmp_path / cls.filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, arcname=cls.base_folder)
-    monkeypatch.setattr(cls, "tgz_md5", sources._md5(archive))
+    monkeypatch.setattr(cls, "tgz_md5", downloads.md5_of(archive))
     root = tmp_path / "empty"
     root.mkdir()
     return archive, root
@@ -559,7 +560,7 @@ def test_tiny_imagenet_works_where_nothing_can_be_written(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(sources.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
     with pytest.warns(UserWarning, match="could not be kept"):
         x, _ = TinyImageNet(root=str(fake_tiny_imagenet), verify=False).load("train")
     assert len(x) == 12
