@@ -70,6 +70,7 @@ def find_weights(own: Weights, content: Any, origin: str, key: str | None = None
             raise CheckpointError(f"{origin} has no weights {key!r}; it has {_listed(known)}")
         matches, sets = chosen, {key: sets[key]} if key in sets else sets
     if not matches:
+        _check_for_bare_weights(own, sets, origin)
         raise _misfit(own, sets, origin)
     match = min(matches, key=lambda m: len(m.rest))
     if any(not _is_same(match.weights, other.weights) for other in matches):
@@ -262,6 +263,24 @@ def _check_rest(match: _Match, rest: Weights, origin: str) -> None:
         "network: build the network with this mean and std, or give the model as "
         f"nn.Sequential(a module with these buffers, the network){choice}"
     )
+
+
+def _check_for_bare_weights(own: Weights, sets: Mapping[str, Weights], origin: str) -> None:
+    """Say so if only the statistics of the network's normaliser are not in a file.
+
+    They are not taken from the network: it could have been trained without, or with others.
+    """
+    statistics = [name for name in own if _statistic(name)]
+    inner = {name: value for name, value in own.items() if name not in statistics}
+    heads = {name.partition(".")[0] for name in inner}
+    if len(heads) == 1:
+        inner = {name.partition(".")[2]: value for name, value in inner.items()}
+    if statistics and any(_matches(inner, place, found) for place, found in sets.items()):
+        raise CheckpointError(
+            f"{origin} lacks the statistics of this network's normalisation of the input "
+            f"({', '.join(statistics)}): load the weights into the network inside before it is "
+            "wrapped, or build it without mean and std if it was trained without"
+        )
 
 
 def _agree(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:

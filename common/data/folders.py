@@ -135,7 +135,7 @@ class FolderSource(ImageSource):
         files, labels = [], []
         for line in filter(str.strip, lines):
             name, label, *_ = line.split("\t")
-            if name != Path(name).name or name == "..":
+            if not name or name == ".." or name != Path(name).name:
                 raise ValueError(f"{name!r} is no name of a file in the folder")
             labels.append(number[label])
             usual = folder / "images" / name

@@ -208,8 +208,10 @@ def test_two_normalisers_in_a_row_are_not_one(plain, load) -> None:
 
 
 def test_a_normaliser_is_not_made_up(plain, load) -> None:
-    message = refused(lambda: load(plain, Net(Normalize(3, MEAN, STD))))
-    assert "2 missing (first: normalize.mean)" in message
+    for net in (Net(Normalize(3, MEAN, STD)), nn.Sequential(Normalize(3, MEAN, STD), Net())):
+        message = refused(lambda net=net: load({"state_dict": under("model.", plain)}, net))
+        assert "lacks the statistics of this network's normalisation" in message
+        assert "mean, " in message
 
 
 # -------------------------------------------------------------------------------- other networks
