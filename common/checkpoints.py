@@ -18,7 +18,7 @@ from common.files import damage_of, strangeness_of, write_sealed
 from common.weights import find_weights
 
 _SCALAR: Any = np.float64(0).__reduce__()[0]
-HARMLESS: list[Any] = [
+_HARMLESS: list[Any] = [
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # numpy 1, 2
     np.dtype,
     *{type(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool)},
@@ -47,7 +47,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Whatever was saved, on the CPU; nothing in the file is executed."""
-        return cast(dict[str, Any], _read(Path(path)))
+        return cast(dict[str, Any], read_content(path))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -58,8 +58,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the file is missing, damaged, holds code, or is no Lightning checkpoint.
     """
-    path = Path(path)
-    checkpoint = _read(path)
+    checkpoint = read_content(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(
             f"{path} is no Lightning checkpoint (no state_dict in it); give a file from a run's "
@@ -68,7 +67,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return cast(dict[str, Any], checkpoint)
 
 
-def _read(path: Path) -> Any:
+def read_content(path: str | Path) -> Any:
+    """What a file of torch.save, or of safetensors, holds, on the CPU; nothing in it is executed.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, something else or holds code.
+    """
+    path = Path(path)
     if strangeness := strangeness_of(path):
         if strangeness == "missing":
             found = sorted(p.name for p in path.parent.glob("*.ckpt"))
@@ -83,15 +88,14 @@ def _read(path: Path) -> Any:
     try:
         if damage := damage_of(path):
             raise ValueError(damage)
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail at any depth of its reader
         if code := re.search(r"GLOBAL (\S+)|TorchScript", str(error)):
-            what = f"a {code[1]}" if code[1] else "a TorchScript program"
             raise CheckpointError(
-                f"the checkpoint {path} cannot be read: it holds {what}, which could run code, "
-                "and only tensors and plain values are read. Load it where you trust it and save "
-                "model.state_dict() alone"
+                f"the checkpoint {path} cannot be read: it asks for {code[1] or 'TorchScript'}. "
+                "Tensors and plain values are read and nothing in it is executed; where you trust "
+                "it, load it and save model.state_dict() alone"
             ) from error
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({_first_sentence(error)}); it is "
@@ -151,5 +155,5 @@ def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> 
         CheckpointError: If the file cannot be read, does not determine the network completely, or
             holds more than one such set.
     """
-    content = _read(Path(path))
+    content = read_content(path)
     model.load_state_dict(find_weights(model.state_dict(), content, str(path), key))

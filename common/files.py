@@ -113,6 +113,7 @@ def _free(folder: Path) -> str:
 
 # ----------------------------------------------------------------------------------- strange files
 
+_ROOM = 2**28  # bytes that any compressed file may unpack to
 _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer and not the file itself (run git lfs pull)",
     b"\x1f\x8b": "compressed by gzip (unpack it)",
@@ -155,16 +156,17 @@ def strangeness_of(path: str | Path) -> str:
     return "a tar archive (unpack it)" if head[257:262] == b"ustar" else ""
 
 
-def expansion_of(unpacked: int, path: str | Path) -> str:
-    """What is wrong if a compressed file unpacks to so many bytes; empty if nothing is.
+def most_unpacked(path: str | Path) -> int:
+    """Bytes that a file may unpack to: images and weights compress at most a few times."""
+    return max(_ROOM, 50 * Path(path).stat().st_size)
 
-    Images and weights compress at most a few times. A file that claims more than 50 times its size
-    would only fill the memory.
-    """
-    size = Path(path).stat().st_size
-    if unpacked <= max(2**28, 50 * size):
+
+def expansion_of(unpacked: int, path: str | Path) -> str:
+    """What is wrong if a compressed file unpacks to so many bytes; empty if nothing is."""
+    if unpacked <= most_unpacked(path):
         return ""
-    return f"{size:,} bytes that unpack to {unpacked:,}, more than 50 times as many"
+    size = Path(path).stat().st_size
+    return f"{size:,} bytes that unpack to {unpacked:,} or more, more than 50 times as many"
 
 
 # ---------------------------------------------------------------------------------------- digests

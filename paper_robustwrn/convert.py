@@ -14,7 +14,6 @@ network) nor activations (taken to be ReLU). Tags as in :mod:`paper_robustwrn.me
 
 import argparse
 import itertools
-import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ import yaml
 from torch import Tensor
 
 import common
-from common.checkpoints import HARMLESS
+from common.checkpoints import read_content
 from common.errors import CheckpointError, ConfigurationError, UserError
 from paper_robustwrn.method import RobustWideResNet
 
@@ -67,23 +66,7 @@ def read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: If the file is missing, damaged or holds code, or no state dict is in it.
     """
-    if not path.is_file():
-        raise CheckpointError(f"the checkpoint {path} does not exist; check the path")
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {unsafe[1]}" if unsafe else "it is damaged or no file of torch.save"
-        raise CheckpointError(
-            f"{path} cannot be read: {reason}. A checkpoint holds tensors and plain values only, "
-            "and nothing in it is executed; give the file as its authors published it"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(
-            f"{path} cannot be read ({reason}); it is truncated or damaged, so fetch it again"
-        ) from error
+    found = read_content(path)
     rest = dict(found) if isinstance(found, Mapping) else {}
     for wrapper in WRAPPERS:
         if isinstance(rest.get(wrapper), Mapping):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataUnavailableError
-from common.files import expansion_of
+from common.files import expansion_of, most_unpacked
 
 
 def check_folder(root: Path, name: str) -> None:
@@ -98,9 +98,8 @@ def read_unpacked(path: Path) -> bytes:
     """
     if path.suffix != ".gz":
         return path.read_bytes()
-    most = max(2**28, 50 * path.stat().st_size)
     with gzip.open(path) as file:
-        content = file.read(most + 1)
+        content = file.read(most_unpacked(path) + 1)
     if problem := expansion_of(len(content), path):
         raise ValueError(problem)
     return content

@@ -17,6 +17,7 @@ import torch
 import torchvision.datasets
 from sklearn.datasets import load_digits
 
+from common import files
 from common.data import downloads
 from common.data.base import ImageSource
 from common.data.downloads import DownloadedSource
@@ -824,17 +825,23 @@ def test_the_package_is_official(tmp_path: Path) -> None:
     assert FashionMNIST.spec.mean[0] == pytest.approx(x.double().mean().item() / 255, abs=5e-5)
 
 
-def test_packed_files_that_unpack_to_far_more_are_refused(fake_mnist: Path) -> None:
+def test_packed_files_that_unpack_to_far_more_are_refused(
+    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_ROOM", 2**16)
     path = fake_mnist / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz"
-    path.write_bytes(gzip.compress(struct.pack(">II", 2049, 10) + bytes(270 * 2**20), 1))
+    path.write_bytes(gzip.compress(struct.pack(">II", 2049, 10) + bytes(2**18)))
     source = MNIST(str(fake_mnist), verify=False)
     assert "more than 50 times as many" in error_of(lambda: source.load("test"))
 
 
-def test_matlab_files_that_unpack_to_far_more_are_refused(fake_svhn: Path) -> None:
+def test_matlab_files_that_unpack_to_far_more_are_refused(
+    fake_svhn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_ROOM", 2**16)
     from scipy.io import savemat
 
-    content = {"X": np.zeros((32, 32, 3, 90_000), np.uint8), "y": np.ones((90_000, 1), np.uint8)}
+    content = {"X": np.zeros((32, 32, 3, 90), np.uint8), "y": np.ones((90, 1), np.uint8)}
     savemat(fake_svhn / "test_32x32.mat", content, do_compression=True)
     svhn = SVHN(str(fake_svhn), verify=False)
     assert "more than 50 times as many" in error_of(lambda: svhn.load("test"))
