@@ -17,7 +17,8 @@ from common.errors import CheckpointError
 
 Weights = Mapping[str, Tensor]
 
-_TRANSPARENT = {"module", "_orig_mod"}  # segments of names that wrappers insert at any depth
+# Segments of names that wrappers insert at any depth.
+_TRANSPARENT = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _DEPTH = 3  # of dictionaries in a file
 _COUNTERS = {"total_ops", "total_params", "n_averaged"}  # of thop and of torch's AveragedModel
 _METRIC_STATES = {"tp", "fp", "tn", "fn", "total", "correct", "confmat"} | {

@@ -149,7 +149,7 @@ class DownloadedSource(ImageSource):
             paths = {folder / spelling: "" for spelling in self._spellings(name)}
             for path in paths:
                 strangeness = strangeness_of(path)
-                is_packed = path.suffix == ".gz" and strangeness.startswith("compressed by gzip")
+                is_packed = name.endswith(".gz") and strangeness.startswith("compressed by gzip")
                 paths[path] = "" if is_packed else strangeness
             there = {path: what for path, what in paths.items() if what != "missing"}
             if there:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from common.attacks.randomness import ExampleRandom
 from common.data.base import ImageSpec, as_tensors
-from common.data.reading import listed, one_line, read_pickle, whole_numbers
+from common.data.reading import check_folder, listed, one_line, read_pickle, whole_numbers
 from common.errors import ConfigurationError, DataUnavailableError
 from common.files import strangeness_of
 
@@ -49,6 +49,7 @@ class ExtraImages:
         Raises:
             DataUnavailableError: The file is missing, or holds something else.
         """
+        check_folder(self.path.parent, self.path.name)
         strangeness = strangeness_of(self.path)
         if strangeness == "missing":
             raise DataUnavailableError(

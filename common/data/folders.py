@@ -100,7 +100,7 @@ class FolderSource(ImageSource):
         if usual.is_dir():
             parts = [p for p in ("train", "val") if not (usual / p).is_dir()]
             raise self._unavailable(f"{usual} is not complete ({' and '.join(parts)} missing)")
-        raise self._unavailable(f"{usual} is missing")
+        raise self._unavailable(f"{usual} is {'a file' if usual.exists() else 'missing'}")
 
     def _list(self, folder: Path, split: Split) -> Listing:
         """Image files and their labels, in the order of the split."""

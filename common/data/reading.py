@@ -24,10 +24,12 @@ def check_folder(root: Path, name: str) -> None:
     try:
         with os.scandir(root):
             pass
-    except FileNotFoundError:
-        pass
     except OSError as error:
-        what = "a file" if root.is_file() else f"not readable ({error.strerror or error})"
+        if isinstance(error, FileNotFoundError) and not root.is_symlink():
+            return
+        what = f"not readable ({error.strerror or error})"
+        if isinstance(error, NotADirectoryError):
+            what = "a file" if root.is_file() else "below a file"
         raise DataUnavailableError(
             f"{root} is {what}, expected the folder that has, or will have, {name}: correct "
             "the root, or its permissions"
@@ -90,14 +92,15 @@ def whole_numbers(values: Any) -> NDArray[Any]:
 
 
 def read_unpacked(path: Path) -> bytes:
-    """Content of a file, unpacked if it ends in ``.gz``.
+    """Content of a file, unpacked if gzip packed it, whatever its name says.
 
     Raises:
         ValueError: If it unpacks to far more than images would.
         OSError, EOFError, zlib.error: If it is damaged.
     """
-    if path.suffix != ".gz":
-        return path.read_bytes()
+    with path.open("rb") as plain:
+        if plain.read(2) != b"\x1f\x8b":
+            return plain.seek(0) or plain.read()
     with gzip.open(path) as file:
         content = file.read(most_unpacked(path) + 1)
     if problem := expansion_of(len(content), path):

@@ -244,8 +244,9 @@ class MNIST(DownloadedSource):
 
     def _problem(self, path: Path, name: str) -> str:
         if name not in self.contents:
-            if path.suffix == ".gz":
-                return super()._problem(path, name)
+            problem = super()._problem(path, name)
+            if not problem or path.name.endswith(".gz"):
+                return problem
             return f"it is unpacked, and only the MD5 of {name} is known: put that beside it"
         try:
             found = hashlib.sha256(read_unpacked(path)).hexdigest()

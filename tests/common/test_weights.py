@@ -74,8 +74,8 @@ def refused(call: Callable[[], object]) -> str:
 @pytest.mark.parametrize(
     "prefix",
     ["", "module.", "_orig_mod.", "net.", "model.", "net._orig_mod.", "model.module.",
-     "module._orig_mod.", "_orig_mod.module.", "model.module._orig_mod.net.", "backbone.",
-     "module.model.1."],
+     "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module.net.",
+     "model.module._orig_mod.net.", "backbone.", "module.model.1."],
 )  # fmt: skip
 @pytest.mark.parametrize("place", [(), ("state_dict",), ("checkpoint", "model")])
 def test_prefixes_and_places_in_any_combination(plain, load, prefix, place) -> None:

@@ -188,6 +188,9 @@ def test_other_files_are_called_what_they_are(
         ExtraImages(str(tmp_path), "1m.npz").load(CIFAR10.spec)
     assert "is there but" in str(caught.value)
     assert "\n" not in str(caught.value)
+    if kind != "folder":
+        with pytest.raises(DataUnavailableError, match="is a file, expected the folder"):
+            ExtraImages(str(path)).load(CIFAR10.spec)
 
 
 # ------------------------------------------------------------------------------- the sampler

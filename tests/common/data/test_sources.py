@@ -766,6 +766,24 @@ def test_a_half_copied_set_is_incomplete_and_not_absent(
         assert count in message
 
 
+@pytest.mark.parametrize("cls", [CIFAR10, TinyImageNet])
+def test_a_root_that_leads_nowhere(cls: type[ImageSource], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    assert "is not readable (No such file" in error_of(cls(str(tmp_path / "link")).prepare)
+    (tmp_path / "file").touch()
+    assert "is below a file" in error_of(cls(str(tmp_path / "file" / "data")).prepare)
+
+
+def test_names_of_packed_files_may_lie(fake_fashion_mnist: Path) -> None:
+    expected = FashionMNIST(str(fake_fashion_mnist)).load("test")[0]
+    one, other = sorted((fake_fashion_mnist / FashionMNIST.folder).glob("t10k*"))
+    one.write_bytes(gzip.decompress(one.read_bytes()))  # as some browsers do
+    other.rename(other.with_suffix(""))
+    source = FashionMNIST(str(fake_fashion_mnist))
+    source.prepare()
+    assert torch.equal(source.load("test")[0], expected)
+
+
 def unpack(path: Path, name: str) -> None:
     (path.parent / name).parent.mkdir(exist_ok=True)
     (path.parent / name).write_bytes(gzip.decompress(path.read_bytes()))
