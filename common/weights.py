@@ -74,13 +74,14 @@ def find_weights(own: Weights, content: Any, origin: str, key: str | None = None
         _check_for_bare_weights(own, sets, origin)
         raise _misfit(own, sets, origin)
     match = min(matches, key=lambda m: len(m.rest))
-    if any(not _is_same(match.weights, other.weights) for other in matches):
+    if any(m is not match and not _is_same(match.weights, m.weights) for m in matches):
         raise CheckpointError(
             f"{origin} holds {len(matches)} different sets of weights for this network, "
             f"{_listed(m.key for m in matches)}: choose one, for example key={match.key!r} "
             f"(--weights_key {match.key})"
         )
-    if not match.prefix or key not in (match.prefix, match.key):
+    is_named = key == match.key or (key == match.prefix and key not in sets)
+    if not (match.prefix and is_named):
         copies = [f"{m.prefix}." for m in matches if m.place == match.place and m is not match]
         _check_rest(match, {n: t for n, t in match.rest.items() if not n.startswith(tuple(copies))},
                     origin)  # fmt: skip

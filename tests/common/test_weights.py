@@ -190,6 +190,9 @@ def test_a_normaliser_that_the_network_lacks_is_refused(plain, load) -> None:
     inside = under("model.", plain) | under("model.", robustbench)
     assert "normalisation" in refused(lambda: load(inside))
     assert_is(load(content, key="1"), plain)  # by name
+    place = {"model": robustbench | under("model.", plain)}
+    assert "normalisation" in refused(lambda: load(place, key="model"))
+    assert_is(load(place, key="model.model"), plain)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3, 1, 1)])
