@@ -93,9 +93,9 @@ def read_content(path: str | Path) -> Any:
     except Exception as error:  # a damaged file can fail at any depth of its reader
         if code := re.search(r"GLOBAL (\S+)|TorchScript", str(error)):
             raise CheckpointError(
-                f"the checkpoint {path} cannot be read: it asks for {code[1] or 'TorchScript'}. "
-                "Tensors and plain values are read and nothing in it is executed; where you trust "
-                "it, load it and save model.state_dict() alone"
+                f"the checkpoint {path} cannot be read: it asks for {code[1] or 'TorchScript'}, "
+                "more than tensors and plain values, and nothing in it is executed; where you "
+                "trust it, load it and save model.state_dict() alone"
             ) from error
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({_first_sentence(error)}); it is "

@@ -99,8 +99,9 @@ def read_unpacked(path: Path) -> bytes:
         OSError, EOFError, zlib.error: If it is damaged.
     """
     with path.open("rb") as plain:
-        if plain.read(2) != b"\x1f\x8b":
-            return plain.seek(0) or plain.read()
+        is_packed = plain.read(2) == b"\x1f\x8b"
+    if not is_packed:
+        return path.read_bytes()
     with gzip.open(path) as file:
         content = file.read(most_unpacked(path) + 1)
     if problem := expansion_of(len(content), path):
