@@ -20,8 +20,8 @@ from common.attacks.engine import AttackEngine
 from common.attacks.pgd import PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.classifier import RobustClassifier
+from common.data.base import ImageSource, ImageSpec
 from common.data.images import Batch, ImageDataModule, ImageDataset
-from common.data.sources import ImageSource, ImageSpec
 from common.networks.resnet import ResNet, ResNet18
 from common.objectives import AT
 from common.trainer import Trainer

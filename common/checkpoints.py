@@ -1,17 +1,31 @@
 """Reading checkpoints without trusting them, and naming what is wrong with them."""
 
+import _codecs
+import argparse
+import importlib
 import io
-import pickle
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from torch import Tensor, nn
+from torch import nn
 
 from common.errors import CheckpointError
-from common.files import damage_of, write_sealed
+from common.files import damage_of, strangeness_of, write_sealed
+from common.weights import find_weights
+
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_HARMLESS: list[Any] = [
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # numpy 1, 2
+    np.dtype,
+    *{type(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool)},
+    _codecs.encode,  # makes bytes of old pickles' text
+    argparse.Namespace,
+]
+"""What accuracies from numpy and arguments beside weights need to be read; none of it runs code."""
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
@@ -33,7 +47,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Whatever was saved, on the CPU; nothing in the file is executed."""
-        return cast(dict[str, Any], _read(Path(path)))
+        return cast(dict[str, Any], read_content(path))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -44,8 +58,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the file is missing, damaged, holds code, or is no Lightning checkpoint.
     """
-    path = Path(path)
-    checkpoint = _read(path)
+    checkpoint = read_content(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(
             f"{path} is no Lightning checkpoint (no state_dict in it); give a file from a run's "
@@ -54,20 +67,57 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return cast(dict[str, Any], checkpoint)
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        found = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        beside = f"; beside it there is {', '.join(found)}" if found else ""
-        raise CheckpointError(f"the checkpoint {path} does not exist{beside}; check the path")
+def read_content(path: str | Path) -> Any:
+    """What a file of torch.save, or of safetensors, holds, on the CPU; nothing in it is executed.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, something else or holds code.
+    """
+    path = Path(path)
+    if strangeness := strangeness_of(path):
+        if strangeness == "missing":
+            found = sorted(p.name for p in path.parent.glob("*.ckpt"))
+            beside = f"; beside it there is {', '.join(found)}" if found else ""
+            raise CheckpointError(f"the checkpoint {path} does not exist{beside}; check the path")
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read: it is {strangeness}; give the file that "
+            "torch.save wrote"
+        )
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         if damage := damage_of(path):
             raise ValueError(damage)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail at any depth of its reader
+        if code := re.search(r"GLOBAL (\S+)|TorchScript", str(error)):
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be read: it asks for {code[1] or 'TorchScript'}, "
+                "more than tensors and plain values, and nothing in it is executed; where you "
+                "trust it, load it and save model.state_dict() alone"
+            ) from error
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({_first_sentence(error)}); it is "
-            "truncated, damaged or holds more than tensors and plain values. Use another "
-            "checkpoint of the run, or delete it and those beside it to train again"
+            "truncated, damaged or no file of torch.save. Use another checkpoint of the run, or "
+            "delete it and those beside it to train again"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        load_file = importlib.import_module("safetensors.torch").load_file
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is in the safetensors format: pip install safetensors, or save it anew with "
+            "torch.save"
+        ) from error
+    try:
+        return load_file(path)
+    except Exception as error:  # SafetensorError is not importable without the package
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read ({_first_sentence(error)}); it is truncated, "
+            "damaged or no safetensors file"
         ) from error
 
 
@@ -89,54 +139,21 @@ def checkpoint_beside(run: str | Path, experiment: str, checkpoint: str = "selec
     return run.parent.parent / experiment / seed / "checkpoints" / f"{checkpoint}.ckpt"
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load weights from a file, whatever they are wrapped in.
+def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> None:
+    """Load the weights of a network from a file, whatever they are wrapped in.
 
-    A state dict, or a checkpoint with one under ``state_dict``, ``model`` or ``net``; prefixes
-    ``module.``, ``model.``, ``net.`` and ``_orig_mod.`` are taken off where the model has none.
-    Nothing in the file is executed.
+    A state dict, bare or in the dictionaries of a checkpoint, of any precision, under any prefix;
+    see :func:`common.weights.find_weights`. Nothing in the file is executed. Files of safetensors
+    are read if that package is installed.
 
-    Raises:
-        CheckpointError: If the file cannot be read, or holds the weights of another network.
-    """
-    found = _read(Path(path))
-    for key in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise CheckpointError(f"{path} holds no state dict (names to tensors)")
-    own = model.state_dict()
-    weights = dict(found)
-    for prefix in ("_orig_mod.", "module.", "model.", "net."):
-        if all(name.startswith(prefix) for name in weights) and not all(
-            name.startswith(prefix) for name in own
-        ):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    check_weights_fit(own, weights, str(path))
-    model.load_state_dict(weights)
-
-
-def check_weights_fit(own: Mapping[str, Tensor], other: Mapping[str, Tensor], origin: str) -> None:
-    """Compare names and shapes of weights.
+    Args:
+        model: The network; it keeps its own precision.
+        path: Of the file.
+        key: Which weights to take if the file holds several sets for this network.
 
     Raises:
-        CheckpointError: Naming the first tensors that are missing, unknown or of another shape.
+        CheckpointError: If the file cannot be read, does not determine the network completely, or
+            holds more than one such set.
     """
-    missing = [name for name in own if name not in other]
-    unknown = [name for name in other if name not in own]
-    shapes = [
-        f"{name} is {tuple(other[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in other and own[name].shape != other[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what} (first: {names[0]})"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "misshapen"))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{origin} holds the weights of another network: {'; '.join(problems)}. Give the "
-            "config the checkpoint was trained with (config.yaml in its run directory)"
-        )
+    content = read_content(path)
+    model.load_state_dict(find_weights(model.state_dict(), content, str(path), key))

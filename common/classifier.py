@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import cross_entropy, hinge_margin
-from common.checkpoints import check_weights_fit
 from common.diagnosis import FiniteGuard
 from common.errors import ConfigurationError
 from common.objectives import Batch, InnerLoss, Objective, differentiable, weighted
 from common.parameter_groups import ParameterGroup, grouped_optimizer
+from common.weights import check_weights_fit
 
 
 class RobustClassifier(LightningModule):

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import shutil
+import stat
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,64 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free"
     except OSError:
         return "free space unknown"
+
+
+# ----------------------------------------------------------------------------------- strange files
+
+_ROOM = 2**28  # bytes that any compressed file may unpack to
+_BEGINNINGS = {
+    b"version https://git-lfs": "a Git LFS pointer and not the file itself (run git lfs pull)",
+    b"\x1f\x8b": "compressed by gzip (unpack it)",
+    b"BZh": "compressed by bzip2 (unpack it)",
+    b"\xfd7zXZ\0": "compressed by xz (unpack it)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd (unpack it)",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive (unpack it)",
+    b"Rar!\x1a\x07": "a RAR archive (unpack it)",
+    b"<!doctype html": "a web page (the download asked for something first; fetch it in a browser)",
+    b"<html": "a web page (the download asked for something first; fetch it in a browser)",
+}
+
+
+def strangeness_of(path: str | Path) -> str:
+    """What a file evidently is instead of data or weights; empty if nothing stands out.
+
+    It may be ``"missing"``, a folder or a device, not readable, empty, a Git LFS pointer, a web
+    page, compressed, or an archive that unpacks to far more than images or weights would.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+        if not stat.S_ISREG(mode):
+            return "a folder, not a file" if stat.S_ISDIR(mode) else "no regular file"
+        with Path(path).open("rb") as file:
+            head = file.read(512)
+            if head.startswith(b"PK"):
+                return expansion_of(sum(e.file_size for e in zipfile.ZipFile(file).filelist), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except zipfile.BadZipFile:
+        return ""  # truncated: its reader says so
+    except OSError as error:
+        return f"not readable ({error.strerror or error})"
+    if not head:
+        return "empty (0 bytes)"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for beginning, name in _BEGINNINGS.items():
+        if head.startswith(beginning) or text.startswith(beginning):
+            return name
+    return "a tar archive (unpack it)" if head[257:262] == b"ustar" else ""
+
+
+def most_unpacked(path: str | Path) -> int:
+    """Bytes that a file may unpack to: images and weights compress at most a few times."""
+    return max(_ROOM, 50 * Path(path).stat().st_size)
+
+
+def expansion_of(unpacked: int, path: str | Path) -> str:
+    """What is wrong if a compressed file unpacks to so many bytes; empty if nothing is."""
+    if unpacked <= most_unpacked(path):
+        return ""
+    size = Path(path).stat().st_size
+    return f"{size:,} bytes that unpack to {unpacked:,} or more, more than 50 times as many"
 
 
 # ---------------------------------------------------------------------------------------- digests

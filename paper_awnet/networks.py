@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.checkpoints import check_weights_fit
 from common.errors import ConfigurationError
 from common.networks.normalize import Normalize
 from common.networks.resnet import Initialize, ResNet, kaiming
+from common.weights import check_weights_fit
 from paper_awnet.method import (
     DynamicConv2d,
     MixBatchNorm2d,

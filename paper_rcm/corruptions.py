@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from common.checkpoints import check_weights_fit, load_checkpoint
+from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
 from common.cli import RobustCLI, load_run
 from common.data.corruptions import CIFAR10C, CORRUPTIONS, SEVERITIES
@@ -30,6 +30,7 @@ from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.files import check_writable, read_sealed_json, write_sealed_json
 from common.provenance import weights_digest
+from common.weights import check_weights_fit
 
 
 class Entry(TypedDict):

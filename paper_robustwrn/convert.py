@@ -12,10 +12,8 @@ width changes as well (taken to be 1 in the first stage and 2 in the others, as 
 network) nor activations (taken to be ReLU). Tags as in :mod:`paper_robustwrn.method`.
 """
 
-import _codecs
 import argparse
 import itertools
-import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +28,7 @@ import yaml
 from torch import Tensor
 
 import common
+from common.checkpoints import read_content
 from common.errors import CheckpointError, ConfigurationError, UserError
 from paper_robustwrn.method import RobustWideResNet
 
@@ -37,15 +36,6 @@ WRAPPERS = ("model_state_dict", "state_dict")
 PROFILER = ("total_ops", "total_params")  # buffers the official FLOP counter leaves behind [C]
 DATA = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}  # by the number of classes
 BLOCK = re.compile(r"blocks\.(\d+)\.layer\.(\d+)\.(.+)")
-
-_SCALAR: Any = np.float64(0).__reduce__()[0]
-PLAIN_NUMBERS: list[Any] = [
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # numpy 1, 2
-    np.dtype,
-    *{type(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool)},
-    _codecs.encode,  # makes bytes of old pickles' text
-]
-"""What numbers from numpy, such as accuracies in ``ENV``, need to be read; none of it runs code."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +66,7 @@ def read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: If the file is missing, damaged or holds code, or no state dict is in it.
     """
-    if not path.is_file():
-        raise CheckpointError(f"the checkpoint {path} does not exist; check the path")
-    try:
-        with torch.serialization.safe_globals(PLAIN_NUMBERS):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {unsafe[1]}" if unsafe else "it is damaged or no file of torch.save"
-        raise CheckpointError(
-            f"{path} cannot be read: {reason}. A checkpoint holds tensors and plain values only, "
-            "and nothing in it is executed; give the file as its authors published it"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(
-            f"{path} cannot be read ({reason}); it is truncated or damaged, so fetch it again"
-        ) from error
+    found = read_content(path)
     rest = dict(found) if isinstance(found, Mapping) else {}
     for wrapper in WRAPPERS:
         if isinstance(rest.get(wrapper), Mapping):

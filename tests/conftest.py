@@ -17,6 +17,8 @@ import torch
 import torchvision.datasets
 from torch import Tensor
 
+from common.data.sources import FashionMNIST
+
 torch.set_num_threads(1)
 
 
@@ -161,14 +163,19 @@ def _fake_mnist(root: Path, cls: type, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = root / cls.__name__ / "raw"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(3)
-    resources = []
+    resources, contents = [], {}
     for part, n in (("train", 60), ("t10k", 30)):
         images = folder / f"{part}-images-idx3-ubyte.gz"
         labels = folder / f"{part}-labels-idx1-ubyte.gz"
         _write_idx(images, _images(rng, n, 28, 28))
         _write_idx(labels, np.array(_labels(n, 10), dtype=np.uint8))
-        resources += [(path.name, _md5(path)) for path in (images, labels)]
+        for path in (images, labels):
+            resources.append((path.name, _md5(path)))
+            contents[path.name] = hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
     monkeypatch.setattr(cls, "resources", resources)
+    if cls is torchvision.datasets.FashionMNIST:
+        monkeypatch.setattr(FashionMNIST, "contents", contents)
+        monkeypatch.setattr(FashionMNIST, "elsewhere", (str(root / "system"),))
     return root
 
 

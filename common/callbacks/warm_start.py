@@ -6,8 +6,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from common.checkpoints import check_weights_fit, checkpoint_beside, load_checkpoint
+from common.checkpoints import checkpoint_beside, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
+from common.weights import check_weights_fit
 
 
 class WarmStart(Callback):

@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.data.reading import check_folder, one_line
 from common.errors import ConfigurationError, DataUnavailableError
+from common.files import strangeness_of
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise"),
@@ -29,7 +31,7 @@ class CIFAR10C:
     more has the labels. They are read a batch at a time, so none has to fit into memory.
 
     Args:
-        root: Folder that has ``CIFAR-10-C`` in it.
+        root: Folder that has ``CIFAR-10-C`` in it, or this folder itself.
         verify: Whether a file must have all 50,000 images. Switch it off for a subset, which is
             five equal blocks all the same.
     """
@@ -40,7 +42,9 @@ class CIFAR10C:
     SIZE = 50_000
 
     def __init__(self, root: str | Path = "data", verify: bool = True) -> None:
-        self.folder = Path(root).expanduser().absolute() / self.FOLDER
+        self.root = Path(root).expanduser().absolute()
+        is_inner = not strangeness_of(self.root / "labels.npy")
+        self.folder = self.root if is_inner else self.root / self.FOLDER
         self.verify = verify
 
     def check(self, names: tuple[str, ...] = CORRUPTIONS) -> int:
@@ -91,6 +95,7 @@ class CIFAR10C:
             yield torch.from_numpy(images), torch.from_numpy(y[rows].astype(np.int64))
 
     def _labels(self) -> NDArray[Any]:
+        check_folder(self.root, "CIFAR-10-C")
         y = self._read("labels")
         wanted = f"{self.SIZE:,}" if self.verify else f"a multiple of {SEVERITIES}"
         is_whole = len(y) == self.SIZE if self.verify else len(y) and len(y) % SEVERITIES == 0
@@ -116,20 +121,23 @@ class CIFAR10C:
 
     def _read(self, name: str) -> NDArray[Any]:
         path = self.folder / f"{name}.npy"
+        if strangeness := strangeness_of(path):
+            raise self._unavailable(name, f"is {strangeness}")
         try:
             found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise self._unavailable(name, "is missing") from None
-        except (OSError, ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())
-            raise self._unavailable(name, f"cannot be read ({reason})") from error
-        if found.ndim == 0:
+        except Exception as error:  # a damaged file can fail at any depth of its reader
+            raise self._unavailable(name, f"cannot be read ({one_line(error)})") from error
+        if not isinstance(found, np.ndarray) or found.ndim == 0:
             raise self._unavailable(name, "holds no array of images or labels")
         return found
 
     def _unavailable(self, name: str, what: str) -> DataUnavailableError:
+        archive = self.root / f"{self.FOLDER}.tar"
+        way = f"{archive} is there: unpack it"
+        if not archive.is_file():
+            way = f"fetch {archive.name} from {self.ADDRESS} and unpack it"
         return DataUnavailableError(
             f"{self.folder / name}.npy {what}. It belongs to CIFAR-10-C, the 10,000 test images "
-            f"under {len(CORRUPTIONS)} corruptions with {SEVERITIES} severities (2.9 GB): fetch "
-            f"CIFAR-10-C.tar from {self.ADDRESS} and unpack it in {self.folder.parent}"
+            f"under {len(CORRUPTIONS)} corruptions with {SEVERITIES} severities (2.9 GB): {way} "
+            f"in {self.root}"
         )

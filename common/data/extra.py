@@ -3,25 +3,31 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from common.attacks.randomness import ExampleRandom
-from common.data.sources import ImageSpec, _ArrayUnpickler, _as_tensors, _one_line
+from common.data.base import ImageSpec, as_tensors
+from common.data.reading import check_folder, listed, one_line, read_pickle, whole_numbers
 from common.errors import ConfigurationError, DataUnavailableError
+from common.files import strangeness_of
 
 # Streams of random numbers, apart from those named in randomness.py and from the splits' 3.
 _LABELLED, _EXTRA, _PLACES = 4, 5, 6
 
 
 class ExtraImages:
-    """The 500 K images that Carmon et al. 2019 found for CIFAR-10 and labelled with a classifier.
+    """Images beside a data set that a classifier or a diffusion model labelled.
 
-    One pickle with ``data``, uint8 ``(N, 32, 32, 3)``, and ``extrapolated_targets``, ``(N,)``. It
-    is read without running anything that a pickle could run. The images come from 80 Million Tiny
-    Images, which its authors withdrew in 2020; the file cannot be made anew from there.
+    A pickle with ``data``, uint8 ``(N, 32, 32, 3)``, and ``extrapolated_targets``, ``(N,)``, such
+    as the 500 K images that Carmon et al. 2019 found for CIFAR-10; or an npz file with ``image``
+    and ``label``, as generated images are published (Rebuffi et al. 2021, Wang et al. 2023). They
+    are read without running anything that a pickle could run. The 500 K images come from 80 Million
+    Tiny Images, which its authors withdrew in 2020; the file cannot be made anew from there.
 
     Args:
         root: Folder that has the file.
@@ -29,6 +35,7 @@ class ExtraImages:
     """
 
     ADDRESS = "https://github.com/yaircarmon/semisup-adv"
+    KEYS = (("data", "extrapolated_targets"), ("image", "label"))
 
     def __init__(self, root: str = "data", name: str = "ti_500K_pseudo_labeled.pickle") -> None:
         self.path = Path(root).expanduser().absolute() / name
@@ -42,7 +49,9 @@ class ExtraImages:
         Raises:
             DataUnavailableError: The file is missing, or holds something else.
         """
-        if not self.path.is_file():
+        check_folder(self.path.parent, self.path.name)
+        strangeness = strangeness_of(self.path)
+        if strangeness == "missing":
             raise DataUnavailableError(
                 f"{self.path} is missing, the 500,000 pseudo-labelled images of Carmon et al. 2019 "
                 f"(1.5 GB, linked from {self.ADDRESS}; Tiny Images, where they come from, was "
@@ -50,16 +59,26 @@ class ExtraImages:
                 "its folder with --data.extra.root, or train without it, --data.extra null"
             )
         try:
-            with self.path.open("rb") as file:
-                entry = _ArrayUnpickler(file, encoding="latin1").load()
-            images, labels = entry["data"], entry["extrapolated_targets"]
-            return _as_tensors(images.transpose(0, 3, 1, 2), labels, spec)
+            if strangeness:
+                raise ValueError(f"it is {strangeness}")
+            images, labels = self._read()
+            return as_tensors(images.transpose(0, 3, 1, 2), whole_numbers(labels), spec)
         except Exception as error:  # a damaged file can fail at any depth of its reader
             raise DataUnavailableError(
-                f"{self.path} is not a set of pseudo-labelled images for {spec.name} "
-                f"({_one_line(error)}): it needs data, uint8 (N, 32, 32, 3), and "
-                f"extrapolated_targets, (N,); fetch it again, see {self.ADDRESS}"
+                f"{self.path} is there but not a set of pseudo-labelled images for {spec.name} "
+                f"({one_line(error)}): it needs data, uint8 (N, 32, 32, 3), and "
+                "extrapolated_targets, (N,), in a pickle, or image and label in an npz file; fetch "
+                f"it again, the former from {self.ADDRESS}"
             ) from error
+
+    def _read(self) -> tuple[Any, Any]:
+        with self.path.open("rb") as file:
+            is_npz = file.read(2) == b"PK"
+        content: Any = np.load(self.path, allow_pickle=False) if is_npz else read_pickle(self.path)
+        for images, labels in self.KEYS:
+            if images in content and labels in content:
+                return content[images], content[labels]
+        raise ValueError(f"it has {listed(content)}")
 
 
 class MixedDataset(Dataset[dict[str, Tensor]]):

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from common.attacks.randomness import AUGMENTATION, ExampleRandom, run_seed
+from common.data.base import ImageSource, Split
 from common.data.extra import ExtraImages, MixedDataset, MixedSampler
-from common.data.sources import ImageSource, Split, stratified_split
+from common.data.sources import stratified_split
 from common.errors import ConfigurationError
 
 Batch = dict[str, Tensor]

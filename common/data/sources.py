@@ -5,82 +5,25 @@ built before any data is there, and turns every defect of its files into one lin
 wrong, where, and what to do about it.
 """
 
-import gzip
 import hashlib
-import io
-import pickle
-import shutil
-import socket
-import tempfile
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+import zlib
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.datasets
-from filelock import FileLock
-from numpy.typing import NDArray
 from torch import Tensor
 
 from common.attacks.randomness import ExampleRandom
-from common.errors import ConfigurationError, DataUnavailableError, RunDirectoryError
-from common.files import damage_of, write_sealed
-
-Split = Literal["train", "test"]
-Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+from common.data.base import Arrays, ImageSource, ImageSpec, Split
+from common.data.downloads import DownloadedSource
+from common.data.folders import FolderSource
+from common.data.reading import read_idx, read_mat, read_pickle, read_unpacked, whole_numbers
+from common.errors import ConfigurationError
 
 _SPLIT_STREAM = 3  # keeps the draws for splits apart from the streams named in randomness.py
-_NETWORK_TIMEOUT = 15.0  # seconds without an answer; torchvision itself would wait for ever
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """What is known about a data set before any file is read.
-
-    Args:
-        name: As papers print it.
-        num_classes: Labels lie in ``[0, num_classes)``.
-        shape: Of one image, ``(C, H, W)``.
-        mean: Of the training split, per channel, for pixels in [0, 1].
-        std: Of the training split's pixels, per channel, for pixels in [0, 1].
-        class_names: In the order of the labels.
-    """
-
-    name: str
-    num_classes: int
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    class_names: tuple[str, ...]
-
-
-class ImageSource(ABC):
-    """A data set with a training and a test split, held in memory as uint8."""
-
-    spec: ImageSpec
-
-    @abstractmethod
-    def prepare(self) -> None:
-        """Fetches and checks the files; called by one process per machine.
-
-        Raises:
-            DataUnavailableError: A file is missing, altered or cannot be fetched.
-        """
-
-    @abstractmethod
-    def load(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Images, uint8 ``(N, C, H, W)`` in [0, 255], and labels, int64 ``(N,)``.
-
-        Raises:
-            DataUnavailableError: A file is missing, altered or cannot be read.
-        """
 
 
 def stratified_split(y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -118,29 +61,6 @@ def stratified_split(y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
         members = torch.nonzero(y == label).flatten()
         second[members[torch.argsort(score[members], stable=True)[:n]]] = True
     return torch.nonzero(~second).flatten(), torch.nonzero(second).flatten()
-
-
-def _as_tensors(
-    images: NDArray[np.uint8], labels: NDArray[Any], spec: ImageSpec
-) -> tuple[Tensor, Tensor]:
-    """Checks what a file held against the specification.
-
-    Raises:
-        ValueError: Saying what does not fit.
-    """
-    if images.dtype != np.uint8 or images.shape[1:] != spec.shape:
-        raise ValueError(
-            f"images are {images.dtype} {tuple(images.shape[1:])}, expected uint8 {spec.shape}"
-        )
-    if len(images) != len(labels) or len(images) == 0:
-        raise ValueError(f"{len(images)} images and {len(labels)} labels")
-    y = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
-    if int(y.min()) < 0 or int(y.max()) >= spec.num_classes:
-        raise ValueError(
-            f"labels run from {int(y.min())} to {int(y.max())}, expected 0 to "
-            f"{spec.num_classes - 1}"
-        )
-    return torch.from_numpy(np.require(images, requirements=["C", "W"])), y
 
 
 class Digits(ImageSource):
@@ -191,164 +111,10 @@ class Digits(ImageSource):
         return x.to(torch.uint8), y[rows]
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays, lists, strings and dictionaries only: any other pickle could run any code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        arrays = {"ndarray", "dtype", "_reconstruct", "_frombuffer", "scalar"}
-        is_array = module.split(".")[0] == "numpy" and name in arrays
-        if is_array or (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a set of images")
-
-
-@contextmanager
-def _network_timeout() -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_NETWORK_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-class DownloadedSource(ImageSource):
-    """A data set that torchvision knows the address, the file names and the checksums of.
-
-    Args:
-        root: Folder that has, or will have, the files in torchvision's layout.
-        download: Whether missing files may be fetched. They arrive in a temporary folder first:
-            an interrupted download leaves nothing half-written and nothing is ever overwritten.
-        verify: Whether the files must be the official ones, by checksum. Switch it off for a
-            subset or for images of your own in the same format; then only their form is checked.
-    """
-
-    archives: ClassVar[tuple[str, ...]]  # what to put into root by hand, relative to it
-    address: ClassVar[str]
-
-    def __init__(self, root: str = "data", download: bool = True, verify: bool = True) -> None:
-        self.root = Path(root).expanduser().absolute()
-        self.download = download
-        self.verify = verify
-        self._is_checked = False
-
-    @abstractmethod
-    def _checksums(self) -> dict[str, str]:
-        """Files relative to ``root``, with their official MD5."""
-
-    @abstractmethod
-    def _fetch(self, folder: Path) -> None:
-        """Lets torchvision fill ``folder``, using archives that are already there."""
-
-    @abstractmethod
-    def _read(self, split: Split) -> Arrays:
-        """Images ``(N, C, H, W)`` and labels ``(N,)`` as the files have them."""
-
-    def prepare(self) -> None:
-        """See :meth:`ImageSource.prepare`."""
-        missing = self._check()
-        if not missing:
-            return
-        # Official files mixed with someone's own would be neither.
-        is_own_subset = not self.verify and len(missing) < len(self._checksums())
-        if is_own_subset or not self.download:
-            raise self._missing(missing)
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with (
-                FileLock(self.root / ".download.lock"),
-                tempfile.TemporaryDirectory(prefix=".download-", dir=self.root) as folder,
-            ):
-                missing = self._check()  # another run may have fetched them meanwhile
-                if missing:
-                    self._fetch_into(Path(folder), missing)
-        except DataUnavailableError:
-            raise
-        except Exception as error:  # sockets, servers, archives and disks fail in many ways
-            raise DataUnavailableError(
-                f"{self.spec.name} is not in {self.root} ({_listed(missing, 1)} missing) and could "
-                f"not be downloaded from {self.address} ({_one_line(error)}): connect to a "
-                f"network, or put {_listed(self.archives)} into {self.root} by hand"
-            ) from error
-
-    def load(self, split: Split) -> tuple[Tensor, Tensor]:
-        """See :meth:`ImageSource.load`."""
-        missing = self._check()
-        if missing:
-            raise self._missing(missing)
-        try:
-            return _as_tensors(*self._read(split), self.spec)
-        except Exception as error:  # a damaged file can fail at any depth of its reader
-            raise DataUnavailableError(
-                f"the {split} split of {self.spec.name} in {self.root} cannot be read "
-                f"({_one_line(error)}): delete {_listed(self._checksums())} there to have "
-                "the official files downloaded anew, or mend your own"
-            ) from error
-
-    def _check(self) -> list[str]:
-        """Missing files; altered ones are an error at once."""
-        if self._is_checked:
-            return []
-        missing = []
-        for name, official in self._checksums().items():
-            path = self.root / name
-            if not path.is_file():
-                missing.append(name)
-            elif self.verify and (found := _md5(path)) != official:
-                raise DataUnavailableError(
-                    f"{path} is not the official {self.spec.name} file ({path.stat().st_size:,} "
-                    f"bytes, MD5 {found}, expected {official}): if it is truncated or damaged, "
-                    "delete it to have it downloaded anew; if it is your own or a subset, set "
-                    "--data.source.verify false"
-                )
-        self._is_checked = not missing
-        return missing
-
-    def _missing(self, missing: list[str]) -> DataUnavailableError:
-        way = (
-            "set --data.source.download true, with a network or with "
-            f"{_listed(self.archives)} put into {self.root} by hand"
-            if not self.download
-            else f"put what is missing into {self.root}"
-            if not self.verify
-            else "run prepare_data() first"
-        )
-        return DataUnavailableError(
-            f"{self.spec.name} is not complete in {self.root} ({_listed(missing, 2)} missing): "
-            f"{way}"
-        )
-
-    def _fetch_into(self, folder: Path, missing: list[str]) -> None:
-        for name in self.archives:
-            if (self.root / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.root / name, folder / name)
-        with _network_timeout():
-            self._fetch(folder)
-        for name in missing:
-            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).replace(self.root / name)
-
-
-def _listed(names: Iterable[str], most: int = 4) -> str:
-    """At most so many names, then how many more."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 class CIFAR10(DownloadedSource):
     """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour photographs of 32x32, 10 classes."""
 
+    folder = torchvision.datasets.CIFAR10.base_folder
     archives = ("cifar-10-python.tar.gz",)
     address = "https://www.cs.toronto.edu/~kriz/cifar.html"
     dataset: ClassVar[type[torchvision.datasets.CIFAR10]] = torchvision.datasets.CIFAR10
@@ -365,23 +131,22 @@ class CIFAR10(DownloadedSource):
     )  # fmt: skip
 
     def _checksums(self) -> dict[str, str]:
-        files = self.dataset.train_list + self.dataset.test_list
-        return {f"{self.dataset.base_folder}/{name}": md5 for name, md5 in files}
+        return dict([*self.dataset.train_list, *self.dataset.test_list])
+
+    def _archive_checksums(self) -> dict[str, str]:
+        return {self.dataset.filename: self.dataset.tgz_md5}
 
     def _fetch(self, folder: Path) -> None:
         self.dataset(folder, download=True)
 
     def _read(self, split: Split) -> Arrays:
         files = self.dataset.train_list if split == "train" else self.dataset.test_list
-        images, labels = [], []
-        for name, _ in files:
-            with (self.root / self.dataset.base_folder / name).open("rb") as file:
-                entry = _ArrayUnpickler(file, encoding="latin1").load()
-            # Python 2 wrote the official keys as text; Python 3 tools often write bytes.
-            entry = {k.decode() if isinstance(k, bytes) else k: v for k, v in entry.items()}
-            images.append(np.asarray(entry["data"]).reshape(-1, 3, 32, 32))
-            labels.append(np.asarray(entry["labels" if "labels" in entry else "fine_labels"]))
-        return np.concatenate(images), np.concatenate(labels)
+        entries = [read_pickle(self._paths[name]) for name, _ in files]
+        labels = "labels" if "labels" in entries[0] else "fine_labels"
+        return (
+            np.concatenate([entry["data"].reshape(-1, 3, 32, 32) for entry in entries]),
+            np.concatenate([whole_numbers(entry[labels]) for entry in entries]),
+        )
 
 
 _CIFAR100_CLASSES = """
@@ -399,6 +164,7 @@ trout tulip turtle wardrobe whale willow_tree wolf woman worm
 class CIFAR100(CIFAR10):
     """CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 colour photographs of 32x32, 100 fine labels."""
 
+    folder = torchvision.datasets.CIFAR100.base_folder
     archives = ("cifar-100-python.tar.gz",)
     dataset = torchvision.datasets.CIFAR100
     spec = ImageSpec(
@@ -417,6 +183,7 @@ class SVHN(DownloadedSource):
     The 531,131 easier images of its ``extra`` split are not used.
     """
 
+    folder = ""
     archives = ("train_32x32.mat", "test_32x32.mat")
     address = "http://ufldl.stanford.edu/housenumbers"
     spec = ImageSpec(
@@ -437,37 +204,27 @@ class SVHN(DownloadedSource):
             torchvision.datasets.SVHN(folder, split=split, download=True)
 
     def _read(self, split: Split) -> Arrays:
-        from scipy.io import loadmat  # slow to import, and only needed here
-
-        content = loadmat(self.root / torchvision.datasets.SVHN.split_list[split][1])
-        labels = content["y"].astype(np.int64).reshape(-1) % 10  # the file calls the digit 0 "10"
-        return np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1)), labels
-
-
-def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """An array of bytes in the IDX format: two zeros, type, rank, big-endian sizes, content."""
-    with gzip.open(path) as file:
-        content = file.read()
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path.name} is no IDX file of bytes")
-    sizes = np.frombuffer(content, dtype=">u4", count=content[3], offset=4)
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * content[3]).reshape(sizes).copy()
+        name = torchvision.datasets.SVHN.split_list[split][1]
+        images, labels = read_mat(self._paths[name], ("X", "y"))
+        # The file calls the digit 0 "10".
+        return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.reshape(-1) % 10
 
 
 class MNIST(DownloadedSource):
-    """MNIST (LeCun et al. 1998): 60,000 + 10,000 grey handwritten digits of 28x28."""
+    """MNIST (LeCun et al. 1998): 60,000 + 10,000 grey handwritten digits of 28x28.
 
-    archives = tuple(
-        f"MNIST/raw/{part}.gz"
-        for part in (
-            "train-images-idx3-ubyte",
-            "train-labels-idx1-ubyte",
-            "t10k-images-idx3-ubyte",
-            "t10k-labels-idx1-ubyte",
-        )
+    The files may be packed or not, and spelled with a dot before ``idx``.
+    """
+
+    PARTS = (
+        *("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+        *("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
     )
+    folder = "MNIST/raw"
+    archives = tuple(f"MNIST/raw/{part}" for part in PARTS)
     address = "https://ossci-datasets.s3.amazonaws.com/mnist"
     dataset: ClassVar[type[torchvision.datasets.MNIST]] = torchvision.datasets.MNIST
+    contents: ClassVar[dict[str, str]] = {}  # SHA-256 of the unpacked files, where they are known
     spec = ImageSpec(
         name="MNIST",
         num_classes=10,
@@ -478,24 +235,51 @@ class MNIST(DownloadedSource):
     )
 
     def _checksums(self) -> dict[str, str]:
-        md5 = dict(self.dataset.resources)
-        return {name: md5[Path(name).name] for name in self.archives}
+        return dict(self.dataset.resources)
+
+    def _spellings(self, name: str) -> tuple[str, ...]:
+        plain = name.removesuffix(".gz")
+        dotted = plain.replace("-idx", ".idx")
+        return name, plain, f"{dotted}.gz", dotted, f"{plain}/{plain}", f"{dotted}/{dotted}"
+
+    def _problem(self, path: Path, name: str) -> str:
+        if name not in self.contents:
+            problem = super()._problem(path, name)
+            if not problem or path.name.endswith(".gz"):
+                return problem
+            return f"it is unpacked, and only the MD5 of {name} is known: put that beside it"
+        try:
+            found = hashlib.sha256(read_unpacked(path)).hexdigest()
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            return f"it cannot be unpacked, {error}"
+        official = self.contents[name]
+        return "" if found == official else f"SHA-256 {found} unpacked, expected {official}"
 
     def _fetch(self, folder: Path) -> None:
         self.dataset(folder, download=True)
 
     def _read(self, split: Split) -> Arrays:
-        names = self.archives[:2] if split == "train" else self.archives[2:]
-        images, labels = (_read_idx(self.root / name) for name in names)
-        return images[:, None], labels.astype(np.int64)
+        names = self.PARTS[:2] if split == "train" else self.PARTS[2:]
+        images, labels = (read_idx(self._paths[name]) for name in names)
+        return images[:, None], labels
 
 
 class FashionMNIST(MNIST):
     """Fashion-MNIST (Xiao et al. 2017): 60,000 + 10,000 grey pictures of clothing, 28x28."""
 
-    archives = tuple(name.replace("MNIST/", "FashionMNIST/") for name in MNIST.archives)
+    folder = "FashionMNIST/raw"
+    archives = tuple(f"FashionMNIST/raw/{part}" for part in MNIST.PARTS)
+    elsewhere = ("/usr/share/datasets/fashion-mnist",)
+    package = "dataset-fashion-mnist"
     address = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
     dataset = torchvision.datasets.FashionMNIST
+    # Packed again by gzip -6 with their time of 2017, these contents have torchvision's MD5s.
+    contents: ClassVar[dict[str, str]] = {
+        MNIST.PARTS[0]: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        MNIST.PARTS[1]: "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        MNIST.PARTS[2]: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        MNIST.PARTS[3]: "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    }
     spec = ImageSpec(
         name="Fashion-MNIST",
         num_classes=10,
@@ -536,24 +320,16 @@ n09428293 n12267677
 """
 
 
-class TinyImageNet(ImageSource):
+class TinyImageNet(FolderSource):
     """Tiny-ImageNet (Stanford CS231n, 2015): 200 classes of 500 + 50 photographs of 64x64.
 
     The 10,000 labelled validation images are the test split, as is usual: the official test
-    images have no labels. Labels follow the sorted WordNet identifiers. Images are ordered by
-    their rank within the class, so that the first n hold all classes alike.
-
-    Decoding takes about a minute, once: the pixels are kept as ``tiny-imagenet-200.<split>.pt``
-    beside the folder. Delete these files after editing an image in place.
-
-    Args:
-        root: Folder that has ``tiny-imagenet-200`` in it.
-        verify: Whether all 100,000 + 10,000 images must be there. Switch it off for a subset.
+    images have no labels. Labels follow the sorted WordNet identifiers.
     """
 
-    FOLDER = "tiny-imagenet-200"
-    ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-    SIZES: ClassVar[dict[Split, int]] = {"train": 100_000, "test": 10_000}
+    folder = "tiny-imagenet-200"
+    address = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+    sizes: ClassVar[dict[Split, int]] = {"train": 100_000, "test": 10_000}
     spec = ImageSpec(
         name="Tiny-ImageNet",
         num_classes=200,
@@ -562,113 +338,3 @@ class TinyImageNet(ImageSource):
         std=(0.2770, 0.2691, 0.2821),
         class_names=tuple(_TINY_IMAGENET_CLASSES.split()),
     )
-
-    def __init__(self, root: str = "data", verify: bool = True) -> None:
-        self.root = Path(root).expanduser().absolute()
-        self.verify = verify
-
-    def prepare(self) -> None:
-        """Checks the folder and decodes it, so that other processes find the pixels ready."""
-        for split in self.SIZES:
-            self.load(split)
-
-    def load(self, split: Split) -> tuple[Tensor, Tensor]:
-        """See :meth:`ImageSource.load`."""
-        files, labels = self._list(split)
-        if self.verify and len(files) != self.SIZES[split]:
-            raise self._unavailable(
-                f"has {len(files):,} images of the {split} split, expected {self.SIZES[split]:,}",
-                "; for a subset set --data.source.verify false",
-            )
-        if not files:
-            raise self._unavailable(f"has no image of the {split} split")
-        names = "\n".join(
-            f"{path.relative_to(self.root)} {y}" for path, y in zip(files, labels, strict=True)
-        )
-        digest = hashlib.sha256(names.encode()).hexdigest()
-        cache = self.root / f"{self.FOLDER}.{split}.pt"
-        x = self._cached(cache, digest, len(files))
-        if x is None:
-            x = self._decode(files)
-            self._keep(cache, {"x": x, "digest": digest})
-        return x, torch.tensor(labels, dtype=torch.int64)
-
-    def _list(self, split: Split) -> tuple[list[Path], list[int]]:
-        """Image files and their labels, in the order of the split."""
-        number = {wnid: label for label, wnid in enumerate(self.spec.class_names)}
-        folder = self.root / self.FOLDER
-        try:
-            if split == "train":
-                ranked = [
-                    (rank, number[wnid.name], path)
-                    for wnid in sorted((folder / "train").iterdir())
-                    if wnid.is_dir()
-                    for rank, path in enumerate(sorted((wnid / "images").glob("*.JPEG")))
-                ]
-                ranked.sort(key=lambda item: item[:2])
-                return [path for *_, path in ranked], [label for _, label, _ in ranked]
-            lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
-            fields = [line.split("\t") for line in lines if line.strip()]
-            files = [folder / "val" / "images" / name for name, *_ in fields]
-            return files, [number[wnid] for _, wnid, *_ in fields]
-        except OSError as error:
-            raise self._unavailable(f"is missing or incomplete ({_one_line(error)})") from error
-        except (KeyError, ValueError) as error:
-            raise self._unavailable(
-                f"has an unknown class or a damaged annotation ({_one_line(error)})"
-            ) from error
-
-    def _unavailable(self, what: str, remedy: str = "") -> DataUnavailableError:
-        return DataUnavailableError(
-            f"{self.spec.name}: {self.root / self.FOLDER} {what}: fetch {self.ADDRESS} and unpack "
-            f"it in {self.root}{remedy}"
-        )
-
-    def _decode(self, files: list[Path]) -> Tensor:
-        x = torch.empty((len(files), *self.spec.shape), dtype=torch.uint8)
-        with ThreadPoolExecutor() as pool:  # the decoder releases the interpreter lock
-            for row, image in enumerate(pool.map(self._decode_one, files)):
-                x[row] = torch.from_numpy(image)
-        return x
-
-    def _decode_one(self, path: Path) -> NDArray[np.uint8]:
-        from PIL import Image
-
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("RGB"))
-        except OSError as error:
-            raise self._unavailable(f"has a damaged image, {path} ({_one_line(error)})") from error
-        if pixels.shape != (64, 64, 3):
-            raise self._unavailable(f"has an image of {pixels.shape[:2]}, not 64x64, {path}")
-        return pixels.transpose(2, 0, 1)
-
-    def _cached(self, cache: Path, digest: str, count: int) -> Tensor | None:
-        """The kept pixels, or None where there are none of these very files."""
-        if not cache.is_file():
-            return None
-        try:
-            if damage := damage_of(cache):
-                raise ValueError(damage)
-            content = torch.load(cache, weights_only=True)
-            x: Tensor = content["x"]
-            if content["digest"] == digest and x.shape == (count, *self.spec.shape):
-                return x
-        except Exception as error:  # whatever is wrong with it, decoding anew puts it right
-            warnings.warn(
-                f"{cache} is damaged ({_one_line(error)}); the images are decoded again",
-                stacklevel=2,
-            )
-        return None
-
-    def _keep(self, cache: Path, content: dict[str, Any]) -> None:
-        try:
-            archive = io.BytesIO()
-            torch.save(content, archive)
-            write_sealed(cache, archive)
-        except RunDirectoryError as error:
-            warnings.warn(
-                f"the decoded images could not be kept as {cache} ({error}); every run will decode "
-                "them again",
-                stacklevel=2,
-            )

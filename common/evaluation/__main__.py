@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model = build_model(arguments.model, arguments.model_args)
         if arguments.weights:
-            load_weights(model, arguments.weights)
+            load_weights(model, arguments.weights, arguments.weights_key)
         data = load_data(arguments.data, arguments.data_root)
         test = data._dataset("test", None, arguments.examples)
         batch = test.__getitems__(list(range(len(test))))
@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model_args", metavar="JSON", default="{}", help="for the factory")
     parser.add_argument("--weights", metavar="FILE", help="state dict or checkpoint to load")
+    parser.add_argument(
+        "--weights_key",
+        metavar="KEY",
+        help="which weights, if the file holds several sets, such as ema_state_dict",
+    )
     parser.add_argument(
         "--data",
         default="cifar10",

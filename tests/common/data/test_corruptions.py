@@ -144,3 +144,37 @@ def test_settings_out_of_range(write: Callable[..., Path]) -> None:
         list(data.batches("fog", severity=6))
     with pytest.raises(ConfigurationError, match="at least 1"):
         list(data.batches("fog", 0))
+
+
+def test_root_may_name_the_folder_itself(write: Callable[..., Path]) -> None:
+    root = write(("fog",))
+    assert CIFAR10C(root / "CIFAR-10-C", verify=False).check(("fog",)) == 20
+
+
+def test_an_archive_that_is_there_is_to_be_unpacked(tmp_path: Path) -> None:
+    archive = tmp_path / "CIFAR-10-C.tar"
+    archive.touch()
+    with pytest.raises(DataUnavailableError, match=rf"{archive} is there: unpack it in {tmp_path}"):
+        CIFAR10C(tmp_path).check()
+    with pytest.raises(DataUnavailableError, match="is a file, expected the folder"):
+        CIFAR10C(archive).check()
+
+
+@pytest.mark.parametrize("kind", ["npz", "empty", "folder", "page", "header"])
+def test_a_file_of_another_kind_is_called_that(write: Callable[..., Path], kind: str) -> None:
+    root = write(("fog",))
+    path = root / "CIFAR-10-C" / "fog.npy"
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "npz":
+        with path.open("wb") as file:
+            np.savez(file, x=np.zeros((20, 32, 32, 3), np.uint8))
+    else:
+        header = b"\x93NUMPY\1\0\xff\xff" + b"(" * 200_000
+        path.write_bytes({"empty": b"", "page": b"<html>", "header": header}[kind])
+    word = {"npz": "no array", "empty": "is empty", "folder": "is a folder", "page": "a web page",
+            "header": "cannot be read"}[kind]  # fmt: skip
+    with pytest.raises(DataUnavailableError, match=word) as caught:
+        CIFAR10C(root, verify=False).check(("fog",))
+    assert "\n" not in str(caught.value)

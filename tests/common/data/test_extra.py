@@ -14,9 +14,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from common import files
+from common.data.base import ImageSource, ImageSpec, Split
 from common.data.extra import ExtraImages, MixedSampler
 from common.data.images import ImageDataModule
-from common.data.sources import CIFAR10, ImageSource, ImageSpec, Split
+from common.data.sources import CIFAR10
 from common.errors import ConfigurationError, DataUnavailableError
 
 CONFIGS = Path(__file__).parents[3] / "common" / "configs"
@@ -151,6 +153,44 @@ def test_a_truncated_file_says_so(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DataUnavailableError, match=r"fetch it again"):
         ExtraImages(str(tmp_path)).load(CIFAR10.spec)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_generated_images_as_they_are_published(tmp_path: Path, save: Any) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    save(tmp_path / "1m.npz", image=images, label=np.arange(30) % 10)
+    x, y = ExtraImages(str(tmp_path), "1m.npz").load(CIFAR10.spec)
+    assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), images)
+    assert y.tolist() == [i % 10 for i in range(30)]
+
+
+@pytest.mark.parametrize("kind", ["keys", "object", "bomb", "page", "packed", "folder"])
+def test_other_files_are_called_what_they_are(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_ROOM", 2**16)
+    path = tmp_path / "1m.npz"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "keys":
+        np.savez(path, x=np.zeros(3), y=np.zeros(3))
+    elif kind == "object":
+        np.savez(path, image=np.array([{}], dtype=object), label=np.zeros(1, np.int64))
+    elif kind == "bomb":
+        np.savez_compressed(path, image=np.zeros((90, 32, 32, 3), np.uint8))
+    elif kind == "packed":
+        path.write_bytes(b"\x1f\x8b" + bytes(99))
+    else:
+        path.write_bytes(b"<!DOCTYPE html><html></html>")
+    word = {"keys": "it has x, y", "object": "allow_pickle", "bomb": "more than 50 times as many",
+            "page": "a web page", "packed": "compressed by gzip", "folder": "a folder"}  # fmt: skip
+    with pytest.raises(DataUnavailableError, match=word[kind]) as caught:
+        ExtraImages(str(tmp_path), "1m.npz").load(CIFAR10.spec)
+    assert "is there but" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if kind != "folder":
+        with pytest.raises(DataUnavailableError, match="is a file, expected the folder"):
+            ExtraImages(str(path)).load(CIFAR10.spec)
 
 
 # ------------------------------------------------------------------------------- the sampler

@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from common.attacks.randomness import AUGMENTATION, ExampleRandom
+from common.data.base import ImageSource, ImageSpec, Split
 from common.data.images import ImageDataModule, Views, shift_and_flip
-from common.data.sources import CIFAR10, Digits, ImageSource, ImageSpec, Split
+from common.data.sources import CIFAR10, Digits
 from common.errors import ConfigurationError, DataUnavailableError
 from common.objectives import weighted
 

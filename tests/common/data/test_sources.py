@@ -1,11 +1,14 @@
 import gzip
+import os
 import pickle
 import shutil
 import socket
 import struct
 import tarfile
+import tempfile
+import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,10 @@ import torch
 import torchvision.datasets
 from sklearn.datasets import load_digits
 
-from common.data import sources
+from common import files
+from common.data import downloads
+from common.data.base import ImageSource
+from common.data.downloads import DownloadedSource
 from common.data.sources import (
     CIFAR10,
     CIFAR100,
@@ -22,7 +28,6 @@ from common.data.sources import (
     SVHN,
     Digits,
     FashionMNIST,
-    ImageSource,
     TinyImageNet,
     stratified_split,
 )
@@ -248,8 +253,8 @@ def test_complete_files_need_no_network_and_are_not_touched(
 
 
 def test_files_are_hashed_once(fake_cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed, original = [], sources._md5
-    monkeypatch.setattr(sources, "_md5", lambda path: hashed.append(path) or original(path))
+    hashed, original = [], downloads.md5_of
+    monkeypatch.setattr(downloads, "md5_of", lambda path: hashed.append(path) or original(path))
     source = CIFAR10(root=str(fake_cifar10))
     source.prepare()
     source.load("train")
@@ -423,11 +428,11 @@ def archived_cifar10(
     cls = torchvision.datasets.CIFAR10
     folder = fake_cifar10 / cls.base_folder
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": sources._md5(folder / "batches.meta")})
+    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": downloads.md5_of(folder / "batches.meta")})
     archive = tmp_path / cls.filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, arcname=cls.base_folder)
-    monkeypatch.setattr(cls, "tgz_md5", sources._md5(archive))
+    monkeypatch.setattr(cls, "tgz_md5", downloads.md5_of(archive))
     root = tmp_path / "empty"
     root.mkdir()
     return archive, root
@@ -559,7 +564,7 @@ def test_tiny_imagenet_works_where_nothing_can_be_written(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(sources.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
     with pytest.warns(UserWarning, match="could not be kept"):
         x, _ = TinyImageNet(root=str(fake_tiny_imagenet), verify=False).load("train")
     assert len(x) == 12
@@ -599,3 +604,403 @@ def test_tiny_imagenet_names_damage(fake_tiny_imagenet: Path, damage: str) -> No
         image.unlink()
     source = TinyImageNet(root=str(fake_tiny_imagenet), verify=False)
     assert expected in error_of(lambda: source.load(split))
+
+
+# ------------------------------------------------------------------- folders as people have them
+
+
+@pytest.fixture
+def stranger() -> Iterator[None]:
+    """The test runs without the permissions of root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    if user == 0:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that anybody may list and write."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("download", [True, False])
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("content", [b"", b"garbage" * 99, b"<html>quota exceeded</html>", None])
+def test_a_damaged_archive_is_not_called_absent(
+    tmp_path: Path, no_network: list[str], content: bytes | None, download: bool, verify: bool
+) -> None:
+    path = tmp_path / "cifar-100-python.tar.gz"
+    path.mkdir() if content is None else path.write_bytes(content)
+    source = CIFAR100(str(tmp_path), download=download, verify=verify)
+    message = error_of(source.prepare)
+    assert f"{path} is there but damaged" in message
+    assert no_network == []
+
+
+def test_an_archive_is_unpacked_without_downloading(
+    archived_cifar10: tuple[Path, Path], no_network: list[str]
+) -> None:
+    archive, root = archived_cifar10
+    shutil.copy(archive, root)
+    source = CIFAR10(str(root), download=False)
+    source.prepare()
+    assert len(source.load("train")[0]) == 100
+
+
+@pytest.mark.parametrize("cls", DOWNLOADED)
+@pytest.mark.parametrize("verify", [True, False])
+def test_root_may_name_the_inner_folders(
+    cls: type[DownloadedSource], verify: bool, request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue(FAKES[cls])
+    expected = cls(str(root)).load("test")
+    inner = root
+    for part in Path(cls.folder).parts:
+        inner = inner / part
+        source = cls(str(inner), verify=verify)
+        source.prepare()
+        assert torch.equal(source.load("test")[0], expected[0])
+
+
+@pytest.mark.parametrize("cls", DOWNLOADED)
+def test_a_set_one_folder_below_is_named(
+    cls: type[ImageSource], request: pytest.FixtureRequest, no_network: list[str]
+) -> None:
+    root = request.getfixturevalue(FAKES[cls])
+    message = error_of(cls(str(root.parent), download=False).prepare)
+    assert f"it is in {root}: set --data.source.root {root}" in message
+
+
+@pytest.mark.parametrize("cls", [*DOWNLOADED, TinyImageNet])
+def test_a_root_that_is_a_file_is_called_that(cls: type[ImageSource], tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_text("a file")
+    for call in (cls(str(path)).prepare, lambda: cls(str(path)).load("test")):
+        assert f"{path} is a file, expected the folder" in error_of(call)
+
+
+@pytest.mark.parametrize("cls", [CIFAR10, MNIST, TinyImageNet])
+def test_folders_that_may_not_be_read_are_called_that(
+    cls: type[ImageSource], public: Path, stranger: None
+) -> None:
+    root = public / "data"
+    root.mkdir(mode=0)
+    assert f"{root} is not readable (Permission denied)" in error_of(cls(str(root)).prepare)
+    root.chmod(0o777)
+
+
+def test_files_that_may_not_be_read_are_called_that(
+    public: Path, write_cifar10: Callable[..., Path], stranger: None, no_network: list[str]
+) -> None:
+    path = write_cifar10(public / "data") / "cifar-10-batches-py" / "data_batch_2"
+    path.chmod(0)
+    message = error_of(CIFAR10(str(public / "data"), verify=False).prepare)
+    assert f"{path}, a file of CIFAR-10, is there but it is not readable" in message
+
+
+def test_a_folder_that_may_not_be_written(
+    public: Path, write_cifar10: Callable[..., Path], stranger: None, no_network: list[str]
+) -> None:
+    root = write_cifar10(public / "data")
+    for path in (root, root / "cifar-10-batches-py"):
+        path.chmod(0o555)
+    source = CIFAR10(str(root), verify=False)
+    source.prepare()
+    assert len(source.load("test")[0]) == 20
+    root.chmod(0o755)
+    shutil.rmtree(root, ignore_errors=True)
+    (public / "data").mkdir(mode=0o555, exist_ok=True)
+    (public / "data").chmod(0o555)
+    message = error_of(SVHN(str(root)).prepare)
+    assert "cannot be put there" in message
+    assert "make the folder writable" in message
+    assert no_network == []
+
+
+@pytest.mark.parametrize("cls", DOWNLOADED)
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "empty (0 bytes)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (None, "a folder, not a file"),
+    ],
+)
+def test_a_file_that_is_something_else_is_called_that(
+    cls: type[ImageSource],
+    verify: bool,
+    content: bytes | None,
+    word: str,
+    request: pytest.FixtureRequest,
+    no_network: list[str],
+) -> None:
+    root = request.getfixturevalue(FAKES[cls])
+    path = sorted(p for p in root.rglob("*") if p.is_file())[-1]
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    message = error_of(cls(str(root), verify=verify).prepare)
+    assert "is there but it is" in message
+    assert word in message
+    assert no_network == []
+
+
+@pytest.mark.parametrize("cls", DOWNLOADED)
+def test_a_half_copied_set_is_incomplete_and_not_absent(
+    cls: type[DownloadedSource], request: pytest.FixtureRequest, no_network: list[str]
+) -> None:
+    root = request.getfixturevalue(FAKES[cls])
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    files[-1].unlink()
+    count = f"{len(files) - 1} of {len(files)} files are there"
+    for download in (True, False):
+        message = error_of(cls(str(root), download=download).prepare)
+        assert f"{cls.spec.name} is not complete in {files[0].parent}" in message
+        assert files[-1].name in message
+        assert count in message
+
+
+@pytest.mark.parametrize("cls", [CIFAR10, TinyImageNet])
+def test_a_root_that_leads_nowhere(cls: type[ImageSource], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    assert "is not readable (No such file" in error_of(cls(str(tmp_path / "link")).prepare)
+    (tmp_path / "file").touch()
+    assert "is below a file" in error_of(cls(str(tmp_path / "file" / "data")).prepare)
+
+
+def test_names_of_packed_files_may_lie(fake_fashion_mnist: Path) -> None:
+    expected = FashionMNIST(str(fake_fashion_mnist)).load("test")[0]
+    one, other = sorted((fake_fashion_mnist / FashionMNIST.folder).glob("t10k*"))
+    one.write_bytes(gzip.decompress(one.read_bytes()))  # as some browsers do
+    other.rename(other.with_suffix(""))
+    source = FashionMNIST(str(fake_fashion_mnist))
+    source.prepare()
+    assert torch.equal(source.load("test")[0], expected)
+
+
+def unpack(path: Path, name: str) -> None:
+    (path.parent / name).parent.mkdir(exist_ok=True)
+    (path.parent / name).write_bytes(gzip.decompress(path.read_bytes()))
+    path.unlink()
+
+
+@pytest.mark.parametrize("spelling", ["{}-idx{}", "{}.idx{}", "{}-idx{}/{}-idx{}"])
+def test_unpacked_files_are_read_and_verified_where_their_content_is_known(
+    fake_mnist: Path, fake_fashion_mnist: Path, spelling: str
+) -> None:
+    for cls, root in ((MNIST, fake_mnist), (FashionMNIST, fake_fashion_mnist)):
+        expected = cls(str(root)).load("test")
+        for path in (root / cls.folder).iterdir():
+            stem, _, rest = path.name.removesuffix(".gz").partition("-idx")
+            unpack(path, spelling.format(stem, rest, stem, rest))
+        found = cls(str(root), verify=False).load("test")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    message = error_of(MNIST(str(fake_mnist)).prepare)
+    assert "is there" in message
+    assert "unpacked, and only the MD5 of train-images-idx3-ubyte.gz is known" in message
+    source = FashionMNIST(str(fake_fashion_mnist))
+    source.prepare()
+    assert torch.equal(source.load("test")[0], expected[0])
+    path = next(p for p in fake_fashion_mnist.rglob("*t10k-labels*") if p.is_file())
+    path.write_bytes(path.read_bytes()[:-1] + b"\5")
+    assert "SHA-256" in error_of(FashionMNIST(str(fake_fashion_mnist)).prepare)
+
+
+def test_fashion_mnist_comes_from_the_system_package(
+    fake_fashion_mnist: Path, no_network: list[str]
+) -> None:
+    source = FashionMNIST(str(fake_fashion_mnist))
+    expected = source.load("train")
+    raw, system = fake_fashion_mnist / FashionMNIST.folder, Path(FashionMNIST.elsewhere[0])
+    raw.rename(system)
+    for path in system.iterdir():  # packed in another way than torchvision's
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1))
+    source = FashionMNIST(str(fake_fashion_mnist), download=False)
+    source.prepare()
+    assert torch.equal(source.load("train")[0], expected[0])
+    next(system.iterdir()).unlink()
+    for download in (True, False):
+        message = error_of(FashionMNIST(str(fake_fashion_mnist), download=download).prepare)
+        assert "install the Debian package dataset-fashion-mnist" in message
+
+
+@pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(),
+    reason="the Debian package dataset-fashion-mnist is not installed",
+)
+def test_the_package_is_official(tmp_path: Path) -> None:
+    source = FashionMNIST(str(tmp_path), download=False)
+    source.prepare()
+    x, y = source.load("train")
+    assert x.shape == (60_000, 1, 28, 28)
+    assert y.bincount().tolist() == [6000] * 10
+    assert FashionMNIST.spec.mean[0] == pytest.approx(x.double().mean().item() / 255, abs=5e-5)
+
+
+def test_packed_files_that_unpack_to_far_more_are_refused(
+    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_ROOM", 2**16)
+    path = fake_mnist / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(struct.pack(">II", 2049, 10) + bytes(2**18)))
+    source = MNIST(str(fake_mnist), verify=False)
+    assert "more than 50 times as many" in error_of(lambda: source.load("test"))
+
+
+def test_matlab_files_that_unpack_to_far_more_are_refused(
+    fake_svhn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_ROOM", 2**16)
+    from scipy.io import savemat
+
+    content = {"X": np.zeros((32, 32, 3, 90), np.uint8), "y": np.ones((90, 1), np.uint8)}
+    savemat(fake_svhn / "test_32x32.mat", content, do_compression=True)
+    svhn = SVHN(str(fake_svhn), verify=False)
+    assert "more than 50 times as many" in error_of(lambda: svhn.load("test"))
+
+
+def test_labels_are_whole_numbers_in_a_flat_list(fake_cifar10: Path) -> None:
+    nested: list[object] = [1]
+    for _ in range(40):  # 2^40 numbers for whoever unfolds it
+        nested = [nested, nested]
+    for labels in (nested, [0.5] * 20, np.full(20, 0.5), "labels"):
+        rewrite(fake_cifar10, labels=labels)
+        source = CIFAR10(str(fake_cifar10), verify=False)
+        assert "whole numbers" in error_of(lambda source=source: source.load("train"))
+
+
+def test_matlab_files_of_another_kind(fake_svhn: Path) -> None:
+    from scipy.io import savemat
+
+    path = fake_svhn / "test_32x32.mat"
+    source = SVHN(str(fake_svhn), verify=False)
+    savemat(path, {"Z": np.zeros(3)})
+    assert "there is no X in it, only Z" in error_of(lambda: source.load("test"))
+    path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM" + bytes(400))
+    assert "version 7.3" in error_of(lambda: source.load("test"))
+
+
+# ---------------------------------------------------------------- Tiny-ImageNet as people have it
+
+
+def sort_validation(root: Path, layout: str) -> None:
+    val = root / "tiny-imagenet-200" / "val"
+    for line in (val / "val_annotations.txt").read_text().splitlines():
+        name, wnid, *_ = line.split("\t")
+        folder = val / wnid / ("images" if layout == "nested" else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        (val / "images" / name).rename(folder / name)
+    (val / "images").rmdir()
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat"])
+@pytest.mark.parametrize("annotations", ["kept", "empty", "removed"])
+def test_tiny_imagenet_with_sorted_validation_images(
+    fake_tiny_imagenet: Path, layout: str, annotations: str
+) -> None:
+    expected = TinyImageNet(str(fake_tiny_imagenet), verify=False).load("test")
+    sort_validation(fake_tiny_imagenet, layout)
+    path = fake_tiny_imagenet / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    if annotations == "empty":
+        path.write_text("\n")
+    elif annotations == "removed":
+        path.unlink()
+    found = TinyImageNet(str(fake_tiny_imagenet), verify=False).load("test")
+    if annotations != "kept":  # by their numbers, which the annotations of the fixture reverse
+        expected = (expected[0].flip(0), expected[1].flip(0))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_tiny_imagenet_with_flat_classes_and_other_files(fake_tiny_imagenet: Path) -> None:
+    expected = TinyImageNet(str(fake_tiny_imagenet), verify=False).load("train")
+    train = fake_tiny_imagenet / "tiny-imagenet-200" / "train"
+    (train / ".ipynb_checkpoints").mkdir()
+    for folder in [p for p in train.iterdir() if not p.name.startswith(".")]:
+        for path in (folder / "images").iterdir():
+            path.rename(folder / path.name)
+        (folder / "images").rmdir()
+        (folder / "._a.JPEG").write_bytes(b"Mac")
+        (folder / "boxes.txt").touch()
+    found = TinyImageNet(str(fake_tiny_imagenet), verify=False).load("train")
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("place", ["inner", "renamed", "twice"])
+def test_tiny_imagenet_one_folder_deeper(fake_tiny_imagenet: Path, place: str) -> None:
+    expected = TinyImageNet(str(fake_tiny_imagenet), verify=False).load("test")[0]
+    folder = fake_tiny_imagenet / "tiny-imagenet-200"
+    root = folder if place == "inner" else fake_tiny_imagenet
+    if place == "renamed":
+        root = folder.rename(fake_tiny_imagenet / "tiny")
+    elif place == "twice":
+        folder.rename(fake_tiny_imagenet / "x")
+        folder.mkdir()
+        (fake_tiny_imagenet / "x").rename(folder / folder.name)
+    assert torch.equal(TinyImageNet(str(root), verify=False).load("test")[0], expected)
+
+
+def test_tiny_imagenet_without_labels_or_unpacked(fake_tiny_imagenet: Path, tmp_path: Path) -> None:
+    path = fake_tiny_imagenet / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    source = TinyImageNet(str(fake_tiny_imagenet), verify=False)
+    path.write_text("")
+    assert f"{path} is empty" in error_of(lambda: source.load("test"))
+    path.unlink()
+    assert f"{path} is missing" in error_of(lambda: source.load("test"))
+    shutil.rmtree(path.parent)
+    assert "is not complete (val missing)" in error_of(lambda: source.load("test"))
+    archive = tmp_path / "tiny-imagenet-200.zip"
+    archive.write_bytes(b"PK\5\6" + bytes(18))
+    assert f"{archive} is there but damaged" in error_of(TinyImageNet(str(tmp_path)).prepare)
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("tiny-imagenet-200/wnids.txt", "")
+    message = error_of(TinyImageNet(str(tmp_path)).prepare)
+    assert f"{archive} is there but not unpacked: unzip" in message
+
+
+@pytest.mark.parametrize("name", ["../../../secret.JPEG", "/etc/passwd", "..", "a/b.JPEG", ""])
+def test_annotations_name_files_inside_the_folder(fake_tiny_imagenet: Path, name: str) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(fake_tiny_imagenet / "secret.JPEG")
+    path = fake_tiny_imagenet / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    path.write_text(f"{name}\tn01443537\t0\t0\t62\t62\n{path.read_text()}")
+    source = TinyImageNet(str(fake_tiny_imagenet), verify=False)
+    assert "is no name of a file in the folder" in error_of(lambda: source.load("test"))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("kind", ["eps", "png", "large", "huge", "empty", "lfs"])
+def test_only_jpegs_of_the_right_size_are_decoded(
+    fake_tiny_imagenet: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import EpsImagePlugin, Image
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it ran"))
+    path = fake_tiny_imagenet / "tiny-imagenet-200" / "val" / "images" / "val_2.JPEG"
+    if kind == "png":
+        Image.new("RGB", (64, 64)).save(path, format="PNG")
+    elif kind == "large":
+        Image.new("L", (5000, 4000)).save(path)
+    elif kind == "huge":  # the header alone says so
+        content = bytearray(path.read_bytes())
+        start = content.index(b"\xff\xc0")
+        content[start + 5 : start + 9] = struct.pack(">HH", 20_000, 20_000)
+        path.write_bytes(content)
+    else:
+        path.write_bytes({"eps": EPS, "empty": b"", "lfs": b"version https://git-lfs"}[kind])
+    word = {"large": "5000x4000, not 64x64", "huge": "400000000 pixels", "empty": "empty (0 bytes)",
+            "lfs": "Git LFS", "eps": "cannot identify", "png": "cannot identify"}[kind]  # fmt: skip
+    source = TinyImageNet(str(fake_tiny_imagenet), verify=False)
+    message = error_of(lambda: source.load("test"))
+    assert str(path) in message
+    assert word in message

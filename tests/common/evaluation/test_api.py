@@ -22,7 +22,7 @@ from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import CheckpointError, ConfigurationError
 from common.evaluation import Audit, SuiteEntry, evaluate
-from common.evaluation.__main__ import main
+from common.evaluation.__main__ import build_model, main
 from common.results import read_result
 
 
@@ -185,12 +185,17 @@ def test_the_command_line(tmp_path, factory: str, capsys) -> None:
         assert main([*arguments, *more]) == 0
     assert "worst" in capsys.readouterr().out
     assert read_result(tmp_path / "out" / "results.json")["experiment"] == "make"
+    net = build_model(factory)
+    weights = {name: value / 2 for name, value in net.state_dict().items()}
+    torch.save({"ema": weights, "state_dict": net.state_dict()}, "two.pt")
     for mistake, match in (
         (["--model", "nowhere:make"], "expected package.module:factory"),
         (["--model_args", '{"depth": 3}'], "cannot be made with"),
         (["--data", "cifar"], "there are no data 'cifar'; there are cifar10"),
         (["--suite", "strong"], "there is no suite 'strong'"),
         (["--weights", "none.pt"], "does not exist"),
+        (["--weights", "two.pt"], "'ema', 'state_dict': choose one"),
+        (["--weights", "two.pt", "--weights_key", "ema", "--suite", "strong"], "no suite 'strong'"),
     ):
         assert main([*arguments, *mistake]) == 2
         assert match in capsys.readouterr().err

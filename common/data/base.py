@@ -1,0 +1,81 @@
+"""What every source of images is and says: its specification, and two splits as uint8 tensors."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Split = Literal["train", "test"]
+Arrays = tuple[NDArray[np.uint8], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What is known about a data set before any file is read.
+
+    Args:
+        name: As papers print it.
+        num_classes: Labels lie in ``[0, num_classes)``.
+        shape: Of one image, ``(C, H, W)``.
+        mean: Of the training split, per channel, for pixels in [0, 1].
+        std: Of the training split's pixels, per channel, for pixels in [0, 1].
+        class_names: In the order of the labels.
+    """
+
+    name: str
+    num_classes: int
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+
+
+class ImageSource(ABC):
+    """A data set with a training and a test split, held in memory as uint8."""
+
+    spec: ImageSpec
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Fetches and checks the files; called by one process per machine.
+
+        Raises:
+            DataUnavailableError: A file is missing, altered or cannot be fetched.
+        """
+
+    @abstractmethod
+    def load(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Images, uint8 ``(N, C, H, W)`` in [0, 255], and labels, int64 ``(N,)``.
+
+        Raises:
+            DataUnavailableError: A file is missing, altered or cannot be read.
+        """
+
+
+def as_tensors(
+    images: NDArray[np.uint8], labels: NDArray[Any], spec: ImageSpec
+) -> tuple[Tensor, Tensor]:
+    """Checks what a file held against the specification.
+
+    Raises:
+        ValueError: Saying what does not fit.
+    """
+    if images.dtype != np.uint8 or images.shape[1:] != spec.shape:
+        raise ValueError(
+            f"images are {images.dtype} {tuple(images.shape[1:])}, expected uint8 {spec.shape}"
+        )
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(f"labels are {labels.dtype} {labels.shape}, expected whole numbers (N,)")
+    if len(images) != len(labels) or len(images) == 0:
+        raise ValueError(f"{len(images)} images and {len(labels)} labels")
+    y = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+    if int(y.min()) < 0 or int(y.max()) >= spec.num_classes:
+        raise ValueError(
+            f"labels run from {int(y.min())} to {int(y.max())}, expected 0 to "
+            f"{spec.num_classes - 1}"
+        )
+    return torch.from_numpy(np.require(images, requirements=["C", "W"])), y

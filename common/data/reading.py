@@ -1,0 +1,165 @@
+"""Readers of files from strangers: they run nothing, fill no memory and say what is wrong."""
+
+import gzip
+import hashlib
+import os
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import DataUnavailableError
+from common.files import expansion_of, most_unpacked
+
+
+def check_folder(root: Path, name: str) -> None:
+    """Make sure that a root is a folder that can be listed, or is not there yet.
+
+    Raises:
+        DataUnavailableError: It is a file, or may not be read.
+    """
+    try:
+        with os.scandir(root):
+            pass
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not root.is_symlink():
+            return
+        what = f"not readable ({error.strerror or error})"
+        if isinstance(error, NotADirectoryError):
+            what = "a file" if root.is_file() else "below a file"
+        raise DataUnavailableError(
+            f"{root} is {what}, expected the folder that has, or will have, {name}: correct "
+            "the root, or its permissions"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Class and message of an error, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """At most so many names, then how many more."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def md5_of(path: Path) -> str:
+    """MD5 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays, lists, strings and dictionaries only: any other pickle could run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        arrays = {"ndarray", "dtype", "_reconstruct", "_frombuffer", "scalar"}
+        is_array = module.split(".")[0] == "numpy" and name in arrays
+        if is_array or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a set of images")
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """A dictionary of arrays and lists, without running anything that a pickle could run.
+
+    Raises:
+        Exception: Of many kinds, if it is damaged or something else.
+    """
+    with path.open("rb") as file:
+        entry = _ArrayUnpickler(file, encoding="latin1").load()
+    if not isinstance(entry, dict):
+        raise ValueError(f"a {type(entry).__name__}, expected a dictionary")
+    # Python 2 wrote the official keys as text; Python 3 tools often write bytes.
+    return {k.decode() if isinstance(k, bytes) else k: v for k, v in entry.items()}
+
+
+def whole_numbers(values: Any) -> NDArray[Any]:
+    """An array, or a list of numbers, as an array; nested lists could be longer than any memory.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    is_list = isinstance(values, list) and all(isinstance(v, int | np.integer) for v in values)
+    if not is_list and not isinstance(values, np.ndarray):
+        raise ValueError(f"labels are a {type(values).__name__}, expected whole numbers")
+    return np.asarray(values)
+
+
+def read_unpacked(path: Path) -> bytes:
+    """Content of a file, unpacked if gzip packed it, whatever its name says.
+
+    Raises:
+        ValueError: If it unpacks to far more than images would.
+        OSError, EOFError, zlib.error: If it is damaged.
+    """
+    with path.open("rb") as plain:
+        is_packed = plain.read(2) == b"\x1f\x8b"
+    if not is_packed:
+        return path.read_bytes()
+    with gzip.open(path) as file:
+        content = file.read(most_unpacked(path) + 1)
+    if problem := expansion_of(len(content), path):
+        raise ValueError(problem)
+    return content
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """An array of bytes in the IDX format: two zeros, type, rank, big-endian sizes, content.
+
+    Raises:
+        ValueError: If it is something else; others as :func:`read_unpacked`.
+    """
+    content = read_unpacked(path)
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path.name} is no IDX file of bytes")
+    sizes = np.frombuffer(content, dtype=">u4", count=content[3], offset=4).tolist()
+    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes).copy()
+
+
+def read_mat(path: Path, names: tuple[str, ...]) -> list[NDArray[Any]]:
+    """Arrays of a MATLAB file up to version 7.
+
+    Raises:
+        Exception: Of many kinds, if it is damaged, lacks an array or unpacks to far too much.
+    """
+    from scipy.io import loadmat, whosmat  # slow to import, and only needed here
+
+    try:
+        shapes = {name: shape for name, shape, _ in whosmat(path)}
+        for name in names:
+            if name not in shapes:
+                raise ValueError(f"there is no {name} in it, only {listed(shapes)}")
+            if problem := expansion_of(int(np.prod(shapes[name], dtype=float)), path):
+                raise ValueError(problem)
+        content = loadmat(path, variable_names=names)
+    except NotImplementedError as error:  # HDF5
+        raise ValueError("MATLAB's version 7.3; save it with -v7") from error
+    return [content[name] for name in names]
+
+
+def read_jpeg(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """An image as ``(3, H, W)``.
+
+    Args:
+        path: Of the file; no other format is tried, since some run programs.
+        size: Width and height that it must have; nothing is decoded otherwise.
+
+    Raises:
+        ValueError: If it has another size, or more pixels than PIL opens.
+        OSError: If it is damaged or no JPEG.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["JPEG"]) as image:
+            if image.size != size:
+                raise ValueError(f"{image.size[0]}x{image.size[1]}, not {size[0]}x{size[1]}")
+            return np.array(image.convert("RGB")).transpose(2, 0, 1)
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
