@@ -14,38 +14,30 @@ BENCHENV := .venv-bench
 BENCH    := $(BENCHENV)/.installed
 BENCHPY  := $(BENCHENV)/bin/python
 
-PAPERS := $(patsubst paper_%/configs,%,$(wildcard paper_*/configs))
+PAPERS := $(shell ls -d paper_*/configs | sed -nE 's|^paper_([A-Za-z0-9_]+)/configs$$|\1|p')
 ON     ?= digits
 SEEDS  ?= 0 1 2
 ARGS   ?=
-PAPER  ?=
-CORES  := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-# The embedded digits train one row per core; rows on real data are left to run one by one.
-ifneq ($(filter digits%,$(ON)),)
-JOBS ?= $(CORES)
-export OMP_NUM_THREADS ?= 1
-else
-JOBS ?= 1
-endif
+# Without OMP_NUM_THREADS, which nproc obeys.
+CORES  := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)
+# make -jN makes N rows at a time; make -n prints the plan.
+FLAGS  := $(filter-out --%,$(firstword -$(MAKEFLAGS)))
+JOBS   ?= $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS)))
+ROWS    = $(PY) -m common.rows paper_$* --on "$(ON)" --seeds "$(SEEDS)"
 
 ##@ Results
 reproduce: $(addprefix reproduce-,$(PAPERS)) ## all papers on the embedded digits
 
-reproduce-%: $(STAMP) ## rows, table and figures of a paper [ON=stem-prefix] [SEEDS="0 1 2"] [ARGS=...] [-j2]
-	@rm -f runs/.failed-$*
-	@$(MAKE) --no-print-directory -k $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS)) PAPER=$* rows \
-	  || { mkdir -p runs; touch runs/.failed-$*; }
-	@mkdir -p paper_$*/results; for stem in runs/paper_$*/$(ON)*; do for seed in $(SEEDS); do \
-	  run=$$stem/seed$$seed; to=paper_$*/results/$${stem##*/}-seed$$seed.json; \
-	  if [ -e $$run/finished ]; then cp $$run/results.json $$to.tmp; mv $$to.tmp $$to; fi; done; done
-	@$(PY) -m paper_$*.analysis --on $(ON) --seeds $(SEEDS) || touch runs/.failed-$*
-	@$(PY) -m common.tables paper_$* --on $(ON) --seeds "$(SEEDS)"
-	@if [ -e runs/.failed-$* ]; then echo "some rows of paper_$* failed, see FAILED above;" \
-	  "the same command tries them again"; exit 1; fi
+reproduce-%: $(STAMP) ## rows, table and figures of a paper [ON=stems] [SEEDS="0 1 2"] [ARGS=...] [-j2]
+	+@[ -x "$(PY)" ] || { echo "make setup comes first"; exit 0; }; \
+	$(if $(findstring n,$(FLAGS)),$(ROWS) --plan -- $(ARGS),failed=0; \
+	$(ROWS) --jobs "$(JOBS)" -- $(ARGS) || failed=$$?; [ $$failed -le 1 ] || exit $$failed; \
+	$(PY) -m paper_$*.analysis --on "$(ON)" --seeds $(SEEDS) || failed=1; \
+	$(PY) -m common.tables paper_$* --on "$(ON)" --seeds "$(SEEDS)"; exit $$failed)
 
 commands-%: $(STAMP) ## one command per row, for a cluster [ON=] [SEEDS=] [ARGS=]
-	@$(MAKE) --no-print-directory -s PAPER=$* commands
+	@$(ROWS) --commands -- $(ARGS)
 
 results: $(STAMP) ## render all tables again from the result files
 	@$(PY) -m common.tables $(addprefix paper_,$(PAPERS))
@@ -108,43 +100,4 @@ help: ## this list
 	  /^[a-z%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: reproduce results bench bench-full tensorboard check format test test-slow test-faults setup clean \
-  help rows commands
-
-# ---- the experiment graph: one node per config and seed, made by the sub-make of reproduce-% --------
-ifneq ($(PAPER),)
-CONFIGS := paper_$(PAPER)/configs
-STEMS   := $(basename $(notdir $(wildcard $(CONFIGS)/$(ON)*.yaml)))
-ifeq ($(STEMS),)
-$(error no config in $(CONFIGS) begins with ON=$(ON); there are: $(basename $(notdir $(wildcard $(CONFIGS)/*.yaml))))
-endif
-ALL     := $(basename $(notdir $(wildcard $(CONFIGS)/*.yaml)))
-row      = runs/paper_$(PAPER)/$(1)/seed$(2)/finished
-# What a config refers to by path decides its row too.
-parts    = $(shell sed -nE 's|^[a-z]+: *([^ {]+\.yaml).*|$(CONFIGS)/\1|p' $(CONFIGS)/$(1).yaml)
-# A row that starts from the weights of another, or learns from it, waits for that one.
-needs    = $(filter $(ALL),$(shell sed -n 's/.*experiment: *\([A-Za-z0-9_]*\).*/\1/p' $(CONFIGS)/$(1).yaml))
-
-# A row made with other ARGS is made again.
-given    = x$(strip $(ARGS))
-before   = x$(strip $(file <$(dir $(call row,$(1),$(2)))args))
-changed  = $(if $(subst $(given),,$(before))$(subst $(before),,$(given)),FORCE)
-FORCE:
-.PHONY: FORCE
-
-rows: $(foreach stem,$(STEMS),$(foreach seed,$(SEEDS),$(call row,$(stem),$(seed))))
-
-# Every command makes its row, and first the rows that this one starts from.
-commands:
-	@$(foreach stem,$(STEMS),$(foreach seed,$(SEEDS),printf '%s\n' "make -C $(CURDIR) PAPER=$(PAPER) ON=$(stem) SEEDS=$(seed) ARGS='$(strip $(ARGS))' $(call row,$(stem),$(seed))";))true
-
-define ROW
-$(call row,$(1),$(2)): $(CONFIGS)/$(1).yaml $(call parts,$(1)) $(foreach n,$(call needs,$(1)),$(call row,$(n),$(2))) $(if $(wildcard $(call row,$(1),$(2))),$(call changed,$(1),$(2))) | $(STAMP)
-	@rm -f $$@; mkdir -p $$(@D); printf '%s' '$(strip $(ARGS))' > $$(@D)/args; echo "begin  $(1) seed $(2)"; begun=$$$$SECONDS; \
-	if $(PY) -m paper_$(PAPER) reproduce --config $(CONFIGS)/$(1).yaml --seed_everything $(2) \
-	  --trainer.enable_progress_bar false $(ARGS) > $$(@D)/log.txt 2>&1; \
-	then touch $$@; echo "end    $(1) seed $(2)  ($$$$((SECONDS - begun)) s)"; \
-	else echo "FAILED $(1) seed $(2), whole log in $$(@D)/log.txt: $$$$(tail -n 1 $$(@D)/log.txt)"; exit 1; fi
-
-endef
-$(foreach stem,$(ALL),$(foreach seed,$(SEEDS),$(eval $(call ROW,$(stem),$(seed)))))
-endif
+  help

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import RunDirectoryError
+import yaml
+
+from common.errors import ConfigurationError, RunDirectoryError
 
 _SEAL = b"sha256:"
 _YAML_SEAL = b"# SHA-256 of the lines below: "
@@ -285,6 +287,49 @@ def yaml_damage_of(path: str | Path) -> str:
     if hashlib.sha256(text).hexdigest().encode() == seal:
         return ""
     return "it does not have the SHA-256 that its first line says; after an edit take that line out"
+
+
+MOST_YAML_BYTES, MOST_YAML_VALUES = 2**22, 10**6
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The plain values of a YAML file, which may come from a stranger.
+
+    Raises:
+        ConfigurationError: If it is no readable YAML file, is nested too deeply, or grows beyond a
+            million values through its aliases.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise ValueError("it is a folder")
+        if path.stat().st_size > MOST_YAML_BYTES:
+            raise ValueError(f"it has more than {MOST_YAML_BYTES:,} bytes")
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if _size(value, {}) > MOST_YAML_VALUES:
+            raise ValueError(f"its aliases stand for more than {MOST_YAML_VALUES:,} values")
+    except RecursionError:
+        raise ConfigurationError(f"{path} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise ConfigurationError(f"{path} cannot be read: {problem}") from error
+    return value
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values there are if every alias is written out.
+
+    Args:
+        value: Plain values, whose parts may be one object in several places.
+        known: Sizes by identity, filled on the way.
+    """
+    if not isinstance(value, Mapping | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_YAML_VALUES + 1  # a value that contains itself never ends
+        parts = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
 
 
 def remove_leftovers(folder: str | Path) -> None:

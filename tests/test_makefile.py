@@ -1,97 +1,116 @@
-"""The experiment graph, with a stand-in for Python that only remembers what it was asked."""
+"""The commands of the Makefile, in a small copy whose paper only remembers what it was asked."""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-STAND_IN = """#!/bin/bash
-echo "$@" >> {log}
-case "$*" in
-  *"reproduce --config"*"/{fails}.yaml"*) echo "something broke"; exit 1 ;;
-  *"reproduce --config"*)
-    config=${{5##*/}}; run=runs/paper_cifs/${{config%.yaml}}/seed$7
-    mkdir -p $run; echo "{{}}" > $run/results.json ;;
-esac
+PAPER = """
+import os, pathlib, sys
+words = sys.argv[1:]
+stem, seed = pathlib.Path(words[2]).stem, words[4]
+with open("asked", "a") as asked:
+    print(stem, seed, *words[7:], sep="|", file=asked)
+if stem == os.environ.get("FAILS"):
+    sys.exit("something broke")
+run = pathlib.Path("runs/paper_cifs", stem, f"seed{seed}")
+if stem != os.environ.get("FORGETS"):
+    (run / "results.json").write_text("{}")
 """
+NOTE = "import sys; print(*sys.argv[1:], file=open('{}', 'a'))"
 
 
 @pytest.fixture
-def project(tmp_path) -> Path:
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    shutil.copytree(ROOT / "paper_cifs/configs", tmp_path / "paper_cifs/configs")
-    shutil.copytree(ROOT / "common/configs", tmp_path / "common/configs")
-    (tmp_path / "paper_cifs/results").mkdir()
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "a project"
+    (folder / "common").mkdir(parents=True)
+    for name in ("__init__.py", "errors.py", "files.py", "rows.py"):
+        shutil.copy(ROOT / "common" / name, folder / "common")
+    shutil.copytree(ROOT / "paper_cifs/configs", folder / "paper_cifs/configs")
+    shutil.copytree(ROOT / "common/configs", folder / "common/configs")
+    (folder / "paper_cifs/__init__.py").touch()
+    (folder / "paper_cifs/__main__.py").write_text(PAPER)
+    (folder / "paper_cifs/analysis.py").write_text(NOTE.format("analysed"))
+    (folder / "common/tables.py").write_text(NOTE.format("tabulated"))
+    shutil.copy(ROOT / "Makefile", folder)
     for name in ("pyproject.toml", "constraints.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv/.installed").touch()
-    return tmp_path
+        (folder / name).touch()
+    (folder / ".venv").mkdir()
+    (folder / ".venv/.installed").touch()
+    return folder
 
 
-def make(project: Path, *arguments: str, fails: str = "nothing") -> subprocess.CompletedProcess:
-    python = project / "python"
-    python.write_text(STAND_IN.format(log=project / "asked", fails=fails))
-    python.chmod(0o755)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+def make(project: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "OMP"))}
     return subprocess.run(
-        ["make", f"PY={python}", *arguments],
+        ["make", f"PY={sys.executable}", *arguments],
         cwd=project,
-        env=environment,
+        env=kept | environment,
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-def rows_asked(project: Path) -> list[tuple[str, str]]:
-    lines = [line.split() for line in (project / "asked").read_text().splitlines()]
-    return [(Path(words[4]).stem, words[6]) for words in lines if words[2] == "reproduce"]
+def asked(project: Path) -> list[tuple[str, str]]:
+    """Stem and seed of every row that was made since the last look."""
+    path = project / "asked"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [(line.split("|")[0], line.split("|")[1]) for line in lines]
 
 
-def test_a_warm_started_row_waits_for_what_it_starts_from(project) -> None:
+def test_a_warm_started_row_waits_for_what_it_starts_from(project: Path) -> None:
     done = make(project, "reproduce-cifs", "SEEDS=0 1")
     assert done.returncode == 0, done.stdout + done.stderr
-    asked = rows_asked(project)
-    assert len(asked) == len(set(asked)) == 16
+    rows = asked(project)
+    assert len(rows) == len(set(rows)) == 16
     for seed in "01":
         for method in ("plain", "cas", "cifs", "aux"):
             stem = f"digits_resnet_{method}"
-            assert asked.index((f"{stem}_natural", seed)) < asked.index((stem, seed))
+            assert rows.index((f"{stem}_natural", seed)) < rows.index((stem, seed))
     assert (project / "paper_cifs/results/digits_resnet_cifs-seed1.json").exists()
+    assert (project / "analysed").read_text() == "--on digits --seeds 0 1\n"
+    assert (project / "tabulated").exists()
 
 
-def test_finished_rows_are_skipped(project) -> None:
+def test_a_row_is_made_again_only_when_something_that_decides_it_has_changed(project: Path) -> None:
     make(project, "reproduce-cifs", "SEEDS=0")
-    (project / "asked").unlink()
+    assert len(asked(project)) == 8
+    for path in (project / "paper_cifs/configs").rglob("*.yaml"):
+        path.touch()  # a new date alone changes nothing
     make(project, "reproduce-cifs", "SEEDS=0")
-    assert rows_asked(project) == []
-
-
-def test_a_row_is_made_again_when_what_its_config_refers_to_has_changed(project) -> None:
+    assert asked(project) == []
+    with (project / "paper_cifs/configs/shared/evaluation_digits_cas.yaml").open("a") as part:
+        part.write("# changed")
     make(project, "reproduce-cifs", "SEEDS=0")
-    (project / "asked").unlink()
-    later = (project / "runs/paper_cifs/digits_resnet_cas/seed0/finished").stat().st_mtime + 5
-    os.utime(project / "paper_cifs/configs/shared/evaluation_digits_cas.yaml", (later, later))
+    assert asked(project) == [("digits_resnet_cas", "0")]
+    with (project / "paper_cifs/configs/digits_resnet_cas_natural.yaml").open("a") as config:
+        config.write("# changed")
     make(project, "reproduce-cifs", "SEEDS=0")
-    assert rows_asked(project) == [("digits_resnet_cas", "0")]
-
-
-def test_other_arguments_make_rows_again(project) -> None:
+    assert asked(project) == [("digits_resnet_cas_natural", "0"), ("digits_resnet_cas", "0")]
+    (project / "runs/paper_cifs/digits_resnet_aux/seed0/results.json").unlink()
     make(project, "reproduce-cifs", "SEEDS=0")
-    (project / "asked").unlink()
-    make(project, "reproduce-cifs", "SEEDS=0", "ARGS=--data.batch_size 50")
-    assert len(rows_asked(project)) == 8
-    (project / "asked").unlink()
-    make(project, "reproduce-cifs", "SEEDS=0", "ARGS=--data.batch_size 50")
-    assert rows_asked(project) == []
+    assert asked(project) == [("digits_resnet_aux", "0")]
 
 
-def test_only_the_run_of_a_seed_gives_its_result(project) -> None:
+def test_other_arguments_make_rows_again_and_keep_their_quotes(project: Path) -> None:
+    make(project, "reproduce-cifs", "SEEDS=0")
+    asked(project)
+    arguments = "ARGS=--data.batch_size 50 --experiment 'a, b'"
+    make(project, "reproduce-cifs", "SEEDS=0", arguments)
+    assert "|--data.batch_size|50|--experiment|a, b\n" in (project / "asked").read_text()
+    assert len(asked(project)) == 8
+    make(project, "reproduce-cifs", "SEEDS=0", arguments)
+    assert asked(project) == []
+
+
+def test_only_the_run_of_a_seed_gives_its_result(project: Path) -> None:
     aside = project / "runs/paper_cifs/digits_resnet_cas/seed0-replaced1"
     aside.mkdir(parents=True)
     for name in ("finished", "results.json"):
@@ -102,60 +121,105 @@ def test_only_the_run_of_a_seed_gives_its_result(project) -> None:
     assert not any("replaced" in name for name in results)
 
 
-def test_a_failing_row_is_reported_and_takes_only_its_dependants_with_it(project) -> None:
-    done = make(project, "reproduce-cifs", "SEEDS=0", fails="digits_resnet_cas_natural")
+def test_other_rows_continue_if_one_fails(project: Path) -> None:
+    done = make(project, "reproduce-cifs", "SEEDS=0", FAILS="digits_resnet_cas_natural")
     assert done.returncode != 0
-    assert "FAILED digits_resnet_cas_natural seed 0" in done.stdout
-    assert "something broke" in done.stdout
-    asked = {stem for stem, _ in rows_asked(project)}
-    assert "digits_resnet_cas" not in asked
-    assert {"digits_resnet_plain", "digits_resnet_cifs", "digits_resnet_aux"} <= asked
-    assert "common.tables" in (project / "asked").read_text(), "the table is still rendered"
-    (project / "asked").unlink()
+    assert "FAILED digits_resnet_cas_natural seed 0: something broke" in done.stdout
+    assert "FAILED digits_resnet_cas seed 0: it needs digits_resnet_cas_natural" in done.stdout
+    stems = {stem for stem, _ in asked(project)}
+    assert "digits_resnet_cas" not in stems
+    assert {"digits_resnet_plain", "digits_resnet_cifs", "digits_resnet_aux"} <= stems
+    assert (project / "tabulated").exists(), "the table is still rendered"
     assert make(project, "reproduce-cifs", "SEEDS=0").returncode == 0
-    assert {stem for stem, _ in rows_asked(project)} == {
-        "digits_resnet_cas_natural",
-        "digits_resnet_cas",
-    }
+    assert asked(project) == [("digits_resnet_cas_natural", "0"), ("digits_resnet_cas", "0")]
 
 
-def test_the_plan_is_printed_and_nothing_runs(project) -> None:
-    done = make(project, "-n", "reproduce-cifs", "SEEDS=0")
+def test_a_row_without_a_result_is_not_finished(project: Path) -> None:
+    done = make(project, "reproduce-cifs", "SEEDS=0", FORGETS="digits_resnet_cas")
+    assert done.returncode != 0
+    assert "FAILED digits_resnet_cas seed 0" in done.stdout
+    asked(project)
+    assert make(project, "reproduce-cifs", "SEEDS=0").returncode == 0
+    assert asked(project) == [("digits_resnet_cas", "0")]
+
+
+@pytest.mark.parametrize("flags", [["-n"], ["-n", "-j2"], ["-j2", "--dry-run"]])
+def test_the_plan_is_printed_and_nothing_runs(project: Path, flags: list[str]) -> None:
+    done = make(project, *flags, "reproduce-cifs", "SEEDS=0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("-m paper_cifs reproduce --config") == 8
-    assert not (project / "asked").exists()
+    assert asked(project) == []
     assert not (project / "runs").exists()
 
 
-def test_commands_stand_for_themselves(project) -> None:
+def test_commands_stand_for_themselves(project: Path, tmp_path: Path) -> None:
     """Each makes its row and what the row starts from; together they make what reproduce does."""
-    arguments = ("SEEDS=0 1", "ON=digits_resnet_cas", "ARGS=--data.batch_size 50")
+    arguments = ("SEEDS=0 1", "ON=digits_resnet_cas*", "ARGS=--data.batch_size '5 0'")
     listed = make(project, "-s", "commands-cifs", *arguments)
     assert listed.returncode == 0, listed.stderr
     lines = listed.stdout.splitlines()
     assert len(lines) == 4
-    (line,) = [x for x in lines if "digits_resnet_cas/seed1/" in x]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    subprocess.run(f"{line} PY={project / 'python'}", shell=True, env=environment, check=True)
-    assert rows_asked(project) == [("digits_resnet_cas_natural", "1"), ("digits_resnet_cas", "1")]
-    assert (project / "runs/paper_cifs/digits_resnet_cas/seed1/finished").exists()
-    given = (project / "runs/paper_cifs/digits_resnet_cas/seed1/args").read_text()
-    assert given == "--data.batch_size 50"
+    (line,) = [x for x in lines if "digits_resnet_cas --seeds 1" in x]
+    subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    assert "digits_resnet_cas|1|--data.batch_size|5 0" in (project / "asked").read_text()
+    assert asked(project) == [("digits_resnet_cas_natural", "1"), ("digits_resnet_cas", "1")]
 
 
-def test_a_prefix_chooses_rows_and_a_wrong_one_is_named(project) -> None:
-    done = make(project, "reproduce-cifs", "ON=cifar10_wrn28_10_cifs", "SEEDS=5")
-    assert done.returncode == 0
-    assert {stem for stem, _ in rows_asked(project)} == {
-        "cifar10_wrn28_10_cifs",
-        "cifar10_wrn28_10_cifs_natural",
-    }
+@pytest.mark.parametrize(
+    ("on", "expected"),
+    [
+        ("cifar10_wrn28_10_cifs", {"cifar10_wrn28_10_cifs", "cifar10_wrn28_10_cifs_natural"}),
+        ("cifar10_wrn28_10_pl", {"cifar10_wrn28_10_plain"}),
+        (
+            "cifar10_wrn28_10_*as cifar10_wrn28_10_plain",
+            {"cifar10_wrn28_10_cas", "cifar10_wrn28_10_plain"},
+        ),
+        ("cifar10_resnet18_cas", {"cifar10_resnet18_cas"}),
+    ],
+)
+def test_rows_are_chosen_by_name_pattern_or_beginning(
+    project: Path, on: str, expected: set[str]
+) -> None:
+    done = make(project, "reproduce-cifs", f"ON={on}", "SEEDS=5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {stem for stem, _ in asked(project)} == expected
+
+
+def test_a_wrong_choice_is_named(project: Path) -> None:
     wrong = make(project, "reproduce-cifs", "ON=imagenet")
     assert wrong.returncode != 0
-    assert "no config in paper_cifs/configs begins with ON=imagenet" in wrong.stderr
+    assert "no config in paper_cifs/configs is meant by ON='imagenet'" in wrong.stderr
+    wrong = make(project, "reproduce-cfis")
+    assert wrong.returncode != 0
+    assert "there is no paper 'cfis' here; there are cifs" in wrong.stderr
+    assert not (project / "tabulated").exists()
 
 
-def test_help_lists_the_targets(project) -> None:
+@pytest.mark.parametrize(
+    "hostile",
+    ["$(touch {0})", "$(shell touch {0})", "`touch {0}`", "; touch {0} ;", "a' b; touch {0} '"],
+)
+@pytest.mark.parametrize("command", [["-n", "reproduce-cifs"], ["reproduce-cifs"], ["help"]])
+def test_names_and_texts_of_configs_run_nothing(
+    project: Path, command: list[str], hostile: str
+) -> None:
+    """Neither a file's name, nor an experiment, nor a referenced path reaches a shell."""
+    text = hostile.format("pwned")
+    configs = project / "paper_cifs/configs"
+    (configs / f"digits_{text}.yaml").write_text("model: {}")
+    (configs / "digits_evil.yaml").write_text(
+        f"data: {text!r}\nwarm_start: {{experiment: {text!r}}}\n"
+    )
+    (configs / "digits_worse.yaml").write_text(f"data: {text + '.yaml'!r}\n")
+    for on in ("digits_resnet_plain", "digits_evil", "digits_worse", "digits"):
+        make(project, *command, "SEEDS=0", f"ON={on}")
+    assert not list(project.rglob("pwned"))
+    assert not (project.parent / "pwned").exists()
+    done = make(project, *command, "SEEDS=0", "ON=digits")
+    assert command == ["help"] or (done.returncode != 0 and "unusual name" in done.stderr)
+
+
+def test_help_lists_the_targets(project: Path) -> None:
     listed = make(project, "help").stdout
     for target in (
         "reproduce-%",
@@ -171,11 +235,11 @@ def test_help_lists_the_targets(project) -> None:
         assert f"make {target}" in listed
 
 
-def test_an_interrupted_install_leaves_no_stamp(project) -> None:
+def test_an_interrupted_install_leaves_no_stamp(project: Path) -> None:
     (project / ".venv/.installed").unlink()
     broken = project / "broken"
     broken.write_text('#!/bin/bash\n[ "$1" = -c ] && exit 0\nexit 1\n')
     broken.chmod(0o755)
-    done = make(project, "setup", f"PYTHON={broken}")
+    done = make(project, "setup", "PYTHON=./broken")
     assert done.returncode != 0
     assert not (project / ".venv/.installed").exists()
