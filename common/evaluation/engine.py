@@ -9,8 +9,8 @@ official AutoAttack packs them; and what is done is done for good, see
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from common.attacks.randomness import EVALUATION, ExampleRandom
 from common.callbacks.modes import frozen
+from common.data.subset import lacking_classes, subset
 from common.evaluation.journal import Journal
 from common.evaluation.steps import Columns, Line, Outcomes, Step, Threat, judged
 from common.objectives import Batch
 
 PICTURED = 16
-"""Adversarial images are kept for the first so many examples."""
+"""Adversarial images are kept for so many examples."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def run_steps(
     journal: Journal | None = None,
     team: Team | None = None,
     progress: Progress | None = None,
+    remarks: Sequence[str] = (),
 ) -> Outcomes:
     """Run every step and put the outcomes of all examples together.
 
@@ -81,6 +83,7 @@ def run_steps(
         journal: Where outcomes are kept.
         team: The processes that share the work.
         progress: Told how far it is.
+        remarks: What is known already that a reader of the figures should know.
 
     Returns:
         Outcomes in the order of ``index``; the same in every process.
@@ -89,23 +92,31 @@ def run_steps(
         RuntimeError: If the examples are not each there once, which would falsify every figure.
     """
     examples = in_order(examples)
+    y = examples["y"]
     threat = threat or next((step.threat for step in steps if step.threat), None)
+    pictured = subset(y, PICTURED)
     run = _Run(
         model, examples, seed, batch_size, journal or Journal(None, {}), team or Team(), progress
     )
-    everybody = torch.ones(len(examples["y"]), dtype=torch.bool)
+    run.pictured = pictured
+    everybody = torch.ones(len(y), dtype=torch.bool)
+    parts = {
+        size: torch.zeros_like(everybody).index_fill(0, subset(y, size), True)
+        for size in {step.examples for step in steps}
+    }
+    counted, aside = _counted(steps, threat, parts)
     with frozen(model, "eval"):
         clean = run.columns(CLEAN, everybody, {})
         fill = {"predicted": clean["predicted"]}
         is_right = clean["correct"]
-        outcomes = Outcomes(
-            examples["y"], {"clean": is_right}, {}, columns={"clean": clean}, threat=threat
-        )
+        outcomes = Outcomes(y, {"clean": is_right}, {}, columns={"clean": clean}, threat=threat)
+        outcomes.pictured = pictured
         run.outcomes, run.standing = outcomes, is_right
+        met = everybody  # by every step so far that counts
         for step in steps:
-            within = everybody
-            if step.examples is not None:
-                within = examples["index"] < step.examples
+            within = parts[step.examples]
+            if step.scope == "standing":
+                within = within & met  # what others had not met is not cumulative
             before = {"all": everybody, "clean": is_right, "standing": run.standing}[step.scope]
             if step.cumulative:
                 for key, line in outcomes.lines.items():
@@ -117,12 +128,77 @@ def run_steps(
                 continue
             outcome = before.clone()
             outcome[before & within] = found["correct"][before & within]
-            line = _line(step, threat)
+            counts = step.key in counted
+            line = _line(step, counts, _weakness(step, threat, found, before & within))
             outcomes.correct[step.key], outcomes.attacked[step.key] = outcome, within
             outcomes.lines[step.key] = line
-            if line.counts:
+            if counts:
+                met = met & within
                 run.standing = run.standing & (outcome | ~within)
+    lacking = [lacking_classes(y, part.nonzero().flatten()) for part in parts.values()]
+    outcomes.remarks = [*remarks, *filter(None, [*lacking, _beyond(outcomes, aside)])]
     return outcomes
+
+
+def _counted(
+    steps: Sequence[Step], threat: Threat | None, parts: Mapping[int | None, Tensor]
+) -> tuple[set[str], set[str]]:
+    """The keys of the steps that enter the worst case, and of the checks that do not.
+
+    A check that was run on fewer examples than the attacks have in common would make the worst case
+    one of those few, so it stands aside.
+    """
+    within = [
+        step
+        for step in steps
+        if step.kind == "attack" and threat is not None and threat.covers(step.threat)
+    ]
+    attacks = [step for step in within if not step.is_check] or within
+    common = torch.stack([parts[step.examples] for step in attacks]).all(0) if attacks else None
+    aside = {
+        step.key
+        for step in within
+        if step.is_check and common is not None and not bool(parts[step.examples][common].all())
+    }
+    return {step.key for step in within} - aside, aside
+
+
+def _weakness(step: Step, threat: Threat | None, found: Columns, ran: Tensor) -> str:
+    """Why an attack that left examples standing is no evidence that they are robust."""
+    if step.kind != "attack" or threat is None or not threat.covers(step.threat):
+        return ""
+    radius = step.threat.radius if step.threat else 0.0
+    if radius < threat.radius * (1 - 1e-3):
+        return f"its radius {radius:.4g} is less than {threat.radius:.4g}"
+    if step.reach < radius * (1 - 1e-3):
+        return f"all its steps together, {step.reach:.4g}, are less than its radius {radius:.4g}"
+    if "moved" not in found or not bool(ran.any()):
+        return ""
+    did = (found["moved"] | ~found["correct"])[ran]
+    if did.double().mean() >= 0.5:
+        return ""
+    return (
+        f"it left {int((~did).sum()):,} of the {len(did):,} images it was run on where they were, "
+        "or had no gradient to follow"
+    )
+
+
+def _beyond(outcomes: Outcomes, checks: Collection[str]) -> str:
+    """What checks broke that had withstood everything that counts, as a sentence."""
+    robust = outcomes.correct["clean"].clone()
+    for key, line in outcomes.lines.items():
+        if line.counts:
+            robust &= outcomes.attacked[key] & outcomes.correct[key]
+    met, fell = torch.zeros_like(robust), torch.zeros_like(robust)
+    for key in checks:
+        met |= outcomes.attacked[key]
+        fell |= outcomes.attacked[key] & ~outcomes.correct[key]
+    if not bool((robust & fell).any()):
+        return ""
+    return (
+        f"of {int((robust & met).sum()):,} examples that withstood every attack of the worst case "
+        f"the audit broke {int((robust & fell).sum()):,}: the worst case is too high"
+    )
 
 
 def in_order(examples: Batch) -> Batch:
@@ -142,15 +218,16 @@ def in_order(examples: Batch) -> Batch:
     return {key: value.detach().cpu()[order].clone() for key, value in examples.items()}
 
 
-def _line(step: Step, threat: Threat | None) -> Line:
+def _line(step: Step, counts: bool, weakness: str) -> Line:
     return Line(
         entry=step.entry,
         kind="noise" if step.kind == "noise" else "attack",
         norm=step.threat.norm if step.threat else None,
         eps=step.threat.radius if step.threat else None,
         survivors_only=step.scope == "standing",
-        counts=step.kind == "attack" and threat is not None and threat.covers(step.threat),
+        counts=counts,
         at=dict(step.at),
+        weakness=weakness,
     )
 
 
@@ -165,6 +242,7 @@ class _Run:
     progress: Progress | None
     standing: Tensor | None = None
     outcomes: Outcomes | None = None
+    pictured: Tensor = field(default_factory=lambda: torch.arange(0))
 
     def columns(self, step: Step, target: Tensor, fill: Columns) -> Columns:
         """What the step finds out about the target, all processes together."""
@@ -211,7 +289,7 @@ class _Run:
             columns = step.run(self.model, part, random)
         columns = {name: column.detach().cpu() for name, column in columns.items()}
         if "x_adv" in columns:
-            columns["x_adv"] = columns["x_adv"][rows < PICTURED].clone()
+            columns["x_adv"] = columns["x_adv"][torch.isin(rows, self.pictured)].clone()
         return columns
 
     def _assembled(self, chunks: list[Tensor], found: dict[int, Columns], fill: Columns) -> Columns:
@@ -221,10 +299,10 @@ class _Run:
         for i in sorted(found):
             for name, column in found[i].items():
                 rows = chunks[i]
-                if name == "x_adv":
-                    rows = rows[rows < PICTURED]
+                if name == "x_adv":  # one for each of the pictured examples, in their order
+                    rows = torch.isin(self.pictured, rows).nonzero().flatten()
                 if name not in whole:
-                    size = min(total, PICTURED) if name == "x_adv" else total
+                    size = len(self.pictured) if name == "x_adv" else total
                     value = torch.nan if column.is_floating_point() else 0
                     whole[name] = torch.full((size, *column.shape[1:]), value, dtype=column.dtype)
                     if name in fill:
@@ -232,6 +310,7 @@ class _Run:
                 whole[name][rows] = column
         if not whole:  # nothing was left to run it on
             whole = {"correct": torch.zeros(total, dtype=torch.bool), **fill}
+            whole["moved"] = torch.zeros(total, dtype=torch.bool)
             whole |= {
                 name: torch.full((total,), torch.nan) for name in ("loss", "linf", "l2", "l1")
             }
