@@ -226,8 +226,9 @@ def summarise(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[s
 
 
 def sizes(found: Mapping[str, Figure]) -> dict[str, int]:
-    """How many examples every figure is about."""
-    return {name: figure.size for name, figure in found.items()}
+    """How many examples a figure is about, where those are not all."""
+    total = found["clean_acc"].size
+    return {name: figure.size for name, figure in found.items() if figure.size < total}
 
 
 def intervals(found: Mapping[str, Figure]) -> dict[str, list[float]]:
@@ -271,13 +272,8 @@ def positions(checkpoint: CheckpointResult, metric: str) -> list[int]:
 
 def logged(checkpoint: CheckpointResult) -> dict[str, float]:
     """Metrics by names that tell figures about a part of the split apart: ``worst_on_200``."""
-    numbers = checkpoint["sizes"]
-    return {
-        name
-        if numbers.get(name, checkpoint["examples"]) == checkpoint["examples"]
-        else f"{name}_on_{numbers[name]}": value
-        for name, value in checkpoint["metrics"].items()
-    }
+    parts = {name: f"{name}_on_{size}" for name, size in checkpoint["sizes"].items()}
+    return {parts.get(name, name): value for name, value in checkpoint["metrics"].items()}
 
 
 # ----------------------------------------------------------------------------------------- entries

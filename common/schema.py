@@ -26,7 +26,7 @@ A file is called ``<experiment>-seed<seed>.json`` and looks like this; lists are
           },
           "metrics": {"clean_acc": 0.9857, "pgd20": 0.7143, "worst": 0.69, ...},
           "intervals": {"clean_acc": [0.9739, 0.9922], "pgd20": [0.6797, 0.7465], ...},
-          "sizes": {"clean_acc": 700, "pgd20": 700, "worst": 100, ...},
+          "sizes": {"aa": 100, "worst": 100, ...},
           "remarks": [],
           "audit": {"examples": 100, "checks": [
             {"id": "steps", "question": "...?", "value": 0.4, "threshold": 1.0,
@@ -149,7 +149,7 @@ class CheckpointResult(TypedDict):
         metrics: Accuracies in [0, 1], see :func:`~common.outcomes.figures`, and whatever else
             was measured, in units of its own: ``parameters``, ``macs``, ``lipschitz``.
         intervals: ``[low, high]`` of every metric that is a share of examples.
-        sizes: How many examples every accuracy is about.
+        sizes: How many examples an accuracy is about, where those are not all.
         remarks: What a reader of the figures should know, in sentences.
         audit: Checks of the evaluation; absent where it was not audited.
     """

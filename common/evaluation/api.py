@@ -116,7 +116,7 @@ class Evaluation:
         for name in (name for name in named if name in self.metrics):
             low, high = self.result["intervals"][name]
             accuracy = f"{100 * self.metrics[name]:.2f}"
-            size = str(self.result["sizes"][name])
+            size = str(self.result["sizes"].get(name, self.result["examples"]))
             table.add_row(name, size, accuracy, f"{100 * low:.2f} to {100 * high:.2f}")
         return table
 

@@ -93,8 +93,7 @@ class Audit:
         eps, norm, steps = threat.radius, threat.norm, self.iterations
 
         def step(key: str, run: Run, settings: Mapping[str, Any], **given: Any) -> Step:
-            fields: dict[str, Any] = {"threat": threat, "examples": self.examples, "is_check": True}
-            fields |= given
+            fields: dict[str, Any] = {"threat": threat, "examples": self.examples} | given
             whole = {"norm": norm, "eps": eps, "losses": list(losses), "num_classes": num_classes}
             return Step(key, key.split("/")[0], run, whole | dict(settings), **fields)
 

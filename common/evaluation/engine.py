@@ -9,7 +9,7 @@ official AutoAttack packs them; and what is done is done for good, see
 
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -104,7 +104,6 @@ def run_steps(
         size: torch.zeros_like(everybody).index_fill(0, subset(y, size), True)
         for size in {step.examples for step in steps}
     }
-    counted, aside = _counted(steps, threat, parts)
     with frozen(model, "eval"):
         clean = run.columns(CLEAN, everybody, {})
         fill = {"predicted": clean["predicted"]}
@@ -128,39 +127,15 @@ def run_steps(
                 continue
             outcome = before.clone()
             outcome[before & within] = found["correct"][before & within]
-            counts = step.key in counted
-            line = _line(step, counts, _weakness(step, threat, found, before & within))
+            line = _line(step, threat, _weakness(step, threat, found, before & within))
             outcomes.correct[step.key], outcomes.attacked[step.key] = outcome, within
             outcomes.lines[step.key] = line
-            if counts:
+            if line.counts:
                 met = met & within
                 run.standing = run.standing & (outcome | ~within)
     lacking = [lacking_classes(y, part.nonzero().flatten()) for part in parts.values()]
-    outcomes.remarks = [*remarks, *filter(None, [*lacking, _beyond(outcomes, aside)])]
+    outcomes.remarks = [*remarks, *filter(None, lacking)]
     return outcomes
-
-
-def _counted(
-    steps: Sequence[Step], threat: Threat | None, parts: Mapping[int | None, Tensor]
-) -> tuple[set[str], set[str]]:
-    """The keys of the steps that enter the worst case, and of the checks that do not.
-
-    A check that was run on fewer examples than the attacks have in common would make the worst case
-    one of those few, so it stands aside.
-    """
-    within = [
-        step
-        for step in steps
-        if step.kind == "attack" and threat is not None and threat.covers(step.threat)
-    ]
-    attacks = [step for step in within if not step.is_check] or within
-    common = torch.stack([parts[step.examples] for step in attacks]).all(0) if attacks else None
-    aside = {
-        step.key
-        for step in within
-        if step.is_check and common is not None and not bool(parts[step.examples][common].all())
-    }
-    return {step.key for step in within} - aside, aside
 
 
 def _weakness(step: Step, threat: Threat | None, found: Columns, ran: Tensor) -> str:
@@ -183,24 +158,6 @@ def _weakness(step: Step, threat: Threat | None, found: Columns, ran: Tensor) ->
     )
 
 
-def _beyond(outcomes: Outcomes, checks: Collection[str]) -> str:
-    """What checks broke that had withstood everything that counts, as a sentence."""
-    robust = outcomes.correct["clean"].clone()
-    for key, line in outcomes.lines.items():
-        if line.counts:
-            robust &= outcomes.attacked[key] & outcomes.correct[key]
-    met, fell = torch.zeros_like(robust), torch.zeros_like(robust)
-    for key in checks:
-        met |= outcomes.attacked[key]
-        fell |= outcomes.attacked[key] & ~outcomes.correct[key]
-    if not bool((robust & fell).any()):
-        return ""
-    return (
-        f"of {int((robust & met).sum()):,} examples that withstood every attack of the worst case "
-        f"the audit broke {int((robust & fell).sum()):,}: the worst case is too high"
-    )
-
-
 def in_order(examples: Batch) -> Batch:
     """The examples sorted by index, on the CPU.
 
@@ -218,14 +175,14 @@ def in_order(examples: Batch) -> Batch:
     return {key: value.detach().cpu()[order].clone() for key, value in examples.items()}
 
 
-def _line(step: Step, counts: bool, weakness: str) -> Line:
+def _line(step: Step, threat: Threat | None, weakness: str) -> Line:
     return Line(
         entry=step.entry,
         kind="noise" if step.kind == "noise" else "attack",
         norm=step.threat.norm if step.threat else None,
         eps=step.threat.radius if step.threat else None,
         survivors_only=step.scope == "standing",
-        counts=counts,
+        counts=step.kind == "attack" and threat is not None and threat.covers(step.threat),
         at=dict(step.at),
         weakness=weakness,
     )

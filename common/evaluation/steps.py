@@ -69,8 +69,6 @@ class Step:
             nothing).
         at: The point of a sweep, such as ``{"eps": 0.1}``.
         reach: How far its steps can move an image, in the norm of ``threat``.
-        is_check: Whether it examines other attacks (the audit's). It counts only where it was run
-            on all examples that the other attacks have in common, or where there are no others.
     """
 
     key: str
@@ -85,7 +83,6 @@ class Step:
     kind: Literal["attack", "noise", "probe"] = "attack"
     at: Mapping[str, float] = field(default_factory=dict)
     reach: float = math.inf
-    is_check: bool = False
 
 
 @torch.no_grad()
