@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
+from common.bases import bases
 from common.outcomes import group_of, outcome_bits
 from common.reference import Group, Row
 from common.schema import AuditCheck, CheckpointResult, Result
@@ -54,17 +55,22 @@ def comparison_sheet(
         name = f"{row.label} (`{row.stem}`)"
         if not is_common:
             name += f" against {baseline.label}"
-        pairs = list(_last_pairs(results.get(row.stem, []), results.get(baseline.stem, [])))
-        strangers += [
-            f"`{row.stem}` (seed {seed})" for seed, *both in pairs if not _same_examples(*both)
+        pairs = [
+            (seed, ours, theirs, bases(ours), bases(theirs))
+            for seed, ours, theirs in _last_pairs(
+                results.get(row.stem, []), results.get(baseline.stem, [])
+            )
         ]
+        others_split = [p for p in pairs if p[3]["clean_acc"] != p[4]["clean_acc"]]
+        strangers += [f"`{row.stem}` (seed {seed})" for seed, *_ in others_split]
         for key in keys:
             found: dict[int, _Pair] = {}
-            for seed, ours, theirs in pairs:
+            for seed, ours, theirs, ours_of, theirs_of in pairs:
                 a, b = outcome_bits(ours, key), outcome_bits(theirs, key)
-                if a is None or b is None or not _same_examples(ours, theirs):
+                is_same_split = ours_of["clean_acc"] == theirs_of["clean_acc"]
+                if a is None or b is None or not is_same_split:
                     continue
-                if len(a) == len(b):
+                if ours_of[key] == theirs_of[key]:
                     found[seed] = a, b
                 else:
                     sizes = f"{len(a):,} against {len(b):,} examples"
@@ -111,12 +117,6 @@ def _last_pairs(
     for result in ours:
         if "last" in result["checkpoints"] and result["seed"] in last:
             yield result["seed"], result["checkpoints"]["last"], last[result["seed"]]
-
-
-def _same_examples(one: CheckpointResult, other: CheckpointResult) -> bool:
-    """As far as a result tells: as many, and as many of each class."""
-    sizes = [[n for _, n in checkpoint["clean"]["per_class"]] for checkpoint in (one, other)]
-    return sizes[0] == sizes[1]
 
 
 def _compared(found: Mapping[int, _Pair]) -> list[str]:
