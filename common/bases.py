@@ -12,6 +12,8 @@ from common.outcomes import counts_as_attack, figures
 from common.schema import CheckpointResult, Result
 
 T = TypeVar("T", bound=Hashable)
+Key = tuple[str, int]
+"""Experiment and seed."""
 
 
 class Basis(NamedTuple):
@@ -54,38 +56,43 @@ def usual(found: Iterable[T]) -> T | None:
     return next((value for value, _ in Counter(found).most_common(1)), None)
 
 
-def comparable_metrics(
-    results: Iterable[Result],
-) -> tuple[dict[tuple[str, int], dict[str, float]], list[str]]:
-    """Metrics of last checkpoints, of each metric only those about the same examples.
+def comparable(
+    checkpoints: Mapping[Key, CheckpointResult],
+) -> tuple[dict[Key, dict[str, float]], list[str]]:
+    """Metrics of checkpoints, of each metric only those about the same examples.
 
     Args:
-        results: Of any experiments and seeds; those without a last checkpoint are left out.
+        checkpoints: Of one data set, by experiment and seed.
 
     Returns:
-        Metrics by (experiment, seed), and what was left out, in sentences.
+        Metrics by the same keys, and what was left out, in sentences.
     """
-    last = {
-        (result["experiment"], result["seed"]): result["checkpoints"]["last"]
-        for result in results
-        if "last" in result["checkpoints"]
-    }
-    of = {key: bases(checkpoint) for key, checkpoint in last.items()}
+    of = {key: bases(checkpoint) for key, checkpoint in checkpoints.items()}
     names = dict.fromkeys(name for found in of.values() for name in found)
     basis = {name: usual(found[name] for found in of.values() if name in found) for name in names}
-    metrics: dict[tuple[str, int], dict[str, float]] = {}
+    metrics: dict[Key, dict[str, float]] = {}
     left_out: dict[str, list[str]] = {}
-    for (stem, seed), checkpoint in last.items():
-        kept = metrics.setdefault((stem, seed), {})
+    for key, checkpoint in checkpoints.items():
+        metrics[key] = {}
         for name, value in checkpoint["metrics"].items():
-            if (found := of[stem, seed][name]) == basis[name]:
-                kept[name] = value
+            if of[key][name] == basis[name]:
+                metrics[key][name] = value
             else:
-                left_out.setdefault(name, []).append(f"{stem} seed {seed} ({found.size} examples)")
+                where = f"{key[0]} seed {key[1]} ({of[key][name].size} examples)"
+                left_out.setdefault(name, []).append(where)
     return metrics, [
         f"{name} of {', '.join(rows)}: measured on other examples than elsewhere"
         for name, rows in left_out.items()
     ]
+
+
+def last_of(results: Iterable[Result], prefix: str) -> dict[Key, CheckpointResult]:
+    """Last checkpoints by what stands after the prefix of the experiment, and seed."""
+    return {
+        (result["experiment"].removeprefix(prefix), result["seed"]): result["checkpoints"]["last"]
+        for result in results
+        if result["experiment"].startswith(prefix) and "last" in result["checkpoints"]
+    }
 
 
 def shared_basis(of: Mapping[str, Basis], names: Iterable[str]) -> Basis | None:
