@@ -47,7 +47,7 @@ from paper_awnet.measurements import (
 from paper_awnet.networks import AWNet
 
 IMAGES = 350
-"""The first so many test images are attacked here."""
+"""So many test images are attacked here, of all classes in proportion."""
 
 # ----------------------------------------------------------------------------- from checkpoints
 
