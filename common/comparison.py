@@ -144,17 +144,21 @@ def _compared(found: Mapping[int, _Pair]) -> list[str]:
 
 
 def audit_notes(rows: Sequence[Row], results: Results) -> list[str]:
-    """A warning for every checkpoint that failed a check, and a line about the rows that did not.
+    """Warnings about failed checks and remarks, and a line about the rows that passed all checks.
 
     Args:
         rows: Of the table.
         results: Of all experiments.
     """
     warnings, passed = [], []
+    remarks: dict[str, list[str]] = {}
     for row in rows:
         counts, is_sound = 0, True
         for result in results.get(row.stem, []):
             for label, checkpoint in result["checkpoints"].items():
+                for remark in checkpoint["remarks"]:
+                    where = f"`{row.stem}` seed {result['seed']}, {label}"
+                    remarks.setdefault(remark, []).append(where)
                 checks = checkpoint["audit"]["checks"] if "audit" in checkpoint else []
                 counts += sum(check["verdict"] == "pass" for check in checks)
                 if failed := [check for check in checks if check["verdict"] == "fail"]:
@@ -165,6 +169,7 @@ def audit_notes(rows: Sequence[Row], results: Results) -> list[str]:
                     )
         if counts and is_sound:
             passed.append(f"`{row.stem}` ({counts})")
+    warnings += [f"⚠ {', '.join(where)}: {remark}" for remark, where in remarks.items()]
     if passed:
         warnings.append(f"Audit, number of checks passed and none failed: {', '.join(passed)}")
     return warnings

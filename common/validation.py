@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from common.files import content_digest
 from common.outcomes import (
@@ -14,7 +14,7 @@ from common.outcomes import (
     packed_bits,
     sizes,
 )
-from common.schema import SCHEMA, Result
+from common.schema import SCHEMA, AttackResult, Result
 
 NUMBER = (int, float)
 NULLABLE_NUMBER = (int, float, type(None))
@@ -102,7 +102,7 @@ def _check_attack(attack: Mapping[str, Any], total: int, place: str) -> None:
     for key in ("subset", "weakness"):
         if key in attack:
             _check_type(attack, key, str, place)
-    if (chosen := mask_of(attack, total).bit_count()) != attack["examples"]:
+    if (chosen := mask_of(cast(AttackResult, attack), total).bit_count()) != attack["examples"]:
         raise ValueError(f"{place}examples is {attack['examples']}, subset has {chosen}")
     _check_counts(attack, attack["examples"], place)
 

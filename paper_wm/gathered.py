@@ -132,8 +132,8 @@ class Found:
                     self.missing.append(f"data of {self.base}_{method}, seed {seed}: {error}")
                     continue
                 x, y = x.to(device), y.to(device)
-                rows = subset(y, LIMIT)
-                self._measure(method, seed, model.to(device), x[rows], y[rows])
+                some = subset(y, LIMIT)
+                self._measure(method, seed, model.to(device), x[some], y[some])
                 if seed in surrogates and (rows := self.attacked.get((method, seed))):
                     dataset = self.base.partition("_cnn3")[0]
                     eps = RADIUS.get(dataset, 2 / 255)

@@ -594,6 +594,21 @@ def test_failed_audits_are_shouted_and_passed_ones_counted(paper: Path) -> None:
     assert "⚠ audit: `toy_net_ours`" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_remarks_of_results_stand_under_the_table(paper: Path) -> None:
+    right = torch.arange(N) < 100
+    weak = {"pgd20/ce_f": Line("pgd20", weakness="its radius 0.001 is less than 0.2")}
+    found = Outcomes(
+        torch.arange(N) % 10,
+        {"clean": right, "pgd20/ce_f": right},
+        {"pgd20/ce_f": torch.arange(N) < N},
+        weak,
+    )
+    file_away(paper, "toy_net_ours", checkpoint_entry(found))
+    markdown = render_table("paper_toy").markdown
+    assert "⚠ `toy_net_ours` seed 0, last: there is no worst case: no attack used the" in markdown
+    assert "worst last" not in markdown
+
+
 # -------------------------------------------------------------------------------------- reference
 
 

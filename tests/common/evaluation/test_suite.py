@@ -311,6 +311,32 @@ def test_the_result_file_holds_every_outcome(tmp_path) -> None:
     assert len(made_with["checkpoint_digest"]) == 64
     assert made_with["versions"]["torch"] == torch.__version__.split("+")[0]
     assert json.loads((tmp_path / "results.json").read_text()) == result
+    assert {"test/clean_acc", "test/fgsm", "test/worst_on_20"} <= set(trainer.callback_metrics)
+    assert "test/worst" not in trainer.callback_metrics, "it is about 20 of 30 examples"
+
+
+def test_a_limit_that_loses_classes_and_a_weak_suite_reach_the_result(tmp_path) -> None:
+    torch.manual_seed(0)
+    net = ResNet((1, 1), (4, 4), (1, 2), in_channels=1)
+    with torch.no_grad():
+        net.head.linear.bias[1] += 100.0  # one of the four is of this class
+    evaluation = RobustEvaluation(suite(pgd=SuiteEntry(PGD(0.1, steps=0))))
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+        callbacks=[evaluation],
+    )
+    data = ImageDataModule(Digits(), test_limit=4)
+    with pytest.warns(UserWarning, match="there is no worst case: no attack used the whole radius"):
+        trainer.test(RobustClassifier(net, AT(), torch.optim.SGD), datamodule=data, verbose=False)
+    entry = read_result(tmp_path / "results.json")["checkpoints"]["untrained"]
+    lacking, weak = entry["remarks"]
+    assert "4 examples taken of 700 have none of 6 of the 10 classes" in lacking
+    assert "pgd/ce_f: all its steps together, 0, are less than its radius 0.1" in weak
+    assert "worst" not in entry["metrics"]
 
 
 def test_gama_without_projection_is_reported_and_does_not_count(batch) -> None:
