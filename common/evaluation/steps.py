@@ -1,5 +1,6 @@
 """A step of an evaluation: one attack, what it is run on, and how its outcome is judged."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -61,12 +62,13 @@ class Step:
             have withstood every step of the threat model so far.
         cumulative: Run only on what earlier steps of the same entry left standing, and count what
             those broke as broken.
-        examples: Only the first so many of the split.
+        examples: Only so many of the split, see :func:`common.data.subset.subset`.
         batch_size: Of its own, where its random numbers depend on it.
         threat: What the attack kept to; ``None`` where it is not an attack within a ball.
         kind: ``attack``, ``noise`` (random, not adversarial) or ``probe`` (measures, breaks
             nothing).
         at: The point of a sweep, such as ``{"eps": 0.1}``.
+        reach: How far its steps can move an image, in the norm of ``threat``.
     """
 
     key: str
@@ -80,6 +82,7 @@ class Step:
     threat: Threat | None = None
     kind: Literal["attack", "noise", "probe"] = "attack"
     at: Mapping[str, float] = field(default_factory=dict)
+    reach: float = math.inf
 
 
 @torch.no_grad()
@@ -99,6 +102,7 @@ def judged(
     x_adv: Tensor,
     threat: Threat | None = None,
     correct: Tensor | None = None,
+    idle: Tensor | None = None,
 ) -> Columns:
     """What perturbed images amount to, in float32.
 
@@ -112,28 +116,40 @@ def judged(
         threat: The ball they have to be in; ``None`` asks for the box alone.
         correct: The verdict ``(N,)``, where the attack has one of its own (the official
             AutoAttack); everything else is classified here.
+        idle: Which examples an attack found no direction for, ``(N,)``; a random start moves
+            those too.
 
     Returns:
         ``correct`` bool, ``predicted`` int64, ``loss`` (cross-entropy), the distances ``linf``,
-        ``l2`` and ``l1``, all ``(N,)``, and ``x_adv``.
+        ``l2`` and ``l1``, all ``(N,)``, and ``x_adv``; with a ball also ``moved`` bool, whether the
+        image is at least half the radius from x, or half as far as the box allows.
     """
     with torch.no_grad():
         logits = model(x_adv)
     predicted = logits.argmax(dim=1)
-    delta = (x_adv - batch["x"]).flatten(1).abs()
-    distances = {"linf": delta.amax(1), "l2": delta.square().sum(1).sqrt(), "l1": delta.sum(1)}
+    distances = _distances(x_adv - batch["x"])
     if correct is None:
         is_allowed = ((x_adv >= 0.0) & (x_adv <= 1.0)).flatten(1).all(dim=1)
         if threat is not None:
             is_allowed &= distances[threat.norm] <= threat.radius * (1 + 1e-5) + 1e-6
         correct = (predicted == batch["y"]) | ~is_allowed
-    return {
+    columns = {
         "correct": correct,
         "predicted": predicted,
         "loss": cross_entropy(logits, batch["y"]),
         **distances,
         "x_adv": x_adv,
     }
+    if threat is not None:
+        room = _distances(torch.maximum(batch["x"], 1.0 - batch["x"]))[threat.norm]
+        moved = distances[threat.norm] >= 0.5 * room.clamp(max=threat.radius)
+        columns["moved"] = moved if idle is None else moved & ~idle
+    return columns
+
+
+def _distances(delta: Tensor) -> dict[str, Tensor]:
+    delta = delta.flatten(1).abs()
+    return {"linf": delta.amax(1), "l2": delta.square().sum(1).sqrt(), "l1": delta.sum(1)}
 
 
 @dataclass(frozen=True)
@@ -148,6 +164,8 @@ class Line:
         survivors_only: Whether it met only what had withstood everything before.
         counts: Whether its outcomes enter the worst case: it kept to the threat model.
         at: The point of a sweep, such as ``{"eps": 0.1}``, ``{"level": 0.2, "draw": 0}``.
+        weakness: Why withstanding it is no evidence for the threat model: it did not use the whole
+            radius, or did not move. Empty if it is evidence.
     """
 
     entry: str
@@ -157,6 +175,7 @@ class Line:
     survivors_only: bool = False
     counts: bool = True
     at: Mapping[str, float] = field(default_factory=dict)
+    weakness: str = ""
 
 
 @dataclass
@@ -172,6 +191,8 @@ class Outcomes:
             :func:`judged`; NaN distances where it was not run.
         threat: The adversary of the worst case.
         seconds: Per step, computing time over all devices.
+        remarks: What a reader of the figures should know, in sentences.
+        pictured: Which examples ``x_adv`` in the columns is about.
     """
 
     y: Tensor
@@ -181,3 +202,5 @@ class Outcomes:
     columns: dict[str, Columns] = field(default_factory=dict)
     threat: Threat | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    pictured: Tensor = field(default_factory=lambda: torch.arange(0))

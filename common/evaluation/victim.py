@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.attacks.losses import cross_entropy, dlr, hinge_margin
 from common.classifier import on_logits
+from common.data.subset import lacking_classes, subset
 from common.errors import ConfigurationError
 from common.objectives import Batch, InnerLoss
 
@@ -56,12 +57,14 @@ def as_victim(model: nn.Module, num_classes: int) -> nn.Module:
 
 
 def collect(data: Any, limit: int | None = None) -> Batch:
-    """All examples as one batch on the CPU.
+    """Examples as one batch on the CPU, with their ``position`` in the data.
 
     Args:
         data: ``(x, y)`` tensors, a data set of ``(image, label)``, or a loader of such batches or
             of dicts with ``x`` and ``y``.
-        limit: Only the first so many.
+        limit: Only so many, of all classes in proportion, see :func:`common.data.subset.subset`.
+            Data with a length are passed through twice for it, so that no other images are kept;
+            a stream gives its first ones.
 
     Raises:
         ConfigurationError: If that is not what it is, or there are no examples.
@@ -72,9 +75,62 @@ def collect(data: Any, limit: int | None = None) -> Batch:
         batches = DataLoader(data, batch_size=256)
     else:
         batches = data
+    every = chosen = None
+    if limit is not None and _is_finite(batches):
+        every = torch.cat([torch.empty(0, dtype=torch.int64), *(y for _, y in _pairs(batches))])
+        check_labels(every)
+        chosen = subset(every, limit)
+    x, y = _gathered(batches, chosen, limit)
+    check_examples(x, y)
+    if every is not None and chosen is not None:
+        if bool((every[chosen] != y).any()):
+            warnings.warn(
+                f"the loader has another order every time, so that the {len(y)} examples taken are "
+                "others for another model; give it shuffle=False",
+                stacklevel=3,
+            )
+        elif lacking := lacking_classes(every, chosen):
+            warnings.warn(lacking, stacklevel=3)
+    elif limit is not None and len(y) == limit:
+        warnings.warn(
+            f"the {len(y)} examples taken are the first of a stream, of the classes "
+            f"{', '.join(map(str, sorted(set(y.tolist()))))}; the rest may have others",
+            stacklevel=3,
+        )
+    position = torch.arange(len(y)) if chosen is None else chosen
+    return {"x": x.float(), "y": y.long(), "index": torch.arange(len(y)), "position": position}
+
+
+def _gathered(
+    batches: Iterable[Any], chosen: Tensor | None, limit: int | None
+) -> tuple[Tensor, Tensor]:
+    """Images and labels at the chosen positions, or else the first ones."""
     xs: list[Tensor] = []
     ys: list[Tensor] = []
     count = 0
+    for x, y in _pairs(batches):
+        begin, count = count, count + len(x)
+        if chosen is not None:
+            rows = chosen[(chosen >= begin) & (chosen < count)] - begin
+            x, y = x[rows], y[rows]
+        xs.append(x)
+        ys.append(y)
+        if chosen is None and limit is not None and count >= limit:
+            break
+    if count == 0:
+        raise ConfigurationError("data has no examples")
+    return torch.cat(xs)[:limit], torch.cat(ys)[:limit]
+
+
+def _is_finite(batches: Any) -> bool:
+    """Whether batches can be passed through again and come to an end."""
+    try:
+        return len(batches) >= 0 and iter(batches) is not batches
+    except TypeError:
+        return False
+
+
+def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in batches:
         try:
             x, y = (batch["x"], batch["y"]) if isinstance(batch, Mapping) else batch[:2]
@@ -86,16 +142,7 @@ def collect(data: Any, limit: int | None = None) -> Batch:
                 f"such batches or of dicts with x and y, got a {type(batch).__name__}; images need "
                 "torchvision.transforms.ToTensor()"
             )
-        xs.append(x.detach().cpu())
-        ys.append(torch.as_tensor(y).detach().cpu())
-        count += len(x)
-        if limit is not None and count >= limit:
-            break
-    if count == 0:
-        raise ConfigurationError("data has no examples")
-    x, y = torch.cat(xs)[:limit], torch.cat(ys)[:limit]
-    check_examples(x, y)
-    return {"x": x.float(), "y": y.long(), "index": torch.arange(len(y))}
+        yield x.detach().cpu(), torch.as_tensor(y).detach().cpu()
 
 
 def check_examples(x: Tensor, y: Tensor) -> None:
@@ -113,8 +160,7 @@ def check_examples(x: Tensor, y: Tensor) -> None:
         raise ConfigurationError(
             f"images must be floating-point numbers in [0, 1], got {x.dtype}; divide bytes by 255"
         )
-    if y.is_floating_point() or y.is_complex():
-        raise ConfigurationError(f"labels must be whole numbers, got {y.dtype}")
+    check_labels(y)
     if not torch.isfinite(x).all():
         raise ConfigurationError("images must be finite, found NaN or infinity")
     low, high = x.min().item(), x.max().item()
@@ -130,7 +176,17 @@ def check_examples(x: Tensor, y: Tensor) -> None:
         raise ConfigurationError(
             f"images must lie in [0, 1], found values from {low:.4g} to {high:.4g}; {remedy}"
         )
-    if y.min() < 0:
+
+
+def check_labels(y: Tensor) -> None:
+    """Find labels that are not whole numbers from 0.
+
+    Raises:
+        ConfigurationError: With what was found.
+    """
+    if y.is_floating_point() or y.is_complex():
+        raise ConfigurationError(f"labels must be whole numbers, got {y.dtype}")
+    if len(y) and y.min() < 0:
         raise ConfigurationError(f"labels must count from 0, found {int(y.min())}")
 
 
