@@ -27,6 +27,9 @@ class EpochLoop(_TrainingEpochLoop):
     """
 
     stops_again = False
+    """Whether the run was asked to stop when the checkpoint was written."""
+    has_made_up = False
+    """Whether the next batch is the first one after the checkpoint, though not the first step."""
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Train on a batch, unless the last one still waits for its validation."""
@@ -36,8 +39,10 @@ class EpochLoop(_TrainingEpochLoop):
                 self.val_loop.restarting = False
                 if not self._should_accumulate():
                     self._batches_that_stepped -= 1  # reset() has counted the end of this batch
+                self.has_made_up = True
                 return
         super().advance(data_fetcher)
+        self.has_made_up = False
 
     def _broadcast_sigterm_tensor(self) -> None:
         """Nothing: Resuming does it at the end of a batch, where every rank can still save."""
