@@ -60,6 +60,12 @@ set_parsing_settings(instantiate_subclass_spec_in_any=False)
 CONFIGS = Path(__file__).parent / "configs"
 BASE = str(CONFIGS / "base.yaml")
 TRAINING = ("fit", "reproduce")
+# Callbacks with arguments that follow from the command: nobody can give another value.
+FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
+    (RobustEvaluation, "evaluation", {"experiment", "paper", "config_digest", "protocol"}),
+    (Monitoring, "monitoring", {"hyperparameters"}),
+    (SelectedCheckpoint, "checkpoint", {"dirpath"}),
+)
 OWN_CLASSES = ("common.", "paper_", "torch.nn.", "torch.optim.")
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
@@ -120,9 +126,11 @@ class RobustCLI(LightningCLI):
         parser.add_lightning_class_args(WarmStart, "warm_start")
         parser.add_lightning_class_args(AdversarialTraining, "adversary")
         parser.add_lightning_class_args(AdversarialWeightPerturbation, "weight_perturbation")
-        parser.add_lightning_class_args(RobustEvaluation, "evaluation")
-        parser.add_lightning_class_args(Monitoring, "monitoring")
-        parser.add_lightning_class_args(SelectedCheckpoint, "checkpoint")
+        for kind, section, filled_in in FILLED_IN:
+            parser.callback_keys.append(section)
+            parser.add_class_arguments(
+                kind, section, fail_untyped=False, sub_configs=True, skip=filled_in
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Keep the precedence of files and options over a checkpoint's stored settings."""
@@ -156,14 +164,7 @@ class RobustCLI(LightningCLI):
             config.trainer.default_root_dir = str(run)
             if config.trainer.logger in (None, True):
                 config.trainer.logger = tensorboard_in(run)
-            config.checkpoint.dirpath = str(run / "checkpoints")
-        config.evaluation.experiment = config.experiment
-        config.evaluation.paper = self.package
-        config.evaluation.config_digest = plain_digest(self.settings)
-        config.evaluation.protocol = protocol_digest(plain)
-        config.monitoring.hyperparameters = {
-            key: plain[key] for key in ("experiment", "seed_everything", "model", "adversary")
-        }
+        self.plain = plain
 
     def _plain(self, config: Namespace) -> dict[str, Any]:
         """The configuration as plain values."""
@@ -205,15 +206,17 @@ class RobustCLI(LightningCLI):
         base = self._base(config)
         versions = sorted(base.parent.glob(f"{base.name}-v*"), key=_version)
         checkpoint = config.get("ckpt_path")
+        is_given = config.trainer.default_root_dir is not None
+        is_of_run = checkpoint and Path(checkpoint).parent.name == "checkpoints" and not is_given
         if self.subcommand not in TRAINING:
-            if checkpoint and Path(checkpoint).parent.name == "checkpoints":
+            if is_of_run:
                 return Path(checkpoint).parent.parent
             return versions[-1] if versions else base
         run = base
         if self.subcommand == "fit":
             if checkpoint == "last":
                 run = versions[-1] if versions else base
-            elif checkpoint and Path(checkpoint).parent.name == "checkpoints":
+            elif is_of_run:
                 run = Path(checkpoint).parent.parent
             elif (base / "checkpoints" / "last.ckpt").exists():
                 following = _version(versions[-1]) + 1 if versions else 1
@@ -273,10 +276,18 @@ class RobustCLI(LightningCLI):
             extra.append(LearningRateMonitor(logging_interval="step"))
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
             saving = self._get(self.config_init, "checkpoint")
+            saving.dirpath = os.path.realpath(Path(config.default_root_dir or ".", "checkpoints"))
             extra.append(LastCheckpoint(saving.dirpath, saving.every_n_steps))
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
         trainer = cast(Trainer, super().instantiate_trainer(**kwargs))
         trainer.settings = self.settings
+        evaluation = self._get(self.config_init, "evaluation")
+        evaluation.experiment, evaluation.paper = self.settings["experiment"], self.package
+        evaluation.config_digest = plain_digest(self.settings)
+        evaluation.protocol = protocol_digest(self.plain)
+        self._get(self.config_init, "monitoring").hyperparameters = {
+            key: self.plain[key] for key in ("experiment", "seed_everything", "model", "adversary")
+        }
         return trainer
 
 
@@ -294,8 +305,6 @@ class SaveTrainingConfig(SaveConfigCallback):
         # The file describes the experiment; where this run happened to write is not part of it.
         config.pop("ckpt_path", None)
         config.update(None, "trainer.default_root_dir")
-        config.update(None, "checkpoint.dirpath")
-        config.update(None, "monitoring.hyperparameters")
         logger = config.trainer.logger
         if logger and logger.class_path == TENSORBOARD:
             config.update(None, "trainer.logger")

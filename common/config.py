@@ -48,11 +48,12 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     # The attack of validation chooses the checkpoint; the suite of test changes no weights.
     found["validation"] = (config.get("evaluation") or {}).get("validation")
     trainer = config.get("trainer") or {}
-    found["trainer"] = {key: trainer.get(key) for key in TRAINER_SETTINGS}
-    if (callbacks := trainer.get("callbacks")) is not None:
+    settings = {key: trainer.get(key) for key in TRAINER_SETTINGS}
+    if (callbacks := settings["callbacks"]) is not None:
         listed = callbacks if isinstance(callbacks, list) else [callbacks]
         kept = [c for c in listed if type_name(str(c.get("class_path"))) not in OBSERVERS]
-        found["trainer"]["callbacks"] = kept or None
+        settings["callbacks"] = kept or None
+    found["trainer"] = settings
     # Switched off they leave a digest as it was before they existed.
     for section, name in (("adversary", "engine"), ("validation", "until_broken")):
         if isinstance(given := found[section], Mapping) and not given.get(name):
@@ -77,7 +78,8 @@ def protocol_digest(config: Mapping[str, Any]) -> str:
     evaluation, data = config.get("evaluation") or {}, config.get("data") or {}
     protocol = {key: evaluation.get(key) for key in PROTOCOL_SECTIONS}
     protocol["test_limit"] = data.get("test_limit")
-    protocol["limit_test_batches"] = (config.get("trainer") or {}).get("limit_test_batches")
+    for name in ("limit_test_batches", "fast_dev_run"):
+        protocol[name] = (config.get("trainer") or {}).get(name)
     return plain_digest(protocol)
 
 

@@ -99,7 +99,7 @@ class Resuming(Callback):
     def _stop_again(self, trainer: Trainer, epochs: Mapping[str, int]) -> None:
         """End a run that had ended, at once or after the validation that was due."""
         if epochs["processed"] < epochs["started"]:
-            trainer.fit_loop.epoch_loop.stops_again = True  # type: ignore[attr-defined]
+            trainer.fit_loop.epoch_loop.stops_again = True
             return
         trainer.should_stop = True
         rank_zero_info(

@@ -34,6 +34,12 @@ from common.identity import SETTINGS, evaluated_digest
 from common.objectives import Batch
 from common.results import CheckpointResult, check_writable, checkpoint_entry, merge_result
 
+OF_SUITES: dict[str, Any] = {
+    **{"survivors_only": False, "examples": None, "checkpoints": None, "sweep": None},
+    **{"eot": 1, "until_broken": False},
+}
+"""Settings of an entry that validation does not know, and their defaults."""
+
 
 class RobustEvaluation(Callback):
     """Measures robust accuracy: cheaply for model selection, thoroughly under ``test``.
@@ -100,10 +106,15 @@ class RobustEvaluation(Callback):
                 f"or one of its kind, got {type(validation.attack).__name__}; other attacks go "
                 "into evaluation.suite"
             )
-        if validation is not None and validation.until_broken:
+        unused = [
+            name
+            for name, value in OF_SUITES.items()
+            if validation is not None and getattr(validation, name) != value
+        ]
+        if unused:
             raise ConfigurationError(
-                "evaluation.validation attacks batch by batch to the last step; drop until_broken, "
-                "which is for entries of evaluation.suite"
+                "evaluation.validation attacks every example of every batch to the last step; drop "
+                f"{', '.join(unused)}, which is for entries of evaluation.suite"
             )
 
     # ---- set-up ------------------------------------------------------------------------------

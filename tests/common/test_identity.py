@@ -439,3 +439,32 @@ def test_an_extended_run_is_one_run(config) -> None:
         call("test", *more, name)
     assert list(json.loads((RUN / "results.json").read_text())["checkpoints"]) == [
         "last", "selected"]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------- unused settings
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--checkpoint.dirpath", "elsewhere", "unknown option"),
+        ("--evaluation.experiment", "another", "unknown option"),
+        ("--evaluation.config_digest", "abc", "unknown option"),
+        ("--monitoring.hyperparameters", "{a: 1}", "unknown option"),
+        ("--evaluation.validation.eot", "4", "drop eot, which is for entries of evaluation.suite"),
+        ("--evaluation.validation.examples", "5", "drop examples"),
+    ],
+)
+def test_what_would_not_be_used_is_refused(config, capsys, option, value, said) -> None:
+    assert said in refused(capsys, "fit", "--config", config, option, value)
+
+
+def test_a_given_folder_is_where_a_test_writes(config) -> None:
+    call("fit", "--config", config, "--trainer.max_epochs", "1")
+    given = ("--trainer.default_root_dir", "elsewhere")
+    call("test", "--config", config, "--ckpt_path", LAST, *given)
+    assert Path("elsewhere/results.json").exists()
+    assert not (RUN / "results.json").exists()
+    call("fit", "--config", config, "--ckpt_path", LAST, *given)
+    assert torch.load("elsewhere/checkpoints/last.ckpt")["epoch"] == 1
+    assert torch.load(LAST)["epoch"] == 0
