@@ -51,7 +51,7 @@ def _bf16_units() -> str:
 def write(name: str, section: str, found: Any, device: str) -> Path:
     """Put one section's findings beside the others and render all of them again."""
     path = RESULTS / f"{name}.json"
-    whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    whole = read_json(path) if path.is_file() else {}
     whole[section] = {"machine": machine(device), "found": found}
     write_json_atomically(path, whole)
     write_text_atomically(path.with_suffix(".md"), rendered(name, whole))

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from common.errors import ConfigurationError
+from common.parsing import ArgumentParser, load_named
 
 # The sections and settings that decide which weights come out of a run.
 TRAINING_SECTIONS = (
@@ -89,12 +90,6 @@ def plain_digest(values: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_class(path: str) -> Any:
-    """The class or function behind an import path."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def fill_from_data(config: Namespace) -> None:
     """Give every network of the model the class and channel counts of the data.
 
@@ -106,7 +101,7 @@ def fill_from_data(config: Namespace) -> None:
         ConfigurationError: If a network is explicitly given other counts or another shape.
     """
     source = config.data.source
-    spec = load_class(source.class_path)(**(source.get("init_args") or {})).spec
+    spec = load_named(source.class_path)(**(source.get("init_args") or {})).spec
     for path, node in _class_nodes(config.model, "model"):
         arguments = node.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
         names = set(vars(arguments))
@@ -136,7 +131,7 @@ def _as_list(value: Any) -> Any:
 
 def _defaults(class_path: str) -> dict[str, Any]:
     """Default arguments of a class or function, those it passes on as keywords included."""
-    parser, made = ArgumentParser(exit_on_error=False), load_class(class_path)
+    parser, made = ArgumentParser(exit_on_error=False), load_named(class_path)
     add = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments
     add(made, "made", fail_untyped=False)
     return dict(vars(parser.get_defaults().made))
@@ -238,7 +233,7 @@ _BOILERPLATE = re.compile(
 def _parameters(class_path: str) -> list[str]:
     """Names of what a class can be configured with, through its bases."""
     names: dict[str, None] = {}
-    found = load_class(class_path)
+    found = load_named(class_path)
     for owner in inspect.getmro(found) if inspect.isclass(found) else (found,):
         if owner is not object:
             names |= dict.fromkeys(inspect.signature(owner).parameters)

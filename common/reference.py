@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from common.errors import ConfigurationError
+from common.limits import read_yaml
 
 UNITS = {"percent": 100.0, "plain": 1.0, "thousands": 1e-3, "millions": 1e-6, "giga": 1e-9}
 """What a measured figure is multiplied by in a table."""
@@ -132,14 +131,14 @@ def read_reference(path: str | Path) -> Reference:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
         groups = [
             Group(**{**group, "metrics": [Metric(**metric) for metric in group["metrics"]]})
             for group in data["groups"]
         ]
         rows = {stem: Row(stem=stem, **row) for stem, row in data["rows"].items()}
         checkpoints = tuple(data.get("checkpoints", Reference.checkpoints))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); it "
             "needs groups (a list of id, title, metrics, note, layout, baseline, compare) and rows "

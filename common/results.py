@@ -5,7 +5,6 @@ What is in them is written down in :mod:`common.schema`.
 ``python -m common.tables paper_x`` sets them beside the paper's printed numbers.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from common.files import (
     write_json_atomically,
     write_text_atomically,
 )
+from common.limits import read_json
 from common.outcomes import (
     checkpoint_entry,
     outcome_bits,
@@ -173,7 +173,7 @@ def read_result(path: str | Path) -> Result:
         "delete the file finished in its run directory, and make writes it again)"
     )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
     schema = data.get("schema") if isinstance(data, dict) else None

@@ -5,7 +5,6 @@ model too. Where a radius is the word ``threat``, or ``threat/10``, ``threat*2``
 adversary that the evaluation is about.
 """
 
-import importlib
 import inspect
 import re
 from collections.abc import Mapping
@@ -13,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from common.attacks.pgd import Norm
 from common.errors import ConfigurationError
 from common.evaluation.audit import Audit
 from common.evaluation.steps import Threat
 from common.evaluation.suite import SuiteEntry
+from common.limits import read_yaml
+from common.parsing import build, check_named, load_named
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 _WORD = re.compile(r"threat(?:\s*([*/])\s*(\d+(?:\.\d+)?))?")
@@ -39,7 +39,7 @@ def ready_suites() -> list[str]:
     return sorted(
         path.stem
         for path in CONFIGS.glob("*.yaml")
-        if {"suite", "audit"} & set((yaml.safe_load(path.read_text()) or {}).get("evaluation", ()))
+        if {"suite", "audit"} & set((read_yaml(path) or {}).get("evaluation", ()))
     )
 
 
@@ -59,16 +59,17 @@ def load_suite(name: str | Path, threat: Threat) -> Suite:
             f"there is no suite {str(name)!r}; there are {', '.join(ready_suites())}, and any YAML "
             "file with a section evaluation: {suite: ...}"
         )
-    section = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("evaluation") or {}
+    content = read_yaml(path)
+    section = (content.get("evaluation") if isinstance(content, dict) else None) or {}
+    if not isinstance(section, dict):
+        raise ConfigurationError(f"{path}: evaluation is {str(section)[:80]!r}, not a section")
+    check_named(section, f"{path}: evaluation")
     fill_threat(section, threat)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--suite", type=dict[str, SuiteEntry], default={})
-    parser.add_argument("--audit", type=Audit | None, default=None)
     wanted = {key: section[key] for key in ("suite", "audit") if key in section}
     if not wanted:
         raise ConfigurationError(f"{path} has no evaluation.suite and no evaluation.audit")
     try:
-        made = parser.instantiate(parser.parse_object(wanted))
+        made = build({"suite": dict[str, SuiteEntry], "audit": Audit | None}, wanted)
     except Exception as error:  # jsonargparse has no common type for what classes refuse
         from common.config import explain  # it needs Lightning, which takes a while to import
 
@@ -110,13 +111,12 @@ def _follows(arguments: Any) -> bool:
 
 def _take_norm(class_path: str, arguments: Any, threat: Threat) -> None:
     """An attack in the ball of the threat model is in its norm too."""
-    module, _, name = class_path.rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    parameters = inspect.signature(load_named(class_path)).parameters
     if "norm" in parameters:
         arguments["norm"] = threat.norm
     elif threat.norm != "linf":
         raise ConfigurationError(
-            f"{name} attacks in linf alone and the threat model is {threat.norm}; take it out of "
+            f"{class_path.rpartition('.')[2]} attacks in linf alone and the threat model is {threat.norm}; take it out of "
             "the suite"
         )
 
