@@ -227,6 +227,8 @@ def checkpoint_entry(
         "per_class": _per_class(is_right, y),
         "outcomes": pack_outcomes(is_right),
     }
+    if nonfinite := _nonfinite(outcomes.columns.get("clean", {}), len(y)):
+        clean["nonfinite"] = nonfinite
     attacks = {name: _attack_entry(outcomes, name, is_right, y) for name in outcomes.attacked}
     threat = outcomes.threat
     metrics = summarise(clean, attacks)
@@ -269,6 +271,8 @@ def _attack_entry(
         "outcomes": pack_outcomes(correct),
     }
     columns = outcomes.columns.get(name, {})
+    if nonfinite := _nonfinite(columns, size):
+        entry["nonfinite"] = nonfinite
     if norms := [norm for norm in ("linf", "l2") if norm in columns]:
         withstood = _as_list(columns.get("correct", outcomes.correct[name]))
         broken = [a and not b for a, b in zip(is_right[:size], withstood, strict=False)]
@@ -276,6 +280,12 @@ def _attack_entry(
             norm: _median(compress(_as_list(columns[norm]), broken)) for norm in norms
         }
     return entry
+
+
+def _nonfinite(columns: "Mapping[str, Tensor]", size: int) -> int:
+    """For how many of the first examples the scores were NaN or infinite."""
+    predicted = _as_list(columns["predicted"]) if "predicted" in columns else []
+    return sum(label < 0 for label in predicted[:size])
 
 
 def _line(outcomes: "Outcomes", name: str) -> "Line":

@@ -59,11 +59,14 @@ class CleanResult(TypedDict):
         per_class: ``[correct, total]`` for each class.
         outcomes: One bit per example in the order of the split, packed by
             :func:`~common.outcomes.pack_outcomes`.
+        nonfinite: Number of examples whose scores are NaN or infinite, which counts as wrong;
+            absent if there are none.
     """
 
     correct: int
     per_class: list[list[int]]
     outcomes: str
+    nonfinite: NotRequired[int]
 
 
 class AttackResult(TypedDict):
@@ -75,7 +78,7 @@ class AttackResult(TypedDict):
         eps: Radius of the ball, for pixels in [0, 1]; null where there is none.
         counts: Whether it enters the worst case, because it kept to the threat model.
         at: The point of a sweep, such as ``{"eps": 0.1}`` or ``{"level": 0.2, "draw": 0}``.
-        correct, per_class, outcomes: As in :class:`CleanResult`.
+        correct, per_class, outcomes, nonfinite: As in :class:`CleanResult`.
         examples: Number of examples.
         survivors_only: It met only what all earlier attacks had left standing, and the outcome of
             any other example is its earlier one, so ``correct`` is cumulative.
@@ -94,6 +97,7 @@ class AttackResult(TypedDict):
     per_class: list[list[int]]
     outcomes: str
     distances: NotRequired[dict[str, float | None]]
+    nonfinite: NotRequired[int]
 
 
 class ThreatResult(TypedDict):
@@ -145,6 +149,8 @@ class CheckpointResult(TypedDict):
             was measured, in units of its own: ``parameters``, ``macs``, ``lipschitz``.
         intervals: ``[low, high]`` of every metric that is a share of examples.
         audit: Checks of the evaluation; absent where it was not audited.
+        not_run: Steps of the suite that were left out because they need a gradient and the model
+            has none; absent if there are none.
     """
 
     epoch: int
@@ -156,6 +162,7 @@ class CheckpointResult(TypedDict):
     metrics: dict[str, float]
     intervals: dict[str, list[float]]
     audit: NotRequired[AuditResult]
+    not_run: NotRequired[list[str]]
 
 
 class Provenance(TypedDict):

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from common import provenance
 from common.attacks.engine import AttackEngine
+from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
 from common.callbacks.modes import frozen, refuse_half_precision
@@ -158,6 +159,7 @@ class RobustEvaluation(Callback):
                 classes = pl_module(batch["x"][:1]).shape[1]
             self._per_class = MulticlassAccuracy(classes, average="none").to(pl_module.device)
             self._robust = MulticlassAccuracy(classes, average="micro").to(pl_module.device)
+        predicted = as_class(predicted, batch["y"], self._per_class.num_classes)
         self._robust.update(predicted, batch["y"])
         self._per_class.update(predicted, batch["y"])
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import Norm, parse_radius
 from common.attacks.randomness import ExampleRandom
 from common.objectives import Batch
@@ -67,6 +67,8 @@ class Step:
         kind: ``attack``, ``noise`` (random, not adversarial) or ``probe`` (measures, breaks
             nothing).
         at: The point of a sweep, such as ``{"eps": 0.1}``.
+        needs_gradient: Whether it is of no use on a model without a gradient.
+        networks: Other networks whose function decides the outcome, for the journal.
     """
 
     key: str
@@ -80,12 +82,14 @@ class Step:
     threat: Threat | None = None
     kind: Literal["attack", "noise", "probe"] = "attack"
     at: Mapping[str, float] = field(default_factory=dict)
+    needs_gradient: bool = False
+    networks: tuple[nn.Module, ...] = ()
 
 
 @torch.no_grad()
 def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Predicted classes ``(N,)``."""
-    return model(x).argmax(dim=1)
+    """Predicted classes ``(N,)``; -1 where the scores are not finite."""
+    return classify(model(x))
 
 
 def is_wrong(model: Callable[[Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
@@ -102,7 +106,8 @@ def judged(
 ) -> Columns:
     """What perturbed images amount to, in float32.
 
-    A misclassified image outside the box or the ball is no adversarial example and counts as
+    Scores that are not finite are no prediction (-1), so such an image counts as misclassified. A
+    misclassified image outside the box or the ball is no adversarial example and counts as
     withstood, whatever attack it comes from.
 
     Args:
@@ -119,21 +124,31 @@ def judged(
     """
     with torch.no_grad():
         logits = model(x_adv)
-    predicted = logits.argmax(dim=1)
-    delta = (x_adv - batch["x"]).flatten(1).abs()
-    distances = {"linf": delta.amax(1), "l2": delta.square().sum(1).sqrt(), "l1": delta.sum(1)}
+    predicted = classify(logits)
     if correct is None:
-        is_allowed = ((x_adv >= 0.0) & (x_adv <= 1.0)).flatten(1).all(dim=1)
-        if threat is not None:
-            is_allowed &= distances[threat.norm] <= threat.radius * (1 + 1e-5) + 1e-6
-        correct = (predicted == batch["y"]) | ~is_allowed
+        correct = (predicted == batch["y"]) | ~in_ball(x_adv, batch["x"], threat)
     return {
         "correct": correct,
         "predicted": predicted,
         "loss": cross_entropy(logits, batch["y"]),
-        **distances,
+        **distances(x_adv, batch["x"]),
         "x_adv": x_adv,
     }
+
+
+def distances(x_adv: Tensor, x: Tensor) -> Columns:
+    """From x ``(N, ...)``, or one image, to each image of x_adv: ``linf``, ``l2``, ``l1``."""
+    delta = (x_adv - x).flatten(1).abs()
+    return {"linf": delta.amax(1), "l2": delta.square().sum(1).sqrt(), "l1": delta.sum(1)}
+
+
+def in_ball(x_adv: Tensor, x: Tensor, threat: Threat | None) -> Tensor:
+    """Which images lie in the box and in the ball around x up to rounding, bool ``(N,)``."""
+    is_allowed = ((x_adv >= 0.0) & (x_adv <= 1.0)).flatten(1).all(dim=1)
+    if threat is not None:
+        radius = threat.radius * (1 + 1e-5) + 1e-6
+        is_allowed &= distances(x_adv, x)[threat.norm] <= radius
+    return is_allowed
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,8 @@ class Outcomes:
             :func:`judged`; NaN distances where it was not run.
         threat: The adversary of the worst case.
         seconds: Per step, computing time over all devices.
+        depends_on_history: Whether the model's scores for the same images and random numbers
+            changed while it was attacked.
     """
 
     y: Tensor
@@ -181,3 +198,17 @@ class Outcomes:
     columns: dict[str, Columns] = field(default_factory=dict)
     threat: Threat | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    depends_on_history: bool = False
+
+    def nonfinite(self) -> str:
+        """For how many images the scores were not finite, as a sentence; empty if for none."""
+        counts = {
+            key: int((self.columns[key]["predicted"][within] < 0).sum())
+            for key, within in {"clean": torch.ones_like(self.y, dtype=torch.bool), **self.attacked}.items()
+        }
+        found = ", ".join(f"{count} ({key})" for key, count in counts.items() if count)
+        return (
+            f"the model's scores are NaN or infinite for some images, which count as misclassified: {found}"
+            if found
+            else ""
+        )
