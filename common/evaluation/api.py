@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,25 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from common import provenance
+from common.attacks.autoattack import AutoAttack
 from common.attacks.engine import AttackEngine
 from common.attacks.pgd import Norm
 from common.evaluation.audit import Audit
+from common.evaluation.checks import Checked, check_model
 from common.evaluation.engine import Progress, run_steps
+from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.pictures import draw
 from common.evaluation.progress import ConsoleProgress
 from common.evaluation.ready import load_suite
-from common.evaluation.steps import Outcomes, Threat
+from common.evaluation.steps import Outcomes, Step, Threat
 from common.evaluation.suite import SuiteEntry, check_suite, steps_of
-from common.evaluation.victim import as_victim, check_model, collect
+from common.evaluation.victim import adapted, as_module, as_victim
 from common.figures import save_figure
 from common.files import check_writable
 from common.outcomes import checkpoint_entry
-from common.results import merge_result
-from common.schema import CheckpointResult
+from common.results import check_mergeable, merge_result
+from common.schema import AuditCheck, AuditResult, CheckpointResult
 
 
 @dataclass
@@ -110,7 +113,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Callable[[Tensor], Tensor],
     data: Any,
     suite: str | Path | Mapping[str, SuiteEntry] = "quick",
     *,
@@ -135,8 +138,9 @@ def evaluate(
 
     Args:
         model: Images in [0, 1], ``(N, C, H, W)``, to logits ``(N, K)``, in evaluation mode and
-            float32, normalisation inside. If it has a method ``adaptive_losses``, suites can
-            name its own losses.
+            float32, normalisation inside; a plain function will do. If it has a method
+            ``adaptive_losses``, suites can name its own losses. One without a gradient is attacked
+            by what needs none, by Square if the suite has nothing of the kind.
         data: ``(x, y)`` tensors, a data set of ``(image, label)``, or a loader.
         suite: ``quick``, ``autoattack``, ``audit``, ``paper-...``, a YAML file, or attacks by name.
         eps: Radius of the threat model, pixels in [0, 1].
@@ -157,8 +161,11 @@ def evaluate(
     Raises:
         ConfigurationError: If model, data or suite cannot give a figure that means something:
             images outside [0, 1], training mode, probabilities instead of logits, wrong number of
-            classes, unknown suite or loss. Found before the first attack.
+            classes, unknown suite or loss; or if ``output`` holds another result. Found before the
+            first attack.
+        RunDirectoryError: If ``output`` cannot be written.
     """
+    model = as_module(model)
     begun = time.perf_counter()
     threat = Threat(norm, eps)
     checks = audit if isinstance(audit, Audit) else Audit() if audit else None
@@ -170,6 +177,11 @@ def evaluate(
         entries, checks = ready.entries, checks or ready.audit
     if device is not None:
         model = model.to(device)
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        for part in ("results.json", "figures/clean.png", "outcomes/part.npz"):
+            check_writable(folder / part)
+        check_mergeable(folder / "results.json", "any", name, seed, "another output folder")
     batch = collect(data, examples)
     at = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     is_random_expected = any(
@@ -178,25 +190,35 @@ def evaluate(
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        classes = check_model(
+        checked = check_model(
             model, batch, num_classes, is_random_expected=is_random_expected, device=at
         )
+    classes = checked.classes
     suspicions = [str(warning.message) for warning in caught]
-    for text in suspicions:
-        warnings.warn(text, stacklevel=2)
     victim = as_victim(model, classes)
     if entries or checks is None:
         check_suite(entries, victim)
-    folder = None if output is None else Path(output)
-    if folder is not None:
-        check_writable(folder / "results.json")
     steps = steps_of(entries, victim, classes, seed, engine)
+    left_out: list[str] = []
+    if not checked.has_gradient:
+        steps, left_out = _without_gradient(steps, threat, victim, classes, seed)
+        suspicions.append(_no_gradient(steps, left_out))
+    for text in suspicions:
+        warnings.warn(text, stacklevel=2)
     if checks is not None:
         steps += checks.steps(victim, threat, classes)
     journal = Journal(None, {})
     if folder is not None:
         journal = Journal(folder / "outcomes", identity_of(victim, batch, seed))
-    with ConsoleProgress(len(steps) + 1) as bar:
+    with (
+        ConsoleProgress(len(steps) + 1) as bar,
+        adapted(
+            victim,
+            copies=checked.writes,
+            has_gradient=checked.has_gradient,
+            casts=checked.casts,
+        ),
+    ):
         told = progress if not isinstance(progress, bool) else bar if progress else None
         outcomes = run_steps(
             victim,
@@ -209,7 +231,12 @@ def evaluate(
             progress=told,
         )
     found = None if checks is None else checks.report(outcomes, classes)
-    result = checkpoint_entry(outcomes, audit=found)
+    result = checkpoint_entry(outcomes, audit=_with_findings(found, outcomes, checked))
+    if left_out:
+        result["not_run"] = left_out
+    if text := outcomes.nonfinite():
+        suspicions.append(text)
+        warnings.warn(text, stacklevel=2)
     evaluation = Evaluation(result, outcomes, suspicions)
     if folder is not None:
         merge_result(
@@ -233,3 +260,54 @@ def evaluate(
         for title, figure in draw(result, outcomes, batch["x"], class_names).items():
             save_figure(figure, folder / "figures" / f"{title}.png")
     return evaluation
+
+
+def _without_gradient(
+    steps: Sequence[Step], threat: Threat, victim: nn.Module, classes: int, seed: int
+) -> tuple[list[Step], list[str]]:
+    """The steps that need no gradient, with Square if no attack is among them; and the others."""
+    kept = [step for step in steps if not step.needs_gradient]
+    left_out = [step.key for step in steps if step.needs_gradient]
+    if left_out and not any(step.kind == "attack" and threat.covers(step.threat) for step in kept):
+        square = AutoAttack(threat.radius, threat.norm, version="custom", attacks=["square"])
+        kept += steps_of({"black_box": SuiteEntry(square)}, victim, classes, seed)
+    return kept, left_out
+
+
+def _no_gradient(steps: Sequence[Step], left_out: Sequence[str]) -> str:
+    ran = ", ".join(step.key for step in steps if step.kind == "attack") or "none"
+    return (
+        "the model has no gradient with respect to its images: attacks that follow one were not "
+        f"run ({', '.join(left_out) or 'none'}), only those that need none ({ran})"
+    )
+
+
+def _with_findings(
+    audit: AuditResult | None, outcomes: Outcomes, checked: Checked
+) -> AuditResult | None:
+    """An audit with what else makes figures untrustworthy; without an audit that alone."""
+    state = checked.state
+    if not state and outcomes.depends_on_history:
+        state = "the scores for the same images changed while the model was attacked"
+    checks: list[AuditCheck] = []
+    if state:
+        question = "Predictions should not depend on earlier calls."
+        checks.append(_failed("state", question, f"But {state}."))
+    if audit is not None and not checked.has_gradient:
+        detail = "It has none, so attacks that follow it say nothing about robustness."
+        checks.append(_failed("gradient", "The model should have a gradient.", detail))
+    if not checks:
+        return audit
+    examples = len(outcomes.y) if audit is None else audit["examples"]
+    return {"examples": examples, "checks": [*checks, *(audit["checks"] if audit else [])]}
+
+
+def _failed(name: str, question: str, detail: str) -> AuditCheck:
+    return {
+        "id": name,
+        "question": question,
+        "value": None,
+        "threshold": None,
+        "verdict": "fail",
+        "detail": detail,
+    }
