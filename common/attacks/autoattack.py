@@ -354,7 +354,7 @@ class _SteeredAPGD(APGDAttack):  # type: ignore[misc]
             return logits
         if x.requires_grad:
             x = x.view_as(x)
-            x.register_hook(_finite)
+            x.register_hook(_finite)  # type: ignore[no-untyped-call]
         logits, loss = self._steered(x, self._y)
         self._loss = _finite(loss)
         return finite_scores(logits)

@@ -50,6 +50,7 @@ class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
         self._best: _Best | None = None
 
     def attack_single_run(self, x: Tensor, y: Tensor) -> Any:
+        """One run of all queries: their number, unused by the package, and x'."""
         self._best = None
         if self.norm == "Linf" or _is_tiled(*x.shape[2:]):
             return super().attack_single_run(x, y)
@@ -116,9 +117,11 @@ class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
         """Images at distance eps in the direction of delta, brought into the box."""
         if self.norm == "L1":
             return (x + _project_l1((x + delta).clamp(0.0, 1.0) - x, self.eps)).clamp(0.0, 1.0)
-        return (x + delta * (self.eps / (_norm(delta, 2) + 1e-12))).clamp(0.0, 1.0)
+        scale: Tensor = self.eps / (_norm(delta, 2) + 1e-12)
+        return (x + delta * scale).clamp(0.0, 1.0)
 
     def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Margin of the true class and what is minimised, both ``(N,)``."""
         if not self._skips_repeats:
             return self._evaluated(x, y)
         if self._best is None:  # the start

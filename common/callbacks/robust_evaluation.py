@@ -1,6 +1,7 @@
 """Validation by one cheap attack, test by a whole suite, and the file the results go to."""
 
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from common.callbacks.modes import frozen, refuse_half_precision
 from common.errors import ConfigurationError
 from common.evaluation.audit import Audit, AuditReport
 from common.evaluation.engine import Team, in_order, run_steps
+from common.evaluation.findings import with_findings
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, cost, means, measure_steps
 from common.evaluation.pictures import draw
@@ -29,7 +31,13 @@ from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
 from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses, steps_of
 from common.figures import save_figure
 from common.objectives import Batch
-from common.results import CheckpointResult, check_writable, checkpoint_entry, merge_result
+from common.results import (
+    CheckpointResult,
+    check_mergeable,
+    check_writable,
+    checkpoint_entry,
+    merge_result,
+)
 
 
 class RobustEvaluation(Callback):
@@ -110,7 +118,10 @@ class RobustEvaluation(Callback):
             )
         if stage == "test":
             check_suite(self.suite, pl_module)
-            check_writable(self.results_path(trainer))
+            path = self.results_path(trainer)
+            check_writable(path)
+            remedy = "another file with --evaluation.results"
+            check_mergeable(path, self.paper, self.experiment, run_seed(), remedy)
         if stage in ("fit", "validate") and self.validation is not None:
             resolve_losses(self.validation.losses, pl_module)
             if trainer.precision != "16-mixed":  # validation runs outside autocast, in float32
@@ -159,7 +170,7 @@ class RobustEvaluation(Callback):
                 classes = pl_module(batch["x"][:1]).shape[1]
             self._per_class = MulticlassAccuracy(classes, average="none").to(pl_module.device)
             self._robust = MulticlassAccuracy(classes, average="micro").to(pl_module.device)
-        predicted = as_class(predicted, batch["y"], self._per_class.num_classes)
+        predicted = as_class(predicted, batch["y"], self._per_class.num_classes or 1)
         self._robust.update(predicted, batch["y"])
         self._per_class.update(predicted, batch["y"])
 
@@ -241,7 +252,9 @@ class RobustEvaluation(Callback):
                 progress=bar if is_shown else None,
             )
         audit = self.audit.report(outcomes, classes) if self.audit is not None else None
-        return outcomes, audit
+        if trainer.is_global_zero and (text := outcomes.nonfinite()):
+            warnings.warn(text, stacklevel=2)
+        return outcomes, with_findings(audit, outcomes)
 
     def _write(
         self,

@@ -17,8 +17,9 @@ from common.attacks.autoattack import AutoAttack
 from common.attacks.engine import AttackEngine
 from common.attacks.pgd import Norm
 from common.evaluation.audit import Audit
-from common.evaluation.checks import Checked, check_model
+from common.evaluation.checks import check_model
 from common.evaluation.engine import Progress, run_steps
+from common.evaluation.findings import with_findings
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.pictures import draw
@@ -31,7 +32,7 @@ from common.figures import save_figure
 from common.files import check_writable
 from common.outcomes import checkpoint_entry
 from common.results import check_mergeable, merge_result
-from common.schema import AuditCheck, AuditResult, CheckpointResult
+from common.schema import CheckpointResult
 
 
 @dataclass
@@ -231,7 +232,7 @@ def evaluate(
             progress=told,
         )
     found = None if checks is None else checks.report(outcomes, classes)
-    result = checkpoint_entry(outcomes, audit=_with_findings(found, outcomes, checked))
+    result = checkpoint_entry(outcomes, audit=with_findings(found, outcomes, checked))
     if left_out:
         result["not_run"] = left_out
     if text := outcomes.nonfinite():
@@ -275,39 +276,10 @@ def _without_gradient(
 
 
 def _no_gradient(steps: Sequence[Step], left_out: Sequence[str]) -> str:
-    ran = ", ".join(step.key for step in steps if step.kind == "attack") or "none"
+    if not left_out:
+        return "the model has no gradient with respect to its images, which attacks could follow"
+    ran = ", ".join(step.key for step in steps if step.kind == "attack")
     return (
-        "the model has no gradient with respect to its images: attacks that follow one were not "
-        f"run ({', '.join(left_out) or 'none'}), only those that need none ({ran})"
+        "the model has no gradient with respect to its images: accuracy is that under attacks "
+        f"that need none ({ran}); {', '.join(left_out)} were not run"
     )
-
-
-def _with_findings(
-    audit: AuditResult | None, outcomes: Outcomes, checked: Checked
-) -> AuditResult | None:
-    """An audit with what else makes figures untrustworthy; without an audit that alone."""
-    state = checked.state
-    if not state and outcomes.depends_on_history:
-        state = "the scores for the same images changed while the model was attacked"
-    checks: list[AuditCheck] = []
-    if state:
-        question = "Predictions should not depend on earlier calls."
-        checks.append(_failed("state", question, f"But {state}."))
-    if audit is not None and not checked.has_gradient:
-        detail = "It has none, so attacks that follow it say nothing about robustness."
-        checks.append(_failed("gradient", "The model should have a gradient.", detail))
-    if not checks:
-        return audit
-    examples = len(outcomes.y) if audit is None else audit["examples"]
-    return {"examples": examples, "checks": [*checks, *(audit["checks"] if audit else [])]}
-
-
-def _failed(name: str, question: str, detail: str) -> AuditCheck:
-    return {
-        "id": name,
-        "question": question,
-        "value": None,
-        "threshold": None,
-        "verdict": "fail",
-        "detail": detail,
-    }

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from common.attacks.losses import classify
 from common.attacks.pgd import input_gradient
@@ -78,6 +79,10 @@ def check_model(
         used = _Trial(model)
         logits = _first(used, x)
         classes = _check_logits(logits, len(x), y, num_classes)
+        if any(map(is_lazy, model.parameters())):
+            raise ConfigurationError(
+                "the model has lazy layers without weights; load its weights, or call it once"
+            )
         check_modes(model, x)
         if not torch.isfinite(logits).all(dim=1).any():
             raise ConfigurationError("the model's logits contain NaN or infinity on clean images")
@@ -92,9 +97,9 @@ def check_model(
         if not is_random and not state:
             _check_alone(used, x)
         batch = {"x": x, "y": y[: len(x)].to(x.device)}
-        differentiated = _Trial(model)
-        has_gradient = _has_gradient(differentiated, batch, classes)
-    writes = used.writes or differentiated.writes
+        fresh = _Trial(model)
+        has_gradient = _has_gradient(fresh, batch, classes)
+    writes = used.writes or fresh.writes
     if writes:
         warnings.warn(
             "the model writes into the images it is given: it gets copies of them", stacklevel=3
@@ -312,7 +317,8 @@ def _has_gradient(trial: _Trial, batch: Batch, classes: int) -> bool:
             return True
         if not hasattr(trial.model, "adaptive_losses"):
             return False
-        for inner in trial.model.adaptive_losses().values():
+        declared: Any = trial.model
+        for inner in declared.adaptive_losses().values():
             try:
                 if bool(input_gradient(inner(trial.model, batch), batch["x"].clone()).any()):
                     return True

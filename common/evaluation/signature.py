@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
+from common.errors import ConfigurationError
 from common.evaluation.gradients import anchored
 from common.evaluation.steps import Columns, Step, Threat, judged
 from common.objectives import Batch
@@ -33,18 +34,26 @@ def projected(values: Tensor) -> Tensor:
     """Each example's values in a few fixed random directions, ``(N, 4)`` float64."""
     flat = values.detach().flatten(1).double().cpu()
     generator = torch.Generator().manual_seed(flat.shape[1])
-    directions = torch.randn(
-        flat.shape[1], DIRECTIONS, generator=generator, dtype=torch.float64
-    )
+    directions = torch.randn(flat.shape[1], DIRECTIONS, generator=generator, dtype=torch.float64)
     return flat @ directions
 
 
 def clean_step() -> Step:
-    """Outcomes without an attack, and the scores behind them."""
+    """Outcomes without an attack, and the scores behind them.
+
+    Raises:
+        ConfigurationError: When it runs, if the model writes into its images.
+    """
 
     def run(model: Any, batch: Batch, _: ExampleRandom) -> Columns:
+        given = batch["x"].clone()
         with torch.no_grad():
-            logits = model(batch["x"])
+            logits = model(given)
+        if not torch.equal(given, batch["x"]):
+            raise ConfigurationError(
+                "the model writes into the images it is given, so attacks would be judged on "
+                "others; begin its forward pass with x = x.clone()"
+            )
         columns = judged(lambda _: logits, batch, batch["x"])
         return columns | {"scores": projected(logits)}
 

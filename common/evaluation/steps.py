@@ -202,13 +202,12 @@ class Outcomes:
 
     def nonfinite(self) -> str:
         """For how many images the scores were not finite, as a sentence; empty if for none."""
+        everywhere = torch.ones_like(self.y, dtype=torch.bool)
         counts = {
             key: int((self.columns[key]["predicted"][within] < 0).sum())
-            for key, within in {"clean": torch.ones_like(self.y, dtype=torch.bool), **self.attacked}.items()
+            for key, within in {"clean": everywhere, **self.attacked}.items()
         }
+        if not any(counts.values()):
+            return ""
         found = ", ".join(f"{count} ({key})" for key, count in counts.items() if count)
-        return (
-            f"the model's scores are NaN or infinite for some images, which count as misclassified: {found}"
-            if found
-            else ""
-        )
+        return f"scores are NaN or infinite, which counts as misclassified, for images: {found}"

@@ -277,7 +277,10 @@ def _ascent(
     loss = averaged(inner(model, batch), eot)
     wrong = partial(is_wrong, model, batch["y"])
     x_adv = attack(loss, batch["x"], random, is_adversarial=wrong)
-    if attack.lost is not None and (lost := int((attack.lost & ~wrong(x_adv)).sum())):
+    is_lost = attack.lost
+    if is_lost is not None and bool(is_lost.any()):
+        is_lost = is_lost & ~wrong(x_adv)
+    if is_lost is not None and (lost := int(is_lost.sum())):
         warnings.warn(
             f"{attack!r} had no finite gradient for {lost} of {len(x_adv)} examples, which it "
             "could not move; their outcomes say nothing about robustness",
