@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.evaluation.steps import Columns, Threat, in_ball, judged
 from common.objectives import Batch
