@@ -231,6 +231,7 @@ def evaluate(
             journal=journal,
             progress=told,
         )
+    outcomes.depends_on_history &= not is_random_expected
     found = None if checks is None else checks.report(outcomes, classes)
     result = checkpoint_entry(outcomes, audit=with_findings(found, outcomes, checked))
     if left_out:

@@ -220,7 +220,10 @@ def _repeats(model: nn.Module, used: _Trial, x: Tensor, first: Tensor) -> tuple[
     if not _same(first, again):
         if not _same(_Trial(model)(x), first):
             return True, ""
-        return False, "the scores for the same images change from one call to the next"
+        return False, (
+            "the scores for the same images change from one call to the next, by a memory or by a "
+            "random generator of the model's own"
+        )
     if not _same(again, other):
         return True, ""
     generator = torch.Generator().manual_seed(0)
