@@ -21,8 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from common.bases import comparable
 from common.errors import UserError
-from common.results import read_result, result_path
+from common.results import CheckpointResult, read_result, result_path
 
 
 @dataclass(frozen=True)
@@ -223,24 +224,28 @@ def read_metrics(
     Returns:
         Metrics by (method, seed), and what is missing, in words.
     """
-    metrics: dict[tuple[str, int], dict[str, float]] = {}
-    missing: list[str] = []
-    for method, wanted in methods.items():
+    last: dict[tuple[str, int], CheckpointResult] = {}
+    lacking: list[str] = []
+    for method in methods:
         for seed in seeds:
             path = result_path(folder, f"{base}_{method}", seed)
             if not path.is_file():
-                missing.append(f"result {path}")
+                lacking.append(f"result {path}")
                 continue
             try:
                 checkpoints = read_result(path)["checkpoints"]
             except UserError as error:
-                missing.append(f"result {error}")
+                lacking.append(f"result {error}")
                 continue
-            found = checkpoints["last"]["metrics"] if "last" in checkpoints else {}
-            metrics[method, seed] = found
-            lacking = [name for name in wanted if name not in found]
-            missing += [f"metric {name} of the last checkpoint in {path}" for name in lacking]
-    return metrics, missing
+            if "last" in checkpoints:
+                last[method, seed] = checkpoints["last"]
+            lacking += [
+                f"metric {name} of the last checkpoint in {path}"
+                for name in methods[method]
+                if "last" not in checkpoints or name not in checkpoints["last"]["metrics"]
+            ]
+    metrics, left_out = comparable(last)
+    return metrics, lacking + left_out
 
 
 def load_runs(

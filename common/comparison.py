@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
+from common.bases import bases
 from common.outcomes import group_of, outcome_bits
 from common.reference import Group, Row
 from common.schema import AuditCheck, CheckpointResult, Result
@@ -54,17 +55,22 @@ def comparison_sheet(
         name = f"{row.label} (`{row.stem}`)"
         if not is_common:
             name += f" against {baseline.label}"
-        pairs = list(_last_pairs(results.get(row.stem, []), results.get(baseline.stem, [])))
-        strangers += [
-            f"`{row.stem}` (seed {seed})" for seed, *both in pairs if not _same_examples(*both)
+        pairs = [
+            (seed, ours, theirs, bases(ours), bases(theirs))
+            for seed, ours, theirs in _last_pairs(
+                results.get(row.stem, []), results.get(baseline.stem, [])
+            )
         ]
+        others_split = [p for p in pairs if p[3]["clean_acc"] != p[4]["clean_acc"]]
+        strangers += [f"`{row.stem}` (seed {seed})" for seed, *_ in others_split]
         for key in keys:
             found: dict[int, _Pair] = {}
-            for seed, ours, theirs in pairs:
+            for seed, ours, theirs, ours_of, theirs_of in pairs:
                 a, b = outcome_bits(ours, key), outcome_bits(theirs, key)
-                if a is None or b is None or not _same_examples(ours, theirs):
+                is_same_split = ours_of["clean_acc"] == theirs_of["clean_acc"]
+                if a is None or b is None or not is_same_split:
                     continue
-                if len(a) == len(b):
+                if ours_of[key] == theirs_of[key]:
                     found[seed] = a, b
                 else:
                     sizes = f"{len(a):,} against {len(b):,} examples"
@@ -113,12 +119,6 @@ def _last_pairs(
             yield result["seed"], result["checkpoints"]["last"], last[result["seed"]]
 
 
-def _same_examples(one: CheckpointResult, other: CheckpointResult) -> bool:
-    """As far as a result tells: as many, and as many of each class."""
-    sizes = [[n for _, n in checkpoint["clean"]["per_class"]] for checkpoint in (one, other)]
-    return sizes[0] == sizes[1]
-
-
 def _compared(found: Mapping[int, _Pair]) -> list[str]:
     """The cells of one metric, given the outcomes of both rows for each seed."""
     differences, p_values, only_ours, only_theirs = [], [], 0, 0
@@ -144,17 +144,21 @@ def _compared(found: Mapping[int, _Pair]) -> list[str]:
 
 
 def audit_notes(rows: Sequence[Row], results: Results) -> list[str]:
-    """A warning for every checkpoint that failed a check, and a line about the rows that did not.
+    """Warnings about failed checks and remarks, and a line about the rows that passed all checks.
 
     Args:
         rows: Of the table.
         results: Of all experiments.
     """
     warnings, passed = [], []
+    remarks: dict[str, list[str]] = {}
     for row in rows:
         counts, is_sound = 0, True
         for result in results.get(row.stem, []):
             for label, checkpoint in result["checkpoints"].items():
+                for remark in checkpoint["remarks"]:
+                    where = f"`{row.stem}` seed {result['seed']}, {label}"
+                    remarks.setdefault(remark, []).append(where)
                 checks = checkpoint["audit"]["checks"] if "audit" in checkpoint else []
                 counts += sum(check["verdict"] == "pass" for check in checks)
                 if failed := [check for check in checks if check["verdict"] == "fail"]:
@@ -165,6 +169,7 @@ def audit_notes(rows: Sequence[Row], results: Results) -> list[str]:
                     )
         if counts and is_sound:
             passed.append(f"`{row.stem}` ({counts})")
+    warnings += [f"⚠ {', '.join(where)}: {remark}" for remark, where in remarks.items()]
     if passed:
         warnings.append(f"Audit, number of checks passed and none failed: {', '.join(passed)}")
     return warnings

@@ -63,7 +63,21 @@ def packed_bits(text: str, n: int) -> int:
 
 
 def _listed(bits: int, n: int) -> list[bool]:
-    return [bool(bits >> (n - 1 - position) & 1) for position in range(n)]
+    return [bit == "1" for bit in f"{bits:0{n}b}"] if n else []
+
+
+def mask_of(attack: AttackResult, total: int) -> int:
+    """Which of ``total`` examples a step's outcomes are about, as in :func:`packed_bits`."""
+    return packed_bits(attack["subset"], total) if "subset" in attack else (1 << total) - 1
+
+
+def _outcomes_of(attack: AttackResult, total: int, mask: int) -> int:
+    """Outcomes at the places of the mask, zeros elsewhere, as in :func:`packed_bits`."""
+    bits = packed_bits(attack["outcomes"], attack["examples"])
+    if attack["examples"] == total:
+        return bits
+    found = iter(_listed(bits, attack["examples"]))
+    return int("".join("01"[next(found)] if is_in else "0" for is_in in _listed(mask, total)), 2)
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -74,16 +88,21 @@ class Figure(NamedTuple):
 
     Args:
         value: The metric.
-        size: How many examples it is about, the first ones of the split.
+        mask: Which examples of the split it is about, as in :func:`packed_bits`.
         correct: How many of them are right; ``None`` for a mean of several draws.
-        bits: Which of them are right, as in :func:`packed_bits`; ``None`` where examples have no
+        bits: Which of them are right, at their places in the split; ``None`` where examples have no
             outcome of their own: the lowest of several accuracies, a mean.
     """
 
     value: float
-    size: int
+    mask: int
     correct: int | None
     bits: int | None
+
+    @property
+    def size(self) -> int:
+        """How many examples it is about."""
+        return self.mask.bit_count()
 
 
 def group_of(name: str, attack: AttackResult) -> str:
@@ -104,53 +123,7 @@ def counts_as_attack(attack: AttackResult) -> bool:
 
 
 def figures(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str, Figure]:
-    """What is behind every metric of :func:`summarise`."""
-    total = examples_in(clean["per_class"])
-    clean_bits = worst = packed_bits(clean["outcomes"], total)
-    found = {"clean_acc": _share(clean_bits, total)}
-    groups: dict[str, list[AttackResult]] = {}
-    for name, attack in attacks.items():
-        bits = packed_bits(attack["outcomes"], attack["examples"])
-        found[name] = _share(bits, attack["examples"])
-        groups.setdefault(group_of(name, attack), []).append(attack)
-        if counts_as_attack(attack):
-            untried = total - attack["examples"]
-            worst &= bits << untried | ((1 << untried) - 1)
-    for name, members in groups.items():
-        size = members[0]["examples"]
-        kinds = {member["kind"] for member in members}
-        if len(kinds) > 1 or any(member["examples"] != size for member in members):
-            continue
-        outcomes = [packed_bits(member["outcomes"], size) for member in members]
-        cumulative = {member["survivors_only"] for member in members}
-        if len(cumulative) == 1:
-            found[name] = _combined(outcomes, size, kinds == {"noise"})
-        if cumulative == {False} and kinds == {"attack"}:
-            found[f"{name}_union"] = _share(reduce(and_, outcomes), size)
-        if size < total:
-            found[f"{name}_clean"] = _share(clean_bits >> (total - size), size)
-    if any(map(counts_as_attack, attacks.values())):
-        found["worst"] = _share(worst, total)
-    return found
-
-
-def _share(bits: int, size: int) -> Figure:
-    correct = bits.bit_count()
-    return Figure(correct / size, size, correct, bits)
-
-
-def _combined(outcomes: list[int], size: int, is_noise: bool) -> Figure:
-    """The figure of a group: the mean over draws of noise, the lowest over losses of an attack."""
-    if len(outcomes) == 1:
-        return _share(outcomes[0], size)
-    counts = [bits.bit_count() for bits in outcomes]
-    if is_noise:
-        return Figure(fmean(counts) / size, size, None, None)
-    return Figure(min(counts) / size, size, min(counts), None)
-
-
-def summarise(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str, float]:
-    """Accuracies in [0, 1].
+    """What is behind every accuracy, by name.
 
     Steps with the same entry, which is what stands before the first ``/`` of their names, and at
     the same point of a sweep make a group. Its name is the entry, or ``entry/axis=value`` in a
@@ -164,27 +137,115 @@ def summarise(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[s
     - ``<group>_union``: examples that withstand every loss of the group; not for
       ``survivors_only``, where it would say the same, and not for noise;
     - ``<group>_clean``: clean accuracy on the group's examples, where those are not all;
-    - ``worst``: examples that are right clean and under every attack with ``counts`` that was
-      tried on them; absent where no attack counts.
+    - ``worst``: of the examples that met every attack with ``counts``, those that are right clean
+      and under all of them; ``worst_clean`` as above. Absent for the reasons of
+      :func:`missing_worst`.
     """
+    total = examples_in(clean["per_class"])
+    clean_bits = packed_bits(clean["outcomes"], total)
+    every = (1 << total) - 1
+    found = {"clean_acc": _share(clean_bits, every)}
+    groups: dict[str, list[str]] = {}
+    for name, attack in attacks.items():
+        mask = mask_of(attack, total)
+        found[name] = _share(_outcomes_of(attack, total, mask), mask)
+        groups.setdefault(group_of(name, attack), []).append(name)
+    steps = dict(found)
+    for group, names in groups.items():
+        mask = steps[names[0]].mask
+        kinds = {attacks[name]["kind"] for name in names}
+        if len(kinds) > 1 or any(steps[name].mask != mask for name in names):
+            continue
+        outcomes = [cast(int, steps[name].bits) for name in names]
+        cumulative = {attacks[name]["survivors_only"] for name in names}
+        if len(cumulative) == 1:
+            found[group] = _combined(outcomes, mask, kinds == {"noise"})
+        if cumulative == {False} and kinds == {"attack"}:
+            found[f"{group}_union"] = _share(reduce(and_, outcomes), mask)
+        if mask != every:
+            found[f"{group}_clean"] = _share(clean_bits & mask, mask)
+    counted = [steps[name] for name, attack in attacks.items() if counts_as_attack(attack)]
+    mask = reduce(and_, (figure.mask for figure in counted), every)
+    worst = reduce(and_, (cast(int, figure.bits) for figure in counted), clean_bits & mask)
+    is_evidence = any(map(_is_evidence, attacks.values())) or not worst
+    if counted and mask and is_evidence:
+        found["worst"] = _share(worst, mask)
+        if mask != every:
+            found["worst_clean"] = _share(clean_bits & mask, mask)
+    return found
+
+
+def _share(bits: int, mask: int) -> Figure:
+    correct = bits.bit_count()
+    return Figure(correct / mask.bit_count(), mask, correct, bits)
+
+
+def _combined(outcomes: list[int], mask: int, is_noise: bool) -> Figure:
+    """The figure of a group: the mean over draws of noise, the lowest over losses of an attack."""
+    if len(outcomes) == 1:
+        return _share(outcomes[0], mask)
+    counts = [bits.bit_count() for bits in outcomes]
+    if is_noise:
+        return Figure(fmean(counts) / mask.bit_count(), mask, None, None)
+    return Figure(min(counts) / mask.bit_count(), mask, min(counts), None)
+
+
+def _is_evidence(attack: AttackResult) -> bool:
+    """Whether withstanding an attack says something about the whole threat."""
+    return counts_as_attack(attack) and not attack.get("weakness")
+
+
+def missing_worst(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> str:
+    """Why there is no ``worst``, as a sentence; empty if there is one, or nothing was attacked."""
+    counted = {name: attack for name, attack in attacks.items() if counts_as_attack(attack)}
+    if not attacks or "worst" in figures(clean, attacks):
+        return ""
+    if not counted:
+        what = ", ".join(sorted({name.partition("/")[0] for name in attacks}))
+        return (
+            f"there is no worst case: no attack kept to the threat model (there are {what}); give "
+            "the threat the norm and radius of the attacks, or the attacks those of the threat"
+        )
+    if all(not attack.get("weakness") for attack in counted.values()):
+        return "there is no worst case: no example met every attack"
+    reasons = [
+        f"{name}: {attack['weakness']}"
+        for name, attack in counted.items()
+        if attack.get("weakness")
+    ]
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return (
+        "there is no worst case: no attack used the whole radius of the threat and moved the "
+        f"images ({'; '.join(reasons[:3])}{more}); add one that does"
+    )
+
+
+def summarise(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str, float]:
+    """Accuracies in [0, 1], see :func:`figures`."""
     return {name: figure.value for name, figure in figures(clean, attacks).items()}
 
 
-def intervals(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str, list[float]]:
-    """``[low, high]`` of every metric that is a share of examples; a mean over draws is none.
+def sizes(found: Mapping[str, Figure]) -> dict[str, int]:
+    """How many examples a figure is about, where those are not all."""
+    total = found["clean_acc"].size
+    return {name: figure.size for name, figure in found.items() if figure.size < total}
+
+
+def intervals(found: Mapping[str, Figure]) -> dict[str, list[float]]:
+    """``[low, high]`` of every figure that is a share of examples; a mean over draws is none.
 
     They are 95 % score intervals and stand for the choice of test examples alone; for the lowest of
     several accuracies they are those of the lowest, as if it had been the only one.
     """
     return {
         name: [round(end, DIGITS) for end in wilson_interval(figure.correct, figure.size)]
-        for name, figure in figures(clean, attacks).items()
+        for name, figure in found.items()
         if figure.correct is not None
     }
 
 
 def outcome_bits(checkpoint: CheckpointResult, metric: str) -> list[bool] | None:
-    """Which examples a metric counts as right, in the order of the split.
+    """Which of its examples a metric counts as right, in the order of the split.
 
     There is an answer for ``clean_acc``, a step, a group with one member, ``<group>_union``,
     ``<group>_clean`` and ``worst``. There is none, and ``None`` is returned, for the lowest of
@@ -194,7 +255,25 @@ def outcome_bits(checkpoint: CheckpointResult, metric: str) -> list[bool] | None
     figure = figures(checkpoint["clean"], checkpoint["attacks"]).get(metric)
     if figure is None or figure.bits is None:
         return None
-    return _listed(figure.bits, figure.size)
+    total = checkpoint["examples"]
+    return list(compress(_listed(figure.bits, total), _listed(figure.mask, total)))
+
+
+def positions(checkpoint: CheckpointResult, metric: str) -> list[int]:
+    """The examples that an accuracy is about, by their place in the split.
+
+    Raises:
+        KeyError: If there is no such accuracy.
+    """
+    figure = figures(checkpoint["clean"], checkpoint["attacks"])[metric]
+    total = checkpoint["examples"]
+    return list(compress(range(total), _listed(figure.mask, total)))
+
+
+def logged(checkpoint: CheckpointResult) -> dict[str, float]:
+    """Metrics by names that tell figures about a part of the split apart: ``worst_on_200``."""
+    parts = {name: f"{name}_on_{size}" for name, size in checkpoint["sizes"].items()}
+    return {parts.get(name, name): value for name, value in checkpoint["metrics"].items()}
 
 
 # ----------------------------------------------------------------------------------------- entries
@@ -217,21 +296,22 @@ def checkpoint_entry(
         measures: Other figures to put among the metrics, in any unit.
 
     Raises:
-        ValueError: If a measure has the name of a metric, if a step was about other examples than
-            the first ones of the split, or if its name does not begin with its entry.
+        ValueError: If a measure has the name of a metric, or a step has a name that does not begin
+            with its entry.
     """
     y = _as_list(outcomes.y)
     is_right = _as_list(outcomes.correct["clean"])
     clean: CleanResult = {
         "correct": sum(is_right),
-        "per_class": _per_class(is_right, y),
+        "per_class": _per_class(is_right, y, max(y) + 1),
         "outcomes": pack_outcomes(is_right),
     }
-    if nonfinite := _nonfinite(outcomes.columns.get("clean", {}), len(y)):
+    if nonfinite := _nonfinite(outcomes.columns.get("clean", {}), [True] * len(y)):
         clean["nonfinite"] = nonfinite
     attacks = {name: _attack_entry(outcomes, name, is_right, y) for name in outcomes.attacked}
     threat = outcomes.threat
-    metrics = summarise(clean, attacks)
+    found = figures(clean, attacks)
+    metrics = {name: figure.value for name, figure in found.items()}
     if taken := set(metrics) & set(measures or ()):
         raise ValueError(f"{min(taken)} is a measure and an accuracy; rename one of them")
     entry: CheckpointResult = {
@@ -242,7 +322,9 @@ def checkpoint_entry(
         "clean": clean,
         "attacks": attacks,
         "metrics": metrics | dict(measures or {}),
-        "intervals": intervals(clean, attacks),
+        "intervals": intervals(found),
+        "sizes": sizes(found),
+        "remarks": [*outcomes.remarks, *filter(None, [missing_worst(clean, attacks)])],
     }
     if audit is not None:
         entry["audit"] = cast(AuditResult, dict(audit))
@@ -254,10 +336,7 @@ def _attack_entry(
 ) -> AttackResult:
     line = _line(outcomes, name)
     within = _as_list(outcomes.attacked[name])
-    size = sum(within)
-    if not all(within[:size]):
-        raise ValueError(f"{name} attacked {size} examples that are not the first of the split")
-    correct = _as_list(outcomes.correct[name])[:size]
+    correct = list(compress(_as_list(outcomes.correct[name]), within))
     entry: AttackResult = {
         "kind": line.kind,
         "norm": line.norm,
@@ -265,27 +344,31 @@ def _attack_entry(
         "counts": line.counts,
         "at": dict(line.at),
         "correct": sum(correct),
-        "examples": size,
+        "examples": sum(within),
         "survivors_only": line.survivors_only,
-        "per_class": _per_class(correct, y),
+        "per_class": _per_class(correct, list(compress(y, within)), max(y) + 1),
         "outcomes": pack_outcomes(correct),
     }
+    if not all(within):
+        entry["subset"] = pack_outcomes(within)
+    if line.weakness:
+        entry["weakness"] = line.weakness
     columns = outcomes.columns.get(name, {})
-    if nonfinite := _nonfinite(columns, size):
+    if nonfinite := _nonfinite(columns, within):
         entry["nonfinite"] = nonfinite
     if norms := [norm for norm in ("linf", "l2") if norm in columns]:
         withstood = _as_list(columns.get("correct", outcomes.correct[name]))
-        broken = [a and not b for a, b in zip(is_right[:size], withstood, strict=False)]
+        broken = [a and b and not c for a, b, c in zip(is_right, within, withstood, strict=True)]
         entry["distances"] = {
             norm: _median(compress(_as_list(columns[norm]), broken)) for norm in norms
         }
     return entry
 
 
-def _nonfinite(columns: "Mapping[str, Tensor]", size: int) -> int:
-    """For how many of the first examples the scores were NaN or infinite."""
+def _nonfinite(columns: "Mapping[str, Tensor]", within: Sequence[bool]) -> int:
+    """For how many of these examples the scores were NaN or infinite."""
     predicted = _as_list(columns["predicted"]) if "predicted" in columns else []
-    return sum(label < 0 for label in predicted[:size])
+    return sum(label < 0 for label in compress(predicted, within))
 
 
 def _line(outcomes: "Outcomes", name: str) -> "Line":
@@ -311,10 +394,10 @@ def _as_list(values: "Iterable[Any] | Tensor") -> list[Any]:
     return cast(list[Any], listed)
 
 
-def _per_class(correct: Sequence[bool], y: Sequence[int]) -> list[list[int]]:
-    """``[correct, total]`` of each class among the first examples."""
-    counts = [[0, 0] for _ in range(max(y) + 1)]
-    for outcome, label in zip(correct, y, strict=False):
+def _per_class(correct: Sequence[bool], y: Sequence[int], classes: int) -> list[list[int]]:
+    """``[correct, total]`` of each class."""
+    counts = [[0, 0] for _ in range(classes)]
+    for outcome, label in zip(correct, y, strict=True):
         counts[label][0] += outcome
         counts[label][1] += 1
     return counts

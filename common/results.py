@@ -173,12 +173,12 @@ def _label_order(label: str) -> tuple[int, str]:
 
 
 def read_result(path: str | Path) -> Result:
-    """Read a result file, bring it to the present schema, and check it.
+    """Read a result file and check it.
 
     Raises:
-        ConfigurationError: If the file is missing, is of a newer schema, is no result, is not what
+        ConfigurationError: If the file is missing, is of another schema, is no result, is not what
             was written (by its digest, where it has one), or contradicts itself (counts, outcomes,
-            metrics and intervals are compared); the message says where.
+            metrics, intervals and sizes are compared); the message says where.
     """
     path = Path(path)
     remedy = (
@@ -194,6 +194,10 @@ def read_result(path: str | Path) -> Result:
         raise ConfigurationError(
             f"{path} has schema {schema} and this code reads up to {SCHEMA}; update the code, or "
             "keep this file elsewhere"
+        )
+    if isinstance(schema, int) and not isinstance(schema, bool) and 1 <= schema < SCHEMA:
+        raise ConfigurationError(
+            f"{path} has schema {schema}, which does not say what schema {SCHEMA} has to; {remedy}"
         )
     if problem := problem_of(data):
         raise ConfigurationError(f"{path} is no result of schema {SCHEMA}: {problem}; {remedy}")

@@ -3,7 +3,7 @@
 A file is called ``<experiment>-seed<seed>.json`` and looks like this; lists are shortened::
 
     {
-      "schema": 2,
+      "schema": 3,
       "paper": "paper_x",
       "experiment": "digits_net_plain",
       "seed": 0,
@@ -19,11 +19,15 @@ A file is called ``<experiment>-seed<seed>.json`` and looks like this; lists are
               "per_class": [[50, 70], ...], "outcomes": "7fe3...",
               "distances": {"linf": 0.2, "l2": 0.81}
             },
+            "aa/apgd-ce": {..., "correct": 70, "examples": 100, "outcomes": "ffe3...",
+              "subset": "0810..."},
             "eps_sweep/ce_f/eps=0.3": {..., "eps": 0.3, "counts": false, "at": {"eps": 0.3}},
             "uniform/level=0.2/draw=1": {"kind": "noise", ..., "at": {"level": 0.2, "draw": 1}}
           },
-          "metrics": {"clean_acc": 0.9857, "pgd20": 0.7143, "worst": 0.7, ...},
+          "metrics": {"clean_acc": 0.9857, "pgd20": 0.7143, "worst": 0.69, ...},
           "intervals": {"clean_acc": [0.9739, 0.9922], "pgd20": [0.6797, 0.7465], ...},
+          "sizes": {"aa": 100, "worst": 100, ...},
+          "remarks": [],
           "audit": {"examples": 100, "checks": [
             {"id": "steps", "question": "...?", "value": 0.4, "threshold": 1.0,
              "verdict": "pass", "detail": ""}
@@ -39,16 +43,12 @@ A file is called ``<experiment>-seed<seed>.json`` and looks like this; lists are
 ``checkpoints`` follows from a checkpoint and the configuration, so a repeated evaluation writes the
 same text; times, places and versions are under ``provenance``. Reading checks a file: counts,
 outcomes, metrics and intervals have to agree.
-
-Schema 1 knew neither kinds of steps, threat models, sweeps, intervals nor audits. Its files are
-read as if every step had been an attack within the threat model, with a ball that nobody wrote
-down, and are written with schema 2.
 """
 
 from typing import Literal, NotRequired, TypedDict
 
-SCHEMA = 2
-"""Version of the files that are written; older ones are migrated where they are read."""
+SCHEMA = 3
+"""Version of the files that are written and read."""
 
 
 class CleanResult(TypedDict):
@@ -70,7 +70,7 @@ class CleanResult(TypedDict):
 
 
 class AttackResult(TypedDict):
-    """Outcomes of one step of the suite, on the first ``examples`` examples of the split.
+    """Outcomes of one step of the suite, on ``examples`` examples of the split.
 
     Keys:
         kind: ``attack``, or ``noise``: random, not adversarial.
@@ -78,8 +78,11 @@ class AttackResult(TypedDict):
         eps: Radius of the ball, for pixels in [0, 1]; null where there is none.
         counts: Whether it enters the worst case, because it kept to the threat model.
         at: The point of a sweep, such as ``{"eps": 0.1}`` or ``{"level": 0.2, "draw": 0}``.
-        correct, per_class, outcomes, nonfinite: As in :class:`CleanResult`.
+        correct, per_class, outcomes, nonfinite: As in :class:`CleanResult`, of its examples alone.
         examples: Number of examples.
+        subset: Which they are, one bit per example of the split; absent if they are all.
+        weakness: Why withstanding it is no evidence for the threat model, as a sentence: its radius
+            or steps are too small, or it did not move the images. Absent if it is evidence.
         survivors_only: It met only what all earlier attacks had left standing, and the outcome of
             any other example is its earlier one, so ``correct`` is cumulative.
         distances: Median ``linf`` and ``l2`` distance from the clean image over the examples that
@@ -96,6 +99,8 @@ class AttackResult(TypedDict):
     survivors_only: bool
     per_class: list[list[int]]
     outcomes: str
+    subset: NotRequired[str]
+    weakness: NotRequired[str]
     distances: NotRequired[dict[str, float | None]]
     nonfinite: NotRequired[int]
 
@@ -145,9 +150,11 @@ class CheckpointResult(TypedDict):
         clean: Outcomes without an attack.
         attacks: The steps of the suite, in their order, by key: ``entry``, ``entry/loss``,
             ``entry/loss/eps=0.1``, ``entry/level=0.2/draw=1``.
-        metrics: Accuracies in [0, 1], see :func:`~common.outcomes.summarise`, and whatever else
+        metrics: Accuracies in [0, 1], see :func:`~common.outcomes.figures`, and whatever else
             was measured, in units of its own: ``parameters``, ``macs``, ``lipschitz``.
         intervals: ``[low, high]`` of every metric that is a share of examples.
+        sizes: How many examples an accuracy is about, where those are not all.
+        remarks: What a reader of the figures should know, in sentences.
         audit: Checks of the evaluation; absent where it was not audited.
         not_run: Steps of the suite that were left out because they need a gradient and the model
             has none; absent if there are none.
@@ -161,6 +168,8 @@ class CheckpointResult(TypedDict):
     attacks: dict[str, AttackResult]
     metrics: dict[str, float]
     intervals: dict[str, list[float]]
+    sizes: dict[str, int]
+    remarks: list[str]
     audit: NotRequired[AuditResult]
     not_run: NotRequired[list[str]]
 

@@ -32,10 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.columns import Columns
 from common.comparison import audit_notes, comparison_sheet
 from common.errors import ConfigurationError, UserError
 from common.files import read_sealed_json
-from common.outcomes import counts_as_attack, metrics_of
+from common.outcomes import metrics_of
 from common.readme import BEGIN, END, is_current, write_readme
 from common.reference import UNITS, Group, Metric, Reference, Row, read_reference
 from common.results import LABELS, Result, load_results, read_costs
@@ -170,15 +171,24 @@ def render_table(
 
 
 def _sheet(group: Group, rows: list[Row], results: _Results, costs: _Costs) -> Sheet:
+    columns = Columns(group, [row.stem for row in rows], results)
     cells: _Cells = {
         row.stem: {
-            metric.key: _cell(row, metric, results, costs.get(row.stem, {}).get(metric.key))
+            metric.key: _cell(
+                row, metric, columns, results, costs.get(row.stem, {}).get(metric.key)
+            )
             for metric in group.metrics
         }
         for row in rows
     }
-    known = [row for row in rows if any(any(cell.values()) for cell in cells[row.stem].values())]
-    titles, notes = _titles(group, known, results)
+    misfits = {stem for left_out in columns.left_out.values() for stem in left_out}
+    known = [
+        row
+        for row in rows
+        if row.stem in misfits or any(any(cell.values()) for cell in cells[row.stem].values())
+    ]
+    titles, notes = _titles(group, known, results, columns)
+    notes += columns.notes()
     notes += audit_notes(known, results)
     if unknown := [f"`{row.stem}`" for row in rows if row not in known]:
         notes.insert(0, f"Neither published nor measured yet: {', '.join(unknown)}")
@@ -191,7 +201,9 @@ def _sheet(group: Group, rows: list[Row], results: _Results, costs: _Costs) -> S
     return Sheet(group.title, group.note, [*header, "seeds"], [line for _, line in lines], notes)
 
 
-def _cell(row: Row, metric: Metric, results: _Results, cost: float | None) -> dict[str, str]:
+def _cell(
+    row: Row, metric: Metric, columns: Columns, results: _Results, cost: float | None
+) -> dict[str, str]:
     """What there is to say about one metric of one experiment, by kind.
 
     A cost belongs to the network: it stands beside our results, or by itself where there are none.
@@ -202,7 +214,7 @@ def _cell(row: Row, metric: Metric, results: _Results, cost: float | None) -> di
     for result in results.get(row.stem, []):
         for label in LABELS:
             checkpoint = result["checkpoints"].get(label)
-            value = None if checkpoint is None else metric.of(checkpoint["metrics"])
+            value = None if checkpoint is None else columns.value(row.stem, metric, checkpoint)
             if checkpoint is not None and value is not None:
                 ours[label].append(scale * value)
                 ends[label] = [scale * end for end in checkpoint["intervals"].get(key, [])]
@@ -273,7 +285,9 @@ def _name(row: Row) -> str:
     return f"{row.label} (`{row.stem}`)"
 
 
-def _titles(group: Group, rows: list[Row], results: _Results) -> tuple[dict[str, str], list[str]]:
+def _titles(
+    group: Group, rows: list[Row], results: _Results, columns: Columns
+) -> tuple[dict[str, str], list[str]]:
     """Column titles with footnote marks, and the footnotes."""
     checkpoints = [
         result["checkpoints"][label]
@@ -282,49 +296,33 @@ def _titles(group: Group, rows: list[Row], results: _Results) -> tuple[dict[str,
         for label in LABELS
         if label in result["checkpoints"]
     ]
-    suites = [
-        {
-            tuple(
-                name for name, attack in checkpoint["attacks"].items() if counts_as_attack(attack)
-            )
-            for checkpoint in result["checkpoints"].values()
-        }
-        for row in rows
-        for result in results.get(row.stem, [])
-    ]
-    is_uneven = any(len(different) > 1 for different in suites)
     titles: dict[str, str] = {}
-    is_cumulative, sizes = False, set()
+    is_cumulative = False
+    parts: dict[int, list[str]] = {}
     for metric in group.metrics:
         behind = [
-            (attack, checkpoint["examples"])
+            attack
             for checkpoint in checkpoints
             for name, attack in checkpoint["attacks"].items()
             if not metrics_of(name, attack).isdisjoint(metric.sources)
         ]
-        smaller = {attack["examples"] for attack, total in behind if attack["examples"] < total}
         titles[metric.key] = metric.title
-        if metric.key == "worst" and is_uneven:
-            titles[metric.key] += "§"
-        if any(attack["survivors_only"] for attack, _ in behind):
+        if any(attack["survivors_only"] for attack in behind):
             titles[metric.key] += "†"
             is_cumulative = True
-        if smaller:
+        basis = columns.basis[metric.key]
+        if basis is not None and not basis.is_whole:
             titles[metric.key] += "‡"
-            sizes |= smaller
+            parts.setdefault(basis.size, []).append(metric.title)
     notes = []
     if is_cumulative:
         notes.append(
             "† Ours is cumulative: the attack met what every earlier attack of the suite had left, "
             "and what those broke counts as broken."
         )
-    if sizes:
-        numbers = " or ".join(f"{size:,}" for size in sorted(sizes))
-        notes.append(f"‡ Ours on the first {numbers} examples of the test split.")
-    if any(title.endswith("§") for title in titles.values()):
-        notes.append(
-            "§ The checkpoints did not meet the same attacks, so their worst cases do not compare."
-        )
+    if parts:
+        which = "; ".join(f"{', '.join(of)} on {size:,}" for size, of in sorted(parts.items()))
+        notes.append(f"‡ Ours on a part of the examples of the test split: {which}.")
     return titles, notes
 
 

@@ -2,25 +2,29 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from common.files import content_digest
-from common.outcomes import examples_in, intervals, packed_bits, summarise
-from common.schema import SCHEMA, Result
+from common.outcomes import (
+    examples_in,
+    figures,
+    intervals,
+    mask_of,
+    missing_worst,
+    packed_bits,
+    sizes,
+)
+from common.schema import SCHEMA, AttackResult, Result
 
 NUMBER = (int, float)
 NULLABLE_NUMBER = (int, float, type(None))
 
 
 def problem_of(data: Any) -> str:
-    """What keeps ``data`` from being a :class:`~common.schema.Result`; empty if nothing does.
-
-    An older schema is brought up to :data:`SCHEMA` in place.
-    """
+    """What keeps ``data`` from being a :class:`~common.schema.Result`; empty if nothing does."""
     try:
-        found = _digest_of(data)
         _check_result(data)
-        _check_digest(data, found)
+        _check_digest(data)
     except KeyError as error:
         return f"{error.args[0]} is missing"
     except (TypeError, ValueError, AttributeError) as error:
@@ -32,7 +36,7 @@ def _check_result(data: Any) -> None:
     if not isinstance(data, dict):
         raise TypeError(f"expected an object, got {type(data).__name__}")
     _check_type(data, "schema", int, "its ")
-    if data["schema"] not in (1, SCHEMA):
+    if data["schema"] != SCHEMA:
         raise ValueError(f"its schema is {data['schema']}")
     for key, kind in (("paper", str), ("experiment", str), ("seed", int)):
         _check_type(data, key, kind, "")
@@ -43,52 +47,26 @@ def _check_result(data: Any) -> None:
             f"provenance is about {sorted(data['provenance'])}, checkpoints about "
             f"{sorted(data['checkpoints'])}"
         )
-    is_old = data["schema"] == 1
     for label, checkpoint in data["checkpoints"].items():
         _check_type(data["provenance"][label], "config_digest", str, f"provenance.{label}.")
         _check_type(data["checkpoints"], label, dict, "checkpoints.")
         place = f"checkpoints.{label}."
-        if is_old:
-            checkpoint = data["checkpoints"][label] = _migrated(checkpoint)
         _check_outcomes(checkpoint, place)
-        if is_old:
-            checkpoint["intervals"] = intervals(checkpoint["clean"], checkpoint["attacks"])
         _check_figures(checkpoint, place)
         if "audit" in checkpoint:
             _check_audit(checkpoint["audit"], f"{place}audit.")
-    if is_old:
-        data["schema"] = SCHEMA
 
 
-def _digest_of(data: Any) -> str:
-    """Digest of what the file says, before anything is migrated; empty if it carries none."""
-    if not isinstance(data, dict) or "digest" not in data:
-        return ""
-    return content_digest({key: value for key, value in data.items() if key != "digest"})
-
-
-def _check_digest(data: dict[str, Any], found: str) -> None:
-    """Hold what the file says against what was written; files from before digests have none."""
+def _check_digest(data: dict[str, Any]) -> None:
+    """Hold what the file says against what was written; one edited by hand has no digest."""
     if unknown := sorted(set(data) - set(Result.__annotations__)):
         raise ValueError(f"{unknown[0]} is no key of a result")
-    if data.get("digest", "") != found:
+    found = content_digest({key: value for key, value in data.items() if key != "digest"})
+    if data.get("digest", found) != found:
         raise ValueError(
             f"its digest is {str(data['digest'])[:12]}..., its content has {found[:12]}...: it was "
             "damaged, or edited without taking the digest out"
         )
-
-
-def _migrated(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of schema 1 without its intervals, with the keys in the order of new ones."""
-    plain = {"kind": "attack", "norm": None, "eps": None, "counts": True}
-    front = {key: checkpoint[key] for key in ("epoch", "global_step", "examples")}
-    attacks = {
-        name: {**plain, "at": {}, **attack} for name, attack in checkpoint["attacks"].items()
-    }
-    metrics = dict(checkpoint["metrics"])
-    if not attacks:
-        metrics.pop("worst", None)  # it was the clean accuracy then
-    return {**front, "threat": None, **checkpoint, "attacks": attacks, "metrics": metrics}
 
 
 def _check_outcomes(checkpoint: Mapping[str, Any], place: str) -> None:
@@ -121,28 +99,37 @@ def _check_attack(attack: Mapping[str, Any], total: int, place: str) -> None:
             _check_type(attack, key, dict, place)
             for name in attack[key]:
                 _check_type(attack[key], name, kind, f"{place}{key}.")
+    for key in ("subset", "weakness"):
+        if key in attack:
+            _check_type(attack, key, str, place)
+    if (chosen := mask_of(cast(AttackResult, attack), total).bit_count()) != attack["examples"]:
+        raise ValueError(f"{place}examples is {attack['examples']}, subset has {chosen}")
     _check_counts(attack, attack["examples"], place)
 
 
 def _check_figures(checkpoint: Mapping[str, Any], place: str) -> None:
-    """Hold metrics and intervals against the outcomes, which have been checked already."""
+    """Hold metrics, intervals and sizes against the outcomes, which have been checked already."""
     metrics, stored = checkpoint["metrics"], checkpoint["intervals"]
     for key in metrics:
         _check_type(metrics, key, NUMBER, f"{place}metrics.")
     for key in stored:
         _check_type(stored, key, list, f"{place}intervals.")
-    known = summarise(checkpoint["clean"], checkpoint["attacks"])
-    for key, value in known.items():
-        if abs(metrics.get(key, -1.0) - value) > 1e-9:
+    known = figures(checkpoint["clean"], checkpoint["attacks"])
+    for key, figure in known.items():
+        if abs(metrics.get(key, -1.0) - figure.value) > 1e-9:
             raise ValueError(
-                f"{place}metrics.{key} is {metrics.get(key)}, the outcomes give {value}"
+                f"{place}metrics.{key} is {metrics.get(key)}, the outcomes give {figure.value}"
             )
     if "worst" in metrics and "worst" not in known:
-        raise ValueError(f"{place}metrics.worst is {metrics['worst']}, but no attack counts")
-    for key, ends in intervals(checkpoint["clean"], checkpoint["attacks"]).items():
+        reason = missing_worst(checkpoint["clean"], checkpoint["attacks"]) or "no attack counts"
+        raise ValueError(f"{place}metrics.worst is {metrics['worst']}, but {reason}")
+    for key, ends in intervals(known).items():
         found = stored.get(key)
         if found is None or len(found) != 2 or max(map(_difference, found, ends)) > 2e-6:
             raise ValueError(f"{place}intervals.{key} is {found}, the outcomes give {ends}")
+    if checkpoint["sizes"] != (expected := sizes(known)):
+        raise ValueError(f"{place}sizes is {checkpoint['sizes']}, the outcomes give {expected}")
+    _check_type(checkpoint, "remarks", list, place)
 
 
 def _difference(one: float, other: float) -> float:

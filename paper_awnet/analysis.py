@@ -28,6 +28,8 @@ from common.analysis import (
     run_analysis,
 )
 from common.attacks.pgd import PGD
+from common.bases import comparable, last_of
+from common.data.subset import subset
 from common.errors import ConfigurationError
 from common.figures import save_figure
 from common.files import write_sealed_json
@@ -45,7 +47,7 @@ from paper_awnet.measurements import (
 from paper_awnet.networks import AWNet
 
 IMAGES = 350
-"""The first so many test images are attacked here."""
+"""So many test images are attacked here, of all classes in proportion."""
 
 # ----------------------------------------------------------------------------- from checkpoints
 
@@ -164,17 +166,11 @@ def analyse(
         ConfigurationError: If there is neither a result nor a run to work on.
     """
     roles = roles_of(on)
-    metrics = {
-        (r["experiment"].removeprefix(f"{roles.base}_"), r["seed"]): dict(
-            r["checkpoints"]["last"]["metrics"]
-        )
-        for r in load_results(results)
-        if r["experiment"].startswith(f"{roles.base}_")
-        and r["seed"] in seeds
-        and "last" in r["checkpoints"]
-    }
+    found_results = [result for result in load_results(results) if result["seed"] in seeds]
+    metrics, left_out = comparable(last_of(found_results, f"{roles.base}_"))
     names = (roles.standard, roles.robust, roles.full)
     loaded, missing = load_runs(runs, names, roles.base, seeds, load)
+    missing += left_out
     if not metrics and not loaded:
         raise ConfigurationError(
             f"nothing to analyse: neither a result {results}/{roles.base}_*-seed*.json nor a run "
@@ -186,7 +182,8 @@ def analyse(
     reach: dict[tuple[str, int], dict[str, float]] = {}
     if loaded:
         x, y = load_test_split(next(iter(loaded.values()))[1])
-        x, y = x[:IMAGES].to(device), y[:IMAGES].to(device)
+        rows = subset(y, IMAGES)
+        x, y = x[rows].to(device), y[rows].to(device)
         for model, _ in loaded.values():
             model.to(device).eval()
         found = weights(loaded, (roles.standard, roles.robust), x[0])
@@ -277,7 +274,9 @@ def plane(
     points: dict[str, list[tuple[float, float, float | None]]] = {}
     for (name, _), found in sorted(metrics.items()):
         if roles.pgd in found and not name.startswith("teacher"):
-            point = (found["clean_acc"], found[roles.pgd], found.get("worst"))
+            # A worst case of a part of the images has no place beside accuracies of all.
+            worst = None if "worst_clean" in found else found.get("worst")
+            point = (found["clean_acc"], found[roles.pgd], worst)
             points.setdefault(name.replace("_mtard", ""), []).append(point)
     return points
 

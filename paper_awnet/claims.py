@@ -31,14 +31,15 @@ def roles_of(on: str) -> Roles:
 
 
 def w_robust(metrics: Mapping[str, float], attack: str, w: float = 0.5) -> float:
-    """Weighted robust accuracy, w A_nat + (1 - w) A_adv [M][S].
+    """Weighted robust accuracy, w A_nat + (1 - w) A_adv [M][S], both of the attack's examples.
 
     Raises:
         ConfigurationError: If w is no weight in [0, 1].
     """
     if not 0.0 <= w <= 1.0:
         raise ConfigurationError(f"w weighs the clean accuracy and lies in [0, 1], got {w}")
-    return w * metrics["clean_acc"] + (1 - w) * metrics[attack]
+    clean = metrics.get(f"{attack.partition('/')[0]}_clean", metrics["clean_acc"])
+    return w * clean + (1 - w) * metrics[attack]
 
 
 def evaluate_expectations(

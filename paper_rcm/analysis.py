@@ -32,6 +32,7 @@ from common.analysis import (
     run_analysis,
 )
 from common.attacks.pgd import PGD
+from common.bases import comparable, last_of
 from common.errors import ConfigurationError
 from common.figures import save_figure
 from common.files import write_sealed_json
@@ -299,13 +300,7 @@ def analyse(
             f"nothing to analyse: no result {results}/{on}*-seed*.json for seeds "
             f"{', '.join(map(str, seeds))}; run make reproduce-rcm ON={on}"
         )
-    metrics = {
-        (result["experiment"].removeprefix(f"{dataset}_"), result["seed"]): dict(
-            result["checkpoints"]["last"]["metrics"]
-        )
-        for result in found
-        if "last" in result["checkpoints"]
-    }
+    metrics, left_out = comparable(last_of(found, f"{dataset}_"))
     simulated = simulation()
     image = 8 if dataset == "digits" else 32
     if dataset == "digits":
@@ -337,7 +332,7 @@ def analyse(
             f"{name}, seed {seed}": plain_values(numbers)
             for (name, seed), numbers in separated.items()
         },
-        "missing": missing,
+        "missing": missing + left_out,
     }
     path = results / ("analysis.json" if dataset == "digits" else f"analysis_{on}.json")
     write_sealed_json(path, report)

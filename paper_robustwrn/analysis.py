@@ -37,6 +37,7 @@ from common.analysis import (
 )
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom
+from common.bases import comparable, last_of
 from common.callbacks.modes import frozen
 from common.errors import ConfigurationError
 from common.figures import (
@@ -84,16 +85,20 @@ class Network:
 
 def networks_of(results: Sequence[Result]) -> list[Network]:
     """One entry per experiment that has been measured, by parameters."""
-    by_stem: dict[str, list[dict[str, float]]] = {}
+    chosen = {}
     for result in results:
         for label in ("selected", "last"):
             checkpoint = result["checkpoints"].get(label)
             if checkpoint and {METRIC, "parameters", "macs"} <= set(checkpoint["metrics"]):
-                by_stem.setdefault(result["experiment"], []).append(checkpoint["metrics"])
+                chosen[result["experiment"], result["seed"]] = checkpoint
                 break
+    by_stem: dict[str, list[dict[str, float]]] = {}
+    for (stem, _), metrics in comparable(chosen)[0].items():
+        if {METRIC, "parameters", "macs"} <= set(metrics):
+            by_stem.setdefault(stem, []).append(metrics)
     found = []
-    for stem, metrics in by_stem.items():
-        mean = {key: fmean(m[key] for m in metrics) for key in (METRIC, "parameters", "macs")}
+    for stem, every in by_stem.items():
+        mean = {key: fmean(m[key] for m in every) for key in (METRIC, "parameters", "macs")}
         name = stem.partition("_")[2]
         numbers = (100 * mean[METRIC], mean["parameters"], mean["macs"])
         found.append(Network(name, *numbers, shape_of(stem)))
@@ -350,14 +355,9 @@ def analyse(
     report: dict[str, Any] = {"on": on, "seeds": list(seeds)}
     missing: list[str] = []
     if dataset == "digits":
-        metrics = {
-            (result["experiment"].removeprefix("digits_"), result["seed"]): dict(
-                result["checkpoints"]["last"]["metrics"]
-            )
-            for result in found
-            if "last" in result["checkpoints"]
-        }
+        metrics, left_out = comparable(last_of(found, "digits_"))
         lipschitz, missing = _lipschitz_of_runs(runs, found, seeds, device, load)
+        missing += left_out
         if lipschitz:
             pictures["lipschitz"] = lipschitz_figure(_means(lipschitz))
         judged = evaluate_expectations(metrics, lipschitz, seeds)

@@ -169,7 +169,7 @@ def checks_table(found: Found) -> dict[str, Any]:
         checked = words or ("none" if failed else "")
         lines.append([label, *cells, spread(here, 1, 100.0), checked])
     note = (
-        "Accuracy in percent on the first examples of the test split, all at the radius of the "
+        "Accuracy in percent on the same examples of the test split, all at the radius of the "
         "threat model. Honest gradients: more steps and restarts, and AutoAttack, take little "
         "beyond PGD-20; gradients past the map and images made on the base network of the same "
         "seed attack worse. The last column: checks of the audit that failed."

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from common.analysis import Load, load_runs, load_test_split
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
+from common.bases import bases, comparable
 from common.callbacks.modes import frozen
+from common.data.subset import subset
 from common.errors import UserError
 from common.evaluation.transfer import Transfer
-from common.results import load_results
+from common.outcomes import positions
+from common.results import CheckpointResult, load_results
 from paper_wm.amplification import measure_layer, shuffled, summarise, white_noise_check
 from paper_wm.method import weight_maps
 
@@ -41,7 +44,8 @@ LABELS = {
 NETWORKS = ("cnn3", "resnet18", "wrn16_4", "wrn28_10")
 RADIUS = {"digits": 0.05, "mnist": 0.1, "fashion_mnist": 0.1}  # of the transferred images
 LIMIT = 1000  # test images that gains are measured on
-TRANSFERRED = 100  # test images of the transfer check
+WHITE_BOX = "bypass/ce_f"
+CHECKS = ("bypass/ce_bypass", "pgd100", "aa", "deepfool")  # what it is compared with
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Found:
         seeds: Those asked for.
         by_base: Metrics by (method, seed), of every data set and network in the results.
         audits: Failed checks for gradient masking by (method, seed).
+        attacked: The test images that PGD-20 met beside the other checks, by (method, seed).
         summaries: Numbers of the first map by (method, seed), ``<method>_shuffled`` too.
         layers: Numbers of every map by stem, seed and module.
         transferred: Accuracy under images made on base, by (method, seed).
@@ -64,6 +69,7 @@ class Found:
     seeds: Sequence[int]
     by_base: dict[str, dict[tuple[str, int], dict[str, float]]] = field(default_factory=dict)
     audits: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    attacked: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     summaries: dict[tuple[str, int], dict[str, float | None]] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     transferred: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -84,19 +90,31 @@ class Found:
 
     def read_results(self, folder: Path) -> None:
         """Metrics of the last checkpoints, and failed checks."""
+        last: dict[str, dict[tuple[str, int], CheckpointResult]] = {}
         for result in load_results(folder):
             base, method = split_stem(result["experiment"])
             if result["seed"] not in self.seeds or "last" not in result["checkpoints"]:
                 continue
             checkpoint = result["checkpoints"]["last"]
-            metrics = self.by_base.setdefault(base, {})
-            metrics[method, result["seed"]] = dict(checkpoint["metrics"])
+            last.setdefault(base, {})[method, result["seed"]] = checkpoint
+            if base == self.base and WHITE_BOX in checkpoint["metrics"]:
+                self.attacked[method, result["seed"]] = positions(checkpoint, WHITE_BOX)
             if base == self.base and "audit" in checkpoint:
                 self.audits[method, result["seed"]] = [
                     check["id"]
                     for check in checkpoint["audit"]["checks"]
                     if check["verdict"] == "fail"
                 ]
+
+        for base, checkpoints in last.items():
+            self.by_base[base], left_out = comparable(checkpoints)
+            for key, checkpoint in checkpoints.items():
+                of = bases(checkpoint)
+                for name in CHECKS:  # which verdicts hold against the white box
+                    if WHITE_BOX in of and of.get(name, of[WHITE_BOX]) != of[WHITE_BOX]:
+                        self.by_base[base][key].pop(name, None)
+                        left_out.append(f"{name} of {key[0]} seed {key[1]}: on other images")
+            self.missing += left_out if base == self.base else []
 
     def measure_runs(self, runs: Path, device: str, load: Load) -> None:
         """Gains of every map, and what images of the base network do to every other."""
@@ -113,12 +131,13 @@ class Found:
                 except (UserError, RuntimeError, OSError) as error:
                     self.missing.append(f"data of {self.base}_{method}, seed {seed}: {error}")
                     continue
-                x, y = x[:LIMIT].to(device), y[:LIMIT].to(device)
-                self._measure(method, seed, model.to(device), x, y)
-                if seed in surrogates:
+                x, y = x.to(device), y.to(device)
+                some = subset(y, LIMIT)
+                self._measure(method, seed, model.to(device), x[some], y[some])
+                if seed in surrogates and (rows := self.attacked.get((method, seed))):
                     dataset = self.base.partition("_cnn3")[0]
                     eps = RADIUS.get(dataset, 2 / 255)
-                    accuracy = transfer(surrogates[seed], model, x, y, eps)
+                    accuracy = transfer(surrogates[seed], model, x[rows], y[rows], eps)
                     self.transferred[method, seed] = accuracy
 
     def _measure(self, method: str, seed: int, model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -159,9 +178,8 @@ def base_of(on: str) -> str:
 
 
 def transfer(source: nn.Module, victim: nn.Module, x: Tensor, y: Tensor, eps: float) -> float:
-    """Accuracy of ``victim`` under PGD-20 images made on ``source``, the first of the split."""
-    part = {"x": x[:TRANSFERRED], "y": y[:TRANSFERRED]}
-    part["index"] = torch.arange(len(part["x"]))
+    """Accuracy of ``victim`` under PGD-20 images made on ``source``."""
+    part = {"x": x, "y": y, "index": torch.arange(len(x))}
     attack = Transfer(PGD(eps, eps / 8, 20, "uniform"), source)
     found = attack.run(victim, part, ExampleRandom(0, 0, part["index"]))
     return float(found["correct"].float().mean())

@@ -40,7 +40,7 @@ def test_the_python_of_the_front_page_runs(capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     names = {}
     exec(blocks[1], names)
-    assert len(names["survivors"]) == 700
+    assert len(names["survivors"]) == len(names["images"]) == 100
     blocks = blocks[2:]
     torch.manual_seed(0)
     x, y = torch.rand(4, 3, 8, 8), torch.arange(4)

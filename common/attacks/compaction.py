@@ -35,7 +35,7 @@ def climb_until_broken(attack: PGD, of: Of, x: Tensor, random: ExampleRandom) ->
 
     Args:
         attack: Any ascent whose steps are those of :class:`PGD`; early-stopped ones have a rule of
-            their own.
+            their own. ``attack.unmoved`` then says which rows no step had a direction for.
         of: Makes loss and verdict of some rows; an example's loss depends on no other example.
         x: Images in [0, 1], ``(N, C, H, W)``.
         random: Made from the indices of all rows.
@@ -49,10 +49,13 @@ def climb_until_broken(attack: PGD, of: Of, x: Tensor, random: ExampleRandom) ->
         out = x.clone()
         best = torch.full((len(x),), -torch.inf, device=x.device)
         standing = torch.arange(len(x), device=x.device)
+        unmoved = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for _ in range(attack.restarts):
             if len(standing) == 0:
                 break
-            ends, is_broken = _ascent(attack, of, x[standing], standing, random)
+            ends, is_broken, is_idle = _ascent(attack, of, x[standing], standing, random)
+            unmoved[standing] &= is_idle
+            attack.lost, attack.unmoved = torch.zeros_like(unmoved), unmoved
             if attack.restarts == 1:
                 return ends
             loss_fn, _ = of(standing)
@@ -69,8 +72,8 @@ def climb_until_broken(attack: PGD, of: Of, x: Tensor, random: ExampleRandom) ->
 
 def _ascent(
     attack: PGD, of: Of, x: Tensor, rows: Tensor, random: ExampleRandom
-) -> tuple[Tensor, Tensor]:
-    """One ascent from one start: where each row ends, and which were found wrong on the way."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One ascent: where each row ends, which were found wrong on the way, and which never moved."""
     points = check_points(attack.steps)
     project = attack._projection(x)
     x_adv = attack._start(x, project, random)
@@ -78,9 +81,11 @@ def _ascent(
     loss_fn, is_wrong = of(rows)
     ends = x.clone()
     at = torch.arange(len(x), device=x.device)  # where in ``ends`` the climbing ones belong
+    is_idle = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for step in range(1, attack.steps + 1):
         attack.lost = attack.unmoved = None  # about as many examples as there were a step ago
         direction, velocity = attack._direction(loss_fn, x_adv, velocity)
+        is_idle[at] &= (direction == 0.0).flatten(1).all(dim=1)
         x_adv = project(x_adv.add(direction, alpha=attack.step_size))
         if step not in points:
             continue
@@ -99,4 +104,4 @@ def _ascent(
     is_broken = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if len(at) > 0:
         is_broken[at] = is_wrong(x_adv)
-    return ends, is_broken
+    return ends, is_broken, is_idle

@@ -69,10 +69,22 @@ class GAMAPGD(Settings):
                 f"weight must be finite and at least 0, got {weight}; 0 leaves the margin alone"
             )
 
+    idle: Tensor | None = None
+    """Which examples of the last call no step had a direction for, bool ``(N,)``."""
+
     @property
     def cost(self) -> int:
         """Forward and backward passes per example."""
         return self.steps
+
+    @property
+    def reach(self) -> float:
+        """How far from its start the steps can move an image, in linf."""
+        sizes, size = [], self.step_size
+        for step in range(self.steps):
+            size /= 10.0 ** self.decay_at.count(step)
+            sizes.append(size)
+        return sum(sizes)
 
     def weight_at(self, step: int) -> float:
         """The lambda of a step, from 0."""
@@ -112,6 +124,7 @@ class GAMAPGD(Settings):
             with torch.no_grad():
                 reference = _probabilities(predict(x_adv))
             step_size = self.step_size
+            self.idle = torch.ones(len(x), dtype=torch.bool, device=x.device)
             for step in range(self.steps):
                 step_size /= 10.0 ** self.decay_at.count(step)
                 weight = self.weight_at(step)
@@ -121,6 +134,7 @@ class GAMAPGD(Settings):
                     return margin(q, y) + weight * (q - reference).square().sum(dim=1)
 
                 gradient = input_gradient(loss, x_adv).nan_to_num(nan=0.0)
+                self.idle &= (gradient == 0.0).flatten(1).all(dim=1)
                 x_adv = (x_adv + step_size * gradient.sign()).clamp(0.0, 1.0)
                 if self.project or step < self.steps - 1:
                     x_adv = x_adv.clamp(lower, upper)

@@ -160,6 +160,21 @@ class PGD(Settings):
         """Forward and backward passes per example, at least 1."""
         return max(self.steps * self.restarts, 1)
 
+    @property
+    def reach(self) -> float:
+        """How far from its start the steps of one run can move an image, in ``norm``."""
+        return self.steps * self.step_size
+
+    @property
+    def idle(self) -> Tensor | None:
+        """Which examples of the last call some step had no direction for or all had none for.
+
+        Bool ``(N,)``; ``None`` without a step.
+        """
+        if self.lost is None or self.unmoved is None:
+            return None
+        return self.lost | self.unmoved
+
     def set_epoch(self, epoch: int) -> None:
         """Tell an attack that changes during training which epoch (from 0) this is."""
 

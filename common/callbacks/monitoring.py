@@ -1,5 +1,6 @@
 """What TensorBoard shows beside the losses: gradient norm, example grids, hyper-parameters."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from common.callbacks.modes import is_logged
 from common.evaluation import predict
 from common.objectives import Batch
 
-FINAL_METRICS = ("clean_acc", "worst")
+FINAL_METRICS = re.compile(r"test/((clean_acc|worst)(_on_\d+)?)")
 
 
 class Monitoring(Callback):
@@ -95,9 +96,9 @@ class Monitoring(Callback):
         if not isinstance(logger, TensorBoardLogger) or not trainer.is_global_zero:
             return
         measured = {
-            f"hp/{name}": float(trainer.callback_metrics[f"test/{name}"])
-            for name in FINAL_METRICS
-            if f"test/{name}" in trainer.callback_metrics
+            f"hp/{found[1]}": float(value)
+            for key, value in trainer.callback_metrics.items()
+            if (found := FINAL_METRICS.fullmatch(key))
         }
         logger.log_hyperparams(dict(flatten(self.hyperparameters)), measured)
 

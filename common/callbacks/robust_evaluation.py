@@ -31,6 +31,7 @@ from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
 from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses, steps_of
 from common.figures import save_figure
 from common.objectives import Batch
+from common.outcomes import logged
 from common.results import (
     CheckpointResult,
     check_mergeable,
@@ -213,9 +214,11 @@ class RobustEvaluation(Callback):
         with torch.inference_mode(False), frozen(pl_module, "eval"):
             measured |= cost(pl_module, examples["x"][0].clone().to(pl_module.device))
         entry = checkpoint_entry(outcomes, audit=audit, measures=measured, **at)
-        for name, value in entry["metrics"].items():
+        for name, value in logged(entry).items():
             pl_module.log(f"test/{name}", value, sync_dist=True)
         if trainer.is_global_zero:
+            for remark in entry["remarks"]:
+                warnings.warn(f"test: {remark}", stacklevel=1)
             self._write(trainer, pl_module, entry, outcomes)
             self._draw(trainer, entry, outcomes, examples["x"])
 
@@ -250,10 +253,9 @@ class RobustEvaluation(Callback):
                 journal=Journal(folder, identity),
                 team=team,
                 progress=bar if is_shown else None,
+                remarks=getattr(getattr(data, "test_set", None), "remarks", ()),
             )
         audit = self.audit.report(outcomes, classes) if self.audit is not None else None
-        if trainer.is_global_zero and (text := outcomes.nonfinite()):
-            warnings.warn(text, stacklevel=2)
         return outcomes, with_findings(audit, outcomes)
 
     def _write(

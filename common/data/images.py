@@ -4,6 +4,7 @@ The whole set stays in memory as uint8, with a GPU in that of the GPU. A batch i
 operation; its bytes become float32 in [0, 1] on the device.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -20,6 +21,7 @@ from common.attacks.randomness import AUGMENTATION, ExampleRandom, run_seed
 from common.data.base import ImageSource, Split
 from common.data.extra import ExtraImages, MixedDataset, MixedSampler
 from common.data.sources import stratified_split
+from common.data.subset import lacking_classes, subset
 from common.errors import ConfigurationError
 
 Batch = dict[str, Tensor]
@@ -54,10 +56,14 @@ class ImageDataset(Dataset[Batch]):
         x: All images, uint8 ``(M, C, H, W)``; shared, not copied. Batches are where these are.
         y: All labels, int64 ``(M,)``.
         rows: Which of them this data set has, ``(N,)``.
+
+    Attributes:
+        remarks: What a reader of figures about it should know.
     """
 
     def __init__(self, x: Tensor, y: Tensor, rows: Tensor) -> None:
         self._x, self._y, self.rows = x, y, rows
+        self.remarks: list[str] = []
 
     @property
     def y(self) -> Tensor:
@@ -197,7 +203,8 @@ class ImageDataModule(LightningDataModule):
         crop_padding_mode: What they are: ``zero``, or ``reflect`` for the image mirrored.
         flip: Whether half of the training images are mirrored left to right.
         seed: Of order and augmentation; ``None`` for the run's own (``seed_everything``).
-        train_limit: Use only the first so many training examples.
+        train_limit: Use only so many training examples, of all classes in proportion, see
+            :func:`common.data.subset.subset`.
         val_limit: The same for validation.
         test_limit: The same for test.
         num_workers: Processes that fetch batches. The set is in memory, so 0 is usually best; and
@@ -552,7 +559,11 @@ class ImageDataModule(LightningDataModule):
     def _dataset(self, split: Split, rows: Tensor | None, limit: int | None) -> ImageDataset:
         _, y = self._load(split)
         rows = torch.arange(len(y)) if rows is None else rows
-        dataset = ImageDataset(self._images(split), y, rows[:limit])
+        chosen = subset(y[rows], limit)
+        dataset = ImageDataset(self._images(split), y, rows[chosen])
+        if lacking := lacking_classes(y[rows], chosen):
+            dataset.remarks.append(lacking)
+            warnings.warn(f"{split} split: {lacking}", stacklevel=2)
         if len(dataset) < self._world_size:
             raise ConfigurationError(
                 f"{len(dataset)} examples cannot be divided over {self._world_size} devices: use "

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.weights:
             load_weights(model, arguments.weights, arguments.weights_key)
         data = load_data(arguments.data, arguments.data_root)
-        test = data._dataset("test", None, arguments.examples)
+        test = data._dataset("test", None, None)
         batch = test.__getitems__(list(range(len(test))))
         evaluation = evaluate(
             model.eval(),
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             audit=arguments.audit,
             engine=_engine(arguments.engine),
             num_classes=data.num_classes,
+            examples=arguments.examples,
             class_names=data.class_names,
             output=arguments.output,
             name=arguments.name or arguments.model.partition(":")[2],
@@ -97,7 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--eps", default="8/255", help="radius of the threat model (8/255)")
     parser.add_argument("--norm", default="linf", choices=("linf", "l2", "l1"))
-    parser.add_argument("--examples", type=int, metavar="N", help="only the first so many")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="only so many of the test split, of all classes in proportion",
+    )
     parser.add_argument("--batch_size", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -177,7 +183,7 @@ def _show(evaluation: Evaluation, output: str | None) -> None:
         checks = [check for check in every if check["verdict"] != "not applicable"]
         passed = sum(check["verdict"] == "pass" for check in checks)
         console.print(f"audit: {passed} of {len(checks)} checks passed")
-    for text in [*evaluation.warnings, *(f"audit: {text}" for text in evaluation.failed_checks)]:
+    for text in evaluation.suspicions:
         console.print(f"warning: {text}", markup=False)
     if output:
         console.print(f"written to {output}: results.json, figures", markup=False)

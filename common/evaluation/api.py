@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from common import provenance
 from common.attacks.autoattack import AutoAttack
 from common.attacks.engine import AttackEngine
 from common.attacks.pgd import Norm
+from common.errors import ConfigurationError
 from common.evaluation.audit import Audit
 from common.evaluation.checks import check_model
 from common.evaluation.engine import Progress, run_steps
@@ -30,7 +31,7 @@ from common.evaluation.suite import SuiteEntry, check_suite, steps_of
 from common.evaluation.victim import adapted, as_module, as_victim
 from common.figures import save_figure
 from common.files import check_writable
-from common.outcomes import checkpoint_entry
+from common.outcomes import checkpoint_entry, missing_worst, outcome_bits, positions
 from common.results import check_mergeable, merge_result
 from common.schema import CheckpointResult
 
@@ -42,12 +43,14 @@ class Evaluation:
     Args:
         result: As in a result file: see :mod:`common.outcomes`.
         outcomes: Of every example.
-        warnings: What looked suspicious at the start.
+        warnings: What looked suspicious, and what the figures do not say.
+        position: Where in the data the examples are, ``(N,)``.
     """
 
     result: CheckpointResult
     outcomes: Outcomes
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
+    position: Tensor
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -63,19 +66,38 @@ class Evaluation:
     def robust_acc(self) -> float:
         """Accuracy in the worst case over all attacks within the threat model.
 
+        It is about the examples :attr:`robust_index`: those that met every one of these attacks.
+
         Raises:
-            KeyError: If the suite had none.
+            ConfigurationError: If there is no worst case; the message says why.
         """
+        self._check_worst()
         return self.metrics["worst"]
 
     @property
     def robust(self) -> Tensor:
-        """Whether each example withstood everything within the threat model, bool ``(N,)``."""
-        robust = self.outcomes.correct["clean"].clone()
-        for key, line in self.outcomes.lines.items():
-            if line.counts:
-                robust &= self.outcomes.correct[key] | ~self.outcomes.attacked[key]
-        return robust
+        """Which of the examples :attr:`robust_index` withstood everything, bool ``(M,)``.
+
+        Raises:
+            ConfigurationError: As :attr:`robust_acc`.
+        """
+        self._check_worst()
+        return torch.tensor(outcome_bits(self.result, "worst"))
+
+    @property
+    def robust_index(self) -> Tensor:
+        """Positions in the data of the examples of the worst case, ``(M,)``.
+
+        Raises:
+            ConfigurationError: As :attr:`robust_acc`.
+        """
+        self._check_worst()
+        return self.position[positions(self.result, "worst")]
+
+    def _check_worst(self) -> None:
+        if "worst" not in self.metrics:
+            reason = missing_worst(self.result["clean"], self.result["attacks"])
+            raise ConfigurationError(reason or "there is no worst case: nothing was attacked")
 
     @property
     def failed_checks(self) -> list[str]:
@@ -94,23 +116,25 @@ class Evaluation:
         table = Table(title=f"{self.result['examples']} examples{about}")
         for title in ("attack", "examples", "accuracy %", "95 % interval"):
             table.add_column(title, justify="left" if title == "attack" else "right")
-        rows = {"clean_acc": self.result["examples"]}
-        rows |= {name: attack["examples"] for name, attack in self.result["attacks"].items()}
-        if "worst" in self.metrics:
-            rows["worst"] = self.result["examples"]
-        for name, examples in rows.items():
+        named = ["clean_acc", *self.result["attacks"], "worst"]
+        for name in (name for name in named if name in self.metrics):
             low, high = self.result["intervals"][name]
             accuracy = f"{100 * self.metrics[name]:.2f}"
-            table.add_row(name, str(examples), accuracy, f"{100 * low:.2f} to {100 * high:.2f}")
+            size = str(self.result["sizes"].get(name, self.result["examples"]))
+            table.add_row(name, size, accuracy, f"{100 * low:.2f} to {100 * high:.2f}")
         return table
+
+    @property
+    def suspicions(self) -> list[str]:
+        """The warnings, and the checks of the audit that failed."""
+        return [*self.warnings, *(f"audit: {text}" for text in self.failed_checks)]
 
     def __str__(self) -> str:
         """The table, and what to be suspicious of."""
         console = Console(width=100)
         with console.capture() as captured:
             console.print(self.table())
-        suspicions = [*self.warnings, *(f"audit: {text}" for text in self.failed_checks)]
-        return captured.get() + "".join(f"warning: {text}\n" for text in suspicions)
+        return captured.get() + "".join(f"warning: {text}\n" for text in self.suspicions)
 
 
 def evaluate(
@@ -149,7 +173,8 @@ def evaluate(
         audit: Whether to check for gradient masking too, or the checks themselves.
         num_classes: How many classes the data have, to compare with the model's.
         class_names: For the pictures.
-        examples: Only the first so many.
+        examples: Only so many, of all classes in proportion and the same for every model, see
+            :func:`common.data.subset.subset`.
         output: A folder for ``results.json``, pictures, and outcomes as they come, from which a
             killed evaluation goes on; ``None`` writes nothing.
         name: Under which results are filed.
@@ -183,7 +208,6 @@ def evaluate(
         for part in ("results.json", "figures/clean.png", "outcomes/part.npz"):
             check_writable(folder / part)
         check_mergeable(folder / "results.json", "any", name, seed, "another output folder")
-    batch = collect(data, examples)
     at = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     is_random_expected = any(
         entry.eot > 1 or getattr(entry.attack, "version", None) == "rand"
@@ -191,6 +215,9 @@ def evaluate(
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        batch = collect(data, examples)
+        about_data = [str(warning.message) for warning in caught]
+        caught.clear()
         checked = check_model(
             model, batch, num_classes, is_random_expected=is_random_expected, device=at
         )
@@ -201,10 +228,11 @@ def evaluate(
         check_suite(entries, victim)
     steps = steps_of(entries, victim, classes, seed, engine)
     left_out: list[str] = []
+    known = about_data
     if not checked.has_gradient:
         steps, left_out = _without_gradient(steps, threat, victim, classes, seed)
-        suspicions.append(_no_gradient(steps, left_out))
-    for text in suspicions:
+        known.append(_no_gradient(steps, left_out))
+    for text in [*known, *suspicions]:
         warnings.warn(text, stacklevel=2)
     if checks is not None:
         steps += checks.steps(victim, threat, classes)
@@ -230,16 +258,17 @@ def evaluate(
             threat=threat,
             journal=journal,
             progress=told,
+            remarks=known,
         )
     outcomes.depends_on_history &= not is_random_expected
     found = None if checks is None else checks.report(outcomes, classes)
     result = checkpoint_entry(outcomes, audit=with_findings(found, outcomes, checked))
     if left_out:
         result["not_run"] = left_out
-    if text := outcomes.nonfinite():
-        suspicions.append(text)
-        warnings.warn(text, stacklevel=2)
-    evaluation = Evaluation(result, outcomes, suspicions)
+    for text in result["remarks"]:
+        if text not in known:
+            warnings.warn(text, stacklevel=2)
+    evaluation = Evaluation(result, outcomes, [*suspicions, *result["remarks"]], batch["position"])
     if folder is not None:
         merge_result(
             folder / "results.json",

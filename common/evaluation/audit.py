@@ -44,7 +44,7 @@ class Audit:
     network ten to twenty seconds on one core, for a ResNet a few minutes on a GPU.
 
     Args:
-        examples: The first so many of the split.
+        examples: So many of the split, of all classes in proportion.
         losses: Patterns over the losses that the model declares; by default ``ce_*``.
         steps: Of the attacks that others are compared with.
         restarts: How many are many.
@@ -188,17 +188,19 @@ def _ascent(
         attack = attack.but(eps=whole)
     wrong = partial(is_wrong, model, y)
     ran = torch.ones(len(y), dtype=torch.bool)
+    idle = torch.ones(len(y), dtype=torch.bool, device=x.device)
     found = []
     for inner in losses.values():
         loss = anchored(_through(path, model, inner(model, batch)))
         try:
             found.append(attack(loss, x, random, is_adversarial=wrong))
+            idle &= attack.idle if attack.idle is not None else idle
         except RuntimeError as error:
             if path == "default" or isinstance(error, torch.OutOfMemoryError):
                 raise
             ran[:] = False
             found.append(x)
-    columns = judged(model, batch, _strongest(model, y, found), threat)
+    columns = judged(model, batch, _strongest(model, y, found), threat, idle=idle)
     return columns | ({} if path == "default" else {"ran": ran})
 
 
@@ -286,7 +288,9 @@ def _square(
 ) -> Columns:
     seed = int(random.integers(2**31, (1,))[0])
     x_adv, _ = attack.step("square", model, batch["x"], batch["y"], seed)
-    return judged(model, batch, x_adv, threat)
+    # Where it does not succeed the package returns x, whose distance tells nothing.
+    columns = judged(model, batch, x_adv, threat)
+    return columns | {"moved": torch.ones_like(columns["correct"])}
 
 
 def _random_search(

@@ -38,7 +38,7 @@ class Checked:
 
     Args:
         classes: How many scores it gives.
-        has_gradient: Whether any loss has a gradient that is not zero everywhere.
+        has_gradient: Whether its scores or a loss can be differentiated by the images.
         writes: Whether it writes into the images it is given.
         casts: Whether its scores are of another type than float32.
         state: What depends on earlier calls, as a sentence; empty if nothing does.
@@ -303,7 +303,10 @@ def _check_alone(used: _Trial, x: Tensor) -> None:
 
 
 def _has_gradient(trial: _Trial, batch: Batch, classes: int) -> bool:
-    """Whether scores, or a loss that the model declares, have a gradient that is not zero."""
+    """Whether scores, or a loss that the model declares, can be differentiated by the images.
+
+    A gradient that is zero is one: attacks notice it, and what they report is no evidence then.
+    """
     leaf = batch["x"].clone().requires_grad_()
     given = leaf.clone()
     with frozen(trial.model), torch.enable_grad(), seeded(0, leaf.device):
@@ -316,15 +319,15 @@ def _has_gradient(trial: _Trial, batch: Batch, classes: int) -> bool:
         except (RuntimeError, TypeError, ValueError):  # no_grad, inference mode, numpy
             gradient = None
         trial.writes |= not torch.equal(given.detach(), leaf.detach())
-        if gradient is not None and bool(gradient.any()):
+        if gradient is not None:
             return True
         if not hasattr(trial.model, "adaptive_losses"):
             return False
         declared: Any = trial.model
         for inner in declared.adaptive_losses().values():
             try:
-                if bool(input_gradient(inner(trial.model, batch), batch["x"].clone()).any()):
-                    return True
+                input_gradient(inner(trial.model, batch), batch["x"].clone())
+                return True
             except (RuntimeError, TypeError, ValueError):
                 continue
     return False

@@ -10,7 +10,7 @@ official AutoAttack packs them; and what is done is done for good, see
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,20 +19,21 @@ from torch import Tensor, nn
 
 from common.attacks.randomness import EVALUATION, ExampleRandom, seeded
 from common.callbacks.modes import frozen
+from common.data.subset import lacking_classes, subset
 from common.evaluation.journal import Journal
 from common.evaluation.nonfinite import settled
 from common.evaluation.signature import (
+    PROBED,
     clean_step,
     is_same,
     networks_of,
     probe_step,
-    probed,
 )
 from common.evaluation.steps import Columns, Line, Outcomes, Step, Threat
 from common.objectives import Batch
 
 PICTURED = 16
-"""Adversarial images are kept for the first so many examples."""
+"""Adversarial images are kept for so many examples."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def run_steps(
     journal: Journal | None = None,
     team: Team | None = None,
     progress: Progress | None = None,
+    remarks: Sequence[str] = (),
 ) -> Outcomes:
     """Run every step and put the outcomes of all examples together.
 
@@ -87,6 +89,7 @@ def run_steps(
         journal: Where outcomes are kept.
         team: The processes that share the work.
         progress: Told how far it is.
+        remarks: What is known already that a reader of the figures should know.
 
     Returns:
         Outcomes in the order of ``index``; the same in every process.
@@ -95,11 +98,18 @@ def run_steps(
         RuntimeError: If the examples are not each there once, which would falsify every figure.
     """
     examples = in_order(examples)
+    y = examples["y"]
     threat = threat or next((step.threat for step in steps if step.threat), None)
+    pictured = subset(y, PICTURED)
     run = _Run(
         model, examples, seed, batch_size, journal or Journal(None, {}), team or Team(), progress
     )
-    everybody = torch.ones(len(examples["y"]), dtype=torch.bool)
+    run.pictured = pictured
+    everybody = torch.ones(len(y), dtype=torch.bool)
+    parts = {
+        size: torch.zeros_like(everybody).index_fill(0, subset(y, size), True)
+        for size in {step.examples for step in steps}
+    }
     with frozen(model, "eval"):
         clean = run.columns(clean_step(), everybody, {})
         probe = partial(run.silent, probe_step(threat, networks_of(steps)))
@@ -107,14 +117,14 @@ def run_steps(
         run.open_journal(signature)
         fill = {"predicted": clean["predicted"]}
         is_right = clean["correct"]
-        outcomes = Outcomes(
-            examples["y"], {"clean": is_right}, {}, columns={"clean": clean}, threat=threat
-        )
+        outcomes = Outcomes(y, {"clean": is_right}, {}, columns={"clean": clean}, threat=threat)
+        outcomes.pictured = pictured
         run.outcomes, run.standing = outcomes, is_right
+        met = everybody  # by every step so far that counts
         for step in steps:
-            within = everybody
-            if step.examples is not None:
-                within = examples["index"] < step.examples
+            within = parts[step.examples]
+            if step.scope == "standing":
+                within = within & met  # what others had not met is not cumulative
             before = {"all": everybody, "clean": is_right, "standing": run.standing}[step.scope]
             if step.cumulative:
                 for key, line in outcomes.lines.items():
@@ -126,13 +136,36 @@ def run_steps(
                 continue
             outcome = before.clone()
             outcome[before & within] = found["correct"][before & within]
-            line = _line(step, threat)
+            line = _line(step, threat, _weakness(step, threat, found, before & within))
             outcomes.correct[step.key], outcomes.attacked[step.key] = outcome, within
             outcomes.lines[step.key] = line
             if line.counts:
+                met = met & within
                 run.standing = run.standing & (outcome | ~within)
         outcomes.depends_on_history = not is_same(signature, probe())
+    lacking = [lacking_classes(y, part.nonzero().flatten()) for part in parts.values()]
+    outcomes.remarks = [*remarks, *filter(None, [*lacking, outcomes.nonfinite()])]
     return outcomes
+
+
+def _weakness(step: Step, threat: Threat | None, found: Columns, ran: Tensor) -> str:
+    """Why an attack that left examples standing is no evidence that they are robust."""
+    if step.kind != "attack" or threat is None or not threat.covers(step.threat):
+        return ""
+    radius = step.threat.radius if step.threat else 0.0
+    if radius < threat.radius * (1 - 1e-3):
+        return f"its radius {radius:.4g} is less than {threat.radius:.4g}"
+    if step.reach < radius * (1 - 1e-3):
+        return f"all its steps together, {step.reach:.4g}, are less than its radius {radius:.4g}"
+    if "moved" not in found or not bool(ran.any()):
+        return ""
+    did = (found["moved"] | ~found["correct"])[ran]
+    if did.double().mean() >= 0.5:
+        return ""
+    return (
+        f"it left {int((~did).sum()):,} of the {len(did):,} images it was run on where they were, "
+        "or had no gradient to follow"
+    )
 
 
 def in_order(examples: Batch) -> Batch:
@@ -152,7 +185,7 @@ def in_order(examples: Batch) -> Batch:
     return {key: value.detach().cpu()[order].clone() for key, value in examples.items()}
 
 
-def _line(step: Step, threat: Threat | None) -> Line:
+def _line(step: Step, threat: Threat | None, weakness: str) -> Line:
     return Line(
         entry=step.entry,
         kind="noise" if step.kind == "noise" else "attack",
@@ -161,6 +194,7 @@ def _line(step: Step, threat: Threat | None) -> Line:
         survivors_only=step.scope == "standing",
         counts=step.kind == "attack" and threat is not None and threat.covers(step.threat),
         at=dict(step.at),
+        weakness=weakness,
     )
 
 
@@ -175,10 +209,12 @@ class _Run:
     progress: Progress | None
     standing: Tensor | None = None
     outcomes: Outcomes | None = None
+    pictured: Tensor = field(default_factory=lambda: torch.arange(0))
 
     def silent(self, step: Step) -> Columns:
         """What a step finds out about a few examples, neither shown nor kept."""
-        target = probed(len(self.examples["y"]))
+        y = self.examples["y"]
+        target = torch.zeros_like(y, dtype=torch.bool).index_fill(0, subset(y, PROBED), True)
         alone = replace(self, journal=Journal(None, {}), progress=None, outcomes=None)
         return {name: column[target] for name, column in alone.columns(step, target, {}).items()}
 
@@ -237,7 +273,7 @@ class _Run:
             columns = settled(self.model, part, step.threat, run) if is_attack else run()
         columns = {name: column.detach().cpu() for name, column in columns.items()}
         if "x_adv" in columns:
-            columns["x_adv"] = columns["x_adv"][rows < PICTURED].clone()
+            columns["x_adv"] = columns["x_adv"][torch.isin(rows, self.pictured)].clone()
         return columns
 
     def _assembled(self, chunks: list[Tensor], found: dict[int, Columns], fill: Columns) -> Columns:
@@ -247,10 +283,10 @@ class _Run:
         for i in sorted(found):
             for name, column in found[i].items():
                 rows = chunks[i]
-                if name == "x_adv":
-                    rows = rows[rows < PICTURED]
+                if name == "x_adv":  # one for each of the pictured examples, in their order
+                    rows = torch.isin(self.pictured, rows).nonzero().flatten()
                 if name not in whole:
-                    size = min(total, PICTURED) if name == "x_adv" else total
+                    size = len(self.pictured) if name == "x_adv" else total
                     value = torch.nan if column.is_floating_point() else 0
                     whole[name] = torch.full((size, *column.shape[1:]), value, dtype=column.dtype)
                     if name in fill:
@@ -258,6 +294,7 @@ class _Run:
                 whole[name][rows] = column
         if not whole:  # nothing was left to run it on
             whole = {"correct": torch.zeros(total, dtype=torch.bool), **fill}
+            whole["moved"] = torch.zeros(total, dtype=torch.bool)
             whole |= {
                 name: torch.full((total,), torch.nan) for name in ("loss", "linf", "l2", "l1")
             }

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.engine import AttackEngine
+from common.attacks.losses import cross_entropy, margin
+from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.steps import Columns, Threat, is_wrong, judged
 from common.objectives import Batch, InnerLoss
@@ -29,6 +31,7 @@ def attacked(
     model: Any,
     batch: Batch,
     random: ExampleRandom,
+    idle: Callable[[], Tensor | None] = lambda: None,
 ) -> Columns:
     """What an attack amounts to, see :func:`common.evaluation.steps.judged`.
 
@@ -44,20 +47,22 @@ def attacked(
         model: Images to logits, in evaluation mode.
         batch: The examples.
         random: Their random numbers.
+        idle: Which examples the attack found no direction for, asked after it.
     """
     if engine is None:
-        return judged(model, batch, craft(model, batch, random), threat)
+        x_adv = craft(model, batch, random)
+        return judged(model, batch, x_adv, threat, idle=idle())
     again = random.of(torch.arange(len(batch["y"]), device=batch["y"].device))
     with engine.applied(model, batch["x"]):
         x_adv = craft(model, batch, random)
         claimed = is_wrong(model, batch["y"], x_adv)
-    columns = judged(model, batch, x_adv, threat)
+    columns = judged(model, batch, x_adv, threat, idle=idle())
     left = columns["correct"] if engine.is_reduced else columns["correct"] & claimed
     rows = left.nonzero().flatten()
     if len(rows) == 0:
         return columns
     slower = engine.in_float32() if engine.is_reduced else None
-    rest = attacked(craft, threat, slower, model, part_of(batch, rows), again.of(rows))
+    rest = attacked(craft, threat, slower, model, part_of(batch, rows), again.of(rows), idle)
     return merged(columns, rest, rows)
 
 
@@ -90,7 +95,8 @@ def autoattacked(
     steered = None if inner is None else partial(_steered, inner, model)
     if engine is None:
         x_adv, correct = attack.step(part, model, batch["x"], batch["y"], seed, steered)
-        return judged(model, batch, x_adv, threat, correct)
+        columns = judged(model, batch, x_adv, threat, correct)
+        return columns | {"moved": _has_direction(part, inner, model, batch)}
     with engine.applied(model, batch["x"]):
         x_adv, correct = attack.step(
             part,
@@ -103,6 +109,7 @@ def autoattacked(
         )
     held = correct | ~is_wrong(model, batch["y"], x_adv)
     columns = judged(model, batch, x_adv, threat, held)
+    columns["moved"] = _has_direction(part, inner, model, batch)
     # In float32 only what the two networks see differently, one in thousands, is left to settle.
     left = (held if engine.is_reduced else held & ~correct).nonzero().flatten()
     if len(left) == 0:
@@ -112,6 +119,24 @@ def autoattacked(
         attack, part, seed, inner, slower, model, part_of(batch, left), random.of(left)
     )
     return merged(columns, rest, left)
+
+
+def _has_direction(part: str, inner: InnerLoss | None, model: Any, batch: Batch) -> Tensor:
+    """Whether each example gives an attack of the ensemble a gradient to follow, bool ``(N,)``.
+
+    Where none succeeds the package returns x, whose distance tells nothing. Square follows none.
+    """
+    y = batch["y"]
+    if part == "square":
+        return torch.ones_like(y, dtype=torch.bool)
+    loss = cross_entropy if part == "apgd-ce" else margin
+    climbed = partial(_loss_of, loss, model, y) if inner is None else inner(model, batch)
+    gradient = input_gradient(climbed, batch["x"]).nan_to_num(0.0, 0.0, 0.0)
+    return gradient.flatten(1).ne(0.0).any(dim=1)
+
+
+def _loss_of(loss: Callable[[Tensor, Tensor], Tensor], model: Any, y: Tensor, x: Tensor) -> Tensor:
+    return loss(model(x), y)
 
 
 def part_of(batch: Batch, rows: Tensor) -> Batch:

@@ -1,12 +1,14 @@
 """The images and labels of an evaluation, and what is wrong with them found at the start."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.data.subset import lacking_classes, subset
 from common.errors import ConfigurationError
 from common.objectives import Batch
 
@@ -17,12 +19,14 @@ OVERSHOOT = 0.25
 
 
 def collect(data: Any, limit: int | None = None) -> Batch:
-    """All examples as one batch on the CPU.
+    """Examples as one batch on the CPU, with their ``position`` in the data.
 
     Args:
         data: ``(x, y)`` tensors, a data set of ``(image, label)``, or a loader of such batches or
             of dicts with ``x`` and ``y``.
-        limit: Only the first so many.
+        limit: Only so many, of all classes in proportion, see :func:`common.data.subset.subset`.
+            Data with a length are passed through twice for it, so that no other images are kept;
+            a stream gives its first ones.
 
     Raises:
         ConfigurationError: If that is not what it is, or there are no examples.
@@ -33,9 +37,61 @@ def collect(data: Any, limit: int | None = None) -> Batch:
         batches = DataLoader(data, batch_size=256)
     else:
         batches = data
+    every = chosen = None
+    if limit is not None and _is_finite(batches):
+        every = torch.cat([torch.empty(0, dtype=torch.int64), *(y for _, y in _pairs(batches))])
+        chosen = subset(every, limit)
+    x, y = _gathered(batches, chosen, limit)
+    x = check_examples(x, y)
+    if every is not None and chosen is not None:
+        if bool((every[chosen] != y).any()):
+            warnings.warn(
+                f"the loader has another order every time, so that the {len(y)} examples taken are "
+                "others for another model; give it shuffle=False",
+                stacklevel=3,
+            )
+        elif lacking := lacking_classes(every, chosen):
+            warnings.warn(lacking, stacklevel=3)
+    elif limit is not None and len(y) == limit:
+        warnings.warn(
+            f"the {len(y)} examples taken are the first of a stream, of the classes "
+            f"{', '.join(map(str, sorted(set(y.tolist()))))}; the rest may have others",
+            stacklevel=3,
+        )
+    position = torch.arange(len(y)) if chosen is None else chosen
+    return {"x": x, "y": y, "index": torch.arange(len(y)), "position": position}
+
+
+def _gathered(
+    batches: Iterable[Any], chosen: Tensor | None, limit: int | None
+) -> tuple[Tensor, Tensor]:
+    """Images and labels at the chosen positions, or else the first ones."""
     xs: list[Tensor] = []
     ys: list[Tensor] = []
     count = 0
+    for x, y in _pairs(batches):
+        begin, count = count, count + len(x)
+        if chosen is not None:
+            rows = chosen[(chosen >= begin) & (chosen < count)] - begin
+            x, y = x[rows], y[rows]
+        xs.append(x)
+        ys.append(y)
+        if chosen is None and limit is not None and count >= limit:
+            break
+    if count == 0:
+        raise ConfigurationError("data has no examples")
+    return torch.cat(xs)[:limit], torch.cat(ys)[:limit]
+
+
+def _is_finite(batches: Any) -> bool:
+    """Whether batches can be passed through again and come to an end."""
+    try:
+        return len(batches) >= 0 and iter(batches) is not batches
+    except TypeError:
+        return False
+
+
+def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in batches:
         try:
             x, y = (batch["x"], batch["y"]) if isinstance(batch, Mapping) else batch[:2]
@@ -47,32 +103,19 @@ def collect(data: Any, limit: int | None = None) -> Batch:
                 f"such batches or of dicts with x and y, got a {type(batch).__name__}; images need "
                 "torchvision.transforms.ToTensor()"
             )
-        xs.append(x.detach().cpu())
-        ys.append(torch.as_tensor(y).detach().cpu())
-        count += len(x)
-        if limit is not None and count >= limit:
-            break
-    if count == 0:
-        raise ConfigurationError("data has no examples")
-    x, y = check_examples(torch.cat(xs)[:limit], torch.cat(ys)[:limit])
-    return {"x": x, "y": y, "index": torch.arange(len(y))}
+        yield x.detach().cpu(), as_labels(torch.as_tensor(y).detach().cpu())
 
 
-def check_examples(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Images in float32 and [0, 1], labels as int64.
-
-    Rounding errors outside [0, 1] are clamped; labels may be whole numbers of any type.
+def check_examples(x: Tensor, y: Tensor) -> Tensor:
+    """Images in float32 and [0, 1], outside of which rounding errors are clamped.
 
     Raises:
         ConfigurationError: With what was found and what to do about it.
     """
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y.squeeze(1)
-    if x.ndim != 4 or len(x) != len(y) or y.ndim != 1:
-        hint = "; are the labels one-hot? Give y.argmax(dim=1)" if y.ndim == 2 else ""
+    if x.ndim != 4 or len(x) != len(y):
         raise ConfigurationError(
             "images must have the shape (N, C, H, W) and labels (N,), got "
-            f"{tuple(x.shape)} and {tuple(y.shape)}{hint}"
+            f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
     if not x.is_floating_point():
         raise ConfigurationError(
@@ -80,9 +123,6 @@ def check_examples(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not torch.isfinite(x).all():
         raise ConfigurationError("images must be finite, found NaN or infinity")
-    labels = y.long() if not y.is_complex() else torch.zeros(0)
-    if not torch.equal(labels.to(y.dtype), y):
-        raise ConfigurationError(f"labels must be whole numbers, got {y[:5].tolist()} ({y.dtype})")
     tolerance = max(ROUNDING, 2.0 * torch.finfo(x.dtype).eps)
     x = x.float()
     low, high = x.min().item(), x.max().item()
@@ -91,9 +131,25 @@ def check_examples(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             f"images must lie in [0, 1], found values from {low:.6g} to {high:.6g}; "
             f"{_remedy(x, low, high)}"
         )
-    if labels.min() < 0:
+    return x.clamp(0.0, 1.0)
+
+
+def as_labels(y: Tensor) -> Tensor:
+    """Labels as int64 ``(N,)``, from whole numbers of any type, ``(N,)`` or ``(N, 1)``.
+
+    Raises:
+        ConfigurationError: If they are anything else.
+    """
+    y = y.squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y
+    if y.ndim != 1:
+        hint = "; if they are one-hot, give y.argmax(dim=1)" if y.ndim == 2 else ""
+        raise ConfigurationError(f"labels must have the shape (N,), got {tuple(y.shape)}{hint}")
+    labels = torch.zeros_like(y, dtype=torch.int64) if y.is_complex() else y.long()
+    if not torch.equal(labels.to(y.dtype), y):
+        raise ConfigurationError(f"labels must be whole numbers, got {y[:5].tolist()} ({y.dtype})")
+    if len(y) and labels.min() < 0:
         raise ConfigurationError(f"labels must count from 0, found {int(labels.min())}")
-    return x.clamp(0.0, 1.0), labels
+    return labels
 
 
 def _remedy(x: Tensor, low: float, high: float) -> str:

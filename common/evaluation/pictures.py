@@ -6,11 +6,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.evaluation.engine import PICTURED
 from common.evaluation.steps import Outcomes
 from common.evaluation.victim import class_names
 from common.figures import accuracy_curve, adversarial_grid, confusion_matrix, per_class_bars
-from common.outcomes import counts_as_attack
+from common.outcomes import counts_as_attack, positions
 from common.schema import AttackResult, CheckpointResult
 
 _AXES = {"eps": "eps", "steps": "steps", "level": "noise level"}
@@ -33,31 +32,40 @@ def draw(
     classes = len(result["clean"]["per_class"])
     labels = class_names(names, classes)[:classes]
     pictures = curves(result)
-    bars = {"clean": outcomes.correct["clean"]}
-    whole = [
-        name
-        for name, attack in result["attacks"].items()
-        if counts_as_attack(attack) and attack["examples"] == result["examples"]
-    ]
-    for name in sorted(whole, key=lambda name: result["metrics"][name])[:2]:
-        bars[name] = outcomes.correct[name]
-    bars["worst case"] = ~_fell_to(outcomes)[0] & bars["clean"]
-    shares = {
-        name: [_mean(correct[outcomes.y == label]) for label in range(classes)]
-        for name, correct in bars.items()
-    }
-    pictures["per_class"] = per_class_bars(shares, labels)
-    pictures["confusion"] = confusion_matrix(
-        _confusion(outcomes, classes).numpy(), labels, "under the attack that broke it first"
-    )
+    if "worst" in result["metrics"]:
+        rows = torch.tensor(positions(result, "worst"))  # all bars are about the same examples
+        pictures["per_class"] = _bars(result, outcomes, rows, labels)
+        pictures["confusion"] = confusion_matrix(
+            _confusion(outcomes, classes, rows).numpy(),
+            labels,
+            "under the attack that broke it first",
+        )
     if grid := _examples(outcomes, x, labels):
         pictures["examples"] = grid
     return pictures
 
 
+def _bars(
+    result: CheckpointResult, outcomes: Outcomes, rows: Tensor, labels: Sequence[str]
+) -> Figure:
+    """Accuracy by class: clean, under the two strongest attacks that met these rows, at worst."""
+    bars = {"clean": outcomes.correct["clean"]}
+    counted = [name for name, attack in result["attacks"].items() if counts_as_attack(attack)]
+    for name in sorted(counted, key=lambda name: _mean(outcomes.correct[name][rows]))[:2]:
+        bars[name] = outcomes.correct[name]
+    bars["worst case"] = ~_fell_to(outcomes)[0] & bars["clean"]
+    y = outcomes.y[rows]
+    shares = {
+        name: [_mean(correct[rows][y == label]) for label in range(len(labels))]
+        for name, correct in bars.items()
+    }
+    return per_class_bars(shares, labels)
+
+
 def curves(result: CheckpointResult) -> dict[str, Figure]:
     """Accuracy against radius, steps or noise level, for every sweep; from a result file alone."""
     points: dict[tuple[str, str], dict[str, dict[float, AttackResult]]] = {}
+    total = result["examples"]
     for name, attack in result["attacks"].items():
         axes = [axis for axis in attack["at"] if axis in _AXES]
         if len(axes) != 1 or attack["at"].get("draw"):
@@ -65,6 +73,8 @@ def curves(result: CheckpointResult) -> dict[str, Figure]:
         parts = name.split("/")
         entry = "noise" if attack["kind"] == "noise" else parts[0]
         label = parts[0] if attack["kind"] == "noise" or "=" in parts[1] else parts[1]
+        if attack["examples"] < total:
+            label += f", {attack['examples']} images"
         lines = points.setdefault((entry, axes[0]), {})
         lines.setdefault(label, {})[float(attack["at"][axes[0]])] = attack
     pictures = {}
@@ -105,11 +115,11 @@ def _fell_to(outcomes: Outcomes) -> tuple[Tensor, Tensor]:
     return fell, predicted
 
 
-def _confusion(outcomes: Outcomes, classes: int) -> Tensor:
+def _confusion(outcomes: Outcomes, classes: int, rows: Tensor) -> Tensor:
     """How often label i was taken for class j, ``(K, K)``; the first break of an example counts."""
-    _, predicted = _fell_to(outcomes)
+    predicted = _fell_to(outcomes)[1][rows]
     size = max(classes, int(predicted.max()) + 1)
-    cells = torch.bincount(outcomes.y * size + predicted, minlength=size * size)
+    cells = torch.bincount(outcomes.y[rows] * size + predicted, minlength=size * size)
     return cells.view(size, size)[:classes, :classes]
 
 
@@ -121,13 +131,13 @@ def _examples(outcomes: Outcomes, x: Tensor, labels: Sequence[str]) -> Figure | 
         columns = outcomes.columns[key]
         if outcomes.lines[key].kind != "attack" or "x_adv" not in columns:
             continue
-        for row in range(min(PICTURED, len(outcomes.y))):
+        for place, row in enumerate(outcomes.pictured.tolist()):
             distance = columns[norm][row].item()
             is_broken = bool(outcomes.correct["clean"][row]) and (
                 columns["predicted"][row] != outcomes.y[row]
             )
             if is_broken and 0.0 < distance < best.get(row, (float("inf"),))[0]:
-                found = (distance, columns["x_adv"][row], int(columns["predicted"][row]))
+                found = (distance, columns["x_adv"][place], int(columns["predicted"][row]))
                 best[row] = found
     rows = sorted(best)[:8]
     if not rows:

@@ -71,13 +71,6 @@ def probe_step(threat: Threat | None, networks: Mapping[str, nn.Module]) -> Step
     return Step("probe", "probe", run, {}, scope="all", batch_size=PROBED, kind="probe")
 
 
-def probed(n: int) -> Tensor:
-    """Which of n examples :func:`probe_step` is for, bool ``(n,)``."""
-    target = torch.zeros(n, dtype=torch.bool)
-    target[torch.linspace(0, n - 1, min(n, PROBED)).round().long()] = True
-    return target
-
-
 def _probe(
     threat: Threat | None,
     networks: Mapping[str, nn.Module],

@@ -1,5 +1,6 @@
 """A step of an evaluation: one attack, what it is run on, and how its outcome is judged."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -61,12 +62,13 @@ class Step:
             have withstood every step of the threat model so far.
         cumulative: Run only on what earlier steps of the same entry left standing, and count what
             those broke as broken.
-        examples: Only the first so many of the split.
+        examples: Only so many of the split, see :func:`common.data.subset.subset`.
         batch_size: Of its own, where its random numbers depend on it.
         threat: What the attack kept to; ``None`` where it is not an attack within a ball.
         kind: ``attack``, ``noise`` (random, not adversarial) or ``probe`` (measures, breaks
             nothing).
         at: The point of a sweep, such as ``{"eps": 0.1}``.
+        reach: How far its steps can move an image, in the norm of ``threat``.
         needs_gradient: Whether it is of no use on a model without a gradient.
         networks: Other networks whose function decides the outcome, for the journal.
     """
@@ -82,6 +84,7 @@ class Step:
     threat: Threat | None = None
     kind: Literal["attack", "noise", "probe"] = "attack"
     at: Mapping[str, float] = field(default_factory=dict)
+    reach: float = math.inf
     needs_gradient: bool = False
     networks: tuple[nn.Module, ...] = ()
 
@@ -103,6 +106,7 @@ def judged(
     x_adv: Tensor,
     threat: Threat | None = None,
     correct: Tensor | None = None,
+    idle: Tensor | None = None,
 ) -> Columns:
     """What perturbed images amount to, in float32.
 
@@ -117,23 +121,33 @@ def judged(
         threat: The ball they have to be in; ``None`` asks for the box alone.
         correct: The verdict ``(N,)``, where the attack has one of its own (the official
             AutoAttack); everything else is classified here.
+        idle: Which examples an attack found no direction for, ``(N,)``; a random start moves
+            those too.
 
     Returns:
         ``correct`` bool, ``predicted`` int64, ``loss`` (cross-entropy), the distances ``linf``,
-        ``l2`` and ``l1``, all ``(N,)``, and ``x_adv``.
+        ``l2`` and ``l1``, all ``(N,)``, and ``x_adv``; with a ball also ``moved`` bool, whether the
+        image is at least half the radius from x, or half as far as the box allows.
     """
     with torch.no_grad():
         logits = model(x_adv)
     predicted = classify(logits)
+    found = distances(x_adv, batch["x"])
     if correct is None:
         correct = (predicted == batch["y"]) | ~in_ball(x_adv, batch["x"], threat)
-    return {
+    columns = {
         "correct": correct,
         "predicted": predicted,
         "loss": cross_entropy(logits, batch["y"]),
-        **distances(x_adv, batch["x"]),
+        **found,
         "x_adv": x_adv,
     }
+    if threat is not None:
+        farthest = (batch["x"] < 0.5).to(batch["x"])
+        room = distances(farthest, batch["x"])[threat.norm]
+        moved = found[threat.norm] >= 0.5 * room.clamp(max=threat.radius)
+        columns["moved"] = moved if idle is None else moved & ~idle
+    return columns
 
 
 def distances(x_adv: Tensor, x: Tensor) -> Columns:
@@ -163,6 +177,8 @@ class Line:
         survivors_only: Whether it met only what had withstood everything before.
         counts: Whether its outcomes enter the worst case: it kept to the threat model.
         at: The point of a sweep, such as ``{"eps": 0.1}``, ``{"level": 0.2, "draw": 0}``.
+        weakness: Why withstanding it is no evidence for the threat model: it did not use the whole
+            radius, or did not move. Empty if it is evidence.
     """
 
     entry: str
@@ -172,6 +188,7 @@ class Line:
     survivors_only: bool = False
     counts: bool = True
     at: Mapping[str, float] = field(default_factory=dict)
+    weakness: str = ""
 
 
 @dataclass
@@ -187,6 +204,8 @@ class Outcomes:
             :func:`judged`; NaN distances where it was not run.
         threat: The adversary of the worst case.
         seconds: Per step, computing time over all devices.
+        remarks: What a reader of the figures should know, in sentences.
+        pictured: Which examples ``x_adv`` in the columns is about.
         depends_on_history: Whether the model's scores for the same images and random numbers
             changed while it was attacked.
     """
@@ -198,6 +217,8 @@ class Outcomes:
     columns: dict[str, Columns] = field(default_factory=dict)
     threat: Threat | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    pictured: Tensor = field(default_factory=lambda: torch.arange(0))
     depends_on_history: bool = False
 
     def nonfinite(self) -> str:

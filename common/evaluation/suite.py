@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ class SuiteEntry:
             DeepFool, C&W, GAMA and noise work on logits and take none.
         survivors_only: Attack only what every earlier entry left standing. Outcomes are then
             cumulative: cheaper, the same worst case, but no figure of this attack alone.
-        examples: Attack the first so many of the split only; ``None`` means all.
+        examples: Attack so many of the split only, of all classes in proportion and the same for
+            every model, see :func:`common.data.subset.subset`; ``None`` means all.
         checkpoints: Run for checkpoints of these names only (``last``, ``selected``); ``None``
             means whatever is tested.
         sweep: Arguments of the attack with the values they take in turn, such as
@@ -207,7 +209,7 @@ def _steps(
         engine = engine.in_float32()
 
     def crafted(craft: Any, threat: Threat | None) -> Any:
-        return partial(attacked, craft, threat, engine)
+        return partial(attacked, craft, threat, engine, idle=lambda: getattr(attack, "idle", None))
 
     # The unprojected form of GAMA leaves the ball: reported as its authors would, not counted.
     is_bounded = getattr(attack, "project", True)
@@ -217,6 +219,7 @@ def _steps(
         "cumulative": entry.survivors_only,
         "examples": entry.examples,
         "threat": None if eps is None else Threat(attack.norm, eps),
+        "reach": getattr(attack, "reach", math.inf),
     }
     if isinstance(attack, Noise):
         for level in attack.levels:

@@ -60,6 +60,11 @@ class Transfer(Settings):
         return self.attack.cost
 
     @property
+    def reach(self) -> float:
+        """How far from its start the attack can move an image."""
+        return self.attack.reach
+
+    @property
     def network(self) -> nn.Module:
         """The surrogate, loaded once."""
         if self._network is None:
@@ -81,7 +86,7 @@ class Transfer(Settings):
                 random,
                 is_adversarial=lambda x: classify(network(x)) != batch["y"],
             )
-        return judged(model, batch, x_adv, Threat(self.norm, self.eps))
+        return judged(model, batch, x_adv, Threat(self.norm, self.eps), idle=self.attack.idle)
 
 
 def _load(path: Path) -> nn.Module:

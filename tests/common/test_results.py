@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from common.errors import ConfigurationError, RunDirectoryError
 from common.evaluation.steps import Line, Outcomes, Threat
+from common.outcomes import logged, positions
 from common.results import (
     SCHEMA,
     check_writable,
@@ -124,7 +126,7 @@ def test_counts_and_the_order_of_the_suite() -> None:
     result = entry()
     assert list(result) == [
         *("epoch", "global_step", "examples", "threat", "clean", "attacks"),
-        *("metrics", "intervals"),
+        *("metrics", "intervals", "sizes", "remarks"),
     ]
     assert result["threat"] == {"norm": "linf", "eps": 0.1}
     assert list(result["attacks"]) == ["pgd20/ce_f", "pgd20/ce_p1", "aa/apgd-ce", "aa/square"]
@@ -145,13 +147,70 @@ def test_counts_and_the_order_of_the_suite() -> None:
     assert result["attacks"]["aa/square"]["survivors_only"]
     assert result["attacks"]["aa/square"]["eps"] == 0.1
     assert result["attacks"]["aa/square"]["per_class"] == [[1, 2], [0, 1], [0, 1]]
+    assert result["attacks"]["aa/square"]["subset"] == pack_outcomes([1] * 4 + [0] * 6)
+    assert result["sizes"] == dict.fromkeys(
+        ("aa/apgd-ce", "aa/square", "aa", "aa_clean", "worst", "worst_clean"), 4
+    )
 
 
-def test_attacked_examples_that_are_not_the_first_are_refused() -> None:
-    found = outcomes()
-    found.attacked["aa/square"] = torch.arange(10) >= 6
-    with pytest.raises(ValueError, match="aa/square attacked 4 examples that are not the first"):
-        checkpoint_entry(found)
+def parts(**met: list[int]) -> Any:
+    """A suite whose attacks, all right on everybody, were given these examples only."""
+    n = len(Y)
+    steps = {name.replace("_", "/"): positions for name, positions in met.items()}
+    return checkpoint_entry(
+        Outcomes(
+            y=torch.tensor(Y),
+            correct={name: torch.tensor(CLEAN, dtype=torch.bool) for name in ("clean", *steps)},
+            attacked={
+                name: torch.zeros(n, dtype=torch.bool).index_fill(0, torch.tensor(rows), True)
+                for name, rows in steps.items()
+            },
+        )
+    )
+
+
+def test_a_worst_case_is_over_the_examples_that_met_every_attack() -> None:
+    nested = parts(a_f=[1, 3, 5, 7, 8, 9], b_f=[3, 8])
+    assert nested["metrics"]["worst"] == nested["metrics"]["worst_clean"] == 0.5
+    assert nested["sizes"]["worst"] == 2
+    assert positions(nested, "worst") == [3, 8]
+    assert outcome_bits(nested, "worst") == [True, False]
+    one = parts(a_f=list(range(10)), b_f=[4])
+    assert (one["metrics"]["worst"], one["sizes"]["worst"]) == (1.0, 1)
+    apart = parts(a_f=[0, 1, 2], b_f=[3, 4])
+    assert "worst" not in apart["metrics"]
+    assert apart["remarks"] == ["there is no worst case: no example met every attack"]
+
+
+def test_losses_on_as_many_but_other_examples_have_no_common_figure() -> None:
+    found = parts(a_f=[0, 1], a_g=[2, 8])
+    assert not {"a", "a_union", "a_clean"} & set(found["metrics"])
+    assert found["attacks"]["a/g"]["per_class"] == [[0, 0], [0, 0], [1, 2]]
+
+
+def test_metrics_of_a_part_are_logged_under_another_name() -> None:
+    assert set(logged(parts(a_f=[0, 1]))) == {
+        *("clean_acc", "a/f_on_2", "a_on_2", "a_union_on_2"),
+        *("a_clean_on_2", "worst_on_2", "worst_clean_on_2"),
+    }
+    assert set(logged(parts(a_f=list(range(10))))) == {"clean_acc", "a/f", "a", "a_union", "worst"}
+
+
+def test_without_an_attack_that_could_break_them_examples_are_not_robust() -> None:
+    weakness = "all its steps together, 0, are less than its radius 0.1"
+    few = {name: replace(line, weakness=weakness) for name, line in swept_lines().items()}
+    found = swept(**few)
+    assert "worst" not in found["metrics"]
+    assert "pgd/ce_f: all its steps together, 0, are less than its radius" in found["remarks"][0]
+    one = swept(**few | {"pgd/ce_f": Line("pgd")})
+    assert one["metrics"]["worst"] == swept()["metrics"]["worst"]
+    assert one["remarks"] == []
+
+
+def test_a_worst_case_of_0_is_right_whatever_broke_them() -> None:
+    found = outcomes(**{"pgd20/ce_f": [0] * 10})
+    found.lines = {name: Line(name.partition("/")[0], weakness="weak") for name in found.attacked}
+    assert checkpoint_entry(found)["metrics"]["worst"] == 0.0
 
 
 def test_a_step_under_the_name_of_another_entry_is_refused() -> None:
@@ -183,8 +242,8 @@ def test_distances_are_medians_over_what_the_step_broke() -> None:
 
 def test_metrics_by_hand() -> None:
     survive_all = [a & b & c for a, b, c in zip(CLEAN, PGD_F, PGD_P, strict=True)]
-    worst = [a & b for a, b in zip(survive_all, APGD + [1] * 6, strict=True)]
-    worst = [a & b for a, b in zip(worst, SQUARE + [1] * 6, strict=True)]
+    # of the four examples that met every attack
+    worst = [a & b & c for a, b, c in zip(survive_all[:4], APGD, SQUARE, strict=True)]
     assert entry()["metrics"] == {
         "clean_acc": 0.9,
         "pgd20/ce_f": 0.7,
@@ -195,10 +254,11 @@ def test_metrics_by_hand() -> None:
         "pgd20_union": sum(survive_all) / 10,
         "aa": 0.25,
         "aa_clean": 1.0,
-        "worst": sum(worst) / 10,
+        "worst": sum(worst) / 4,
+        "worst_clean": 1.0,
     }
     assert sum(survive_all) == 6  # the union is below every single loss
-    assert sum(worst) == 5
+    assert sum(worst) == 1
 
 
 def test_losses_on_different_examples_have_no_common_figure() -> None:
@@ -214,12 +274,8 @@ def test_a_fresh_and_a_cumulative_figure_are_not_compared() -> None:
     assert not {"pgd20", "pgd20_union"} & set(metrics)
 
 
-def swept(**lines: Line) -> Any:
-    """A suite of steps in a sweep; each is right on as many examples as it has a number."""
-    n = len(Y)
-    right = {"pgd/ce_f": 8, "eps/ce_f/eps=0.1": 6, "eps/ce_p1/eps=0.1": 5, "eps/ce_f/eps=0.2": 1}
-    right |= {"noise/level=0.2/draw=0": 9, "noise/level=0.2/draw=1": 6, "noise/level=0.4": 3}
-    nature = {
+def swept_lines() -> dict[str, Line]:
+    return {
         "pgd/ce_f": Line("pgd"),
         "eps/ce_f/eps=0.1": Line("eps", at={"eps": 0.1}),
         "eps/ce_p1/eps=0.1": Line("eps", at={"eps": 0.1}),
@@ -228,6 +284,13 @@ def swept(**lines: Line) -> Any:
         "noise/level=0.2/draw=1": Line("noise", "noise", at={"level": 0.2, "draw": 1}),
         "noise/level=0.4": Line("noise", "noise", at={"level": 0.4}),
     }
+
+
+def swept(**lines: Line) -> Any:
+    """A suite of steps in a sweep; each is right on as many examples as it has a number."""
+    n = len(Y)
+    right = {"pgd/ce_f": 8, "eps/ce_f/eps=0.1": 6, "eps/ce_p1/eps=0.1": 5, "eps/ce_f/eps=0.2": 1}
+    right |= {"noise/level=0.2/draw=0": 9, "noise/level=0.2/draw=1": 6, "noise/level=0.4": 3}
     order = torch.arange(n)
     return checkpoint_entry(
         Outcomes(
@@ -237,7 +300,7 @@ def swept(**lines: Line) -> Any:
                 **{name: (order + 3 * i) % n < k for i, (name, k) in enumerate(right.items())},
             },
             attacked=dict.fromkeys(right, order < n),
-            lines={**nature, **lines},
+            lines={**swept_lines(), **lines},
         )
     )
 
@@ -280,7 +343,7 @@ def test_only_attacks_that_count_enter_the_worst_case() -> None:
         ("pgd20_union", [a & b for a, b in zip(PGD_F, PGD_P, strict=True)]),
         ("aa/square", SQUARE),
         ("aa_clean", CLEAN[:4]),
-        ("worst", [0, 0, 0, 1, 1, 0, 1, 1, 0, 1]),
+        ("worst", [0, 0, 0, 1]),
         ("fgsm", PGD_P),
         ("pgd20", None),
         ("absent", None),
@@ -456,6 +519,7 @@ def _edit(data: Any, keys: str, value: Any) -> Any:
     ("keys", "value", "message"),
     [
         ("schema", 0, "its schema is 0"),
+        ("schema", 2, "has schema 2, which does not say what schema 3 has to"),
         ("schema", "2", "its schema is '2'"),
         ("schema", True, "its schema is True"),
         ("schema", KeyError, "schema is missing"),
@@ -474,6 +538,14 @@ def _edit(data: Any, keys: str, value: Any) -> Any:
         ("checkpoints.last.clean.outcomes", "ff", "2 hexadecimal digits do not hold 10 outcomes"),
         ("checkpoints.last.clean.outcomes", "ffff", "outcomes beyond the first 10"),
         ("checkpoints.last.attacks.aa/square.examples", 0, "examples is 0, expected 1 to 10"),
+        ("checkpoints.last.attacks.aa/square.subset", "ff", "2 hexadecimal digits do not hold 10"),
+        ("checkpoints.last.attacks.aa/square.subset", "f800", "examples is 4, subset has 5"),
+        ("checkpoints.last.attacks.aa/square.subset", "7800", "the outcomes give"),
+        ("checkpoints.last.attacks.aa/square.subset", KeyError, "examples is 4, subset has 10"),
+        ("checkpoints.last.attacks.pgd20/ce_f.weakness", True, "weakness is True"),
+        ("checkpoints.last.sizes.worst", 10, "sizes is .*, the outcomes give"),
+        ("checkpoints.last.sizes", KeyError, "sizes is missing"),
+        ("checkpoints.last.remarks", "none", "remarks is 'none'"),
         ("checkpoints.last.attacks.aa/square.survivors_only", 1, "survivors_only is 1"),
         ("checkpoints.last.metrics.pgd20", 0.8, "metrics.pgd20 is 0.8, the outcomes give 0.7"),
         ("checkpoints.last.metrics.pgd20", KeyError, "metrics.pgd20 is None"),
@@ -530,7 +602,10 @@ def test_a_worst_case_of_nothing_is_refused(tmp_path: Path) -> None:
     found = entry()
     for attack in found["attacks"].values():
         attack["counts"] = False
-    with pytest.raises(ConfigurationError, match=r"metrics\.worst is .*, but no attack counts"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"metrics\.worst is .*, but there is no worst case: no attack kept to the threat",
+    ):
         put(tmp_path / "result.json", entry=found)
 
 
@@ -538,68 +613,15 @@ def test_a_newer_schema_asks_for_newer_code(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     write_json_atomically(path, {**put(path), "schema": SCHEMA + 1})
     with pytest.raises(
-        ConfigurationError, match=r"schema 3 .* reads up to 2; update the code"
+        ConfigurationError, match=r"schema 4 .* reads up to 3; update the code"
     ) as e:
         read_result(path)
     assert "delete" not in str(e.value)
 
 
-def old_file(path: Path, **changes: Any) -> Any:
-    """The same as :func:`put`, as schema 1 wrote it."""
-    data: Any = copy.deepcopy(put(path))
-    data["schema"] = 1
-    del data["digest"]
-    for checkpoint in data["checkpoints"].values():
-        del checkpoint["threat"], checkpoint["intervals"]
-        for attack in checkpoint["attacks"].values():
-            for key in ("kind", "norm", "eps", "counts", "at"):
-                del attack[key]
-        checkpoint.update(changes)
-    write_json_atomically(path, data)
-    return data
-
-
-def test_the_previous_schema_is_migrated(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    old_file(path)
-    before = path.read_bytes()
-    data = read_result(path)
-    assert data["schema"] == SCHEMA
-    assert path.read_bytes() == before
-    migrated, fresh = data["checkpoints"]["last"], entry()
-    for attack in fresh["attacks"].values():
-        attack |= {"norm": None, "eps": None}
-    assert json.dumps(migrated) == json.dumps({**fresh, "threat": None}), "in the same order, too"
-    merged = put(path, "selected")
-    assert json.loads(path.read_text())["schema"] == merged["schema"] == SCHEMA
-    assert merged["checkpoints"]["last"] == migrated
-
-
-def test_a_damaged_file_of_the_previous_schema_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    data = old_file(path)
-    for keys, message in (("metrics.worst", "worst is 0.9, the"), ("clean.correct", "correct is")):
-        write_json_atomically(path, _edit(data, f"checkpoints.last.{keys}", 0.9))
-        with pytest.raises(ConfigurationError, match=message):
-            read_result(path)
-
-
-def test_the_previous_schema_without_attacks_has_no_worst_case(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    old_file(path, attacks={}, metrics={"clean_acc": 0.9, "worst": 0.9})
-    assert read_result(path)["checkpoints"]["last"]["metrics"] == {"clean_acc": 0.9}
-
-
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_the_results_of_the_repository_are_read(path: Path) -> None:
-    before = json.loads(path.read_text())
-    after = read_result(path)
-    assert after["schema"] == SCHEMA
-    for label, checkpoint in after["checkpoints"].items():
-        metrics = before["checkpoints"][label]["metrics"]
-        if not checkpoint["attacks"]:
-            del metrics["worst"]
-        assert checkpoint["metrics"] == metrics
+    for checkpoint in read_result(path)["checkpoints"].values():
         assert set(checkpoint["intervals"]) == set(checkpoint["metrics"])
 
 

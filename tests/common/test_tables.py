@@ -99,8 +99,13 @@ def put(
     audit: Any = None,
     shift: int = 0,
     labels: int = 10,
+    part: slice = slice(N // 4),
+    extra: str | None = None,
 ) -> None:
-    """A result in which the first so many examples are right; ``shift`` moves those of ce_f on."""
+    """A result in which the first so many examples are right; ``shift`` moves those of ce_f on.
+
+    The attack ``aa/square`` meets ``part`` alone; ``extra`` is one more attack.
+    """
     few = N // 4
     right = torch.arange(N)
     correct = {
@@ -110,7 +115,10 @@ def put(
         "aa/square": right < round(0.25 * few),
     }
     attacked = dict.fromkeys(list(correct)[1:], right < N)
-    attacked["aa/square"] = right < few
+    attacked["aa/square"] = torch.zeros(N, dtype=torch.bool)
+    attacked["aa/square"][part] = True
+    if extra is not None:
+        correct[extra], attacked[extra] = right < N, right < N
     attacked.pop(without, None)  # type: ignore[arg-type]
     lines = {"aa/square": Line("aa", survivors_only=True)}
     entry = checkpoint_entry(Outcomes(right % labels, correct, attacked, lines), audit=audit)
@@ -294,20 +302,67 @@ def test_footnotes_say_what_ours_is_about(paper: Path) -> None:
     assert "AA†‡ last" in markdown
     assert "PGD-20† " not in markdown
     assert "† Ours is cumulative" in markdown
-    assert "‡ Ours on the first 50 examples of the test split." in markdown
+    assert "‡ Ours on a part of the examples of the test split: AA on 50." in markdown
 
 
-def test_worst_cases_over_different_suites_are_marked(paper: Path) -> None:
+def test_a_worst_case_over_fewer_attacks_than_that_of_its_row_is_left_out(paper: Path) -> None:
     put(paper)
     put(paper, label="selected")
     (row,) = tables(render_table("paper_toy").markdown)["E8: worst"]
-    assert row["worst last"] == row["worst selected"]
-    put(paper, label="selected", without="aa/square")
+    assert row["worst‡ last"] == row["worst‡ selected"] == one(24, N // 4)
+    put(paper, label="selected", without="pgd20/ce_p1")
     markdown = render_table("paper_toy").markdown
     (row,) = tables(markdown)["E8: worst"]
-    last, selected = (float(row[f"worst§ {label}"].split()[0]) for label in ("last", "selected"))
-    assert last < selected
-    assert "§ The checkpoints did not meet the same attacks" in markdown
+    assert set(row) == {"experiment", "worst‡ last", "seeds"}
+    assert (
+        "Left out, because measured otherwise than the rest of the column: worst, selected, other "
+        "attacks than for the rest of the row: `toy_net_ours` (seed 0)" in markdown
+    )
+
+
+def test_cells_about_other_examples_than_their_column_are_left_out(paper: Path) -> None:
+    rows = {stem: {**row, "groups": ["E1", "E8"]} for stem, row in REFERENCE["rows"].items()}
+    rows["other_net_plain"] = {"groups": ["E8"], "label": "other"}
+    write_reference(paper, {**REFERENCE, "rows": rows})
+    put(paper, "toy_net_plain")
+    put(paper, "toy_net_plain", 1)
+    put(paper, "toy_net_ours")
+    put(paper, "toy_net_ours", label="selected", without="aa/square")  # worst of all 200
+    put(paper, "other_net_plain", part=slice(10, 60))  # as many, but others
+    markdown = render_table("paper_toy").markdown
+    found = {row["experiment"].split("`")[1]: row for row in tables(markdown)["E8: worst"]}
+    assert found["toy_net_ours"]["worst‡ last"] == one(24, N // 4)
+    assert found["other_net_plain"]["worst‡ last"] == ""
+    assert "worst‡ selected" not in found["toy_net_ours"]
+    assert "worst, selected, on 200 examples: `toy_net_ours` (seed 0)" in markdown
+    assert "worst, last, on other 50 examples: `other_net_plain` (seed 0)" in markdown
+
+
+def test_a_mean_of_figures_about_different_examples_is_left_out(paper: Path) -> None:
+    metrics = [{"key": key, "title": key} for key in ("clean_acc", "aa")]
+    metrics.append({"key": "w", "title": "W", "mean_of": {"clean_acc": 0.5, "aa": 0.5}})
+    group = {**REFERENCE["groups"][3], "metrics": metrics}
+    write_reference(paper, {**REFERENCE, "groups": [*REFERENCE["groups"][:3], group]})
+    put(paper)
+    markdown = render_table("paper_toy").markdown
+    (row,) = tables(markdown)["E8: worst"]
+    assert "W last" not in row
+    assert "W, last, parts of it on different examples: `toy_net_ours` (seed 0)" in markdown
+
+
+def test_which_attacks_worst_cases_are_over_is_said_where_rows_differ(paper: Path) -> None:
+    rows = {stem: {**row, "groups": ["E1", "E8"]} for stem, row in REFERENCE["rows"].items()}
+    write_reference(
+        paper, {**REFERENCE, "rows": rows | {"other_net_plain": {"groups": ["E6"], "label": "o"}}}
+    )
+    put(paper, "toy_net_plain")
+    put(paper)
+    assert "Worst cases are over" not in render_table("paper_toy").markdown
+    put(paper, "toy_net_plain", extra="own/ce_f")
+    assert (
+        "Worst cases are over aa, pgd20, and beside them own (`toy_net_plain`)."
+        in render_table("paper_toy").markdown
+    )
 
 
 def test_what_is_missing_is_listed(paper: Path) -> None:
@@ -427,9 +482,9 @@ def test_rows_are_compared_example_by_example(paper: Path) -> None:
 
 def test_a_row_may_have_a_baseline_of_its_own(paper: Path) -> None:
     for seed, robust in enumerate((0.5, 0.52, 0.54)):
-        put(paper, "other_net_plain", seed, robust=robust)
-        put(paper, "toy_net_ours", seed, robust=robust + 0.1)
-        put(paper, "toy_net_plain", seed, robust=robust)
+        put(paper, "other_net_plain", seed, robust=robust, without="aa/square")
+        put(paper, "toy_net_ours", seed, robust=robust + 0.1, without="aa/square")
+        put(paper, "toy_net_plain", seed, robust=robust, without="aa/square")
     rows = {stem: dict(row) for stem, row in REFERENCE["rows"].items()}
     rows["toy_net_ours"]["baseline"] = "other_net_plain"
     write_reference(paper, {**REFERENCE, "rows": rows})
@@ -537,6 +592,21 @@ def test_failed_audits_are_shouted_and_passed_ones_counted(paper: Path) -> None:
     console = Console(width=250, file=io.StringIO())
     console.print(report.tables[0])
     assert "⚠ audit: `toy_net_ours`" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_remarks_of_results_stand_under_the_table(paper: Path) -> None:
+    right = torch.arange(N) < 100
+    weak = {"pgd20/ce_f": Line("pgd20", weakness="its radius 0.001 is less than 0.2")}
+    found = Outcomes(
+        torch.arange(N) % 10,
+        {"clean": right, "pgd20/ce_f": right},
+        {"pgd20/ce_f": torch.arange(N) < N},
+        weak,
+    )
+    file_away(paper, "toy_net_ours", checkpoint_entry(found))
+    markdown = render_table("paper_toy").markdown
+    assert "⚠ `toy_net_ours` seed 0, last: there is no worst case: no attack used the" in markdown
+    assert "worst last" not in markdown
 
 
 # -------------------------------------------------------------------------------------- reference

@@ -12,7 +12,7 @@ from common.outcomes import checkpoint_entry
 from common.reference import Metric
 from common.results import merge_result, result_path
 from paper_awnet import analysis
-from paper_awnet.analysis import analyse, compare_weights, curves_of, without_tensors
+from paper_awnet.analysis import analyse, compare_weights, curves_of, plane, without_tensors
 from paper_awnet.claims import evaluate_expectations, roles_of, w_robust
 from paper_awnet.distributions import Filters
 from paper_awnet.method import Router
@@ -213,3 +213,12 @@ def test_what_training_logged_is_read_back(tmp_path) -> None:
 def test_tensors_are_for_pictures() -> None:
     entry = {"a": {"p": torch.ones(2), "auroc": 0.5}, "b": 1}
     assert without_tensors(entry) == {"a": {"auroc": 0.5}, "b": 1}
+
+
+def test_a_weighted_mean_is_about_the_examples_of_the_attack() -> None:
+    metrics = {"clean_acc": 0.1, "pgd/f": 1.0, "worst": 0.5, "worst_clean": 0.9}
+    assert w_robust(metrics, "worst") == pytest.approx(0.7)
+    assert w_robust(metrics, "pgd/f") == pytest.approx(0.55)
+    roles = roles_of("digits")
+    points = plane({("awnet", 0): metrics | {roles.pgd: 0.4}}, roles)
+    assert points == {"awnet": [(0.1, 0.4, None)]}, "a worst case of a part of the images"

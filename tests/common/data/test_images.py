@@ -14,6 +14,7 @@ from common.attacks.randomness import AUGMENTATION, ExampleRandom
 from common.data.base import ImageSource, ImageSpec, Split
 from common.data.images import ImageDataModule, Views, shift_and_flip
 from common.data.sources import CIFAR10, Digits
+from common.data.subset import subset
 from common.errors import ConfigurationError, DataUnavailableError
 from common.objectives import weighted
 
@@ -203,11 +204,17 @@ def test_stages_in_any_order_give_the_same_sets(validate_on: Any, stages: list[s
     assert data.train_set is not None or "fit" not in stages
 
 
-def test_limits_take_the_first_examples() -> None:
+def test_limits_take_examples_of_all_classes_in_proportion() -> None:
     whole = module()
-    data = module(train_limit=11, val_limit=3, test_limit=1000)
-    assert torch.equal(data.train_set.rows, whole.train_set.rows[:11])
-    assert torch.equal(data.val_set.rows, whole.val_set.rows[:3])
+    with pytest.warns(UserWarning, match="train split: the 3 examples taken of 10 have none of 1"):
+        data = module(train_limit=11, val_limit=3, test_limit=1000)
+    for mine, theirs, limit in (
+        (data.train_set, whole.train_set, 11),
+        (data.val_set, whole.val_set, 3),
+    ):
+        assert torch.equal(mine.rows, theirs.rows[subset(theirs.y, limit)])
+    assert "have none of 1 of the 4 classes" in data.val_set.remarks[0]
+    assert data.train_set.remarks == data.test_set.remarks == []
     assert len(data.test_set) == 23
 
 

@@ -197,9 +197,10 @@ def test_outcomes_are_those_of_the_official_package_alone(model, examples) -> No
     for key in ("aa/apgd-ce", "aa/apgd-t", "aa/fab-t", "aa/square"):
         fell = ours.correct["clean"] & ~ours.correct[key]
         kept = ours.columns[key]["x_adv"]
-        rows = (fell[:16] & (ours.columns[key]["linf"][:16] > 0)).nonzero().flatten()
-        for row in rows:
-            torch.testing.assert_close(kept[row], x_adv[row])
+        moved = fell & (ours.columns[key]["linf"] > 0)
+        for place, row in enumerate(ours.pictured):
+            if moved[row]:
+                torch.testing.assert_close(kept[place], x_adv[row])
 
 
 def test_progress_tells_what_is_done_and_what_stands(model, examples) -> None:

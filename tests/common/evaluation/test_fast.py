@@ -73,14 +73,14 @@ def run(model, examples, engine: AttackEngine | None, suite=SUITE) -> Outcomes:
 
 
 def assert_confirmed(model, examples, outcomes: Outcomes) -> None:
-    """Every image that is said to fool the network does, first pictures of each step."""
+    """Every image that is said to fool the network does, in the pictures of each step."""
     for key, columns in outcomes.columns.items():
         if "x_adv" not in columns or key == "clean":
             continue
-        n = len(columns["x_adv"])
-        broken = ~outcomes.correct[key][:n] & outcomes.correct["clean"][:n]
+        rows = outcomes.pictured
+        broken = ~outcomes.correct[key][rows] & outcomes.correct["clean"][rows]
         with torch.no_grad():
-            fooled = model(columns["x_adv"]).argmax(dim=1) != examples["y"][:n]
+            fooled = model(columns["x_adv"]).argmax(dim=1) != examples["y"][rows]
         assert fooled[broken].all(), key
 
 
