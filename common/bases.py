@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
-from common.outcomes import counts_as_attack, figures
+from common.outcomes import figures, worst_over
 from common.schema import CheckpointResult, Result
 
 T = TypeVar("T", bound=Hashable)
@@ -48,7 +48,7 @@ def bases(checkpoint: CheckpointResult) -> dict[str, Basis]:
 
 def counted_attacks(checkpoint: CheckpointResult) -> frozenset[str]:
     """The attacks that the worst case is over."""
-    return frozenset(n for n, attack in checkpoint["attacks"].items() if counts_as_attack(attack))
+    return frozenset(worst_over(checkpoint["clean"], checkpoint["attacks"]))
 
 
 def usual(found: Iterable[T]) -> T | None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser, Namespace, dict_to_namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -35,14 +34,24 @@ from common.classifier import RobustClassifier
 from common.config import (
     UserFriendlyParser,
     class_paths,
+    decisive,
     explain,
     fill_from_data,
-    training_digest,
+    plain_digest,
+    protocol_digest,
 )
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.evaluation.ready import fill_threat, threat_of
 from common.files import is_full, remove_leftovers, write_sealed_yaml, yaml_damage_of
+from common.identity import (
+    Settings,
+    check_evaluated,
+    check_package,
+    contents,
+    run_differences,
+    settings_in,
+)
 from common.trainer import Trainer
 
 # A value of any type, in a logger's settings for instance, must not become a call of any class.
@@ -51,6 +60,12 @@ set_parsing_settings(instantiate_subclass_spec_in_any=False)
 CONFIGS = Path(__file__).parent / "configs"
 BASE = str(CONFIGS / "base.yaml")
 TRAINING = ("fit", "reproduce")
+# Callbacks with arguments that follow from the command: nobody can give another value.
+FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
+    (RobustEvaluation, "evaluation", {"experiment", "paper", "config_digest", "protocol"}),
+    (Monitoring, "monitoring", {"hyperparameters"}),
+    (SelectedCheckpoint, "checkpoint", {"dirpath"}),
+)
 OWN_CLASSES = ("common.", "paper_", "torch.nn.", "torch.optim.")
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
@@ -111,9 +126,11 @@ class RobustCLI(LightningCLI):
         parser.add_lightning_class_args(WarmStart, "warm_start")
         parser.add_lightning_class_args(AdversarialTraining, "adversary")
         parser.add_lightning_class_args(AdversarialWeightPerturbation, "weight_perturbation")
-        parser.add_lightning_class_args(RobustEvaluation, "evaluation")
-        parser.add_lightning_class_args(Monitoring, "monitoring")
-        parser.add_lightning_class_args(SelectedCheckpoint, "checkpoint")
+        for kind, section, filled_in in FILLED_IN:
+            parser.callback_keys.append(section)
+            parser.add_class_arguments(
+                kind, section, fail_untyped=False, sub_configs=True, skip=filled_in
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Keep the precedence of files and options over a checkpoint's stored settings."""
@@ -133,19 +150,21 @@ class RobustCLI(LightningCLI):
             threat = threat_of(config.evaluation, config.adversary)
             fill_threat(config.evaluation.suite, threat)
         plain = self._plain(config)
-        digest = training_digest(plain)
+        check_package(
+            self.package, set(class_paths(plain)), list(map(str, config.get("config") or []))
+        )
+        self.settings = {
+            **{"package": self.package, "experiment": config.experiment},
+            **decisive(plain),
+        }
         if self.subcommand:
-            run = self._run_directory(config, digest)
+            if self.subcommand in TRAINING:
+                self.settings["files"] = contents(self.settings, self._base(config))
+            run = self._run_directory(config)
             config.trainer.default_root_dir = str(run)
             if config.trainer.logger in (None, True):
                 config.trainer.logger = tensorboard_in(run)
-            config.checkpoint.dirpath = str(run / "checkpoints")
-        config.evaluation.experiment = config.experiment
-        config.evaluation.paper = self.package
-        config.evaluation.config_digest = digest
-        config.monitoring.hyperparameters = {
-            key: plain[key] for key in ("experiment", "seed_everything", "model", "adversary")
-        }
+        self.plain = plain
 
     def _plain(self, config: Namespace) -> dict[str, Any]:
         """The configuration as plain values."""
@@ -167,31 +186,37 @@ class RobustCLI(LightningCLI):
         is_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
         if self.subcommand != "fit" or config.get("ckpt_path") is not None or not is_again:
             return
-        base = Path(config.runs, self.package, config.experiment, f"seed{config.seed_everything}")
+        base = self._base(config)
         versions = sorted(base.parent.glob(f"{base.name}-v*"), key=_version)
         if ((versions[-1] if versions else base) / "checkpoints" / "last.ckpt").exists():
             config.ckpt_path = "last"
 
-    def _run_directory(self, config: Namespace, digest: str) -> Path:
+    def _base(self, config: Namespace) -> Path:
+        """The directory of the experiment's first run."""
+        if config.trainer.default_root_dir is not None:
+            return Path(config.trainer.default_root_dir)
+        return Path(config.runs, self.package, config.experiment, f"seed{config.seed_everything}")
+
+    def _run_directory(self, config: Namespace) -> Path:
         """Where this run writes, locked against a second one.
 
         ``fit`` never touches an earlier run: it takes the next free ``seed0-v1``. ``reproduce``
         goes on with ``seed0`` if that was made with the same settings, and moves it aside if not.
         """
-        base = Path(config.runs, self.package, config.experiment, f"seed{config.seed_everything}")
-        if config.trainer.default_root_dir is not None:
-            base = Path(config.trainer.default_root_dir)
+        base = self._base(config)
         versions = sorted(base.parent.glob(f"{base.name}-v*"), key=_version)
         checkpoint = config.get("ckpt_path")
+        is_given = config.trainer.default_root_dir is not None
+        is_of_run = checkpoint and Path(checkpoint).parent.name == "checkpoints" and not is_given
         if self.subcommand not in TRAINING:
-            if checkpoint and Path(checkpoint).parent.name == "checkpoints":
+            if is_of_run:
                 return Path(checkpoint).parent.parent
             return versions[-1] if versions else base
         run = base
         if self.subcommand == "fit":
             if checkpoint == "last":
                 run = versions[-1] if versions else base
-            elif checkpoint and Path(checkpoint).parent.name == "checkpoints":
+            elif is_of_run:
                 run = Path(checkpoint).parent.parent
             elif (base / "checkpoints" / "last.ckpt").exists():
                 following = _version(versions[-1]) + 1 if versions else 1
@@ -205,7 +230,7 @@ class RobustCLI(LightningCLI):
             self.lock = lock(run)
         else:  # an interrupted make leaves its rows running: the next one waits for them
             self.lock = lock(run, timeout=-1)
-            set_aside_if_other(run, digest)
+            set_aside_if_other(run, self.settings)
         remove_leftovers(run)
         return run
 
@@ -251,24 +276,35 @@ class RobustCLI(LightningCLI):
             extra.append(LearningRateMonitor(logging_interval="step"))
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
             saving = self._get(self.config_init, "checkpoint")
+            saving.dirpath = os.path.realpath(Path(config.default_root_dir or ".", "checkpoints"))
             extra.append(LastCheckpoint(saving.dirpath, saving.every_n_steps))
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
-        return cast(Trainer, super().instantiate_trainer(**kwargs))
+        trainer = cast(Trainer, super().instantiate_trainer(**kwargs))
+        trainer.settings = self.settings
+        evaluation = self._get(self.config_init, "evaluation")
+        evaluation.experiment, evaluation.paper = self.settings["experiment"], self.package
+        evaluation.config_digest = plain_digest(self.settings)
+        evaluation.protocol = protocol_digest(self.plain)
+        self._get(self.config_init, "monitoring").hyperparameters = {
+            key: self.plain[key] for key in ("experiment", "seed_everything", "model", "adversary")
+        }
+        return trainer
 
 
 class SaveTrainingConfig(SaveConfigCallback):
     """Saves ``config.yaml`` for training only; testing would overwrite what it was trained with."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Nothing yet: only when training begins is it known that it may go on like this."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the file on rank zero."""
-        if stage != "fit" or self.already_saved or not trainer.is_global_zero:
+        if self.already_saved or not trainer.is_global_zero:
             return
         config = self.config.clone()
         # The file describes the experiment; where this run happened to write is not part of it.
         config.pop("ckpt_path", None)
         config.update(None, "trainer.default_root_dir")
-        config.update(None, "checkpoint.dirpath")
-        config.update(None, "monitoring.hyperparameters")
         logger = config.trainer.logger
         if logger and logger.class_path == TENSORBOARD:
             config.update(None, "trainer.logger")
@@ -318,26 +354,23 @@ def lock(run: Path, timeout: float = 0) -> FileLock:
     return held
 
 
-def set_aside_if_other(run: Path, digest: str) -> None:
+def set_aside_if_other(run: Path, settings: Settings) -> None:
     """Rename a run made with other settings, so that it is neither lost nor gone on with.
 
     Raises:
-        RunDirectoryError: If its settings cannot be read.
+        RunDirectoryError: If its configuration is damaged.
+        CheckpointError: If its last checkpoint is, or does not say what it was made with.
     """
-    saved = run / "config.yaml"
-    if not saved.exists():
-        return
-    try:
-        if damage := yaml_damage_of(saved):
-            raise ValueError(damage)
-        is_same = training_digest(yaml.safe_load(saved.read_text(encoding="utf-8"))) == digest
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    saved, last = run / "config.yaml", run / "checkpoints" / "last.ckpt"
+    if saved.exists() and (damage := yaml_damage_of(saved)):
         raise RunDirectoryError(
-            f"{saved} is damaged ({' '.join(str(error).split())[:150]}), so nobody knows whether "
-            "this run was made with the settings given now. If it was, delete the file, and the "
-            "run goes on; if not, move the run away or choose another folder with --runs FOLDER"
-        ) from error
-    if is_same:
+            f"{saved} is damaged: {damage}. If this run was made with the settings given now, "
+            "delete the file, and the run goes on; if not, move the run away or choose another "
+            "folder with --runs FOLDER"
+        )
+    if not last.exists():  # nothing has been trained
+        return
+    if not list(run_differences(settings_in(load_checkpoint(last), last), settings)):
         return
     number = 1
     while (aside := run.with_name(f"{run.name}-replaced{number}")).exists():
@@ -363,14 +396,21 @@ def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifie
 
     Returns:
         The classifier in evaluation mode with the checkpoint's weights, and its data module.
+
+    Raises:
+        RunDirectoryError: If there is no run.
+        CheckpointError: If the checkpoint is missing, damaged or of other settings.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise RunDirectoryError(f"{run} holds no run (no config.yaml); train it first")
+    path = run / "checkpoints" / f"{checkpoint}.ckpt"
+    found = load_checkpoint(path)
+    made = settings_in(found, path)
     arguments = ["--config", str(run / "config.yaml"), "--trainer.logger", "false"]
-    cli = RobustCLI(package=run.parent.parent.name, args=arguments, run=False)
-    weights = load_checkpoint(run / "checkpoints" / f"{checkpoint}.ckpt")["state_dict"]
-    cli.model.load_state_dict(weights)
+    cli = RobustCLI(package=made["package"], args=arguments, run=False)
+    check_evaluated(made, cli.settings, path)
+    cli.model.load_state_dict(found["state_dict"])
     return cli.model.eval(), cli.datamodule
 
 

@@ -24,33 +24,68 @@ TRAINER_SETTINGS = (
     *("max_epochs", "max_steps", "precision", "gradient_clip_val"),
     *("gradient_clip_algorithm", "accumulate_grad_batches", "callbacks", "limit_train_batches"),
     *("limit_val_batches", "overfit_batches", "check_val_every_n_epoch", "min_epochs", "min_steps"),
-    "max_time",
+    *("max_time", "val_check_interval", "plugins"),
 )
 WHEREABOUTS = (
     *("root", "dirpath", "num_workers", "eval_batch_size", "test_limit"),
     "every_n_train_steps",  # of saving: a run that can go on from more places is the same run
 )
+OBSERVERS = (
+    *("LearningRateMonitor", "DeviceStatsMonitor", "ModelSummary", "RichModelSummary"),
+    *("TQDMProgressBar", "RichProgressBar", "ThroughputMonitor"),
+)
+"""Callbacks that show a run and decide nothing."""
+PROTOCOL_SECTIONS = ("suite", "threat", "audit", "measures", "engine")
+
+
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide a run's weights, wherever and however it runs.
+
+    Args:
+        config: A whole configuration as plain values.
+    """
+    found = {key: config.get(key) for key in TRAINING_SECTIONS}
+    # The attack of validation chooses the checkpoint; the suite of test changes no weights.
+    found["validation"] = (config.get("evaluation") or {}).get("validation")
+    trainer = config.get("trainer") or {}
+    settings = {key: trainer.get(key) for key in TRAINER_SETTINGS}
+    if (callbacks := settings["callbacks"]) is not None:
+        listed = callbacks if isinstance(callbacks, list) else [callbacks]
+        kept = [c for c in listed if type_name(str(c.get("class_path"))) not in OBSERVERS]
+        settings["callbacks"] = kept or None
+    found["trainer"] = settings
+    # Switched off they leave a digest as it was before they existed.
+    for section, name in (("adversary", "engine"), ("validation", "until_broken")):
+        if isinstance(given := found[section], Mapping) and not given.get(name):
+            found[section] = {key: value for key, value in given.items() if key != name}
+    kept_settings: dict[str, Any] = _without_whereabouts(found)
+    return kept_settings
+
+
+def _without_whereabouts(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_whereabouts(v) for k, v in value.items() if k not in WHEREABOUTS}
+    return [_without_whereabouts(v) for v in value] if isinstance(value, list) else value
 
 
 def training_digest(config: Mapping[str, Any]) -> str:
-    """Digest of the settings that decide a run's weights, wherever and however it runs."""
+    """Digest of the settings that decide a run's weights."""
+    return plain_digest(decisive(config))
 
-    def without_whereabouts(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            kept = {k: v for k, v in value.items() if k not in WHEREABOUTS}
-            return {k: without_whereabouts(v) for k, v in kept.items()}
-        return [without_whereabouts(v) for v in value] if isinstance(value, list) else value
 
-    decisive = {key: config.get(key) for key in TRAINING_SECTIONS}
-    # The attack of validation chooses the checkpoint; the suite of test changes no weights.
-    decisive["validation"] = (config.get("evaluation") or {}).get("validation")
-    trainer = config.get("trainer") or {}
-    decisive["trainer"] = {key: trainer.get(key) for key in TRAINER_SETTINGS}
-    # Switched off they leave a digest as it was before they existed.
-    for section, name in (("adversary", "engine"), ("validation", "until_broken")):
-        if isinstance(given := decisive[section], Mapping) and not given.get(name):
-            decisive[section] = {key: value for key, value in given.items() if key != name}
-    text = json.dumps(without_whereabouts(decisive), sort_keys=True, default=str)
+def protocol_digest(config: Mapping[str, Any]) -> str:
+    """Digest of the settings that decide what ``test`` measures on given weights."""
+    evaluation, data = config.get("evaluation") or {}, config.get("data") or {}
+    protocol = {key: evaluation.get(key) for key in PROTOCOL_SECTIONS}
+    protocol["test_limit"] = data.get("test_limit")
+    for name in ("limit_test_batches", "fast_dev_run"):
+        protocol[name] = (config.get("trainer") or {}).get(name)
+    return plain_digest(protocol)
+
+
+def plain_digest(values: Any) -> str:
+    """Short digest of plain values."""
+    text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

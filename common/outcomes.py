@@ -117,6 +117,11 @@ def metrics_of(name: str, attack: AttackResult) -> set[str]:
     return {name, group, f"{group}_union", f"{group}_clean"}
 
 
+def is_audit(name: str) -> bool:
+    """Whether a step belongs to an audit, which no suite entry may be called after."""
+    return name.startswith("audit")
+
+
 def counts_as_attack(attack: AttackResult) -> bool:
     """Whether a step enters ``worst``."""
     return attack["kind"] == "attack" and attack["counts"]
@@ -138,8 +143,8 @@ def figures(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str
       ``survivors_only``, where it would say the same, and not for noise;
     - ``<group>_clean``: clean accuracy on the group's examples, where those are not all;
     - ``worst``: of the examples that met every attack with ``counts``, those that are right clean
-      and under all of them; ``worst_clean`` as above. Absent for the reasons of
-      :func:`missing_worst`.
+      and under all of them (see :func:`worst_over`); ``worst_clean`` as above. Absent for the
+      reasons of :func:`missing_worst`.
     """
     total = examples_in(clean["per_class"])
     clean_bits = packed_bits(clean["outcomes"], total)
@@ -164,15 +169,43 @@ def figures(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str
             found[f"{group}_union"] = _share(reduce(and_, outcomes), mask)
         if mask != every:
             found[f"{group}_clean"] = _share(clean_bits & mask, mask)
-    counted = [steps[name] for name, attack in attacks.items() if counts_as_attack(attack)]
-    mask = reduce(and_, (figure.mask for figure in counted), every)
-    worst = reduce(and_, (cast(int, figure.bits) for figure in counted), clean_bits & mask)
-    is_evidence = any(map(_is_evidence, attacks.values())) or not worst
-    if counted and mask and is_evidence:
-        found["worst"] = _share(worst, mask)
+    if counted := worst_over(clean, attacks):
+        mask = reduce(and_, (steps[name].mask for name in counted))
+        right = reduce(and_, (cast(int, steps[name].bits) for name in counted), clean_bits)
+        found["worst"] = _share(right, mask)
         if mask != every:
             found["worst_clean"] = _share(clean_bits & mask, mask)
     return found
+
+
+def worst_over(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> list[str]:
+    """The steps that ``worst`` is over, by name; empty where there is no worst case.
+
+    Attacks of an audit are made on a part of the examples. They enter if one of them breaks an
+    example that the suite did not, or if the suite alone has no worst case.
+    """
+    total = examples_in(clean["per_class"])
+    every, clean_bits = (1 << total) - 1, packed_bits(clean["outcomes"], total)
+
+    def outcome(names: Sequence[str]) -> tuple[int, int]:
+        """Which examples met all of the attacks, and which withstood them."""
+        masks = [mask_of(attacks[name], total) for name in names]
+        bits = [_outcomes_of(attacks[name], total, m) for name, m in zip(names, masks, strict=True)]
+        mask = reduce(and_, masks, every)
+        return mask, reduce(and_, bits, clean_bits & mask)
+
+    def is_evidence(names: Sequence[str]) -> bool:
+        mask, right = outcome(names)
+        strong = any(not attacks[name].get("weakness") for name in names)
+        return bool(names) and mask != 0 and (strong or right == 0)
+
+    counted = [name for name, attack in attacks.items() if counts_as_attack(attack)]
+    suite = [name for name in counted if not is_audit(name)]
+    if is_evidence(suite):
+        (_, right), (mask, rest) = outcome(suite), outcome(counted)
+        if not right & mask & ~rest:
+            return suite
+    return counted if is_evidence(counted) else []
 
 
 def _share(bits: int, mask: int) -> Figure:
@@ -188,11 +221,6 @@ def _combined(outcomes: list[int], mask: int, is_noise: bool) -> Figure:
     if is_noise:
         return Figure(fmean(counts) / mask.bit_count(), mask, None, None)
     return Figure(min(counts) / mask.bit_count(), mask, min(counts), None)
-
-
-def _is_evidence(attack: AttackResult) -> bool:
-    """Whether withstanding an attack says something about the whole threat."""
-    return counts_as_attack(attack) and not attack.get("weakness")
 
 
 def missing_worst(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> str:

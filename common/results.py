@@ -73,8 +73,9 @@ def merge_result(
 ) -> Result:
     """Put one checkpoint into a result file, and return what the file then holds.
 
-    Other checkpoints stay if they have the same ``config_digest``; those of other settings go. A
-    file that cannot be read is set aside with a warning, since by now the compute has been spent.
+    Other checkpoints stay if they have the same ``config_digest`` and ``protocol``; those of other
+    settings go, and a warning names them. A file that cannot be read is set aside with a warning,
+    since by now the compute has been spent.
 
     Args:
         path: The result file.
@@ -93,8 +94,16 @@ def merge_result(
     checkpoints = {label: entry}
     origins = {label: cast(Provenance, dict(provenance))}
     for other, (checkpoint, origin) in _kept(path, paper, experiment, seed).items():
-        if other != label and origin["config_digest"] == origins[label]["config_digest"]:
+        if other == label:
+            continue
+        if _is_comparable(origin, origins[label]):
             checkpoints[other], origins[other] = checkpoint, origin
+        else:
+            warnings.warn(
+                f"{path} held the checkpoint {other} of other settings (config or protocol of the "
+                f"test), which cannot stand beside {label}: it was taken out; test it again",
+                stacklevel=2,
+            )
     order = sorted(checkpoints, key=_label_order)
     merged: Result = {
         "schema": SCHEMA,
@@ -109,6 +118,13 @@ def merge_result(
     merged["digest"] = content_digest(merged)
     write_json_atomically(path, merged)
     return merged
+
+
+def _is_comparable(one: Provenance, other: Provenance) -> bool:
+    """Whether two checkpoints are of one run and were measured in one way."""
+    return one["config_digest"] == other["config_digest"] and (
+        one.get("protocol") == other.get("protocol")
+    )
 
 
 def _kept(

@@ -180,11 +180,16 @@ class Provenance(TypedDict):
     Keys:
         config_digest: Of the settings behind the checkpoint; entries of other settings are not
             kept beside it.
+        protocol: Digest of what was measured, and on which data; entries of other protocols are
+            not kept beside it.
+        weights: Which weights the checkpoint holds: ``raw``, or by what they are averaged.
         checkpoint_digest: Of the weights.
         date: When it was measured, ISO 8601.
     """
 
     config_digest: str
+    protocol: NotRequired[str]
+    weights: NotRequired[str | None]
     checkpoint_digest: NotRequired[str]
     date: NotRequired[str]
 

@@ -1,5 +1,6 @@
 """Tables of text on their way to Markdown or to a terminal."""
 
+import re
 from dataclasses import dataclass, field
 
 from rich.table import Table
@@ -35,14 +36,14 @@ class Sheet:
 
     def to_markdown(self) -> str:
         """The table with its heading and notes."""
-        parts = [f"{'#' * self.level} {self.title}"]
+        parts = [f"{'#' * self.level} {escape(self.title)}"]
         if self.note:
-            parts.append(self.note)
+            parts.append(_paragraph(self.note))
         if self.header:
             ruler = ["---:" if numeric else "---" for numeric in self.numeric()]
             lines = (self.header, ruler, *self.lines)
-            parts.append("\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines))
-        return "\n\n".join(parts + self.notes)
+            parts.append("\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
+        return "\n\n".join([*parts, *map(_paragraph, self.notes)])
 
     def to_rich(self) -> Table:
         """The same for a terminal."""
@@ -62,5 +63,22 @@ class Sheet:
         return table
 
 
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+def escape(text: str) -> str:
+    """One line of Markdown whose emphasis and code stay, without HTML, comments and links.
+
+    Titles, labels and notes come from files that may be a stranger's.
+    """
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+    for found, harmless in {"<": "&lt;", ">": "&gt;", "](": "]\\("}.items():
+        text = text.replace(found, harmless)
+    return text
+
+
+def _paragraph(text: str) -> str:
+    """The same as a paragraph, whatever block its beginning would make."""
+    return re.sub(r"^(?=#|```|~~~|\||[-+=] |[-=]+$)", r"\\", escape(text))
+
+
+def _cell(text: str) -> str:
+    return escape(text).replace("|", "\\|")

@@ -40,7 +40,7 @@ from common.outcomes import metrics_of
 from common.readme import BEGIN, END, is_current, write_readme
 from common.reference import UNITS, Group, Metric, Reference, Row, read_reference
 from common.results import LABELS, Result, load_results, read_costs
-from common.sheets import Sheet
+from common.sheets import Sheet, escape
 
 __all__ = [
     "BEGIN",
@@ -163,10 +163,11 @@ def render_table(
     if missing:
         parts.append(
             f"<details><summary>Rows without our result: {len(missing)} of {len(rows)}</summary>"
-            f"\n\n{', '.join(missing)}\n\n</details>"
+            f"\n\n{escape(', '.join(missing))}\n\n</details>"
         )
     if strangers := sorted(set(results) - set(reference.rows)):
-        parts.append(f"Results without a row in reference.yaml: {', '.join(strangers)}")
+        names = escape(", ".join(strangers))
+        parts.append(f"Results without a row in reference.yaml: {names}")
     return Report("\n\n".join(parts), [sheet.to_rich() for sheet in sheets], missing)
 
 

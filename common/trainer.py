@@ -1,5 +1,6 @@
 """Lightning's trainer with one more entry point: everything behind a row of a table."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,44 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import common.strategy  # noqa: F401  (registers the device-invariant ddp)
 from common.callbacks.resuming import Resuming, SignalConnector
 from common.checkpoints import SealedCheckpointIO, load_checkpoint
 from common.errors import RunDirectoryError, UserError
+from common.identity import Settings, check_evaluated, check_resumed, settings_in
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """Makes up for what was due when a checkpoint was written within an epoch.
+
+    Lightning would go on with the next batch: a validation that the run was killed in would never
+    happen, and a run that was asked to stop would not.
+    """
+
+    stops_again = False
+    """Whether the run was asked to stop when the checkpoint was written."""
+    has_made_up = False
+    """Whether the next batch is the first one after the checkpoint, though not the first step."""
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        """Train on a batch, unless the last one still waits for its validation."""
+        if self.restarting and self.restarted_on_train_batch_end:
+            self.trainer.should_stop |= self.stops_again
+            if self.trainer.should_stop or self._should_check_val_fx(data_fetcher):
+                self.val_loop.restarting = False
+                if not self._should_accumulate():
+                    self._batches_that_stepped -= 1  # reset() has counted the end of this batch
+                self.has_made_up = True
+                return
+        super().advance(data_fetcher)
+        self.has_made_up = False
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Nothing: Resuming does it at the end of a batch, where every rank can still save."""
 
 
 class Trainer(pl.Trainer):
@@ -21,13 +54,16 @@ class Trainer(pl.Trainer):
     Takes the arguments of Lightning's trainer.
     """
 
+    settings: Settings | None = None
+    """What the run is made with, see :mod:`common.identity`; the command line fills it in."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.resumed_from: str | None = None
         self.callbacks.insert(0, Resuming())  # type: ignore[attr-defined]  # set by a connector
         self._signal_connector = SignalConnector(self)
-        # Resuming does this at the end of a batch, where every rank can still save.
-        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        loop = self.fit_loop.epoch_loop
+        self.fit_loop.epoch_loop = EpochLoop(self, loop.min_steps, loop.max_steps)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = SealedCheckpointIO()
 
@@ -42,7 +78,7 @@ class Trainer(pl.Trainer):
     ) -> None:
         """Train; with ``--ckpt_path last`` go on where an interrupted run stopped."""
         # Lightning sets its own ckpt_path only after the callbacks' setup, which needs to know.
-        self.resumed_from = self._checked(ckpt_path)
+        self.resumed_from = self._checked(ckpt_path, check_resumed)
         try:
             super().fit(
                 model,
@@ -155,19 +191,19 @@ class Trainer(pl.Trainer):
             for callback in self.callbacks:  # type: ignore[attr-defined]  # set by a connector
                 if isinstance(callback, WeightAveraging):
                     callback._average_model = None
-        return self._checked(ckpt_path)
+        return self._checked(ckpt_path, check_evaluated)
 
-    def _checked(self, ckpt_path: str | Path | None) -> str | None:
-        """The checkpoint's full path after a look inside; its absence is told at once."""
+    def _checked(
+        self, ckpt_path: str | Path | None, check: Callable[[Settings, Settings, Path], None]
+    ) -> str | None:
+        """The checkpoint's full path, once it is known to be there and of the same settings."""
         if ckpt_path is None or ckpt_path in ("best", "hpc", "registry"):
             return None if ckpt_path is None else str(ckpt_path)
         path = Path(ckpt_path)
         if ckpt_path in ("last", "selected"):
             path = Path(self.default_root_dir) / "checkpoints" / f"{ckpt_path}.ckpt"
         if self.is_global_zero:  # the others are told which it is
-            load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
+            if self.settings is not None:
+                check(settings_in(checkpoint, path), self.settings, path)
         return str(path)
-
-
-def _nothing() -> None:
-    """Does nothing."""

@@ -30,6 +30,7 @@ from common.data.corruptions import CIFAR10C, CORRUPTIONS, SEVERITIES
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.files import check_writable, read_sealed_json, write_sealed_json
+from common.identity import check_evaluated, settings_in
 from common.provenance import weights_digest
 from common.weights import check_weights_fit
 
@@ -203,9 +204,11 @@ def load(checkpoint: Path, config: str | None) -> tuple[RobustClassifier, ImageD
         return load_run(checkpoint.parent.parent, checkpoint.stem)
     if not Path(config).is_file():
         raise ConfigurationError(f"the configuration {config} does not exist; check the path")
-    weights = load_checkpoint(checkpoint)["state_dict"]
+    found = load_checkpoint(checkpoint)
+    weights, made = found["state_dict"], settings_in(found, checkpoint)
     arguments = ["--config", config, "--trainer.logger", "false"]
     cli = RobustCLI(package="paper_rcm", args=arguments, run=False)
+    check_evaluated(made, cli.settings, checkpoint)
     check_weights_fit(cli.model.state_dict(), weights, f"the checkpoint {checkpoint}")
     cli.model.load_state_dict(weights)
     return cli.model.eval(), cli.datamodule

@@ -30,6 +30,7 @@ from torch import Tensor
 import common
 from common.checkpoints import read_content
 from common.errors import CheckpointError, ConfigurationError, UserError
+from common.identity import SETTINGS
 from paper_robustwrn.method import RobustWideResNet
 
 WRAPPERS = ("model_state_dict", "state_dict")
@@ -213,6 +214,7 @@ def convert(
         "pytorch-lightning_version": version("lightning"),
         "state_dict": {f"net.{name}": value for name, value in state.items()},
         "callbacks": {},
+        SETTINGS: {"package": "paper_robustwrn", "model": _model(architecture.arguments())},
     }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +229,12 @@ def convert(
     return architecture
 
 
+def _model(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The model section, as far as the file tells it."""
+    net = {"class_path": "paper_robustwrn.method.RobustWideResNet", "init_args": arguments}
+    return {"class_path": "common.classifier.RobustClassifier", "init_args": {"net": net}}
+
+
 def _count(value: Any) -> int:
     """A number of epochs or steps, 0 where the file has none."""
     return int(value) if isinstance(value, int | np.integer) and value >= 0 else 0
@@ -234,18 +242,9 @@ def _count(value: Any) -> int:
 
 def describe(architecture: Architecture, origin: str) -> str:
     """The YAML file: the model, and the data set where the number of classes tells it."""
-    sections: dict[str, Any] = {
-        "model": {
-            "class_path": "common.classifier.RobustClassifier",
-            "init_args": {
-                "net": {
-                    "class_path": "paper_robustwrn.method.RobustWideResNet",
-                    "init_args": architecture.arguments(),
-                },
-                "objective": {"class_path": "common.objectives.AT"},
-            },
-        }
-    }
+    model = _model(architecture.arguments())
+    model["init_args"]["objective"] = {"class_path": "common.objectives.AT"}
+    sections: dict[str, Any] = {"model": model}
     note = "# The objective plays no part in evaluation.\n"
     if architecture.num_classes in DATA and architecture.in_channels == 3:
         name = f"{DATA[architecture.num_classes]}.yaml"

@@ -214,5 +214,6 @@ def test_a_fresh_result_names_none_either(config: Path, tmp_path: Path) -> None:
     assert_discreet(path)
     assert set(json.loads(path.read_text())["provenance"]["last"]) == {
         "commit", "dirty", "versions", "device", "world_size", "threads", "precision", "tf32",
-        "checkpoint_digest", "config_digest", "wall_time_s", "attack_seconds", "date",
+        "checkpoint_digest", "config_digest", "wall_time_s", "attack_seconds", "date", "protocol",
+        "weights",
     }  # fmt: skip

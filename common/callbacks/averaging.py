@@ -4,10 +4,34 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
 from common.errors import ConfigurationError
+
+
+def averaging_of(trainer: Trainer) -> WeightAveraging | StochasticWeightAveraging | None:
+    """The callback of a run that averages weights."""
+    kinds = (WeightAveraging, StochasticWeightAveraging)
+    found = (c for c in trainer.callbacks if isinstance(c, kinds))  # type: ignore[attr-defined]
+    return next(found, None)
+
+
+def weights_in_checkpoints(trainer: Trainer) -> str:
+    """Which weights a checkpoint of ``fit`` holds that is written now.
+
+    Stochastic weight averaging puts its average into the model at the end of training alone.
+
+    Returns:
+        ``raw``, or by what they are averaged.
+    """
+    callback = averaging_of(trainer)
+    if callback is None or (
+        isinstance(callback, StochasticWeightAveraging)
+        and trainer.current_epoch <= callback.swa_end
+    ):
+        return "raw"
+    return f"averaged by {type(callback).__name__}"
 
 
 class WarmUpAveraging(WeightAveraging):

@@ -5,9 +5,11 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from common.callbacks.averaging import averaging_of
 from common.errors import ConfigurationError, DivergedError
 
 ATTACKED = ("val/robust_acc", "val/mean_acc")
@@ -57,6 +59,9 @@ def _moved(state: dict[str, Any], folder: str | None) -> dict[str, Any]:
 class LastCheckpoint(SafeCheckpoint):
     """Saves ``last.ckpt`` after every epoch, and when the run is asked to stop.
 
+    Stochastic weight averaging puts its average into the model when training ends. With it,
+    ``last.ckpt`` is not saved within an epoch, and at the end with the average.
+
     Args:
         dirpath: Folder; ``checkpoints`` in the run directory when not given.
         every_n_train_steps: Also after every so many optimiser steps, for epochs that are long; a
@@ -88,10 +93,23 @@ class LastCheckpoint(SafeCheckpoint):
         )
         if not (is_due or trainer.received_sigterm) or self._should_skip_saving_checkpoint(trainer):
             return
+        if isinstance(averaging_of(trainer), StochasticWeightAveraging):
+            return
         # Gradients that have been accumulated so far are not part of a checkpoint.
         if loop._should_accumulate() or loop._num_ready_batches_reached():
             return
         self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, but where the weights of the last epoch are about to be averaged."""
+        is_last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if not (is_last and isinstance(averaging_of(trainer), StochasticWeightAveraging)):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the average that the end of training put into the model."""
+        if isinstance(averaging_of(trainer), StochasticWeightAveraging):
+            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
 
 
 def _check_steps(steps: int | None) -> None:
@@ -160,6 +178,17 @@ class SelectedCheckpoint(SafeCheckpoint):
                 "nobody measures it; name an attack there, or set checkpoint.monitor to "
                 "val/clean_acc"
             )
+        if stage == "fit" and (callback := averaging_of(trainer)) is not None:
+            name = type(callback).__name__
+            if isinstance(callback, StochasticWeightAveraging):
+                rank_zero_warn(
+                    f"selected.ckpt holds the raw weights of its epoch, which validation has "
+                    f"measured; {name} averages when training ends, and last.ckpt then holds the "
+                    "average. To select among averaged weights use "
+                    "lightning.pytorch.callbacks.WeightAveraging"
+                )
+            else:
+                rank_zero_info(f"selected.ckpt and last.ckpt hold weights averaged by {name}")
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         candidates = super()._monitor_candidates(trainer)

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -11,12 +12,22 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from common.callbacks.averaging import weights_in_checkpoints
+from common.identity import SETTINGS
+from common.schedules import check_horizon, continue_schedule
+
 STATES = "random_states"
 """Key of a checkpoint under which every rank's random state is kept."""
+
+STOPPED = "stopped"
+"""Key of a checkpoint that says whether something asked the run to end before its limits."""
+
+WEIGHTS = "weights"
+"""Key of a checkpoint that says which weights it holds: ``raw``, or by what they are averaged."""
 
 
 class Resuming(Callback):
@@ -29,10 +40,14 @@ class Resuming(Callback):
     :class:`SignalConnector` only notes that somebody asked to stop. Here the ranks agree on it
     after the same batch; :class:`~common.callbacks.checkpointing.LastCheckpoint` saves then, and
     Lightning ends the run.
+
+    Checkpoints also get the settings of the run, and whether early stopping or another callback
+    has ended it: it then stays ended when it is resumed.
     """
 
     def __init__(self) -> None:
         self._states: list[dict[str, Tensor]] | None = None
+        self._made: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have float64 from the start: Lightning converts after it has restored a checkpoint.
@@ -63,16 +78,38 @@ class Resuming(Callback):
             states = [{} for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(states, mine)
         checkpoint[STATES] = states
+        checkpoint[STOPPED] = bool(trainer.should_stop)
+        checkpoint[WEIGHTS] = weights_in_checkpoints(trainer)
+        if (settings := getattr(trainer, "settings", None)) is not None:
+            checkpoint[SETTINGS] = settings
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take them out when training goes on; evaluation draws its own numbers."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._states = checkpoint.get(STATES)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._states = checkpoint.get(STATES)
+        self._made, given = checkpoint.get(SETTINGS), getattr(trainer, "settings", None)
+        if self._made is not None and given is not None:
+            continue_schedule(pl_module, self._made, given, checkpoint)
+        if checkpoint.get(STOPPED):
+            self._stop_again(trainer, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"])
+
+    def _stop_again(self, trainer: Trainer, epochs: Mapping[str, int]) -> None:
+        """End a run that had ended, at once or after the validation that was due."""
+        if epochs["processed"] < epochs["started"]:
+            trainer.fit_loop.epoch_loop.stops_again = True
+            return
+        trainer.should_stop = True
+        rank_zero_info(
+            f"the run was ended by a callback (early stopping, a time limit) after epoch "
+            f"{epochs['processed'] - 1}: it is finished, and not trained further"
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set this rank's state, after everything else that draws."""
+        """Look at the schedule; then set this rank's state, after everything else that draws."""
+        check_horizon(trainer, pl_module, self._made)
         states, self._states = self._states, None
         if states is None:
             return

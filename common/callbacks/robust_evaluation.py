@@ -10,6 +10,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -19,6 +20,7 @@ from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
 from common.callbacks.modes import frozen, refuse_half_precision
+from common.callbacks.resuming import WEIGHTS
 from common.errors import ConfigurationError
 from common.evaluation.audit import Audit, AuditReport
 from common.evaluation.engine import Team, in_order, run_steps
@@ -29,7 +31,9 @@ from common.evaluation.pictures import draw
 from common.evaluation.progress import ConsoleProgress
 from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
 from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses, steps_of
+from common.evaluation.transfer import Transfer
 from common.figures import save_figure
+from common.identity import SETTINGS, evaluated_digest
 from common.objectives import Batch
 from common.outcomes import logged
 from common.results import (
@@ -39,6 +43,12 @@ from common.results import (
     checkpoint_entry,
     merge_result,
 )
+
+OF_SUITES: dict[str, Any] = {
+    **{"survivors_only": False, "examples": None, "checkpoints": None, "sweep": None},
+    **{"eot": 1, "until_broken": False},
+}
+"""Settings of an entry that validation does not know, and their defaults."""
 
 
 class RobustEvaluation(Callback):
@@ -66,6 +76,7 @@ class RobustEvaluation(Callback):
         experiment: Name under which results are filed; the command line fills it in.
         paper: Package of the experiment; the command line fills it in.
         config_digest: Digest of the settings behind the checkpoint; the command line fills it in.
+        protocol: Digest of the settings of the test; the command line fills it in.
     """
 
     def __init__(
@@ -81,6 +92,7 @@ class RobustEvaluation(Callback):
         experiment: str | None = None,
         paper: str | None = None,
         config_digest: str | None = None,
+        protocol: str | None = None,
     ) -> None:
         self.suite = suite or {}
         self.validation = validation
@@ -93,6 +105,8 @@ class RobustEvaluation(Callback):
         self.experiment = experiment or "unnamed"
         self.paper = paper or "unnamed"
         self.config_digest = config_digest or ""
+        self.protocol = protocol or ""
+        self._weights: str | None = None
         self._robust: MulticlassAccuracy | None = None
         self._per_class: MulticlassAccuracy | None = None
         self._examples: list[Batch] = []
@@ -102,10 +116,15 @@ class RobustEvaluation(Callback):
                 f"or one of its kind, got {type(validation.attack).__name__}; other attacks go "
                 "into evaluation.suite"
             )
-        if validation is not None and validation.until_broken:
+        unused = [
+            name
+            for name, value in OF_SUITES.items()
+            if validation is not None and getattr(validation, name) != value
+        ]
+        if unused:
             raise ConfigurationError(
-                "evaluation.validation attacks batch by batch to the last step; drop until_broken, "
-                "which is for entries of evaluation.suite"
+                "evaluation.validation attacks every example of every batch to the last step; drop "
+                f"{', '.join(unused)}, which is for entries of evaluation.suite"
             )
 
     # ---- set-up ------------------------------------------------------------------------------
@@ -119,6 +138,9 @@ class RobustEvaluation(Callback):
             )
         if stage == "test":
             check_suite(self.suite, pl_module)
+            for entry in self.suite.values():
+                if isinstance(entry.attack, Transfer):
+                    _ = entry.attack.network  # a surrogate that is not there, or another
             path = self.results_path(trainer)
             check_writable(path)
             remedy = "another file with --evaluation.results"
@@ -185,6 +207,15 @@ class RobustEvaluation(Callback):
             pl_module.log(f"val_robust_acc_per_class/{label}", accuracy, sync_dist=True)
 
     # ---- test --------------------------------------------------------------------------------
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take over what the checkpoint says about itself."""
+        self._weights = checkpoint.get(WEIGHTS)
+        given = getattr(trainer, "settings", None)
+        if trainer.state.fn != TrainerFn.FITTING and given is not None and SETTINGS in checkpoint:
+            self.config_digest = evaluated_digest(checkpoint[SETTINGS], given)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to collect the examples."""
@@ -281,7 +312,8 @@ class RobustEvaluation(Callback):
                 wall_time_s=time.perf_counter() - self._started,
                 attack_seconds=outcomes.seconds,
                 engine=self.engine,
-            ),
+            )
+            | {"protocol": self.protocol, "weights": self._weights},
         )
 
     def _draw(

@@ -518,7 +518,8 @@ class ImageDataModule(LightningDataModule):
         if self.trainer is None:
             return 0
         loop = self.trainer.fit_loop.epoch_loop
-        return loop.batch_progress.current.ready if loop.restarting else 0
+        is_resumed = loop.restarting or getattr(loop, "has_made_up", False)
+        return loop.batch_progress.current.ready if is_resumed else 0
 
     def _load(self, split: Split) -> tuple[Tensor, Tensor]:
         if split not in self._loaded:

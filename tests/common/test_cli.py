@@ -215,15 +215,15 @@ def test_averaged_weights_are_what_reproduce_tests(config) -> None:
 
 
 def test_weights_that_are_not_finite_do_not_replace_those_that_are(config, capsys) -> None:
-    call("fit", "--config", config, "--trainer.max_epochs", "1")
+    one_step = ("--config", config, "--data.train_limit", "20")
+    call("fit", *one_step, "--trainer.max_epochs", "1")
     path = Path("runs/paper_tiny/tiny/seed0/checkpoints/last.ckpt")
     checkpoint = torch.load(path)
     checkpoint["optimizer_states"][0]["state"][0]["momentum_buffer"].fill_(float("inf"))
     torch.save(checkpoint, path)
     before = path.read_bytes()
-    line = refused(capsys, "fit", "--config", config, "--ckpt_path", "last",
-                   "--trainer.max_epochs", "2", "--data.train_limit", "20",
-                   "--data.batch_size", "20")  # fmt: skip
+    line = refused(capsys, "fit", *one_step, "--ckpt_path", "last",
+                   "--trainer.max_epochs", "2")  # fmt: skip
     assert "is not finite after epoch 1" in line
     assert path.read_bytes() == before
 
@@ -303,7 +303,7 @@ def test_checkpoints_are_checked_before_use(config, capsys, tmp_path) -> None:
     path = Path("runs/paper_tiny/tiny/seed0/checkpoints/last.ckpt")
     line = refused(capsys, "test", "--config", config, "--ckpt_path", path,
                    "--model.net.widths", "[4, 8]")  # fmt: skip
-    assert "weights of another network" in line
+    assert "model.net.widths: [4, 4] in the checkpoint, [4, 8] given" in line
 
     damaged = tmp_path / "damaged.ckpt"
     damaged.write_bytes(path.read_bytes()[:-2000])

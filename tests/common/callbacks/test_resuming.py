@@ -55,6 +55,32 @@ class Accident(Callback):
             self.what()
 
 
+class StopAfter(Callback):
+    """Asks the run to end after a batch."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.at = (epoch, batch)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.should_stop |= (trainer.current_epoch, batch_idx) == self.at
+
+
+class AccidentInValidation(Callback):
+    """Does something to the run in the n-th validation, from 0."""
+
+    def __init__(self, number: int, what: Callable[[], None]) -> None:
+        self.left, self.what = number, what
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        if self.left == 0:
+            self.what()
+
+    def on_validation_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.left -= 1
+
+
 def fit(folder: Path, *extra: Callback, resume: bool = False, **settings: Any) -> RobustClassifier:
     options: dict[str, Any] = {"every": None, "accumulate": 1, "precision": "32-true"} | settings
     model = classifier()
@@ -69,6 +95,7 @@ def fit(folder: Path, *extra: Callback, resume: bool = False, **settings: Any) -
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         default_root_dir=folder,
+        val_check_interval=options.get("interval", 1.0),
         callbacks=[
             AdversarialTraining(PGD(0.2, 0.1, 2)),
             AdversarialWeightPerturbation(gamma=0.01),
@@ -160,6 +187,41 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_undisturbed(
     assert state(other)["epoch"] == 1, "epoch 2 had not begun"
     fit(other, *extra(), every=1, resume=True, **settings)
     assert_same(one, other)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("number", [0, 1, 3, 5])
+def test_a_validation_that_was_interrupted_is_made_up(
+    tmp_path: Path, number: int, accumulate: int
+) -> None:
+    """Within an epoch (even numbers) and at its end: the same checkpoint is selected."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    settings: dict[str, Any] = {"every": 1, "interval": 2 / BATCHES, "accumulate": accumulate}
+    fit(one, **settings)
+    with pytest.raises(StopError):
+        fit(other, AccidentInValidation(number, stop), **settings)
+    fit(other, resume=(other / "last.ckpt").exists(), **settings)
+    assert_same(one, other)
+    logged = [state(f)["loops"]["fit_loop"]["epoch_loop.state_dict"] for f in (one, other)]
+    assert logged[0] == logged[1], "the steps that loggers count"
+
+
+@pytest.mark.parametrize("interval", [2 / BATCHES, 1.0])
+def test_a_run_that_was_asked_to_stop_stops_again(tmp_path: Path, interval: float) -> None:
+    """Killed in the validation that precedes its end, or after it."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    settings: dict[str, Any] = {"every": 1, "interval": interval}
+    fit(one, StopAfter(1, 2), **settings)
+    assert state(one)["global_step"] == BATCHES + 3
+    validations = 4 if interval < 1 else 1
+    with pytest.raises(StopError):
+        fit(other, StopAfter(1, 2), AccidentInValidation(validations, stop), **settings)
+    fit(other, resume=True, **settings)
+    assert_same(one, other)
+    for _ in range(2):
+        before = (other / "last.ckpt").read_bytes()
+        fit(other, resume=True, **settings)
+        assert (other / "last.ckpt").read_bytes() == before
 
 
 def test_saving_within_an_epoch_changes_nothing(tmp_path: Path) -> None:

@@ -117,7 +117,21 @@ def test_the_audit_alone_calls_nobody_robust_that_it_did_not_meet(model, data) -
     assert found.robust_index.tolist() == rows.tolist()
     assert torch.equal(found.robust, exact(model, x, y, EPS)[rows])
     beside = evaluated(model, data, suite={"pgd": STRONG}, audit=audit)
-    assert beside.robust_index.tolist() == rows.tolist()
+    assert torch.equal(beside.robust, exact(model, x, y, EPS)), "it found no more than the suite"
+
+
+def test_what_an_audit_finds_beyond_the_suite_enters(data) -> None:
+    """Cross-entropy of nearly equal probabilities climbs towards all other classes at once."""
+    model = Linear(0.01).eval()
+    x, y = data
+    audit = Audit(examples=80, losses=["cw_f"], steps=10, restarts=2, square_queries=20)
+    alone = evaluated(model, data, suite={"fgsm": SuiteEntry(FGSM(EPS))})
+    rows, truth = subset(y, 80), exact(model, x, y, EPS)
+    assert (alone.robust[rows] & ~truth[rows]).any(), "the suite has to miss something"
+    found = evaluated(model, data, suite={"fgsm": SuiteEntry(FGSM(EPS))}, audit=audit)
+    assert found.robust_index.tolist() == rows.tolist()
+    assert not (found.robust & ~alone.robust[rows]).any()
+    assert found.robust.sum() < alone.robust[rows].sum()
 
 
 def test_a_cumulative_figure_is_about_what_earlier_attacks_met(model, data) -> None:
