@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from common.attacks.losses import cross_entropy, hinge_margin
+from common.attacks.losses import as_class, classify, cross_entropy, hinge_margin
 from common.diagnosis import FiniteGuard
 from common.errors import ConfigurationError
 from common.objectives import Batch, InnerLoss, Objective, differentiable, weighted
@@ -143,16 +143,18 @@ class RobustClassifier(LightningModule):
         self._log_clean("test", batch)
 
     def _log_clean(self, stage: str, batch: Batch) -> None:
+        logits = self(batch["x"])
+        classes = logits.shape[1]
         if self.accuracy is None:  # used without a data module that knows its classes
-            self.accuracy = MulticlassAccuracy(self(batch["x"]).shape[1], average="micro")
-            self.accuracy.to(self.device)
-        self.accuracy.update(self(batch["x"]), batch["y"])
+            self.accuracy = MulticlassAccuracy(classes, average="micro").to(self.device)
+        self.accuracy.update(as_class(classify(logits), batch["y"], classes), batch["y"])
         self.log(f"{stage}/clean_acc", self.accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Index, label and class probabilities ``(N, K)`` of every image."""
-        probabilities = self(batch["x"]).softmax(dim=1)
-        return {"index": batch["index"], "y": batch["y"], "probabilities": probabilities}
+        """Index, label, predicted class and class probabilities ``(N, K)`` of every image."""
+        logits = self(batch["x"])
+        found = {"predicted": classify(logits), "probabilities": logits.softmax(dim=1)}
+        return {"index": batch["index"], "y": batch["y"], **found}
 
     def configure_optimizers(self) -> Any:
         """The injected optimiser over all trainable parameters, and its scheduler."""

@@ -334,6 +334,8 @@ def checkpoint_entry(
         "per_class": _per_class(is_right, y, max(y) + 1),
         "outcomes": pack_outcomes(is_right),
     }
+    if nonfinite := _nonfinite(outcomes.columns.get("clean", {}), [True] * len(y)):
+        clean["nonfinite"] = nonfinite
     attacks = {name: _attack_entry(outcomes, name, is_right, y) for name in outcomes.attacked}
     threat = outcomes.threat
     found = figures(clean, attacks)
@@ -380,6 +382,8 @@ def _attack_entry(
     if line.weakness:
         entry["weakness"] = line.weakness
     columns = outcomes.columns.get(name, {})
+    if nonfinite := _nonfinite(columns, within):
+        entry["nonfinite"] = nonfinite
     if norms := [norm for norm in ("linf", "l2") if norm in columns]:
         withstood = _as_list(columns.get("correct", outcomes.correct[name]))
         broken = [a and b and not c for a, b, c in zip(is_right, within, withstood, strict=True)]
@@ -387,6 +391,12 @@ def _attack_entry(
             norm: _median(compress(_as_list(columns[norm]), broken)) for norm in norms
         }
     return entry
+
+
+def _nonfinite(columns: "Mapping[str, Tensor]", within: Sequence[bool]) -> int:
+    """For how many of these examples the scores were NaN or infinite."""
+    predicted = _as_list(columns["predicted"]) if "predicted" in columns else []
+    return sum(label < 0 for label in compress(predicted, within))
 
 
 def _line(outcomes: "Outcomes", name: str) -> "Line":

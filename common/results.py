@@ -140,15 +140,44 @@ def _kept(
         path.replace(aside)
         warnings.warn(f"{error} (kept as {aside.name})", stacklevel=3)
         return {}
-    if (old["paper"], old["experiment"], old["seed"]) != (paper, experiment, seed):
-        raise ConfigurationError(
-            f"{path} holds {old['paper']} {old['experiment']} with seed {old['seed']}, the new "
-            f"result is {paper} {experiment} with seed {seed}; choose another file with "
-            "--evaluation.results"
-        )
+    _check_same(old, path, paper, experiment, seed, "another file with --evaluation.results")
     return {
         name: (old["checkpoints"][name], old["provenance"][name]) for name in old["checkpoints"]
     }
+
+
+def check_mergeable(path: Path, paper: str, experiment: str, seed: int, remedy: str) -> None:
+    """Make sure that a result can go into a file, before it is measured.
+
+    A file that cannot be read is not held against it: :func:`merge_result` sets it aside.
+
+    Args:
+        path: The result file.
+        paper: Package of the experiment.
+        experiment: Its name.
+        seed: Of the run.
+        remedy: What to choose instead.
+
+    Raises:
+        ConfigurationError: If the file is about another experiment or seed.
+    """
+    if not path.exists():
+        return
+    try:
+        old = read_result(path)
+    except ConfigurationError:
+        return
+    _check_same(old, path, paper, experiment, seed, remedy)
+
+
+def _check_same(
+    old: Result, path: Path, paper: str, experiment: str, seed: int, remedy: str
+) -> None:
+    if (old["paper"], old["experiment"], old["seed"]) != (paper, experiment, seed):
+        raise ConfigurationError(
+            f"{path} holds {old['paper']} {old['experiment']} with seed {old['seed']}, the new "
+            f"result is {paper} {experiment} with seed {seed}; choose {remedy}"
+        )
 
 
 def _label_order(label: str) -> tuple[int, str]:

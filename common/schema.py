@@ -59,11 +59,14 @@ class CleanResult(TypedDict):
         per_class: ``[correct, total]`` for each class.
         outcomes: One bit per example in the order of the split, packed by
             :func:`~common.outcomes.pack_outcomes`.
+        nonfinite: Number of examples whose scores are NaN or infinite, which counts as wrong;
+            absent if there are none.
     """
 
     correct: int
     per_class: list[list[int]]
     outcomes: str
+    nonfinite: NotRequired[int]
 
 
 class AttackResult(TypedDict):
@@ -75,7 +78,7 @@ class AttackResult(TypedDict):
         eps: Radius of the ball, for pixels in [0, 1]; null where there is none.
         counts: Whether it enters the worst case, because it kept to the threat model.
         at: The point of a sweep, such as ``{"eps": 0.1}`` or ``{"level": 0.2, "draw": 0}``.
-        correct, per_class, outcomes: As in :class:`CleanResult`, of its examples alone.
+        correct, per_class, outcomes, nonfinite: As in :class:`CleanResult`, of its examples alone.
         examples: Number of examples.
         subset: Which they are, one bit per example of the split; absent if they are all.
         weakness: Why withstanding it is no evidence for the threat model, as a sentence: its radius
@@ -99,6 +102,7 @@ class AttackResult(TypedDict):
     subset: NotRequired[str]
     weakness: NotRequired[str]
     distances: NotRequired[dict[str, float | None]]
+    nonfinite: NotRequired[int]
 
 
 class ThreatResult(TypedDict):
@@ -152,6 +156,8 @@ class CheckpointResult(TypedDict):
         sizes: How many examples an accuracy is about, where those are not all.
         remarks: What a reader of the figures should know, in sentences.
         audit: Checks of the evaluation; absent where it was not audited.
+        not_run: Steps of the suite that were left out because they need a gradient and the model
+            has none; absent if there are none.
     """
 
     epoch: int
@@ -165,6 +171,7 @@ class CheckpointResult(TypedDict):
     sizes: dict[str, int]
     remarks: list[str]
     audit: NotRequired[AuditResult]
+    not_run: NotRequired[list[str]]
 
 
 class Provenance(TypedDict):

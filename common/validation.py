@@ -151,6 +151,8 @@ def _check_audit(audit: Mapping[str, Any], place: str) -> None:
 def _check_counts(entry: Mapping[str, Any], total: int, place: str) -> None:
     _check_type(entry, "correct", int, place)
     _check_type(entry, "outcomes", str, place)
+    if "nonfinite" in entry:
+        _check_type(entry, "nonfinite", int, place)
     if examples_in(entry["per_class"]) != total:
         raise ValueError(f"{place}per_class has {examples_in(entry['per_class'])}, not {total}")
     try:

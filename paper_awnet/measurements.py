@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.attacks.losses import cross_entropy, margin
+from common.attacks.losses import classify, cross_entropy, margin
 from common.attacks.pgd import FGSM, PGD, input_gradient
 from common.attacks.randomness import EVALUATION, ExampleRandom
 from common.evaluation.measures import Measure
@@ -70,7 +70,7 @@ def forced_accuracies(
         "adv": forced(net, ADVERSARIAL),
     }
     return {
-        kind: {way: float((f(x).argmax(1) == y).float().mean()) for way, f in ways.items()}
+        kind: {way: float((classify(f(x)) == y).float().mean()) for way, f in ways.items()}
         for kind, x in images.items()
     }
 
@@ -143,8 +143,8 @@ class Routing(Measure):
         with torch.no_grad():
             clean, adv = net.outputs(x), net.outputs(x_adv)
         columns = {
-            "type_clean": (clean.p.argmax(1) == CLEAN).float(),
-            "type_adv": (adv.p.argmax(1) == ADVERSARIAL).float(),
+            "type_clean": (classify(clean.p) == CLEAN).float(),
+            "type_adv": (classify(adv.p) == ADVERSARIAL).float(),
         }
         if clean.signals:
             moved = torch.cat(adv.signals, dim=1) - torch.cat(clean.signals, dim=1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, run_seed
 from common.errors import ConfigurationError
@@ -222,6 +222,6 @@ class KnobAccuracy(Measure):
             fixed = batch["x"].new_full((len(batch["x"]),), lam)
             for kind, x in (("clean", batch["x"]), ("pgd", x_adv)):
                 with torch.no_grad():
-                    is_right = network(model).at(x, fixed).argmax(1) == batch["y"]
+                    is_right = classify(network(model).at(x, fixed)) == batch["y"]
                 columns[f"knob_{lam:g}_{kind}"] = is_right.float()
         return columns

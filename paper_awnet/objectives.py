@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from common.attacks.losses import cross_entropy, full_precision, kl_divergence
+from common.attacks.losses import classify, cross_entropy, full_precision, kl_divergence
 from common.errors import ConfigurationError
 from common.objectives import (
     Batch,
@@ -128,7 +128,7 @@ class PairedObjective(nn.Module, ABC):
             clean = net.outputs(x, types[: len(x)])
             both = joined(clean, adv)
         penalty = type_loss(both.type_logits, types)
-        is_right = both.type_logits.detach().argmax(dim=1) == types
+        is_right = classify(both.type_logits.detach()) == types
         self.report = {"loss_type": penalty.detach(), "type_acc": is_right.float().mean()}
         self.report |= signal_statistics(both.signals, types)
         logits, logits_adv = torch.split(both.logits, len(x))

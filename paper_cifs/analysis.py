@@ -40,6 +40,7 @@ from common.analysis import (
     read_metrics,
     run_analysis,
 )
+from common.attacks.losses import classify
 from common.attacks.pgd import PGD, parse_radius
 from common.errors import ConfigurationError, UserError
 from common.figures import (
@@ -307,8 +308,8 @@ def measure(
             found[f"{key}_{kind}" if kind else key] = channels(
                 key, class_means(values, y, num_classes)
             )
-    is_clean = nat.logits.argmax(1) == y
-    is_robust = is_clean & (adv.logits.argmax(1) == y)
+    is_clean = classify(nat.logits) == y
+    is_robust = is_clean & (classify(adv.logits) == y)
     clean, robust = (
         class_means(right[:, None], y, num_classes)[:, 0].cpu() for right in (is_clean, is_robust)
     )

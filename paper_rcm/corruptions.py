@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from common.attacks.losses import classify
 from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
 from common.cli import RobustCLI, load_run
@@ -69,7 +70,7 @@ def correct_by_severity(
         correct = 0
         for x, y in data.batches(name, batch_size, severity):
             logits: Tensor = model(x.to(device).float() / divisor)
-            correct += int((logits.argmax(dim=1).cpu() == y).sum())
+            correct += int((classify(logits).cpu() == y).sum())
         found.append(correct)
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.measures import Measure
@@ -35,15 +35,16 @@ class Consistency(Measure):
         """``consistency``, 0 or 1 for each image."""
         x = batch["x"]
         with torch.no_grad():
-            own = model(x).argmax(dim=1)
+            own = classify(model(x))
         x_adv = self.attack(
-            lambda images: cross_entropy(model(images), own),
+            lambda images: cross_entropy(model(images), own.clamp_min(0)),
             x,
             random,
-            is_adversarial=lambda images: model(images).argmax(dim=1) != own,
+            is_adversarial=lambda images: classify(model(images)) != own,
         )
         with torch.no_grad():
-            return {"consistency": (model(x_adv).argmax(dim=1) == own).float()}
+            same = (classify(model(x_adv)) == own) & (own >= 0)
+        return {"consistency": same.float()}
 
 
 class PooledChange(Measure):

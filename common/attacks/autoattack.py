@@ -19,19 +19,17 @@ import pyautoattack
 import torch
 from pyautoattack import checks
 from pyautoattack.autopgd_base import APGDAttack
-from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from common.attacks.losses import margin
+from common.attacks.losses import classify
 from common.attacks.pgd import Norm, parse_radius
 from common.attacks.settings import Settings
+from common.attacks.square import AnyShapeSquare, SteeredPredict, finite_scores
 from common.errors import ConfigurationError
 
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 Version = Literal["standard", "plus", "rand", "custom"]
 Predict = Callable[[Tensor], Tensor]
-SteeredPredict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(x', y) -> (logits (N, K), what to maximise (N,)), in one forward pass."""
 
 _LOG = logging.getLogger(__name__)
 _OFFICIAL_NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -278,7 +276,7 @@ class AutoAttack(Settings):
         with torch.no_grad():
             for first in range(0, len(x), self.batch_size):
                 part = slice(first, first + self.batch_size)
-                correct[part] = predict(x[part]).argmax(dim=1) == y[part]
+                correct[part] = classify(predict(x[part])) == y[part]
         return correct
 
     def _prepared(
@@ -325,7 +323,7 @@ class AutoAttack(Settings):
             official.fab.n_iter = self.steps
         if steered is not None:
             official.apgd = _SteeredAPGD(official.apgd, steered)
-        official.square = _Square(official.square, steered, skips_repeats)
+        official.square = AnyShapeSquare(official.square, steered, skips_repeats)
         return official, names, left_out
 
 
@@ -354,87 +352,16 @@ class _SteeredAPGD(APGDAttack):  # type: ignore[misc]
         if self._y is None:
             logits: Tensor = self._predict(x)
             return logits
-        logits, self._loss = self._steered(x, self._y)
-        return logits
+        if x.requires_grad:
+            x = x.view_as(x)
+            x.register_hook(_finite)  # type: ignore[no-untyped-call]
+        logits, loss = self._steered(x, self._y)
+        self._loss = _finite(loss)
+        return finite_scores(logits)
 
     def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of the forward pass that has just given these logits."""
         return self._loss
-
-
-class _Square(SquareAttack):  # type: ignore[misc]
-    """Square with a loss of the defence's own, or without questions it has the answer to.
-
-    A square that is drawn where the image already stands on that side of the ball, or of [0, 1],
-    changes nothing: four queries in ten of a grey image, one in eight of a colour image. The
-    package asks the network again; here the loss is the one that is known.
-
-    Args:
-        official: Where the settings come from.
-        steered: The loss, or ``None`` for the package's; Square minimises, so the sign turns.
-        skips_repeats: Whether images that a square left as they were are not evaluated again.
-    """
-
-    def __init__(
-        self, official: SquareAttack, steered: SteeredPredict | None, skips_repeats: bool
-    ) -> None:
-        self.__dict__.update(vars(official))
-        self._steered = steered
-        self._skips_repeats = skips_repeats
-        self._best: _Best | None = None
-
-    def attack_single_run(self, x: Tensor, y: Tensor) -> Any:
-        self._best = None
-        return super().attack_single_run(x, y)
-
-    def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._skips_repeats:
-            return self._evaluated(x, y)
-        if self._best is None:  # the start
-            margin, loss = self._evaluated(x, y)
-            self._best = _Best(x, margin, loss).standing()
-            return margin, loss
-        margin, loss = self._best.margin.clone(), self._best.loss.clone()
-        rows = (x != self._best.x).flatten(1).any(dim=1).nonzero().flatten()
-        if len(rows) > 0:
-            margin[rows], loss[rows] = self._evaluated(x[rows], y[rows])
-        self._best = self._best.after(x, margin, loss)
-        return margin, loss
-
-    def _evaluated(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self._steered is None:
-            found: tuple[Tensor, Tensor] = super().margin_and_loss(x, y)
-            return found
-        logits, loss = self._steered(x, y)
-        return -margin(logits, y), -loss
-
-
-@dataclass(frozen=True)
-class _Best:
-    """What Square goes on from, by the rules of its own loop: images, margins, lowest losses."""
-
-    x: Tensor
-    margin: Tensor
-    loss: Tensor
-
-    def after(self, x: Tensor, margin: Tensor, loss: Tensor) -> "_Best":
-        """With these proposals taken where they are better, or misclassified.
-
-        By the package's sums, in which what is not finite spoils margin and loss.
-        """
-        is_better = (loss < self.loss).float()
-        is_taken = torch.max(is_better, (margin <= 0).float())
-        flags = is_taken.view(-1, *[1] * (x.ndim - 1))
-        return _Best(
-            flags * x + (1.0 - flags) * self.x,
-            is_taken * margin + (1.0 - is_taken) * self.margin,
-            is_better * loss + (1.0 - is_better) * self.loss,
-        ).standing()
-
-    def standing(self) -> "_Best":
-        """Of the examples that Square goes on with."""
-        rows = self.margin > 0
-        return _Best(self.x[rows], self.margin[rows], self.loss[rows])
 
 
 class _ImageGradient(torch.autograd.Function):
@@ -448,14 +375,13 @@ class _ImageGradient(torch.autograd.Function):
         with torch.enable_grad():
             ctx.x = x.detach().requires_grad_()
             ctx.logits = predict(ctx.x)
-        logits: Tensor = ctx.logits.detach().clone()
-        return logits
+        return finite_scores(ctx.logits.detach()).clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         # FAB differentiates one forward pass once per class.
         (gradient,) = torch.autograd.grad(ctx.logits, ctx.x, grad_outputs, retain_graph=True)
-        return gradient.contiguous(), None  # the package flattens with view
+        return _finite(gradient).contiguous(), None  # the package flattens with view
 
 
 def _reaching_images_only(predict: Predict) -> Predict:
@@ -463,9 +389,14 @@ def _reaching_images_only(predict: Predict) -> Predict:
         if torch.is_grad_enabled() and x.requires_grad:
             logits: Tensor = _ImageGradient.apply(x, predict)
             return logits
-        return predict(x).clone()  # Square writes into what it gets
+        return finite_scores(predict(x)).clone()  # Square writes into what it gets
 
     return logits_of
+
+
+def _finite(values: Tensor) -> Tensor:
+    """NaN would spread from one loss or gradient to the image and all later ones."""
+    return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @contextmanager

@@ -14,6 +14,16 @@ def full_precision(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def classify(logits: Tensor) -> Tensor:
+    """Predicted classes ``(N,)``; -1, which is no class, where any score is NaN or infinite."""
+    return logits.argmax(dim=1).masked_fill(~torch.isfinite(logits).all(dim=1), -1)
+
+
+def as_class(predicted: Tensor, y: Tensor, num_classes: int) -> Tensor:
+    """The predictions of :func:`classify` with a wrong class for -1, which metrics cannot count."""
+    return torch.where(predicted < 0, (y + 1) % num_classes, predicted)
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     r"""Cross-entropy, :math:`-\log \mathrm{softmax}(z)_y`, in nats.
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.attacks.losses import full_precision, margin
+from common.attacks.losses import classify, full_precision, margin
 from common.attacks.pgd import (
     Norm,
     _choice,
@@ -79,7 +79,7 @@ class MinimumNorm(Settings, ABC):
             with torch.no_grad():
                 logits = full_precision(predict(x))
             x_adv, found = self._search(predict, x, y, logits)
-            return torch.where(_per_example(found & (logits.argmax(dim=1) == y), x), x_adv, x)
+            return torch.where(_per_example(found & (classify(logits) == y), x), x_adv, x)
 
     @abstractmethod
     def _search(
@@ -155,7 +155,7 @@ class DeepFool(MinimumNorm):
         for step in range(self.steps + 1):
             point = x_adv.detach().requires_grad_()
             z = _with_gradient(predict(point))
-            done = z.argmax(dim=1) != y
+            done = classify(z) != y
             if step == self.steps or bool(done.all()):
                 break
             gaps = z.gather(1, rivals) - z.gather(1, true)
@@ -248,7 +248,7 @@ class CarliniWagner(MinimumNorm):
     ) -> tuple[Tensor, Tensor]:
         # atanh has no value at 0 and 1; the best distance starts at infinity where work is to do.
         origin = ((2.0 * x - 1.0) * 0.999999).atanh()
-        distance = torch.where(logits.argmax(dim=1) == y, math.inf, 0.0).to(x)
+        distance = torch.where(classify(logits) == y, math.inf, 0.0).to(x)
         best = x
         const = torch.full_like(distance, self.initial_const, dtype=torch.float64)
         lower, upper = torch.zeros_like(const), torch.full_like(const, math.inf)
@@ -297,7 +297,7 @@ class CarliniWagner(MinimumNorm):
                     previous = loss
                     if not bool(active.any()):
                         break
-                wrong = active & (self._raised(z, y).argmax(dim=1) != y)
+                wrong = active & (classify(self._raised(z, y)) != y)
                 found = found | wrong
                 reached = _norm(x_adv - x, 2).flatten()
                 nearer = wrong & (reached < distance)

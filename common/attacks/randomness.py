@@ -8,8 +8,11 @@ index, position in the image), so it depends on none of them and is the same on 
 import copy
 import math
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +85,26 @@ class ExampleRandom:
     def integers(self, high: int, shape: Sequence[int]) -> Tensor:
         """Uniform int64 in ``[0, high)``, ``(N, *shape)`` (modulo bias below ``high / 2**53``)."""
         return self._bits(shape) % high
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators that a forward pass may draw from; afterwards they are as before.
+
+    Args:
+        seed: Of torch, numpy and Python's ``random``.
+        device: Whose generator counts beside that of the CPU.
+    """
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002 (foreign models use it)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(others[0])
+        np.random.set_state(others[1])  # noqa: NPY002
 
 
 def run_seed() -> int:

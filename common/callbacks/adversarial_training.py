@@ -7,6 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 
 from common.attacks.engine import AttackEngine
+from common.attacks.losses import classify
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, run_seed
 from common.callbacks.modes import AttackMode, frozen, is_logged, refuse_half_precision
@@ -90,7 +91,7 @@ class AdversarialTraining(Callback):
                     loss_fn,
                     batch["x"],
                     random,
-                    is_adversarial=lambda x: pl_module(x).argmax(dim=1) != batch["y"],
+                    is_adversarial=lambda x: classify(pl_module(x)) != batch["y"],
                 )
             self._watch(pl_module)
             if is_logged(trainer):
@@ -119,7 +120,7 @@ class AdversarialTraining(Callback):
                 name = f"train/inner_loss_{when}"
                 module.log(name, loss, batch_size=size, on_step=True, sync_dist=True)
             for kind, x in (("clean", batch["x"]), ("robust", batch["x_adv"])):
-                accuracy = (module(x).argmax(dim=1) == batch["y"]).float().mean()
+                accuracy = (classify(module(x)) == batch["y"]).float().mean()
                 name = f"train/{kind}_acc"
                 module.log(
                     name, accuracy, batch_size=size, on_step=False, on_epoch=True, sync_dist=True

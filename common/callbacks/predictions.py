@@ -14,6 +14,8 @@ from torch import Tensor
 class PredictionWriter(BasePredictionWriter):
     """Writes ``predictions.csv``: index, label, predicted class and class probabilities.
 
+    The predicted class is -1 where the network's scores are not finite.
+
     With several devices each rank writes its own ``predictions-rank<k>.csv``.
     """
 
@@ -36,6 +38,7 @@ class PredictionWriter(BasePredictionWriter):
             return torch.cat([part[key] for part in predictions]).cpu()
 
         index, y, probabilities = joined("index"), joined("y"), joined("probabilities")
+        predicted = joined("predicted")
         partial = path.with_suffix(".tmp")
         with partial.open("w", newline="") as file:
             writer = csv.writer(file)
@@ -44,7 +47,7 @@ class PredictionWriter(BasePredictionWriter):
             for row in zip(
                 index.tolist(),
                 y.tolist(),
-                probabilities.argmax(dim=1).tolist(),
+                predicted.tolist(),
                 probabilities.tolist(),
                 strict=True,
             ):

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from common import provenance
 from common.attacks.engine import AttackEngine
+from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
 from common.callbacks.modes import frozen, refuse_half_precision
@@ -23,6 +24,7 @@ from common.callbacks.resuming import WEIGHTS
 from common.errors import ConfigurationError
 from common.evaluation.audit import Audit, AuditReport
 from common.evaluation.engine import Team, in_order, run_steps
+from common.evaluation.findings import with_findings
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, cost, means, measure_steps
 from common.evaluation.pictures import draw
@@ -34,7 +36,13 @@ from common.figures import save_figure
 from common.identity import SETTINGS, evaluated_digest
 from common.objectives import Batch
 from common.outcomes import logged
-from common.results import CheckpointResult, check_writable, checkpoint_entry, merge_result
+from common.results import (
+    CheckpointResult,
+    check_mergeable,
+    check_writable,
+    checkpoint_entry,
+    merge_result,
+)
 
 OF_SUITES: dict[str, Any] = {
     **{"survivors_only": False, "examples": None, "checkpoints": None, "sweep": None},
@@ -133,7 +141,10 @@ class RobustEvaluation(Callback):
             for entry in self.suite.values():
                 if isinstance(entry.attack, Transfer):
                     _ = entry.attack.network  # a surrogate that is not there, or another
-            check_writable(self.results_path(trainer))
+            path = self.results_path(trainer)
+            check_writable(path)
+            remedy = "another file with --evaluation.results"
+            check_mergeable(path, self.paper, self.experiment, run_seed(), remedy)
         if stage in ("fit", "validate") and self.validation is not None:
             resolve_losses(self.validation.losses, pl_module)
             if trainer.precision != "16-mixed":  # validation runs outside autocast, in float32
@@ -182,6 +193,7 @@ class RobustEvaluation(Callback):
                 classes = pl_module(batch["x"][:1]).shape[1]
             self._per_class = MulticlassAccuracy(classes, average="none").to(pl_module.device)
             self._robust = MulticlassAccuracy(classes, average="micro").to(pl_module.device)
+        predicted = as_class(predicted, batch["y"], self._per_class.num_classes or 1)
         self._robust.update(predicted, batch["y"])
         self._per_class.update(predicted, batch["y"])
 
@@ -275,7 +287,7 @@ class RobustEvaluation(Callback):
                 remarks=getattr(getattr(data, "test_set", None), "remarks", ()),
             )
         audit = self.audit.report(outcomes, classes) if self.audit is not None else None
-        return outcomes, audit
+        return outcomes, with_findings(audit, outcomes)
 
     def _write(
         self,

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,26 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from common import provenance
+from common.attacks.autoattack import AutoAttack
 from common.attacks.engine import AttackEngine
 from common.attacks.pgd import Norm
 from common.errors import ConfigurationError
 from common.evaluation.audit import Audit
+from common.evaluation.checks import check_model
 from common.evaluation.engine import Progress, run_steps
+from common.evaluation.findings import with_findings
+from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.pictures import draw
 from common.evaluation.progress import ConsoleProgress
 from common.evaluation.ready import load_suite
-from common.evaluation.steps import Outcomes, Threat
+from common.evaluation.steps import Outcomes, Step, Threat
 from common.evaluation.suite import SuiteEntry, check_suite, steps_of
-from common.evaluation.victim import as_victim, check_model, collect
+from common.evaluation.victim import adapted, as_module, as_victim
 from common.figures import save_figure
 from common.files import check_writable
 from common.outcomes import checkpoint_entry, missing_worst, outcome_bits, positions
-from common.results import merge_result
+from common.results import check_mergeable, merge_result
 from common.schema import CheckpointResult
 
 
@@ -134,7 +138,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Callable[[Tensor], Tensor],
     data: Any,
     suite: str | Path | Mapping[str, SuiteEntry] = "quick",
     *,
@@ -159,8 +163,9 @@ def evaluate(
 
     Args:
         model: Images in [0, 1], ``(N, C, H, W)``, to logits ``(N, K)``, in evaluation mode and
-            float32, normalisation inside. If it has a method ``adaptive_losses``, suites can
-            name its own losses.
+            float32, normalisation inside; a plain function will do. If it has a method
+            ``adaptive_losses``, suites can name its own losses. One without a gradient is attacked
+            by what needs none, by Square if the suite has nothing of the kind.
         data: ``(x, y)`` tensors, a data set of ``(image, label)``, or a loader.
         suite: ``quick``, ``autoattack``, ``audit``, ``paper-...``, a YAML file, or attacks by name.
         eps: Radius of the threat model, pixels in [0, 1].
@@ -182,8 +187,11 @@ def evaluate(
     Raises:
         ConfigurationError: If model, data or suite cannot give a figure that means something:
             images outside [0, 1], training mode, probabilities instead of logits, wrong number of
-            classes, unknown suite or loss. Found before the first attack.
+            classes, unknown suite or loss; or if ``output`` holds another result. Found before the
+            first attack.
+        RunDirectoryError: If ``output`` cannot be written.
     """
+    model = as_module(model)
     begun = time.perf_counter()
     threat = Threat(norm, eps)
     checks = audit if isinstance(audit, Audit) else Audit() if audit else None
@@ -195,6 +203,11 @@ def evaluate(
         entries, checks = ready.entries, checks or ready.audit
     if device is not None:
         model = model.to(device)
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        for part in ("results.json", "figures/clean.png", "outcomes/part.npz"):
+            check_writable(folder / part)
+        check_mergeable(folder / "results.json", "any", name, seed, "another output folder")
     at = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     is_random_expected = any(
         entry.eot > 1 or getattr(entry.attack, "version", None) == "rand"
@@ -205,25 +218,36 @@ def evaluate(
         batch = collect(data, examples)
         about_data = [str(warning.message) for warning in caught]
         caught.clear()
-        classes = check_model(
+        checked = check_model(
             model, batch, num_classes, is_random_expected=is_random_expected, device=at
         )
+    classes = checked.classes
     suspicions = [str(warning.message) for warning in caught]
-    for text in [*about_data, *suspicions]:
-        warnings.warn(text, stacklevel=2)
     victim = as_victim(model, classes)
     if entries or checks is None:
         check_suite(entries, victim)
-    folder = None if output is None else Path(output)
-    if folder is not None:
-        check_writable(folder / "results.json")
     steps = steps_of(entries, victim, classes, seed, engine)
+    left_out: list[str] = []
+    known = about_data
+    if not checked.has_gradient:
+        steps, left_out = _without_gradient(steps, threat, victim, classes, seed)
+        known.append(_no_gradient(steps, left_out))
+    for text in [*known, *suspicions]:
+        warnings.warn(text, stacklevel=2)
     if checks is not None:
         steps += checks.steps(victim, threat, classes)
     journal = Journal(None, {})
     if folder is not None:
         journal = Journal(folder / "outcomes", identity_of(victim, batch, seed))
-    with ConsoleProgress(len(steps) + 1) as bar:
+    with (
+        ConsoleProgress(len(steps) + 1) as bar,
+        adapted(
+            victim,
+            copies=checked.writes,
+            has_gradient=checked.has_gradient,
+            casts=checked.casts,
+        ),
+    ):
         told = progress if not isinstance(progress, bool) else bar if progress else None
         outcomes = run_steps(
             victim,
@@ -234,12 +258,15 @@ def evaluate(
             threat=threat,
             journal=journal,
             progress=told,
-            remarks=about_data,
+            remarks=known,
         )
+    outcomes.depends_on_history &= not is_random_expected
     found = None if checks is None else checks.report(outcomes, classes)
-    result = checkpoint_entry(outcomes, audit=found)
+    result = checkpoint_entry(outcomes, audit=with_findings(found, outcomes, checked))
+    if left_out:
+        result["not_run"] = left_out
     for text in result["remarks"]:
-        if text not in about_data:
+        if text not in known:
             warnings.warn(text, stacklevel=2)
     evaluation = Evaluation(result, outcomes, [*suspicions, *result["remarks"]], batch["position"])
     if folder is not None:
@@ -264,3 +291,25 @@ def evaluate(
         for title, figure in draw(result, outcomes, batch["x"], class_names).items():
             save_figure(figure, folder / "figures" / f"{title}.png")
     return evaluation
+
+
+def _without_gradient(
+    steps: Sequence[Step], threat: Threat, victim: nn.Module, classes: int, seed: int
+) -> tuple[list[Step], list[str]]:
+    """The steps that need no gradient, with Square if no attack is among them; and the others."""
+    kept = [step for step in steps if not step.needs_gradient]
+    left_out = [step.key for step in steps if step.needs_gradient]
+    if left_out and not any(step.kind == "attack" and threat.covers(step.threat) for step in kept):
+        square = AutoAttack(threat.radius, threat.norm, version="custom", attacks=["square"])
+        kept += steps_of({"black_box": SuiteEntry(square)}, victim, classes, seed)
+    return kept, left_out
+
+
+def _no_gradient(steps: Sequence[Step], left_out: Sequence[str]) -> str:
+    if not left_out:
+        return "the model has no gradient with respect to its images, which attacks could follow"
+    ran = ", ".join(step.key for step in steps if step.kind == "attack")
+    return (
+        "the model has no gradient with respect to its images: accuracy is that under attacks "
+        f"that need none ({ran}); {', '.join(left_out)} were not run"
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import FGSM, PGD, LossFn
 from common.attacks.randomness import ExampleRandom
 from common.errors import ConfigurationError
@@ -134,7 +134,8 @@ class Audit:
         )
         if self.transfer is not None:
             transfer = Transfer(plain, self.transfer)
-            yield step("audit_transfer", transfer.run, transfer.settings())
+            networks = (transfer.network,)
+            yield step("audit_transfer", transfer.run, transfer.settings(), networks=networks)
         probe: dict[str, Any] = {"kind": "probe", "scope": "all", "threat": None}
         measure = partial(gradients, losses, threat)
         settings = {"h": FINE_STEP, "directions": DIRECTIONS}
@@ -253,7 +254,7 @@ def _strongest(model: Any, y: Tensor, found: list[Tensor]) -> Tensor:
     with torch.no_grad():
         logits = [model(x_adv) for x_adv in found]
     loss = torch.stack([cross_entropy(z, y).nan_to_num(0.0) for z in logits])
-    wrong = torch.stack([z.argmax(dim=1) != y for z in logits])
+    wrong = torch.stack([classify(z) != y for z in logits])
     best = loss.masked_fill(~wrong & wrong.any(dim=0), -torch.inf).argmax(dim=0)
     return torch.stack(found)[best, torch.arange(len(y), device=best.device)]
 

@@ -10,17 +10,26 @@ official AutoAttack packs them; and what is done is done for good, see
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from common.attacks.randomness import EVALUATION, ExampleRandom
+from common.attacks.randomness import EVALUATION, ExampleRandom, seeded
 from common.callbacks.modes import frozen
 from common.data.subset import lacking_classes, subset
 from common.evaluation.journal import Journal
-from common.evaluation.steps import Columns, Line, Outcomes, Step, Threat, judged
+from common.evaluation.nonfinite import settled
+from common.evaluation.signature import (
+    PROBED,
+    clean_step,
+    is_same,
+    networks_of,
+    probe_step,
+)
+from common.evaluation.steps import Columns, Line, Outcomes, Step, Threat
 from common.objectives import Batch
 
 PICTURED = 16
@@ -53,9 +62,6 @@ class Progress(Protocol):
 
     def end(self) -> None:
         """The step is done."""
-
-
-CLEAN = Step("clean", "clean", lambda m, b, _: judged(m, b, b["x"]), {}, scope="all", kind="probe")
 
 
 def run_steps(
@@ -105,7 +111,10 @@ def run_steps(
         for size in {step.examples for step in steps}
     }
     with frozen(model, "eval"):
-        clean = run.columns(CLEAN, everybody, {})
+        clean = run.columns(clean_step(), everybody, {})
+        probe = partial(run.silent, probe_step(threat, networks_of(steps)))
+        signature = {"clean": clean.pop("scores")} | probe()
+        run.open_journal(signature)
         fill = {"predicted": clean["predicted"]}
         is_right = clean["correct"]
         outcomes = Outcomes(y, {"clean": is_right}, {}, columns={"clean": clean}, threat=threat)
@@ -133,8 +142,9 @@ def run_steps(
             if line.counts:
                 met = met & within
                 run.standing = run.standing & (outcome | ~within)
+        outcomes.depends_on_history = not is_same(signature, probe())
     lacking = [lacking_classes(y, part.nonzero().flatten()) for part in parts.values()]
-    outcomes.remarks = [*remarks, *filter(None, lacking)]
+    outcomes.remarks = [*remarks, *filter(None, [*lacking, outcomes.nonfinite()])]
     return outcomes
 
 
@@ -201,6 +211,18 @@ class _Run:
     outcomes: Outcomes | None = None
     pictured: Tensor = field(default_factory=lambda: torch.arange(0))
 
+    def silent(self, step: Step) -> Columns:
+        """What a step finds out about a few examples, neither shown nor kept."""
+        y = self.examples["y"]
+        target = torch.zeros_like(y, dtype=torch.bool).index_fill(0, subset(y, PROBED), True)
+        alone = replace(self, journal=Journal(None, {}), progress=None, outcomes=None)
+        return {name: column[target] for name, column in alone.columns(step, target, {}).items()}
+
+    def open_journal(self, signature: Columns) -> None:
+        """Let the first process choose the folder for outcomes of this function."""
+        chosen = self.journal.chosen(signature) if self.team.rank == 0 else None
+        self.journal.open(self.team.gather(chosen)[0])
+
     def columns(self, step: Step, target: Tensor, fill: Columns) -> Columns:
         """What the step finds out about the target, all processes together."""
         rows = target.nonzero().flatten()
@@ -236,14 +258,19 @@ class _Run:
     def _attacked(self, step: Step, rows: Tensor) -> Columns:
         """Run the step on one chunk."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        of = [device] if device.type == "cuda" else []
-        with torch.inference_mode(False), torch.random.fork_rng(devices=of):
-            part = {key: value[rows].to(device) for key, value in self.examples.items()}
-            key = zlib.crc32(step.entry.encode())
-            # For forward passes that draw: the same numbers on any device and after a restart.
-            torch.manual_seed(zlib.crc32(f"{self.seed} {step.key} {rows.tolist()}".encode()))
-            random = ExampleRandom(self.seed, key, part["index"], EVALUATION)
-            columns = step.run(self.model, part, random)
+        key = zlib.crc32(step.entry.encode())
+        # For forward passes that draw: the same numbers on any device and after a restart.
+        seed = zlib.crc32(f"{self.seed} {step.key} {rows.tolist()}".encode())
+        with torch.inference_mode(False):
+            part = {name: value[rows].to(device) for name, value in self.examples.items()}
+
+            def run() -> Columns:
+                random = ExampleRandom(self.seed, key, part["index"], EVALUATION)
+                with seeded(seed, device):
+                    return step.run(self.model, part, random)
+
+            is_attack = step.kind == "attack"
+            columns = settled(self.model, part, step.threat, run) if is_attack else run()
         columns = {name: column.detach().cpu() for name, column in columns.items()}
         if "x_adv" in columns:
             columns["x_adv"] = columns["x_adv"][torch.isin(rows, self.pictured)].clone()

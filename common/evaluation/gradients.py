@@ -194,7 +194,7 @@ class _StraightThrough(TorchFunctionMode):
         if is_cast:
             try:
                 return func(*smooth, **kwargs)
-            except (RuntimeError, TypeError):  # shifting bits, say
+            except (RuntimeError, TypeError, IndexError):  # shifting bits, indexing
                 return source
         return None if out.is_floating_point() else source
 

@@ -1,18 +1,18 @@
 """Outcomes kept as they come, so that a killed evaluation goes on where it was.
 
 One file for each step and chunk of examples, written under a temporary name and renamed. Files are
-found by what decides their content (weights, code of the model and of the attacks, data, seed,
+found by what decides their content (weights, scores of the model, code of the attacks, data, seed,
 settings, which examples), so nothing stale is ever read, and a suite with one more attack finds
 everything else done.
 """
 
 import hashlib
 import importlib.metadata
-import inspect
 import io
+import itertools
 import json
 import re
-import sys
+import tempfile
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -26,16 +26,18 @@ from torch import Tensor, nn
 import common.attacks
 import common.evaluation
 from common.errors import RunDirectoryError
+from common.evaluation.signature import is_same
 from common.evaluation.steps import Columns, Step
 from common.files import damage_of, write_sealed, write_text_atomically
 from common.objectives import Batch
 from common.provenance import weights_digest
 
-_NOT_THE_MODELS = {"torch", "torchvision", "lightning", "torchmetrics"}
+_FUNCTION = "function"
+"""File of the signature of the model that a folder is about."""
 
 
 class Journal:
-    """The outcomes of one model on one set of examples.
+    """The outcomes of one model on one set of examples; nothing is kept until it is opened.
 
     Args:
         folder: Where journals of all models are kept; ``None`` keeps nothing.
@@ -47,17 +49,47 @@ class Journal:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
         self.folder: Path | None = None
+        self._base: Path | None = None
         if folder is None:
             return
-        text = json.dumps(identity, indent=1, sort_keys=True, default=repr)
-        self.folder = folder / _digest(text)
+        self._text = json.dumps(identity, indent=1, sort_keys=True, default=repr)
+        self._base = folder / _digest(self._text)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
             raise RunDirectoryError(
                 f"outcomes cannot be kept in {folder} ({error.strerror}); choose a writable folder"
             ) from error
-        write_text_atomically(self.folder / "identity.json", text)
+
+    def chosen(self, signature: Columns) -> str | None:
+        """The name of the folder of a function, by :mod:`common.evaluation.signature`.
+
+        Two functions with the same weights have folders beside each other.
+        """
+        if self._base is None:
+            return None
+        for number in itertools.count():
+            folder = self._base.with_name(f"{self._base.name}{f'-{number}' if number else ''}")
+            path = folder / _FUNCTION
+            try:
+                kept = _arrays(path)
+            except Exception:  # a damaged archive fails at any depth of its reader
+                if folder.exists() and any(folder.glob("*.npz")):
+                    continue
+                kept = {}
+            if is_same(kept, signature):
+                break
+        folder.mkdir(exist_ok=True)
+        write_text_atomically(folder / "identity.json", self._text)
+        write_sealed(path, _archive(kept | signature))
+        return folder.name
+
+    def open(self, name: str | None) -> None:
+        """Use the folder of this name."""
+        if self._base is not None and name is not None:
+            self.folder = self._base.with_name(name)
 
     def path(self, step: Step, index: Tensor) -> Path | None:
         """The file of a step's outcomes on these examples."""
@@ -74,10 +106,7 @@ class Journal:
         if path is None or not path.is_file():
             return None
         try:
-            if damage := damage_of(path):
-                raise ValueError(damage)
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+            arrays = _arrays(path)
             seconds = arrays.pop("seconds").item()
             if not torch.equal(arrays.pop("index"), index):
                 raise ValueError("it is about other examples")
@@ -99,11 +128,9 @@ class Journal:
         path = self.path(step, index)
         if path is None:
             return
-        arrays: dict[str, Any] = {name: column.numpy() for name, column in columns.items()}
-        content = io.BytesIO()
-        np.savez(content, index=index.numpy(), seconds=np.float64(seconds), **arrays)
+        about = {"index": index, "seconds": torch.tensor(seconds, dtype=torch.float64)}
         try:
-            write_sealed(path, content)
+            write_sealed(path, _archive(about | columns))
         except RunDirectoryError as error:
             raise RunDirectoryError(
                 f"{error}; then run the same command again: what was done is kept"
@@ -114,18 +141,17 @@ def identity_of(model: nn.Module, examples: Batch, seed: int, settings: Any = No
     """What decides the outcomes of every step, as plain values.
 
     Args:
-        model: Its weights, plain attributes, and the source files of its classes count.
+        model: Its weights count; what else it computes with is up to its signature.
         examples: All of them.
         seed: Of the attacks.
-        settings: Whatever else decides what the model computes, such as its configuration.
+        settings: Whatever else may decide an outcome, such as its configuration.
     """
     data = hashlib.sha256()
     for key in ("index", "y", "x"):
         data.update(np.ascontiguousarray(examples[key].numpy()).data)
     return {
         "weights": weights_digest(model.state_dict()),
-        "structure": _digest(repr(model) + json.dumps(_attributes(model), default=repr)),
-        "code": _code_digest(model),
+        "code": _code_digest(),
         "data": data.hexdigest()[:16],
         "seed": seed,
         "settings": settings,
@@ -134,38 +160,27 @@ def identity_of(model: nn.Module, examples: Batch, seed: int, settings: Any = No
     }
 
 
-def _attributes(model: nn.Module) -> dict[str, Any]:
-    """Numbers and words that a module keeps outside its state dict: a temperature, a mode."""
-    plain = (bool, int, float, str, tuple)
-    return {
-        f"{name}.{key}": value
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if key[0] != "_" and key != "training" and isinstance(value, plain)
-    }
+def _archive(columns: Columns) -> io.BytesIO:
+    content = io.BytesIO()
+    arrays: dict[str, Any] = {name: column.numpy() for name, column in columns.items()}
+    np.savez(content, **arrays)
+    return content
 
 
-def _code_digest(model: nn.Module) -> str:
-    """Digest of the source files behind the model's classes, the attacks and their judgement."""
-    files = set(_own_files())
-    for kind in {base for module in model.modules() for base in type(module).__mro__}:
-        if kind.__module__.partition(".")[0] in _NOT_THE_MODELS | sys.stdlib_module_names:
-            continue
-        try:
-            files.add(Path(inspect.getfile(kind)))
-        except (TypeError, OSError):  # defined at a prompt
-            continue
-    return _digest("".join(_file_digest(path) for path in sorted(files) if path.is_file()))
-
-
-def _own_files() -> list[Path]:
-    folders = [*common.attacks.__path__, *common.evaluation.__path__]
-    return [path for folder in folders for path in Path(folder).glob("*.py")]
+def _arrays(path: Path) -> Columns:
+    """What :func:`_archive` packed; any exception if the file is damaged."""
+    if damage := damage_of(path):
+        raise ValueError(damage)
+    with np.load(path, allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
 @cache
-def _file_digest(path: Path) -> str:
-    return _digest(path.read_text(encoding="utf-8"))
+def _code_digest() -> str:
+    """Digest of the source files of the attacks and of their judgement."""
+    folders = [*common.attacks.__path__, *common.evaluation.__path__]
+    files = sorted(path for folder in folders for path in Path(folder).rglob("*.py"))
+    return _digest("".join(path.read_text(encoding="utf-8") for path in files))
 
 
 def _digest(text: str) -> str:

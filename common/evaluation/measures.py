@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import PGD, input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
@@ -63,10 +63,11 @@ class LocalSmoothness(Measure):
         x_adv = self.attack(loss, x, random)
         with torch.no_grad():
             clean, attacked = model(x), model(x_adv)
+        before = classify(clean)
         moved = (clean - attacked).abs().sum(dim=1)
         distance = (x - x_adv + 1e-6).flatten(1).abs().amax(dim=1)
         columns = {
-            "stability": (clean.argmax(1) == attacked.argmax(1)).float(),
+            "stability": ((before == classify(attacked)) & (before >= 0)).float(),
             "lipschitz": moved / distance,
         }
         if self.attack.norm == "linf":

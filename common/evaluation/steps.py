@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import Norm, parse_radius
 from common.attacks.randomness import ExampleRandom
 from common.objectives import Batch
@@ -69,6 +69,8 @@ class Step:
             nothing).
         at: The point of a sweep, such as ``{"eps": 0.1}``.
         reach: How far its steps can move an image, in the norm of ``threat``.
+        needs_gradient: Whether it is of no use on a model without a gradient.
+        networks: Other networks whose function decides the outcome, for the journal.
     """
 
     key: str
@@ -83,12 +85,14 @@ class Step:
     kind: Literal["attack", "noise", "probe"] = "attack"
     at: Mapping[str, float] = field(default_factory=dict)
     reach: float = math.inf
+    needs_gradient: bool = False
+    networks: tuple[nn.Module, ...] = ()
 
 
 @torch.no_grad()
 def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Predicted classes ``(N,)``."""
-    return model(x).argmax(dim=1)
+    """Predicted classes ``(N,)``; -1 where the scores are not finite."""
+    return classify(model(x))
 
 
 def is_wrong(model: Callable[[Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
@@ -106,7 +110,8 @@ def judged(
 ) -> Columns:
     """What perturbed images amount to, in float32.
 
-    A misclassified image outside the box or the ball is no adversarial example and counts as
+    Scores that are not finite are no prediction (-1), so such an image counts as misclassified. A
+    misclassified image outside the box or the ball is no adversarial example and counts as
     withstood, whatever attack it comes from.
 
     Args:
@@ -126,30 +131,38 @@ def judged(
     """
     with torch.no_grad():
         logits = model(x_adv)
-    predicted = logits.argmax(dim=1)
-    distances = _distances(x_adv - batch["x"])
+    predicted = classify(logits)
+    found = distances(x_adv, batch["x"])
     if correct is None:
-        is_allowed = ((x_adv >= 0.0) & (x_adv <= 1.0)).flatten(1).all(dim=1)
-        if threat is not None:
-            is_allowed &= distances[threat.norm] <= threat.radius * (1 + 1e-5) + 1e-6
-        correct = (predicted == batch["y"]) | ~is_allowed
+        correct = (predicted == batch["y"]) | ~in_ball(x_adv, batch["x"], threat)
     columns = {
         "correct": correct,
         "predicted": predicted,
         "loss": cross_entropy(logits, batch["y"]),
-        **distances,
+        **found,
         "x_adv": x_adv,
     }
     if threat is not None:
-        room = _distances(torch.maximum(batch["x"], 1.0 - batch["x"]))[threat.norm]
-        moved = distances[threat.norm] >= 0.5 * room.clamp(max=threat.radius)
+        farthest = (batch["x"] < 0.5).to(batch["x"])
+        room = distances(farthest, batch["x"])[threat.norm]
+        moved = found[threat.norm] >= 0.5 * room.clamp(max=threat.radius)
         columns["moved"] = moved if idle is None else moved & ~idle
     return columns
 
 
-def _distances(delta: Tensor) -> dict[str, Tensor]:
-    delta = delta.flatten(1).abs()
+def distances(x_adv: Tensor, x: Tensor) -> Columns:
+    """From x ``(N, ...)``, or one image, to each image of x_adv: ``linf``, ``l2``, ``l1``."""
+    delta = (x_adv - x).flatten(1).abs()
     return {"linf": delta.amax(1), "l2": delta.square().sum(1).sqrt(), "l1": delta.sum(1)}
+
+
+def in_ball(x_adv: Tensor, x: Tensor, threat: Threat | None) -> Tensor:
+    """Which images lie in the box and in the ball around x up to rounding, bool ``(N,)``."""
+    is_allowed = ((x_adv >= 0.0) & (x_adv <= 1.0)).flatten(1).all(dim=1)
+    if threat is not None:
+        radius = threat.radius * (1 + 1e-5) + 1e-6
+        is_allowed &= distances(x_adv, x)[threat.norm] <= radius
+    return is_allowed
 
 
 @dataclass(frozen=True)
@@ -193,6 +206,8 @@ class Outcomes:
         seconds: Per step, computing time over all devices.
         remarks: What a reader of the figures should know, in sentences.
         pictured: Which examples ``x_adv`` in the columns is about.
+        depends_on_history: Whether the model's scores for the same images and random numbers
+            changed while it was attacked.
     """
 
     y: Tensor
@@ -204,3 +219,16 @@ class Outcomes:
     seconds: dict[str, float] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     pictured: Tensor = field(default_factory=lambda: torch.arange(0))
+    depends_on_history: bool = False
+
+    def nonfinite(self) -> str:
+        """For how many images the scores were not finite, as a sentence; empty if for none."""
+        everywhere = torch.ones_like(self.y, dtype=torch.bool)
+        counts = {
+            key: int((self.columns[key]["predicted"][within] < 0).sum())
+            for key, within in {"clean": everywhere, **self.attacked}.items()
+        }
+        if not any(counts.values()):
+            return ""
+        found = ", ".join(f"{count} ({key})" for key, count in counts.items() if count)
+        return f"scores are NaN or infinite, which counts as misclassified, for images: {found}"

@@ -246,21 +246,29 @@ def _steps(
         for part in planned:
             run = partial(autoattacked, attack, part, seed, adaptive, engine)
             settings = {"attack": attack.settings(), "part": part, "loss": loss_name}
-            yield step(run, part, settings=settings, cumulative=True, batch_size=attack.batch_size)
+            yield step(
+                run,
+                part,
+                settings=settings,
+                cumulative=True,
+                batch_size=attack.batch_size,
+                needs_gradient=part != "square",
+            )
     elif isinstance(attack, GAMAPGD):
         ball = Threat("linf", attack.eps) if attack.project else None
-        yield step(crafted(partial(_on_logits, attack), ball))
+        yield step(crafted(partial(_on_logits, attack), ball), needs_gradient=True)
     elif isinstance(attack, MinimumNorm):
         threat = None if attack.eps is None else Threat(attack.norm, attack.eps)
-        yield step(crafted(partial(_minimum_norm, attack), threat))
+        yield step(crafted(partial(_minimum_norm, attack), threat), needs_gradient=True)
     elif isinstance(attack, Transfer):
-        yield step(attack.run)
+        yield step(attack.run, networks=(attack.network,))
     else:
         for loss_name, inner in resolve_losses(entry.losses, model).items():
             craft = partial(_ascent, attack, inner, entry.eot)
             if entry.until_broken:
                 craft = partial(_compacted, attack, inner)
-            yield step(crafted(craft, Threat(attack.norm, attack.eps)), loss_name)
+            ball = Threat(attack.norm, attack.eps)
+            yield step(crafted(craft, ball), loss_name, needs_gradient=True)
 
 
 # ------------------------------------------------------------------------------ what a step runs
@@ -272,7 +280,10 @@ def _ascent(
     loss = averaged(inner(model, batch), eot)
     wrong = partial(is_wrong, model, batch["y"])
     x_adv = attack(loss, batch["x"], random, is_adversarial=wrong)
-    if attack.lost is not None and (lost := int(attack.lost.sum())):
+    is_lost = attack.lost
+    if is_lost is not None and bool(is_lost.any()):
+        is_lost = is_lost & ~wrong(x_adv)
+    if is_lost is not None and (lost := int(is_lost.sum())):
         warnings.warn(
             f"{attack!r} had no finite gradient for {lost} of {len(x_adv)} examples, which it "
             "could not move; their outcomes say nothing about robustness",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from common.attacks.losses import cross_entropy, hinge_margin
+from common.attacks.losses import classify, cross_entropy, hinge_margin
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
@@ -84,7 +84,7 @@ class Transfer(Settings):
                 lambda x: LOSSES[self.loss](network(x), batch["y"]),
                 batch["x"],
                 random,
-                is_adversarial=lambda x: network(x).argmax(dim=1) != batch["y"],
+                is_adversarial=lambda x: classify(network(x)) != batch["y"],
             )
         return judged(model, batch, x_adv, Threat(self.norm, self.eps), idle=self.attack.idle)
 

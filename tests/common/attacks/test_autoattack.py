@@ -1,4 +1,5 @@
 import logging
+import math
 import sys
 
 import pyautoattack
@@ -387,3 +388,41 @@ def test_square_gets_over_logits_that_are_not_finite_as_the_package_does(value):
     )
     assert torch.equal(plain[1], skipping[1])
     torch.testing.assert_close(plain[0], skipping[0], rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 12, 12), (2, 18, 18), (1, 12, 20), (1, 20, 7), (3, 4, 4), (1, 4, 20), (1, 6, 60),
+     (1, 40, 10), (1, 1, 9), (1, 2, 2)],
+    ids=str,
+)  # fmt: skip
+def test_square_takes_images_of_any_shape(norm, shape) -> None:
+    torch.manual_seed(0)
+    x = 0.3 + 0.4 * torch.rand(10, *shape)
+    weight = torch.randn(math.prod(shape), 3) / math.prod(shape) ** 0.5
+
+    def predict(x: Tensor) -> Tensor:
+        return (x - 0.5).flatten(1) @ weight
+
+    y = predict(x).argmax(1)
+    eps = {"linf": 0.05, "l2": 0.3, "l1": 2.0}[norm]
+    attack = AutoAttack(eps, norm, "custom", ["square"], square_queries=60)
+    x_adv, correct = attack.step("square", predict, x, y)
+    order = {"linf": math.inf, "l2": 2, "l1": 1}[norm]
+    assert torch.linalg.vector_norm((x_adv - x).flatten(1), order, 1).max() <= eps * (1 + 1e-5)
+    assert 0.0 <= x_adv.min() <= x_adv.max() <= 1.0
+    assert torch.equal(predict(x_adv).argmax(1) == y, correct)
+    assert not correct.all()
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.7), ("l1", 4.0)])
+def test_square_on_any_shape_is_about_as_strong_as_the_package(monkeypatch, norm, eps) -> None:
+    task = Task(n=60)
+    y = task.net(task.x).argmax(1)
+    attack = AutoAttack(eps, norm, "custom", ["square"], square_queries=300)
+    official = attack.step("square", task.net, task.x, y)[1].sum()
+    monkeypatch.setattr("common.attacks.square._is_tiled", lambda *_: False)
+    ours = attack.step("square", task.net, task.x, y)[1].sum()
+    assert 0 < official < 60
+    assert abs(int(ours) - int(official)) <= 6

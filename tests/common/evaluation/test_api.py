@@ -105,8 +105,10 @@ def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, mode
     assert entry == json.loads(json.dumps(one.result))
     calls: list[int] = []
     model.register_forward_hook(lambda *_: calls.append(1))
+    evaluate(model, digits, suite, eps=0.1, progress=False)
+    all_calls = len(calls)
     evaluate(model, digits, suite, eps=0.1, output=tmp_path, progress=False)
-    assert len(calls) < 6  # the checks at the start alone
+    assert all_calls - (len(calls) - all_calls) == 3 * 2  # gradient and verdict, each radius
     model._forward_hooks.clear()
 
 

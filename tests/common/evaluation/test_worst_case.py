@@ -16,7 +16,7 @@ from common.attacks.pgd import FGSM, MIM, PGD, FriendlyPGD
 from common.data.subset import subset
 from common.errors import ConfigurationError
 from common.evaluation import Audit, Evaluation, SuiteEntry, Transfer, evaluate
-from common.evaluation.victim import collect
+from common.evaluation.inputs import collect
 
 K, D = 4, 64
 

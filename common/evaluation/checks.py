@@ -1,0 +1,380 @@
+"""What would falsify every figure of a model, found in a few passes at the start.
+
+Every pass is one of a copy, so that the model stays as it is.
+"""
+
+import copy
+import math
+import random
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from common.attacks.losses import classify
+from common.attacks.pgd import input_gradient
+from common.attacks.randomness import seeded
+from common.callbacks.modes import frozen
+from common.errors import ConfigurationError
+from common.evaluation.signature import is_close
+from common.objectives import Batch
+
+TOLERANCE = 1e-4
+"""Scores that differ by less than this share of the largest are the same."""
+ALONE = 1e-3
+"""The same for an image on its own and in a batch, which are computed in another order."""
+IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a model before it is attacked.
+
+    Args:
+        classes: How many scores it gives.
+        has_gradient: Whether its scores or a loss can be differentiated by the images.
+        writes: Whether it writes into the images it is given.
+        casts: Whether its scores are of another type than float32.
+        state: What depends on earlier calls, as a sentence; empty if nothing does.
+    """
+
+    classes: int
+    has_gradient: bool = True
+    writes: bool = False
+    casts: bool = False
+    state: str = ""
+
+
+def check_model(
+    model: nn.Module,
+    examples: Batch,
+    num_classes: int | None = None,
+    *,
+    is_random_expected: bool = False,
+    device: torch.device | None = None,
+) -> Checked:
+    """Find out in a few passes what would falsify every figure; warns of what is suspicious.
+
+    Args:
+        model: Images to logits; left as it is.
+        examples: ``x`` and ``y``.
+        num_classes: How many classes the data have, where that is known.
+        is_random_expected: Whether attacks average over a random forward pass.
+        device: Where to compute.
+
+    Raises:
+        ConfigurationError: For modules in training mode, another number of classes, probabilities
+            instead of logits, other outputs than ``(N, K)``, half precision, scores that are not
+            finite on any image.
+    """
+    _check_parameters(model)
+    x, y = examples["x"][:IMAGES].to(device), examples["y"]
+    with torch.inference_mode(False):
+        used = _Trial(model)
+        logits = _first(used, x)
+        classes = _check_logits(logits, len(x), y, num_classes)
+        if any(map(is_lazy, model.parameters())):
+            raise ConfigurationError(
+                "the model has lazy layers without weights; load its weights, or call it once"
+            )
+        check_modes(model, x)
+        if not torch.isfinite(logits).all(dim=1).any():
+            raise ConfigurationError("the model's logits contain NaN or infinity on clean images")
+        is_random, state = _repeats(model, used, x, logits)
+        if is_random and not is_random_expected:
+            warnings.warn(
+                "two forward passes over the same images differ: the model draws random numbers. "
+                "Attack it through their expectation (eot: 20 in the suite's entries, AutoAttack "
+                "version rand), or its robustness is overestimated",
+                stacklevel=3,
+            )
+        if not is_random and not state:
+            _check_alone(used, x)
+        batch = {"x": x, "y": y[: len(x)].to(x.device)}
+        fresh = _Trial(model)
+        has_gradient = _has_gradient(fresh, batch, classes)
+    writes = used.writes or fresh.writes
+    if writes:
+        warnings.warn(
+            "the model writes into the images it is given: it gets copies of them", stacklevel=3
+        )
+    _check_accuracy(logits, y[: len(x)], classes)
+    state = "" if is_random_expected else state
+    return Checked(classes, has_gradient, writes, logits.dtype != torch.float32, state)
+
+
+def check_modes(model: nn.Module, x: Tensor) -> None:
+    """Find modules that compute something else, or move their buffers, in training mode.
+
+    Raises:
+        ConfigurationError: Naming them.
+    """
+    awake = [name for name, module in model.named_modules() if module.training]
+    if not awake:
+        return
+    expected = _Trial(model)(x)
+    if not _acts(model, awake, x, expected):
+        return
+    names = []
+    for name in awake:
+        if _acts(model, [name], x, expected):
+            names.append(name or type(model).__name__)
+        if len(names) > 5:
+            break
+    raise ConfigurationError(
+        f"layers of the model are in training mode ({', '.join(names[:5]) or 'all together'}"
+        f"{', ...' if len(names) > 5 else ''}), so predictions would depend on the batch or on "
+        "chance; call model.eval() first"
+    )
+
+
+def _acts(model: nn.Module, names: list[str], x: Tensor, expected: Tensor) -> bool:
+    """Whether training mode of these modules changes scores or buffers of one pass."""
+    trial = _Trial(model)
+    modules = dict(trial.model.named_modules())
+    before = {name: buffer.clone() for name, buffer in trial.model.named_buffers()}
+    for name in names:
+        modules[name].training = True
+    try:
+        found = trial(x)
+    except ValueError:  # batch-norm refuses a single value per channel
+        return True
+    after = dict(trial.model.named_buffers())
+    moved = any(not _same(before[name], after[name]) for name in before)
+    return moved or not _same(found, expected)
+
+
+class _Trial:
+    """A copy of a model in evaluation mode, whose passes notice if it writes into its images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        try:
+            self.model = copy.deepcopy(model)
+        except Exception:  # locks, tensors with a history, whatever foreign code refuses to copy
+            self.model = _cloned(model, {})
+        self.model.eval()
+        self.writes = False
+
+    def __call__(self, x: Tensor, seed: int = 0) -> Any:
+        """The scores of a pass with these random numbers."""
+        given = x.clone()
+        with torch.no_grad(), seeded(seed, x.device):
+            logits = self.model(given)
+        self.writes |= not torch.equal(given, x)
+        return logits.clone() if isinstance(logits, Tensor) else logits
+
+
+def _cloned(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of modules, tensors and plain containers; anything else is shared."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, nn.Module):
+        memo[id(value)] = module = type(value).__new__(type(value))
+        module.__dict__ = {key: _cloned(part, memo) for key, part in vars(value).items()}
+        return module
+    new = value
+    if isinstance(value, nn.Parameter):
+        new = nn.Parameter(value.detach().clone(), value.requires_grad)
+    elif isinstance(value, Tensor):
+        new = value.detach().clone()
+    elif type(value) in (dict, OrderedDict):
+        new = type(value)((key, _cloned(part, memo)) for key, part in value.items())
+    elif type(value) in (list, tuple, set, deque):
+        new = type(value)(_cloned(part, memo) for part in value)
+    memo[id(value)] = new
+    return new
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ConfigurationError(
+                f"robustness is measured in float32 and the model's parameters are "
+                f"{parameter.dtype}; call model.float()"
+            )
+
+
+def _first(used: _Trial, x: Tensor) -> Any:
+    try:
+        return used(x)
+    except Exception as error:  # foreign code fails in any way
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ConfigurationError(
+            f"the model cannot take images of shape {'x'.join(map(str, x.shape[1:]))} "
+            f"(channels x height x width) as float32 on {x.device}: {lines[0]}"
+        ) from error
+
+
+# -------------------------------------------------------------------------------- chance and state
+
+
+def _repeats(model: nn.Module, used: _Trial, x: Tensor, first: Tensor) -> tuple[bool, str]:
+    """Whether scores depend on chance, and what depends on earlier calls, as a sentence."""
+    again, other = used(x), used(x, seed=1)
+    if not _same(first, again):
+        if not _same(_Trial(model)(x), first):
+            return True, ""
+        return False, (
+            "the scores for the same images change from one call to the next, by a memory or by a "
+            "random generator of the model's own"
+        )
+    if not _same(again, other):
+        return True, ""
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.01 * torch.randn(x.shape[1:], generator=generator).sign().to(x)
+    used((x + noise).clamp(0.0, 1.0))
+    query = (x - noise).clamp(0.0, 1.0)
+    fresh = _Trial(model)
+    if not _same(used(query), fresh(query)):
+        return False, "the scores for an image depend on the images before it"
+    if place := _difference(used.model, fresh.model, "", set()):
+        return False, f"{place.removeprefix('.')} depends on how often the model was called"
+    return False, ""
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and is_close(one, other, TOLERANCE)
+
+
+def _difference(one: Any, other: Any, place: str, seen: set[int]) -> str:
+    """Where two copies of a model differ in what they hold; empty if they do not."""
+    if id(one) in seen:
+        return ""
+    seen.add(id(one))
+    if type(one) is not type(other):
+        return place
+    pairs: Mapping[Any, tuple[Any, Any]] = {}
+    if isinstance(one, Tensor):
+        return "" if _same(one.detach(), other.detach()) else place
+    if isinstance(one, np.ndarray):
+        return "" if np.array_equal(one, other) else place
+    if isinstance(one, bool | int | float | complex | str | bytes | set):
+        return "" if one == other or one != one else place
+    if isinstance(one, random.Random):
+        return "" if one.getstate() == other.getstate() else place
+    if isinstance(one, torch.Generator):
+        return "" if torch.equal(one.get_state(), other.get_state()) else place
+    if isinstance(one, Mapping):
+        if list(one) != list(other):
+            return place
+        pairs = {f"[{key!r}]": (one[key], other[key]) for key in one}
+    elif isinstance(one, list | tuple | deque):
+        if len(one) != len(other):
+            return place
+        pairs = {f"[{i}]": pair for i, pair in enumerate(zip(one, other, strict=True))}
+    elif _is_object(one):
+        if set(vars(one)) != set(vars(other)):
+            return place
+        pairs = {f".{key}": (value, vars(other)[key]) for key, value in vars(one).items()}
+    for name, (left, right) in pairs.items():
+        at = f"{place}{name}"
+        for inner in ("._modules['", "._buffers['", "._parameters['"):
+            at = at.replace(inner, ".")
+        if found := _difference(left, right, at.removesuffix("']"), seen):
+            return found
+    return ""
+
+
+def _is_object(value: Any) -> bool:
+    """Whether the attributes of an object may be a model's memory."""
+    if isinstance(value, nn.Module):
+        return True
+    package = type(value).__module__.partition(".")[0]
+    return hasattr(value, "__dict__") and package not in ("torch", "builtins", "functools", "types")
+
+
+def _check_alone(used: _Trial, x: Tensor) -> None:
+    batched, alone = used(x)[:1], used(x[:1])
+    if not is_close(batched, alone, ALONE):
+        raise ConfigurationError(
+            "the prediction for an image depends on the images beside it "
+            f"(logits differ by {(batched - alone).abs().max().item():.3g}); give batch-norm "
+            "layers running statistics (track_running_stats=True)"
+        )
+
+
+# ------------------------------------------------------------------------------ gradient and scores
+
+
+def _has_gradient(trial: _Trial, batch: Batch, classes: int) -> bool:
+    """Whether scores, or a loss that the model declares, can be differentiated by the images.
+
+    A gradient that is zero is one: attacks notice it, and what they report is no evidence then.
+    """
+    leaf = batch["x"].clone().requires_grad_()
+    given = leaf.clone()
+    with frozen(trial.model), torch.enable_grad(), seeded(0, leaf.device):
+        try:
+            logits = trial.model(given)
+            weights = torch.arange(1, classes + 1, device=leaf.device).cos()
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError):  # no_grad, inference mode, numpy
+            gradient = None
+        trial.writes |= not torch.equal(given.detach(), leaf.detach())
+        if gradient is not None:
+            return True
+        if not hasattr(trial.model, "adaptive_losses"):
+            return False
+        declared: Any = trial.model
+        for inner in declared.adaptive_losses().values():
+            try:
+                input_gradient(inner(trial.model, batch), batch["x"].clone())
+                return True
+            except (RuntimeError, TypeError, ValueError):
+                continue
+    return False
+
+
+def _check_logits(logits: Any, n: int, y: Tensor, num_classes: int | None) -> int:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigurationError(
+            f"the model must return logits of shape ({n}, K) for {n} images, got {what}; wrap it "
+            "in a module that returns the logits alone"
+        )
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        raise ConfigurationError(
+            f"robustness is measured in float32 and the model's scores are {logits.dtype}; take "
+            "autocast or half precision out of the model"
+        )
+    classes = logits.shape[1]
+    if num_classes is not None and classes != num_classes:
+        raise ConfigurationError(
+            f"the model returns {classes} scores per image and the data have {num_classes} "
+            "classes; give the weights and data that belong together"
+        )
+    if classes <= int(y.max()):
+        raise ConfigurationError(
+            f"the model returns {classes} scores per image and there are labels up to "
+            f"{int(y.max())}; give the weights and data that belong together"
+            f"{', or subtract 1 from labels that count from 1' if int(y.min()) == 1 else ''}"
+        )
+    sums = logits.sum(dim=1)
+    if bool((logits >= 0.0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        raise ConfigurationError(
+            "the model returns probabilities (every row is non-negative and sums to 1), attacks "
+            "need logits: gradients through a saturated softmax vanish and fake robustness; take "
+            "the softmax off its end"
+        )
+    return classes
+
+
+def _check_accuracy(logits: Tensor, y: Tensor, classes: int) -> None:
+    """Warn where the model may be fed something other than it was trained on."""
+    right = int((classify(logits).cpu() == y).sum())
+    chance, n = 1.0 / classes, len(y)
+    if n >= 32 and right <= n * chance + 2.0 * math.sqrt(n * chance * (1.0 - chance)):
+        warnings.warn(
+            f"only {right} of the first {n} clean images are classified correctly, which is about "
+            "chance; does the model expect normalised images (put Normalize(mean=..., std=...) in "
+            "front of it) or another order of the classes?",
+            stacklevel=4,
+        )

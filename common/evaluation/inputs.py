@@ -1,0 +1,179 @@
+"""The images and labels of an evaluation, and what is wrong with them found at the start."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common.data.subset import lacking_classes, subset
+from common.errors import ConfigurationError
+from common.objectives import Batch
+
+ROUNDING = 1e-5
+"""Pixels this far outside [0, 1] are brought back without a word."""
+OVERSHOOT = 0.25
+"""Bicubic and Lanczos resampling leave [0, 1] by less than this."""
+
+
+def collect(data: Any, limit: int | None = None) -> Batch:
+    """Examples as one batch on the CPU, with their ``position`` in the data.
+
+    Args:
+        data: ``(x, y)`` tensors, a data set of ``(image, label)``, or a loader of such batches or
+            of dicts with ``x`` and ``y``.
+        limit: Only so many, of all classes in proportion, see :func:`common.data.subset.subset`.
+            Data with a length are passed through twice for it, so that no other images are kept;
+            a stream gives its first ones.
+
+    Raises:
+        ConfigurationError: If that is not what it is, or there are no examples.
+    """
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor):
+        batches: Iterable[Any] = [data]
+    elif isinstance(data, Dataset):
+        batches = DataLoader(data, batch_size=256)
+    else:
+        batches = data
+    every = chosen = None
+    if limit is not None and _is_finite(batches):
+        every = torch.cat([torch.empty(0, dtype=torch.int64), *(y for _, y in _pairs(batches))])
+        chosen = subset(every, limit)
+    x, y = _gathered(batches, chosen, limit)
+    x = check_examples(x, y)
+    if every is not None and chosen is not None:
+        if bool((every[chosen] != y).any()):
+            warnings.warn(
+                f"the loader has another order every time, so that the {len(y)} examples taken are "
+                "others for another model; give it shuffle=False",
+                stacklevel=3,
+            )
+        elif lacking := lacking_classes(every, chosen):
+            warnings.warn(lacking, stacklevel=3)
+    elif limit is not None and len(y) == limit:
+        warnings.warn(
+            f"the {len(y)} examples taken are the first of a stream, of the classes "
+            f"{', '.join(map(str, sorted(set(y.tolist()))))}; the rest may have others",
+            stacklevel=3,
+        )
+    position = torch.arange(len(y)) if chosen is None else chosen
+    return {"x": x, "y": y, "index": torch.arange(len(y)), "position": position}
+
+
+def _gathered(
+    batches: Iterable[Any], chosen: Tensor | None, limit: int | None
+) -> tuple[Tensor, Tensor]:
+    """Images and labels at the chosen positions, or else the first ones."""
+    xs: list[Tensor] = []
+    ys: list[Tensor] = []
+    count = 0
+    for x, y in _pairs(batches):
+        begin, count = count, count + len(x)
+        if chosen is not None:
+            rows = chosen[(chosen >= begin) & (chosen < count)] - begin
+            x, y = x[rows], y[rows]
+        xs.append(x)
+        ys.append(y)
+        if chosen is None and limit is not None and count >= limit:
+            break
+    if count == 0:
+        raise ConfigurationError("data has no examples")
+    return torch.cat(xs)[:limit], torch.cat(ys)[:limit]
+
+
+def _is_finite(batches: Any) -> bool:
+    """Whether batches can be passed through again and come to an end."""
+    try:
+        return len(batches) >= 0 and iter(batches) is not batches
+    except TypeError:
+        return False
+
+
+def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        try:
+            x, y = (batch["x"], batch["y"]) if isinstance(batch, Mapping) else batch[:2]
+        except (KeyError, TypeError, ValueError, IndexError):
+            x = y = None
+        if not isinstance(x, Tensor):
+            raise ConfigurationError(
+                "data must be tensors (x, y), a data set of (image tensor, label), or a loader of "
+                f"such batches or of dicts with x and y, got a {type(batch).__name__}; images need "
+                "torchvision.transforms.ToTensor()"
+            )
+        yield x.detach().cpu(), as_labels(torch.as_tensor(y).detach().cpu())
+
+
+def check_examples(x: Tensor, y: Tensor) -> Tensor:
+    """Images in float32 and [0, 1], outside of which rounding errors are clamped.
+
+    Raises:
+        ConfigurationError: With what was found and what to do about it.
+    """
+    if x.ndim != 4 or len(x) != len(y):
+        raise ConfigurationError(
+            "images must have the shape (N, C, H, W) and labels (N,), got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ConfigurationError(
+            f"images must be floating-point numbers in [0, 1], got {x.dtype}; divide bytes by 255"
+        )
+    if not torch.isfinite(x).all():
+        raise ConfigurationError("images must be finite, found NaN or infinity")
+    tolerance = max(ROUNDING, 2.0 * torch.finfo(x.dtype).eps)
+    x = x.float()
+    low, high = x.min().item(), x.max().item()
+    if low < -tolerance or high > 1.0 + tolerance:
+        raise ConfigurationError(
+            f"images must lie in [0, 1], found values from {low:.6g} to {high:.6g}; "
+            f"{_remedy(x, low, high)}"
+        )
+    return x.clamp(0.0, 1.0)
+
+
+def as_labels(y: Tensor) -> Tensor:
+    """Labels as int64 ``(N,)``, from whole numbers of any type, ``(N,)`` or ``(N, 1)``.
+
+    Raises:
+        ConfigurationError: If they are anything else.
+    """
+    y = y.squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y
+    if y.ndim != 1:
+        hint = "; if they are one-hot, give y.argmax(dim=1)" if y.ndim == 2 else ""
+        raise ConfigurationError(f"labels must have the shape (N,), got {tuple(y.shape)}{hint}")
+    labels = torch.zeros_like(y, dtype=torch.int64) if y.is_complex() else y.long()
+    if not torch.equal(labels.to(y.dtype), y):
+        raise ConfigurationError(f"labels must be whole numbers, got {y[:5].tolist()} ({y.dtype})")
+    if len(y) and labels.min() < 0:
+        raise ConfigurationError(f"labels must count from 0, found {int(labels.min())}")
+    return labels
+
+
+def _remedy(x: Tensor, low: float, high: float) -> str:
+    """What the range of the pixels suggests, and what to do about it."""
+    resampled = (
+        "resampling (bicubic, Lanczos) overshoots by as much: clamp images to [0, 1] after resizing"
+    )
+    if low < -OVERSHOOT or (low < 0.0 and high > 1.0 + OVERSHOOT):
+        return (
+            "they look normalised: take the normalisation out of the loader and put it in "
+            "front of the network, nn.Sequential(Normalize(mean=..., std=...), net) with "
+            "common.networks.normalize.Normalize; radii are in pixels"
+        )
+    if low < 0.0:
+        shifted = "" if high > 1.0 else ", or a mean was subtracted, which belongs into the network"
+        return resampled + shifted
+    if high > 256.0:
+        return "they look like integers of 16 bits: divide them by 65535"
+    if high > 2.0:
+        return "they look like bytes: divide them by 255"
+    some = x.flatten()[:: max(x.numel() // 100_000, 1)]
+    for divisor in range(254, 127, -1):
+        if high * divisor < 255.5 and bool(((some * divisor).frac() - 0.5).abs().gt(0.499).all()):
+            return f"they look like bytes divided by {divisor}: divide them by 255"
+    if high > 1.0 + OVERSHOOT:
+        return "scale them by their largest possible value"
+    return f"{resampled}; if bytes were divided by less than 255, divide them by 255"

@@ -1,0 +1,137 @@
+"""What tells one function from another: scores on the examples, and gradients at some of them.
+
+Weights do not determine what a model computes: a normalisation may sit in a list, a closure or
+another file. Its scores do. They are kept as a few random projections for each example, and are
+compared with a tolerance, since rounding differs between numbers of threads.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.attacks.losses import cross_entropy
+from common.attacks.pgd import input_gradient
+from common.attacks.randomness import ExampleRandom
+from common.errors import ConfigurationError
+from common.evaluation.gradients import anchored
+from common.evaluation.steps import Columns, Step, Threat, judged
+from common.objectives import Batch
+
+PROBED = 32
+"""So many examples, spread over all, are also perturbed."""
+CHUNK = 250
+"""Examples in a forward pass: always the same, so that the arithmetic is."""
+DIRECTIONS = 4
+TOLERANCES = {"gradient": 1e-3}
+"""Largest difference in relation to the largest value; a gradient jumps where a ReLU turns."""
+TOLERANCE = 2e-5
+
+
+def projected(values: Tensor) -> Tensor:
+    """Each example's values in a few fixed random directions, ``(N, 4)`` float64."""
+    flat = values.detach().flatten(1).double().cpu()
+    generator = torch.Generator().manual_seed(flat.shape[1])
+    directions = torch.randn(flat.shape[1], DIRECTIONS, generator=generator, dtype=torch.float64)
+    return flat @ directions
+
+
+def clean_step() -> Step:
+    """Outcomes without an attack, and the scores behind them.
+
+    Raises:
+        ConfigurationError: When it runs, if the model writes into its images.
+    """
+
+    def run(model: Any, batch: Batch, _: ExampleRandom) -> Columns:
+        given = batch["x"].clone()
+        with torch.no_grad():
+            logits = model(given)
+        if not torch.equal(given, batch["x"]):
+            raise ConfigurationError(
+                "the model writes into the images it is given, so attacks would be judged on "
+                "others; begin its forward pass with x = x.clone()"
+            )
+        columns = judged(lambda _: logits, batch, batch["x"])
+        return columns | {"scores": projected(logits)}
+
+    return Step("clean", "clean", run, {}, scope="all", batch_size=CHUNK, kind="probe")
+
+
+def probe_step(threat: Threat | None, networks: Mapping[str, nn.Module]) -> Step:
+    """Scores of some perturbed examples, gradients there, and every loss that is declared.
+
+    Args:
+        threat: Sets the size of the perturbations: its radius, and four times that.
+        networks: Others whose scores count, by name.
+    """
+    run = partial(_probe, threat, networks)
+    return Step("probe", "probe", run, {}, scope="all", batch_size=PROBED, kind="probe")
+
+
+def _probe(
+    threat: Threat | None,
+    networks: Mapping[str, nn.Module],
+    model: Any,
+    batch: Batch,
+    _: ExampleRandom,
+) -> Columns:
+    x, y = batch["x"], batch["y"]
+    points = _perturbed(x, threat)
+    columns = {}
+    with torch.no_grad():
+        for name, network in {"scores": model, **networks}.items():
+            scores = [projected(network(point)) for point in points]
+            columns[name] = torch.cat(scores, dim=1)
+    loss = anchored(lambda point: cross_entropy(model(point), y))
+    columns["gradient"] = projected(input_gradient(loss, points[0]))
+    losses = dict(getattr(model, "adaptive_losses", dict)())
+    if hasattr(model, "objective"):
+        losses["model"] = model.objective.inner
+    for name, inner in losses.items():
+        try:
+            with torch.no_grad():
+                value = inner(model, batch)(points[0]).detach().double().cpu()
+        except Exception:  # a loss that no suite may use must not stop the evaluation
+            value = torch.full((len(y),), torch.nan, dtype=torch.float64)
+        columns[f"loss/{name}"] = value
+    return columns
+
+
+def _perturbed(x: Tensor, threat: Threat | None) -> list[Tensor]:
+    """Images with fixed noise of several sizes and both signs."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(x.shape[1:], generator=generator).sign().to(x)
+    size = 0.03
+    if threat is not None:
+        order = {"linf": 0.0, "l2": 0.5, "l1": 1.0}[threat.norm]
+        size = threat.radius / float(x[0].numel()) ** order
+    factors = (size, -size, 4 * size, -4 * size, 0.3)
+    return [(x + factor * noise).clamp(0.0, 1.0) for factor in factors]
+
+
+def is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two signatures are of the same function, by all that both have."""
+    return all(
+        is_close(one[name], other[name], TOLERANCES.get(name.rpartition("/")[2], TOLERANCE))
+        for name in set(one) & set(other)
+    )
+
+
+def is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether tensors agree up to this share of the largest finite value; NaN equals NaN."""
+    if one.shape != other.shape:
+        return False
+    size = one.abs().nan_to_num(0.0, 0.0, 0.0).amax() if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=0.0, atol=float(size) * tolerance, equal_nan=True)
+
+
+def networks_of(steps: Sequence[Step]) -> dict[str, nn.Module]:
+    """The other networks that steps use, by the names of the steps."""
+    return {
+        f"{step.key}/{number}": network
+        for step in steps
+        for number, network in enumerate(step.networks)
+    }

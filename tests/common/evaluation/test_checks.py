@@ -1,0 +1,511 @@
+"""Models whose figures would be wrong: exact where they can be evaluated, refused where not."""
+
+import threading
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from common.attacks.autoattack import AutoAttack
+from common.attacks.gama import GAMAPGD
+from common.attacks.minimum_norm import CarliniWagner, DeepFool
+from common.attacks.pgd import FGSM, MIM, PGD
+from common.errors import ConfigurationError, RunDirectoryError
+from common.evaluation import Audit, Evaluation, SuiteEntry, evaluate
+from common.evaluation.checks import Checked, check_model
+from common.evaluation.inputs import collect
+from common.results import read_result
+
+EPS = 0.03
+
+
+class Linear(nn.Module):
+    """Four classes of 8x8 images, with the robust accuracy known in closed form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 64, generator=generator))
+        self.register_buffer("bias", -self.weight.detach().sum(1) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T + self.bias
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = 0.35 + 0.3 * torch.rand(40, 1, 8, 8, generator=generator)
+    return x, Linear()(x).argmax(1)
+
+
+def exact(data: tuple[Tensor, Tensor], eps: float = EPS) -> float:
+    """The share of examples that no perturbation of at most eps changes."""
+    x, y = data
+    net = Linear()
+    z, w = net(x).detach(), net.weight.detach()
+    gaps = z.gather(1, y[:, None]) - z
+    reach = eps * (w[y][:, None] - w[None]).abs().sum(2)
+    stands = (gaps > reach) | (torch.arange(4) == y[:, None])
+    return stands.all(1).float().mean().item()
+
+
+def robust(model: object, data: object, suite: object = "pgd", **settings: object) -> Evaluation:
+    entries = {"pgd": SuiteEntry(PGD(EPS, steps=10))} if suite == "pgd" else suite
+    return evaluate(model, data, entries, eps=EPS, progress=False, **settings)
+
+
+def check(model: nn.Module, data: tuple[Tensor, Tensor]) -> Checked:
+    return check_model(model, collect(data))
+
+
+# ---------------------------------------------------------------------------- scores that are none
+
+
+class Fragile(Linear):
+    """NaN, or infinite, wherever the image is darker than usual."""
+
+    value = torch.nan
+
+    def forward(self, x: Tensor) -> Tensor:
+        dark = x.flatten(1).mean(1, keepdim=True) < 0.47
+        return torch.where(dark, torch.full((), self.value), self.scores(x) + 0.0 * x.sum())
+
+
+class Dim(nn.Module):
+    """The quarter with the most light, by scores that are NaN for dark images.
+
+    No perturbation of 0.12 makes another quarter the brightest; darkening by 0.12 makes them NaN.
+    """
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = nn.functional.avg_pool2d(x, 4).flatten(1)
+        light = x.flatten(1).mean(1, keepdim=True) - 0.36
+        z = 40.0 * z * light.clamp_min(1e-4).sqrt()
+        return torch.where(light < 0, torch.full_like(z, self.value), z)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        AutoAttack(0.12, version="custom", attacks=["apgd-ce"], steps=10),
+        FGSM(0.12),
+        MIM(0.12),
+        PGD(0.12, steps=5, restarts=3),
+    ],
+    ids=lambda attack: type(attack).__name__,
+)
+def test_an_image_without_finite_scores_is_never_right(attack, value: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(24) % 4
+    quarters = nn.functional.one_hot(y, 4).view(-1, 1, 2, 2).repeat_interleave(4, 2)
+    x = 0.35 + 0.3 * quarters.repeat_interleave(4, 3)
+    x = x + 0.02 * torch.rand(x.shape, generator=generator)
+    suite = {"a": SuiteEntry(attack)}
+    found = evaluate(Dim(value).eval(), (x, y), suite, eps=0.12, progress=False)
+    assert found.clean_acc == 1.0
+    assert found.robust_acc == 0.0
+    assert sum(entry["nonfinite"] for entry in found.result["attacks"].values()) == 24
+    assert "NaN or infinite" in found.warnings[-1]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        AutoAttack(0.1, version="custom", attacks=["fab-t"], steps=10),
+        AutoAttack(0.1, version="custom", attacks=["square"], square_queries=50),
+        DeepFool(0.1),
+        GAMAPGD(0.1, steps=10),
+        CarliniWagner(2.0, steps=10),
+    ],
+    ids=repr,
+)
+def test_other_attacks_get_over_scores_that_are_not_finite(data, attack) -> None:
+    far_from = (data[0] - 0.5).flatten(1).abs().mean(1).max() + 1e-3
+
+    class Far(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.scores(x)
+            far = (x - 0.5).flatten(1).abs().mean(1, keepdim=True) > far_from
+            return torch.where(far, torch.full_like(z, torch.nan), z)
+
+    suite = {"a": SuiteEntry(attack)}
+    found = evaluate(Far().eval(), data, suite, eps=0.1, progress=False)
+    assert found.clean_acc == 1.0
+    (name,) = found.result["attacks"]
+    assert found.metrics[name] < 0.1
+    columns = found.outcomes.columns[name]
+    assert torch.isfinite(columns["x_adv"]).all()
+
+
+def test_clean_images_without_finite_scores_are_counted(data) -> None:
+    found = robust(Fragile().eval(), (data[0] - 0.03, data[1]))
+    dark = int(((data[0] - 0.03).mean((1, 2, 3)) < 0.47).sum())
+    assert 0 < dark < 40
+    assert found.result["clean"]["nonfinite"] == dark
+    assert found.clean_acc <= 1.0 - dark / 40
+    assert f"{dark} (clean)" in found.warnings[-1]
+
+
+def test_a_passing_image_without_finite_scores_is_kept(data) -> None:
+    """The ascent leaves the ring at once; an attack that looks only at its end never sees it."""
+
+    class Ring(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            away = (x - data[0][:1].mean()).flatten(1).mean(1, keepdim=True).abs()
+            moved = (x - 0.5).flatten(1).abs().amax(1, keepdim=True)
+            in_ring = (moved > 0.1501) & (moved < 0.17) & (away < 1)
+            z = self.scores(x)
+            return torch.where(in_ring, torch.full_like(z, torch.nan), z)
+
+    attack = {"p": SuiteEntry(PGD(0.05, step_size=0.01, steps=5, start="zero"))}
+    found = evaluate(Ring().eval(), data, attack, eps=0.05, progress=False)
+    on_the_way = (data[0] - 0.5).flatten(1).abs().amax(1) > 0.14
+    assert not found.robust[on_the_way].any()
+
+
+# --------------------------------------------------------------------------- another function
+
+
+@pytest.mark.parametrize(
+    "kind", ["tensor", "list", "dict", "closure", "global", "gradient", "loss"]
+)
+def test_outcomes_are_not_those_of_another_function(tmp_path, data, kind, monkeypatch) -> None:
+    class Shifted(Linear):
+        def __init__(self, shift: float) -> None:
+            super().__init__()
+            self.mine = {"tensor": torch.tensor(shift), "list": [shift], "dict": {"a": shift}}
+            self.closure = lambda x: x - shift
+            self.shift = shift
+
+        def forward(self, x: Tensor) -> Tensor:
+            if kind == "gradient":
+                signs = 1.0 if self.shift else torch.arange(64).cos().view(1, 8, 8).sign()
+                return self.scores(x.detach() + signs * (x - x.detach()))
+            if kind == "loss":
+                return self.scores(x)
+            if kind == "closure":
+                return self.scores(self.closure(x))
+            if kind == "global":
+                return self.scores(x - SHIFT[0])
+            value = self.mine[kind]
+            return self.scores(
+                x - (value[0] if kind == "list" else value["a"] if kind == "dict" else value)
+            )
+
+        def adaptive_losses(self) -> dict[str, Callable]:
+            sign = -1.0 if kind == "loss" and self.shift else 1.0
+            ce = nn.functional.cross_entropy
+            return {
+                "ce_f": lambda m, b: lambda x: sign * ce(m(x), b["y"], reduction="none"),
+            }
+
+    monkeypatch.setattr("common.evaluation.api.draw", lambda *_: {})
+    SHIFT = [0.02]
+    first = robust(Shifted(0.02).eval(), data, output=tmp_path)
+    SHIFT[0] = 0.0
+    second = robust(Shifted(0.0).eval(), data, output=tmp_path)
+    fresh = robust(Shifted(0.0).eval(), data)
+    assert first.metrics != fresh.metrics
+    assert second.metrics == fresh.metrics
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    SHIFT[0] = 0.02
+    assert robust(Shifted(0.02).eval(), data, output=tmp_path).metrics == first.metrics
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")} == kept
+
+
+# ------------------------------------------------------------------ models that write, or remember
+
+
+@pytest.mark.parametrize("when", ["always", "without gradient", "with gradient", "one image"])
+def test_a_model_that_writes_into_its_images_gets_copies(data, when: str) -> None:
+    class InPlace(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            writes = {
+                "always": True,
+                "without gradient": not x.requires_grad,
+                "with gradient": x.requires_grad,
+                "one image": len(x) == 1,
+            }[when]
+            x = x.sub_(0.1) if writes else x - 0.1
+            return self.scores(x + 0.1)
+
+    before = data[0].clone()
+    found = robust(InPlace().eval(), data)
+    assert torch.equal(data[0], before)
+    assert found.robust_acc == pytest.approx(exact(data), abs=0.02)
+    assert found.clean_acc == 1.0
+    assert "writes into the images" in found.warnings[0]
+
+
+class Counter(Linear):
+    """Gives away nothing but the class from the 30th call on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        z = self.scores(x)
+        return z if self.calls < 30 else nn.functional.one_hot(z.argmax(1), 4) + 0.0 * z
+
+
+class Cache(Linear):
+    """Answers with what it said about a similar image."""
+
+    seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seen is None:
+            self.seen = torch.cat([x.detach().flatten(1), self.scores(x).detach()], 1)
+        distance = torch.cdist(x.detach().flatten(1), self.seen[:, :-4], p=torch.inf)
+        near, at = distance.min(1)
+        return torch.where((near < 0.1)[:, None], self.seen[at, -4:], self.scores(x))
+
+
+CALLS = [0]
+
+
+class Hidden(Linear):
+    """Counts where a copy does not see it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS[0] += 1
+        z = self.scores(x)
+        return z if CALLS[0] < 25 else z.round()
+
+
+class Tuned(Linear):
+    """Moves a buffer in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bias -= 1e-3 * x.mean()
+        return self.scores(x)
+
+
+@pytest.mark.parametrize("kind", [Counter, Cache, Hidden, Tuned])
+def test_a_model_with_a_memory_fails(tmp_path, data, kind, monkeypatch) -> None:
+    monkeypatch.setattr("common.evaluation.api.draw", lambda *_: {})
+    CALLS[0] = 0
+    suite = {
+        "pgd": SuiteEntry(PGD(EPS, steps=10)),
+        "square": SuiteEntry(
+            AutoAttack(EPS, version="custom", attacks=["square"], square_queries=20)
+        ),
+    }
+    found = robust(kind().eval(), data, suite, output=tmp_path)
+    assert "should not depend on earlier calls" in found.failed_checks[0]
+    entry = read_result(tmp_path / "results.json")["checkpoints"]["model"]
+    assert entry["audit"]["checks"][0]["verdict"] == "fail"
+
+
+def test_what_only_looks_like_a_memory_passes(data) -> None:
+    class Keeps(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.features = x.detach().mean(1)
+            return self.scores(x)
+
+    class Unusual(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock, self.double = threading.Lock(), self.weight * 2.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            with self.lock:
+                return self.scores(x)
+
+    for kind in (Keeps, Unusual):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = robust(kind().eval(), data)
+        assert not found.failed_checks
+        assert found.robust_acc == pytest.approx(exact(data), abs=0.02)
+
+
+# ------------------------------------------------------------------------------------------- modes
+
+
+class Residual(Linear):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x) + self.layer(self.scores(x))
+
+
+class OwnNoise(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z + torch.from_numpy(np.random.rand(*z.shape)).float() if self.training else z  # noqa: NPY002
+
+
+class Functional(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.scores(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: Residual(torchvision.ops.StochasticDepth(0.5, "row")), "layer"),
+        (lambda: Residual(OwnNoise()), "layer"),
+        (Functional, "Functional"),
+        (lambda: nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True), Linear()), "0"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(1), Linear()), "0"),
+    ],
+)
+def test_whatever_acts_in_training_mode_is_refused(data, make, name: str) -> None:
+    model = make().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ConfigurationError, match=rf"training mode \({name}\).*model.eval\(\)"):
+        check(model, data)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert check(make().eval(), data) == Checked(4)
+
+
+def test_training_mode_that_changes_nothing_is_left(data) -> None:
+    model = Residual(nn.LayerNorm(4)).train()
+    assert check(model, data) == Checked(4)
+    assert model.training
+
+
+# --------------------------------------------------------------------------- gradients and types
+
+
+class NoGrad(Linear):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x)
+
+
+class Inference(Linear):
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x)
+
+
+class Numpy(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.numpy().reshape(len(x), -1) @ self.weight.detach().numpy().T.astype("f8")
+        return torch.from_numpy(z) + self.bias
+
+
+class Thermometer(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        levels = torch.arange(1, 20, device=x.device) / 20
+        return self.scores((x[..., None] > levels).float().mean(-1))
+
+
+class Lookup(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(torch.linspace(0, 1, 256)[(x * 255).long()])
+
+
+@pytest.mark.parametrize("kind", [NoGrad, Inference, Numpy, Thermometer, Lookup])
+def test_a_model_without_a_gradient_is_attacked_by_what_needs_none(data, kind) -> None:
+    data = data[0][:24], kind()(data[0][:24]).argmax(1)
+    suite = {
+        "fgsm": SuiteEntry(FGSM(EPS)),
+        "aa": SuiteEntry(
+            AutoAttack(
+                EPS, version="custom", attacks=["apgd-ce", "square"], steps=5, square_queries=300
+            )
+        ),
+    }
+    audit = Audit(steps=2, restarts=2, random_samples=5, square_queries=20)
+    found = robust(kind().eval(), data, suite, audit=audit)
+    assert found.result["not_run"] == ["fgsm/ce_f", "aa/apgd-ce"]
+    assert "fgsm/ce_f" not in found.metrics
+    assert "has no gradient" in found.warnings[0]
+    assert "needs none" in found.warnings[0] or "need none (aa/square)" in found.warnings[0]
+    assert any("should have a gradient" in text for text in found.failed_checks)
+    assert found.robust_acc < 1.0
+
+
+def test_square_is_added_where_every_attack_needs_a_gradient(data) -> None:
+    found = robust(NoGrad().eval(), (data[0][:10], data[1][:10]))
+    assert list(found.result["attacks"]) == ["black_box/square"]
+
+
+def test_half_precision_is_refused_at_the_start(data) -> None:
+    class Autocast(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return nn.functional.linear(x.flatten(1), self.weight)
+
+    for model in (Linear().half(), Linear().bfloat16(), Autocast()):
+        with pytest.raises(ConfigurationError, match="measured in float32"):
+            check(model, data)
+    found = robust(Linear().eval(), (data[0].half(), data[1]))
+    assert found.clean_acc > 0.9
+
+
+def test_a_plain_function_is_a_model(data) -> None:
+    net = Linear()
+    weight, bias = net.weight.detach(), net.bias
+    found = robust(lambda x: x.flatten(1) @ weight.T + bias, data)
+    assert found.robust_acc == pytest.approx(exact(data), abs=0.02)
+    assert robust(net.forward, data).metrics == found.metrics
+    for wrong in (Linear, "resnet", None):
+        with pytest.raises(ConfigurationError, match="make the network first"):
+            robust(wrong, data)
+
+
+# ------------------------------------------------------------------------------ images, place
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda x: x * 1.3 - 0.1, "resampling.*overshoots.*clamp"),
+        (lambda x: (x * 255).round().clamp(0, 255) / 254, "bytes divided by 254"),
+        (lambda x: (x * 65535).round(), "16 bits"),
+        (lambda x: x - 0.13, "resampling.*or a mean was subtracted"),
+        (lambda x: 2 * x - 1, "look normalised"),
+    ],
+)
+def test_the_range_of_pixels_is_explained(change, match: str) -> None:
+    x = torch.rand(4, 1, 8, 8)
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 0.0, 1.0
+    with pytest.raises(ConfigurationError, match=match):
+        collect((change(x), torch.arange(4)))
+
+
+def test_rounding_errors_are_taken_away() -> None:
+    x = torch.rand(4, 1, 8, 8)
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = -1e-8, 1.0000002
+    for y in (torch.arange(4), torch.arange(4.0), torch.arange(4)[:, None]):
+        found = collect((x, y))
+        assert 0.0 <= found["x"].min() <= found["x"].max() <= 1.0
+        assert found["y"].tolist() == [0, 1, 2, 3]
+    assert x.min() < 0.0
+
+
+def test_a_folder_of_other_results_is_refused_at_the_start(tmp_path, data, monkeypatch) -> None:
+    robust(Linear().eval(), data, output=tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    monkeypatch.setattr("common.evaluation.api.run_steps", lambda *_, **__: pytest.fail("it ran"))
+    for change, match in (({"seed": 1}, "with seed 1"), ({"name": "other"}, "any other with")):
+        with pytest.raises(ConfigurationError, match=f"{match}.*choose another output folder"):
+            robust(Linear().eval(), data, output=tmp_path, **change)
+    assert (tmp_path / "results.json").read_bytes() == before
+    for part in ("outcomes", "figures"):
+        other = tmp_path / part[0]
+        other.mkdir()
+        (other / part).write_text("a file where a folder belongs")
+        with pytest.raises(RunDirectoryError, match="cannot write"):
+            robust(Linear().eval(), data, output=other)
