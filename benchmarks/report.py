@@ -1,6 +1,5 @@
 """Results as JSON, and as the tables people read."""
 
-import json
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from benchmarks import goals
 from common.attacks.columns import has_matrix_units
 from common.costs import device_name
 from common.files import write_json_atomically, write_text_atomically
+from common.limits import read_json
 from common.readme import write_readme
 
 RESULTS = Path(__file__).parent / "results"

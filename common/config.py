@@ -2,11 +2,13 @@
 
 import difflib
 import hashlib
-import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -14,7 +16,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from common.errors import ConfigurationError
-from common.parsing import ArgumentParser, load_named
+from common.files import yaml_damage_of
+from common.limits import read_yaml
+from common.parsing import MUST_NOT, ArgumentParser, load_named
 
 # The sections and settings that decide which weights come out of a run.
 TRAINING_SECTIONS = (
@@ -170,6 +174,29 @@ def class_paths(value: Any) -> Iterator[str]:
             yield from class_paths(part)
 
 
+def check_config_files(arguments: Sequence[str]) -> None:
+    """Read the files that options ``--config`` name, to say what is wrong with which.
+
+    Raises:
+        ConfigurationError: If one is missing, damaged, too large, or holds no settings by name; and
+            for an integer among the arguments that needs more than 64 bits.
+    """
+    for option, following in pairwise([*arguments, ""]):
+        name, _, value = option.partition("=")
+        if re.fullmatch(r"[-+]?\d{19,}", value or option):
+            raise ConfigurationError(f"{(value or option)[:20]}... is too large a number")
+        if name not in ("--config", "-c"):
+            continue
+        path = Path(value or following)
+        settings = read_yaml(path)
+        if damage := yaml_damage_of(path):
+            raise ConfigurationError(f"{path} is damaged: {damage}")
+        if not isinstance(settings, dict):
+            raise ConfigurationError(
+                f"{path} holds no settings (sections such as model, data, trainer)"
+            )
+
+
 class UserFriendlyParser(LightningArgumentParser):
     """Says in one line which setting is wrong, and which valid one is nearest."""
 
@@ -183,7 +210,7 @@ class UserFriendlyParser(LightningArgumentParser):
         options = {
             name.lstrip("-") for p in parsers for a in p._actions for name in a.option_strings
         }
-        self.exit(2, f"error: {explain(message, options)}\n")
+        self.exit(2, f"error: {explain(message, options)[:2000]}\n")
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
@@ -205,6 +232,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
             indent = len(line) - len(line.lstrip())
             if indent > depth:
                 reason, depth = text, indent
+    if found := re.search(r"Importing '([^']*)' is not allowed", reason):
+        reason = f"{found[1]} {MUST_NOT}"
     where = key or "the configuration"
     if found := re.match(
         r"(?:Option|Key|Group key) '([^']*)' is not (?:accepted|expected)", reason
@@ -217,7 +246,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     if found := re.match(r"unrecognized arguments?: --([^ =]+)", reason):
         return f"unknown option --{found[1]}{_nearest(found[1], options)}"
     if found := re.match(r"module '([^']*)' has no attribute '([^']*)'", reason):
-        names = [name for name in dir(importlib.import_module(found[1])) if name[0] != "_"]
+        names = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
         return f"{where}: there is no {found[1]}.{found[2]}{_nearest(found[2], names)}"
     reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.Literal", "one of ")
     reason = re.sub(r"^Expected an? (.*)\. Got value: (.*)$", r"expected \1, got \2", reason)

@@ -294,8 +294,9 @@ def yaml_damage_of(path: str | Path) -> str:
 # -------------------------------------------------------------------- what is ours, and removed
 
 _OF_RUNS = (
-    *(r"\.(?:config\.yaml|results\.json|finished|predictions.*\.csv)", r"checkpoints/\.[^/]+\.ckpt"),
-    *(r"figures/\.[^/]+\.png", r"outcomes/[0-9a-f]{16}/\.(?:identity\.json|[^/]+\.npz)"),
+    r"\.(?:config\.yaml|results\.json|finished|predictions.*\.csv)",
+    *(r"checkpoints/\.[^/]+\.ckpt", r"figures/\.[^/]+\.png"),
+    r"outcomes/[0-9a-f]{16}/\.(?:identity\.json|[^/]+\.npz)",
 )
 _LEFTOVER = re.compile(rf"(?:{'|'.join(_OF_RUNS)})-[a-z0-9_]{{8}}\.tmp")
 

@@ -82,7 +82,7 @@ def check_yaml(text: str) -> None:
             outer, size, depth = open_[-1]
             open_[-1] = outer, size + values, max(depth, levels + 1)
         if open_[-1][1] > MOST_YAML_VALUES:
-            raise yaml.YAMLError(f"it has more than {MOST_YAML_VALUES:,} values, aliases written out")
+            raise yaml.YAMLError(f"it has more than {MOST_YAML_VALUES:,} values with its aliases")
         if max(len(open_), open_[-1][2]) > MOST_YAML_LEVELS:
             raise yaml.YAMLError("it is nested too deeply")
 

@@ -23,7 +23,7 @@ from common.limits import LARGEST_INTEGER, check_yaml
 __all__ = ["ArgumentParser", "build", "check_named", "load_named"]
 
 ALLOWED = (
-    *("math", "torch.nn", "torch.optim", "lightning.pytorch.cli.ReduceLROnPlateau"),
+    *("torch.nn", "torch.optim", "lightning.pytorch.cli.ReduceLROnPlateau"),
     *(
         f"lightning.{part}"
         for part in (
@@ -39,6 +39,11 @@ DENIED = (
     *("common.cli", "common.files", "common.rows", "common.submit"),
 )
 """Modules that a configuration names nothing of, unless under one of the above."""
+
+MUST_NOT = (
+    "must not be named in a configuration, since it may run commands or reach files; name a class "
+    "or function of torch.nn, torch.optim, Lightning, this project or a module of your own"
+)
 
 _PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
 _OURS = re.compile(r"(?:common|paper_\w+)(?:\.|$)")
@@ -159,10 +164,7 @@ def _denial(path: str) -> str:
 
     if is_under(ALLOWED) or not is_under(DENIED):
         return ""
-    return (
-        "must not be named in a configuration, since it can run commands or reach files; name a "
-        "class or function of torch.nn, torch.optim, Lightning, this project or your own module"
-    )
+    return MUST_NOT
 
 
 def _is_installed(home: str) -> bool:

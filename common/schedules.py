@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from common.errors import ConfigurationError
 from common.identity import Settings, scheduler_of
 from common.parameter_groups import grouped_optimizer
+from common.parsing import build
 
 Rates = list[list[float]]
 """Learning rate of every parameter group, by step of the schedule."""

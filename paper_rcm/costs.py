@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -31,6 +30,8 @@ from common.costs import (
 from common.errors import ConfigurationError, UserError
 from common.figures import save_figure
 from common.files import read_sealed_json, write_sealed_json
+from common.limits import read_yaml
+from common.parsing import build
 from common.results import COSTS, read_costs
 from paper_rcm.figures import cost_figure
 from paper_rcm.method import BASE_STRIDES, DigitsNet, cost, parse_strides

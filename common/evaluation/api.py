@@ -31,6 +31,7 @@ from common.evaluation.suite import SuiteEntry, check_suite, steps_of
 from common.evaluation.victim import adapted, as_module, as_victim
 from common.figures import save_figure
 from common.files import check_writable
+from common.limits import check_name
 from common.outcomes import checkpoint_entry, missing_worst, outcome_bits, positions
 from common.results import check_mergeable, merge_result
 from common.schema import CheckpointResult
@@ -193,6 +194,7 @@ def evaluate(
     """
     model = as_module(model)
     begun = time.perf_counter()
+    check_name(name, "the name of the results")
     threat = Threat(norm, eps)
     checks = audit if isinstance(audit, Audit) else Audit() if audit else None
     entries: Mapping[str, SuiteEntry] = {}

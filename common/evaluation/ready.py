@@ -54,7 +54,7 @@ def load_suite(name: str | Path, threat: Threat) -> Suite:
         ConfigurationError: If there is no such suite, or a setting in it is wrong.
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise ConfigurationError(
             f"there is no suite {str(name)!r}; there are {', '.join(ready_suites())}, and any YAML "
             "file with a section evaluation: {suite: ...}"
@@ -116,8 +116,8 @@ def _take_norm(class_path: str, arguments: Any, threat: Threat) -> None:
         arguments["norm"] = threat.norm
     elif threat.norm != "linf":
         raise ConfigurationError(
-            f"{class_path.rpartition('.')[2]} attacks in linf alone and the threat model is {threat.norm}; take it out of "
-            "the suite"
+            f"{class_path.rpartition('.')[2]} attacks in linf alone and the threat model is "
+            f"{threat.norm}; take it out of the suite"
         )
 
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from common.cli import RobustCLI
-from common.parsing import load_named
 from common.evaluation.suite import check_suite, steps_of
+from common.parsing import load_named
 from common.tables import Reference, read_reference, render_table
 from paper_rcm.method import EnlargedNetwork, cost, parse_strides
 

@@ -12,9 +12,9 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from common.cli import RobustCLI
-from common.parsing import load_named
 from common.evaluation.suite import SuiteEntry, check_suite, steps_of
 from common.objectives import Natural
+from common.parsing import load_named
 from common.tables import Reference, read_reference, render_table
 from paper_wm.method import weight_maps
 from paper_wm.module import WeightMapClassifier

@@ -15,13 +15,13 @@ from common.callbacks.averaging import LateAveraging, WarmUpAveraging
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.callbacks.warm_start import WarmStart
 from common.classifier import RobustClassifier
-from common.parsing import load_named
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
 from common.evaluation.suite import SuiteEntry
 from common.networks.resnet import DigitsResNet
 from common.objectives import Natural
+from common.parsing import load_named
 from common.trainer import Trainer
 
 
