@@ -79,8 +79,9 @@ class AutoAttack(Settings):
             untargeted ones and restarts; ``rand`` averages gradients of randomised networks;
             ``custom`` runs ``attacks`` with the settings they have in ``standard``.
         attacks: For ``custom`` alone: which, in this order.
-        batch_size: How many examples are attacked together. The package reseeds for every batch,
-            so this changes random starts.
+        batch_size: How many examples are attacked together; ``None`` takes that of the evaluation,
+            or 250 in :meth:`run`. The package reseeds for every batch, so this changes random
+            starts.
         square_queries: Square's queries per example; ``None`` keeps the version's 5,000.
         apgd_restarts: Of untargeted APGD; ``None`` keeps the version's.
         steps: Iterations of APGD and FAB, to try things out; ``None`` keeps the official 100.
@@ -95,7 +96,7 @@ class AutoAttack(Settings):
         norm: Norm = "linf",
         version: Version = "standard",
         attacks: list[AttackName] | None = None,
-        batch_size: int = 250,
+        batch_size: int | None = None,
         square_queries: int | None = None,
         apgd_restarts: int | None = None,
         steps: int | None = None,
@@ -178,7 +179,8 @@ class AutoAttack(Settings):
         with _isolated(x.device), _listening(messages, progress):
             x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             y = y.detach().clone()
-            correct = self._is_correct(predict, x, y)
+            size = self.batch_size or 250
+            correct = _is_correct(predict, x, y, size)
             clean, x_adv = correct, x.clone()
             verdicts: dict[str, Tensor] = {}
             seconds: dict[str, float] = {}
@@ -196,7 +198,7 @@ class AutoAttack(Settings):
                 start = time.perf_counter()
                 standing = correct.nonzero().squeeze(1)
                 if len(standing) > 0:
-                    x_new, holds = self._attacked(official, name, x[standing], y[standing])
+                    x_new, holds = self._attacked(official, name, x[standing], y[standing], size)
                     correct = correct.index_fill(0, standing[~holds], False)
                     x_adv[standing[~holds]] = x_new[~holds]
                 verdicts[name] = correct
@@ -233,7 +235,7 @@ class AutoAttack(Settings):
         Args:
             name: One of :meth:`planned`.
             predict: As in :meth:`run`, and so are the others.
-            x: Images, at most ``batch_size`` of them.
+            x: Images of one batch.
             y: Labels.
             seed: Of the random starts.
             steered: A loss of the defence's own.
@@ -248,17 +250,20 @@ class AutoAttack(Settings):
             x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             y = y.detach().clone()
             official, _, _ = self._prepared(predict, x, seed, steered, skips_repeats)
-            x_adv, correct = self._attacked(official, name, x, y)
+            x_adv, correct = self._attacked(official, name, x, y, max(len(x), 1))
         for message in dict.fromkeys(messages):
             warnings.warn(f"AutoAttack: {message}", stacklevel=2)
         return x_adv, correct
 
-    def _attacked(self, official: Any, name: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _attacked(
+        official: Any, name: str, x: Tensor, y: Tensor, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
         official.attacks_to_run = [name]
         # Counters of the package that would carry one model's findings to the next.
         checks.funcs.update(dict.fromkeys(checks.funcs, 0))
         with _trace_kept():
-            x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=self.batch_size)
+            x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=batch_size)
         return x_adv, y_adv == y
 
     @property
@@ -272,14 +277,6 @@ class AutoAttack(Settings):
         """Radius, norm and version or attacks."""
         what = self.version if self.attacks is None else self.attacks
         return f"AutoAttack(eps={self.eps * 255.0:.6g}/255, norm={self.norm!r}, {what!r})"
-
-    def _is_correct(self, predict: Predict, x: Tensor, y: Tensor) -> Tensor:
-        correct = torch.zeros_like(y, dtype=torch.bool)
-        with torch.no_grad():
-            for first in range(0, len(x), self.batch_size):
-                part = slice(first, first + self.batch_size)
-                correct[part] = predict(x[part]).argmax(dim=1) == y[part]
-        return correct
 
     def _prepared(
         self,
@@ -327,6 +324,15 @@ class AutoAttack(Settings):
             official.apgd = _SteeredAPGD(official.apgd, steered)
         official.square = _Square(official.square, steered, skips_repeats)
         return official, names, left_out
+
+
+def _is_correct(predict: Predict, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    correct = torch.zeros_like(y, dtype=torch.bool)
+    with torch.no_grad():
+        for first in range(0, len(x), batch_size):
+            part = slice(first, first + batch_size)
+            correct[part] = predict(x[part]).argmax(dim=1) == y[part]
+    return correct
 
 
 class _SteeredAPGD(APGDAttack):  # type: ignore[misc]

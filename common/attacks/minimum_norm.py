@@ -220,6 +220,8 @@ class CarliniWagner(MinimumNorm):
         ConfigurationError: If a setting is out of range.
     """
 
+    norm: Norm = "l2"
+
     def __init__(
         self,
         eps: float | str | None = None,

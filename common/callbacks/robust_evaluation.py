@@ -28,7 +28,7 @@ from common.evaluation.measures import Measure, cost, means, measure_steps
 from common.evaluation.pictures import draw
 from common.evaluation.progress import ConsoleProgress
 from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
-from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses, steps_of
+from common.evaluation.suite import SuiteEntry, ball_of, check_suite, resolve_losses, steps_of
 from common.evaluation.transfer import Transfer
 from common.figures import save_figure
 from common.identity import SETTINGS, evaluated_digest
@@ -38,7 +38,7 @@ from common.results import CheckpointResult, check_writable, checkpoint_entry, m
 
 OF_SUITES: dict[str, Any] = {
     **{"survivors_only": False, "examples": None, "checkpoints": None, "sweep": None},
-    **{"eot": 1, "until_broken": False},
+    **{"eot": 1, "until_broken": False, "all_images": False},
 }
 """Settings of an entry that validation does not know, and their defaults."""
 
@@ -253,7 +253,7 @@ class RobustEvaluation(Callback):
         with torch.no_grad():
             classes = pl_module(examples["x"][:1].to(pl_module.device)).shape[1]
         steps = steps_of(suite, pl_module, classes, run_seed(), self.engine)
-        threat = self.threat or next((step.threat for step in steps if step.threat), None)
+        threat = self.threat or ball_of(suite)
         if self.audit is not None and threat is not None:
             steps += self.audit.steps(pl_module, threat, classes)
         steps += measure_steps(self.measures)
