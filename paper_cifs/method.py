@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, hinge_margin, kl_divergence
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.resnet import ResNet, check_positive
 from common.networks.wide_resnet import WideBlock, WideResNet, initialize
 from common.objectives import Batch, InnerLoss, adversarial_images, check_weight, differentiable
 
+ProbeKind = Literal["nonlinear", "linear"]
 SOFTPLUS_BETA = 5.0  # sharpness of the probe's softplus [R]
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -392,7 +393,7 @@ class CIFS(ChannelSelection):
         self,
         channels: int,
         num_classes: int,
-        probe: Literal["nonlinear", "linear"] = "nonlinear",
+        probe: ProbeKind = "nonlinear",
         hidden: int = 128,
         mask: ImportanceMask | None = None,
         top_k: int = 2,
@@ -406,10 +407,10 @@ class CIFS(ChannelSelection):
                 f"[1, {num_classes}], got {top_k}"
             )
         check_positive(hidden=hidden)
-        linear = probe == "linear"
+        check_choice("probe", probe, ProbeKind)
         super().__init__(
             LinearProbe(channels, num_classes)
-            if linear
+            if probe == "linear"
             else NonlinearProbe(channels, num_classes, hidden),
             label_free,
         )

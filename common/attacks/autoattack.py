@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from common.attacks.losses import margin
 from common.attacks.pgd import Norm, parse_radius
 from common.attacks.settings import Settings
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 Version = Literal["standard", "plus", "rand", "custom"]
@@ -102,23 +102,16 @@ class AutoAttack(Settings):
         steps: int | None = None,
     ) -> None:
         self.eps = parse_radius(eps, norm)
-        if norm not in _OFFICIAL_NORM:
-            raise ConfigurationError(f"norm must be linf, l2 or l1, got {norm!r}")
-        if version not in ("standard", "plus", "rand", "custom"):
-            raise ConfigurationError(
-                f"version must be standard, plus, rand or custom, got {version!r}"
-            )
+        check_choice("version", version, Version)
+        for name in attacks or []:
+            check_choice("each of attacks", name, AttackName)
         if (version == "custom") != bool(attacks):
             raise ConfigurationError(
                 f"attacks are listed with version custom and only then, got version {version!r} "
                 f"and attacks {attacks}"
             )
-        known = AttackName.__args__  # type: ignore[attr-defined]
-        unknown = [name for name in attacks or [] if name not in known]
-        if unknown or len(set(attacks or [])) < len(attacks or []):
-            raise ConfigurationError(
-                f"attacks must be different ones of {', '.join(known)}, got {attacks}"
-            )
+        if len(set(attacks or [])) < len(attacks or []):
+            raise ConfigurationError(f"attacks must be different ones, got {attacks}")
         for name, value in (
             ("batch_size", batch_size),
             ("square_queries", square_queries),

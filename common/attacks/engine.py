@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import NoneType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from common.attacks.folding import NORMS, Pair, foldable, folded_weights, has_ho
 from common.attacks.settings import Settings
 from common.attacks.trials import aside
 from common.attacks.winograd import WinogradConv2d, tiles_of, transformed
-from common.errors import ConfigurationError
+from common.errors import check_choice
 
 Precision = Literal["32", "bf16"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -65,16 +65,9 @@ class AttackEngine(Settings):
         compile: CompileMode | None = None,
         winograd: bool = True,
     ) -> None:
-        if precision not in get_args(Precision):
-            raise ConfigurationError(
-                f"precision of an attack engine is 32 or bf16, got {precision!r}; fp16 underflows "
-                "input gradients"
-            )
-        if compile is not None and compile not in get_args(CompileMode):
-            raise ConfigurationError(
-                f"compile must be null or one of {', '.join(get_args(CompileMode))}, got "
-                f"{compile!r}"
-            )
+        check_choice("precision of an attack engine", precision, Precision)
+        if compile is not None:
+            check_choice("compile", compile, CompileMode)
         self.fold = fold
         self.channels_last = channels_last
         self.precision: Precision = precision

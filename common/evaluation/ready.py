@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from common.attacks.pgd import Norm
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.evaluation.audit import Audit
 from common.evaluation.steps import Threat
 from common.evaluation.suite import SuiteEntry
@@ -57,6 +57,8 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
         ConfigurationError: If there is no such suite, a setting in it is wrong or has no use here,
             or it states another norm.
     """
+    if norm is not None:
+        check_choice("norm", norm, Norm)
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
     if not path.is_file():
         raise ConfigurationError(
@@ -98,6 +100,8 @@ def chosen_threat(own: Threat | None, eps: float | str | None, norm: Norm | None
     Raises:
         ConfigurationError: If a norm other than linf is given without a radius.
     """
+    if norm is not None:
+        check_choice("norm", norm, Norm)
     if eps is None and own is not None and norm in (None, own.norm):
         return own
     chosen: Norm = norm or (own.norm if own is not None else "linf")

@@ -11,12 +11,15 @@ from torch import Tensor
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import Norm, parse_radius
 from common.attacks.randomness import ExampleRandom
+from common.errors import check_choice
 from common.objectives import Batch
 
 Columns = dict[str, Tensor]
 """What a step found out, one entry per example along the first axis."""
 
 Scope = Literal["all", "clean", "standing"]
+Kind = Literal["attack", "noise", "probe"]
+Counted = Literal["attack", "noise"]
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,13 @@ class Step:
     examples: int | None = None
     batch_size: int | None = None
     threat: Threat | None = None
-    kind: Literal["attack", "noise", "probe"] = "attack"
+    kind: Kind = "attack"
     at: Mapping[str, float] = field(default_factory=dict)
     reach: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, Scope)
+        check_choice("kind", self.kind, Kind)
 
 
 @torch.no_grad()
@@ -169,13 +176,16 @@ class Line:
     """
 
     entry: str
-    kind: Literal["attack", "noise"] = "attack"
+    kind: Counted = "attack"
     norm: str | None = None
     eps: float | None = None
     survivors_only: bool = False
     counts: bool = True
     at: Mapping[str, float] = field(default_factory=dict)
     weakness: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, Counted)
 
 
 @dataclass
