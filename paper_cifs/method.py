@@ -830,12 +830,19 @@ class AdaptiveLoss:
         beta: Weight of the probes in the joint loss; 0 attacks f alone.
         probe: Attack this raw prediction alone, counted from 1 in forward order.
         through_mask: Differentiate through the masks too (:func:`undetached`).
+
+    Raises:
+        ConfigurationError: If ``probe`` is below 1, or, when it is called, the network has fewer.
     """
 
     base: PerExampleLoss = cross_entropy
     beta: float = 2.0
     probe: int | None = None
     through_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if self.probe is not None:
+            check_positive(probe=self.probe)
 
     def __call__(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """The function from x' ``(N, C, H, W)`` to the per-example loss ``(N,)``."""
@@ -844,6 +851,11 @@ class AdaptiveLoss:
         def loss(x: Tensor) -> Tensor:
             with undetached(model) if self.through_mask else nullcontext():
                 f, probes = joint_logits(model, x, y)
+            if self.probe is not None and self.probe > len(probes):
+                raise ConfigurationError(
+                    f"probe {self.probe} is to be attacked and the network has {len(probes)}; they "
+                    "are counted from 1"
+                )
             if self.probe is not None:
                 return self.base(probes[self.probe - 1], y)
             return joint_loss(f, probes, y, self.beta, self.base)
