@@ -103,8 +103,8 @@ class AutoAttack(Settings):
     ) -> None:
         self.eps = parse_radius(eps, norm)
         check_choice("version", version, Version)
-        for name in attacks or []:
-            check_choice("each of attacks", name, AttackName)
+        for attack in attacks or []:
+            check_choice("each of attacks", attack, AttackName)
         if (version == "custom") != bool(attacks):
             raise ConfigurationError(
                 f"attacks are listed with version custom and only then, got version {version!r} "

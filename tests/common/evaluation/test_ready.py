@@ -10,7 +10,7 @@ from common.attacks.engine import AttackEngine
 from common.attacks.noise import Noise, UniformNoise
 from common.attacks.pgd import FGSM, PGD
 from common.errors import ConfigurationError
-from common.evaluation import SuiteEntry, Threat, evaluate
+from common.evaluation import Audit, SuiteEntry, Threat, evaluate
 from common.evaluation.engine import run_steps
 from common.evaluation.ready import (
     CONFIGS,
@@ -247,19 +247,17 @@ def test_settings_without_a_use_are_refused(tmp_path, problem) -> None:
         load_suite(file)
 
 
-def test_the_batch_size_reaches_autoattack(problem) -> None:
+def test_the_batch_size_reaches_autoattack_and_the_audit(problem) -> None:
     model, x, y = problem
     sizes = set()
     model.register_forward_hook(lambda _, inputs, __: sizes.add(len(inputs[0])))
     suite = {"aa": SuiteEntry(AutoAttack(0.01, version="custom", attacks=["apgd-ce"], steps=2))}
+    victim = as_victim(model, 4)
+    square = Audit(square_queries=5).steps(victim, Threat("linf", 0.01), 4)
+    steps = steps_of(suite, victim, 4, 0) + [s for s in square if s.key == "audit_square"]
     for size in (5, 9):
         sizes.clear()
-        run_steps(
-            model,
-            {"x": x, "y": y, "index": torch.arange(len(y))},
-            steps_of(suite, as_victim(model, 4), 4, seed=0),
-            seed=0,
-            batch_size=size,
-        )
+        examples = {"x": x, "y": y, "index": torch.arange(len(y))}
+        run_steps(model, examples, steps, seed=0, batch_size=size)
         assert max(sizes) == size
     model._forward_hooks.clear()
