@@ -133,6 +133,11 @@ class RobustEvaluation(Callback):
             for entry in self.suite.values():
                 if isinstance(entry.attack, Transfer):
                     _ = entry.attack.network  # a surrogate that is not there, or another
+            if self.audit is not None and self.threat is None and ball_of(self.suite) is None:
+                raise ConfigurationError(
+                    "evaluation.audit needs a threat model, and no attack of the suite has a ball; "
+                    "add --evaluation.threat.norm linf --evaluation.threat.eps 8/255"
+                )
             check_writable(self.results_path(trainer))
         if stage in ("fit", "validate") and self.validation is not None:
             resolve_losses(self.validation.losses, pl_module)
@@ -253,7 +258,7 @@ class RobustEvaluation(Callback):
         with torch.no_grad():
             classes = pl_module(examples["x"][:1].to(pl_module.device)).shape[1]
         steps = steps_of(suite, pl_module, classes, run_seed(), self.engine)
-        threat = self.threat or ball_of(suite)
+        threat = self.threat or ball_of(self.suite)
         if self.audit is not None and threat is not None:
             steps += self.audit.steps(pl_module, threat, classes)
         steps += measure_steps(self.measures)

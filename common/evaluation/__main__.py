@@ -173,6 +173,10 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
         )
     config: Any = parser.parse_object({"data": str(path)})
     if root is not None:
+        if "root" not in config.data.source.init_args:
+            raise ConfigurationError(
+                f"--data_root is {root}, and the data {name!r} have no files; drop --data_root"
+            )
         config.data.source.init_args.root = root
     data: ImageDataModule = parser.instantiate(config).data
     data.prepare_data()

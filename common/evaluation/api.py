@@ -202,6 +202,8 @@ def evaluate(
             would use. Found before the first attack.
     """
     begun = time.perf_counter()
+    if batch_size < 1:
+        raise ConfigurationError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(suite, Mapping):
         ready = Suite(suite, chosen_threat(ball_of(suite), eps, norm))
     else:

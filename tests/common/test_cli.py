@@ -309,6 +309,17 @@ def test_a_suite_of_a_paper_follows_the_threat_of_the_command_line(config, capsy
         assert entry["attacks"][name]["counts"]
 
 
+def test_an_audit_without_a_threat_model_is_refused(config, capsys, tmp_path) -> None:
+    noise = tmp_path / "noise.yaml"
+    noise.write_text(
+        CONFIG.partition("evaluation:")[0]
+        + "evaluation:\n  audit: {}\n  suite: {noise: {attack: {class_path: "
+        "common.attacks.noise.UniformNoise, init_args: {levels: [0.1]}}}}\n"
+        + CONFIG[CONFIG.index("trainer:") :]
+    )
+    assert "evaluation.audit needs a threat model" in refused(capsys, "test", "--config", noise)
+
+
 def test_an_empty_suite_is_refused(config, capsys) -> None:
     line = refused(capsys, "test", "--config", config, "--evaluation.suite", "{}")
     assert "evaluation.suite is empty" in line
