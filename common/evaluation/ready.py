@@ -49,8 +49,8 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
 
     Args:
         name: One of :func:`ready_suites`, or the path of a YAML file.
-        eps: Radius that ``threat`` means in it; by default that of its own threat model, which is
-            its ``threat`` or the ball of its first attack with a radius in numbers, else 8/255.
+        eps: Radius that ``threat`` means in it; by default that of its own threat model: its
+            ``threat``, or the ball of its first attack where all radii are numbers, else 8/255.
         norm: Of that ball; by default the suite's own, else ``linf``.
 
     Raises:
@@ -74,7 +74,8 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
             f"{path} sets evaluation.{min(unused)}, which has no use for a model that is passed in "
             "(suite, audit and threat have); remove it or pass it as an argument"
         )
-    own = threat_of(section)
+    is_own = section.get("threat") or not _has_word(section.get("suite"))
+    own = threat_of(section) if is_own else None
     if own is not None and norm is not None and norm != own.norm:
         raise ConfigurationError(
             f"the suite {str(name)!r} attacks in {own.norm}, got norm {norm!r}; choose another "
@@ -160,6 +161,12 @@ def fill_threat(node: Any, threat: Threat | None, has_defaults: bool = False) ->
             if threat is not None and key == "init_args" and _follows(value):
                 _take_norm(node["class_path"], value, threat, has_defaults)
             fill_threat(value, threat, has_defaults)
+
+
+def _has_word(node: Any) -> bool:
+    if isinstance(node, Mapping | list):
+        return any(map(_has_word, node.values() if isinstance(node, Mapping) else node))
+    return isinstance(node, str) and _WORD.fullmatch(node.strip()) is not None
 
 
 def _follows(arguments: Any) -> bool:

@@ -217,6 +217,23 @@ def test_a_suite_of_one_norm_refuses_another(tmp_path, problem) -> None:
     assert load_suite(file, 0.1, "l2").entries["a"].attack.norm == "l2"
 
 
+@pytest.mark.parametrize(
+    ("radii", "expected"),
+    [
+        (["threat", "0.5, norm: l2"], Threat("linf", "8/255")),
+        (["0.5, norm: l2", "threat"], Threat("linf", "8/255")),
+        (["0.5, norm: l2", "0.1"], Threat("l2", 0.5)),
+        (["2/255", "4/255"], Threat("linf", "2/255")),
+    ],
+)
+def test_numbers_say_what_a_file_is_about_where_nothing_follows(tmp_path, radii, expected) -> None:
+    file = tmp_path / "mine.yaml"
+    attack = "{{attack: {{class_path: common.attacks.pgd.FGSM, init_args: {{eps: {}}}}}}}"
+    entries = [f"a{i}: {attack.format(radius)}" for i, radius in enumerate(radii)]
+    file.write_text(f"evaluation: {{suite: {{{', '.join(entries)}}}}}")
+    assert load_suite(file).threat == expected
+
+
 def test_the_ball_of_an_attack_in_one_norm_alone() -> None:
     def entry(name: str, **arguments):
         path = f"common.attacks.{name}"
