@@ -42,7 +42,7 @@ from common.config import (
 )
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError, UserError
-from common.evaluation.ready import fill_threat, threat_of
+from common.evaluation.ready import check_overlays, fill_threat, threat_of
 from common.files import is_full, remove_leftovers, write_sealed_yaml, yaml_damage_of
 from common.identity import (
     Settings,
@@ -146,9 +146,10 @@ class RobustCLI(LightningCLI):
         config.experiment = config.experiment or self._experiment_name(config)
         fill_from_data(config)
         self._go_on_if_requeued(config)
-        if config.evaluation.suite:
-            threat = threat_of(config.evaluation, config.adversary)
-            fill_threat(config.evaluation.suite, threat)
+        threat = threat_of(config.evaluation, config.adversary)
+        check_overlays(map(str, config.get("config") or []), threat)
+        for section in (config.evaluation.suite, config.evaluation.validation):
+            fill_threat(section, threat, has_defaults=True)
         plain = self._plain(config)
         check_package(
             self.package, set(class_paths(plain)), list(map(str, config.get("config") or []))

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jsonargparse import ArgumentParser
@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from common.attacks.engine import AttackEngine
+from common.attacks.pgd import Norm
 from common.checkpoints import load_weights
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
@@ -96,8 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         help="attack a network with batch-norm folded, in float32 or bfloat16; the plain float32 "
         "network judges",
     )
-    parser.add_argument("--eps", default="8/255", help="radius of the threat model (8/255)")
-    parser.add_argument("--norm", default="linf", choices=("linf", "l2", "l1"))
+    parser.add_argument(
+        "--eps", help="radius of the threat model; by default the suite's own, else 8/255"
+    )
+    parser.add_argument(
+        "--norm", choices=get_args(Norm), help="by default the suite's own, else linf"
+    )
     parser.add_argument(
         "--examples",
         type=int,
@@ -168,6 +173,10 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
         )
     config: Any = parser.parse_object({"data": str(path)})
     if root is not None:
+        if "root" not in config.data.source.init_args:
+            raise ConfigurationError(
+                f"--data_root is {root}, and the data {name!r} have no files; drop --data_root"
+            )
         config.data.source.init_args.root = root
     data: ImageDataModule = parser.instantiate(config).data
     data.prepare_data()
