@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common.bases import comparable
-from common.errors import UserError
+from common.errors import UserError, check_choice
 from common.results import CheckpointResult, read_result, result_path
 
 
@@ -153,6 +153,9 @@ class Judgement:
 
     verdict: Verdict
     evidence: str
+
+    def __post_init__(self) -> None:
+        check_choice("verdict", self.verdict, Verdict)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import as_class, classify, cross_entropy, hinge_margin
 from common.diagnosis import FiniteGuard
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.objectives import Batch, InnerLoss, Objective, differentiable, weighted
 from common.parameter_groups import ParameterGroup, grouped_optimizer
 from common.weights import check_weights_fit
+
+Interval = Literal["epoch", "step"]
 
 
 class RobustClassifier(LightningModule):
@@ -38,11 +40,12 @@ class RobustClassifier(LightningModule):
         objective: Objective,
         optimizer: OptimizerCallable = torch.optim.SGD,
         scheduler: LRSchedulerCallable | None = None,
-        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        scheduler_interval: Interval = "epoch",
         groups: list[ParameterGroup] | None = None,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        check_choice("scheduler_interval", scheduler_interval, Interval)
         self.net = net
         if channels_last:
             net.to(memory_format=torch.channels_last)

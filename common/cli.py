@@ -43,7 +43,7 @@ from common.config import (
 )
 from common.data.images import ImageDataModule
 from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
-from common.evaluation.ready import fill_threat, threat_of
+from common.evaluation.ready import check_overlays, fill_threat, threat_of
 from common.files import is_full, remove_leftovers, write_sealed_yaml
 from common.identity import (
     check_evaluated,
@@ -144,9 +144,10 @@ class RobustCLI(LightningCLI):
         check_name(config.experiment, "the experiment (--experiment, or the stem of its file)")
         fill_from_data(config)
         self._go_on_if_requeued(config)
-        if config.evaluation.suite:
-            threat = threat_of(config.evaluation, config.adversary)
-            fill_threat(config.evaluation.suite, threat)
+        threat = threat_of(config.evaluation, config.adversary)
+        check_overlays(map(str, config.get("config") or []), threat)
+        for section in (config.evaluation.suite, config.evaluation.validation):
+            fill_threat(section, threat, has_defaults=True)
         plain = self._plain(config)
         check_package(
             self.package, set(class_paths(plain)), list(map(str, config.get("config") or []))

@@ -4,6 +4,8 @@ The command line prints their text alone, without a traceback, and exits with st
 Each message names the value, the expectation and the remedy.
 """
 
+from typing import Any, get_args
+
 
 class UserError(Exception):
     """Something the user can mend: a setting, a file, a folder."""
@@ -11,6 +13,24 @@ class UserError(Exception):
 
 class ConfigurationError(UserError, ValueError):
     """A setting that cannot work, found before any compute is spent."""
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse a value that is none of a ``Literal``'s.
+
+    Args:
+        name: Of the setting.
+        value: What was given.
+        choices: The ``Literal``.
+
+    Raises:
+        ConfigurationError: If it is another.
+    """
+    known = get_args(choices)
+    if not any(type(value) is type(choice) and value == choice for choice in known):
+        raise ConfigurationError(
+            f"{name} must be one of {', '.join(map(str, known))}, got {value!r}"
+        )
 
 
 class DataUnavailableError(UserError, RuntimeError):

@@ -12,13 +12,13 @@ its own, so in train mode batch-norm sees the two kinds of images apart and upda
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from common.attacks.losses import cross_entropy, full_precision, kl_divergence
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 
 Batch = dict[str, Tensor]
 Model = Callable[[Tensor], Tensor]
@@ -140,10 +140,7 @@ class MART:
 
     def __init__(self, beta: float = 5.0, variant: MARTVariant = "authors") -> None:
         self.beta = check_weight("beta", beta)
-        if variant not in get_args(MARTVariant):
-            raise ConfigurationError(
-                f"variant must be one of {', '.join(get_args(MARTVariant))}, got {variant!r}"
-            )
+        check_choice("variant", variant, MARTVariant)
         self.variant: MARTVariant = variant
 
     def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:

@@ -6,10 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.limits import read_yaml
 
-UNITS = {"percent": 100.0, "plain": 1.0, "thousands": 1e-3, "millions": 1e-6, "giga": 1e-9}
+Unit = Literal["percent", "plain", "thousands", "millions", "giga"]
+Layout = Literal["wide", "stacked"]
+UNITS: dict[Unit, float] = {
+    "percent": 100.0,
+    "plain": 1.0,
+    "thousands": 1e-3,
+    "millions": 1e-6,
+    "giga": 1e-9,
+}
 """What a measured figure is multiplied by in a table."""
 
 Number = float | list[float] | None
@@ -30,12 +38,11 @@ class Metric:
 
     key: str
     title: str
-    unit: Literal["percent", "plain", "thousands", "millions", "giga"] = "percent"
+    unit: Unit = "percent"
     mean_of: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.unit not in UNITS:
-            raise TypeError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        check_choice("unit", self.unit, Unit)
         if self.mean_of is not None:
             weights = list(self.mean_of.values())
             if not weights or min(weights) < 0 or not math.isclose(sum(weights), 1.0):
@@ -78,13 +85,12 @@ class Group:
     title: str
     metrics: list[Metric]
     note: str = ""
-    layout: Literal["wide", "stacked"] = "wide"
+    layout: Layout = "wide"
     baseline: str | None = None
     compare: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.layout not in ("wide", "stacked"):
-            raise TypeError(f"layout must be wide or stacked, got {self.layout!r}")
+        check_choice("layout", self.layout, Layout)
         if isinstance(self.compare, str):
             raise TypeError(f"compare must be a list of metrics, got {self.compare!r}")
 
@@ -130,15 +136,15 @@ def read_reference(path: str | Path) -> Reference:
             number that none of its groups shows.
     """
     path = Path(path)
+    data = read_yaml(path)
     try:
-        data = read_yaml(path)
         groups = [
             Group(**{**group, "metrics": [Metric(**metric) for metric in group["metrics"]]})
             for group in data["groups"]
         ]
         rows = {stem: Row(stem=stem, **row) for stem, row in data["rows"].items()}
         checkpoints = tuple(data.get("checkpoints", Reference.checkpoints))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); it "
             "needs groups (a list of id, title, metrics, note, layout, baseline, compare) and rows "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from paper_awnet.method import DynamicConv2d, MixBatchNorm2d
 from paper_awnet.networks import AWNet
 
-BINS = 100
+BINS = 101
 
 
 class Filters(NamedTuple):
@@ -125,15 +125,27 @@ def histograms(first: Tensor, second: Tensor, bins: int = BINS) -> tuple[Tensor,
     """Relative frequencies of two sets of weights over common equal bins on [-b, b].
 
     b is the larger of the two 99.9 % quantiles of the absolute values; what is beyond counts in the
-    outermost bins.
+    outermost bins. Zero is the centre of the middle bin: at an edge, rounding would decide whether
+    pruned weights and tiny ones of either sign are together. Negated weights give the mirror image.
+
+    Args:
+        first: Weights of any shape.
+        second: Others.
+        bins: How many, an odd number.
 
     Returns:
         Both histograms, ``(bins,)``, each with sum 1, and b.
+
+    Raises:
+        ValueError: If ``bins`` is even.
     """
+    if bins % 2 == 0:
+        raise ValueError(f"bins must be odd, so that zero is the centre of one, got {bins}")
     values = [w.detach().flatten().double() for w in (first, second)]
     bound = max(float(quantile(w.abs(), 0.999)) for w in values) or 1.0
-    counts = [torch.histc(w.clamp(-bound, bound), bins=bins, min=-bound, max=bound) for w in values]
-    one, other = (count / count.sum() for count in counts)
+    half, width = bins // 2, 2 * bound / bins
+    at = [((w / width).round().clamp(-half, half) + half).long() for w in values]
+    one, other = (torch.bincount(i, minlength=bins).double() / len(i) for i in at)
     return one, other, bound
 
 

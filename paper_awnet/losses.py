@@ -1,13 +1,13 @@
 """The equations of the training loss, in their order; tags as in :mod:`paper_awnet.method`."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from common.attacks.losses import cross_entropy, full_precision
-from common.errors import ConfigurationError
+from common.errors import check_choice
 from paper_awnet.method import ADVERSARIAL, CLEAN
 
 Scale = Literal["classmean", "batchmean"]
@@ -28,6 +28,7 @@ def distillation(teacher_logits: Tensor, logits: Tensor, scale: Scale = "classme
     Returns:
         A scalar.
     """
+    check_choice("scale", scale, Scale)
     q = full_precision(teacher_logits).detach().softmax(dim=1)
     log_s = full_precision(logits).log_softmax(dim=1)
     terms = q * torch.log(q + 1e-5) - q * log_s
@@ -92,16 +93,3 @@ def mean_over_ranks(values: Tensor, count: int) -> Tensor:
         torch.distributed.all_reduce(total)
         return total[:-1] / total[-1]
     return values.detach()
-
-
-def check_scale(scale: Scale) -> Scale:
-    """The scale of a distillation loss.
-
-    Raises:
-        ConfigurationError: If there is no such one.
-    """
-    if scale not in get_args(Scale):
-        raise ConfigurationError(
-            f"scale must be one of {', '.join(get_args(Scale))}, got {scale!r}"
-        )
-    return scale

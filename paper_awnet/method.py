@@ -15,13 +15,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.resnet import check_positive, conv3x3, named_sequence
 
 CLEAN, ADVERSARIAL = 0, 1
@@ -52,6 +52,7 @@ def signal_head(features: int, size: int, init: SignalInit = "zero", std: float 
             [D]; or ``normal``, entries of A_j with standard deviation ``std`` and b_j = 0.
         std: Of ``normal``.
     """
+    check_choice("init", init, SignalInit)
     head = nn.Linear(features, size)
     nn.init.zeros_(head.bias)
     if init == "zero":
@@ -106,14 +107,8 @@ class SideNetwork(nn.Module, ABC):
                 f"the router needs one stride for each width, got widths={list(widths)} and "
                 f"strides={list(strides)}"
             )
-        if activation not in ACTIVATIONS:
-            raise ConfigurationError(
-                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
-        if init not in get_args(SignalInit):
-            raise ConfigurationError(
-                f"init must be one of {', '.join(get_args(SignalInit))}, got {init!r}"
-            )
+        check_choice("activation", activation, SignalActivation)
+        check_choice("init", init, SignalInit)
         if not (math.isfinite(init_std) and init_std > 0):
             raise ConfigurationError(
                 f"init_std is a standard deviation above 0, got {init_std}; for no spread at all "

@@ -4,12 +4,12 @@ Tags as in :mod:`paper_awnet.method`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.normalize import Normalize
 from common.networks.resnet import Initialize, ResNet, kaiming
 from common.weights import check_weights_fit
@@ -68,10 +68,7 @@ class AWNet(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, choices in (("scope", scope, Scope), ("mixing", mixing, Mixing)):
-            if value not in get_args(choices):
-                raise ConfigurationError(
-                    f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}"
-                )
+            check_choice(name, value, choices)
         self.route = Route()
         self.mixing: Mixing = mixing
         self.arch = arch
@@ -176,8 +173,9 @@ def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, n
     """By block, the convolutions of the residual branch in forward order, with their full names.
 
     Raises:
-        ConfigurationError: If there are none.
+        ConfigurationError: If there are none, or there is no such scope.
     """
+    check_choice("scope", scope, Scope)
     branches = []
     stages: Any = getattr(arch, "stages", ())
     for i, stage in enumerate(stages):

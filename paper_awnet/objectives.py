@@ -8,13 +8,13 @@ adversarial one first [M], and no types. Tags as in :mod:`paper_awnet.method`.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from common.attacks.losses import classify, cross_entropy, full_precision, kl_divergence
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.objectives import (
     Batch,
     adversarial_images,
@@ -25,7 +25,6 @@ from common.objectives import (
 from paper_awnet.losses import (
     Scale,
     balanced,
-    check_scale,
     distillation,
     mean_over_ranks,
     negative_entropy,
@@ -66,10 +65,7 @@ class PairedObjective(nn.Module, ABC):
         super().__init__()
         self.lambda_type = check_weight("lambda_type", lambda_type)
         self.concat = concat
-        if branch not in get_args(Branch):
-            raise ConfigurationError(
-                f"branch must be one of {', '.join(get_args(Branch))}, got {branch!r}"
-            )
+        check_choice("branch", branch, Branch)
         self.branch: Branch = branch
         self.report: dict[str, Tensor] = {}
 
@@ -215,7 +211,8 @@ class MTARD(PairedObjective):
                 "those of the learning rate"
             )
         self.clean, self.robust = clean, robust
-        self.scale: Scale = check_scale(scale)
+        check_choice("scale", scale, Scale)
+        self.scale: Scale = scale
         self.eta_w, self.beta = eta_w, beta
         self.milestones = tuple(milestones)
         self.decay = 1.0
@@ -425,7 +422,8 @@ class RSLAD(PairedObjective):
     ) -> None:
         super().__init__(lambda_type, concat, branch)
         self.robust = robust
-        self.scale: Scale = check_scale(scale)
+        check_choice("scale", scale, Scale)
+        self.scale: Scale = scale
 
     @property
     def teachers(self) -> Mapping[str, Teacher]:

@@ -34,8 +34,8 @@ def weight_histograms(
         pair = [networks[label][layer].folded for label in labels]
         if pair[0] is None or pair[1] is None:
             continue
-        *counts, bound = histograms(pair[0], pair[1], 40)
-        edges = torch.linspace(-bound, bound, 41)
+        *counts, bound = histograms(pair[0], pair[1], 41)
+        edges = torch.linspace(-bound, bound, 42)
         for i, (label, count) in enumerate(zip(labels, counts, strict=True)):
             ax.stairs(count.numpy(), edges.numpy(), color=CYCLE[i], label=label, linewidth=1.3)
         ax.set_title(layer, fontsize=FONT - 1)

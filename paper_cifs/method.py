@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, hinge_margin, kl_divergence
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.resnet import ResNet, check_positive
 from common.networks.wide_resnet import WideBlock, WideResNet, initialize
 from common.objectives import Batch, InnerLoss, adversarial_images, check_weight, differentiable
 
+ProbeKind = Literal["nonlinear", "linear"]
 SOFTPLUS_BETA = 5.0  # sharpness of the probe's softplus [R]
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -392,7 +393,7 @@ class CIFS(ChannelSelection):
         self,
         channels: int,
         num_classes: int,
-        probe: Literal["nonlinear", "linear"] = "nonlinear",
+        probe: ProbeKind = "nonlinear",
         hidden: int = 128,
         mask: ImportanceMask | None = None,
         top_k: int = 2,
@@ -406,10 +407,10 @@ class CIFS(ChannelSelection):
                 f"[1, {num_classes}], got {top_k}"
             )
         check_positive(hidden=hidden)
-        linear = probe == "linear"
+        check_choice("probe", probe, ProbeKind)
         super().__init__(
             LinearProbe(channels, num_classes)
-            if linear
+            if probe == "linear"
             else NonlinearProbe(channels, num_classes, hidden),
             label_free,
         )
@@ -829,12 +830,19 @@ class AdaptiveLoss:
         beta: Weight of the probes in the joint loss; 0 attacks f alone.
         probe: Attack this raw prediction alone, counted from 1 in forward order.
         through_mask: Differentiate through the masks too (:func:`undetached`).
+
+    Raises:
+        ConfigurationError: If ``probe`` is below 1, or, when it is called, the network has fewer.
     """
 
     base: PerExampleLoss = cross_entropy
     beta: float = 2.0
     probe: int | None = None
     through_mask: bool = False
+
+    def __post_init__(self) -> None:
+        if self.probe is not None:
+            check_positive(probe=self.probe)
 
     def __call__(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """The function from x' ``(N, C, H, W)`` to the per-example loss ``(N,)``."""
@@ -843,6 +851,11 @@ class AdaptiveLoss:
         def loss(x: Tensor) -> Tensor:
             with undetached(model) if self.through_mask else nullcontext():
                 f, probes = joint_logits(model, x, y)
+            if self.probe is not None and self.probe > len(probes):
+                raise ConfigurationError(
+                    f"probe {self.probe} is to be attacked and the network has {len(probes)}; they "
+                    "are counted from 1"
+                )
             if self.probe is not None:
                 return self.base(probes[self.probe - 1], y)
             return joint_loss(f, probes, y, self.beta, self.base)

@@ -7,7 +7,7 @@ from torch.utils.hooks import RemovableHandle
 
 from common.classifier import RobustClassifier
 from common.objectives import Batch, InnerLoss
-from paper_cifs.method import ChannelSelection, adaptive_losses, joint_logits
+from paper_cifs.method import ChannelSelection, adaptive_losses, autocast_off, joint_logits
 
 
 class CIFSClassifier(RobustClassifier):
@@ -28,10 +28,11 @@ class CIFSClassifier(RobustClassifier):
         """Hand the channel masks on clean and adversarial images to TensorBoard."""
         masks: dict[str, Tensor] = {}
 
-        def watch(name: str, selection: nn.Module) -> RemovableHandle:
+        def watch(name: str, selection: ChannelSelection) -> RemovableHandle:
             def hook(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-                z, z_bar = args[0].sum(dim=(2, 3)), output[0].sum(dim=(2, 3))
-                masks[name] = z_bar / z.clamp(min=1e-12)
+                p = output[1]  # masked by feature would say nothing of channels that are 0
+                with autocast_off(p):
+                    masks[name] = selection.multiplier(args[0].to(p.dtype), p, None)
 
             return selection.register_forward_hook(hook)
 

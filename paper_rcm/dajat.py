@@ -10,7 +10,7 @@ Tags as in :mod:`paper_rcm.method`.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from common.attacks.losses import full_precision, kl_divergence
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.data.images import Views
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.resnet import ResNet18
 from common.objectives import (
     Batch,
@@ -117,9 +117,8 @@ def branch(model: nn.Module, name: Branch) -> Iterator[None]:
     Raises:
         ConfigurationError: If ``model`` has no batch-norm with branches, or there is no such one.
     """
+    check_choice("branch", name, Branch)
     norms = [module for module in model.modules() if isinstance(module, SplitBatchNorm2d)]
-    if name not in get_args(Branch):
-        raise ConfigurationError(f"branch must be one of {', '.join(get_args(Branch))}, got {name}")
     if not norms:
         raise ConfigurationError(
             f"{type(model).__name__} has no batch-norm of two branches, which DAJAT needs; take "
@@ -285,6 +284,8 @@ def check_views(batch: Batch) -> None:
 
 def in_branches(model: Any, names: list[Branch], x: Tensor) -> Tensor:
     """Logits of all views, ``(V N, K)``, each through its branch."""
+    for name in names:
+        check_choice("branch", name, Branch)
     found = []
     for name, part in zip(names, x.chunk(len(names)), strict=True):
         with branch(model, name):

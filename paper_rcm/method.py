@@ -12,13 +12,13 @@ journal version, [code] the official code (MTandHJ/rcm), [measured] obtained by 
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.alexnet import AlexNet
 from common.networks.normalize import Normalize, Statistics
 from common.networks.preact_resnet import PreActResNet18
@@ -48,6 +48,7 @@ def enlarge(u: Tensor, scale_factor: float, mode: Mode = "nearest") -> Tensor:
     Returns:
         ``(N, C, round(m H), round(m W))``.
     """
+    check_choice("mode", mode, Mode)
     if scale_factor == 1:
         return u
     size = [round(scale_factor * side) for side in u.shape[-2:]]
@@ -157,8 +158,7 @@ def check_enlargement(scale_factor: float, mode: str) -> None:
         ConfigurationError: If the factor is below 1 or infinite, the mode unknown, or the factor
             no integer and the mode ``nearest``, which would repeat some pixels and not others.
     """
-    if mode not in get_args(Mode):
-        raise ConfigurationError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    check_choice("mode", mode, Mode)
     if not (math.isfinite(scale_factor) and scale_factor >= 1):
         raise ConfigurationError(f"scale_factor enlarges, so at least 1, got {scale_factor}")
     if scale_factor != int(scale_factor) and mode == "nearest":

@@ -11,13 +11,13 @@ stride 1 without up-sampling, and so the same :func:`effective_kernel`.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.resnet import Pool, check_positive
 from paper_rcm.method import DigitsNet, EnlargedNetwork
 
@@ -203,11 +203,8 @@ def simulate(
     Raises:
         ConfigurationError: If there are no such images, or a count is below 1.
     """
+    check_choice("images", images, Images)
     check_positive(side=side, stride=stride, examples=examples, channels=channels)
-    if images not in get_args(Images):
-        raise ConfigurationError(
-            f"images must be one of {', '.join(get_args(Images))}, got {images!r}"
-        )
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(channels, 3, 3, 3, generator=generator) * math.sqrt(2 / 27)
     norms = []

@@ -7,9 +7,12 @@ r"""Official checkpoints of Robust WRN as checkpoints of ours.
 
 attacks it as the paper did.
 
-The file tells depths, channels, classes and image channels. It does not tell strides where the
-width changes as well (taken to be 1 in the first stage and 2 in the others, as in every published
-network) nor activations (taken to be ReLU). Tags as in :mod:`paper_robustwrn.method`.
+The file tells depths, channels, classes and image channels. It does not tell the stride of the stem
+(taken to be 1), strides where the width changes as well (taken to be 1 in the first stage and 2 in
+the others, as in every published network) nor activations (taken to be ReLU). The first two can be
+given. Networks that differ in them have the same shapes, so give images and the logits of the
+official network for them, ``--check logits.pt``, to see that it is the same network. Tags as in
+:mod:`paper_robustwrn.method`.
 """
 
 import argparse
@@ -49,6 +52,7 @@ class Architecture:
     num_classes: int
     in_channels: int
     imagenet_stem: bool
+    stem_stride: int = 1
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of :class:`RobustWideResNet`, as plain values."""
@@ -58,6 +62,7 @@ class Architecture:
             "num_classes": self.num_classes,
             "in_channels": self.in_channels,
             "imagenet_stem": self.imagenet_stem,
+            "stem_stride": self.stem_stride,
         }
 
 
@@ -87,7 +92,10 @@ def read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def recover(
-    weights: Mapping[str, Tensor], origin: str, strides: Sequence[int] | None = None
+    weights: Mapping[str, Tensor],
+    origin: str,
+    strides: Sequence[int] | None = None,
+    stem_stride: int = 1,
 ) -> Architecture:
     """The network behind an official state dict.
 
@@ -95,9 +103,11 @@ def recover(
         weights: Official names to tensors.
         origin: What to call the file in messages.
         strides: Of the stages, where they are not the usual ones.
+        stem_stride: Of the 3x3 stem.
 
     Raises:
         CheckpointError: If the names are not those of the official network.
+        ConfigurationError: If there are not as many strides as stages.
     """
     blocks = {(int(m[1]), int(m[2])) for key in weights if (m := BLOCK.fullmatch(key))}
     stages = sorted({stage for stage, _ in blocks})
@@ -129,7 +139,9 @@ def recover(
             f"strides are one for each of the {len(stages)} stages, got {list(strides)}"
         )
     return Architecture(
-        depths, channels, tuple(strides or found), shapes[-1][0], shapes[0][1], imagenet_stem
+        *(depths, channels, tuple(strides or found), shapes[-1][0], shapes[0][1]),
+        imagenet_stem,
+        stem_stride,
     )
 
 
@@ -181,8 +193,49 @@ def rename(
     return {ours: weights[name].detach().clone() for name, ours in official.items()}
 
 
+def check_logits(
+    state: Mapping[str, Tensor], architecture: Architecture, stated: str | Path
+) -> None:
+    """Refuse a network that gives other logits than those stated, up to rounding.
+
+    Args:
+        state: Its state dict, under our names.
+        architecture: Its shape.
+        stated: A file of ``torch.save`` with ``x``, images ``(N, C, H, W)`` in [0, 1], and
+            ``logits`` ``(N, K)``.
+
+    Raises:
+        CheckpointError: If the logits differ, or the file does not hold such tensors.
+    """
+    try:
+        found = torch.load(stated, map_location="cpu", weights_only=True)
+        x, wanted = found["x"].float(), found["logits"].float()
+        net = RobustWideResNet(**architecture.arguments())
+        net.load_state_dict(dict(state))
+        with torch.no_grad():
+            got = net.eval()(x)
+        off = float((got - wanted).abs().max() / wanted.abs().max()) if len(x) else torch.nan
+    except Exception as error:  # of a file of anybody's
+        raise CheckpointError(
+            f"{stated} cannot be checked ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            "; it needs x, images (N, C, H, W) in [0, 1], and logits (N, K), as torch.save writes "
+            "{'x': ..., 'logits': ...}"
+        ) from error
+    if not off < 1e-3:
+        raise CheckpointError(
+            f"the converted network gives other logits than {stated} (largest difference {off:.2g} "
+            f"of the largest logit) with strides {list(architecture.strides)} and stem stride "
+            f"{architecture.stem_stride}; give those of the official network with --strides and "
+            "--stem_stride"
+        )
+
+
 def convert(
-    source: str | Path, target: str | Path, strides: Sequence[int] | None = None
+    source: str | Path,
+    target: str | Path,
+    strides: Sequence[int] | None = None,
+    stem_stride: int = 1,
+    stated: str | Path | None = None,
 ) -> Architecture:
     """Write ``target`` and, beside it, the YAML file with its model and data sections.
 
@@ -190,13 +243,16 @@ def convert(
         source: An official checkpoint, or its bare or wrapped state dict.
         target: Where the Lightning checkpoint goes; its name ends in ``.ckpt``.
         strides: Of the stages, where they are not the usual ones.
+        stem_stride: Of the 3x3 stem.
+        stated: Images with their logits, see :func:`check_logits`; ``None`` checks nothing.
 
     Returns:
         The network that was recovered.
 
     Raises:
-        CheckpointError: If ``source`` is not what it should be.
-        ConfigurationError: If ``target`` has another suffix or cannot be written.
+        CheckpointError: If ``source`` is not what it should be, or the logits are others.
+        ConfigurationError: If ``target`` has another suffix or cannot be written, or a stride does
+            not fit the network.
     """
     source, target = Path(source), Path(target)
     if target.suffix != ".ckpt":
@@ -204,8 +260,10 @@ def convert(
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigurationError(f"{target} is the official file itself; choose another name")
     weights, rest = read_official(source)
-    architecture = recover(weights, str(source), strides)
+    architecture = recover(weights, str(source), strides, stem_stride)
     state = rename(weights, architecture, str(source))
+    if stated is not None:
+        check_logits(state, architecture, stated)
     environment = rest.get("ENV")
     steps = environment.get("global_step") if isinstance(environment, Mapping) else 0
     checkpoint = {
@@ -274,16 +332,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="+",
         help="stride of each stage, if not 1 2 2 ...; the file does not tell them",
     )
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--stem_stride", type=int, default=1, help="stride of the 3x3 stem; the file does not tell"
+    )
+    parser.add_argument(
+        "--check",
+        metavar="FILE",
+        help="images and the official network's logits for them, {'x': ..., 'logits': ...} as "
+        "torch.save writes it",
+    )
+    given = parser.parse_args(argv)
     try:
-        found = convert(arguments.source, arguments.target, arguments.strides)
+        found = convert(given.source, given.target, given.strides, given.stem_stride, given.check)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    beside = Path(arguments.target).with_suffix(".yaml")
+    beside = Path(given.target).with_suffix(".yaml")
+    if given.check is None:
+        print("Its logits were not checked: strides and the stem's are as told, or the usual ones.")
     print(
-        f"{arguments.target}: depths {list(found.depths)}, channels {list(found.channels)}, "
-        f"strides {list(found.strides)}, {found.num_classes} classes\nEvaluate it with\n"
+        f"{given.target}: depths {list(found.depths)}, channels {list(found.channels)}, stem "
+        f"stride {found.stem_stride}, strides {list(found.strides)}, {found.num_classes} classes\n"
+        "Evaluate it with\n"
         "  python -m paper_robustwrn test --config common/configs/paper-robustwrn.yaml "
-        f"--config {beside} --ckpt_path {arguments.target}"
+        f"--config {beside} --ckpt_path {given.target}"
     )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.normalize import Normalize, Statistics
 from common.networks.resnet import check_positive, conv1x1, conv3x3, named_sequence
 from common.networks.vgg import VGG
@@ -196,6 +196,7 @@ def make_op(name: Op, channels: int, stride: int) -> nn.Module:
     Raises:
         ConfigurationError: If there is no such operation.
     """
+    check_choice("an operation", name, Op)
     kernel = int(name[-1]) if name[-1].isdigit() else 0
     match name:
         case "skip_connect":
@@ -208,15 +209,13 @@ def make_op(name: Op, channels: int, stride: int) -> nn.Module:
             return nn.Sequential(*depthwise(channels, kernel, stride), *depthwise(channels, kernel))
         case "dil_conv_3x3" | "dil_conv_5x5":
             return depthwise(channels, kernel, stride, dilation=2)
-        case "conv_7x1_1x7":
+        case _:  # "conv_7x1_1x7"
             return nn.Sequential(
                 nn.ReLU(),
                 nn.Conv2d(channels, channels, (1, 7), (1, stride), (0, 3), bias=False),
                 nn.Conv2d(channels, channels, (7, 1), (stride, 1), (3, 0), bias=False),
                 nn.BatchNorm2d(channels),
             )
-        case _:
-            raise ConfigurationError(f"there is no operation {name!r} in cells")
 
 
 def drop_path(x: Tensor, probability: float) -> Tensor:
@@ -246,6 +245,30 @@ class Genotype:
     normal_concat: Sequence[int]
     reduce: Sequence[tuple[Op, int]]
     reduce_concat: Sequence[int]
+
+    def __post_init__(self) -> None:
+        check_cell(self.normal, self.normal_concat)
+        check_cell(self.reduce, self.reduce_concat)
+
+
+def check_cell(ops: Sequence[tuple[Op, int]], concat: Sequence[int]) -> None:
+    """Refuse a cell with an unknown operation, or one that reads or returns a state it lacks.
+
+    Raises:
+        ConfigurationError: If it is one.
+    """
+    for position, (name, state) in enumerate(ops):
+        check_choice("an operation", name, Op)
+        if not 0 <= state < 2 + position // 2:
+            raise ConfigurationError(
+                f"operation {position} of a cell reads state {state}; there are states 0 to "
+                f"{1 + position // 2} before it"
+            )
+    if not concat or not all(0 <= state < 2 + len(ops) // 2 for state in concat):
+        raise ConfigurationError(
+            f"a cell of {len(ops)} operations has states 0 to {1 + len(ops) // 2} to return, got "
+            f"{list(concat)}"
+        )
 
 
 DARTS_V2 = Genotype(
@@ -303,6 +326,7 @@ class Cell(nn.Module):
         after_reduction: bool,
     ) -> None:
         super().__init__()
+        check_cell(ops, concat)
         adapt = FactorizedReduce if after_reduction else relu_conv_bn
         self.input0 = adapt(before_previous, channels)
         self.input1 = relu_conv_bn(previous, channels)

@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import nn
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.normalize import Statistics
 from common.networks.resnet import Activation, check_positive, check_stages, conv3x3, named_sequence
 from common.networks.wide_resnet import WideResNet, initialize
@@ -237,6 +237,7 @@ class Configuration:
         self, measure: Measure, num_classes: int = 10, in_channels: int = 3, size: int = 32
     ) -> int:
         """Parameters or multiply-accumulates, by name."""
+        check_choice("measure", measure, Measure)
         if measure == "parameters":
             return self.parameters(num_classes, in_channels)
         return self.macs(num_classes, in_channels, size)
@@ -284,6 +285,7 @@ def smallest_robust(
     Raises:
         ConfigurationError: If the budget is below 1.
     """
+    check_choice("measure", measure, Measure)
     check_positive(budget=budget)
 
     def reaches(w: int) -> bool:
@@ -306,6 +308,7 @@ def search(
     Raises:
         ConfigurationError: If none of them reaches it.
     """
+    check_choice("measure", measure, Measure)
     sized = [(c.cost(measure, num_classes, in_channels, size), c) for c in configurations]
     large = [(cost, c) for cost, c in sized if cost >= budget]
     if not large:

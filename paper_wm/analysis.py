@@ -29,7 +29,7 @@ from common.analysis import (
     run_analysis,
     verdict_table,
 )
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.figures import save_figure
 from common.files import write_sealed_json
 from common.networks.alexnet import AlexNet
@@ -77,6 +77,7 @@ def try_insertions(variant: Variant) -> dict[str, bool]:
     It has worked if the logits keep their shape and no key of the base network's state dict is
     lost. On the meta device: shapes need no weights.
     """
+    check_choice("variant", variant, Variant)
     found = {}
     for name, (make, shape) in ZOO.items():
         with torch.device("meta"):

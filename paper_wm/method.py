@@ -12,13 +12,13 @@ weight for every position of the feature X, and a local filter without parameter
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 
 Variant = Literal["smoothing", "unsharp", "highpass", "scale", "subtract", "subtract_summed"]
 """``smoothing`` and ``unsharp`` are the two variants [S]; ``highpass`` is another reading of an
@@ -69,11 +69,18 @@ def reduce(
 
     Returns:
         The same shape.
+
+    Raises:
+        ConfigurationError: If the variant needs the unweighted input, or there is no such one.
     """
+    check_choice("variant", variant, Variant)
+    check_choice("kernel_norm", kernel_norm, KernelNorm)
     if variant == "scale":
         return z
     if variant == "smoothing":
         return box_sum(z, k) if kernel_norm == "sum" else box_mean(z, k)
+    if variant in ("subtract", "subtract_summed"):
+        raise ConfigurationError(f"{variant} needs the unweighted input; use a WeightMap")
     detail = z - box_mean(z, k)
     return detail if variant == "highpass" else z + lam * detail
 
@@ -121,10 +128,10 @@ class WeightMap(nn.Module):
         trainable: bool = True,
     ) -> None:
         super().__init__()
-        _choice("variant", variant, Variant)
-        _choice("kernel_norm", kernel_norm, KernelNorm)
-        _choice("order", order, Order)
-        _choice("init", init, Init)
+        check_choice("variant", variant, Variant)
+        check_choice("kernel_norm", kernel_norm, KernelNorm)
+        check_choice("order", order, Order)
+        check_choice("init", init, Init)
         if len(shape) != 3 or min(shape) < 1:
             raise ConfigurationError(
                 f"shape must be (channels, height, width) of the feature, got {tuple(shape)}"
@@ -218,13 +225,6 @@ class WeightMap(nn.Module):
         return ", ".join(parts if self.map.requires_grad else [*parts, "frozen"])
 
 
-def _choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ConfigurationError(
-            f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}"
-        )
-
-
 # ---------------------------------------------------------------------- into any network [P1] [P2]
 
 
@@ -259,6 +259,7 @@ def insert_weight_maps(
         ConfigurationError: If a module does not exist, has a map already, is run never or several
             times in a forward pass, or its output is no feature map; or a setting is refused.
     """
+    check_choice("variant", variant, Variant)
     if not after:
         raise ConfigurationError(
             "no place for a weight map was named; give after, for instance after: [stem.conv]"

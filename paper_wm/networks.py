@@ -4,11 +4,11 @@ Which networks the paper uses is not known. Tags as in ``method.py``.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.normalize import Normalize, Statistics
 from common.networks.resnet import ResNet, check_positive, conv3x3, named_sequence
 from common.networks.wide_resnet import WideResNet
@@ -119,8 +119,9 @@ def places(
     Raises:
         ConfigurationError: If the network does not have such places.
     """
-    if position not in get_args(Position):
-        raise ConfigurationError(f"position must be pre or post, got {position!r}")
+    check_choice("position", position, Position)
+    if placement is not None:
+        check_choice("placement", placement, Placement)
     if isinstance(net, SmallCNN):
         if placement not in ("first", "all", None):
             raise ConfigurationError(
@@ -196,6 +197,13 @@ def with_weight_maps(
         ConfigurationError: If the shape is not known, there is no such place, or a setting is out
             of range.
     """
+    for name, value, choices in (
+        *(("variant", variant, Variant), ("position", position, Position)),
+        *(("kernel_norm", kernel_norm, KernelNorm), ("order", order, Order), ("init", init, Init)),
+    ):
+        check_choice(name, value, choices)
+    if placement is not None:
+        check_choice("placement", placement, Placement)
     if image_shape is None:
         raise ConfigurationError(
             "weight maps belong to positions, so image_shape must be given: (channels, height, "

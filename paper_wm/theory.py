@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from paper_wm.method import KernelNorm, Variant, WeightMap
 
 
@@ -22,6 +22,8 @@ def kernel(
     Raises:
         ConfigurationError: For the ``subtract`` variants, which are no filter of the weighted map.
     """
+    check_choice("variant", variant, Variant)
+    check_choice("kernel_norm", kernel_norm, KernelNorm)
     centre = torch.zeros(k, k, dtype=torch.float64)
     centre[k // 2, k // 2] = 1.0
     box = torch.ones(k, k, dtype=torch.float64)
@@ -123,7 +125,7 @@ def operator_norm(
     Raises:
         ConfigurationError: For the ``subtract`` variants.
     """
-    kernel(variant, k)  # refuses what is no filter
+    kernel(variant, k, kernel_norm)  # refuses what is no filter
     mean = box_eigenvalues(height, width, k) / k**2
     factors = {
         "smoothing": mean if kernel_norm == "mean" else mean * k**2,

@@ -7,7 +7,7 @@ import struct
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets
+import yaml
 from torch import Tensor
 
 from common.data.sources import FashionMNIST
+from common.evaluation.ready import load_suite
 
 torch.set_num_threads(1)
 
@@ -214,3 +216,22 @@ def fake_tiny_imagenet(tmp_path: Path) -> Path:
     annotations.reverse()
     (folder / "val" / "val_annotations.txt").write_text("".join(annotations))
     return root
+
+
+@pytest.fixture
+def entries_of(tmp_path) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
+    """What entries of a suite, as YAML has them, come to with a radius for ``threat``: numbers."""
+
+    def numbers(attack: Any) -> dict[str, Any]:
+        known = {name: value for name, value in vars(attack).items() if name != "_given"}
+        return {name: round(v, 9) if isinstance(v, float) else v for name, v in known.items()}
+
+    def found(suite: Mapping[str, Any], eps: str) -> dict[str, Any]:
+        file = tmp_path / "suite.yaml"
+        file.write_text(yaml.safe_dump({"evaluation": {"suite": dict(suite)}}))
+        return {
+            name: ([numbers(attack) for attack, _ in entry.variants()], entry.losses)
+            for name, entry in load_suite(file, eps).entries.items()
+        }
+
+    return found

@@ -25,7 +25,7 @@ from common.attacks.losses import classify
 from common.attacks.pgd import Norm, parse_radius
 from common.attacks.settings import Settings
 from common.attacks.square import AnyShapeSquare, SteeredPredict, finite_scores
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 Version = Literal["standard", "plus", "rand", "custom"]
@@ -77,8 +77,9 @@ class AutoAttack(Settings):
             untargeted ones and restarts; ``rand`` averages gradients of randomised networks;
             ``custom`` runs ``attacks`` with the settings they have in ``standard``.
         attacks: For ``custom`` alone: which, in this order.
-        batch_size: How many examples are attacked together. The package reseeds for every batch,
-            so this changes random starts.
+        batch_size: How many examples are attacked together; ``None`` takes that of the evaluation,
+            or 250 in :meth:`run`. The package reseeds for every batch, so this changes random
+            starts.
         square_queries: Square's queries per example; ``None`` keeps the version's 5,000.
         apgd_restarts: Of untargeted APGD; ``None`` keeps the version's.
         steps: Iterations of APGD and FAB, to try things out; ``None`` keeps the official 100.
@@ -93,29 +94,22 @@ class AutoAttack(Settings):
         norm: Norm = "linf",
         version: Version = "standard",
         attacks: list[AttackName] | None = None,
-        batch_size: int = 250,
+        batch_size: int | None = None,
         square_queries: int | None = None,
         apgd_restarts: int | None = None,
         steps: int | None = None,
     ) -> None:
         self.eps = parse_radius(eps, norm)
-        if norm not in _OFFICIAL_NORM:
-            raise ConfigurationError(f"norm must be linf, l2 or l1, got {norm!r}")
-        if version not in ("standard", "plus", "rand", "custom"):
-            raise ConfigurationError(
-                f"version must be standard, plus, rand or custom, got {version!r}"
-            )
+        check_choice("version", version, Version)
+        for attack in attacks or []:
+            check_choice("each of attacks", attack, AttackName)
         if (version == "custom") != bool(attacks):
             raise ConfigurationError(
                 f"attacks are listed with version custom and only then, got version {version!r} "
                 f"and attacks {attacks}"
             )
-        known = AttackName.__args__  # type: ignore[attr-defined]
-        unknown = [name for name in attacks or [] if name not in known]
-        if unknown or len(set(attacks or [])) < len(attacks or []):
-            raise ConfigurationError(
-                f"attacks must be different ones of {', '.join(known)}, got {attacks}"
-            )
+        if len(set(attacks or [])) < len(attacks or []):
+            raise ConfigurationError(f"attacks must be different ones, got {attacks}")
         for name, value in (
             ("batch_size", batch_size),
             ("square_queries", square_queries),
@@ -176,7 +170,8 @@ class AutoAttack(Settings):
         with _isolated(x.device), _listening(messages, progress):
             x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             y = y.detach().clone()
-            correct = self._is_correct(predict, x, y)
+            size = self.batch_size or 250
+            correct = _is_correct(predict, x, y, size)
             clean, x_adv = correct, x.clone()
             verdicts: dict[str, Tensor] = {}
             seconds: dict[str, float] = {}
@@ -194,7 +189,7 @@ class AutoAttack(Settings):
                 start = time.perf_counter()
                 standing = correct.nonzero().squeeze(1)
                 if len(standing) > 0:
-                    x_new, holds = self._attacked(official, name, x[standing], y[standing])
+                    x_new, holds = self._attacked(official, name, x[standing], y[standing], size)
                     correct = correct.index_fill(0, standing[~holds], False)
                     x_adv[standing[~holds]] = x_new[~holds]
                 verdicts[name] = correct
@@ -231,7 +226,7 @@ class AutoAttack(Settings):
         Args:
             name: One of :meth:`planned`.
             predict: As in :meth:`run`, and so are the others.
-            x: Images, at most ``batch_size`` of them.
+            x: Images of one batch.
             y: Labels.
             seed: Of the random starts.
             steered: A loss of the defence's own.
@@ -246,17 +241,20 @@ class AutoAttack(Settings):
             x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             y = y.detach().clone()
             official, _, _ = self._prepared(predict, x, seed, steered, skips_repeats)
-            x_adv, correct = self._attacked(official, name, x, y)
+            x_adv, correct = self._attacked(official, name, x, y, max(len(x), 1))
         for message in dict.fromkeys(messages):
             warnings.warn(f"AutoAttack: {message}", stacklevel=2)
         return x_adv, correct
 
-    def _attacked(self, official: Any, name: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _attacked(
+        official: Any, name: str, x: Tensor, y: Tensor, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
         official.attacks_to_run = [name]
         # Counters of the package that would carry one model's findings to the next.
         checks.funcs.update(dict.fromkeys(checks.funcs, 0))
         with _trace_kept():
-            x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=self.batch_size)
+            x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=batch_size)
         return x_adv, y_adv == y
 
     @property
@@ -270,14 +268,6 @@ class AutoAttack(Settings):
         """Radius, norm and version or attacks."""
         what = self.version if self.attacks is None else self.attacks
         return f"AutoAttack(eps={self.eps * 255.0:.6g}/255, norm={self.norm!r}, {what!r})"
-
-    def _is_correct(self, predict: Predict, x: Tensor, y: Tensor) -> Tensor:
-        correct = torch.zeros_like(y, dtype=torch.bool)
-        with torch.no_grad():
-            for first in range(0, len(x), self.batch_size):
-                part = slice(first, first + self.batch_size)
-                correct[part] = classify(predict(x[part])) == y[part]
-        return correct
 
     def _prepared(
         self,
@@ -325,6 +315,15 @@ class AutoAttack(Settings):
             official.apgd = _SteeredAPGD(official.apgd, steered)
         official.square = AnyShapeSquare(official.square, steered, skips_repeats)
         return official, names, left_out
+
+
+def _is_correct(predict: Predict, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    correct = torch.zeros_like(y, dtype=torch.bool)
+    with torch.no_grad():
+        for first in range(0, len(x), batch_size):
+            part = slice(first, first + batch_size)
+            correct[part] = classify(predict(x[part])) == y[part]
+    return correct
 
 
 class _SteeredAPGD(APGDAttack):  # type: ignore[misc]

@@ -13,18 +13,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import NoneType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from common.attacks.columns import ColumnsConv2d, has_matrix_units, suits
 from common.attacks.folding import NORMS, Pair, foldable, folded_weights, has_hooks, places
 from common.attacks.settings import Settings
 from common.attacks.trials import aside
 from common.attacks.winograd import WinogradConv2d, tiles_of, transformed
-from common.errors import ConfigurationError
+from common.errors import check_choice
 
 Precision = Literal["32", "bf16"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -65,16 +65,9 @@ class AttackEngine(Settings):
         compile: CompileMode | None = None,
         winograd: bool = True,
     ) -> None:
-        if precision not in get_args(Precision):
-            raise ConfigurationError(
-                f"precision of an attack engine is 32 or bf16, got {precision!r}; fp16 underflows "
-                "input gradients"
-            )
-        if compile is not None and compile not in get_args(CompileMode):
-            raise ConfigurationError(
-                f"compile must be null or one of {', '.join(get_args(CompileMode))}, got "
-                f"{compile!r}"
-            )
+        check_choice("precision of an attack engine", precision, Precision)
+        if compile is not None:
+            check_choice("compile", compile, CompileMode)
         self.fold = fold
         self.channels_last = channels_last
         self.precision: Precision = precision
@@ -430,7 +423,7 @@ def _pairs(model: nn.Module, names: list[tuple[str, str]]) -> list[Pair]:
 
 
 def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool:
-    """Whether folding leaves the logits as they are, tried out on a copy.
+    """Whether folding leaves what the network returns as it is, tried out on a copy.
 
     Statistics and scales of a fresh network are zeros and ones, which would hide an error, so the
     copy's are other numbers. Forward passes that draw must draw the same.
@@ -456,13 +449,25 @@ def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool
             kind, type(error).__name__, error,
         )  # fmt: skip
         return False
-    largest = wanted.abs().max().clamp_min(1e-6)
-    is_equal = bool(torch.isfinite(wanted).all() and (wanted - got).abs().max() < 1e-3 * largest)
+    pairs = [*zip(_tensors(wanted), _tensors(got), strict=True)]
+    is_equal = bool(pairs) and all(_is_close(one, other) for one, other in pairs)
     if not is_equal:
         _LOG.warning(
             "attacks use %s as it is: with its batch-norms folded it computes something else", kind
         )
     return is_equal
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    """Those in what a network returns: logits, or a structure of logits and features."""
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+def _is_close(wanted: Tensor, got: Tensor) -> bool:
+    if not wanted.is_floating_point():
+        return torch.equal(wanted, got)
+    largest = wanted.abs().max().clamp_min(1e-6)
+    return bool(torch.isfinite(wanted).all() and (wanted - got).abs().max() < 1e-3 * largest)
 
 
 def _scatter(norm: Any, generator: torch.Generator) -> None:

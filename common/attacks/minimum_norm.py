@@ -15,7 +15,6 @@ from torch import Tensor
 from common.attacks.losses import classify, full_precision, margin
 from common.attacks.pgd import (
     Norm,
-    _choice,
     _count,
     _in_255,
     _norm,
@@ -24,7 +23,7 @@ from common.attacks.pgd import (
     parse_radius,
 )
 from common.attacks.settings import Settings
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 
 Predict = Callable[[Tensor], Tensor]
 """Images ``(N, ...)`` -> logits ``(N, K)``."""
@@ -43,9 +42,11 @@ class MinimumNorm(Settings, ABC):
         ConfigurationError: If a setting is out of range.
     """
 
+    norm: Norm
+
     def __init__(self, eps: float | str | None, norm: Norm) -> None:
-        self.norm: Norm = norm
-        _choice("norm", norm, ("linf", "l2"))
+        check_choice("norm", norm, Literal["linf", "l2"])
+        self.norm = norm
         self.eps = None if eps is None else parse_radius(eps, norm)
 
     @property
@@ -219,6 +220,8 @@ class CarliniWagner(MinimumNorm):
     Raises:
         ConfigurationError: If a setting is out of range.
     """
+
+    norm = "l2"
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ steps of cross-entropy, CW-inf is the margin, an adaptive attack is the defence'
 """
 
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 
 Norm = Literal["linf", "l2", "l1"]
 Start = Literal["zero", "uniform", "gaussian"]
@@ -72,8 +73,8 @@ class PGD(Settings):
         project_start: bool = True,
     ) -> None:
         self.norm: Norm = norm
-        _choice("norm", norm, ("linf", "l2", "l1"))
-        self.start = _choice("start", start, ("zero", "uniform", "gaussian"))
+        check_choice("start", start, Start)
+        self.start: Start = start
         self.eps = parse_radius(eps, norm)
         self.steps = _count("steps", steps, 0)
         self.restarts = _count("restarts", restarts, 1)
@@ -337,7 +338,8 @@ class FriendlyPGD(PGD):
         schedule = tau if isinstance(tau, dict) else {0: tau}
         self.tau = {_count("tau's epochs", k, 0): _count("tau", schedule[k], 0) for k in schedule}
         self.noise = parse_radius(noise, "l2", "noise")
-        self.noise_form = _choice("noise_form", noise_form, ("added", "scaled"))
+        check_choice("noise_form", noise_form, StepNoise)
+        self.noise_form: StepNoise = noise_form
         if 0 not in self.tau:
             raise ConfigurationError(
                 f"tau says nothing of the epochs before {min(self.tau, default='any')}: {tau}; add "
@@ -408,19 +410,23 @@ def parse_radius(value: float | str, norm: Norm = "linf", name: str = "eps") -> 
 
     Raises:
         ConfigurationError: If it cannot be read, is negative or not finite, or, in the linf norm,
-            is above 1.
+            is above 1; or if there is no such norm.
     """
+    check_choice("norm", norm, Norm)
     try:
         if isinstance(value, str):
             numerator, _, denominator = value.replace(" ", "").partition("/")
+            if len(value) > 100 or re.search(r"[eE][+-]?[\d_]{4}", value):
+                raise ValueError  # the fraction would take all memory
             number = float(Fraction(numerator) / Fraction(denominator or 1))
         else:
             number = float(value)
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or number < 0.0:
         raise ConfigurationError(
-            f"{name} must be a number of at least 0 or a fraction such as '8/255', got {value!r}"
+            f"{name} must be a number of at least 0 or a fraction such as '8/255', got "
+            f"{str(value)[:80]!r}"
         )
     if norm == "linf" and number > 1.0:
         hint = f"; did you mean '{number:g}/255'?" if number <= 255.0 else ""
@@ -447,12 +453,6 @@ def _in_255(radius: float) -> str:
 def _count(name: str, value: int, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigurationError(f"{name} must be a whole number of at least {least}, got {value}")
-    return value
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return value
 
 

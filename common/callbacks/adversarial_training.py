@@ -11,7 +11,7 @@ from common.attacks.losses import classify
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, run_seed
 from common.callbacks.modes import AttackMode, frozen, is_logged, refuse_half_precision
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.objectives import Batch, objective_of
 
 
@@ -37,6 +37,7 @@ class AdversarialTraining(Callback):
         mode: AttackMode = "eval",
         engine: AttackEngine | None = None,
     ) -> None:
+        check_choice("adversary.mode", mode, AttackMode)
         self.attack = attack
         self.mode = mode
         self.engine = engine

@@ -10,10 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from common.callbacks.averaging import averaging_of
-from common.errors import ConfigurationError, DivergedError
+from common.errors import ConfigurationError, DivergedError, check_choice
 
 ATTACKED = ("val/robust_acc", "val/mean_acc")
 """Metrics that exist where validation attacks."""
+
+
+Direction = Literal["min", "max"]
 
 
 class SafeCheckpoint(ModelCheckpoint):
@@ -141,12 +144,13 @@ class SelectedCheckpoint(SafeCheckpoint):
     def __init__(
         self,
         monitor: str = "val/robust_acc",
-        mode: Literal["min", "max"] = "max",
+        mode: Direction = "max",
         dirpath: str | None = None,
         from_epoch: int = 0,
         every_n_train_steps: int | None = None,
     ) -> None:
         _check_steps(every_n_train_steps)
+        check_choice("checkpoint.mode", mode, Direction)
         self.every_n_steps = every_n_train_steps
         if from_epoch < 0:
             raise ConfigurationError(

@@ -8,7 +8,7 @@ from lightning import Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 
 AttackMode = Literal["eval", "train", "train_frozen"]
 
@@ -49,7 +49,11 @@ def frozen(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
         mode: ``eval`` uses running batch-norm statistics; ``train`` leaves modes alone, so batch
             statistics are used and the running ones move; ``train_frozen`` uses batch statistics
             and moves nothing.
+
+    Raises:
+        ConfigurationError: If there is no such mode.
     """
+    check_choice("mode", mode, AttackMode)
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     trainable = [p for p in module.parameters() if p.requires_grad]
     try:

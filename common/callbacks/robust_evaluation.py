@@ -30,7 +30,7 @@ from common.evaluation.measures import Measure, cost, means, measure_steps
 from common.evaluation.pictures import draw
 from common.evaluation.progress import ConsoleProgress
 from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
-from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses, steps_of
+from common.evaluation.suite import SuiteEntry, ball_of, check_suite, resolve_losses, steps_of
 from common.evaluation.transfer import Transfer
 from common.figures import save_figure
 from common.identity import SETTINGS, evaluated_digest
@@ -46,7 +46,7 @@ from common.results import (
 
 OF_SUITES: dict[str, Any] = {
     **{"survivors_only": False, "examples": None, "checkpoints": None, "sweep": None},
-    **{"eot": 1, "until_broken": False},
+    **{"eot": 1, "until_broken": False, "all_images": False},
 }
 """Settings of an entry that validation does not know, and their defaults."""
 
@@ -141,6 +141,11 @@ class RobustEvaluation(Callback):
             for entry in self.suite.values():
                 if isinstance(entry.attack, Transfer):
                     _ = entry.attack.network  # a surrogate that is not there, or another
+            if self.audit is not None and self.threat is None and ball_of(self.suite) is None:
+                raise ConfigurationError(
+                    "evaluation.audit needs a threat model, and no attack of the suite has a ball; "
+                    "add --evaluation.threat.norm linf --evaluation.threat.eps 8/255"
+                )
             path = self.results_path(trainer)
             check_writable(path)
             remedy = "another file with --evaluation.results"
@@ -265,7 +270,7 @@ class RobustEvaluation(Callback):
         with torch.no_grad():
             classes = pl_module(examples["x"][:1].to(pl_module.device)).shape[1]
         steps = steps_of(suite, pl_module, classes, run_seed(), self.engine)
-        threat = self.threat or next((step.threat for step in steps if step.threat), None)
+        threat = self.threat or ball_of(self.suite)
         if self.audit is not None and threat is not None:
             steps += self.audit.steps(pl_module, threat, classes)
         steps += measure_steps(self.measures)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.data.base import Arrays, ImageSource, Split, as_tensors
 from common.data.reading import check_folder, listed, md5_of, one_line
-from common.errors import DataUnavailableError
+from common.errors import DataUnavailableError, check_choice
 from common.files import strangeness_of
 
 _NETWORK_TIMEOUT = 15.0  # seconds without an answer; torchvision itself would wait for ever
@@ -117,6 +117,7 @@ class DownloadedSource(ImageSource):
 
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
         """See :meth:`ImageSource.load`."""
+        check_choice("split", split, Split)
         folder, missing = self._check()
         if missing:
             raise self._missing(folder, missing)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.data.base import ImageSource, Split
 from common.data.reading import check_folder, one_line, read_jpeg
-from common.errors import DataUnavailableError, RunDirectoryError
+from common.errors import DataUnavailableError, RunDirectoryError, check_choice
 from common.files import damage_of, strangeness_of, write_sealed
 
 Listing = tuple[list[Path], list[int]]
@@ -53,6 +53,7 @@ class FolderSource(ImageSource):
 
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
         """See :meth:`ImageSource.load`."""
+        check_choice("split", split, Split)
         try:
             folder = self._find()
             files, labels = self._list(folder, split)

@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,12 @@ from common.data.base import ImageSource, Split
 from common.data.extra import ExtraImages, MixedDataset, MixedSampler
 from common.data.sources import stratified_split
 from common.data.subset import lacking_classes, subset
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 
 Batch = dict[str, Tensor]
 
 CropPadding = Literal["zero", "reflect"]
+ValidateOn = Literal["held-out", "test"]
 """What stands around an image before it is cropped: zeros, or the image mirrored at its edge."""
 
 _VIEWS = 7  # a stream of random numbers, apart from those in randomness.py, sources.py, extra.py
@@ -164,6 +165,7 @@ def shift_and_flip(
     Returns:
         Images of the same shape and type.
     """
+    check_choice("padding_mode", padding_mode, CropPadding)
     n, channels, height, width = x.shape
     rows = torch.arange(height, device=x.device) + shift[:, :1]
     columns = torch.arange(width, device=x.device).expand(n, width)
@@ -229,7 +231,7 @@ class ImageDataModule(LightningDataModule):
         batch_size: int = 128,
         eval_batch_size: int = 250,
         val_size: int | float = 0.1,
-        validate_on: Literal["held-out", "test"] = "held-out",
+        validate_on: ValidateOn = "held-out",
         split_seed: int = 0,
         crop_padding: int = 0,
         crop_padding_mode: CropPadding = "zero",
@@ -266,15 +268,8 @@ class ImageDataModule(LightningDataModule):
                 f"data.extra_fraction must be between 0.0 and 1.0, got {extra_fraction}; to train "
                 "without extra images, set data.extra: null"
             )
-        if validate_on not in ("held-out", "test"):
-            raise ConfigurationError(
-                f"data.validate_on must be 'held-out' or 'test', got {validate_on!r}"
-            )
-        if crop_padding_mode not in get_args(CropPadding):
-            raise ConfigurationError(
-                f"data.crop_padding_mode must be one of {', '.join(get_args(CropPadding))}, got "
-                f"{crop_padding_mode!r}"
-            )
+        check_choice("data.validate_on", validate_on, ValidateOn)
+        check_choice("data.crop_padding_mode", crop_padding_mode, CropPadding)
         if crop_padding_mode == "reflect" and crop_padding >= min(source.spec.shape[1:]):
             raise ConfigurationError(
                 f"data.crop_padding {crop_padding} is more than an image of "

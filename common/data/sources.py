@@ -21,7 +21,7 @@ from common.data.base import Arrays, ImageSource, ImageSpec, Split
 from common.data.downloads import DownloadedSource
 from common.data.folders import FolderSource
 from common.data.reading import read_idx, read_mat, read_pickle, read_unpacked, whole_numbers
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 
 _SPLIT_STREAM = 3  # keeps the draws for splits apart from the streams named in randomness.py
 
@@ -97,6 +97,7 @@ class Digits(ImageSource):
 
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
         """See :meth:`ImageSource.load`."""
+        check_choice("split", split, Split)
         from sklearn.datasets import load_digits  # slow to import, and only needed here
 
         digits = load_digits()

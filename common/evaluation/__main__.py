@@ -9,13 +9,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from common.attacks.engine import AttackEngine
+from common.attacks.pgd import Norm
 from common.checkpoints import load_weights
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
@@ -97,8 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         help="attack a network with batch-norm folded, in float32 or bfloat16; the plain float32 "
         "network judges",
     )
-    parser.add_argument("--eps", default="8/255", help="radius of the threat model (8/255)")
-    parser.add_argument("--norm", default="linf", choices=("linf", "l2", "l1"))
+    parser.add_argument(
+        "--eps", help="radius of the threat model; by default the suite's own, else 8/255"
+    )
+    parser.add_argument(
+        "--norm", choices=get_args(Norm), help="by default the suite's own, else linf"
+    )
     parser.add_argument(
         "--examples",
         type=int,
@@ -181,6 +186,11 @@ def _build_data(path: Path, root: str | None) -> ImageDataModule:
         config: Any = parser.parse_object({"data": section})
         check_named(config)
         if root is not None:
+            if "root" not in config.data.source.init_args:
+                raise ConfigurationError(
+                    f"--data_root is {root}, and the data {str(path)!r} have no files; drop "
+                    "--data_root"
+                )
             config.data.source.init_args.root = root
         data: ImageDataModule = parser.instantiate(config).data
     except UserError:

@@ -25,9 +25,9 @@ from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.pictures import draw
 from common.evaluation.progress import ConsoleProgress
-from common.evaluation.ready import load_suite
+from common.evaluation.ready import Suite, chosen_threat, load_suite
 from common.evaluation.steps import Outcomes, Step, Threat
-from common.evaluation.suite import SuiteEntry, check_suite, steps_of
+from common.evaluation.suite import SuiteEntry, ball_of, check_suite, steps_of
 from common.evaluation.victim import adapted, as_module, as_victim
 from common.figures import save_figure
 from common.files import check_writable
@@ -122,8 +122,20 @@ class Evaluation:
             low, high = self.result["intervals"][name]
             accuracy = f"{100 * self.metrics[name]:.2f}"
             size = str(self.result["sizes"].get(name, self.result["examples"]))
-            table.add_row(name, size, accuracy, f"{100 * low:.2f} to {100 * high:.2f}")
+            interval = f"{100 * low:.2f} to {100 * high:.2f}"
+            table.add_row(name + self._note(name), size, accuracy, interval)
         return table
+
+    def _note(self, name: str) -> str:
+        """What to know of a row that does not count towards the worst case."""
+        attack = self.result["attacks"].get(name)
+        if attack is None or attack["counts"]:
+            return ""
+        if attack["kind"] == "noise":
+            return " (noise)"
+        if attack["norm"] is None or attack["eps"] is None:
+            return " (outside: no ball)"
+        return f" (outside: {attack['norm']} eps {attack['eps']:.5g})"
 
     @property
     def suspicions(self) -> list[str]:
@@ -143,8 +155,8 @@ def evaluate(
     data: Any,
     suite: str | Path | Mapping[str, SuiteEntry] = "quick",
     *,
-    eps: float | str = "8/255",
-    norm: Norm = "linf",
+    eps: float | str | None = None,
+    norm: Norm | None = None,
     audit: Audit | bool = False,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
@@ -169,11 +181,15 @@ def evaluate(
             by what needs none, by Square if the suite has nothing of the kind.
         data: ``(x, y)`` tensors, a data set of ``(image, label)``, or a loader.
         suite: ``quick``, ``autoattack``, ``audit``, ``paper-...``, a YAML file, or attacks by name.
-        eps: Radius of the threat model, pixels in [0, 1].
-        norm: Of the threat model.
-        audit: Whether to check for gradient masking too, or the checks themselves.
+        eps: Radius of the threat model, pixels in [0, 1]. By default that of the suite: the threat
+            it states or the ball of its first attack, else 8/255. The radii and steps of ready
+            suites follow it; a number in a suite is used as written, and does not count where it
+            is outside.
+        norm: Of the threat model; by default the suite's, else ``linf``.
+        audit: Whether to check for gradient masking too, by the suite's checks if it has any, or
+            the checks themselves.
         num_classes: How many classes the data have, to compare with the model's.
-        class_names: For the pictures.
+        class_names: For the pictures in ``output``.
         examples: Only so many, of all classes in proportion and the same for every model, see
             :func:`common.data.subset.subset`.
         output: A folder for ``results.json``, pictures, and outcomes as they come, from which a
@@ -188,21 +204,22 @@ def evaluate(
     Raises:
         ConfigurationError: If model, data or suite cannot give a figure that means something:
             images outside [0, 1], training mode, probabilities instead of logits, wrong number of
-            classes, unknown suite or loss; or if ``output`` holds another result. Found before the
-            first attack.
+            classes, unknown suite or loss, another norm than the suite's, a setting that nothing
+            would use; or if ``output`` holds another result. Found before the first attack.
         RunDirectoryError: If ``output`` cannot be written.
     """
     model = as_module(model)
     begun = time.perf_counter()
     check_name(name, "the name of the results")
-    threat = Threat(norm, eps)
-    checks = audit if isinstance(audit, Audit) else Audit() if audit else None
-    entries: Mapping[str, SuiteEntry] = {}
+    if batch_size < 1:
+        raise ConfigurationError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(suite, Mapping):
-        entries = suite
+        ready = Suite(suite, chosen_threat(ball_of(suite), eps, norm))
     else:
-        ready = load_suite(suite, threat)
-        entries, checks = ready.entries, checks or ready.audit
+        ready = load_suite(suite, eps, norm)
+    entries, threat = ready.entries, ready.threat
+    checks = audit if isinstance(audit, Audit) else ready.audit or (Audit() if audit else None)
+    _check_unused(entries, engine)
     if device is not None:
         model = model.to(device)
     folder = None if output is None else Path(output)
@@ -315,3 +332,18 @@ def _no_gradient(steps: Sequence[Step], left_out: Sequence[str]) -> str:
         "the model has no gradient with respect to its images: accuracy is that under attacks "
         f"that need none ({ran}); {', '.join(left_out)} were not run"
     )
+
+
+def _check_unused(entries: Mapping[str, SuiteEntry], engine: AttackEngine | None) -> None:
+    """Refuse settings that would change nothing for a model that is passed in."""
+    for name, entry in entries.items():
+        if entry.checkpoints is not None:
+            raise ConfigurationError(
+                f"the suite entry {name!r} is for the checkpoints {', '.join(entry.checkpoints)} "
+                "of a run, and a model that is passed in is none; drop checkpoints"
+            )
+    if engine is not None and not any(entry.uses_engine for entry in entries.values()):
+        raise ConfigurationError(
+            "an engine computes the passes of attacks on the model, and the suite has none (noise, "
+            "transfer and the audit go without); drop engine"
+        )

@@ -126,12 +126,8 @@ class Audit:
             )
         settings: dict[str, Any] = {"samples": self.random_samples}
         yield step("audit_random", partial(_random_search, self.random_samples, threat), settings)
-        square = AutoAttack(
-            eps, norm, "custom", ["square"], batch_size=250, square_queries=self.square_queries
-        )
-        yield step(
-            "audit_square", partial(_square, square, threat), square.settings(), batch_size=250
-        )
+        square = AutoAttack(eps, norm, "custom", ["square"], square_queries=self.square_queries)
+        yield step("audit_square", partial(_square, square, threat), square.settings())
         if self.transfer is not None:
             transfer = Transfer(plain, self.transfer)
             networks = (transfer.network,)

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import Norm, parse_radius
 from common.attacks.randomness import ExampleRandom
+from common.errors import check_choice
 from common.objectives import Batch
 
 Columns = dict[str, Tensor]
 """What a step found out, one entry per example along the first axis."""
 
 Scope = Literal["all", "clean", "standing"]
+Kind = Literal["attack", "noise", "probe"]
+Counted = Literal["attack", "noise"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,15 @@ class Step:
     examples: int | None = None
     batch_size: int | None = None
     threat: Threat | None = None
-    kind: Literal["attack", "noise", "probe"] = "attack"
+    kind: Kind = "attack"
     at: Mapping[str, float] = field(default_factory=dict)
     reach: float = math.inf
     needs_gradient: bool = False
     networks: tuple[nn.Module, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, Scope)
+        check_choice("kind", self.kind, Kind)
 
 
 @torch.no_grad()
@@ -182,13 +189,16 @@ class Line:
     """
 
     entry: str
-    kind: Literal["attack", "noise"] = "attack"
+    kind: Counted = "attack"
     norm: str | None = None
     eps: float | None = None
     survivors_only: bool = False
     counts: bool = True
     at: Mapping[str, float] = field(default_factory=dict)
     weakness: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, Counted)
 
 
 @dataclass

@@ -42,9 +42,12 @@ class SuiteEntry:
         losses: Patterns (``ce_f``, ``ce_*``, ``cw_joint*``) over the losses that the model
             declares in ``adaptive_losses``, and ``model`` for the inner loss it was trained with.
             AutoAttack takes one: ``ce_f`` leaves it as it is, another steers APGD-CE and Square.
-            DeepFool, C&W, GAMA and noise work on logits and take none.
+            DeepFool, C&W, GAMA, transfer and noise have losses of their own and take none.
         survivors_only: Attack only what every earlier entry left standing. Outcomes are then
             cumulative: cheaper, the same worst case, but no figure of this attack alone.
+        all_images: Attack the images that are wrong without an attack too, and count them as right
+            where the attack makes them so: what a code reports that attacks whole batches. No such
+            image is robust: they stay wrong in the worst case.
         examples: Attack so many of the split only, of all classes in proportion and the same for
             every model, see :func:`common.data.subset.subset`; ``None`` means all.
         checkpoints: Run for checkpoints of these names only (``last``, ``selected``); ``None``
@@ -52,7 +55,8 @@ class SuiteEntry:
         sweep: Arguments of the attack with the values they take in turn, such as
             ``{eps: [2/255, 4/255, 8/255]}`` or ``{steps: [1, 10, 100]}``: a curve in the results.
         eot: Average losses over so many forward passes (expectation over transformation, Athalye,
-            Carlini & Wagner 2018, Section 4.2); for networks that draw random numbers.
+            Carlini & Wagner 2018, Section 4.2); for projected ascents on networks that draw random
+            numbers.
         until_broken: Take an example out as soon as it is found misclassified, instead of judging
             where it ends: faster, and never fewer examples are broken. For projected ascents on a
             deterministic network.
@@ -64,6 +68,7 @@ class SuiteEntry:
     attack: Attack
     losses: list[str] = field(default_factory=lambda: ["ce_f"])
     survivors_only: bool = False
+    all_images: bool = False
     examples: int | None = None
     checkpoints: list[str] | None = None
     sweep: dict[str, list[float | str]] | None = None
@@ -80,6 +85,7 @@ class SuiteEntry:
             if value is not None and value < 1:
                 what = "at least 1 or null for all" if name == "examples" else "at least 1"
                 raise ConfigurationError(f"{name} must be {what}, got {value}")
+        self._check_unused()
         is_ascent = isinstance(self.attack, PGD) and not isinstance(self.attack, FriendlyPGD)
         if self.until_broken and (self.eot > 1 or not is_ascent):
             raise ConfigurationError(
@@ -94,6 +100,34 @@ class SuiteEntry:
                     f"{type(self.attack).__name__} takes {', '.join(self.attack.settings())}"
                 )
 
+    def _check_unused(self) -> None:
+        """Refuse settings that the attack would not take notice of."""
+        attack, kind = self.attack, type(self.attack).__name__
+        if self.eot > 1 and not isinstance(attack, PGD):
+            raise ConfigurationError(
+                f"eot averages the losses of a projected ascent, got eot {self.eot} for {kind}; "
+                "drop eot (AutoAttack has version rand)"
+            )
+        if self.losses != ["ce_f"] and not isinstance(attack, PGD | AutoAttack):
+            raise ConfigurationError(
+                f"{kind} climbs no loss of the model, got losses {self.losses}; drop losses"
+            )
+        if self.survivors_only and (self.all_images or isinstance(attack, Noise)):
+            what = "noise is measured" if isinstance(attack, Noise) else "all_images asks"
+            raise ConfigurationError(
+                f"survivors_only leaves out what earlier entries broke, and {what} for all images; "
+                "drop survivors_only"
+            )
+        if self.all_images and not isinstance(attack, PGD | GAMAPGD):
+            raise ConfigurationError(
+                f"all_images is for projected ascents and GAMA, got {kind}; drop all_images"
+            )
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether an engine computes the attack's passes."""
+        return not isinstance(self.attack, Noise | Transfer)
+
     @property
     def cost(self) -> int:
         """Forward and backward passes per example and loss, roughly."""
@@ -104,10 +138,13 @@ class SuiteEntry:
         if not self.sweep:
             yield self.attack, {}
             return
+        points = []
         for values in itertools.product(*self.sweep.values()):
             changes = dict(zip(self.sweep, values, strict=True))
             at = {name: parse_radius(value, "l2", name) for name, value in changes.items()}
-            yield self.attack.but(**changes), at
+            if at not in points:  # 4/255 and threat/2 may be the same
+                points.append(at)
+                yield self.attack.but(**changes), at
 
 
 def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
@@ -158,6 +195,16 @@ def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
             )
 
 
+def ball_of(suite: Mapping[str, SuiteEntry]) -> Threat | None:
+    """The ball of the first attack that has one, at the largest radius of its sweep."""
+    for entry in suite.values():
+        attacks = [attack for attack, _ in entry.variants() if getattr(attack, "eps", None)]
+        if attacks:
+            largest = max(attacks, key=lambda attack: float(attack.eps))
+            return Threat(largest.norm, largest.eps)
+    return None
+
+
 def steps_of(
     suite: Mapping[str, SuiteEntry],
     model: Any,
@@ -199,7 +246,7 @@ def _steps(
         settings = fields.pop("settings", settings)
         if entry.until_broken:
             settings["until_broken"] = True
-        if engine is not None and not isinstance(attack, Noise | Transfer):
+        if engine is not None and entry.uses_engine:
             settings["engine"] = engine.settings()
         key = "/".join([name, *filter(None, [part]), *point])
         given = common | {"settings": settings, "at": dict(at)} | fields
@@ -217,7 +264,7 @@ def _steps(
     is_bounded = getattr(attack, "project", True)
     eps = getattr(attack, "eps", None) if is_bounded else None
     common: dict[str, Any] = {
-        "scope": "standing" if entry.survivors_only else "clean",
+        "scope": ("standing" if entry.survivors_only else "all" if entry.all_images else "clean"),
         "cumulative": entry.survivors_only,
         "examples": entry.examples,
         "threat": None if eps is None else Threat(attack.norm, eps),

@@ -12,7 +12,7 @@ from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
 from common.callbacks.modes import frozen
-from common.errors import CheckpointError, ConfigurationError
+from common.errors import CheckpointError, ConfigurationError, check_choice
 from common.evaluation.steps import Columns, Threat, judged
 from common.objectives import Batch
 from common.provenance import weights_digest
@@ -42,8 +42,7 @@ class Transfer(Settings):
     def __init__(
         self, attack: PGD, surrogate: str | nn.Module, loss: TransferLoss = "cross_entropy"
     ) -> None:
-        if loss not in LOSSES:
-            raise ConfigurationError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        check_choice("loss", loss, TransferLoss)
         if isinstance(surrogate, str) and not surrogate.endswith(".ckpt"):
             raise ConfigurationError(
                 f"surrogate must be a checkpoint, RUN/checkpoints/last.ckpt, got {surrogate!r}"

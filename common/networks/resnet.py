@@ -2,11 +2,11 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.normalize import Normalize, Statistics
 
 Activation = Callable[[], nn.Module]
@@ -52,8 +52,7 @@ def global_pool(pool: Pool) -> nn.Module:
     Raises:
         ConfigurationError: If there is no such pool.
     """
-    if pool not in get_args(Pool):
-        raise ConfigurationError(f'pool must be "avg" or "max", got {pool!r}')
+    check_choice("pool", pool, Pool)
     return nn.AdaptiveAvgPool2d(1) if pool == "avg" else nn.AdaptiveMaxPool2d(1)
 
 

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from common.cli import RobustCLI, load_run, lock, main
+from common.evaluation.ready import CONFIGS
 from common.provenance import weights_digest
 
 CONFIG = """
@@ -290,6 +291,33 @@ def test_a_warm_start_needs_its_weights_where_results_go_into_tables(config, cap
 def test_bad_yaml_names_the_key(config, capsys) -> None:
     config.write_text(CONFIG.replace("batch_size", "batchsize"))
     assert "batch_size" in refused(capsys, "fit", "--config", config)
+
+
+@pytest.mark.slow
+def test_a_suite_of_a_paper_follows_the_threat_of_the_command_line(config, capsys) -> None:
+    call("fit", "--config", config, "--trainer.max_epochs", "1")
+    arguments = ["test", "--config", config, "--config", CONFIGS / "paper-wm.yaml"]
+    arguments += ["--data.test_limit", "6", "--ckpt_path", "last"]
+    line = refused(capsys, *arguments, "--evaluation.threat", "{norm: l2, eps: 0.5}")
+    assert "paper-wm.yaml attacks in linf, got --evaluation.threat.norm l2" in line
+    call(*arguments, "--evaluation.threat.eps", "4/255")
+    result = json.loads(Path("runs/paper_tiny/tiny/seed0/results.json").read_text())
+    entry = result["checkpoints"]["last"]
+    assert entry["threat"] == {"norm": "linf", "eps": 4 / 255}
+    for name in ("cw100/cw_f", "deepfool", "aa/apgd-ce", "pgd20/ce_f/eps=0.0156863"):
+        assert entry["attacks"][name]["eps"] == 4 / 255
+        assert entry["attacks"][name]["counts"]
+
+
+def test_an_audit_without_a_threat_model_is_refused(config, capsys, tmp_path) -> None:
+    noise = tmp_path / "noise.yaml"
+    noise.write_text(
+        CONFIG.partition("evaluation:")[0]
+        + "evaluation:\n  audit: {}\n  suite: {noise: {attack: {class_path: "
+        "common.attacks.noise.UniformNoise, init_args: {levels: [0.1]}}}}\n"
+        + CONFIG[CONFIG.index("trainer:") :]
+    )
+    assert "evaluation.audit needs a threat model" in refused(capsys, "test", "--config", noise)
 
 
 def test_an_empty_suite_is_refused(config, capsys) -> None:

@@ -43,12 +43,34 @@ def test_histograms_count_everything_in_common_bins() -> None:
     p, q, bound = histograms(a, b)
     assert bound == pytest.approx(np.quantile(b.abs().numpy(), 0.999), rel=1e-5)
     for values, found in ((a, p), (b, q)):
-        assert found.shape == (100,)
+        assert found.shape == (101,)
         assert found.sum().item() == pytest.approx(1.0)
-        counts, _ = np.histogram(values.clamp(-bound, bound).numpy(), 100, (-bound, bound))
+        counts, _ = np.histogram(values.clamp(-bound, bound).numpy(), 101, (-bound, bound))
         assert np.abs(found.numpy() * 4000 - counts).max() <= 1  # a value on an edge
     assert q[0] > 0
     assert q[-1] > 0
+
+
+@pytest.mark.parametrize("tiny", [1e-12, -1e-12, 1e-38, -1e-38])
+@pytest.mark.parametrize("scale", [1.0, 0.1, 1 / 3, 7e-3, 123.4])
+def test_pruned_weights_are_where_tiny_ones_are(tiny: float, scale: float) -> None:
+    """Half of the weights are 0 in one network and almost 0 in the other: the same network."""
+    rest = torch.linspace(-1, 1, 200) * scale
+    pruned, almost = (torch.cat([rest, torch.full((200,), value)]) for value in (0.0, tiny))
+    p, q, _ = histograms(pruned, almost)
+    assert torch.equal(p, q)
+    assert p[50] >= 0.5
+    assert js_divergence(p, q) == 0.0
+
+
+def test_negated_weights_have_the_mirrored_histogram() -> None:
+    w = torch.cat([torch.randn(1000), torch.zeros(50)])
+    p, q, _ = histograms(w, -w)
+    assert torch.equal(p, q.flip(0))
+    p, q, bound = histograms(torch.zeros(5), torch.zeros(5), bins=3)
+    assert (p.tolist(), q.tolist(), bound) == ([0, 1, 0], [0, 1, 0], 1.0)
+    with pytest.raises(ValueError, match="bins must be odd"):
+        histograms(w, w, bins=40)
 
 
 def test_quantiles_interpolate() -> None:

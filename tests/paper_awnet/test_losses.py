@@ -8,7 +8,6 @@ import torch
 from common.errors import ConfigurationError
 from paper_awnet.losses import (
     balanced,
-    check_scale,
     distillation,
     mean_over_ranks,
     negative_entropy,
@@ -107,4 +106,4 @@ def test_one_process_has_its_own_mean() -> None:
 
 def test_unknown_scale() -> None:
     with pytest.raises(ConfigurationError, match="classmean, batchmean, got 'mean'"):
-        check_scale("mean")
+        distillation(torch.zeros(2, 3), torch.zeros(2, 3), "mean")

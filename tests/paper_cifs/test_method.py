@@ -43,6 +43,7 @@ from paper_cifs.method import (
     training_factor,
     undetached,
 )
+from paper_cifs.module import CIFSClassifier
 
 DOUBLE = torch.float64
 C, K = 6, 5
@@ -1000,6 +1001,41 @@ def test_adaptive_losses_accept_labels_made_in_inference_mode():
             JointTRADES().inner,
         ):
             torch.autograd.grad(make(net, batch)(x).sum(), x)
+
+
+@pytest.mark.parametrize("probe", [0, -1, -2])
+def test_probes_are_counted_from_1(probe):
+    with pytest.raises(ConfigurationError, match=f"probe must be at least 1, got {probe}"):
+        AdaptiveLoss(probe=probe)
+
+
+def test_a_probe_that_a_network_lacks_is_refused():
+    net, batch = sharpen(tiny_resnet()).eval(), batch_of()
+    probes = net(batch["x"])[1]
+    for s, p in enumerate(probes, start=1):
+        expected = F.cross_entropy(p, batch["y"], reduction="none")
+        torch.testing.assert_close(AdaptiveLoss(probe=s)(net, batch)(batch["x"]), expected)
+    with pytest.raises(ConfigurationError, match="probe 3 is to be attacked and the network has 2"):
+        AdaptiveLoss(probe=3)(net, batch)(batch["x"])
+
+
+def test_the_mask_of_a_channel_that_is_0_is_shown_as_it_is():
+    net = sharpen(tiny_resnet()).eval()
+    net.stages[-1][-1].register_forward_hook(
+        lambda _, __, z: z * (torch.arange(z.shape[1]) != 1)[:, None, None]
+    )
+    seen = {}
+    for selection in net.selections.values():
+        selection.register_forward_hook(
+            lambda s, args, out: seen.update({s: s.multiplier(args[0], out[1], None)})
+        )
+    shown = {}
+    model, batch = CIFSClassifier(net, JointCrossEntropy()), batch_of()
+    model.eval().log_histograms(lambda name, mask: shown.update({name: mask}), {"x": batch["x"]})
+    assert len(shown) == len(seen) == 2
+    for mask, expected in zip(shown.values(), seen.values(), strict=True):
+        torch.testing.assert_close(mask, expected)
+        assert (mask > 0).all()
 
 
 def test_adaptive_losses_pickle():

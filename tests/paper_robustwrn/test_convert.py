@@ -59,10 +59,17 @@ class Official(nn.Module):
     """The network under the official names, with weights from a formula."""
 
     def __init__(
-        self, depths=(2, 1, 2), channels=(4, 6, 6, 5), strides=(1, 2, 2), k=10, c=3, large=False
+        self,
+        depths=(2, 1, 2),
+        channels=(4, 6, 6, 5),
+        strides=(1, 2, 2),
+        k=10,
+        c=3,
+        large=False,
+        stem_stride=1,
     ) -> None:
         super().__init__()
-        self.stem_conv: nn.Module = conv(c, channels[0], 3, 1, 1)
+        self.stem_conv: nn.Module = conv(c, channels[0], 3, stem_stride, 1)
         if large:
             pool = nn.MaxPool2d(3, 2, 1)
             stem = (conv(c, channels[0], 7, 2, 3), nn.BatchNorm2d(channels[0]), nn.ReLU(), pool)
@@ -189,6 +196,49 @@ def test_strides_that_the_file_does_not_tell_are_given(tmp_path):
     assert torch.allclose(converted_net(tmp_path / "out.ckpt")(x), model(x), atol=1e-6)
     with pytest.raises(ConfigurationError, match="each of the 3 stages"):
         convert(tmp_path / "official.pth", tmp_path / "out.ckpt", strides=(1, 2))
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2, 3])
+@pytest.mark.parametrize("strides", [(1, 2, 2), (1, 1, 2)])
+def test_a_stem_with_a_stride_is_told_and_checked(tmp_path, capsys, stem_stride, strides):
+    model = Official(channels=(4, 5, 6, 7), strides=strides, stem_stride=stem_stride).eval()
+    torch.save(official_file(model), tmp_path / "official.pth")
+    x = torch.rand(3, 3, 16, 16)
+    torch.save({"x": x, "logits": model(x).detach()}, tmp_path / "logits.pt")
+    arguments = [str(tmp_path / name) for name in ("official.pth", "out.ckpt")]
+    arguments += ["--check", str(tmp_path / "logits.pt")]
+    told = ["--stem_stride", str(stem_stride), "--strides", *map(str, strides)]
+    main([*arguments, *told])
+    assert f"stem stride {stem_stride}" in capsys.readouterr().out
+    assert torch.allclose(converted_net(tmp_path / "out.ckpt")(x), model(x), atol=1e-6)
+    (tmp_path / "out.ckpt").unlink()
+    if (stem_stride, strides) != (1, (1, 2, 2)):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert "error: the converted network gives other logits than" in error
+        assert "with strides [1, 2, 2] and stem stride 1; give those" in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "out.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"x": torch.rand(2, 3, 8, 8)}, "it needs x, images"),
+        ({"x": torch.rand(2, 1, 8, 8), "logits": torch.rand(2, 10)}, "cannot be checked"),
+        ({"x": torch.rand(2, 3, 8, 8), "logits": torch.rand(2, 9)}, "cannot be checked"),
+        ({"x": torch.rand(2, 3, 8, 8), "logits": torch.full((2, 10), torch.nan)}, "gives other"),
+        ({"x": torch.rand(0, 3, 8, 8), "logits": torch.rand(0, 10)}, "gives other"),
+    ],
+)
+def test_stated_logits_that_say_nothing_are_refused(source, tmp_path, stated, message):
+    torch.save(stated, tmp_path / "logits.pt")
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, tmp_path / "out.ckpt", stated=tmp_path / "logits.pt")
+    with pytest.raises(ConfigurationError, match="stem_stride"):
+        convert(source, tmp_path / "out.ckpt", stem_stride=0)
 
 
 # ----------------------------------------------------------------------- what comes out is used

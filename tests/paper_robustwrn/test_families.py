@@ -20,6 +20,7 @@ from paper_robustwrn.families import (
     CellNetwork,
     DenseNet,
     FactorizedReduce,
+    Genotype,
     NASNet,
     SATAuxiliary,
     TwoByTwo,
@@ -240,7 +241,7 @@ def test_backward_reaches_every_parameter():
 def test_cell_networks_refuse_settings_that_do_not_fit(kwargs, message):
     with pytest.raises(ConfigurationError, match=message):
         DARTS(**{**TINY, **kwargs})
-    with pytest.raises(ConfigurationError, match="no operation 'none'"):
+    with pytest.raises(ConfigurationError, match=r"an operation must be one of .* got 'none'"):
         make_op("none", 4, 1)
     with pytest.raises(ConfigurationError, match="one value"):
         DenseNet((1, 1), (4,))
@@ -346,3 +347,20 @@ def test_plain_losses_train_cell_networks_too(batch):
     net = CellNetwork(DARTS_V2, **TINY)
     batch["x_adv"] = batch["x"]
     assert TRADES().outer(net, batch).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("ops", "concat", "match"),
+    [
+        ([("skip_connect", -1), ("skip_connect", 0)], [2], "operation 0 .* reads state -1"),
+        ([("skip_connect", 0), ("skip_connect", 2)], [2], "operation 1 .* states 0 to 1 before"),
+        ([("skip_connect", 0), ("skip_connect", 1)], [-1], r"0 to 2 to return, got \[-1\]"),
+        ([("skip_connect", 0), ("skip_connect", 1)], [3], r"0 to 2 to return, got \[3\]"),
+        ([("skip_connect", 0), ("skip_connect", 1)], [], "to return"),
+    ],
+)
+def test_a_cell_has_the_states_that_it_reads_and_returns(ops, concat, match) -> None:
+    with pytest.raises(ConfigurationError, match=match):
+        Genotype(ops, concat, DARTS_V2.reduce, DARTS_V2.reduce_concat)
+    with pytest.raises(ConfigurationError, match=match):
+        Cell(ops, concat, 4, 4, 4, reduction=False, after_reduction=False)

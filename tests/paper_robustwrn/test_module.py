@@ -1,11 +1,19 @@
-"""The official margin loss stands still where its batch sum is not positive; ours does not."""
+"""The official margin attack: its loss, and its number over batches of all images."""
+
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from common.attacks.losses import hinge_margin
 from common.attacks.pgd import PGD
-from paper_robustwrn.module import coupled_margin
+from common.evaluation import SuiteEntry
+from common.evaluation.engine import run_steps
+from common.evaluation.suite import steps_of
+from common.objectives import AT
+from common.outcomes import checkpoint_entry
+from paper_robustwrn.module import RobustWRNClassifier, coupled_margin
 
 
 class Linear(nn.Module):
@@ -41,3 +49,53 @@ def test_the_official_form_stalls_and_the_per_sample_form_does_not() -> None:
     assert (moved - b["x"]).abs().max() > 0.19
     alone = {key: value[:1] for key, value in b.items()}
     assert not torch.equal(attack(coupled_margin(model, alone), alone["x"]), alone["x"])
+
+
+def official_right(net: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
+    """Right under the attack, image by image, as a loop over the loader's batches computes it."""
+    found = []
+    for start in range(0, len(x), 8):
+        image, label = x[start : start + 8], y[start : start + 8]
+        moved = image.clone()
+        for _ in range(steps):
+            moved.requires_grad_()
+            z = net(moved)
+            others = z.scatter(1, label[:, None], -torch.inf).max(dim=1).values
+            loss = -torch.relu(z.gather(1, label[:, None]).sum() - others.sum())
+            (gradient,) = torch.autograd.grad(loss, moved)
+            moved = moved.detach() + eps / 4 * gradient.sign()
+            moved = torch.min(torch.max(moved, image - eps), image + eps).clamp(0, 1)
+        found.append(net(moved).argmax(dim=1) == label)
+    return torch.cat(found)
+
+
+def test_the_official_number_is_that_of_the_official_loop() -> None:
+    """Over all images in the loader's batches: those wrong without an attack are in the sum."""
+    generator = torch.Generator().manual_seed(3)
+    linear = nn.Linear(16, 3)
+    linear.weight.data = torch.randn(3, 16, generator=generator)
+    net = nn.Sequential(nn.Flatten(), linear).eval()
+    x = torch.rand(40, 1, 4, 4, generator=generator)
+    y = net(x).argmax(dim=1)
+    y[::3] = (y[::3] + 1) % 3
+    model = RobustWRNClassifier(net, AT()).eval()
+    examples = {"x": x, "y": y, "index": torch.arange(40)}
+    attack = PGD(0.05, "eps/4", 10, start="zero")
+    found = {}
+    for name, all_images in (("official", True), ("repacked", False)):
+        suite = {"cw": SuiteEntry(attack, ["cw_official"], all_images=all_images)}
+        outcomes = run_steps(model, examples, steps_of(suite, model, 3, 0), seed=0, batch_size=8)
+        found[name] = checkpoint_entry(outcomes)
+    right = official_right(net, x, y, 0.05, 10)
+    metrics = found["official"]["metrics"]
+    assert metrics["cw/cw_official"] == right.double().mean().item()
+    assert metrics["worst"] == (right & (net(x).argmax(dim=1) == y)).double().mean().item()
+    assert metrics["cw/cw_official"] != found["repacked"]["metrics"]["cw/cw_official"]
+
+
+def test_the_columns_called_official_attack_all_images() -> None:
+    file = Path(__file__).parents[2] / "paper_robustwrn/configs/shared/evaluation_cifar.yaml"
+    suite = yaml.safe_load(file.read_text())["suite"]
+    assert {name for name in suite if suite[name].get("all_images")} == {
+        name for name in suite if name.endswith("_official")
+    }

@@ -158,7 +158,7 @@ def test_places_can_be_named_instead() -> None:
     [
         (SmallCNN, {"placement": "stem"}, "a small CNN has no stem; placement must be first or"),
         (tiny_resnet, {"placement": "all"}, "no all block; placement must be stem or stages"),
-        (SmallCNN, {"position": "behind"}, "position must be pre or post, got 'behind'"),
+        (SmallCNN, {"position": "behind"}, "position must be one of pre, post, got 'behind'"),
         (lambda: WideResNet(10, 1), {"position": "post"}, "set position: pre"),
         (VGG, {}, r"in a VGG is not known; name the modules"),
         (SmallCNN, {"placement": "first", "after": ["blocks.0.bn"]}, "give one of them"),

@@ -532,9 +532,9 @@ def test_compiled_passes_give_the_same_images() -> None:
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="32 or bf16, got 'fp16'"):
+    with pytest.raises(ConfigurationError, match="one of 32, bf16, got 'fp16'"):
         AttackEngine(precision="fp16")  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="compile must be null or one of"):
+    with pytest.raises(ConfigurationError, match="compile must be one of"):
         AttackEngine(compile="fast")  # type: ignore[arg-type]
 
 
@@ -559,3 +559,43 @@ def test_the_loop_never_waits_for_the_device(precision) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert (x_adv - x).abs().max() > 0.04
+
+
+class Structured(nn.Module):
+    """Returns its logits with features, as many networks do."""
+
+    def __init__(self, kind: str, offset: float = 0.0) -> None:
+        super().__init__()
+        self.net = lived(ResNet(depths=(1,), widths=(4,), strides=(1,), **SMALL))
+        self.kind, self.offset = kind, offset
+
+    def forward(self, x: Tensor):
+        z = self.net.stages(self.net.stem(self.net.normalize(x)))
+        logits = self.net.head(z)
+        # What breaks folding here is in the features alone.
+        seen = self.net.stem.conv(self.net.normalize(x)) if self.offset else z
+        found = {"logits": logits, "features": seen, "count": torch.tensor(3), "none": None}
+        return {"dict": found, "list": list(found.values()), "tuple": tuple(found.values())}[
+            self.kind
+        ]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict"])
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_a_network_may_return_more_than_logits(kind: str, precision: str) -> None:
+    net, x = Structured(kind).eval(), images()
+    engine = AttackEngine(precision=precision)
+    wanted = net(x)
+    with engine.applied(net, x):
+        got = net(x)
+    assert engine.folded(net, x) == 3
+    name = "logits" if kind == "dict" else 0
+    torch.testing.assert_close(
+        got[name].float(), wanted[name], rtol=1e-4, atol=0.05 if precision == "bf16" else 1e-4
+    )
+
+
+def test_what_differs_in_the_features_alone_is_not_folded(caplog) -> None:
+    net, x = Structured("tuple", offset=1.0).eval(), images()
+    assert AttackEngine().folded(net, x) == 0
+    assert "computes something else" in caplog.text

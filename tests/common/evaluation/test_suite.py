@@ -350,3 +350,49 @@ def test_gama_without_projection_is_reported_and_does_not_count(batch) -> None:
     assert not found.lines["official"].counts
     assert found.columns["gama"]["linf"].nan_to_num().max() <= 0.1 + 1e-6
     assert found.correct["official"].sum() <= found.correct["gama"].sum()
+
+
+def test_settings_that_an_attack_does_not_know_are_refused() -> None:
+    for attack, settings, match in (
+        (AutoAttack(0.1), {"eot": 4}, "eot averages the losses of a projected ascent"),
+        (GAMAPGD(0.1), {"eot": 4}, "drop eot"),
+        (DeepFool(0.1), {"losses": ["cw_f"]}, "DeepFool climbs no loss of the model"),
+        (UniformNoise([0.1]), {"survivors_only": True}, "noise is measured for all images"),
+        (PGD(0.1), {"survivors_only": True, "all_images": True}, "all_images asks for all images"),
+        (AutoAttack(0.1), {"all_images": True}, "got AutoAttack; drop all_images"),
+    ):
+        with pytest.raises(ConfigurationError, match=match):
+            SuiteEntry(attack, **settings)
+
+
+def test_points_of_a_sweep_that_are_the_same_run_once(batch) -> None:
+    entry = SuiteEntry(FGSM(0.1), sweep={"eps": ["8/255", 8 / 255, 0.1]})
+    assert [at["eps"] for _, at in entry.variants()] == [8 / 255, 0.1]
+
+
+def test_an_entry_may_attack_images_that_are_wrong_and_none_of_them_is_robust(batch) -> None:
+    """The loss pulls towards the label, as a loss over a batch may: a wrong image turns right."""
+
+    def helpful(model, batch):
+        return lambda x: -cross_entropy(model(x), batch["y"])
+
+    class Helped(Model):
+        def adaptive_losses(self):
+            return {"help": helpful}
+
+    batch["x"][-1] = 0.51  # wrong, and right after a small step
+    seen = {}
+    for name, all_images in (("right", False), ("all", True)):
+        entries = suite(a=SuiteEntry(PGD(0.05, 0.05, 2, "zero"), ["help"], all_images=all_images))
+        steps = steps_of(entries, Helped(), 2, seed=0)
+        found = run_steps(Helped(), batch, steps, seed=0)
+        seen[name] = checkpoint_entry(found)["metrics"]
+        assert found.columns["a/help"]["linf"][-1].isnan() != all_images
+    assert seen["right"] == {
+        "clean_acc": 0.9,
+        "a/help": 0.9,
+        "a": 0.9,
+        "a_union": 0.9,
+        "worst": 0.9,
+    }
+    assert seen["all"] == {"clean_acc": 0.9, "a/help": 1.0, "a": 1.0, "a_union": 1.0, "worst": 0.9}

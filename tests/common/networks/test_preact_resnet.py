@@ -108,7 +108,7 @@ def test_is_made_from_a_configuration_file():
     [
         ({"depths": (1, 1)}, "one value for each stage"),
         ({"num_classes": 0}, "num_classes"),
-        ({"pool": "mean"}, 'pool must be "avg" or "max", got \'mean\''),
+        ({"pool": "mean"}, "pool must be one of avg, max, got 'mean'"),
     ],
 )
 def test_refuses_settings_that_do_not_fit(kwargs, message):

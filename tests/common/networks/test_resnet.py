@@ -206,7 +206,7 @@ def test_compiles_in_one_graph_copies_and_pickles():
         ({"strides": (0, 1)}, "at least 1"),
         ({"num_classes": 0}, "num_classes"),
         ({"in_channels": 0}, "in_channels"),
-        ({"pool": "mean"}, 'pool must be "avg" or "max", got \'mean\''),
+        ({"pool": "mean"}, "pool must be one of avg, max, got 'mean'"),
     ],
 )
 def test_refuses_settings_that_do_not_fit(kwargs, message):
