@@ -210,7 +210,7 @@ class UserFriendlyParser(LightningArgumentParser):
         options = {
             name.lstrip("-") for p in parsers for a in p._actions for name in a.option_strings
         }
-        self.exit(2, f"error: {explain(message, options)[:2000]}\n")
+        self.exit(2, f"error: {explain(message, options)[:500]}\n")
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
 from common.errors import ConfigurationError
 from common.limits import LARGEST_INTEGER, check_yaml
@@ -50,15 +50,17 @@ _OURS = re.compile(r"(?:common|paper_\w+)(?:\.|$)")
 _KINDS = ("torch", "lightning", "common")
 
 
-def _loaded(text: str) -> Any:
-    """What jsonargparse's loader makes of a text, once it is known to be of a bearable size."""
+_LOADER = get_yaml_default_loader()
+
+
+def _begin(self: Any, text: str) -> None:
+    """Begin to read a text, once it is known that its values are few and not nested deeply."""
     check_yaml(text)
-    return _load(text)
+    super(_LOADER, self).__init__(text)
 
 
-_load = get_loader("yaml")
-if _load.__module__ != __name__:
-    set_loader("yaml", _loaded, exceptions=(yaml.YAMLError,))
+# Strings inside of files and options are read as YAML too, past the loader of the parser.
+_LOADER.__init__ = _begin
 set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
     import_path_denylist=list(DENIED),
