@@ -107,11 +107,11 @@ class RobustClassifier(LightningModule):
                 module.training = training
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The objective's outer loss on this batch."""
+        """The objective's outer loss on this batch, as it counts in its optimiser step."""
         loss = weighted(self.objective.outer(self, batch), batch)
         mean = self.guard.check(self, loss, batch, batch_idx)
         self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["y"]))
-        return loss
+        return weighted(loss, batch, "window")
 
     def watch(self, name: str, value: Tensor) -> None:
         """Stop the run if a number is not finite, when the next training loss is looked at.
