@@ -503,8 +503,11 @@ def test_uneven_last_training_batch_is_shared_and_weighted(batch_size: int) -> N
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize(
     ("accumulate", "n", "batches", "drop_last"),
-    [(3, 84, math.inf, False), (3, 87, math.inf, False), (4, 87, 6, False), (2, 87, 3, False)]
-    + [(7, 87, math.inf, True), (50, 87, math.inf, False), (1, 87, math.inf, False)],
+    [
+        *((3, 84, math.inf, False), (3, 87, math.inf, False), (4, 87, 6, False)),
+        *((2, 87, 3, False), (7, 87, math.inf, True), (50, 87, math.inf, False)),
+        (1, 87, math.inf, False),
+    ],
 )
 def test_an_optimiser_step_is_the_mean_over_its_examples(
     world_size: int, accumulate: int, n: int, batches: float, drop_last: bool
