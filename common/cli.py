@@ -35,6 +35,7 @@ from common.config import (
     UserFriendlyParser,
     check_config_files,
     check_limits,
+    check_seed,
     class_paths,
     decisive,
     explain,
@@ -128,11 +129,7 @@ class RobustCLI(LightningCLI):
         )
 
     def _set_seed(self) -> None:
-        seed = self._get(self.config, "seed_everything")
-        if isinstance(seed, bool) or not 0 <= seed < 2**32:
-            raise ConfigurationError(
-                f"seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}"
-            )
+        check_seed(self._get(self.config, "seed_everything"))
         super()._set_seed()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

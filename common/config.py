@@ -246,6 +246,18 @@ _OF_THE_SYSTEM = re.compile(
 )
 
 
+def check_seed(seed: Any) -> None:
+    """Refuse what is no seed: what is drawn at random cannot be repeated.
+
+    Raises:
+        ConfigurationError: Naming it.
+    """
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ConfigurationError(
+            f"seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}"
+        )
+
+
 def check_limits(trainer: Mapping[str, Any]) -> None:
     """Refuse a training that would never end, not begin, or go the wrong way.
 

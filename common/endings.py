@@ -53,8 +53,9 @@ def _results(trainer: Trainer, subcommand: str) -> list[Path]:
         if subcommand in ("test", "reproduce") and isinstance(callback, RobustEvaluation):
             paths.insert(0, callback.results_path(trainer))
         if subcommand in ("fit", "reproduce") and isinstance(callback, LastCheckpoint):
-            paths += [Path(str(callback.dirpath), "last.ckpt")]
-            paths += [Path(trainer.default_root_dir) / "config.yaml"]
+            place = 0 if subcommand == "fit" else len(paths)
+            paths.insert(place, Path(str(callback.dirpath), "last.ckpt"))
+            paths.append(Path(trainer.default_root_dir) / "config.yaml")
         is_selected = isinstance(callback, SelectedCheckpoint) and callback.best_model_path
         if subcommand in ("fit", "reproduce") and is_selected:
             paths.append(Path(callback.best_model_path))
