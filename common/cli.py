@@ -329,7 +329,6 @@ class SaveTrainingConfig(SaveConfigCallback):
         logger = config.trainer.logger  # one, a list of them, or a truth value
         if isinstance(logger, Namespace) and logger.class_path == TENSORBOARD:
             config.update(None, "trainer.logger")
-        # It was validated when it was parsed.
         # By way of JSON: YAML knows no enumerations, and Lightning has them among its defaults.
         text = self.parser.dump(config, skip_none=False, skip_validation=True, format="json")
         text = yaml.safe_dump(json.loads(text), sort_keys=False)
@@ -431,17 +430,14 @@ def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifie
 
 
 def main(args: Sequence[str] | None = None, package: str = "common") -> None:
-    """Run one subcommand; errors the user can mend are one line and exit status 2.
-
-    The last line says where the result is, and there is no success without it.
-    """
+    """Run one subcommand; what the user can mend is one line and exit status 2, else the result."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch 2.15
     try:
         cli = RobustCLI(package=package, args=args)
         if cli.trainer.is_global_zero and cli.subcommand is not None:
             print(confirmed(cli.trainer, cli.subcommand), flush=True)
     except SIGTERMException as stop:  # Lightning's own status would be 0
-        raise SystemExit(128 + getattr(stop, "number", signal.SIGTERM)) from None
+        raise SystemExit(stop.code or 128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:

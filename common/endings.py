@@ -56,9 +56,13 @@ def _results(trainer: Trainer, subcommand: str) -> list[Path]:
             place = 0 if subcommand == "fit" else len(paths)
             paths.insert(place, Path(str(callback.dirpath), "last.ckpt"))
             paths.append(Path(trainer.default_root_dir) / "config.yaml")
-        is_selected = isinstance(callback, SelectedCheckpoint) and callback.best_model_path
-        if subcommand in ("fit", "reproduce") and is_selected:
-            paths.append(Path(callback.best_model_path))
+        if subcommand in ("fit", "reproduce") and isinstance(callback, SelectedCheckpoint):
+            selected = Path(callback.best_model_path)
+            resumed = getattr(trainer, "resumed_from", None)
+            # A run that goes on in another folder may have left behind what it had selected.
+            folder = selected.parent if resumed is None else Path(resumed).parent
+            if selected.name and selected.parent.resolve() == folder.resolve():
+                paths.append(selected)
     return [predictions_path(trainer), *paths] if subcommand == "predict" else paths
 
 

@@ -126,10 +126,10 @@ class Resuming(Callback):
 
 
 class StoppedBySignal(SIGTERMException):
-    """A run that somebody asked to stop, by which signal."""
+    """A run that somebody asked to stop; the process ends with 128 + the number of the signal."""
 
     def __init__(self, number: int) -> None:
-        super().__init__()
+        super().__init__(128 + number)
         self.number = number
 
 
