@@ -10,12 +10,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
-import torch
+import yaml
 from filelock import FileLock, Timeout
-from jsonargparse import ArgumentParser, Namespace, dict_to_namespace, set_parsing_settings
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -32,18 +31,26 @@ from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
 from common.config import (
+    TENSORBOARD,
     UserFriendlyParser,
+    check_config_files,
+    check_limits,
+    check_seed,
     class_paths,
     decisive,
     explain,
     fill_from_data,
     plain_digest,
     protocol_digest,
+    refusal,
+    refuse_foreign_functions,
+    tensorboard_in,
 )
 from common.data.images import ImageDataModule
+from common.endings import confirmed, one_line
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.evaluation.ready import check_overlays, fill_threat, threat_of
-from common.files import is_full, remove_leftovers, write_sealed_yaml, yaml_damage_of
+from common.files import remove_leftovers, write_sealed_yaml, yaml_damage_of
 from common.identity import (
     Settings,
     check_evaluated,
@@ -52,7 +59,7 @@ from common.identity import (
     run_differences,
     settings_in,
 )
-from common.trainer import Trainer
+from common.trainer import NAMED, Trainer
 
 # A value of any type, in a logger's settings for instance, must not become a call of any class.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
@@ -67,7 +74,6 @@ FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
     (SelectedCheckpoint, "checkpoint", {"dirpath"}),
 )
 OWN_CLASSES = ("common.", "paper_", "torch.nn.", "torch.optim.")
-TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
 
 class RobustCLI(LightningCLI):
@@ -78,7 +84,8 @@ class RobustCLI(LightningCLI):
     def __init__(self, package: str, args: Sequence[str] | None = None, run: bool = True) -> None:
         self.package = package
         self.lock: FileLock | None = None
-        given = sys.argv[1:] if args is None else args
+        given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        check_config_files(given)
         if given and given[0] in self.subcommands():  # one parser instead of five saves a second
             only = {given[0]: self.subcommands()[given[0]]}
             self.__dict__["subcommands"] = lambda: only
@@ -112,6 +119,19 @@ class RobustCLI(LightningCLI):
         skipped = {name: skip | {"weights_only"} for name, skip in lightnings.items()}
         return {**skipped, "reproduce": {"model", "datamodule"}}
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed is a number, and always stated: what is drawn at random cannot be repeated."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="of weights, order, augmentation and attacks; a whole number of at least 0",
+        )
+
+    def _set_seed(self) -> None:
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The adversary, evaluation and the rest each get a section of their own."""
         parser.add_argument(
@@ -140,9 +160,6 @@ class RobustCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from something else: names, folders, class counts."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        for path in config.get("config") or []:
-            if damage := yaml_damage_of(str(path)):
-                raise ConfigurationError(f"{path} is damaged: {damage}")
         config.experiment = config.experiment or self._experiment_name(config)
         fill_from_data(config)
         self._go_on_if_requeued(config)
@@ -151,6 +168,9 @@ class RobustCLI(LightningCLI):
         for section in (config.evaluation.suite, config.evaluation.validation):
             fill_threat(section, threat, has_defaults=True)
         plain = self._plain(config)
+        refuse_foreign_functions(plain)
+        if self.subcommand in TRAINING:
+            check_limits(plain["trainer"])
         check_package(
             self.package, set(class_paths(plain)), list(map(str, config.get("config") or []))
         )
@@ -215,7 +235,7 @@ class RobustCLI(LightningCLI):
             return versions[-1] if versions else base
         run = base
         if self.subcommand == "fit":
-            if checkpoint == "last":
+            if checkpoint in NAMED:
                 run = versions[-1] if versions else base
             elif is_of_run:
                 run = Path(checkpoint).parent.parent
@@ -240,10 +260,10 @@ class RobustCLI(LightningCLI):
         try:
             self._draw_as_ever()
             super().instantiate_classes()
-        except UserError:
-            raise
-        except ValueError as error:
-            raise ConfigurationError(explain(str(error))) from error
+        except Exception as error:
+            if one_line(error) is not None:
+                raise
+            raise ConfigurationError(refusal(error, explain(str(error)))) from error
 
     def _draw_as_ever(self) -> None:
         """Draw the random numbers that one more model draws, so that seeds mean what they meant.
@@ -306,20 +326,14 @@ class SaveTrainingConfig(SaveConfigCallback):
         # The file describes the experiment; where this run happened to write is not part of it.
         config.pop("ckpt_path", None)
         config.update(None, "trainer.default_root_dir")
-        logger = config.trainer.logger
-        if logger and logger.class_path == TENSORBOARD:
+        logger = config.trainer.logger  # one, a list of them, or a truth value
+        if isinstance(logger, Namespace) and logger.class_path == TENSORBOARD:
             config.update(None, "trainer.logger")
-        # It was validated when it was parsed.
-        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        # By way of JSON: YAML knows no enumerations, and Lightning has them among its defaults.
+        text = self.parser.dump(config, skip_none=False, skip_validation=True, format="json")
+        text = yaml.safe_dump(json.loads(text), sort_keys=False)
         write_sealed_yaml(Path(trainer.default_root_dir) / "config.yaml", text)
         self.already_saved = True
-
-
-def tensorboard_in(run: Path) -> Namespace:
-    """Configuration of a TensorBoard logger that writes into ``run``."""
-    folder = {"save_dir": str(run), "name": "tensorboard", "version": ""}
-    settings = {"class_path": TENSORBOARD, "init_args": folder | {"default_hp_metric": False}}
-    return cast(Namespace, dict_to_namespace(settings))
 
 
 def lock(run: Path, timeout: float = 0) -> FileLock:
@@ -416,36 +430,19 @@ def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifie
 
 
 def main(args: Sequence[str] | None = None, package: str = "common") -> None:
-    """Run one subcommand; errors the user can mend are one line and exit status 2."""
+    """Run one subcommand; what the user can mend is one line and exit status 2, else the result."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch 2.15
     try:
-        RobustCLI(package=package, args=args)
-    except UserError as error:
-        _end(str(error))
-    except MisconfigurationException as error:
-        _end(" ".join(str(error).split()), error)
-    except SIGTERMException:
-        raise SystemExit(128 + signal.SIGTERM) from None  # Lightning's own status would be 0
+        cli = RobustCLI(package=package, args=args)
+        if cli.trainer.is_global_zero and cli.subcommand is not None:
+            print(confirmed(cli.trainer, cli.subcommand), flush=True)
+    except SIGTERMException as stop:  # Lightning's own status would be 0
+        raise SystemExit(stop.code or 128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except (OSError, RuntimeError, MemoryError) as error:
-        if is_full(error):
-            _end(f"{error}; what was done so far is kept. Make room and run the same command again")
-        if is_out_of_memory(error):
-            _end(
-                f"out of memory ({str(error).splitlines()[0][:200]}); the last checkpoint is kept. "
-                "Lower data.batch_size or raise trainer.accumulate_grad_batches",
-                error,
-            )
-        raise
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine has no memory left."""
-    is_cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_cpu
-
-
-def _end(message: str, cause: BaseException | None = None) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2) from cause
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from (None if isinstance(error, UserError) else error)
