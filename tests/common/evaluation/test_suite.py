@@ -52,7 +52,7 @@ class Model(nn.Module):
             return lambda x: cross_entropy(model(x), batch["y"])
 
         def useless(model, batch):
-            return lambda x: 0 * cross_entropy(model(x), batch["y"])
+            return lambda x: -cross_entropy(model(x), batch["y"])
 
         return {"ce_f": climb, "none": useless}
 
