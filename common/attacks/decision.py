@@ -13,7 +13,6 @@ from torch import Tensor
 
 from common.attacks.pgd import (
     Norm,
-    _choice,
     _count,
     _in_255,
     _norm,
@@ -60,7 +59,6 @@ class DecisionBased(Settings):
 
     def __init__(self, eps: float | str, norm: Norm = "linf", queries: int = 1000) -> None:
         self.norm: Norm = norm
-        _choice("norm", norm, ("linf", "l2", "l1"))
         self.eps = parse_radius(eps, norm)
         self.queries = _count("queries", queries, 1)
 

@@ -147,8 +147,9 @@ def run_steps(
     lacking = [lacking_classes(y, part.nonzero().flatten()) for part in parts.values()]
     outcomes.remarks = [
         *remarks,
-        *filter(None, [*lacking, outcomes.nonfinite()]),
+        *filter(None, lacking),
         *suspicions(outcomes),
+        *filter(None, [outcomes.nonfinite()]),
     ]
     return outcomes
 
