@@ -7,13 +7,15 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import as_class, classify, cross_entropy, hinge_margin
 from common.diagnosis import FiniteGuard
-from common.errors import ConfigurationError, check_choice
+from common.errors import ConfigurationError, check_choice, is_out_of_memory
 from common.objectives import Batch, InnerLoss, Objective, differentiable, weighted
-from common.parameter_groups import ParameterGroup, grouped_optimizer
+from common.optimization import optimizer_of, scheduler_of, tell_metrics
+from common.parameter_groups import ParameterGroup
 from common.weights import check_weights_fit
 
 Interval = Literal["epoch", "step"]
@@ -96,6 +98,8 @@ class RobustClassifier(LightningModule):
                 logits: Tensor = self(parameter.new_zeros(2, *shape))
                 return logits
         except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ConfigurationError(
                 f"the network cannot take images of shape {'x'.join(map(str, shape))} "
                 f"(channels x height x width): {str(error).splitlines()[0]}; choose a network "
@@ -107,11 +111,11 @@ class RobustClassifier(LightningModule):
                 module.training = training
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The objective's outer loss on this batch."""
+        """The objective's outer loss on this batch, as it counts in its optimiser step."""
         loss = weighted(self.objective.outer(self, batch), batch)
         mean = self.guard.check(self, loss, batch, batch_idx)
         self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["y"]))
-        return loss
+        return weighted(loss, batch, "window")
 
     def watch(self, name: str, value: Tensor) -> None:
         """Stop the run if a number is not finite, when the next training loss is looked at.
@@ -134,8 +138,9 @@ class RobustClassifier(LightningModule):
         self.guard.check_watched(self)
 
     def on_train_epoch_end(self) -> None:
-        """The same where there is no validation."""
+        """The same where there is no validation; then what waits for a metric gets it."""
         self.guard.check_watched(self)
+        tell_metrics(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accuracy on clean images."""
@@ -161,11 +166,15 @@ class RobustClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The injected optimiser over all trainable parameters, and its scheduler."""
-        optimizer = grouped_optimizer(self.optimizer, self, self.groups)
+        optimizer = optimizer_of(self)
         if self.scheduler is None:
             return optimizer
-        scheduler = {"scheduler": self.scheduler(optimizer), "interval": self.scheduler_interval}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler_of(self, optimizer)}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """As Lightning's, but for those that wait for a metric: they have it already."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another network before any of them is loaded."""

@@ -10,12 +10,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
-import torch
+import yaml
 from filelock import FileLock
-from jsonargparse import Namespace, dict_to_namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -32,19 +31,25 @@ from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
 from common.config import (
+    TENSORBOARD,
     UserFriendlyParser,
     check_config_files,
+    check_limits,
+    check_seed,
     class_paths,
     decisive,
     explain,
     fill_from_data,
     plain_digest,
     protocol_digest,
+    refusal,
+    tensorboard_in,
 )
 from common.data.images import ImageDataModule
+from common.endings import confirmed, one_line
 from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
 from common.evaluation.ready import check_overlays, fill_threat, threat_of
-from common.files import is_full, remove_leftovers, write_sealed_yaml
+from common.files import remove_leftovers, write_sealed_yaml
 from common.identity import (
     check_evaluated,
     check_package,
@@ -53,8 +58,8 @@ from common.identity import (
 )
 from common.limits import check_name
 from common.parsing import check_named
-from common.runs import check_is_ours, lock, set_aside_if_other, version_of
-from common.trainer import Trainer
+from common.runs import check_is_ours, latest_of, lock, set_aside_if_other
+from common.trainer import NAMED, Trainer
 
 CONFIGS = Path(__file__).parent / "configs"
 BASE = str(CONFIGS / "base.yaml")
@@ -65,7 +70,6 @@ FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
     (Monitoring, "monitoring", {"hyperparameters"}),
     (SelectedCheckpoint, "checkpoint", {"dirpath"}),
 )
-TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
 
 class RobustCLI(LightningCLI):
@@ -111,6 +115,19 @@ class RobustCLI(LightningCLI):
         skipped = {name: skip | {"weights_only"} for name, skip in lightnings.items()}
         return {**skipped, "reproduce": {"model", "datamodule"}}
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed is a number, and always stated: what is drawn at random cannot be repeated."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="of weights, order, augmentation and attacks; a whole number of at least 0",
+        )
+
+    def _set_seed(self) -> None:
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The adversary, evaluation and the rest each get a section of their own."""
         parser.add_argument(
@@ -149,6 +166,8 @@ class RobustCLI(LightningCLI):
         for section in (config.evaluation.suite, config.evaluation.validation):
             fill_threat(section, threat, has_defaults=True)
         plain = self._plain(config)
+        if self.subcommand in TRAINING:
+            check_limits(plain["trainer"])
         check_package(
             self.package, set(class_paths(plain)), list(map(str, config.get("config") or []))
         )
@@ -186,8 +205,8 @@ class RobustCLI(LightningCLI):
         if self.subcommand != "fit" or config.get("ckpt_path") is not None or not is_again:
             return
         base = self._base(config)
-        versions = sorted(base.parent.glob(f"{base.name}-v*"), key=version_of)
-        if ((versions[-1] if versions else base) / "checkpoints" / "last.ckpt").exists():
+        _, latest = latest_of(base)
+        if (latest / "checkpoints" / "last.ckpt").exists():
             config.ckpt_path = "last"
 
     def _base(self, config: Namespace) -> Path:
@@ -203,23 +222,22 @@ class RobustCLI(LightningCLI):
         goes on with ``seed0`` if that was made with the same settings, and moves it aside if not.
         """
         base = self._base(config)
-        versions = sorted(base.parent.glob(f"{base.name}-v*"), key=version_of)
+        number, latest = latest_of(base)
         checkpoint = config.get("ckpt_path")
         is_given = config.trainer.default_root_dir is not None
         is_of_run = checkpoint and Path(checkpoint).parent.name == "checkpoints" and not is_given
         if self.subcommand not in TRAINING:
             if is_of_run:
                 return Path(checkpoint).parent.parent
-            return versions[-1] if versions else base
+            return latest
         run = base
         if self.subcommand == "fit":
-            if checkpoint == "last":
-                run = versions[-1] if versions else base
+            if checkpoint in NAMED:
+                run = latest
             elif is_of_run:
                 run = Path(checkpoint).parent.parent
             elif (base / "checkpoints" / "last.ckpt").exists():
-                following = version_of(versions[-1]) + 1 if versions else 1
-                run = base.with_name(f"{base.name}-v{following}")
+                run = base.with_name(f"{base.name}-v{number + 1}")
         if getattr(rank_zero_only, "rank", 0) != 0:
             return Path(os.environ.get("RUN_DIRECTORY", run))
         os.environ["RUN_DIRECTORY"] = str(run)  # ranks started by this process follow it
@@ -238,10 +256,10 @@ class RobustCLI(LightningCLI):
         """Build everything; a value some class refuses is the user's to mend."""
         try:
             super().instantiate_classes()
-        except UserError:
-            raise
-        except ValueError as error:
-            raise ConfigurationError(explain(str(error))) from error
+        except Exception as error:
+            if one_line(error) is not None:
+                raise
+            raise ConfigurationError(refusal(error, explain(str(error)))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that every run has."""
@@ -282,20 +300,14 @@ class SaveTrainingConfig(SaveConfigCallback):
         # The file describes the experiment; where this run happened to write is not part of it.
         config.pop("ckpt_path", None)
         config.update(None, "trainer.default_root_dir")
-        logger = config.trainer.logger
-        if logger and logger.class_path == TENSORBOARD:
+        logger = config.trainer.logger  # one, a list of them, or a truth value
+        if isinstance(logger, Namespace) and logger.class_path == TENSORBOARD:
             config.update(None, "trainer.logger")
-        # It was validated when it was parsed.
-        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        # By way of JSON: YAML knows no enumerations, and Lightning has them among its defaults.
+        text = self.parser.dump(config, skip_none=False, skip_validation=True, format="json")
+        text = yaml.safe_dump(json.loads(text), sort_keys=False)
         write_sealed_yaml(Path(trainer.default_root_dir) / "config.yaml", text)
         self.already_saved = True
-
-
-def tensorboard_in(run: Path) -> Namespace:
-    """Configuration of a TensorBoard logger that writes into ``run``."""
-    folder = {"save_dir": str(run), "name": "tensorboard", "version": ""}
-    settings = {"class_path": TENSORBOARD, "init_args": folder | {"default_hp_metric": False}}
-    return cast(Namespace, dict_to_namespace(settings))
 
 
 def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifier, ImageDataModule]:
@@ -329,36 +341,19 @@ def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifie
 
 
 def main(args: Sequence[str] | None = None, package: str = "common") -> None:
-    """Run one subcommand; errors the user can mend are one line and exit status 2."""
+    """Run one subcommand; what the user can mend is one line and exit status 2, else the result."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch 2.15
     try:
-        RobustCLI(package=package, args=args)
-    except UserError as error:
-        _end(str(error))
-    except MisconfigurationException as error:
-        _end(" ".join(str(error).split()), error)
-    except SIGTERMException:
-        raise SystemExit(128 + signal.SIGTERM) from None  # Lightning's own status would be 0
+        cli = RobustCLI(package=package, args=args)
+        if cli.trainer.is_global_zero and cli.subcommand is not None:
+            print(confirmed(cli.trainer, cli.subcommand), flush=True)
+    except SIGTERMException as stop:  # Lightning's own status would be 0
+        raise SystemExit(stop.code or 128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except (OSError, RuntimeError, MemoryError) as error:
-        if is_full(error):
-            _end(f"{error}; what was done so far is kept. Make room and run the same command again")
-        if is_out_of_memory(error):
-            _end(
-                f"out of memory ({str(error).splitlines()[0][:200]}); the last checkpoint is kept. "
-                "Lower data.batch_size or raise trainer.accumulate_grad_batches",
-                error,
-            )
-        raise
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine has no memory left."""
-    is_cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_cpu
-
-
-def _end(message: str, cause: BaseException | None = None) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2) from cause
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from (None if isinstance(error, UserError) else error)

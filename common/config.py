@@ -6,19 +6,22 @@ import inspect
 import json
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from common.errors import ConfigurationError
 from common.files import yaml_damage_of
 from common.limits import read_yaml
-from common.parsing import MUST_NOT, ArgumentParser, load_named
+from common.parsing import ArgumentParser, load_named
+
+TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
 # The sections and settings that decide which weights come out of a run.
 TRAINING_SECTIONS = (
@@ -174,6 +177,13 @@ def class_paths(value: Any) -> Iterator[str]:
             yield from class_paths(part)
 
 
+def tensorboard_in(run: Path) -> Namespace:
+    """Configuration of a TensorBoard logger that writes into ``run``."""
+    folder = {"save_dir": str(run), "name": "tensorboard", "version": ""}
+    settings = {"class_path": TENSORBOARD, "init_args": folder | {"default_hp_metric": False}}
+    return cast(Namespace, dict_to_namespace(settings))
+
+
 def check_config_files(arguments: Sequence[str]) -> None:
     """Read the files that options ``--config`` name, to say what is wrong with which.
 
@@ -195,6 +205,64 @@ def check_config_files(arguments: Sequence[str]) -> None:
             raise ConfigurationError(
                 f"{path} holds no settings (sections such as model, data, trainer)"
             )
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what is no seed: what is drawn at random cannot be repeated.
+
+    Raises:
+        ConfigurationError: Naming it.
+    """
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ConfigurationError(
+            f"seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}"
+        )
+
+
+def check_limits(trainer: Mapping[str, Any]) -> None:
+    """Refuse a training that would never end, not begin, or go the wrong way.
+
+    Args:
+        trainer: Settings of the trainer.
+
+    Raises:
+        ConfigurationError: Naming the limit.
+    """
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if trainer.get(name) == 0:
+            raise ConfigurationError(
+                f"trainer.{name} is 0, so nothing would be trained; make it at least 1"
+            )
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if (value := trainer.get(name)) is not None and value < 1:
+            raise ConfigurationError(f"trainer.{name} must be at least 1, got {value}")
+    if (clip := trainer.get("gradient_clip_val")) is not None and clip < 0:
+        raise ConfigurationError(
+            f"trainer.gradient_clip_val must not be negative, got {clip}; null clips nothing"
+        )
+    callbacks = trainer.get("callbacks") or []
+    named = list(class_paths(callbacks if isinstance(callbacks, list) else [callbacks]))
+    ends = any(type_name(path) in ("EarlyStopping", "Timer") for path in named)
+    limits = (trainer.get("max_epochs"), trainer.get("max_steps"))
+    if limits[0] == -1 and limits[1] in (-1, None) and not (trainer.get("max_time") or ends):
+        raise ConfigurationError(
+            "trainer.max_epochs is -1, so training would never end; give trainer.max_epochs, "
+            "max_steps or max_time, or a callback such as EarlyStopping"
+        )
+
+
+def refusal(error: Exception, text: str) -> str:
+    """One line for what a class said of its arguments, with the place if it is no ValueError.
+
+    Args:
+        error: What it raised.
+        text: The same in the user's words.
+    """
+    if type(error) is ValueError or error.__traceback__ is None:
+        return text
+    *_, (frame, number) = traceback.walk_tb(error.__traceback__)
+    place = "/".join(Path(frame.f_code.co_filename).parts[-3:])
+    return f"{text or 'no reason given'} ({type(error).__name__}, {place}:{number})"
 
 
 class UserFriendlyParser(LightningArgumentParser):
@@ -220,18 +288,27 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         message: The account: nested ``Parser key``, ``Problem with given class_path``, reason.
         options: Names of all options, for suggestions.
     """
-    key, class_path, reason, depth = "", "", "", -1
-    for line in message.splitlines():
+    key, class_path, reason, given, depth = "", "", "", "", -1
+    expected: list[str] = []  # by the alternatives that failed
+    for line in _CALLABLE.sub("", message).splitlines():
         text = line.strip().removeprefix("- ")
         if found := re.match(r'Parser key "([^"]*)":\s*(.*)', text):
             key = f"{key}.{found[1]}" if key and not found[1].startswith(key) else found[1]
             text = found[2]
+        indent = len(line) - len(line.lstrip())
         if found := re.match(r"Problem with given class_path '([^']*)':", text):
             class_path = found[1]
+        elif found := re.match(r"Given value: (.*?)(?:\. Got value: .*)?$", text):
+            given = given or found[1]
         elif text and not _BOILERPLATE.match(text):
-            indent = len(line) - len(line.lstrip())
             if indent > depth:
-                reason, depth = text, indent
+                reason, depth, expected, given = text, indent, [], ""
+            if indent == depth and (found := _EXPECTED.match(text)):
+                expected.append(found[1])
+    if found := re.search(r"\.* Got value: Namespace\((?:class_path='([^']*)')?.*$", reason):
+        class_path, reason = found[1] or class_path, reason[: found.start()]
+    if len(expected) > 1 or (expected and "Got value" not in reason):
+        reason = f"expected {' or '.join(expected)}" + (f", got {given}" if given else "")
     if found := re.search(r"Importing '([^']*)' is not allowed", reason):
         reason = f"{found[1]} {MUST_NOT}"
     where = key or "the configuration"
@@ -255,8 +332,10 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
 
 _BOILERPLATE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
-    r"|Import path .* does not correspond|Expected a path but"
+    r"|Import path .* does not correspond|Expected a path but|Expected a dot import path string"
 )
+_CALLABLE = re.compile(r"Type typing\.Callable\[.*\] expects a function or a callable class: ")
+_EXPECTED = re.compile(r"Expected an? (<class '[^']*'>|[\w.]+(?:\[.*\])?)$")
 
 
 def _parameters(class_path: str) -> list[str]:

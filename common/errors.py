@@ -4,7 +4,22 @@ The command line prints their text alone, without a traceback, and exits with st
 Each message names the value, the expectation and the remedy.
 """
 
+import re
 from typing import Any, get_args
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|can(?:no|')t allocate memory|unable to (?:allocate|mmap)"
+    r"|failed to allocate|DefaultCPUAllocator|bad_alloc|could not create a (?:primitive|memory)"
+    r"|ALLOC_FAILED|MemoryAllocation|OUT_OF_(?:HOST_)?MEMORY|insufficient memory",
+    re.IGNORECASE,
+)
+"""What torch, its libraries, its devices and the system say when no memory is left."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine has no memory left."""
+    says_so = isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(str(error))
+    return isinstance(error, MemoryError) or bool(says_so)
 
 
 class UserError(Exception):

@@ -171,6 +171,32 @@ def expansion_of(unpacked: int, path: str | Path) -> str:
     return f"{size:,} bytes that unpack to {unpacked:,} or more, more than 50 times as many"
 
 
+class WatchedFolder:
+    """A folder that has to stay where it is as long as something is written there.
+
+    Writers make folders that are not there, so that one which was deleted would come back with
+    what was written last and nothing else. The folder is kept open: nothing new can pass for it.
+
+    Args:
+        path: The folder, which is there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+
+    def is_there(self) -> bool:
+        """Whether it is still the one at its path."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Watch it no longer."""
+        os.close(self._descriptor)
+
+
 # ---------------------------------------------------------------------------------------- digests
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from common.errors import ConfigurationError
 
@@ -46,7 +47,9 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.load(text, Loader=_LOADER)
     except (OSError, ValueError, yaml.YAMLError) as error:
         problem = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise ConfigurationError(f"{path} cannot be read: {problem}") from error
+        is_syntax = isinstance(error, yaml.MarkedYAMLError | ReaderError | UnicodeDecodeError)
+        what = "is no YAML" if is_syntax else "cannot be read"
+        raise ConfigurationError(f"{path} {what}: {problem}") from error
 
 
 def check_yaml(text: str) -> None:

@@ -246,15 +246,19 @@ def clean_and_adversarial_logits(model: Model, batch: Batch) -> tuple[Tensor, Te
     return clean_logits(model, batch), adversarial_logits(model, batch)
 
 
-def weighted(loss: Tensor, batch: Batch) -> Tensor:
-    """A mean over this process's examples, so that the mean over processes is over all examples.
+def weighted(loss: Tensor, batch: Batch, key: str = "weight") -> Tensor:
+    """A mean over examples times what the batch counts, where it does not count like the others.
 
     ``batch["weight"]``, where the processes have different numbers of examples, is this process's
-    number over the mean of all processes' numbers, once for each example, ``(N,)``.
+    number over the mean of all processes' numbers: the mean over processes is then over examples.
+    ``batch["window"]``, where gradients are accumulated and the batches of a step differ in size,
+    or the last step of an epoch has fewer, is the batch's number of examples over that of the step,
+    times the number of batches that Lightning divides by: a step is then the mean over its
+    examples. Both are there once for each example, ``(N,)``.
     """
-    if "weight" not in batch:
+    if key not in batch:
         return loss
-    return loss * batch["weight"][0].to(loss)
+    return loss * batch[key][0].to(loss)
 
 
 def check_weight(name: str, value: float) -> float:

@@ -384,6 +384,8 @@ def _attack_entry(
     columns = outcomes.columns.get(name, {})
     if nonfinite := _nonfinite(columns, within):
         entry["nonfinite"] = nonfinite
+    if "unmoved" in columns:
+        entry["unmoved"] = sum(_as_list(columns["unmoved"]))
     if norms := [norm for norm in ("linf", "l2") if norm in columns]:
         withstood = _as_list(columns.get("correct", outcomes.correct[name]))
         broken = [a and b and not c for a, b, c in zip(is_right, within, withstood, strict=True)]

@@ -16,9 +16,11 @@ OURS = (
 """What a run writes into its directory, apart from ``.lock`` and ``log.txt``, which stay open."""
 
 
-def version_of(run: Path) -> int:
-    """The number of a directory ``seed0-v<number>``."""
-    return int(run.name.rpartition("-v")[2])
+def latest_of(base: Path) -> tuple[int, Path]:
+    """The last of the runs ``seed0``, ``seed0-v1`` and so on: its number, 0 for the first one."""
+    found = {path: path.name.removeprefix(f"{base.name}-v") for path in base.parent.glob("*-v*")}
+    later = [(int(number), path) for path, number in found.items() if number.isdecimal()]
+    return max(later, default=(0, base))
 
 
 def check_is_ours(run: Path) -> None:

@@ -87,6 +87,8 @@ class AttackResult(TypedDict):
             any other example is its earlier one, so ``correct`` is cumulative.
         distances: Median ``linf`` and ``l2`` distance from the clean image over the examples that
             it broke; null if it broke none. Absent where distances were not recorded.
+        unmoved: How many examples withstood the attack while its loss had no usable gradient, and
+            were attacked again by other means. Absent for attacks that follow no gradient.
     """
 
     kind: Literal["attack", "noise"]
@@ -103,6 +105,7 @@ class AttackResult(TypedDict):
     weakness: NotRequired[str]
     distances: NotRequired[dict[str, float | None]]
     nonfinite: NotRequired[int]
+    unmoved: NotRequired[int]
 
 
 class ThreatResult(TypedDict):

@@ -1,5 +1,6 @@
 """Lightning's trainer with one more entry point: everything behind a row of a table."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import common.strategy  # noqa: F401  (registers the device-invariant ddp)
-from common.callbacks.resuming import Resuming, SignalConnector
+from common.callbacks.resuming import Resuming, SignalConnector, StoppedBySignal
 from common.checkpoints import SealedCheckpointIO, load_checkpoint
-from common.errors import RunDirectoryError, UserError
+from common.errors import ConfigurationError, RunDirectoryError, UserError
+from common.files import WatchedFolder
 from common.identity import Settings, check_evaluated, check_resumed, settings_in
+
+NAMED = ("last", "selected", "best")
+"""What ``--ckpt_path`` may say instead of a file; ``best`` is what was selected."""
+HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
 class EpochLoop(_TrainingEpochLoop):
@@ -60,8 +66,15 @@ class Trainer(pl.Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.resumed_from: str | None = None
+        self._folder: WatchedFolder | None = None
+        if self.precision in HALF:
+            raise ConfigurationError(
+                f"trainer.precision is {self.precision}: weights and images in half precision are "
+                "not supported, because attacks and robust accuracy need more; use bf16-mixed or "
+                "32-true"
+            )
         self.callbacks.insert(0, Resuming())  # type: ignore[attr-defined]  # set by a connector
-        self._signal_connector = SignalConnector(self)
+        self._signal_connector = self._connector = SignalConnector(self)
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = EpochLoop(self, loop.min_steps, loop.max_steps)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -88,9 +101,11 @@ class Trainer(pl.Trainer):
                 ckpt_path=self.resumed_from,
                 weights_only=weights_only,
             )
-        except SIGTERMException:
-            self._signal_connector.requeue()  # type: ignore[attr-defined]
-            raise
+        except SIGTERMException as stop:
+            self._connector.requeue()
+            raise StoppedBySignal(getattr(stop, "number", self._connector.number)) from None
+        if self._connector.is_asked:  # after the last batch; what comes next was not wanted
+            raise StoppedBySignal(self._connector.number)
 
     def validate(
         self,
@@ -157,6 +172,7 @@ class Trainer(pl.Trainer):
         checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
         problem = None
         try:
+            self._check_folder()
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
         except UserError as error:
             problem = str(error)
@@ -180,7 +196,37 @@ class Trainer(pl.Trainer):
             path = None if ckpt_path is None else str(ckpt_path)
             agreed = self.strategy.broadcast((str(self.default_root_dir), path, self.resumed_from))
             self._default_root_dir, ckpt_path, self.resumed_from = agreed
-        return super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+        if self.is_global_zero and Path(self.default_root_dir).is_dir():
+            self._folder = WatchedFolder(self.default_root_dir)
+        try:
+            found = super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+            self._check_folder()
+            return found
+        except OSError:
+            self._check_folder()
+            raise
+        except KeyboardInterrupt:  # before there are handlers; Lightning's own status would be 1
+            raise StoppedBySignal(signal.SIGINT) from None
+        except SIGTERMException:
+            raise
+        except SystemExit as stop:
+            raise UserError(
+                f"something in the experiment ended the process (exit status {stop.code}) before "
+                "the run was finished; the last checkpoint is kept. Find what calls sys.exit"
+            ) from stop
+        finally:
+            if self._folder is not None:
+                self._folder.close()
+                self._folder = None
+
+    def _check_folder(self) -> None:
+        if self._folder is not None and not self._folder.is_there():
+            raise RunDirectoryError(
+                f"{self._folder.path} was deleted or moved while this run wrote to it (epoch "
+                f"{self.current_epoch}, step {self.global_step}): its configuration, checkpoints "
+                "and logs so far are not there. If it was moved, move it back and go on from its "
+                "last checkpoint; if it was deleted, run the same command again"
+            )
 
     def _to_evaluate(self, ckpt_path: str | Path | None) -> str | None:
         """As ``_checked``; what is evaluated is the file's weights, averaged if it holds those.
@@ -197,11 +243,12 @@ class Trainer(pl.Trainer):
         self, ckpt_path: str | Path | None, check: Callable[[Settings, Settings, Path], None]
     ) -> str | None:
         """The checkpoint's full path, once it is known to be there and of the same settings."""
-        if ckpt_path is None or ckpt_path in ("best", "hpc", "registry"):
-            return None if ckpt_path is None else str(ckpt_path)
+        if ckpt_path is None:
+            return None
         path = Path(ckpt_path)
-        if ckpt_path in ("last", "selected"):
-            path = Path(self.default_root_dir) / "checkpoints" / f"{ckpt_path}.ckpt"
+        if ckpt_path in NAMED:
+            name = "selected" if ckpt_path == "best" else ckpt_path
+            path = Path(self.default_root_dir) / "checkpoints" / f"{name}.ckpt"
         if self.is_global_zero:  # the others are told which it is
             checkpoint = load_checkpoint(path)
             if self.settings is not None:

@@ -105,6 +105,8 @@ def _check_attack(attack: Mapping[str, Any], total: int, place: str) -> None:
             _check_type(attack, key, str, place)
     if (chosen := mask_of(cast(AttackResult, attack), total).bit_count()) != attack["examples"]:
         raise ValueError(f"{place}examples is {attack['examples']}, subset has {chosen}")
+    if "unmoved" in attack:
+        _check_type(attack, "unmoved", int, place)
     _check_counts(attack, attack["examples"], place)
 
 

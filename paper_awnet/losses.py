@@ -81,15 +81,18 @@ def signal_statistics(signals: Sequence[Tensor], types: Tensor) -> dict[str, Ten
     return found
 
 
-def mean_over_ranks(values: Tensor, count: int) -> Tensor:
+def mean_over_ranks(values: Tensor, count: int) -> tuple[Tensor, Tensor | int]:
     """The same in every process: means over its examples as the means over those of all.
 
     Args:
         values: Means, ``(M,)``.
         count: Of how many examples in this process.
+
+    Returns:
+        The means, ``(M,)``, and of how many examples in all processes.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         total = torch.cat([values.detach() * count, values.new_tensor([count])])
         torch.distributed.all_reduce(total)
-        return total[:-1] / total[-1]
-    return values.detach()
+        return total[:-1] / total[-1], total[-1]
+    return values.detach(), count

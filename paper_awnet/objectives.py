@@ -166,7 +166,7 @@ class MTARD(PairedObjective):
 
     The weights move before the backward pass, by the losses of the batch over all processes, and
     once per optimiser step: :meth:`advance` ends it. Where gradients are accumulated, each batch is
-    weighted by the losses so far, and the step ends with the mean over its batches.
+    weighted by the losses so far, and the step ends with the mean over its examples.
 
     Args:
         clean: T_nat, which sees the clean images.
@@ -270,13 +270,13 @@ class MTARD(PairedObjective):
     @torch.no_grad()
     def _observed(self, statistics: Tensor, count: int) -> "_Seen":
         """Those of this step's batches so far, of all processes."""
-        seen = self._before or _Seen(torch.zeros_like(statistics), 0)
-        return _Seen(seen.total + mean_over_ranks(statistics, count), seen.batches + 1)
+        this = _Seen(*mean_over_ranks(statistics, count))
+        return this if self._before is None else self._before.joined(this)
 
     @torch.no_grad()
     def _moved(self, seen: "_Seen") -> tuple[Tensor, Tensor]:
         """w_nat after a step with these losses, and those of the first step."""
-        losses = seen.mean()[:2].to(self.initial)
+        losses = seen.mean[:2].to(self.initial)
         initial = torch.where(self.has_begun, self.initial, losses)
         return balanced(self.w_nat, losses, initial, self.eta_w * self.decay, self.beta), initial
 
@@ -286,13 +286,15 @@ class MTARD(PairedObjective):
 
 
 class _Seen(NamedTuple):
-    """Statistics of the batches of one optimiser step."""
+    """Statistics of the batches of one optimiser step: means over so many examples."""
 
-    total: Tensor
-    batches: int
+    mean: Tensor
+    examples: Tensor | int
 
-    def mean(self) -> Tensor:
-        return self.total / self.batches
+    def joined(self, other: "_Seen") -> "_Seen":
+        examples = self.examples + other.examples
+        total = self.mean * self.examples + other.mean * other.examples
+        return _Seen(total / examples, examples)
 
 
 class BMTARD(MTARD):
@@ -354,7 +356,7 @@ class BMTARD(MTARD):
 
     def _remember(self, seen: _Seen) -> None:
         super()._remember(seen)
-        h = seen.mean()[2:]
+        h = seen.mean[2:]
         sign = torch.sign(h - h.flip(0)).to(self.temperatures)
         self.temperatures = (self.temperatures + self.rate * self.decay * sign).clamp(1.0, 10.0)
 

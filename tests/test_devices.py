@@ -279,15 +279,18 @@ def test_in_float32_sums_round_otherwise_and_no_more(tmp_path: Path, devices: in
         torch.testing.assert_close(value, more[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_an_accumulated_step_is_one_of_the_same_global_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("images", [IMAGES, UNEVEN])
+def test_an_accumulated_step_is_one_of_the_same_global_batch(tmp_path: Path, images: int) -> None:
     """Without batch-norm, whose statistics are those of a forward pass."""
 
     def make() -> RobustClassifier:
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         return RobustClassifier(net, TRADES(6.0), partial(torch.optim.SGD, lr=0.05))
 
-    for accumulate in (1, 2):
-        train(Row(make, accumulate=accumulate), 1, tmp_path / str(accumulate))
-    one, two = (result(tmp_path / str(accumulate))[0] for accumulate in (1, 2))
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name], rtol=1e-9, atol=1e-10, msg=name)
+    for accumulate, devices in ((1, 1), (2, 1), (4, 1), (4, 2)):
+        row = Row(make, accumulate=accumulate, images=images)
+        train(row, devices, tmp_path / f"{accumulate}{devices}")
+    one, *others = (result(tmp_path / name)[0] for name in ("11", "21", "41", "42"))
+    for other in others:
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-9, atol=1e-10, msg=name)

@@ -24,6 +24,7 @@ import pytest
 import sklearn.datasets  # noqa: F401  (forks have it then)
 import torch
 
+from common.classifier import RobustClassifier
 from common.cli import lock, main
 from common.errors import RunDirectoryError
 
@@ -294,8 +295,62 @@ def test_ctrl_c_twice_ends_with_a_status_and_a_whole_checkpoint(config: Path) ->
     for _ in range(2):
         os.kill(pid, signal.SIGINT)
         time.sleep(0.02)
-    assert ended(pid) in (1, 128 + signal.SIGINT)
+    assert ended(pid) == 128 + signal.SIGINT
     assert torch.load(run / "checkpoints/last.ckpt")["epoch"] < 1000
+
+
+STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
+
+
+def interrupted(config: Path, number: int, method: str, call_number: int) -> Callable[[], None]:
+    """``reproduce``, to which a signal comes before a method of the classifier runs."""
+
+    def work() -> None:
+        original, calls = getattr(RobustClassifier, method), []
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            calls.append(method)
+            if len(calls) == call_number:
+                os.kill(os.getpid(), number)
+            return original(*args, **kwargs)
+
+        setattr(RobustClassifier, method, wrapped)
+        cli("reproduce", "--config", config, "--trainer.logger", "false")()
+
+    return work
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STOPS)
+def test_signals_save_the_run_and_tell_which_they_were(config: Path, number: int) -> None:
+    log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
+    whole = ("reproduce", "--config", config, "--trainer.logger", "false")
+    assert ended(forked(cli(*whole, "--runs", "whole"), log)) == 0
+    expected = metrics(Path("whole/paper_tiny/tiny/seed0"))
+    for method, call_number, saved in (
+        ("training_step", 3, 3),
+        ("training_step", 20, 20),  # the last of all
+        ("validation_step", 2, 5),
+        ("test_step", 1, 20),
+    ):
+        shutil.rmtree("runs", ignore_errors=True)
+        assert ended(forked(interrupted(config, number, method, call_number), log)) == 128 + number
+        assert torch.load(run / "checkpoints/last.ckpt")["global_step"] == saved
+        assert not (run / "results.json").exists()
+        assert ended(forked(cli(*whole), log)) == 0
+        assert metrics(run) == expected
+
+
+def test_signals_that_were_ignored_stay_so(config: Path) -> None:
+    """As under nohup."""
+    log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
+
+    def nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        interrupted(config, signal.SIGHUP, "training_step", 2)()
+
+    assert ended(forked(nohup, log)) == 0
+    assert is_done(run)
 
 
 # ------------------------------------------------------------------------------------------- locks

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.callbacks.averaging import averaging_of
 from common.errors import ConfigurationError, DivergedError, check_choice
+from common.files import check_writable
 
 ATTACKED = ("val/robust_acc", "val/mean_acc")
 """Metrics that exist where validation attacks."""
@@ -24,6 +25,12 @@ class SafeCheckpoint(ModelCheckpoint):
 
     Where the files are is not part of what it remembers: a run directory may be moved.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find a folder that cannot be written before anything is trained."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
+            check_writable(Path(self.dirpath) / f"{self.filename}.ckpt")
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         for name, value in trainer.lightning_module.state_dict().items():

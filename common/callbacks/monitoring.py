@@ -58,12 +58,12 @@ class Monitoring(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw the first examples of the first batch."""
-        logger = trainer.logger
+        logger = tensorboard_of(trainer)
         if (
             batch_idx != 0
             or not trainer.is_global_zero
             or trainer.sanity_checking
-            or not isinstance(logger, TensorBoardLogger)
+            or logger is None
             or (trainer.current_epoch + 1) % self.every_n_epochs
         ):
             return
@@ -92,8 +92,8 @@ class Monitoring(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """File the hyper-parameters together with what they led to."""
-        logger = trainer.logger
-        if not isinstance(logger, TensorBoardLogger) or not trainer.is_global_zero:
+        logger = tensorboard_of(trainer)
+        if logger is None or not trainer.is_global_zero:
             return
         measured = {
             f"hp/{found[1]}": float(value)
@@ -101,6 +101,11 @@ class Monitoring(Callback):
             if (found := FINAL_METRICS.fullmatch(key))
         }
         logger.log_hyperparams(dict(flatten(self.hyperparameters)), measured)
+
+
+def tensorboard_of(trainer: Trainer) -> TensorBoardLogger | None:
+    """The first TensorBoard among a run's loggers."""
+    return next((found for found in trainer.loggers if isinstance(found, TensorBoardLogger)), None)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:

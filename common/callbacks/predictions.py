@@ -10,6 +10,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from common.files import check_writable
+
 
 class PredictionWriter(BasePredictionWriter):
     """Writes ``predictions.csv``: index, label, predicted class and class probabilities.
@@ -22,6 +24,11 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find a place that cannot be written before anything is computed."""
+        if stage == "predict":
+            check_writable(predictions_path(trainer))
+
     def write_on_epoch_end(
         self,
         trainer: Trainer,
@@ -30,8 +37,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Write one row per image."""
-        rank = "" if trainer.world_size == 1 else f"-rank{trainer.global_rank}"
-        path = Path(trainer.default_root_dir) / f"predictions{rank}.csv"
+        path = predictions_path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
 
         def joined(key: str) -> Tensor:
@@ -53,4 +59,9 @@ class PredictionWriter(BasePredictionWriter):
             ):
                 writer.writerow([*row[:3], *(f"{p:.6f}" for p in row[3])])
         partial.replace(path)
-        print(f"wrote {path}")
+
+
+def predictions_path(trainer: Trainer) -> Path:
+    """Where this process writes its predictions."""
+    rank = "" if trainer.world_size == 1 else f"-rank{trainer.global_rank}"
+    return Path(trainer.default_root_dir) / f"predictions{rank}.csv"

@@ -125,13 +125,24 @@ class Resuming(Callback):
             torch.cuda.set_rng_state(mine["cuda"], pl_module.device)
 
 
+class StoppedBySignal(SIGTERMException):
+    """A run that somebody asked to stop; the process ends with 128 + the number of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
 class SignalConnector(_SignalConnector):
     """Signals end a run between two batches, wherever they catch it.
+
+    SIGTERM, Ctrl-C (SIGINT), a closed terminal (SIGHUP) and SIGQUIT alike; those that were ignored
+    when the command began, as under ``nohup``, stay so.
 
     Lightning's own handlers talk to the other ranks, and on SLURM save a checkpoint, at whatever
     line the signal happens to interrupt: in the middle of a collective operation, of a backward
     pass, or while weights are perturbed. Here the handlers take a note. Outside training there is
-    nothing to save that is not on disk already, and the process ends at once; a second SIGTERM
+    nothing to save that is not on disk already, and the process ends at once; a second signal
     ends it at once too.
     """
 
@@ -139,19 +150,30 @@ class SignalConnector(_SignalConnector):
         super().__init__(trainer)
         self.is_asked = False
         self.is_requeued = False
+        self.number = int(signal.SIGTERM)
 
     def register_signal_handlers(self) -> None:
         """A new run has not been asked yet."""
         self.is_asked = self.is_requeued = False
         super().register_signal_handlers()
+        for name in ("SIGINT", "SIGHUP", "SIGQUIT"):
+            number = getattr(signal, name, None)  # not all of them everywhere
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self._register_signal(number, self._sigterm_notifier_fn)
 
     def _sigterm_notifier_fn(self, signum: int, _: FrameType | None) -> None:
+        is_over = self.is_asked or self.trainer.state.fn != TrainerFn.FITTING
         launcher = self.trainer.strategy.launcher
-        if launcher is not None and not self.is_asked:
-            launcher.kill(signum)  # tells the processes that this one started
-        if self.is_asked or self.trainer.state.fn != TrainerFn.FITTING:
-            raise SIGTERMException
+        # The processes that this one started: a terminal tells them itself, and in training they
+        # agree on it after the batch.
+        if launcher is not None and (is_over or signum == signal.SIGTERM) and not self.is_asked:
+            launcher.kill(signal.SIGTERM)
+        if is_over:
+            raise StoppedBySignal(signum)
+        self.number = signum
         self._note()
+        # print could be interrupted by itself.
+        os.write(2, b"stopping after this batch, which is saved; once more stops at once\n")
 
     def _slurm_sigusr_handler_fn(self, signum: int, _: FrameType | None) -> None:
         self.is_requeued = True

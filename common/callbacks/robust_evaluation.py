@@ -131,12 +131,16 @@ class RobustEvaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find what would fail after hours before anything is computed."""
-        if trainer.precision in ("16-true", "bf16-true", "64-true") and stage == "test":
+        # Whoever reproduces a row trains it first, and is told before.
+        is_to_test = stage == "test" or (
+            stage == "fit" and getattr(trainer, "is_reproducing", False)
+        )
+        if trainer.precision == "64-true" and is_to_test:
             raise ConfigurationError(
-                f"trainer.precision is {trainer.precision}; robustness is measured in float32, "
-                "so test with trainer.precision 32-true"
+                "trainer.precision is 64-true; robustness is measured in float32, so test with "
+                "trainer.precision 32-true"
             )
-        if stage == "test":
+        if is_to_test:
             check_suite(self.suite, pl_module)
             for entry in self.suite.values():
                 if isinstance(entry.attack, Transfer):
@@ -147,13 +151,19 @@ class RobustEvaluation(Callback):
                     "add --evaluation.threat.norm linf --evaluation.threat.eps 8/255"
                 )
             path = self.results_path(trainer)
-            check_writable(path)
+            self._check_places(path)
             remedy = "another file with --evaluation.results"
             check_mergeable(path, self.paper, self.experiment, run_seed(), remedy)
         if stage in ("fit", "validate") and self.validation is not None:
             resolve_losses(self.validation.losses, pl_module)
             if trainer.precision != "16-mixed":  # validation runs outside autocast, in float32
                 refuse_half_precision(trainer, "the input gradients of evaluation.validation")
+
+    def _check_places(self, results: Path) -> None:
+        check_writable(results)
+        for folder in (results.parent / "outcomes", results.parent / "figures"):
+            if folder.exists():
+                check_writable(folder / "any")
 
     def results_path(self, trainer: Trainer) -> Path:
         """Where the results of this run go."""

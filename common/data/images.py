@@ -100,20 +100,17 @@ class _TrainLoader(DataLoader[Batch]):
     counts the batches done before the interruption without skipping them. Beginning at the first
     ``next`` and skipping here settles both.
 
-    Where the processes have different numbers of examples of the last batch, its examples get a
-    ``weight``, see :func:`common.objectives.weighted`.
+    Where a batch does not count like the others, in its optimiser step or on one of the processes,
+    its examples get a ``window`` or a ``weight``, see :func:`common.objectives.weighted`.
     """
 
     batches_done: Callable[[], int]
-    last_weight: float = 1.0
+    factors_of: Callable[[int, int], dict[str, float]]
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        last = len(self) - 1
         for number, batch in islice(enumerate(super().__iter__()), self.batches_done(), None):
-            if number == last and self.last_weight != 1.0:
-                batch["weight"] = torch.full(
-                    batch["y"].shape, self.last_weight, dtype=torch.float64
-                )
+            for key, factor in self.factors_of(number, len(self)).items():
+                batch[key] = torch.full(batch["y"].shape, factor, dtype=torch.float64)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -381,6 +378,7 @@ class ImageDataModule(LightningDataModule):
         sampler: Sampler[int]
         if self._extra is None:
             used = len(labelled)
+            self._check_last_batch(used)
             if self.drop_last:
                 used -= used % self.batch_size
             part = range(self._rank, used, self._world_size)
@@ -404,8 +402,7 @@ class ImageDataModule(LightningDataModule):
             **self._loader_options(),
         )
         loader.batches_done = self._batches_done
-        if self._extra is None:
-            loader.last_weight = self._last_weight(len(labelled))
+        loader.factors_of = self._factors
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -495,18 +492,43 @@ class ImageDataModule(LightningDataModule):
                 "the devices, without repeating examples in evaluation: set it to false"
             )
 
-    def _last_weight(self, examples: int) -> float:
-        """This process's examples of the last training batch over the mean of all processes."""
+    def _check_last_batch(self, examples: int) -> None:
         rest, devices = examples % self.batch_size, self._world_size
-        if self.drop_last or rest == 0:
-            return 1.0
-        if rest < devices:
+        if not self.drop_last and 0 < rest < devices:
             raise ConfigurationError(
                 f"the last training batch has {rest} of the {examples} examples, too few for "
                 f"{devices} devices: set data.drop_last: true, or choose another data.batch_size "
                 "or fewer devices"
             )
-        return len(range(self._rank, rest, devices)) * devices / rest
+
+    def _factors(self, number: int, batches: int) -> dict[str, float]:
+        """What a training batch's mean loss is multiplied by, where that is not 1.
+
+        Args:
+            number: Of the batch in its epoch, from 0.
+            batches: How many an epoch has.
+
+        Returns:
+            ``weight``, this process's examples of the batch over the mean of all processes, and
+            ``window``, the batch's examples over those of its optimiser step, times the number of
+            accumulated batches that Lightning divides every loss by.
+        """
+        accumulated: int = getattr(self.trainer, "accumulate_grad_batches", 1)
+        limit: float = getattr(self.trainer, "num_training_batches", batches)
+        begin = number - number % accumulated
+        end = min(begin + accumulated, batches, limit if number < limit else batches)
+        examples = sum(self._examples_of(b) for b in range(begin, int(end)))
+        here, devices = self._examples_of(number), self._world_size
+        mine = len(range(self._rank, here, devices))
+        factors = {"weight": mine * devices / here, "window": here * accumulated / examples}
+        return {key: factor for key, factor in factors.items() if factor != 1.0}
+
+    def _examples_of(self, number: int) -> int:
+        """Of a training batch, over all processes."""
+        if self._extra is not None:
+            return self.batch_size
+        left = len(self._ready(self.train_set, "fit")) - number * self.batch_size
+        return min(self.batch_size, left)
 
     def _batches_done(self) -> int:
         """Batches of the current epoch that a resumed run has behind it; 0 otherwise."""

@@ -30,6 +30,7 @@ from common.evaluation.signature import (
     probe_step,
 )
 from common.evaluation.steps import Columns, Line, Outcomes, Step, Threat
+from common.evaluation.suspicions import suspicions
 from common.objectives import Batch
 
 PICTURED = 16
@@ -144,7 +145,12 @@ def run_steps(
                 run.standing = run.standing & (outcome | ~within)
         outcomes.depends_on_history = not is_same(signature, probe())
     lacking = [lacking_classes(y, part.nonzero().flatten()) for part in parts.values()]
-    outcomes.remarks = [*remarks, *filter(None, [*lacking, outcomes.nonfinite()])]
+    outcomes.remarks = [
+        *remarks,
+        *filter(None, lacking),
+        *suspicions(outcomes),
+        *filter(None, [outcomes.nonfinite()]),
+    ]
     return outcomes
 
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.engine import AttackEngine
-from common.attacks.losses import cross_entropy, margin
-from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.steps import Columns, Threat, is_wrong, judged
 from common.objectives import Batch, InnerLoss
@@ -95,8 +93,7 @@ def autoattacked(
     steered = None if inner is None else partial(_steered, inner, model)
     if engine is None:
         x_adv, correct = attack.step(part, model, batch["x"], batch["y"], seed, steered)
-        columns = judged(model, batch, x_adv, threat, correct)
-        return columns | {"moved": _has_direction(part, inner, model, batch)}
+        return _found(judged(model, batch, x_adv, threat, correct))
     with engine.applied(model, batch["x"]):
         x_adv, correct = attack.step(
             part,
@@ -108,8 +105,7 @@ def autoattacked(
             skips_repeats=True,
         )
     held = correct | ~is_wrong(model, batch["y"], x_adv)
-    columns = judged(model, batch, x_adv, threat, held)
-    columns["moved"] = _has_direction(part, inner, model, batch)
+    columns = _found(judged(model, batch, x_adv, threat, held))
     # In float32 only what the two networks see differently, one in thousands, is left to settle.
     left = (held if engine.is_reduced else held & ~correct).nonzero().flatten()
     if len(left) == 0:
@@ -121,22 +117,9 @@ def autoattacked(
     return merged(columns, rest, left)
 
 
-def _has_direction(part: str, inner: InnerLoss | None, model: Any, batch: Batch) -> Tensor:
-    """Whether each example gives an attack of the ensemble a gradient to follow, bool ``(N,)``.
-
-    Where none succeeds the package returns x, whose distance tells nothing. Square follows none.
-    """
-    y = batch["y"]
-    if part == "square":
-        return torch.ones_like(y, dtype=torch.bool)
-    loss = cross_entropy if part == "apgd-ce" else margin
-    climbed = partial(_loss_of, loss, model, y) if inner is None else inner(model, batch)
-    gradient = input_gradient(climbed, batch["x"]).nan_to_num(0.0, 0.0, 0.0)
-    return gradient.flatten(1).ne(0.0).any(dim=1)
-
-
-def _loss_of(loss: Callable[[Tensor, Tensor], Tensor], model: Any, y: Tensor, x: Tensor) -> Tensor:
-    return loss(model(x), y)
+def _found(columns: Columns) -> Columns:
+    """Where it has no success the package returns x, whose distance tells nothing."""
+    return columns | {"moved": torch.ones_like(columns["correct"])}
 
 
 def part_of(batch: Batch, rows: Tensor) -> Batch:

@@ -49,7 +49,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _eager() -> AbstractContextManager[Any]:
+def eager() -> AbstractContextManager[Any]:
     """Compiled networks run as written: their graphs know neither other modes nor other types."""
     is_compiled = "torch._dynamo" in sys.modules  # whose import takes seconds
     stance: Any = torch.compiler.set_stance if is_compiled else nullcontext
@@ -63,7 +63,17 @@ def anchored(loss_fn: LossFn) -> LossFn:
     Attacks refuse a loss that does not depend on x', since in an experiment that is a mistake. In
     an audit it is a finding: the defence gives no gradient at all.
     """
-    return lambda x: loss_fn(x) + 0.0 * x.flatten(1).sum(dim=1)
+
+    def loss(x: Tensor) -> Tensor:
+        try:
+            value = loss_fn(x)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # numpy takes no tensor that requires a gradient, say
+            value = loss_fn(x.detach())
+        return value + 0.0 * x.flatten(1).sum(dim=1)
+
+    return loss
 
 
 # ------------------------------------------------------------------------------ gradients cut off
@@ -115,7 +125,7 @@ def undetached() -> Iterator[None]:
     original = torch._C._InferenceMode
     before = torch.is_grad_enabled()
     try:
-        with _eager(), _replaced(torch._C, "_InferenceMode", inference_mode), _Undetached():
+        with eager(), _replaced(torch._C, "_InferenceMode", inference_mode), _Undetached():
             yield
     finally:
         torch.set_grad_enabled(before)
@@ -272,7 +282,7 @@ def straight_through(model: nn.Module) -> Iterator[None]:
         if not type(module).__module__.startswith("torch.nn.")
     ]
     try:
-        with _eager(), _StraightThrough():
+        with eager(), _StraightThrough():
             yield
     finally:
         for handle in handles:
@@ -293,7 +303,7 @@ def in_double(model: Any) -> Iterator[None]:
     try:
         for tensor in tensors:
             tensor.data = tensor.data.double()
-        with _eager():
+        with eager():
             yield
     finally:
         for tensor, data in zip(tensors, kept, strict=True):

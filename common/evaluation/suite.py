@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,20 +14,27 @@ from torch import Tensor
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.compaction import climb_until_broken
+from common.attacks.decision import DecisionBased
 from common.attacks.engine import AttackEngine
 from common.attacks.gama import GAMAPGD
+from common.attacks.losses import cross_entropy, margin
 from common.attacks.minimum_norm import MinimumNorm
 from common.attacks.noise import Noise
 from common.attacks.pgd import PGD, FriendlyPGD, LossFn, parse_radius
 from common.attacks.randomness import EVALUATION, ExampleRandom
+from common.classifier import on_logits
 from common.errors import ConfigurationError
 from common.evaluation.fast import attacked, autoattacked, part_of
+from common.evaluation.saturation import QUERIES, decided, persisted
 from common.evaluation.steps import Columns, Step, Threat, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.limits import check_name
 from common.objectives import Batch, InnerLoss
 
-Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | Noise | Transfer
+Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | DecisionBased | Noise | Transfer
+
+MARGIN = on_logits(margin)
+"""What attacks that bring their own loss on logits are taken to climb."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,7 +48,8 @@ class SuiteEntry:
         losses: Patterns (``ce_f``, ``ce_*``, ``cw_joint*``) over the losses that the model
             declares in ``adaptive_losses``, and ``model`` for the inner loss it was trained with.
             AutoAttack takes one: ``ce_f`` leaves it as it is, another steers APGD-CE and Square.
-            DeepFool, C&W, GAMA, transfer and noise have losses of their own and take none.
+            DeepFool, C&W, GAMA, transfer, noise and decision-based attacks have losses of their own
+            or none and take none.
         survivors_only: Attack only what every earlier entry left standing. Outcomes are then
             cumulative: cheaper, the same worst case, but no figure of this attack alone.
         all_images: Attack the images that are wrong without an attack too, and count them as right
@@ -126,7 +133,7 @@ class SuiteEntry:
     @property
     def uses_engine(self) -> bool:
         """Whether an engine computes the attack's passes."""
-        return not isinstance(self.attack, Noise | Transfer)
+        return not isinstance(self.attack, Noise | Transfer | DecisionBased)
 
     @property
     def cost(self) -> int:
@@ -243,7 +250,7 @@ def _steps(
     def step(run: Any, part: str = "", at: Mapping[str, float] = at, **fields: Any) -> Step:
         point = [f"{axis}={value:.6g}" for axis, value in at.items()]
         settings = {"attack": attack.settings(), "part": part, "eot": entry.eot, "at": dict(at)}
-        settings = fields.pop("settings", settings)
+        settings = fields.pop("settings", settings) | {"last_resort": QUERIES}
         if entry.until_broken:
             settings["until_broken"] = True
         if engine is not None and entry.uses_engine:
@@ -257,8 +264,11 @@ def _steps(
         # AutoAttack is mostly spent on what no precision breaks: attacking that twice takes longer.
         engine = engine.in_float32()
 
-    def crafted(craft: Any, threat: Threat | None) -> Any:
-        return partial(attacked, craft, threat, engine, idle=lambda: getattr(attack, "idle", None))
+    def crafted(craft: Any, threat: Threat | None, loss: InnerLoss = MARGIN) -> Any:
+        idle = partial(getattr, attack, "idle", None)
+        run = partial(attacked, craft, threat, engine, idle=idle)
+        plain = partial(attacked, craft, threat, None, idle=idle)
+        return partial(persisted, run, plain, loss, threat)
 
     # The unprojected form of GAMA leaves the ball: reported as its authors would, not counted.
     is_bounded = getattr(attack, "project", True)
@@ -295,6 +305,10 @@ def _steps(
         for part in planned:
             run = partial(autoattacked, attack, part, seed, adaptive, engine)
             settings = {"attack": attack.settings(), "part": part, "loss": loss_name}
+            if part != "square":
+                plain = partial(autoattacked, attack, part, seed, adaptive, None)
+                loss = adaptive or (on_logits(cross_entropy) if part == "apgd-ce" else MARGIN)
+                run = partial(persisted, run, plain, loss, Threat(attack.norm, attack.eps))
             yield step(
                 run,
                 part,
@@ -309,6 +323,8 @@ def _steps(
     elif isinstance(attack, MinimumNorm):
         threat = None if attack.eps is None else Threat(attack.norm, attack.eps)
         yield step(crafted(partial(_minimum_norm, attack), threat), needs_gradient=True)
+    elif isinstance(attack, DecisionBased):
+        yield step(partial(decided, attack))
     elif isinstance(attack, Transfer):
         yield step(attack.run, networks=(attack.network,))
     else:
@@ -317,7 +333,7 @@ def _steps(
             if entry.until_broken:
                 craft = partial(_compacted, attack, inner)
             ball = Threat(attack.norm, attack.eps)
-            yield step(crafted(craft, ball), loss_name, needs_gradient=True)
+            yield step(crafted(craft, ball, inner), loss_name, needs_gradient=True)
 
 
 # ------------------------------------------------------------------------------ what a step runs
@@ -328,17 +344,7 @@ def _ascent(
 ) -> Tensor:
     loss = averaged(inner(model, batch), eot)
     wrong = partial(is_wrong, model, batch["y"])
-    x_adv = attack(loss, batch["x"], random, is_adversarial=wrong)
-    is_lost = attack.lost
-    if is_lost is not None and bool(is_lost.any()):
-        is_lost = is_lost & ~wrong(x_adv)
-    if is_lost is not None and (lost := int(is_lost.sum())):
-        warnings.warn(
-            f"{attack!r} had no finite gradient for {lost} of {len(x_adv)} examples, which it "
-            "could not move; their outcomes say nothing about robustness",
-            stacklevel=2,
-        )
-    return x_adv
+    return attack(loss, batch["x"], random, is_adversarial=wrong)
 
 
 def _compacted(

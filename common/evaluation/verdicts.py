@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.evaluation.steps import Outcomes
+from common.evaluation.suspicions import FEW
 from common.schema import AuditCheck, AuditResult
 from common.statistics import wilson_interval
 
@@ -20,7 +21,9 @@ FINE_AGREEMENT, COARSE_AGREEMENT = 0.999, 0.4
 ZERO_GRADIENTS = 0.05  # share of examples
 MISSED = 0.01  # share of examples that random search may find and gradients miss
 LEAST_DROP = 0.03  # accuracy; smaller differences are not worth a warning
-RANDOMNESS = 1e-5  # difference of probabilities
+MISSED_BY_GRADIENTS = 0.03  # share of examples that labels alone may break beyond all gradients
+MISSED_IN_CLASS, LEAST_IN_CLASS = 0.25, 3  # the same share of one class, if it is at least so many
+RANDOMNESS, MEMORY = 1e-5, 1e-3  # differences of probabilities
 LOSS_TOLERANCE = 0.01  # relative
 
 
@@ -62,11 +65,16 @@ def _percent(share: float) -> str:
     return f"{100.0 * share:.1f} %"
 
 
+def _mostly(label: int | None) -> str:
+    return "" if label is None else f", many of them of class {label}"
+
+
 class _Reading:
     """Accuracies and columns over the examples of the audit."""
 
     def __init__(self, outcomes: Outcomes, num_classes: int, restarts: int) -> None:
         self.restarts = restarts
+        self.classes = num_classes
         self.outcomes = outcomes
         self.within = outcomes.attacked["audit_fgsm"]
         self.n = int(self.within.sum())
@@ -74,11 +82,11 @@ class _Reading:
         labels = outcomes.y[self.within]
         self.chance = max(1.0 / num_classes, float(labels.bincount().max()) / max(self.n, 1))
         self.counts = sorted(
-            (key for key in outcomes.correct if key.startswith("audit_steps/")),
+            (key for key in outcomes.correct if key.startswith("audit_steps/steps=")),
             key=lambda key: int(key.rpartition("=")[2]),
         )
         self.default = self.counts[-2] if len(self.counts) > 1 else self.counts[-1]
-        self.white = ["audit_fgsm", *self.counts, "audit_restarts"]
+        self.white = ["audit_fgsm", *self.counts, "audit_steps/targeted", "audit_restarts"]
 
     def checks(self) -> Iterator[AuditCheck]:
         """All of them."""
@@ -97,6 +105,8 @@ class _Reading:
             self.white,
             ["audit_transfer"],
         )
+        yield self.decision_based()
+        yield self.some_success()
         yield self.more_restarts()
         yield self._stronger(
             "gradient_path",
@@ -121,10 +131,11 @@ class _Reading:
             "logit_scale",
             "Rescaled logits should not make the attack stronger.",
             ["audit_scale/scale=1"],
-            ["audit_scale/scale=0.1", "audit_scale/scale=10", "audit_scale/margin=1"],
+            ["audit_scale/scale=0.1", "audit_scale/margin=1"],
         )
         yield self.random_search()
         yield self.deterministic()
+        yield self.stateless()
 
     def robust(self, *keys: str) -> Tensor:
         """Which examples withstand all of these attacks."""
@@ -144,6 +155,14 @@ class _Reading:
         low, high = wilson_interval(right, self.n)
         return max(right / self.n - low, (high - low) / 2.0, LEAST_DROP)
 
+    def _masked_class(self, missed: Tensor) -> int | None:
+        """A class of which an attack broke many examples that earlier ones had missed."""
+        labels = self.outcomes.y[self.within]
+        right = labels[self.clean].bincount(minlength=self.classes)
+        found = labels[missed].bincount(minlength=self.classes)
+        share = found / right.clamp_min(1) * (found >= LEAST_IN_CLASS)
+        return int(share.argmax()) if bool((share > MISSED_IN_CLASS).any()) else None
+
     def _stronger(
         self, name: str, question: str, before: list[str], after: list[str]
     ) -> AuditCheck:
@@ -155,15 +174,17 @@ class _Reading:
         allowed = self._allowed(int(self.robust(*before).sum()))
         found = {key: self.accuracy(key) for key in ran}
         parts = [f"{key.rpartition('/')[2]} {_percent(found[key])}" for key in found]
-        missed = int((self.robust(*before) & ~self.robust(*ran)).sum())
+        missed = self.robust(*before) & ~self.robust(*ran)
+        # A single ascent misses more of one class by chance than all of them together.
+        label = self._masked_class(missed) if before == self.white else None
         return _check(
             name,
             question,
             expected - min(found.values()),
             allowed,
-            expected - min(found.values()) <= allowed,
+            expected - min(found.values()) <= allowed and label is None,
             f"Accuracy is {_percent(expected)} under the usual attack, {', '.join(parts)}; "
-            f"{missed} of {self.n} examples fell only now.",
+            f"{int(missed.sum())} of {self.n} examples fell only now{_mostly(label)}.",
         )
 
     def _ran(self, key: str) -> bool:
@@ -171,6 +192,43 @@ class _Reading:
             return False
         ran = self.outcomes.columns.get(key, {}).get("ran")
         return ran is None or not bool(self.clean.any()) or bool(ran.any())
+
+    def decision_based(self) -> AuditCheck:
+        """Labels alone find what gradients and scores hide (Chen & Gu 2020)."""
+        columns = self.outcomes.columns["audit_decision"]
+        is_run = ~columns["linf"][self.within].isnan()
+        missed = is_run & ~columns["correct"][self.within]
+        label, value = self._masked_class(missed), int(missed.sum()) / self.n
+        threshold = max(MISSED_BY_GRADIENTS, 2.0 / self.n)
+        return _check(
+            "decision_based",
+            "An attack that sees labels alone should find little that gradients missed.",
+            value,
+            threshold,
+            value <= threshold and label is None,
+            f"It broke {int(missed.sum())} of {int(is_run.sum())} examples that had withstood all "
+            f"other attacks{_mostly(label)}.",
+        )
+
+    def some_success(self) -> AuditCheck:
+        """Attacks without any success are more often broken than the model is perfect."""
+        question = "Some attack should find an adversarial example at or near the radius."
+        lines = self.outcomes.lines
+        within = [key for key, line in lines.items() if line.counts and line.kind == "attack"]
+        broken = ~self.robust("clean", *within) & self.clean
+        if int(self.clean.sum()) < FEW:
+            return _check("some_success", question, None, None, None, "Too few images are right.")
+        value, detail = float(broken.sum()) / self.n, f"They broke {int(broken.sum())} examples"
+        if value == 0.0:
+            radius = self.outcomes.threat.radius if self.outcomes.threat else 0.0
+            sweep = [key for key in lines if key.startswith("audit_eps/")]
+            larger = [key for key in sweep if lines[key].at["eps"] <= 4.0 * radius]
+            value = float((self.clean & ~self.robust("clean", *larger)).sum()) / self.n
+            detail = (
+                f"No attack broke a single one of {int(self.clean.sum())} examples, which is "
+                f"suspicious in itself; up to four times the radius {_percent(value)} fall"
+            )
+        return _check("some_success", question, value, 0.0, value > 0.0, f"{detail}.")
 
     def eps_to_chance(self) -> AuditCheck:
         """Unbounded attacks reach 100 % (Athalye et al. 2018, Section 3)."""
@@ -302,4 +360,20 @@ class _Reading:
             RANDOMNESS,
             value <= RANDOMNESS,
             f"Probabilities differ by up to {value:.2g}.",
+        )
+
+    def stateless(self) -> AuditCheck:
+        """An attack's queries leave the model as it was."""
+        columns = self.outcomes.columns["audit_memory"]
+        value = float(columns["memory"][self.within].max())
+        is_moved = bool(columns["moved"][self.within].any())
+        moved = "changes with every query" if is_moved else "stays as it is"
+        return _check(
+            "stateless",
+            "Answers should not depend on earlier questions.",
+            value,
+            MEMORY,
+            value <= MEMORY and not is_moved,
+            f"Probabilities differ from those of a fresh copy by up to {value:.2g}; the state of "
+            f"the model {moved}.",
         )

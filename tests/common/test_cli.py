@@ -2,12 +2,18 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from common.classifier import RobustClassifier
 from common.cli import RobustCLI, load_run, lock, main
 from common.evaluation.ready import CONFIGS
 from common.provenance import weights_digest
@@ -265,10 +271,39 @@ def test_going_on_with_a_file_stays_in_its_run(config) -> None:
         ("--evaluation.validation", "null", "so nobody measures it"),
         ("--trainer.gradient_clip_algorithm", "nonsense", "error: "),
         ("--ckpt_path", "nothing.ckpt", "nothing.ckpt does not exist"),
+        ("--ckpt_path", "best", "selected.ckpt does not exist"),
+        ("--ckpt_path", "hpc", "hpc does not exist"),
+        ("--seed_everything", "false", "seed_everything: expected int, got False"),
+        ("--seed_everything", "true", "seed_everything: expected int, got True"),
+        ("--seed_everything", "abc", "seed_everything: expected int, got abc"),
+        ("--seed_everything", "-1", "to 4294967295, got -1"),
+        ("--seed_everything", "4294967296", "got 4294967296"),
+        ("--trainer.precision", "bf16-true", "use bf16-mixed or 32-true"),
+        ("--trainer.precision", "16-true", "use bf16-mixed or 32-true"),
+        ("--trainer.limit_val_batches", "abc", "trainer.limit_val_batches: expected "),
+        ("--trainer.devices", "[0]", "`devices` selected with `CPUAccelerator`"),
+        ("--trainer.max_epochs", "0", "trainer.max_epochs is 0, so nothing would be trained"),
+        ("--trainer.max_epochs", "-1", "trainer.max_epochs is -1, so training would never end"),
+        ("--trainer.accumulate_grad_batches", "0", "accumulate_grad_batches must be at least 1"),
+        ("--trainer.gradient_clip_val", "-1", "gradient_clip_val must not be negative, got -1"),
+        ("--trainer.val_check_interval", "100", "`val_check_interval` (100) must be less than"),
+        ("--model.optimizer.lr", "abc", "model.optimizer.lr: expected float, got abc"),
+        ("--model.optimizer.lr", "-1", "model.optimizer: Invalid learning rate: -1.0"),
+        ("--model.optimizer.momentums", "1", "model.optimizer.momentums; did you mean momen"),
+        ("--model.optimizer", "torch.optim.SGDD", "no torch.optim.SGDD; did you mean SGD?"),
+        ("--model.scheduler", "torch.optim.lr_scheduler.StepLR", "model.scheduler: the following "
+         "arguments are required: step_size"),
+        ("--model.scheduler", "torch.optim.lr_scheduler.OneCycleLR", "model.scheduler: the foll"),
+        ("--model.scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau", "val/robust_acc to "
+         "become better, that is larger, and its mode is min; set model.scheduler.mode: max"),
+        ("--evaluation.results", "tiny.yaml/r.json", None),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_before_any_compute(config, capsys, option, value, expected) -> None:
-    line = refused(capsys, "fit", "--config", config, option, value)
+    if expected is None:  # results are written by reproduce
+        line, expected = refused(capsys, "reproduce", "--config", config, option, value), "cannot"
+    else:
+        line = refused(capsys, "fit", "--config", config, option, value)
     assert expected in line
     assert not list(Path("runs").rglob("*.ckpt"))
 
@@ -286,6 +321,14 @@ def test_a_warm_start_needs_its_weights_where_results_go_into_tables(config, cap
     )
     name = "net.head.linear.weight"
     torch.testing.assert_close(cold[name], warm[name])
+
+
+@pytest.mark.parametrize("seed", ["false", "true", "-1", "null", "abc", "1.5", "[1]"])
+def test_a_seed_in_a_file_is_a_number_too(config, capsys, seed) -> None:
+    config.write_text(f"seed_everything: {seed}\n{CONFIG}")
+    line = refused(capsys, "fit", "--config", config)
+    assert "seed_everything" in line
+    assert "whole number from 0 to 4294967295" in line or "expected int" in line
 
 
 def test_bad_yaml_names_the_key(config, capsys) -> None:
@@ -419,21 +462,270 @@ def test_a_job_that_slurm_runs_again_goes_on(config, monkeypatch) -> None:
     assert torch.load(run / "seed0/checkpoints/last.ckpt")["epoch"] == 1
 
 
+LOGGERS = "lightning.pytorch.loggers."
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"logger": [{"class_path": f"{LOGGERS}CSVLogger", "init_args": {"save_dir": "csv"}},
+                    {"class_path": f"{LOGGERS}TensorBoardLogger", "init_args": {"save_dir": "t"}}]},
+        {"logger": {"class_path": f"{LOGGERS}CSVLogger", "init_args": {"save_dir": "csv"}}},
+        {"logger": False, "limit_train_batches": 2, "limit_val_batches": 1.0},
+        {"logger": [], "devices": "1", "limit_train_batches": 0.7, "profiler": "simple"},
+        {"devices": "auto", "callbacks": {"class_path": "lightning.pytorch.callbacks.Timer"}},
+        {"callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelSummary"}],
+         "profiler": {"class_path": "lightning.pytorch.profilers.SimpleProfiler"}},
+    ],
+)  # fmt: skip
+def test_settings_of_several_types_take_each_of_them(config, capsys, trainer) -> None:
+    overlay = config.with_name("overlay.yaml")
+    overlay.write_text(yaml.safe_dump({"trainer": trainer | {"max_epochs": 1}}))
+    call("reproduce", "--config", config, "--config", overlay)
+    run = Path("runs/paper_tiny/tiny/seed0")
+    assert capsys.readouterr().out.splitlines()[-1] == f"finished: reproduce, {run}/results.json"
+    saved = yaml.safe_load((run / "config.yaml").read_text())["trainer"]
+    assert bool(saved["logger"]) == bool(trainer.get("logger"))
+    if isinstance(trainer.get("logger"), list) and trainer["logger"]:
+        assert [one["class_path"] for one in saved["logger"]] == [
+            one["class_path"] for one in trainer["logger"]
+        ]
+        assert list(Path("csv").rglob("metrics.csv"))
+        assert list(Path("t").rglob("events*"))
+        assert list(run.glob("figures/*.png"))
+    assert RobustCLI("paper_tiny", ["--config", str(run / "config.yaml")], run=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read: No such file"),
+        ("folder", "cannot be read: Is a directory"),
+        (b"", "is damaged: it is empty"),
+        (b"# nothing\n", "holds no settings"),
+        (b"[1, 2]", "holds no settings"),
+        (b"hello", "holds no settings"),
+        (b"model: {a: [", "is no YAML"),
+        (bytes(range(256)), "is no YAML"),
+    ],
+)
+def test_files_that_are_no_configuration_are_named(config, capsys, content, expected) -> None:
+    path = config.with_name("other.yaml")
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    for option in (["--config", path], [f"--config={path}"], ["-c", path]):
+        line = refused(capsys, "fit", "--config", config, *option)
+        assert str(path) in line
+        assert expected in line
+
+
+@pytest.mark.parametrize("function", ["os._exit", "sys.exit", "builtins.print", "os.system"])
+def test_functions_of_the_system_are_not_called(config, capsys, function) -> None:
+    node = {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_lambda": function}}
+    overlay = config.with_name("overlay.yaml")
+    overlay.write_text(yaml.safe_dump({"model": {"init_args": {"scheduler": node}}}))
+    line = refused(capsys, "fit", "--config", config, "--config", overlay)
+    assert "lr_lambda" in line
+    assert function in line
+
+
+def plateau(**more) -> dict:
+    path = "torch.optim.lr_scheduler.ReduceLROnPlateau"
+    arguments = {
+        "mode": "max",
+        "factor": 0.1,
+        "patience": 0,
+        "threshold": 1.0,
+        "threshold_mode": "abs",
+    } | more
+    if "monitor" in more:
+        path = "lightning.pytorch.cli.ReduceLROnPlateau"
+    return {"model": {"init_args": {"scheduler": {"class_path": path, "init_args": arguments}}}}
+
+
+@pytest.mark.parametrize(
+    "monitor", [None, *(pytest.param(f"val/{m}_acc", marks=slow) for m in ("clean", "mean"))]
+)
+def test_a_schedule_that_waits_for_a_metric_goes_on_after_an_interruption(config, monitor) -> None:
+    more = {} if monitor is None else {"monitor": monitor}
+    overlay = config.with_name("overlay.yaml")
+    overlay.write_text(yaml.safe_dump(plateau(**more)))
+    given = ("fit", "--config", config, "--config", overlay)
+    if monitor == "val/mean_acc":
+        given += ("--checkpoint.monitor", monitor)
+    call(*given, "--runs", "whole", "--trainer.max_epochs", "4")
+    call(*given, "--runs", "parts", "--trainer.max_epochs", "2")
+    call(*given, "--runs", "parts", "--trainer.max_epochs", "4", "--ckpt_path", "last")
+    whole, parts = (
+        torch.load(f"{folder}/paper_tiny/tiny/seed0/checkpoints/last.ckpt")
+        for folder in ("whole", "parts")
+    )
+    # The threshold lets nothing pass for better than the first epoch.
+    rates = [c["optimizer_states"][0]["param_groups"][0]["lr"] for c in (whole, parts)]
+    assert rates == pytest.approx([0.1 * 0.1**3] * 2)
+    assert whole["lr_schedulers"] == parts["lr_schedulers"]
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [
+        (plateau(monitor="val/nothing"), "waits for val/nothing, which nothing logs"),
+        (plateau() | {"trainer": {"limit_val_batches": 0}}, "nothing is validated"),
+        ({"model": {"init_args": {"scheduler_interval": "step"} | plateau()["model"]["init_args"]}},
+         "set model.scheduler_interval: epoch"),
+        ({"model": {"init_args": {"scheduler": {
+            "class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 0}
+        }}}}, "model.scheduler fails after epoch 0: integer modulo by zero"),
+        ({"model": {"init_args": {"scheduler": {
+            "class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 1.0}
+        }}}}, "model.scheduler fails at the start: You must define either total_steps"),
+        ({"trainer": {"callbacks": {"class_path": "lightning.pytorch.callbacks.EarlyStopping",
+                                    "init_args": {"monitor": "nothing"}}}}, "`nothing` which is"),
+        ({"trainer": {"logger": {"class_path": f"{LOGGERS}CSVLogger",
+                                 "init_args": {"save_dir": "tiny.yaml"}}}}, "Not a directory"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_one_line(config, capsys, overlay, expected) -> None:
+    path = config.with_name("overlay.yaml")
+    path.write_text(yaml.safe_dump(overlay))
+    assert expected in refused(capsys, "fit", "--config", config, "--config", path)
+
+
+def test_best_is_what_was_selected(config) -> None:
+    call("fit", "--config", config)
+    call("test", "--config", config, "--ckpt_path", "best", "--trainer.logger", "false")
+    result = json.loads(Path("runs/paper_tiny/tiny/seed0/results.json").read_text())
+    assert list(result["checkpoints"]) == ["selected"]
+
+
+@pytest.mark.parametrize("name", ["results.json", "outcomes", "tensorboard", "checkpoints"])
+def test_reproduce_finds_what_it_cannot_write_before_it_trains(config, capsys, name) -> None:
+    run = Path("runs/paper_tiny/tiny/seed0")
+    run.mkdir(parents=True)
+    (run / name).mkdir() if name == "results.json" else (run / name).write_text("in the way")
+    assert name in refused(capsys, "reproduce", "--config", config)
+    assert not list(run.rglob("*.ckpt"))
+
+
+def before(monkeypatch, method: str, accident, call_number: int = 1) -> None:
+    """Have something happen before a method of the classifier runs."""
+    original, calls = getattr(RobustClassifier, method), []
+
+    def wrapped(self, *args, **kwargs):
+        calls.append(method)
+        if len(calls) == call_number:
+            accident()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RobustClassifier, method, wrapped)
+
+
+def removed() -> None:
+    shutil.rmtree("runs/paper_tiny/tiny/seed0")
+
+
+def moved() -> None:
+    Path("runs/paper_tiny/tiny/seed0").rename("elsewhere")
+
+
+def emptied() -> None:
+    for path in Path("runs/paper_tiny/tiny/seed0").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("command", "method", "call_number", "accident", "logger"),
+    [
+        ("fit", "training_step", 2, removed, "true"),
+        ("reproduce", "test_step", 1, removed, "false"),
+        pytest.param("fit", "training_step", 2, moved, "false", marks=slow),
+        pytest.param("reproduce", "training_step", 6, removed, "false", marks=slow),
+        pytest.param("reproduce", "training_step", 6, emptied, "false", marks=slow),
+        pytest.param("reproduce", "test_step", 1, moved, "true", marks=slow),
+        pytest.param("reproduce", "test_step", 2, removed, "true", marks=slow),
+        pytest.param("reproduce", "test_step", 2, emptied, "false", marks=slow),
+    ],
+)
+def test_a_run_directory_that_goes_away_is_noticed(
+    config, capsys, monkeypatch, command, method, call_number, accident, logger
+) -> None:
+    before(monkeypatch, method, accident, call_number)
+    given = ("--config", config, "--trainer.logger", logger, "--evaluation.pictures", "false")
+    line = refused(capsys, command, *given)
+    if accident is not emptied:
+        assert "runs/paper_tiny/tiny/seed0 was deleted or moved while this run wrote to it" in line
+    assert "run the same command again" in line.lower()
+    monkeypatch.undo()
+    monkeypatch.chdir(config.parent)
+    if accident is removed:
+        call(command, *given)
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_run_that_code_of_the_experiment_ends_is_no_success(
+    config, capsys, monkeypatch, status
+) -> None:
+    before(monkeypatch, "training_step", lambda: sys.exit(status), 5)
+    line = refused(capsys, "reproduce", "--config", config)
+    assert f"ended the process (exit status {status}) before the run was finished" in line
+    monkeypatch.undo()
+    monkeypatch.chdir(config.parent)
+    assert torch.load("runs/paper_tiny/tiny/seed0/checkpoints/last.ckpt")["global_step"] == 3
+
+
+def test_a_training_without_a_batch_is_no_success(config, capsys) -> None:
+    line = refused(capsys, "fit", "--config", config, "--trainer.max_time", "00:00:00:00")
+    assert "last.ckpt is not there" in line
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "Lower data."),
+        (RuntimeError("could not create a primitive"), "out of memory (could not create"),
+        (RuntimeError("unable to mmap 160 bytes from file </t>: Cannot allocate memory (12)"),
+         "Lower data.batch_size"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(h)`"),
+         "Lower data.batch_size"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "Lower data.batch_size"),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTrace\n"
+                      "RuntimeError: std::bad_alloc"), "out of memory (RuntimeError: std::bad_al"),
+        (OSError(12, "Cannot allocate memory"), "Lower data.batch_size"),
         (MemoryError("no room"), "out of memory (no room)"),
         (OSError(28, "No space left on device", "events.out"), "Make room and run the same"),
+        (RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. "),
+         "Lower data.num_workers"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "Lower data.num_wor"),
+        (RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error. It is possible "
+                      "that dataloader's workers are out of shared memory."), "no shared memory"),
+        (PermissionError(13, "Permission denied", "logs/x"), "logs/x: Permission denied"),
+        (ModuleNotFoundError("No module named 'psutil'"), "No module named 'psutil'; install"),
     ],
-)
+)  # fmt: skip
 def test_what_runs_out_is_one_line(config, capsys, monkeypatch, error, expected) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("common.classifier.RobustClassifier.training_step", fail)
-    assert expected in refused(capsys, "fit", "--config", config)
+    assert expected in refused(capsys, "fit", "--config", config, "--trainer.logger", "false")
+
+
+def test_a_killed_worker_is_one_line(config, capsys, monkeypatch) -> None:
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    before(monkeypatch, "training_step", kill, 2)
+    given = ("--data.num_workers", "1", "--data.batch_size", "4", "--trainer.logger", "false")
+    line = refused(capsys, "fit", "--config", config, *given)
+    assert "a process that fetches batches was lost" in line
 
 
 def test_other_errors_keep_their_traceback(config, monkeypatch) -> None:

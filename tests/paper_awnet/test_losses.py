@@ -99,7 +99,8 @@ def test_signal_statistics() -> None:
 
 def test_one_process_has_its_own_mean() -> None:
     values = torch.tensor([1.0, 2.0], requires_grad=True)
-    found = mean_over_ranks(values, 3)
+    found, examples = mean_over_ranks(values, 3)
+    assert examples == 3
     assert torch.equal(found, values)
     assert not found.requires_grad
 

@@ -217,11 +217,12 @@ def test_another_look_at_the_loss_moves_nothing(batch, teachers) -> None:
     assert objective.w_nat != 0.5
 
 
-def test_an_accumulated_step_moves_the_weights_as_a_large_one(batch, teachers) -> None:
+@pytest.mark.parametrize("first", [3, 4, 1])
+def test_an_accumulated_step_moves_the_weights_as_a_large_one(batch, teachers, first) -> None:
     """In evaluation mode of the network, for batch-norm sees less of it at once."""
     net = student().eval()
     net.arch.requires_grad_(False)
-    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 3), slice(3, 6))]
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, first), slice(first, 6))]
     whole = BMTARD(**teachers, scale="batchmean", rate=0.1, lambda_type=0.0)
     split = copy.deepcopy(whole)
     for scale in (1.0, 1.5, 2.0):

@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from common.attacks.engine import AttackEngine
 from common.attacks.pgd import FGSM, PGD, FriendlyPGD
@@ -83,28 +84,54 @@ def test_the_attack_is_the_same_as_one_by_hand() -> None:
     torch.testing.assert_close(by_hand, batch["x_adv"], rtol=0, atol=0)
 
 
+def trained(objective, accumulate: int, limit: int | None, batch: int = 40) -> dict:
+    """Weights after some steps on batches of ``batch`` examples, each given in so many parts."""
+    module = classifier(objective, double=True)
+    module.net.eval()  # batch-norm, whose statistics are those of a forward pass, is put to rest
+    module.net.train = lambda mode=True: module.net
+    fit = trainer(
+        AdversarialTraining(PGD(0.1, 0.05, 2)),
+        **({"max_steps": 2} if limit is None else {"max_steps": -1, "max_epochs": 2}),
+        accumulate_grad_batches=accumulate,
+        precision="64-true",
+    )
+    fit.fit(module, datamodule=data(batch_size=batch // accumulate, train_limit=limit))
+    return module.net.state_dict()
+
+
 @pytest.mark.parametrize(
     "objective", [AT(), TRADES(2.0), MART(2.0), ALP(0.5)], ids=lambda o: type(o).__name__
 )
 def test_an_accumulated_step_equals_a_large_one(objective) -> None:
-    """Batch-norm aside, which is put to rest here."""
-
-    def train(accumulate: int) -> dict[str, torch.Tensor]:
-        module = classifier(objective, double=True)
-        module.net.eval()
-        module.net.train = lambda mode=True: module.net
-        fit = trainer(
-            AdversarialTraining(PGD(0.1, 0.05, 2)),
-            max_steps=2,
-            accumulate_grad_batches=accumulate,
-            precision="64-true",
-        )
-        fit.fit(module, datamodule=data(batch_size=40 // accumulate))
-        return module.net.state_dict()
-
-    large, accumulated = train(1), train(4)
+    large, accumulated = (trained(objective, accumulate, None) for accumulate in (1, 4))
     for name in large:
         torch.testing.assert_close(accumulated[name], large[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("limit", [70, 61, 33])
+def test_the_last_accumulated_step_of_an_epoch_is_a_mean_too(accumulate, limit) -> None:
+    """With fewer batches than the others, and a last batch that is not full."""
+    large, accumulated = (trained(AT(), parts, limit) for parts in (1, accumulate))
+    for name in large:
+        torch.testing.assert_close(accumulated[name], large[name], rtol=1e-10, atol=1e-12)
+
+
+def test_the_logged_loss_of_a_short_step_is_the_mean_of_its_batch() -> None:
+    class Logged(Callback):
+        def __init__(self) -> None:
+            self.found = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            loss = torch.nn.functional.cross_entropy(batch["logits"], batch["y"])
+            self.found.append((trainer.callback_metrics["train/loss"].item(), loss.item()))
+
+    logged = Logged()
+    fit = trainer(logged, max_steps=-1, max_epochs=1, accumulate_grad_batches=3)
+    fit.fit(classifier(Natural()), datamodule=data(batch_size=20, train_limit=71))
+    assert len(logged.found) == 4
+    for found, expected in logged.found:
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_friendly_pgd_gets_what_it_needs() -> None:

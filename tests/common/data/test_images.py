@@ -1,4 +1,6 @@
+import math
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +43,12 @@ class Memory(ImageSource):
 
 
 def stub_trainer(
-    world_size: int = 1, rank: int = 0, epoch: int = 0, training: bool = False
+    world_size: int = 1,
+    rank: int = 0,
+    epoch: int = 0,
+    training: bool = False,
+    accumulate: int = 1,
+    batches: float = math.inf,
 ) -> SimpleNamespace:
     """As much of a trainer as the data module looks at."""
     progress = SimpleNamespace(current=SimpleNamespace(ready=0))
@@ -50,6 +57,8 @@ def stub_trainer(
         global_rank=rank,
         current_epoch=epoch,
         training=training,
+        accumulate_grad_batches=accumulate,
+        num_training_batches=batches,
         precision="32-true",
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         fit_loop=SimpleNamespace(
@@ -489,6 +498,40 @@ def test_uneven_last_training_batch_is_shared_and_weighted(batch_size: int) -> N
         torch.testing.assert_close(torch.stack(means).mean(), value.mean())
         is_last = b == len(alone) - 1
         assert all(("weight" in part) == is_last for part in together)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(
+    ("accumulate", "n", "batches", "drop_last"),
+    [
+        *((3, 84, math.inf, False), (3, 87, math.inf, False), (4, 87, 6, False)),
+        *((2, 87, 3, False), (7, 87, math.inf, True), (50, 87, math.inf, False)),
+        (1, 87, math.inf, False),
+    ],
+)
+def test_an_optimiser_step_is_the_mean_over_its_examples(
+    world_size: int, accumulate: int, n: int, batches: float, drop_last: bool
+) -> None:
+    """Windows that an epoch's end cuts short, last batches that are not full, processes."""
+    options: dict[str, Any] = {
+        "batch_size": 12, "validate_on": "test", "train_limit": n, "drop_last": drop_last,
+    }  # fmt: skip
+    shares = []
+    for rank in range(world_size):
+        trainer = stub_trainer(world_size, rank, accumulate=accumulate, batches=batches)
+        loader = iter(module(trainer=trainer, **options).train_dataloader())
+        shares.append(list(islice(loader, None if batches == math.inf else int(batches))))
+    for begin in range(0, len(shares[0]), accumulate):
+        parts = [part for share in shares for part in share[begin : begin + accumulate]]
+        values = [(part["index"] % 7).double() for part in parts]
+        means = [
+            weighted(weighted(value.mean(), part), part, "window")
+            for value, part in zip(values, parts, strict=True)
+        ]
+        step = torch.stack(means).sum() / accumulate / world_size  # as Lightning and DDP do
+        torch.testing.assert_close(step, torch.cat(values).mean())
+    if accumulate == 1:
+        assert not any("window" in part for share in shares for part in share)
 
 
 def test_a_last_batch_with_fewer_examples_than_devices_is_refused() -> None:

@@ -108,7 +108,8 @@ def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, mode
     evaluate(model, digits, suite, eps=0.1, progress=False)
     all_calls = len(calls)
     evaluate(model, digits, suite, eps=0.1, output=tmp_path, progress=False)
-    assert all_calls - (len(calls) - all_calls) == 3 * 2  # gradient and verdict, each radius
+    # Gradient and verdict at each radius, and for what withstood it two gradients and two passes.
+    assert all_calls - (len(calls) - all_calls) == 3 * (2 + 4)
     model._forward_hooks.clear()
 
 

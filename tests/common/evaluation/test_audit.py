@@ -18,6 +18,7 @@ from common.validation import _check_audit
 pytestmark = pytest.mark.filterwarnings("ignore:AutoAttack")
 THREAT = Threat("linf", 0.2)
 SMALL = {"examples": 40, "steps": 10, "restarts": 4, "square_queries": 150, "random_samples": 60}
+SMALL |= {"decision_queries": 500}
 
 
 def images(split):
@@ -129,7 +130,7 @@ def test_a_robust_network_passes_every_check(robust, natural):
 def test_a_natural_network_passes_every_check(natural):
     checks, _ = audited(natural)
     assert failed(checks) == set()
-    assert checks["transfer"]["verdict"] == "not applicable"
+    assert checks["transfer"]["verdict"] == "pass"  # the surrogate is distilled
 
 
 @pytest.mark.parametrize("threat", [Threat("l2", 1.0), Threat("l1", 4.0)])
@@ -291,7 +292,7 @@ def test_predictions_that_depend_on_the_batch(robust):
 @pytest.mark.parametrize("factor", [100.0, 1000.0])
 def test_saturated_logits(natural, factor):
     found = failed(audited(After(natural, lambda z: factor * z))[0])
-    assert found >= {"zero_gradients", "logit_scale", "black_box", "random_search"}
+    assert found >= {"zero_gradients", "logit_scale"}  # the targeted margin does not saturate
 
 
 def test_saturated_activations(natural):
@@ -349,7 +350,7 @@ def test_steps_have_names_and_settings_of_their_own(natural):
     assert all(step.examples == 200 for step in steps)
     assert {"audit_steps/steps=1", "audit_steps/steps=200", "audit_eps/eps=1"} <= set(keys)
     probes = {step.key for step in steps if step.kind == "probe"}
-    assert probes == {"audit_gradients", "audit_forward"}
+    assert probes == {"audit_gradients", "audit_forward", "audit_memory"}
     assert all(step.threat is not None for step in steps if step.kind == "attack")
 
 

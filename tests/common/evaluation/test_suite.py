@@ -52,7 +52,7 @@ class Model(nn.Module):
             return lambda x: cross_entropy(model(x), batch["y"])
 
         def useless(model, batch):
-            return lambda x: 0 * cross_entropy(model(x), batch["y"])
+            return lambda x: -cross_entropy(model(x), batch["y"])
 
         return {"ce_f": climb, "none": useless}
 
@@ -333,8 +333,9 @@ def test_a_limit_that_loses_classes_and_a_weak_suite_reach_the_result(tmp_path) 
     with pytest.warns(UserWarning, match="there is no worst case: no attack used the whole radius"):
         trainer.test(RobustClassifier(net, AT(), torch.optim.SGD), datamodule=data, verbose=False)
     entry = read_result(tmp_path / "results.json")["checkpoints"]["untrained"]
-    lacking, weak = entry["remarks"]
+    lacking, flat, weak = entry["remarks"]
     assert "4 examples taken of 700 have none of 6 of the 10 classes" in lacking
+    assert "gradients vanish" in flat  # the bias saturates the cross-entropy
     assert "pgd/ce_f: all its steps together, 0, are less than its radius 0.1" in weak
     assert "worst" not in entry["metrics"]
 

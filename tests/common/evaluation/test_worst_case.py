@@ -255,14 +255,14 @@ def test_a_threat_beyond_every_attack_has_no_worst_case(model, data) -> None:
     ],
     ids=lambda attack: f"{type(attack).__name__} {getattr(attack, 'start', '')}",
 )
-def test_an_attack_without_a_gradient_to_follow_is_no_evidence(data, attack) -> None:
+def test_without_a_gradient_an_attack_goes_on_by_other_means(data, attack) -> None:
     model = Rounded().eval()
-    found = evaluated(model, data, suite={"pgd": SuiteEntry(attack)})
-    assert "worst" not in found.metrics
-    assert "or had no gradient to follow" in str(found)
-    if type(attack) is PGD:
-        found = evaluated(model, data, suite={"pgd": SuiteEntry(attack, until_broken=True)})
-        assert "worst" not in found.metrics
+    least = exact(Linear(), *data, EPS).float().mean()
+    for until_broken in (False, True) if type(attack) is PGD else (False,):
+        entry = SuiteEntry(attack, until_broken=until_broken)
+        found = evaluated(model, data, suite={"it": entry})
+        assert least <= found.robust_acc <= least + 0.02
+        assert "gradients vanish" in " ".join(str(found).split())
 
 
 HONEST = {
@@ -330,10 +330,11 @@ def test_nobody_right_without_an_attack_is_a_worst_case_of_0(model, data) -> Non
     assert found.robust_acc == found.clean_acc == 0.0
 
 
-def test_saturated_scores_are_evidence_for_the_margin_alone(data) -> None:
+def test_saturated_scores_are_no_evidence_for_the_cross_entropy(data) -> None:
     model = Linear(scale=1e4).eval()
     assert hinge_margin(model(data[0]), data[1]).isfinite().all()
-    lost = evaluated(model, data, suite={"ce": SuiteEntry(PGD(EPS, EPS / 4, 20, start="zero"))})
-    assert "worst" not in lost.metrics
+    found = evaluated(model, data, suite={"ce": SuiteEntry(PGD(EPS, EPS / 4, 20, start="zero"))})
+    assert found.robust_acc <= exact(Linear(), *data, EPS).float().mean() + 0.02
+    assert found.result["attacks"]["ce/ce_f"]["unmoved"] > 0
     suite = {"it": SuiteEntry(PGD(EPS, EPS / 4, 20, start="zero"), ["ce_f", "cw_f"])}
     assert torch.equal(evaluated(model, data, suite=suite).robust, exact(Linear(), *data, EPS))

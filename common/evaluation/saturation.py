@@ -1,0 +1,282 @@
+"""Attacks on networks that give no usable gradient: squashed scores, flat or cut functions.
+
+Every gradient attack of a suite runs through :func:`persisted`. An example that withstood it
+without a usable gradient, or with one that squashing distorts, is attacked again: through the
+scores as they were before they were squashed, then through what the network cuts or rounds, and
+last by labels alone. Success is always that of the network itself.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from common.attacks.decision import DecisionBased
+from common.attacks.losses import margin
+from common.attacks.pgd import input_gradient
+from common.attacks.randomness import ExampleRandom
+from common.evaluation.fast import merged, part_of
+from common.evaluation.gradients import anchored, eager, straight_through, undetached
+from common.evaluation.steps import Columns, Threat, judged, predict
+from common.objectives import Batch, InnerLoss
+
+Run = Callable[[Any, Batch, ExampleRandom], Columns]
+
+QUERIES = 500
+"""Labels per example of the last resort."""
+SPREAD = 10.0
+"""Between the largest and the smallest score that a loss gets to see; no softmax saturates."""
+UNDISTORTED = 0.99
+"""Least cosine of the margin's gradient before and after squashing."""
+
+
+def persisted(
+    run: Run,
+    plain: Run,
+    inner: InnerLoss,
+    threat: Threat | None,
+    model: Any,
+    batch: Batch,
+    random: ExampleRandom,
+) -> Columns:
+    """An attack, and further ones on the examples that it had no usable gradient for.
+
+    Args:
+        run: The attack.
+        plain: The same attack without an engine.
+        inner: The loss that it climbs.
+        threat: The ball it keeps to.
+        model: Images to logits, in evaluation mode.
+        batch: The examples.
+        random: Their random numbers.
+
+    Returns:
+        The columns of the attack, and for examples that withstood ``run``, both bool ``(N,)``:
+        ``unmoved``, the loss has no finite gradient other than zero at x and where the attack
+        ended; ``distorted``, squashing turns the gradient of the margin where the attack ended.
+    """
+    again = random.of(torch.arange(len(batch["y"]), device=batch["y"].device))
+    columns = run(model, batch, random)
+    unmoved = torch.zeros_like(batch["y"], dtype=torch.bool)
+    distorted = unmoved.clone()
+    rows = columns["correct"].nonzero().flatten()
+    if len(rows) > 0 and isinstance(model, nn.Module):
+        part, ends = part_of(batch, rows), columns["x_adv"][rows]
+        unmoved[rows] = ~_has_gradient(inner, model, part, ends)
+        position = _before_squashing(model, batch["x"])
+        if position is not None:
+            distorted[rows] = _is_distorted(model, position, part, ends)
+        rows = (unmoved | distorted).nonzero().flatten()
+        if "moved" in columns:
+            columns["moved"] &= ~unmoved
+        columns = _attacked_again(
+            plain, inner, threat, position, model, batch, again, columns, rows
+        )
+        columns = _by_labels(threat, model, batch, again, columns, unmoved)
+    return columns | {"unmoved": unmoved, "distorted": distorted}
+
+
+def _attacked_again(
+    plain: Run,
+    inner: InnerLoss,
+    threat: Threat | None,
+    position: int | None,
+    model: nn.Module,
+    batch: Batch,
+    random: ExampleRandom,
+    columns: Columns,
+    rows: Tensor,
+) -> Columns:
+    """The columns with those rows replaced that the attack breaks through other gradients."""
+    for is_bridged in (False, True):
+        if len(rows) == 0:
+            return columns
+        part = part_of(batch, rows)
+        try:
+            with seen_through(model, position, is_bridged):
+                found = plain(model, part, random.of(rows))
+                is_flat = ~_has_gradient(inner, model, part, found["x_adv"])
+        except Exception as error:  # whatever a foreign model raises that is run in another way
+            if not is_bridged or isinstance(error, torch.OutOfMemoryError):
+                raise
+            break
+        columns = _improved(columns, found, rows)
+        rows = rows[found["correct"] & is_flat]
+    return columns
+
+
+def _by_labels(
+    threat: Threat | None,
+    model: nn.Module,
+    batch: Batch,
+    random: ExampleRandom,
+    columns: Columns,
+    unmoved: Tensor,
+) -> Columns:
+    """The same after an attack by labels alone on what is left of the unmoved examples."""
+    rows = (unmoved & columns["correct"]).nonzero().flatten()
+    if len(rows) == 0 or threat is None:
+        return columns
+    attack = DecisionBased(threat.radius, threat.norm, QUERIES)
+    found = decided(attack, model, part_of(batch, rows), random.of(rows))
+    return _improved(columns, found, rows)
+
+
+def _improved(columns: Columns, found: Columns, rows: Tensor) -> Columns:
+    if "moved" in columns:
+        columns["moved"][rows] |= found["moved"]
+    fell = ~found["correct"]
+    return merged(columns, part_of(found, fell), rows[fell])
+
+
+def decided(attack: DecisionBased, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
+    """What a decision-based attack amounts to."""
+    x, threat = batch["x"], Threat(attack.norm, attack.eps)
+    x_adv = attack(lambda x: predict(model, x), x, batch["y"], random)
+    found = judged(model, batch, x_adv, threat)["correct"].logical_not()
+    x_adv = torch.where(found.view(-1, *[1] * (x.ndim - 1)), x_adv, x)  # the nearest may be outside
+    columns = judged(model, batch, x_adv, threat)
+    return columns | {"moved": torch.ones_like(columns["correct"])}  # it asked all over the ball
+
+
+# -------------------------------------------------------------------------------- what is usable
+
+
+def _has_gradient(inner: InnerLoss, model: Any, batch: Batch, ends: Tensor) -> Tensor:
+    """Whether the loss has a finite gradient other than zero at x or at the ends, ``(N,)``."""
+    loss = anchored(inner(model, batch))
+    gradients = [input_gradient(loss, x).flatten(1) for x in (batch["x"], ends)]
+    largest = torch.stack([g.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1) for g in gradients])
+    return largest.amax(dim=0) > 0.0
+
+
+def _is_distorted(model: nn.Module, position: int, batch: Batch, x: Tensor) -> Tensor:
+    """Whether squashing turns the margin's gradient, bool ``(N,)``; a vanishing one counts."""
+    y = batch["y"]
+
+    def scores(x: Tensor) -> tuple[Tensor, Tensor]:
+        output, found = _recorded(model, x)
+        return margin(output, y), margin(found[position], y)
+
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        gradients = [
+            torch.autograd.grad(value.sum(), x, retain_graph=True)[0].flatten(1)
+            if value.requires_grad
+            else torch.zeros_like(x).flatten(1)
+            for value in scores(x)
+        ]
+    # Scaled first: the squares of what is left of a saturated gradient underflow.
+    squashed, raw = (F.normalize(g, torch.inf, eps=1e-45) for g in gradients)
+    cosine = F.cosine_similarity(squashed, raw)
+    return ~(cosine >= UNDISTORTED) & raw.any(dim=1)
+
+
+# --------------------------------------------------------------------- scores before squashing
+
+
+class _Recorder(TorchFunctionMode):
+    """Keeps every tensor that has one number for each image and class."""
+
+    def __init__(self, n: int, classes: int) -> None:
+        super().__init__()
+        self._shape = n, classes
+        self.found: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        n, classes = self._shape
+        is_score = isinstance(out, Tensor) and out.is_floating_point() and out.shape[:1] == (n,)
+        if is_score and out.numel() == n * classes:
+            # A copy, since what follows may overwrite it.
+            self.found.append(out.reshape(n, classes).clone())
+        return out
+
+
+def _recorded(model: nn.Module, x: Tensor, classes: int | None = None) -> tuple[Tensor, Any]:
+    """Scores, and the tensors of their shape on the way to them."""
+    if classes is None:
+        with torch.no_grad():
+            classes = model(x[:1]).shape[1]
+    recorder = _Recorder(len(x), classes)
+    with eager(), recorder:
+        output: Tensor = model(x)
+    return output, recorder.found
+
+
+@torch.no_grad()
+def _before_squashing(model: nn.Module, x: Tensor) -> int | None:
+    """Which recorded tensor is the first that ranks the classes as the scores do.
+
+    ``None`` if that is the scores themselves, or nothing.
+    """
+    output, found = _recorded(model, x)
+    top = output.amax(dim=1)
+    for position, scores in enumerate(found):
+        chosen = scores.argmax(dim=1, keepdim=True)
+        # Scores that saturate are tied, so the largest raw score need not be the only largest one.
+        if torch.equal(output.gather(1, chosen).squeeze(1), top):
+            return None if torch.equal(scores, output) else position
+    return None
+
+
+@contextmanager
+def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> Iterator[None]:
+    """Forward passes that are to be differentiated return scores an ascent can climb.
+
+    Those are the recorded scores, scaled to a spread of :data:`SPREAD`, with the class of the real
+    scores on top. Passes without gradients, by which success is judged, are left as they are.
+
+    Args:
+        model: Images to logits.
+        position: Of the scores before squashing; ``None`` for the scores themselves.
+        is_bridged: Whether gradients also pass through what the model detaches or rounds.
+    """
+    is_own = "forward" in vars(model)
+    plain = model.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return plain(x, *args, **kwargs)
+        with torch.no_grad():
+            classes = plain(x[:1]).shape[1]
+        recorder = _Recorder(len(x), classes)
+        with ExitStack() as around:
+            around.enter_context(eager())
+            if is_bridged:
+                around.enter_context(undetached())
+                around.enter_context(straight_through(model))
+            around.enter_context(recorder)
+            output = plain(x.clone(), *args, **kwargs)
+        recorded = [] if position is None else recorder.found[position : position + 1]
+        return _climbable(recorded[0] if recorded else output, output)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if is_own:
+            model.forward = plain
+        else:
+            del model.forward
+
+
+def _climbable(scores: Tensor, output: Tensor) -> Tensor:
+    """The scores in a fixed spread; the class of the output is made the largest."""
+    with torch.no_grad():
+        top, bottom = scores.amax(dim=1, keepdim=True), scores.amin(dim=1, keepdim=True)
+        spread = (top - bottom).clamp_min(torch.finfo(scores.dtype).tiny)
+        chosen = output.argmax(dim=1, keepdim=True)
+        lift = torch.where(
+            scores.argmax(dim=1, keepdim=True) == chosen,
+            0.0,
+            top - scores.gather(1, chosen) + 1e-3 * spread,
+        )
+        shift = torch.zeros_like(scores).scatter_(1, chosen, lift)
+    return (scores + shift) * (SPREAD / spread)

@@ -1,0 +1,132 @@
+"""Decision-based attacks on linear classifiers, whose minimal distances are known."""
+
+import foolbox
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.attacks.decision import DecisionBased
+from common.attacks.randomness import ExampleRandom
+from common.errors import ConfigurationError
+
+DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
+CLASSES = 4
+
+
+def problem(n: int = 24, side: int = 6) -> tuple[nn.Module, Tensor, Tensor]:
+    """A linear classifier and images far enough from the ends of the box."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(side * side, CLASSES)).requires_grad_(False)
+    nn.init.normal_(net[1].weight)
+    net[1].bias.copy_(-net[1].weight @ torch.full((side * side,), 0.5))
+    x = 0.4 + 0.2 * torch.rand(n, 1, side, side)
+    return net, x, net(x).argmax(dim=1)
+
+
+def exact(net: nn.Module, x: Tensor, y: Tensor, norm: str) -> Tensor:
+    """Distance to the nearest decision boundary."""
+    weight, scores = net[1].weight, net(x)
+    found = torch.full((len(x), CLASSES), torch.inf)
+    for i, label in enumerate(y):
+        for j in range(CLASSES):
+            if j != label:
+                size = (weight[label] - weight[j]).norm(p=DUAL[norm])
+                found[i, j] = (scores[i, label] - scores[i, j]) / size
+    return found.amin(dim=1)
+
+
+def length(delta: Tensor, norm: str) -> Tensor:
+    return delta.flatten(1).norm(p={"linf": torch.inf, "l2": 2.0, "l1": 1.0}[norm], dim=1)
+
+
+def run(attack: DecisionBased, net: nn.Module, x: Tensor, y: Tensor, index=None) -> Tensor:
+    index = torch.arange(len(x)) if index is None else index
+    return attack(lambda x: net(x).argmax(dim=1), x, y, ExampleRandom(0, 0, index))
+
+
+@pytest.mark.parametrize(
+    ("norm", "queries", "median"),
+    [("linf", 400, 1.02), ("l2", 1000, 1.10), ("l1", 2000, 1.35)],
+)
+def test_distances_come_near_those_of_the_closed_form(norm, queries, median) -> None:
+    net, x, y = problem()
+    x_adv = run(DecisionBased(0.0, norm, queries), net, x, y)
+    assert bool((net(x_adv).argmax(dim=1) != y).all())
+    assert x_adv.min() >= 0.0
+    assert x_adv.max() <= 1.0
+    ratio = length(x_adv - x, norm) / exact(net, x, y, norm)
+    assert ratio.min() > 0.999
+    assert ratio.median() < median
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_no_farther_than_the_published_implementation_at_the_same_queries(norm) -> None:
+    net, x, y = problem()
+    torch.manual_seed(0)
+    theirs = foolbox.attacks.HopSkipJumpAttack(
+        steps=12, initial_gradient_eval_steps=30, constraint=norm, max_gradient_eval_steps=10**4
+    )
+    count = 0
+
+    class Counted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return net(x)
+
+    model = foolbox.PyTorchModel(Counted().eval(), bounds=(0, 1))
+    _, images, is_adversarial = theirs(model, x, y, epsilons=None)
+    assert bool(is_adversarial.all())
+    ours = run(DecisionBased(0.0, norm, min(count, 2000)), net, x, y)
+    least = exact(net, x, y, norm)
+    ratio = length(ours - x, norm) / least
+    assert ratio.median() <= (length(images - x, norm) / least).median() * 1.05
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_outcome_depends_on_no_other_example(norm) -> None:
+    net, x, y = problem(10)
+    eps = float(exact(net, x, y, norm).median()) * 1.2
+    attack = DecisionBased(eps, norm, 300)
+    together = run(attack, net, x, y)
+    for rows in (torch.tensor([7, 2, 5]), torch.tensor([2])):
+        assert torch.equal(run(attack, net, x[rows], y[rows], rows), together[rows])
+
+
+def test_an_example_within_the_ball_costs_no_more_queries() -> None:
+    net, x, y = problem()
+    sizes: list[int] = []
+
+    def labels(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return net(images).argmax(dim=1)
+
+    eps = float(exact(net, x, y, "linf").median()) * 1.3
+    attack = DecisionBased(eps, queries=400)
+    x_adv = attack(labels, x, y, ExampleRandom(0, 0, torch.arange(len(x))))
+    assert len(sizes) <= 400
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < len(x)
+    broken = length(x_adv - x, "linf") <= eps
+    assert bool(broken[exact(net, x, y, "linf") < 0.9 * eps].all())
+
+
+def test_a_constant_classifier_has_no_adversarial_images() -> None:
+    _, x, _ = problem(3)
+    y = torch.zeros(3, dtype=torch.int64)
+    for norm in ("linf", "l2", "l1"):
+        attack = DecisionBased(1.0, norm, 200)
+        random = ExampleRandom(0, 0, torch.arange(3))
+        found = attack(lambda x: torch.zeros(len(x), dtype=torch.int64), x, y, random)
+        assert torch.equal(found, x)
+
+
+def test_settings_and_mistakes() -> None:
+    attack = DecisionBased("8/255", "l2", 200)
+    assert attack.but(eps=0.5).settings()["eps"] == 0.5
+    assert attack.cost == 200
+    assert "queries=200" in repr(attack)
+    for wrong in ({"queries": 0}, {"norm": "l3"}, {"eps": 2.0}):
+        with pytest.raises(ConfigurationError):
+            DecisionBased(**{"eps": 0.1, **wrong})
