@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from common.errors import ConfigurationError
 from common.files import yaml_damage_of
 from common.limits import read_yaml
-from common.parsing import ArgumentParser, load_named
+from common.parsing import MUST_NOT, ArgumentParser, load_named
 
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
@@ -309,7 +309,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         class_path, reason = found[1] or class_path, reason[: found.start()]
     if len(expected) > 1 or (expected and "Got value" not in reason):
         reason = f"expected {' or '.join(expected)}" + (f", got {given}" if given else "")
-    if found := re.search(r"Importing '([^']*)' is not allowed", reason):
+    if found := re.search(r"Importing '([^']*)' is not allowed", message):
         reason = f"{found[1]} {MUST_NOT}"
     where = key or "the configuration"
     if found := re.match(
