@@ -327,7 +327,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         return f"{where}: there is no {found[1]}.{found[2]}{_nearest(found[2], names)}"
     reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.Literal", "one of ")
     reason = re.sub(r"^Expected an? (.*)\. Got value: (.*)$", r"expected \1, got \2", reason)
-    return f"{where}: {reason}" if key else reason or message
+    return f"{where}: {reason or 'it cannot be read'}" if key else reason or message
 
 
 _BOILERPLATE = re.compile(
