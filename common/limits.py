@@ -13,7 +13,7 @@ from common.errors import ConfigurationError
 
 LARGEST_INTEGER = 10**18 - 1
 """Of a text; the next ones need more than 64 bits."""
-MOST_YAML_BYTES, MOST_YAML_VALUES, MOST_YAML_LEVELS = 2**22, 10**5, 100
+MOST_YAML_BYTES, MOST_YAML_VALUES, MOST_YAML_LEVELS = 2**20, 10**5, 100
 MOST_JSON_BYTES = 2**26
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LONG = re.compile(r"[-+]?(?:\d[\d_:]{18,}|0[xob][\da-fA-F_]{16,}|\d[\d_.eE+-]{99,})")
