@@ -67,7 +67,7 @@ def check_yaml(text: str) -> None:
     for event in yaml.parse(text, Loader=_LOADER):
         anchor, values, levels = getattr(event, "anchor", None), 1, 0
         if isinstance(event, yaml.CollectionStartEvent):
-            known.pop(anchor, None)
+            known.pop(str(anchor), None)
             open_.append((anchor, 1, 0))
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, values, levels = open_.pop()

@@ -50,7 +50,7 @@ _OURS = re.compile(r"(?:common|paper_\w+)(?:\.|$)")
 _KINDS = ("torch", "lightning", "common")
 
 
-_LOADER = get_yaml_default_loader()
+_LOADER: Any = get_yaml_default_loader()  # type: ignore[no-untyped-call]
 
 
 def _begin(self: Any, text: str) -> None:
