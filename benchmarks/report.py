@@ -1,6 +1,5 @@
 """Results as JSON, and as the tables people read."""
 
-import json
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from benchmarks import goals
 from common.attacks.columns import has_matrix_units
 from common.costs import device_name
 from common.files import write_json_atomically, write_text_atomically
+from common.limits import read_json
 from common.readme import write_readme
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,7 +51,7 @@ def _bf16_units() -> str:
 def write(name: str, section: str, found: Any, device: str) -> Path:
     """Put one section's findings beside the others and render all of them again."""
     path = RESULTS / f"{name}.json"
-    whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    whole = read_json(path) if path.is_file() else {}
     whole[section] = {"machine": machine(device), "found": found}
     write_json_atomically(path, whole)
     write_text_atomically(path.with_suffix(".md"), rendered(name, whole))

@@ -15,6 +15,7 @@ from torch import nn
 
 from common.errors import CheckpointError
 from common.files import damage_of, strangeness_of, write_sealed
+from common.limits import check_name
 from common.weights import find_weights
 
 _SCALAR: Any = np.float64(0).__reduce__()[0]
@@ -133,8 +134,13 @@ def checkpoint_beside(run: str | Path, experiment: str, checkpoint: str = "selec
         run: The run directory of this one, ``runs/<paper>/<experiment>/seed<k>[-v<n>]``.
         experiment: Name of the other.
         checkpoint: ``selected`` or ``last``.
+
+    Raises:
+        ConfigurationError: If one of them is more than a name.
     """
     run = Path(run)
+    check_name(experiment, "the experiment to start or learn from")
+    check_name(checkpoint, "its checkpoint")
     seed = run.name.split("-v")[0]
     return run.parent.parent / experiment / seed / "checkpoints" / f"{checkpoint}.ckpt"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from filelock import FileLock, Timeout
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from filelock import FileLock
+from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -43,26 +43,23 @@ from common.config import (
     plain_digest,
     protocol_digest,
     refusal,
-    refuse_foreign_functions,
     tensorboard_in,
 )
 from common.data.images import ImageDataModule
 from common.endings import confirmed, one_line
-from common.errors import ConfigurationError, RunDirectoryError, UserError
+from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
 from common.evaluation.ready import check_overlays, fill_threat, threat_of
-from common.files import remove_leftovers, write_sealed_yaml, yaml_damage_of
+from common.files import remove_leftovers, write_sealed_yaml
 from common.identity import (
-    Settings,
     check_evaluated,
     check_package,
     contents,
-    run_differences,
     settings_in,
 )
+from common.limits import check_name
+from common.parsing import check_named
+from common.runs import check_is_ours, latest_of, lock, set_aside_if_other
 from common.trainer import NAMED, Trainer
-
-# A value of any type, in a logger's settings for instance, must not become a call of any class.
-set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
 CONFIGS = Path(__file__).parent / "configs"
 BASE = str(CONFIGS / "base.yaml")
@@ -73,7 +70,6 @@ FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
     (Monitoring, "monitoring", {"hyperparameters"}),
     (SelectedCheckpoint, "checkpoint", {"dirpath"}),
 )
-OWN_CLASSES = ("common.", "paper_", "torch.nn.", "torch.optim.")
 
 
 class RobustCLI(LightningCLI):
@@ -160,7 +156,9 @@ class RobustCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fill in what follows from something else: names, folders, class counts."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        check_named(config)
         config.experiment = config.experiment or self._experiment_name(config)
+        check_name(config.experiment, "the experiment (--experiment, or the stem of its file)")
         fill_from_data(config)
         self._go_on_if_requeued(config)
         threat = threat_of(config.evaluation, config.adversary)
@@ -168,7 +166,6 @@ class RobustCLI(LightningCLI):
         for section in (config.evaluation.suite, config.evaluation.validation):
             fill_threat(section, threat, has_defaults=True)
         plain = self._plain(config)
-        refuse_foreign_functions(plain)
         if self.subcommand in TRAINING:
             check_limits(plain["trainer"])
         check_package(
@@ -208,8 +205,8 @@ class RobustCLI(LightningCLI):
         if self.subcommand != "fit" or config.get("ckpt_path") is not None or not is_again:
             return
         base = self._base(config)
-        versions = sorted(base.parent.glob(f"{base.name}-v*"), key=_version)
-        if ((versions[-1] if versions else base) / "checkpoints" / "last.ckpt").exists():
+        _, latest = latest_of(base)
+        if (latest / "checkpoints" / "last.ckpt").exists():
             config.ckpt_path = "last"
 
     def _base(self, config: Namespace) -> Path:
@@ -225,67 +222,44 @@ class RobustCLI(LightningCLI):
         goes on with ``seed0`` if that was made with the same settings, and moves it aside if not.
         """
         base = self._base(config)
-        versions = sorted(base.parent.glob(f"{base.name}-v*"), key=_version)
+        number, latest = latest_of(base)
         checkpoint = config.get("ckpt_path")
         is_given = config.trainer.default_root_dir is not None
         is_of_run = checkpoint and Path(checkpoint).parent.name == "checkpoints" and not is_given
         if self.subcommand not in TRAINING:
             if is_of_run:
                 return Path(checkpoint).parent.parent
-            return versions[-1] if versions else base
+            return latest
         run = base
         if self.subcommand == "fit":
             if checkpoint in NAMED:
-                run = versions[-1] if versions else base
+                run = latest
             elif is_of_run:
                 run = Path(checkpoint).parent.parent
             elif (base / "checkpoints" / "last.ckpt").exists():
-                following = _version(versions[-1]) + 1 if versions else 1
-                run = base.with_name(f"{base.name}-v{following}")
+                run = base.with_name(f"{base.name}-v{number + 1}")
         if getattr(rank_zero_only, "rank", 0) != 0:
             return Path(os.environ.get("RUN_DIRECTORY", run))
         os.environ["RUN_DIRECTORY"] = str(run)  # ranks started by this process follow it
         if config.trainer.fast_dev_run:
             return run
+        check_is_ours(run)
         if self.subcommand == "fit":
             self.lock = lock(run)
         else:  # an interrupted make leaves its rows running: the next one waits for them
             self.lock = lock(run, timeout=-1)
-            set_aside_if_other(run, self.settings)
+            set_aside_if_other(run, self.settings, is_given)
         remove_leftovers(run)
         return run
 
     def instantiate_classes(self) -> None:
         """Build everything; a value some class refuses is the user's to mend."""
         try:
-            self._draw_as_ever()
             super().instantiate_classes()
         except Exception as error:
             if one_line(error) is not None:
                 raise
             raise ConfigurationError(refusal(error, explain(str(error)))) from error
-
-    def _draw_as_ever(self) -> None:
-        """Draw the random numbers that one more model draws, so that seeds mean what they meant.
-
-        The hyper-parameters for TensorBoard hold the model's settings. While jsonargparse still
-        built every class named under a value of any type, it built a second model there, before
-        the one that trains, as far as the untyped settings went. Configurations can no longer have
-        classes built in such places; the published results began with the weights that came next.
-        """
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        model = self._plain(config)["model"]
-        if not all(path.startswith(OWN_CLASSES) for path in class_paths(model)):
-            return  # nothing of ours, and no reason to build somebody's class where none is asked
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--settings", type=dict[str, Any])
-        settings = parser.get_defaults()
-        settings.settings = {"model": model}
-        set_parsing_settings(instantiate_subclass_spec_in_any=True)
-        try:
-            parser.instantiate(settings)
-        finally:
-            set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that every run has."""
@@ -336,72 +310,6 @@ class SaveTrainingConfig(SaveConfigCallback):
         self.already_saved = True
 
 
-def lock(run: Path, timeout: float = 0) -> FileLock:
-    """Hold the run directory for this process; the lock ends with its owner.
-
-    Args:
-        run: The directory; made if it is not there.
-        timeout: Seconds to wait for another process; -1 waits as long as it takes.
-
-    Raises:
-        RunDirectoryError: If another process holds it, or it cannot be written.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        held = FileLock(run / ".lock")
-        try:
-            held.acquire(timeout=0)
-        except Timeout:
-            if timeout == 0:
-                raise
-            print(f"waiting for another process that is writing {run}", flush=True)
-            held.acquire(timeout=timeout)
-    except Timeout:
-        raise RunDirectoryError(
-            f"another process is writing {run}; wait for it, or give this run another folder "
-            "with --runs FOLDER"
-        ) from None
-    except OSError as error:
-        raise RunDirectoryError(
-            f"the run directory {run} cannot be written ({error.strerror}); choose another "
-            "folder with --runs FOLDER"
-        ) from error
-    return held
-
-
-def set_aside_if_other(run: Path, settings: Settings) -> None:
-    """Rename a run made with other settings, so that it is neither lost nor gone on with.
-
-    Raises:
-        RunDirectoryError: If its configuration is damaged.
-        CheckpointError: If its last checkpoint is, or does not say what it was made with.
-    """
-    saved, last = run / "config.yaml", run / "checkpoints" / "last.ckpt"
-    if saved.exists() and (damage := yaml_damage_of(saved)):
-        raise RunDirectoryError(
-            f"{saved} is damaged: {damage}. If this run was made with the settings given now, "
-            "delete the file, and the run goes on; if not, move the run away or choose another "
-            "folder with --runs FOLDER"
-        )
-    if not last.exists():  # nothing has been trained
-        return
-    if not list(run_differences(settings_in(load_checkpoint(last), last), settings)):
-        return
-    number = 1
-    while (aside := run.with_name(f"{run.name}-replaced{number}")).exists():
-        number += 1
-    aside.mkdir()
-    for item in run.iterdir():
-        if item.name not in (".lock", "log.txt"):  # both are open
-            item.rename(aside / item.name)
-    (aside / "finished").unlink(missing_ok=True)
-    print(f"{run} was made with other settings; it is now {aside}")
-
-
-def _version(path: Path) -> int:
-    return int(path.name.rpartition("-v")[2])
-
-
 def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifier, ImageDataModule]:
     """Rebuild a finished run from its directory.
 
@@ -422,8 +330,11 @@ def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifie
     path = run / "checkpoints" / f"{checkpoint}.ckpt"
     found = load_checkpoint(path)
     made = settings_in(found, path)
+    package = made.get("package")
+    if not isinstance(package, str):
+        raise CheckpointError(f"the settings in the checkpoint {path} name no package")
     arguments = ["--config", str(run / "config.yaml"), "--trainer.logger", "false"]
-    cli = RobustCLI(package=made["package"], args=arguments, run=False)
+    cli = RobustCLI(package=package, args=arguments, run=False)
     check_evaluated(made, cli.settings, path)
     cli.model.load_state_dict(found["state_dict"])
     return cli.model.eval(), cli.datamodule

@@ -2,10 +2,10 @@
 
 import difflib
 import hashlib
-import importlib
 import inspect
 import json
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -13,12 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace, dict_to_namespace
+from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from common.errors import ConfigurationError
 from common.files import yaml_damage_of
+from common.limits import read_yaml
+from common.parsing import MUST_NOT, ArgumentParser, load_named
 
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
@@ -96,12 +97,6 @@ def plain_digest(values: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_class(path: str) -> Any:
-    """The class or function behind an import path."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def fill_from_data(config: Namespace) -> None:
     """Give every network of the model the class and channel counts of the data.
 
@@ -113,7 +108,7 @@ def fill_from_data(config: Namespace) -> None:
         ConfigurationError: If a network is explicitly given other counts or another shape.
     """
     source = config.data.source
-    spec = load_class(source.class_path)(**(source.get("init_args") or {})).spec
+    spec = load_named(source.class_path)(**(source.get("init_args") or {})).spec
     for path, node in _class_nodes(config.model, "model"):
         arguments = node.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
         names = set(vars(arguments))
@@ -143,7 +138,7 @@ def _as_list(value: Any) -> Any:
 
 def _defaults(class_path: str) -> dict[str, Any]:
     """Default arguments of a class or function, those it passes on as keywords included."""
-    parser, made = ArgumentParser(exit_on_error=False), load_class(class_path)
+    parser, made = ArgumentParser(exit_on_error=False), load_named(class_path)
     add = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments
     add(made, "made", fail_untyped=False)
     return dict(vars(parser.get_defaults().made))
@@ -193,57 +188,23 @@ def check_config_files(arguments: Sequence[str]) -> None:
     """Read the files that options ``--config`` name, to say what is wrong with which.
 
     Raises:
-        ConfigurationError: If one is missing, empty, damaged, or holds no settings by name.
+        ConfigurationError: If one is missing, damaged, too large, or holds no settings by name; and
+            for an integer among the arguments that needs more than 64 bits.
     """
     for option, following in pairwise([*arguments, ""]):
         name, _, value = option.partition("=")
+        if re.fullmatch(r"[-+]?\d{19,}", value or option):
+            raise ConfigurationError(f"{(value or option)[:20]}... is too large a number")
         if name not in ("--config", "-c"):
             continue
         path = Path(value or following)
-        try:
-            if damage := yaml_damage_of(path):
-                raise ValueError(f"is damaged: {damage}")
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ValueError("holds no settings (sections such as model, data, trainer)")
-        except OSError as error:
+        settings = read_yaml(path)
+        if damage := yaml_damage_of(path):
+            raise ConfigurationError(f"{path} is damaged: {damage}")
+        if not isinstance(settings, dict):
             raise ConfigurationError(
-                f"the configuration {path} cannot be read: {error.strerror}; check the path"
-            ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            problem = " ".join(str(error).split())[:200]
-            raise ConfigurationError(f"the configuration {path} is no YAML: {problem}") from error
-        except ValueError as error:
-            raise ConfigurationError(f"{path} {error}") from None
-
-
-def refuse_foreign_functions(settings: Any, path: str = "") -> None:
-    """Refuse settings that would have functions of the system called, or end the process.
-
-    Raises:
-        ConfigurationError: Naming the setting.
-    """
-    if isinstance(settings, Mapping):
-        for key, value in settings.items():
-            refuse_foreign_functions(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(settings, list):
-        for number, value in enumerate(settings):
-            refuse_foreign_functions(value, f"{path}[{number}]")
-    elif isinstance(settings, str) and _is_of_the_system(settings):
-        raise ConfigurationError(
-            f"{path} is {settings}, a function of the system and not of an experiment; name a "
-            "class or function of torch, Lightning or your own"
-        )
-
-
-def _is_of_the_system(path: str) -> bool:
-    found = _OF_THE_SYSTEM.fullmatch(path)
-    return found is not None and hasattr(importlib.import_module(found[1]), found[2])
-
-
-_OF_THE_SYSTEM = re.compile(
-    r"(os|sys|posix|builtins|subprocess|shutil|signal|runpy|code|pty|ctypes|faulthandler)\.(\w+)"
-)
+                f"{path} holds no settings (sections such as model, data, trainer)"
+            )
 
 
 def check_seed(seed: Any) -> None:
@@ -317,7 +278,7 @@ class UserFriendlyParser(LightningArgumentParser):
         options = {
             name.lstrip("-") for p in parsers for a in p._actions for name in a.option_strings
         }
-        self.exit(2, f"error: {explain(message, options)}\n")
+        self.exit(2, f"error: {explain(message, options)[:500]}\n")
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
@@ -348,6 +309,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         class_path, reason = found[1] or class_path, reason[: found.start()]
     if len(expected) > 1 or (expected and "Got value" not in reason):
         reason = f"expected {' or '.join(expected)}" + (f", got {given}" if given else "")
+    if found := re.search(r"Importing '([^']*)' is not allowed", message):
+        reason = f"{found[1]} {MUST_NOT}"
     where = key or "the configuration"
     if found := re.match(
         r"(?:Option|Key|Group key) '([^']*)' is not (?:accepted|expected)", reason
@@ -360,11 +323,11 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     if found := re.match(r"unrecognized arguments?: --([^ =]+)", reason):
         return f"unknown option --{found[1]}{_nearest(found[1], options)}"
     if found := re.match(r"module '([^']*)' has no attribute '([^']*)'", reason):
-        names = [name for name in dir(importlib.import_module(found[1])) if name[0] != "_"]
+        names = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
         return f"{where}: there is no {found[1]}.{found[2]}{_nearest(found[2], names)}"
     reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.Literal", "one of ")
     reason = re.sub(r"^Expected an? (.*)\. Got value: (.*)$", r"expected \1, got \2", reason)
-    return f"{where}: {reason}" if key else reason or message
+    return f"{where}: {reason or 'it cannot be read'}" if key else reason or message
 
 
 _BOILERPLATE = re.compile(
@@ -378,7 +341,7 @@ _EXPECTED = re.compile(r"Expected an? (<class '[^']*'>|[\w.]+(?:\[.*\])?)$")
 def _parameters(class_path: str) -> list[str]:
     """Names of what a class can be configured with, through its bases."""
     names: dict[str, None] = {}
-    found = load_class(class_path)
+    found = load_named(class_path)
     for owner in inspect.getmro(found) if inspect.isclass(found) else (found,):
         if owner is not object:
             names |= dict.fromkeys(inspect.signature(owner).parameters)

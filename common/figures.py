@@ -6,7 +6,7 @@ are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart under 
 colour-vision deficiencies; wherever colour carries a meaning, words or markers carry it too.
 """
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from common.files import write_bytes_atomically
 
 INK, GREY, RED = "#222222", "#6b6b6b", "#C00000"
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
@@ -51,7 +53,6 @@ def tidy_axes(ax: Axes, grid: bool = True) -> None:
 def save_figure(fig: Figure, path: str | Path, dpi: int = DPI) -> Path:
     """Writes ``fig`` to ``path``, whole or not at all, in the format its suffix names.
 
-    The file goes to a neighbour first and is then renamed, so a reader never sees half a picture.
     The same figure gives the same bytes: no date and no version is written into a PNG.
 
     Args:
@@ -70,15 +71,10 @@ def save_figure(fig: Figure, path: str | Path, dpi: int = DPI) -> Path:
     supported = fig.canvas.get_supported_filetypes()
     if kind not in supported:
         raise ValueError(f"a figure's suffix must be one of {sorted(supported)}, got {str(path)!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden and named by process: two runs saving one figure do not write into one another's file.
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
     metadata = {"Software": None} if kind == "png" else None
-    try:
-        fig.savefig(unfinished, format=kind, dpi=dpi, metadata=metadata)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    content = io.BytesIO()
+    fig.savefig(content, format=kind, dpi=dpi, metadata=metadata)
+    write_bytes_atomically(path, content.getbuffer())
     return path
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -13,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common.errors import ConfigurationError, RunDirectoryError
+from common.errors import RunDirectoryError
+from common.limits import read_json
 
 _SEAL = b"sha256:"
 _YAML_SEAL = b"# SHA-256 of the lines below: "
@@ -261,9 +261,11 @@ def _comment_problem(end: bytes) -> str:
 
 def content_digest(data: Mapping[str, Any]) -> str:
     """SHA-256 of JSON values, whatever the file's spaces and order of keys."""
-    text = json.dumps(
-        data, sort_keys=True, ensure_ascii=False
-    )  # NaN is refused where it is written
+    try:
+        # NaN is refused where it is written.
+        text = json.dumps(data, sort_keys=True, ensure_ascii=False)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -280,7 +282,7 @@ def read_sealed_json(path: str | Path) -> dict[str, Any]:
         OSError: If it cannot be read.
         ValueError: If it is no JSON object, or not what was written.
     """
-    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    data = read_json(path)
     if not isinstance(data, dict):
         raise ValueError(f"expected an object, got {type(data).__name__}")
     expected = data.pop("digest", None)
@@ -315,58 +317,49 @@ def yaml_damage_of(path: str | Path) -> str:
     return "it does not have the SHA-256 that its first line says; after an edit take that line out"
 
 
-MOST_YAML_BYTES, MOST_YAML_VALUES = 2**22, 10**6
+# -------------------------------------------------------------------- what is ours, and removed
+
+_OF_RUNS = (
+    r"\.(?:config\.yaml|results\.json|finished|predictions.*\.csv)",
+    *(r"checkpoints/\.[^/]+\.ckpt", r"figures/\.[^/]+\.png"),
+    r"outcomes/[0-9a-f]{16}/\.(?:identity\.json|[^/]+\.npz)",
+)
+_LEFTOVER = re.compile(rf"(?:{'|'.join(_OF_RUNS)})-[a-z0-9_]{{8}}\.tmp")
 
 
-def read_yaml(path: str | Path) -> Any:
-    """The plain values of a YAML file, which may come from a stranger.
-
-    Raises:
-        ConfigurationError: If it is no readable YAML file, is nested too deeply, or grows beyond a
-            million values through its aliases.
-    """
-    path = Path(path)
+def is_sealed(path: str | Path) -> bool:
+    """Whether a checkpoint or ``config.yaml`` carries a digest as our writers put it in."""
     try:
-        if path.is_dir():
-            raise ValueError("it is a folder")
-        if path.stat().st_size > MOST_YAML_BYTES:
-            raise ValueError(f"it has more than {MOST_YAML_BYTES:,} bytes")
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if _size(value, {}) > MOST_YAML_VALUES:
-            raise ValueError(f"its aliases stand for more than {MOST_YAML_VALUES:,} values")
-    except RecursionError:
-        raise ConfigurationError(f"{path} cannot be read: it is nested too deeply") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        problem = " ".join(str(error).split())[:200]
-        raise ConfigurationError(f"{path} cannot be read: {problem}") from error
-    return value
+        with Path(path).open("rb") as file:
+            if file.read(len(_YAML_SEAL)) == _YAML_SEAL:
+                return True
+            file.seek(max(file.seek(0, os.SEEK_END) - _SEAL_LENGTH, 0))
+            return file.read().startswith(_SEAL)
+    except OSError:
+        return False
 
 
-def _size(value: Any, known: dict[int, int]) -> int:
-    """How many values there are if every alias is written out.
-
-    Args:
-        value: Plain values, whose parts may be one object in several places.
-        known: Sizes by identity, filled on the way.
-    """
-    if not isinstance(value, Mapping | list):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = MOST_YAML_VALUES + 1  # a value that contains itself never ends
-        parts = value.values() if isinstance(value, Mapping) else value
-        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(value)]
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is a run directory that this program wrote, and no link to one."""
+    folder = Path(folder)
+    made = (folder / "config.yaml", folder / "checkpoints" / "last.ckpt")
+    return not folder.is_symlink() and any(map(is_sealed, made))
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Delete what writers that were killed left behind under temporary names.
+def remove_leftovers(run: str | Path) -> None:
+    """Delete what writers that were killed left behind under temporary names of ours.
 
     Args:
-        folder: A run directory that no other process is writing.
+        run: A run directory that no other process is writing; any other folder is left alone.
     """
-    for pattern in (".*.tmp", "*.ckpt.tmp"):
-        for path in Path(folder).rglob(pattern):
-            path.unlink(missing_ok=True)
+    run = Path(run)
+    if not is_run(run):
+        return
+    for pattern in (".*.tmp", "checkpoints/.*.tmp", "figures/.*.tmp", "outcomes/*/.*.tmp"):
+        for path in run.glob(pattern):
+            is_through_link = any(p.is_symlink() for p in (path, *path.parents) if run in p.parents)
+            if _LEFTOVER.fullmatch(path.relative_to(run).as_posix()) and not is_through_link:
+                path.unlink(missing_ok=True)
 
 
 def _to_json(data: Any, indent: str = "") -> str:

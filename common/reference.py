@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from common.errors import ConfigurationError, check_choice
+from common.limits import read_yaml
 
 Unit = Literal["percent", "plain", "thousands", "millions", "giga"]
 Layout = Literal["wide", "stacked"]
@@ -137,15 +136,15 @@ def read_reference(path: str | Path) -> Reference:
             number that none of its groups shows.
     """
     path = Path(path)
+    data = read_yaml(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
         groups = [
             Group(**{**group, "metrics": [Metric(**metric) for metric in group["metrics"]]})
             for group in data["groups"]
         ]
         rows = {stem: Row(stem=stem, **row) for stem, row in data["rows"].items()}
         checkpoints = tuple(data.get("checkpoints", Reference.checkpoints))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); it "
             "needs groups (a list of id, title, metrics, note, layout, baseline, compare) and rows "

@@ -5,7 +5,7 @@ What is in them is written down in :mod:`common.schema`.
 ``python -m common.tables paper_x`` sets them beside the paper's printed numbers.
 """
 
-import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +19,7 @@ from common.files import (
     write_json_atomically,
     write_text_atomically,
 )
+from common.limits import read_json
 from common.outcomes import (
     checkpoint_entry,
     outcome_bits,
@@ -74,8 +75,8 @@ def merge_result(
     """Put one checkpoint into a result file, and return what the file then holds.
 
     Other checkpoints stay if they have the same ``config_digest`` and ``protocol``; those of other
-    settings go, and a warning names them. A file that cannot be read is set aside with a warning,
-    since by now the compute has been spent.
+    settings go, and a warning names them. A damaged result is set aside with a warning, since by
+    now the compute has been spent.
 
     Args:
         path: The result file.
@@ -87,7 +88,8 @@ def merge_result(
         provenance: Where it comes from; ``config_digest`` must be there.
 
     Raises:
-        ConfigurationError: If the entry contradicts itself, or the file is another experiment's.
+        ConfigurationError: If the entry contradicts itself, or the file is no result, or another
+            experiment's.
         RunDirectoryError: If the file cannot be written.
     """
     path = Path(path)
@@ -131,16 +133,19 @@ def _kept(
     path: Path, paper: str, experiment: str, seed: int
 ) -> dict[str, tuple[CheckpointResult, Provenance]]:
     """The checkpoints a file holds already, with their provenance."""
+    remedy = "another file with --evaluation.results"
+    check_mergeable(path, paper, experiment, seed, remedy)
     if not path.exists():
         return {}
     try:
         old = read_result(path)
     except ConfigurationError as error:
-        aside = path.with_name(f"{path.name}.unreadable")
-        path.replace(aside)
+        number = 1
+        while (aside := path.with_name(f"{path.name}.unreadable{number}")).exists():
+            number += 1
+        path.rename(aside)
         warnings.warn(f"{error} (kept as {aside.name})", stacklevel=3)
         return {}
-    _check_same(old, path, paper, experiment, seed, "another file with --evaluation.results")
     return {
         name: (old["checkpoints"][name], old["provenance"][name]) for name in old["checkpoints"]
     }
@@ -149,7 +154,7 @@ def _kept(
 def check_mergeable(path: Path, paper: str, experiment: str, seed: int, remedy: str) -> None:
     """Make sure that a result can go into a file, before it is measured.
 
-    A file that cannot be read is not held against it: :func:`merge_result` sets it aside.
+    A damaged result is not held against it: :func:`merge_result` sets it aside.
 
     Args:
         path: The result file.
@@ -159,25 +164,36 @@ def check_mergeable(path: Path, paper: str, experiment: str, seed: int, remedy: 
         remedy: What to choose instead.
 
     Raises:
-        ConfigurationError: If the file is about another experiment or seed.
+        ConfigurationError: If the file is no result, or about another experiment or seed.
     """
     if not path.exists():
         return
     try:
         old = read_result(path)
-    except ConfigurationError:
-        return
-    _check_same(old, path, paper, experiment, seed, remedy)
-
-
-def _check_same(
-    old: Result, path: Path, paper: str, experiment: str, seed: int, remedy: str
-) -> None:
+    except ConfigurationError as error:
+        if _was_result(path):
+            return
+        raise ConfigurationError(
+            f"{path} is there and no result, so nothing is written to it; choose {remedy}, or move "
+            "it away"
+        ) from error
     if (old["paper"], old["experiment"], old["seed"]) != (paper, experiment, seed):
         raise ConfigurationError(
             f"{path} holds {old['paper']} {old['experiment']} with seed {old['seed']}, the new "
             f"result is {paper} {experiment} with seed {seed}; choose {remedy}"
         )
+
+
+def _was_result(path: Path) -> bool:
+    """Whether a file that cannot be read begins as a result does, or is empty."""
+    try:
+        with path.open("rb") as file:
+            return _BEGINNING.match(head := file.read(80)) is not None or not head
+    except OSError:
+        return False
+
+
+_BEGINNING = re.compile(rb'\{\n  "schema": \d+,\n  "paper": "\w+",\n  "experiment": "')
 
 
 def _label_order(label: str) -> tuple[int, str]:
@@ -202,7 +218,7 @@ def read_result(path: str | Path) -> Result:
         "delete the file finished in its run directory, and make writes it again)"
     )
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
     schema = data.get("schema") if isinstance(data, dict) else None

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import ConfigurationError, UserError
-from common.files import read_yaml, write_json_atomically
+from common.files import write_bytes_atomically, write_json_atomically
+from common.limits import read_json, read_yaml
 
 SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
 """What names of experiments and paths of referenced files consist of."""
@@ -147,7 +147,7 @@ class Row:
     def is_finished(self) -> bool:
         """Whether there is a result, made with what the config says now."""
         try:
-            stamp = json.loads((self.run / "finished").read_text(encoding="utf-8"))
+            stamp = read_json(self.run / "finished")
             return bool(stamp["row"] == self.digest()) and self.result.is_file()
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -280,10 +280,7 @@ def publish(rows: Iterable[Row]) -> None:
     for row in rows:
         if row.is_finished:
             to = Path(row.package, "results", f"{row.stem}-seed{row.seed}.json")
-            to.parent.mkdir(exist_ok=True)
-            temporary = to.with_suffix(".tmp")
-            shutil.copyfile(row.result, temporary)
-            temporary.replace(to)
+            write_bytes_atomically(to, row.result.read_bytes())
 
 
 def _cores() -> int:

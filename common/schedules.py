@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch.optim import Optimizer
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from common.errors import ConfigurationError
 from common.identity import Settings, scheduler_of
 from common.parameter_groups import grouped_optimizer
+from common.parsing import build
 
 Rates = list[list[float]]
 """Learning rate of every parameter group, by step of the schedule."""
@@ -117,9 +117,7 @@ def simulate(module: Any, make: Any, steps: int) -> tuple[Rates, dict[str, Any] 
 
 def _callable(node: Any) -> Any:
     """What the command line makes of the settings of a schedule."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--scheduler", type=LRSchedulerCallable)
-    return parser.instantiate(parser.parse_object({"scheduler": node})).scheduler
+    return build({"scheduler": LRSchedulerCallable}, {"scheduler": node}).scheduler
 
 
 def _steps(trainer: Trainer, interval: str, limits: Mapping[str, Any]) -> int | None:

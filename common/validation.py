@@ -18,6 +18,7 @@ from common.schema import SCHEMA, AttackResult, Result
 
 NUMBER = (int, float)
 NULLABLE_NUMBER = (int, float, type(None))
+MOST_EXAMPLES = 10**6
 
 
 def problem_of(data: Any) -> str:
@@ -73,8 +74,8 @@ def _check_outcomes(checkpoint: Mapping[str, Any], place: str) -> None:
     for key in ("epoch", "global_step", "examples"):
         _check_type(checkpoint, key, int, place)
     total = checkpoint["examples"]
-    if total < 1:
-        raise ValueError(f"{place}examples is {total}, expected at least 1")
+    if not 1 <= total <= MOST_EXAMPLES:
+        raise ValueError(f"{place}examples is {total}, expected 1 to {MOST_EXAMPLES:,}")
     _check_type(checkpoint, "threat", (dict, type(None)), place)
     if checkpoint["threat"] is not None:
         _check_type(checkpoint["threat"], "norm", str, f"{place}threat.")

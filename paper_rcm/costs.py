@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -32,6 +30,8 @@ from common.costs import (
 from common.errors import ConfigurationError, UserError
 from common.figures import save_figure
 from common.files import read_sealed_json, write_sealed_json
+from common.limits import read_yaml
+from common.parsing import build
 from common.results import COSTS, read_costs
 from paper_rcm.figures import cost_figure
 from paper_rcm.method import BASE_STRIDES, DigitsNet, cost, parse_strides
@@ -54,10 +54,9 @@ def net_section(config: str | Path) -> Section:
     """The network of a configuration, as it is written, with the classes of its data."""
     config = Path(config)
     try:
-        text = config.read_text(encoding="utf-8")
-        section: Section = yaml.safe_load(text)["model"]["init_args"]["net"]
+        section: Section = read_yaml(config)["model"]["init_args"]["net"]
         arch = section["init_args"]["arch"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{config} cannot be read ({type(error).__name__}: {error}); its model.init_args.net "
             "has to be an EnlargedNetwork with an arch"
@@ -85,9 +84,7 @@ def data_of(stem: str) -> tuple[tuple[int, int, int], int]:
 
 def make(section: Mapping[str, Any]) -> nn.Module:
     """The network of a section ``{class_path, init_args}``."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--net", type=nn.Module)
-    net: nn.Module = parser.instantiate(parser.parse_object({"net": dict(section)})).net
+    net: nn.Module = build({"net": nn.Module}, {"net": dict(section)}).net
     return net
 
 

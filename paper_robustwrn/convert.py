@@ -16,6 +16,7 @@ official network for them, ``--check logits.pt``, to see that it is the same net
 """
 
 import argparse
+import io
 import itertools
 import re
 import sys
@@ -32,7 +33,8 @@ from torch import Tensor
 
 import common
 from common.checkpoints import read_content
-from common.errors import CheckpointError, ConfigurationError, UserError
+from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
+from common.files import write_sealed, write_text_atomically
 from common.identity import SETTINGS
 from paper_robustwrn.method import RobustWideResNet
 
@@ -274,16 +276,16 @@ def convert(
         "callbacks": {},
         SETTINGS: {"package": "paper_robustwrn", "model": _model(architecture.arguments())},
     }
+    config = target.with_suffix(".yaml")
+    if config.exists() and not config.read_bytes().startswith(b"# Converted from "):
+        raise ConfigurationError(f"{config} is there and was not written by convert; move it away")
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".tmp")
-        torch.save(checkpoint, partial)
-        target.with_suffix(".yaml").write_text(describe(architecture, source.name))
-        partial.replace(target)
-    except (OSError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"{target} cannot be written ({str(error).splitlines()[0]}); choose another place"
-        ) from error
+        write_text_atomically(config, describe(architecture, source.name))
+        write_sealed(target, content)
+    except RunDirectoryError as error:
+        raise ConfigurationError(str(error)) from error
     return architecture
 
 

@@ -1,8 +1,10 @@
 """What files from strangers cannot do, and what results do not tell."""
 
+import copy
 import getpass
 import io
 import json
+import os
 import re
 import socket
 import tarfile
@@ -11,12 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torchvision.datasets
+import yaml
+from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable
 
-from common.cli import RobustCLI, main
+from common.analysis import load_last
+from common.attacks.pgd import PGD
+from common.checkpoints import checkpoint_beside
+from common.cli import RobustCLI, load_run, main
 from common.data.sources import CIFAR10
-from common.errors import DataUnavailableError
+from common.errors import ConfigurationError, DataUnavailableError
+from common.evaluation.__main__ import load_data
+from common.evaluation.__main__ import main as evaluation_command
+from common.evaluation.ready import load_suite
+from common.evaluation.suite import SuiteEntry, check_suite
+from common.evaluation.transfer import Transfer
+from common.files import write_sealed
+from common.limits import check_name, read_yaml
+from common.parsing import build as build_values
+from common.parsing import load_named
+from common.reference import read_reference
+from common.results import load_results, read_costs, read_result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted(ROOT.glob("paper_*/results/*.json"))
@@ -86,58 +106,433 @@ def test_nor_in_a_list(config: Path, tmp_path: Path, place: str) -> None:
     assert not (tmp_path / "touched").exists()
 
 
-def test_nor_where_any_value_may_stand(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A logger's free settings; jsonargparse builds what is named there unless told not to."""
-    import lightning.pytorch.loggers as loggers
-    from jsonargparse import set_parsing_settings
-
-    import common.cli
-
-    class Free(loggers.CSVLogger):
-        def __init__(self, save_dir: str, tags: dict[str, Any] | None = None) -> None:
-            super().__init__(save_dir)
-            self.tags = tags
-
-    monkeypatch.setattr(loggers, "Free", Free, raising=False)
-    Free.__module__, Free.__qualname__ = "lightning.pytorch.loggers", "Free"
-    settings = {"save_dir": str(tmp_path), "tags": {"a": popen(tmp_path)}}
-    logger = {"class_path": "lightning.pytorch.loggers.Free", "init_args": settings}
-    build(config, "trainer.logger", logger)
+def test_nor_where_any_value_may_stand(config: Path, tmp_path: Path) -> None:
+    """A place of any type gets what is named there as plain values."""
+    made = build_values({"free": dict[str, Any]}, {"free": {"a": tiny_net()}}).free
+    assert not isinstance(made["a"], torch.nn.Module)
+    assert made["a"]["class_path"] == tiny_net()["class_path"]
+    for value in (popen(tmp_path), hidden_popen(tmp_path)):
+        with pytest.raises(ConfigurationError, match=r"must not be named|cannot be imported"):
+            build_values({"free": dict[str, Any]}, {"free": {"a": [value]}})
+        logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"x": value}}
+        with pytest.raises((SystemExit, ValueError)):
+            build(config, "trainer.logger", logger)
     assert not (tmp_path / "touched").exists()
-    monkeypatch.setattr(common.cli.RobustCLI, "_draw_as_ever", lambda self: None)
-    set_parsing_settings(instantiate_subclass_spec_in_any=True)
-    try:
-        build(config, "trainer.logger", logger)
-    finally:
-        set_parsing_settings(instantiate_subclass_spec_in_any=False)
-    until = time.monotonic() + 10
-    while not (tmp_path / "touched").exists():
-        assert time.monotonic() < until, "the place was not one where any value may stand"
-        time.sleep(0.01)
 
 
-def test_settings_of_a_stranger_are_not_built_for_their_random_numbers(
+def tiny_net() -> dict[str, Any]:
+    return {"class_path": "common.networks.resnet.ResNet", "init_args": {"depths": [1]}}
+
+
+def hidden_popen(tmp_path: Path) -> dict[str, Any]:
+    """The same under a name that begins with one of ours."""
+    return popen(tmp_path) | {"class_path": "common.callbacks.resuming.subprocess.Popen"}
+
+
+HOSTILE = (
+    *("os.system", "builtins.eval", "builtins.exec", "subprocess.run", "importlib.import_module"),
+    *("functools.partial", "torch.load", "torch.hub.load", "torch.utils.cpp_extension.load"),
+    *("torch.jit.load", "torch.nn.functional.torch.load", "lightning.pytorch.cli.LightningCLI"),
+    *("common.callbacks.resuming.os.kill", "common.submit.Command", "common.rows.Runner"),
+    *("common.limits.yaml.unsafe_load", "yaml.unsafe_load", "sympy.sympify", "numpy.load"),
+    *("jsonargparse.set_parsing_settings", "no.such.module", "nothing", "common", ""),
+)
+
+
+@pytest.mark.parametrize("path", HOSTILE)
+def test_what_must_not_be_named(config: Path, path: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(ConfigurationError):
+        load_named(path)
+    schedule = "torch.optim.lr_scheduler.LambdaLR"
+    for value in (path, {"class_path": path, "init_args": {}}):
+        node = {"class_path": schedule, "init_args": {"lr_lambda": value}}
+        with pytest.raises((SystemExit, ValueError)):
+            build(config, "model.scheduler", node)
+        with pytest.raises((ValueError, ArgumentError)):  # that of a checkpoint, which is compared
+            build_values({"scheduler": LRSchedulerCallable}, {"scheduler": node})
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("torch.nn.ReLU", "torch.nn.functional.relu", "torch.optim.SGD", "common.objectives.AT"),
+        *("torchvision.models.resnet18", "lightning.pytorch.loggers.TensorBoardLogger"),
+        *("lightning.pytorch.callbacks.EarlyStopping", "lightning.pytorch.strategies.DDPStrategy"),
+        *("lightning.pytorch.cli.ReduceLROnPlateau", "torchmetrics.Accuracy"),
+    ],
+)
+def test_what_may_be_named(path: str) -> None:
+    assert load_named(path).__name__ == path.rpartition(".")[2]
+
+
+def test_modules_of_the_user_may_be_named(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Our own models are built twice, see ``_draw_as_ever``; others and their settings are not."""
-    import common.cli
-    from common.config import class_paths
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mypkg_core.py").write_text(
+        "from common.objectives import AT\nfrom common.networks.resnet import ResNet\n"
+        "class MyNet(ResNet):\n    pass\nclass MyAT(AT):\n    pass\n"
+        "def rate(epoch: int) -> float:\n    return 0.5\n"
+    )
+    (tmp_path / "mypkg_other.py").write_text("from mypkg_core import MyAT\n")
+    build(config, "model.objective", {"class_path": "mypkg_core.MyAT"})
+    node = {"class_path": "torch.optim.lr_scheduler.LambdaLR"}
+    build(config, "model.scheduler", node | {"init_args": {"lr_lambda": "mypkg_core.rate"}})
+    net = {"depths": [1], "widths": [4], "strides": [1]}
+    build(config, "model.net", {"class_path": "mypkg_core.MyNet", "init_args": net})
+    with pytest.raises(ConfigurationError, match=r"in mypkg_core; name it mypkg_core\.MyAT"):
+        build(config, "model.objective", {"class_path": "mypkg_other.MyAT"})
 
-    seen: list[Any] = []
-    monkeypatch.setattr(common.cli, "set_parsing_settings", lambda **given: seen.append(given))
-    build(config, "seed_everything", 3)
-    assert seen
-    seen.clear()
-    monkeypatch.setattr(common.cli, "OWN_CLASSES", ("paper_",))
-    build(config, "seed_everything", 3)
-    assert not seen
-    nested = {
-        "a": [{"class_path": "x.Y", "init_args": {"b": {"class_path": "z.W"}}}],
-        "class_path": 3,
-    }
-    assert list(class_paths(nested)) == ["x.Y", "z.W"]
+
+def test_parsers_are_made_in_one_place() -> None:
+    made = re.compile(
+        r"import .*\bArgumentParser\b|jsonargparse\.ArgumentParser|set_parsing_settings"
+    )
+    for path in [*ROOT.glob("common/**/*.py"), *ROOT.glob("paper_*/**/*.py")]:
+        lines = [line for line in path.read_text().splitlines() if "jsonargparse" in line]
+        found = [line for line in lines if made.search(line)]
+        assert not found or path == ROOT / "common/parsing.py", f"{path}: {found}"
+
+
+def suite_file(tmp_path: Path, attack: Any) -> Path:
+    path = tmp_path / "suite.yaml"
+    path.write_text(json.dumps({"evaluation": {"suite": {"a": {"attack": attack}}}}))
+    return path
+
+
+def test_a_suite_file_of_the_evaluation_command_builds_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    hosts = [popen(tmp_path), hidden_popen(tmp_path), {"class_path": "os.system"}]
+    transfer = "common.evaluation.transfer.Transfer"
+    hosts += [{"class_path": transfer, "init_args": {"surrogate": one}} for one in hosts[:2]]
+    hosts += [
+        one | {"init_args": one.get("init_args", {}) | {"eps": "threat"}} for one in hosts[:2]
+    ]
+    for attack in hosts:
+        with pytest.raises(ConfigurationError, match=r"must not be named|cannot be imported"):
+            load_suite(suite_file(tmp_path, attack))
+    given = ["--model", "common.networks.resnet:DigitsResNet", "--data", "digits"]
+    assert evaluation_command([*given, "--suite", str(suite_file(tmp_path, hosts[1]))]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "touched").exists()
+
+
+def test_nor_does_a_data_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "data.yaml"
+    for source in (popen(tmp_path), hidden_popen(tmp_path), {"class_path": "torch.hub.load"}):
+        path.write_text(json.dumps({"source": source}))
+        given = ["--model", "common.networks.resnet:DigitsResNet", "--data", str(path)]
+        assert evaluation_command(given) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "touched").exists()
+
+
+def test_nor_does_the_config_of_a_run(config: Path, tmp_path: Path) -> None:
+    """Opened by an analysis, and as the surrogate of a transfer attack."""
+    main(["fit", "--config", str(config)], package="paper_tiny")
+    run = Path("runs/paper_tiny/tiny/seed0")
+    assert load_run(run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    for node in (popen(tmp_path), hidden_popen(tmp_path)):
+        for place in ("net", "scheduler"):
+            changed = copy.deepcopy(settings)
+            changed["model"]["init_args"][place] = node
+            (run / "config.yaml").write_text(yaml.safe_dump(changed))
+            for load in (load_run, load_last):
+                with pytest.raises((SystemExit, ValueError)):
+                    load(run)
+            attack = Transfer(PGD(0.1, 0.1, 1), str(run / "checkpoints/last.ckpt"))
+            with pytest.raises((SystemExit, ValueError)):
+                _ = attack.network
+    assert not (tmp_path / "touched").exists()
+    (run / "config.yaml").write_text(BOMBS["levels"])
+    with pytest.raises(ConfigurationError, match="nested too deeply"):
+        load_run(run)
+
+
+def test_a_schedule_in_a_checkpoint_builds_nothing(tmp_path: Path) -> None:
+    for node in (popen(tmp_path), hidden_popen(tmp_path)):
+        with pytest.raises((ValueError, ArgumentError)):
+            build_values({"scheduler": LRSchedulerCallable}, {"scheduler": node})
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "value", ["../x", "/tmp/x", "a/b", ".hidden", "..", "a b", "x" * 300, "a\nb"]
+)
+def test_an_experiment_is_one_part_of_a_path(
+    config: Path, value: str, capsys: pytest.CaptureFixture
+) -> None:
+    for option in ("--experiment", "--warm_start.experiment"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["fit", "--config", str(config), f"{option}={value}"], package="paper_tiny")
+        assert "consists of letters, digits and ._+-" in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("runs").exists()
+    with pytest.raises(ConfigurationError, match="consists of letters"):
+        checkpoint_beside("runs/p/e/seed0", value)
+    with pytest.raises(ConfigurationError):
+        check_suite({value: SuiteEntry(PGD(0.1, 0.1, 1))}, None)
+    assert check_name("cifar10_resnet18.v2+x-1", "it") == "cifar10_resnet18.v2+x-1"
+
+
+# ------------------------------------------------------------------------------------ many, large
+
+BOMBS = {
+    "levels": "a: " + "[" * 200_000,
+    "closed levels": "a: " + "[" * 200_000 + "]" * 200_000,
+    "sequences": "- " * 200_000,
+    "laughs": "a0: &a0 [x, x]\n"
+    + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)),
+    "merged laughs": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12)),
+    "a long chain": "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 300)),
+    "itself": "a: &a [*a]",
+    "digits": "a: " + "9" * 400,
+    "more digits": "a: " + "9" * 5000,
+    "hexadecimal digits": "a: 0x" + "f" * 400,
+    "python": "a: !!python/object/apply:os.system ['touch touched']",
+    "bytes": "a: \x00",
+    "nothing": "",
+    "many": "- 1\n" * 300_000,
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_every_reader_of_yaml_refuses_it_quickly(
+    config: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text(BOMBS[name])
+    nested = tmp_path / "nested.yaml"
+    nested.write_text("data: bomb.yaml\n")
+    quoted = tmp_path / "quoted.yaml"
+    quoted.write_text(json.dumps({"trainer": {"max_epochs": BOMBS[name] or "x"}}))
+    begun = time.monotonic()
+    for given in (bomb, nested, quoted):
+        with pytest.raises(SystemExit, match="2"):
+            main(["fit", "--config", str(config), "--config", str(given)], package="paper_tiny")
+        lines = capsys.readouterr().err.splitlines()
+        assert len([line for line in lines if line.startswith("error: ")]) == 1
+        assert max(map(len, lines)) < 2000
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", str(config), f"--model={BOMBS[name]}"], package="paper_tiny")
+    with pytest.raises(ConfigurationError):
+        load_suite(bomb)
+    with pytest.raises(ConfigurationError):
+        read_reference(bomb)
+    given = ["--model", "common.networks.resnet:DigitsResNet", "--data", str(bomb)]
+    assert evaluation_command(given) == 2
+    assert time.monotonic() - begun < 20
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_what_is_no_file_is_named_as_that(config: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "it.yaml"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    expected = "it is a folder" if kind == "folder" else "it is no regular file"
+    for read in (read_yaml, load_suite, read_reference, load_data, read_result):
+        with pytest.raises(ConfigurationError, match=expected):
+            read(str(path))
+
+
+@pytest.mark.parametrize(
+    "option", ["trainer.max_epochs", "data.batch_size", "adversary.attack.eps"]
+)
+@pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 5000, "1e999999999/255", "1e400"])
+def test_large_numbers_are_one_line(
+    config: Path, option: str, number: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", str(config), f"--{option}={number}"], package="paper_tiny")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert len(line) < 1000
+
+
+RESULT = json.loads(next(path for path in RESULTS if "-seed0" in path.name).read_text())
+
+
+def hostile_results() -> dict[str, str]:
+    last = next(iter(RESULT["checkpoints"].values()))
+    many = copy.deepcopy(RESULT)
+    for entry in many["checkpoints"].values():
+        entry["examples"], entry["clean"]["outcomes"] = 40_000_000, "f" * 10_000_000
+        entry["clean"]["per_class"] = [[40_000_000, 40_000_000]]
+        entry["clean"]["correct"] = 40_000_000
+    return {
+        "levels": "[" * 200_000,
+        "deep": '{"schema": 3, "a": ' + "[" * 900 + "]" * 900 + "}",
+        "outcomes": json.dumps(many),
+        "claimed outcomes": json.dumps(RESULT).replace(f'"examples": {last["examples"]}',
+                                                       '"examples": 1' + "0" * 14),
+        "digits": json.dumps(RESULT).replace('"seed": 0', '"seed": ' + "9" * 400),
+        "more digits": '{"schema": ' + "9" * 5000 + "}",
+        "schema": '{"schema": ' + "9" * 400 + "}",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["levels", "deep", "outcomes", "claimed outcomes", "digits",
+                                  "more digits", "schema"])  # fmt: skip
+def test_every_reader_of_json_refuses_it_quickly(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x-seed0.json"
+    path.write_text(hostile_results()[name])
+    begun = time.monotonic()
+    with pytest.raises(ConfigurationError) as caught:
+        read_result(path)
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(ConfigurationError):
+        load_results(tmp_path)
+    (tmp_path / "costs.json").write_text(hostile_results()[name])
+    with pytest.raises(ConfigurationError):
+        read_costs(tmp_path)
+    assert time.monotonic() - begun < 20
+
+
+# ------------------------------------------------------------------------------- what is not ours
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder of somebody's, with files of any name."""
+    folder = tmp_path / "home"
+    for name in (".notes.txt-ab12cd34.tmp", "a/.b.tmp", "a/c.ckpt.tmp", "checkpoints/best.ckpt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("precious")
+    return folder
+
+
+def run_in(folder: Path, config: Path, command: str = "reproduce", *more: str) -> None:
+    given = [command, "--config", str(config), "--trainer.default_root_dir", str(folder), *more]
+    main(given, package="paper_tiny")
+
+
+def test_a_folder_of_somebody_keeps_its_files(
+    config: Path, home: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = tree(home)
+    for _ in range(2):  # the second time it holds a run too
+        run_in(home, config)
+        assert before.items() <= tree(home).items()
+    both = tree(home)
+    with pytest.raises(SystemExit, match="2"):
+        run_in(home, config, "reproduce", "--seed_everything", "5")
+    assert "nothing is renamed in a folder that was given" in capsys.readouterr().err
+    assert tree(home) == both
+
+
+@pytest.mark.parametrize("command", ["fit", "reproduce"])
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints/selected.ckpt"])
+def test_files_of_our_names_that_are_not_ours_stay(
+    config: Path, home: Path, command: str, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    (home / name).write_text("model: mine\n")
+    before = tree(home)
+    with pytest.raises(SystemExit, match="2"):
+        run_in(home, config, command)
+    assert "was not written by a run of this program" in capsys.readouterr().err
+    assert tree(home) == before
+
+
+def test_a_run_directory_that_is_a_link(
+    config: Path, home: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = Path("runs/paper_tiny/tiny/seed0")
+    run.parent.mkdir(parents=True)
+    run.symlink_to(home)
+    before = tree(home)
+    main(["reproduce", "--config", str(config)], package="paper_tiny")
+    assert before.items() <= tree(home).items()
+    with pytest.raises(SystemExit, match="2"):
+        main(["reproduce", "--config", str(config), "--model.optimizer.lr=0.3"], "paper_tiny")
+    assert "is a link" in capsys.readouterr().err
+    assert before.items() <= tree(home).items()
+
+
+def test_a_run_that_is_set_aside_leaves_what_is_not_ours(config: Path) -> None:
+    main(["reproduce", "--config", str(config)], package="paper_tiny")
+    run = Path("runs/paper_tiny/tiny/seed0")
+    (run / "thesis.tex").write_text("precious")
+    main(["reproduce", "--config", str(config), "--model.optimizer.lr=0.3"], package="paper_tiny")
+    assert (run / "thesis.tex").read_text() == "precious"
+    assert (run.parent / "seed0-replaced1/checkpoints/last.ckpt").is_file()
+
+
+def test_results_are_not_written_over_something_else(
+    config: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path("other.json")
+    other.write_text('{"schema": 3, "mine": true}')
+    main(["fit", "--config", str(config)], package="paper_tiny")
+    given = ["--ckpt_path", "last", "--evaluation.results", str(other)]
+    with pytest.raises(SystemExit, match="2"):
+        main(["test", "--config", str(config), *given], package="paper_tiny")
+    assert "is there and no result" in capsys.readouterr().err
+    assert other.read_text() == '{"schema": 3, "mine": true}'
+    assert not list(Path().glob("other.json.*"))
+    given = ["--model", "common.networks.resnet:DigitsResNet", "--data", "digits"]
+    folder = Path("out")
+    folder.mkdir()
+    (folder / "results.json").write_text("mine")
+    assert evaluation_command([*given, "--output", "out", "--examples", "20"]) == 2
+    assert (folder / "results.json").read_text() == "mine"
+
+
+def test_predictions_and_locks_are_not_written_over_something_else(
+    config: Path, home: Path, capsys: pytest.CaptureFixture
+) -> None:
+    main(["fit", "--config", str(config)], package="paper_tiny")
+    (home / "predictions.csv").write_text("mine")
+    checkpoint = "runs/paper_tiny/tiny/seed0/checkpoints/last.ckpt"
+    with pytest.raises(SystemExit, match="2"):
+        run_in(home, config, "predict", "--ckpt_path", checkpoint)
+    assert (home / "predictions.csv").read_text() == "mine"
+    target = home / "target"
+    target.write_text("precious")
+    (home / ".lock").symlink_to(target)
+    with pytest.raises(SystemExit, match="2"):
+        run_in(home, config, "fit")
+    assert target.read_text() == "precious"
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch touched",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_code_in_checkpoints_does_not_run(
+    config: Path, legacy: bool, sealed: bool, capsys: pytest.CaptureFixture
+) -> None:
+    path, content = Path("evil.ckpt"), io.BytesIO()
+    torch.save({"state_dict": Evil()}, content, _use_new_zipfile_serialization=not legacy)
+    if sealed and not legacy:
+        write_sealed(path, content)
+    else:
+        path.write_bytes(content.getvalue())
+    given = [["--warm_start.path", str(path)], ["--ckpt_path", str(path)]]
+    for arguments in given:
+        with pytest.raises(SystemExit, match="2"):
+            main(["fit", "--config", str(config), *arguments], package="paper_tiny")
+        assert "system" in capsys.readouterr().err
+    given = ["--model", "common.networks.resnet:DigitsResNet", "--data", "digits"]
+    assert evaluation_command([*given, "--weights", str(path)]) == 2
+    assert not Path("touched").exists()
 
 
 # --------------------------------------------------------------------------------------- archives

@@ -5,6 +5,7 @@ steps of cross-entropy, CW-inf is the margin, an adaptive attack is the defence'
 """
 
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
@@ -415,14 +416,17 @@ def parse_radius(value: float | str, norm: Norm = "linf", name: str = "eps") -> 
     try:
         if isinstance(value, str):
             numerator, _, denominator = value.replace(" ", "").partition("/")
+            if len(value) > 100 or re.search(r"[eE][+-]?[\d_]{4}", value):
+                raise ValueError  # the fraction would take all memory
             number = float(Fraction(numerator) / Fraction(denominator or 1))
         else:
             number = float(value)
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or number < 0.0:
         raise ConfigurationError(
-            f"{name} must be a number of at least 0 or a fraction such as '8/255', got {value!r}"
+            f"{name} must be a number of at least 0 or a fraction such as '8/255', got "
+            f"{str(value)[:80]!r}"
         )
     if norm == "linf" and number > 1.0:
         hint = f"; did you mean '{number:g}/255'?" if number <= 255.0 else ""

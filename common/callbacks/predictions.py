@@ -1,6 +1,7 @@
 """What ``predict`` leaves behind."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from common.files import check_writable
+from common.errors import RunDirectoryError
+from common.files import check_writable, write_text_atomically
+
+HEADER = "index,label,predicted"
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -26,8 +30,15 @@ class PredictionWriter(BasePredictionWriter):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find a place that cannot be written before anything is computed."""
-        if stage == "predict":
-            check_writable(predictions_path(trainer))
+        if stage != "predict":
+            return
+        path = predictions_path(trainer)
+        check_writable(path)
+        if path.exists() and not path.read_bytes()[:1000].startswith(HEADER.encode()):
+            raise RunDirectoryError(
+                f"{path} is there and was not written by predict; move it away, or choose another "
+                "folder with --trainer.default_root_dir FOLDER"
+            )
 
     def write_on_epoch_end(
         self,
@@ -38,27 +49,20 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Write one row per image."""
         path = predictions_path(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
 
         def joined(key: str) -> Tensor:
             return torch.cat([part[key] for part in predictions]).cpu()
 
         index, y, probabilities = joined("index"), joined("y"), joined("probabilities")
         predicted = joined("predicted")
-        partial = path.with_suffix(".tmp")
-        with partial.open("w", newline="") as file:
-            writer = csv.writer(file)
-            classes = [f"p{k}" for k in range(probabilities.shape[1])]
-            writer.writerow(["index", "label", "predicted", *classes])
-            for row in zip(
-                index.tolist(),
-                y.tolist(),
-                predicted.tolist(),
-                probabilities.tolist(),
-                strict=True,
-            ):
-                writer.writerow([*row[:3], *(f"{p:.6f}" for p in row[3])])
-        partial.replace(path)
+        file = io.StringIO(newline="")
+        writer = csv.writer(file)
+        classes = [f"p{k}" for k in range(probabilities.shape[1])]
+        writer.writerow([*HEADER.split(","), *classes])
+        columns = (index, y, predicted, probabilities)
+        for row in zip(*(column.tolist() for column in columns), strict=True):
+            writer.writerow([*row[:3], *(f"{p:.6f}" for p in row[3])])
+        write_text_atomically(path, file.getvalue())
 
 
 def predictions_path(trainer: Trainer) -> Path:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from common.checkpoints import checkpoint_beside, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
+from common.limits import check_name
 from common.weights import check_weights_fit
 
 
@@ -36,6 +37,8 @@ class WarmStart(Callback):
                 f"warm_start takes an experiment or a path, got both ({experiment!r}, {path!r}); "
                 "drop one of them"
             )
+        if experiment is not None:
+            check_name(experiment, "warm_start.experiment")
         self.experiment = experiment
         self.checkpoint = checkpoint
         self.path = path

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
@@ -23,6 +22,8 @@ from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
 from common.evaluation.api import Evaluation, evaluate
 from common.evaluation.ready import CONFIGS, ready_suites
+from common.limits import read_yaml
+from common.parsing import ArgumentParser, check_named
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,24 +164,41 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
         DataUnavailableError: If the files cannot be had.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ImageDataModule, "data")
     known = [p.stem for p in sorted(CONFIGS.glob("*.yaml")) if p.read_text().find("source:") >= 0]
-    if not path.is_file() or (path.parent == CONFIGS and path.stem not in known):
+    if not path.exists() or (path.parent == CONFIGS and path.stem not in known):
         raise ConfigurationError(
             f"there are no data {name!r}; there are {', '.join(known)}, and any YAML file with a "
             "source"
         )
-    config: Any = parser.parse_object({"data": str(path)})
-    if root is not None:
-        if "root" not in config.data.source.init_args:
-            raise ConfigurationError(
-                f"--data_root is {root}, and the data {name!r} have no files; drop --data_root"
-            )
-        config.data.source.init_args.root = root
-    data: ImageDataModule = parser.instantiate(config).data
+    data = _build_data(path, root)
     data.prepare_data()
     data.setup("test")
+    return data
+
+
+def _build_data(path: Path, root: str | None) -> ImageDataModule:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ImageDataModule, "data")
+    section = read_yaml(path)
+    try:
+        if not isinstance(section, dict):
+            raise ValueError("it holds no settings by name")
+        config: Any = parser.parse_object({"data": section})
+        check_named(config)
+        if root is not None:
+            if "root" not in config.data.source.init_args:
+                raise ConfigurationError(
+                    f"--data_root is {root}, and the data {str(path)!r} have no files; drop "
+                    "--data_root"
+                )
+            config.data.source.init_args.root = root
+        data: ImageDataModule = parser.instantiate(config).data
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse has no common type for what classes refuse
+        from common.config import explain  # it needs Lightning, which takes a while to import
+
+        raise ConfigurationError(f"{path}: {explain(str(error))}") from error
     return data
 
 

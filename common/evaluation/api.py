@@ -31,6 +31,7 @@ from common.evaluation.suite import SuiteEntry, ball_of, check_suite, steps_of
 from common.evaluation.victim import adapted, as_module, as_victim
 from common.figures import save_figure
 from common.files import check_writable
+from common.limits import check_name
 from common.outcomes import checkpoint_entry, missing_worst, outcome_bits, positions
 from common.results import check_mergeable, merge_result
 from common.schema import CheckpointResult
@@ -209,6 +210,7 @@ def evaluate(
     """
     model = as_module(model)
     begun = time.perf_counter()
+    check_name(name, "the name of the results")
     if batch_size < 1:
         raise ConfigurationError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(suite, Mapping):

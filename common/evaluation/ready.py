@@ -5,22 +5,23 @@ model too. Where a length is the word ``threat``, or ``threat/10``, ``threat*2``
 adversary that the evaluation is about; a number is used as written.
 """
 
-import importlib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from common.attacks.pgd import Norm
-from common.errors import ConfigurationError, check_choice
+from common.errors import ConfigurationError, UserError, check_choice
 from common.evaluation.audit import Audit
 from common.evaluation.steps import Threat
 from common.evaluation.suite import SuiteEntry
+from common.limits import read_yaml
+from common.parsing import build, check_named, load_named
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 _WORD = re.compile(r"threat(?:\s*([*/])\s*(\d+(?:\.\d+)?))?")
@@ -40,7 +41,7 @@ def ready_suites() -> list[str]:
     return sorted(
         path.stem
         for path in CONFIGS.glob("*.yaml")
-        if {"suite", "audit"} & set((yaml.safe_load(path.read_text()) or {}).get("evaluation", ()))
+        if {"suite", "audit"} & set((read_yaml(path) or {}).get("evaluation", ()))
     )
 
 
@@ -60,34 +61,37 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
     if norm is not None:
         check_choice("norm", norm, Norm)
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise ConfigurationError(
             f"there is no suite {str(name)!r}; there are {', '.join(ready_suites())}, and any YAML "
             "file with a section evaluation: {suite: ...}"
         )
-    section = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("evaluation") or {}
+    content = read_yaml(path)
+    section = (content.get("evaluation") if isinstance(content, dict) else None) or {}
+    if not isinstance(section, dict):
+        raise ConfigurationError(f"{path}: evaluation is {str(section)[:80]!r}, not a section")
+    check_named(section, "evaluation")
     wanted = {key: section[key] for key in ("suite", "audit") if key in section}
     if not wanted:
         raise ConfigurationError(f"{path} has no evaluation.suite and no evaluation.audit")
     if unused := set(section) - {"suite", "audit", "threat"}:
         raise ConfigurationError(
-            f"{path} sets evaluation.{min(unused)}, which has no use for a model that is passed in "
-            "(suite, audit and threat have); remove it or pass it as an argument"
+            f"{path} sets evaluation.{min(map(str, unused))}, which has no use for a model that is "
+            "passed in (suite, audit and threat have); remove it or pass it as an argument"
         )
-    is_own = section.get("threat") or not _has_word(section.get("suite"))
-    own = threat_of(section) if is_own else None
-    if own is not None and norm is not None and norm != own.norm:
-        raise ConfigurationError(
-            f"the suite {str(name)!r} attacks in {own.norm}, got norm {norm!r}; choose another "
-            "suite, such as quick or autoattack, or leave norm out"
-        )
-    threat = chosen_threat(own, eps, norm)
-    fill_threat(wanted, threat)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--suite", type=dict[str, SuiteEntry], default={})
-    parser.add_argument("--audit", type=Audit | None, default=None)
     try:
-        made = parser.instantiate(parser.parse_object(wanted))
+        is_own = section.get("threat") or not _has_word(section.get("suite"))
+        own = threat_of(section) if is_own else None
+        if own is not None and norm is not None and norm != own.norm:
+            raise ConfigurationError(
+                f"the suite {str(name)!r} attacks in {own.norm}, got norm {norm!r}; choose another "
+                "suite, such as quick or autoattack, or leave norm out"
+            )
+        threat = chosen_threat(own, eps, norm)
+        fill_threat(wanted, threat)
+        made = build({"suite": dict[str, SuiteEntry], "audit": Audit | None}, wanted)
+    except UserError:
+        raise
     except Exception as error:  # jsonargparse has no common type for what classes refuse
         from common.config import explain  # it needs Lightning, which takes a while to import
 
@@ -122,7 +126,7 @@ def check_overlays(paths: Iterable[str | Path], threat: Threat | None) -> None:
     for path in map(Path, paths):
         if threat is None or path.resolve().parent != CONFIGS.resolve():
             continue
-        stated = ((yaml.safe_load(path.read_text()) or {}).get("evaluation") or {}).get("threat")
+        stated = ((read_yaml(path) or {}).get("evaluation") or {}).get("threat")
         if stated and stated["norm"] != threat.norm:
             raise ConfigurationError(
                 f"{path.name} attacks in {stated['norm']}, got --evaluation.threat.norm "
@@ -155,6 +159,8 @@ def fill_threat(node: Any, threat: Threat | None, has_defaults: bool = False) ->
                     "--evaluation.threat.norm linf --evaluation.threat.eps 8/255"
                 )
             factor = float(found[2] or 1)
+            if not 0.0 < factor < math.inf:
+                raise ConfigurationError(f"{key} is {value[:80]!r}; scale by a number above 0")
             radius = threat.radius * factor if found[1] == "*" else threat.radius / factor
             node[key] = min(radius, 1.0) if threat.norm == "linf" else radius
         else:
@@ -176,7 +182,7 @@ def _follows(arguments: Any) -> bool:
 
 def _take_norm(class_path: str, arguments: Any, threat: Threat, has_defaults: bool) -> None:
     """An attack in the ball of the threat model is in its norm too."""
-    kind = _class(class_path)
+    kind = load_named(class_path)
     parameter = inspect.signature(kind).parameters.get("norm")
     own = arguments.get("norm") if parameter is not None else getattr(kind, "norm", None)
     if parameter is not None and has_defaults and own == parameter.default:
@@ -188,17 +194,6 @@ def _take_norm(class_path: str, arguments: Any, threat: Threat, has_defaults: bo
         )
     if parameter is not None:
         arguments["norm"] = threat.norm
-
-
-def _class(class_path: str) -> type:
-    module, _, name = class_path.rpartition(".")
-    try:
-        kind: type = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            f"a suite names the attack {class_path!r}, which cannot be imported ({error})"
-        ) from error
-    return kind
 
 
 def _norm_of(kind: type, arguments: Any) -> Norm | None:
@@ -225,7 +220,7 @@ def threat_of(evaluation: Any, adversary: Any = None) -> Threat | None:
         eps = arguments.get("eps")
         if eps is None or _WORD.fullmatch(str(eps)):
             continue
-        norm = _norm_of(_class(attack["class_path"]), arguments)
+        norm = _norm_of(load_named(attack["class_path"]), arguments)
         if norm is not None:
             return Threat(norm, eps)
     return None

@@ -28,6 +28,7 @@ from common.evaluation.fast import attacked, autoattacked, part_of
 from common.evaluation.saturation import QUERIES, decided, persisted
 from common.evaluation.steps import Columns, Step, Threat, is_wrong, judged
 from common.evaluation.transfer import Transfer
+from common.limits import check_name
 from common.objectives import Batch, InnerLoss
 
 Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | DecisionBased | Noise | Transfer
@@ -192,6 +193,7 @@ def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
                 f"the suite entry {name!r} cannot be called so: '/' separates attack from loss in "
                 "results, and clean, worst and audit are results of their own; rename it"
             )
+        check_name(name, "the name of a suite entry")
         losses = resolve_losses(entry.losses, model)
         if isinstance(entry.attack, AutoAttack) and len(losses) > 1:
             raise ConfigurationError(

@@ -501,7 +501,7 @@ def test_settings_of_several_types_take_each_of_them(config, capsys, trainer) ->
     ("content", "expected"),
     [
         (None, "cannot be read: No such file"),
-        ("folder", "cannot be read: Is a directory"),
+        ("folder", "cannot be read: it is a folder"),
         (b"", "is damaged: it is empty"),
         (b"# nothing\n", "holds no settings"),
         (b"[1, 2]", "holds no settings"),

@@ -149,13 +149,32 @@ def test_a_damaged_configuration_is_found(tmp_path: Path) -> None:
 
 
 def test_what_killed_writers_leave_is_removed(tmp_path: Path) -> None:
-    kept = [tmp_path / "results.json", tmp_path / "checkpoints/last.ckpt", tmp_path / "a.tmp"]
-    left = [tmp_path / ".results.json-ab12.tmp", tmp_path / "checkpoints/last.ckpt.tmp"]
-    (tmp_path / "checkpoints").mkdir()
-    for path in kept + left:
-        path.touch()
-    remove_leftovers(tmp_path)
-    assert [path.exists() for path in kept + left] == [True] * 3 + [False] * 2
+    run, digest = tmp_path / "seed0", "0123456789abcdef"
+    foreign = [
+        *(".notes.txt-ab12cd34.tmp", "a.tmp", ".results.json-ab12.tmp", "checkpoints/a.ckpt.tmp"),
+        *("deep/.results.json-ab12cd34.tmp", "outcomes/mine/.a.npz-ab12cd34.tmp", "results.json"),
+    ]
+    ours = [
+        *(".results.json-ab12cd34.tmp", ".config.yaml-ab12cd34.tmp"),
+        *("checkpoints/.last.ckpt-ab12_d34.tmp", "figures/.last_bars.png-ab12cd34.tmp"),
+        *(f"outcomes/{digest}/.{name}-ab12cd34.tmp" for name in ("identity.json", "fgsm-1.npz")),
+    ]
+    for name in foreign + ours:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    remove_leftovers(run)
+    assert all((run / name).exists() for name in foreign + ours), "nothing says that it is a run"
+    write_sealed_yaml(run / "config.yaml", "model: {}\n")
+    (tmp_path / "link").symlink_to(run)
+    remove_leftovers(tmp_path / "link")
+    assert all((run / name).exists() for name in foreign + ours), "a link leads elsewhere"
+    elsewhere = tmp_path / "elsewhere"
+    (run / "figures").rename(elsewhere)
+    (run / "figures").symlink_to(elsewhere)
+    remove_leftovers(run)
+    left = [name for name in ours if (run / name).exists()]
+    assert left == ["figures/.last_bars.png-ab12cd34.tmp"]
+    assert all((run / name).exists() for name in foreign)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:

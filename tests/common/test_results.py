@@ -484,11 +484,24 @@ def test_another_experiment_is_not_overwritten(tmp_path: Path, change: dict[str,
 
 def test_an_unreadable_file_is_set_aside_and_not_lost(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    path.write_text("{ torn")
-    with pytest.warns(UserWarning, match=r"kept as result\.json\.unreadable"):
+    put(path)
+    torn = path.read_text()[:200]
+    for number in (1, 2):
+        path.write_text(torn)
+        with pytest.warns(UserWarning, match=rf"kept as result\.json\.unreadable{number}"):
+            put(path)
+        assert (tmp_path / f"result.json.unreadable{number}").read_text() == torn
+        assert list(read_result(path)["checkpoints"]) == ["last"]
+
+
+@pytest.mark.parametrize("content", ["{ torn", '{"schema": 3, "mine": 1}', "my diary", "[1, 2]"])
+def test_a_file_that_is_no_result_is_not_touched(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(content)
+    with pytest.raises(ConfigurationError, match="is there and no result"):
         put(path)
-    assert (tmp_path / "result.json.unreadable").read_text() == "{ torn"
-    assert list(read_result(path)["checkpoints"]) == ["last"]
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert path.read_text() == content
 
 
 def test_an_entry_that_contradicts_itself_is_not_written(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from common.cli import RobustCLI
-from common.config import load_class
 from common.evaluation.suite import check_suite, steps_of
+from common.parsing import load_named
 from common.tables import Reference, read_reference, render_table
 from paper_rcm.method import EnlargedNetwork, cost, parse_strides
 
@@ -242,7 +242,7 @@ def test_a_config_says_what_it_is_and_points_to_what_exists(stem: str) -> None:
         assert (path.parent / config[section]).resolve().is_file()
     is_natural = config["adversary"]["attack"] is None
     objective = config["model"]["init_args"]["objective"]["class_path"]
-    assert load_class(objective).needs_x_adv != is_natural
+    assert load_named(objective).needs_x_adv != is_natural
     assert ("_std" in stem) == is_natural
     assert "num_classes" not in text
     assert "in_channels" not in text
@@ -263,13 +263,13 @@ def test_the_name_is_that_of_the_network(stem: str, reference: Reference) -> Non
     assert settings.get("mode", "nearest") == (number[2] or "nearest")
     assert arguments.get("pool", "avg") == ("max" if "max" in parts else "avg")
     if "init" in arguments:
-        arguments["init"] = load_class(arguments["init"])
+        arguments["init"] = load_named(arguments["init"])
     data = parts[0]
     side = {"digits": 8, "tiny": 64}.get(data, 32)
     classes = {"cifar100": 100, "tiny": 200}.get(data, 10)
     channels = 1 if data == "digits" else 3
     with torch.device("meta"):
-        arch = load_class(settings["arch"]["class_path"])(
+        arch = load_named(settings["arch"]["class_path"])(
             num_classes=classes, in_channels=channels, **arguments
         )
         net = EnlargedNetwork(arch, settings["scale_factor"], settings.get("mode", "nearest"))

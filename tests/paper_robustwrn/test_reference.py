@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import load_class
+from common.parsing import load_named
 from common.tables import Reference, read_reference, render_table
 from paper_robustwrn.method import EQUAL_BUDGET, NETWORKS, STAGE_GRID, Configuration, named
 
@@ -192,7 +192,7 @@ def test_a_config_says_what_it_is_and_points_to_what_exists(stem: str) -> None:
         assert (path.parent / config[section]).resolve().is_file()
     is_natural = config["adversary"]["attack"] is None
     objective = config["model"]["init_args"]["objective"]["class_path"]
-    assert load_class(objective).needs_x_adv != is_natural
+    assert load_named(objective).needs_x_adv != is_natural
     assert ("natural" in stem) == is_natural
     assert "num_classes" not in text
     assert "in_channels" not in text

@@ -12,9 +12,9 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from common.cli import RobustCLI
-from common.config import load_class
 from common.evaluation.suite import SuiteEntry, check_suite, steps_of
 from common.objectives import Natural
+from common.parsing import load_named
 from common.tables import Reference, read_reference, render_table
 from paper_wm.method import weight_maps
 from paper_wm.module import WeightMapClassifier
@@ -63,7 +63,7 @@ def build(stem: str) -> torch.nn.Module:
 
     def make(node: dict[str, Any]) -> Any:
         arguments = dict(node.get("init_args", {}))
-        cls = load_class(node["class_path"])
+        cls = load_named(node["class_path"])
         if "net" in arguments:
             return cls(**{**arguments, "net": make(arguments["net"]), "image_shape": shape})
         arguments.pop("mean", None), arguments.pop("std", None)

@@ -15,13 +15,13 @@ from common.callbacks.averaging import LateAveraging, WarmUpAveraging
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.callbacks.warm_start import WarmStart
 from common.classifier import RobustClassifier
-from common.config import load_class
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
 from common.evaluation.suite import SuiteEntry
 from common.networks.resnet import DigitsResNet
 from common.objectives import Natural
+from common.parsing import load_named
 from common.trainer import Trainer
 
 
@@ -192,7 +192,7 @@ def test_the_overlay_makes_one() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callback", type=Callback)
     callback = parser.instantiate(parser.parse_object({"callback": entry})).callback
-    assert isinstance(callback, load_class(entry["class_path"]))
+    assert isinstance(callback, load_named(entry["class_path"]))
     assert callback.decay == 0.995
 
 

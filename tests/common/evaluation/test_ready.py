@@ -244,7 +244,7 @@ def test_the_ball_of_an_attack_in_one_norm_alone() -> None:
     assert threat_of(entry("gama.GAMAPGD", eps=0.5)) == Threat("linf", 0.5)
     with pytest.raises(ConfigurationError, match="GAMAPGD attacks in linf"):
         fill_threat(entry("gama.GAMAPGD", eps="threat"), Threat("l2", 0.5))
-    with pytest.raises(ConfigurationError, match="PGDD', which cannot be imported"):
+    with pytest.raises(ConfigurationError, match="PGDD cannot be imported"):
         threat_of(entry("pgd.PGDD", eps=0.5))
     assert chosen_threat(Threat("l2", 0.5), 0.25, None) == Threat("l2", 0.25)
     assert chosen_threat(Threat("l2", 0.5), 0.1, "linf") == Threat("linf", 0.1)

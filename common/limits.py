@@ -1,0 +1,132 @@
+"""Text files and names that may come from strangers, read within limits."""
+
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.reader import ReaderError
+
+from common.errors import ConfigurationError
+
+LARGEST_INTEGER = 10**18 - 1
+"""Of a text; the next ones need more than 64 bits."""
+MOST_YAML_BYTES, MOST_YAML_VALUES, MOST_YAML_LEVELS = 2**20, 10**5, 100
+MOST_JSON_BYTES = 2**26
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LONG = re.compile(r"[-+]?(?:\d[\d_:]{18,}|0[xob][\da-fA-F_]{16,}|\d[\d_.eE+-]{99,})")
+
+
+def _read_text(path: Path, most: int) -> str:
+    """The text of a file.
+
+    Raises:
+        OSError, ValueError: If it is a folder, a device or a pipe, too large, or not in UTF-8.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
+    if path.stat().st_size > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The plain values of a YAML file, which may come from a stranger.
+
+    Raises:
+        ConfigurationError: If it is no readable YAML file, is nested too deeply, or grows too large
+            through its aliases.
+    """
+    path = Path(path)
+    try:
+        text = _read_text(path, MOST_YAML_BYTES)
+        check_yaml(text)
+        return yaml.load(text, Loader=_LOADER)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        is_syntax = isinstance(error, yaml.MarkedYAMLError | ReaderError | UnicodeDecodeError)
+        what = "is no YAML" if is_syntax else "cannot be read"
+        raise ConfigurationError(f"{path} {what}: {problem}") from error
+
+
+def check_yaml(text: str) -> None:
+    """Refuse a YAML text that would take too much time or memory, before anything is made of it.
+
+    Sizes and levels are those with all aliases written out.
+
+    Raises:
+        yaml.YAMLError: Saying what is too much.
+    """
+    if len(text) > MOST_YAML_BYTES:
+        raise yaml.YAMLError(f"it has more than {MOST_YAML_BYTES:,} bytes")
+    known: dict[str, tuple[int, int]] = {}  # values and levels of anchors
+    open_: list[tuple[str | None, int, int]] = [(None, 0, 0)]
+    for event in yaml.parse(text, Loader=_LOADER):
+        anchor, values, levels = getattr(event, "anchor", None), 1, 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            known.pop(str(anchor), None)
+            open_.append((anchor, 1, 0))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, values, levels = open_.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in known:
+                raise yaml.YAMLError(f"the alias *{event.anchor} is within its own anchor")
+            values, levels = known[event.anchor]
+        elif not isinstance(event, yaml.ScalarEvent):
+            continue
+        elif not event.style and _LONG.fullmatch(event.value):
+            raise yaml.YAMLError(f"it has a number of {len(event.value)} digits")
+        if not isinstance(event, yaml.CollectionStartEvent):
+            if anchor is not None and not isinstance(event, yaml.AliasEvent):
+                known[anchor] = values, levels
+            outer, size, depth = open_[-1]
+            open_[-1] = outer, size + values, max(depth, levels + 1)
+        if open_[-1][1] > MOST_YAML_VALUES:
+            raise yaml.YAMLError(f"it has more than {MOST_YAML_VALUES:,} values with its aliases")
+        if max(len(open_), open_[-1][2]) > MOST_YAML_LEVELS:
+            raise yaml.YAMLError("it is nested too deeply")
+
+
+def read_json(path: str | Path) -> Any:
+    """The plain values of a JSON file, which may come from a stranger.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON file, too large, nested too deeply, or has integers that need
+            more than 64 bits.
+    """
+    text = _read_text(Path(path), MOST_JSON_BYTES)
+    try:
+        return json.loads(text, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 19:
+        raise ValueError(f"it has a number of {len(digits)} digits")
+    return int(digits)
+
+
+_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,199}")
+
+
+def check_name(name: str, what: str) -> str:
+    """A name that becomes a part of a path, once it is known to be one part of one.
+
+    Args:
+        name: Letters, digits and ``._+-``, without a dot at the beginning.
+        what: Which setting it is, for the message.
+
+    Raises:
+        ConfigurationError: If it has other characters or more than 200.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"{what} is {name[:200]!r}; a name consists of letters, digits and ._+-, and does not "
+            "begin with a dot"
+        )
+    return name
