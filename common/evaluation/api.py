@@ -17,7 +17,7 @@ from common.attacks.autoattack import AutoAttack
 from common.attacks.engine import AttackEngine
 from common.attacks.pgd import Norm
 from common.attacks.randomness import seeded
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, UserError
 from common.evaluation.audit import Audit
 from common.evaluation.checks import check_model
 from common.evaluation.engine import Progress, run_steps
@@ -213,7 +213,9 @@ def evaluate(
     begun = time.perf_counter()
     for setting, count in (("batch_size", batch_size), ("examples", examples)):
         if count is not None and (not isinstance(count, int) or count < 1):
-            raise ConfigurationError(f"{setting} must be a whole number from 1 on, got {count!r}")
+            raise ConfigurationError(
+                f"{setting} must be at least 1, got {count!r}; give a whole number"
+            )
     if not isinstance(seed, int):
         raise ConfigurationError(f"seed must be a whole number, got {seed!r}")
     if isinstance(suite, Mapping):
@@ -269,18 +271,25 @@ def evaluate(
         journal = Journal(folder / "outcomes", identity_of(victim, batch, seed))
     with ConsoleProgress(len(steps) + 1) as bar:
         told = progress if not isinstance(progress, bool) else bar if progress else None
-        outcomes = run_steps(
-            victim,
-            batch,
-            steps,
-            seed=seed,
-            batch_size=batch_size,
-            threat=threat,
-            has_gradient=checked.has_gradient,
-            journal=journal,
-            progress=told,
-            remarks=known,
-        )
+        try:
+            outcomes = run_steps(
+                victim,
+                batch,
+                steps,
+                seed=seed,
+                batch_size=batch_size,
+                threat=threat,
+                has_gradient=checked.has_gradient,
+                journal=journal,
+                progress=told,
+                remarks=known,
+            )
+        except (RuntimeError, ValueError, LookupError) as error:
+            if not checked.state or isinstance(error, UserError):
+                raise
+            raise ConfigurationError(
+                f"the model failed while it was attacked ({error!s:.200}), and {checked.state}"
+            ) from error
     outcomes.depends_on_history &= not is_random_expected
     found = None if checks is None else checks.report(outcomes, classes)
     result = checkpoint_entry(outcomes, audit=with_findings(found, outcomes, checked))

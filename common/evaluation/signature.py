@@ -24,7 +24,7 @@ PROBED = 32
 CHUNK = 250
 """Examples in a forward pass: always the same, so that the arithmetic is."""
 DIRECTIONS = 4
-TOLERANCES = {"gradient": 1e-3}
+TOLERANCES = {"gradient": 1e-3, "climbed": 1e-3}
 """Largest difference in relation to the largest value; a gradient jumps where a ReLU turns."""
 TOLERANCE = 2e-5
 
@@ -50,7 +50,7 @@ def clean_step() -> Step:
 
 
 def probe_step(threat: Threat | None, networks: Mapping[str, nn.Module]) -> Step:
-    """Scores of some perturbed examples, gradients there, and every loss that is declared.
+    """Scores of some perturbed examples, gradients, and every loss that is declared.
 
     Args:
         threat: Sets the size of the perturbations: its radius, and four times that.
@@ -68,14 +68,20 @@ def _probe(
     _: ExampleRandom,
 ) -> Columns:
     x, y = batch["x"], batch["y"]
-    points = _perturbed(x, threat)
+    size = _size(x, threat)
+    points = _perturbed(x, size)
     columns = {}
     with torch.no_grad():
         for name, network in {"scores": model, **networks}.items():
             scores = [projected(network(point)) for point in points]
             columns[name] = torch.cat(scores, dim=1)
     loss = anchored(lambda point: cross_entropy(model(point), y))
-    columns["gradient"] = projected(input_gradient(loss, points[0]))
+    gradient = input_gradient(loss, points[0])
+    columns["gradient"] = projected(gradient)
+    # A defence may answer otherwise only where attacks go.
+    step = size * gradient.nan_to_num(0.0, 0.0, 0.0).sign()
+    with torch.no_grad():
+        columns["climbed"] = projected(model((x + step).clamp(0.0, 1.0)))
     losses = dict(getattr(model, "adaptive_losses", dict)())
     if hasattr(model, "objective"):
         losses["model"] = model.objective.inner
@@ -89,14 +95,18 @@ def _probe(
     return columns
 
 
-def _perturbed(x: Tensor, threat: Threat | None) -> list[Tensor]:
+def _size(x: Tensor, threat: Threat | None) -> float:
+    """How far every pixel moves in a perturbation of the radius."""
+    if threat is None:
+        return 0.03
+    order = {"linf": 0.0, "l2": 0.5, "l1": 1.0}[threat.norm]
+    return threat.radius / float(x[0].numel()) ** order
+
+
+def _perturbed(x: Tensor, size: float) -> list[Tensor]:
     """Images with fixed noise of several sizes and both signs."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(x.shape[1:], generator=generator).sign().to(x)
-    size = 0.03
-    if threat is not None:
-        order = {"linf": 0.0, "l2": 0.5, "l1": 1.0}[threat.norm]
-        size = threat.radius / float(x[0].numel()) ** order
     factors = (size, -size, 4 * size, -4 * size, 0.3)
     return [(x + factor * noise).clamp(0.0, 1.0) for factor in factors]
 
