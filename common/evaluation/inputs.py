@@ -106,12 +106,18 @@ def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         elif isinstance(batch, tuple | list) and len(batch) >= 2:
             x, y = batch[:2]
         if not isinstance(x, Tensor) or x.ndim != 4:
-            found = f"a {type(batch).__name__}" if x is None else f"a {type(x).__name__}"
-            if isinstance(x, Tensor):
-                found = f"images of the shape {tuple(x.shape)}"
+            found = (
+                f"images of the shape {tuple(x.shape)}"
+                if isinstance(x, Tensor)
+                else (
+                    f"a {type(batch if x is None else x).__name__}; images need "
+                    "torchvision.transforms.ToTensor()"
+                )
+            )
             raise ConfigurationError(
-                "data must be tensors (x, y) with x of the shape (N, C, H, W), a data set of (image "
-                f"tensor, label), or a loader of such batches or of dicts with x and y, got {found}"
+                "data must be tensors (x, y) with x of the shape (N, C, H, W), a data set of "
+                "(image tensor, label), or a loader of such batches or of dicts with x and y, got "
+                f"{found}"
             )
         try:
             labels = torch.as_tensor(y).detach().cpu()
