@@ -106,14 +106,10 @@ def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         elif isinstance(batch, tuple | list) and len(batch) >= 2:
             x, y = batch[:2]
         if not isinstance(x, Tensor) or x.ndim != 4:
-            found = (
-                f"images of the shape {tuple(x.shape)}"
-                if isinstance(x, Tensor)
-                else (
-                    f"a {type(batch if x is None else x).__name__}; images need "
-                    "torchvision.transforms.ToTensor()"
-                )
-            )
+            found = f"images of the shape {tuple(getattr(x, 'shape', ()))}"
+            if not isinstance(x, Tensor):
+                kind = type(batch if x is None else x).__name__
+                found = f"a {kind}; images need torchvision.transforms.ToTensor()"
             raise ConfigurationError(
                 "data must be tensors (x, y) with x of the shape (N, C, H, W), a data set of "
                 "(image tensor, label), or a loader of such batches or of dicts with x and y, got "
@@ -133,9 +129,10 @@ def _read(batches: Iterable[Any]) -> Iterator[Any]:
     except UserError:
         raise
     except Exception as error:  # foreign code fails in any way
-        remedy = "; images need torchvision.transforms.ToTensor()" if "PIL" in str(error) else ""
+        reason = (str(error).splitlines() or [""])[-1]  # a worker's ends with the error itself
+        remedy = "; images need torchvision.transforms.ToTensor()" if "PIL" in reason else ""
         raise ConfigurationError(
-            f"the data cannot be read: {type(error).__name__}: {error!s:.300}{remedy}"
+            f"the data cannot be read: {type(error).__name__}: {reason}{remedy}"
         ) from error
 
 

@@ -79,7 +79,7 @@ def _probe(
     # A defence may answer otherwise only where attacks go.
     step = size * gradient.nan_to_num(0.0, 0.0, 0.0).sign()
     with torch.no_grad():
-        pass; #columns["climbed"] = projected(model((x + step).clamp(0.0, 1.0)))
+        pass  # columns["climbed"] = projected(model((x + step).clamp(0.0, 1.0)))
     losses = dict(getattr(model, "adaptive_losses", dict)())
     if hasattr(model, "objective"):
         losses["model"] = model.objective.inner
@@ -98,7 +98,7 @@ def _size(x: Tensor, threat: Threat | None) -> float:
     if threat is None:
         return 0.03
     order = {"linf": 0.0, "l2": 0.5, "l1": 1.0}[threat.norm]
-    return threat.radius / float(x[0].numel()) ** order
+    return float(threat.radius / x[0].numel() ** order)
 
 
 def _perturbed(x: Tensor, size: float) -> list[Tensor]:
