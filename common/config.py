@@ -225,7 +225,8 @@ def refuse_foreign_functions(settings: Any, path: str = "") -> None:
     """
     if isinstance(settings, Mapping):
         for key, value in settings.items():
-            refuse_foreign_functions(value, f"{path}.{key}" if path else str(key))
+            if key != "class_path":  # what is built is checked against the type that is asked for
+                refuse_foreign_functions(value, f"{path}.{key}" if path else str(key))
     elif isinstance(settings, list):
         for number, value in enumerate(settings):
             refuse_foreign_functions(value, f"{path}[{number}]")
