@@ -43,6 +43,8 @@ def lacking_classes(y: Tensor, chosen: Tensor) -> str:
         y: Labels of the set, ``(N,)``.
         chosen: Positions of the part.
     """
+    if len(chosen) == len(y):
+        return ""
     y = y.detach().cpu()
     there = set(y.tolist())
     lost = sorted(there - set(y[chosen].tolist()))

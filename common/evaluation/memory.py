@@ -2,9 +2,12 @@
 
 import copy
 import types
+from array import array
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -149,18 +152,18 @@ def _frozen(value: Any, depth: int = 5) -> Any:
         return tuple(value.shape), complex((finite.flatten() * weights).sum().item())
     if isinstance(value, str | bytes | int | float | bool | None):
         return repr(value)
-    if depth == 0:
-        return type(value).__name__
+    if depth == 0 or isinstance(value, type | types.ModuleType | nn.Module):
+        return type(value).__name__  # modules are listed by their own names
     if isinstance(value, Mapping):
         return tuple((repr(key)[:200], _frozen(part, depth - 1)) for key, part in value.items())
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         return _frozen([cells, list(value.__defaults__ or ()), vars(value)], depth - 1)
-    if isinstance(value, nn.Module):
-        return type(value).__name__  # listed by its own name
-    if hasattr(value, "__len__") and hasattr(value, "__iter__"):
+    if isinstance(value, list | tuple | set | frozenset | deque | range):
         return len(value), tuple(_frozen(part, depth - 1) for part in value)
-    if hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType):
+    if isinstance(value, np.ndarray | array):
+        return value.tobytes()
+    if hasattr(value, "__dict__"):
         return _frozen(vars(value), depth - 1)
     return type(value).__name__
 
