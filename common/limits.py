@@ -124,9 +124,9 @@ def check_name(name: str, what: str) -> str:
     Raises:
         ConfigurationError: If it has other characters or more than 200.
     """
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigurationError(
-            f"{what} is {name[:200]!r}; a name consists of letters, digits and ._+-, and does not "
+            f"{what} is {name!r:.200}; a name consists of letters, digits and ._+-, and does not "
             "begin with a dot"
         )
     return name

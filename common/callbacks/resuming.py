@@ -60,9 +60,22 @@ class Resuming(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop if any rank was asked to; one number is exchanged, as Lightning itself would."""
+        """Stop after this batch if any rank was asked to; the last one has the epoch's end to come.
+
+        Lightning would stop in the validation before it, and the epoch would be lost.
+        """
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._stop_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same after the epoch."""
+        self._stop_if_asked(trainer)
+
+    @staticmethod
+    def _stop_if_asked(trainer: Trainer) -> None:
+        """One number is exchanged, as Lightning itself would."""
         connector = trainer._signal_connector
-        if trainer.world_size > 1 and isinstance(connector, SignalConnector):
+        if isinstance(connector, SignalConnector):
             is_asked = trainer.strategy.reduce_boolean_decision(connector.is_asked, all=False)
             connector.received_sigterm = bool(is_asked)
 
@@ -171,21 +184,18 @@ class SignalConnector(_SignalConnector):
         if is_over:
             raise StoppedBySignal(signum)
         self.number = signum
-        self._note()
+        self.is_asked = True
         # print could be interrupted by itself.
-        os.write(2, b"stopping after this batch, which is saved; once more stops at once\n")
+        os.write(
+            2, b"stopping after this batch, or the validation after it; once more stops at once\n"
+        )
 
     def _slurm_sigusr_handler_fn(self, signum: int, _: FrameType | None) -> None:
         self.is_requeued = True
         if self.trainer.state.fn != TrainerFn.FITTING:
             self.requeue()
             raise SIGTERMException
-        self._note()
-
-    def _note(self) -> None:
         self.is_asked = True
-        if self.trainer.world_size == 1:
-            self.received_sigterm = True
 
     def requeue(self) -> None:
         """Hand the job back to SLURM if that is what the signal was for."""

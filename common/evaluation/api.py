@@ -16,7 +16,8 @@ from common import provenance
 from common.attacks.autoattack import AutoAttack
 from common.attacks.engine import AttackEngine
 from common.attacks.pgd import Norm
-from common.errors import ConfigurationError
+from common.attacks.randomness import seeded
+from common.errors import ConfigurationError, UserError
 from common.evaluation.audit import Audit
 from common.evaluation.checks import check_model
 from common.evaluation.engine import Progress, run_steps
@@ -27,8 +28,8 @@ from common.evaluation.pictures import draw
 from common.evaluation.progress import ConsoleProgress
 from common.evaluation.ready import Suite, chosen_threat, load_suite
 from common.evaluation.steps import Outcomes, Step, Threat
-from common.evaluation.suite import SuiteEntry, ball_of, check_suite, steps_of
-from common.evaluation.victim import adapted, as_module, as_victim
+from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_suite, steps_of
+from common.evaluation.victim import as_module, as_victim
 from common.figures import save_figure
 from common.files import check_writable
 from common.limits import check_name
@@ -179,7 +180,8 @@ def evaluate(
             float32, normalisation inside; a plain function will do. If it has a method
             ``adaptive_losses``, suites can name its own losses. One without a gradient is attacked
             by what needs none, by Square if the suite has nothing of the kind.
-        data: ``(x, y)`` tensors, a data set of ``(image, label)``, or a loader.
+        data: Tensors ``(x, y)``, a data set of ``(image, label)``, or a loader: see
+            :func:`common.evaluation.inputs.collect`.
         suite: ``quick``, ``autoattack``, ``audit``, ``paper-...``, a YAML file, or attacks by name.
         eps: Radius of the threat model, pixels in [0, 1]. By default that of the suite: the threat
             it states or the ball of its first attack, else 8/255. The radii and steps of ready
@@ -197,7 +199,7 @@ def evaluate(
         name: Under which results are filed.
         seed: With an example's position, what random starts depend on.
         batch_size: How many examples are attacked together.
-        device: Where to compute; by default where the model is.
+        device: Where to compute, and where the model is moved to; by default where it is.
         progress: Whether to show how far it is, or who is to be told.
         engine: Computes the attacks' passes faster; the plain network judges.
 
@@ -211,9 +213,15 @@ def evaluate(
     model = as_module(model)
     begun = time.perf_counter()
     check_name(name, "the name of the results")
-    if batch_size < 1:
-        raise ConfigurationError(f"batch_size must be at least 1, got {batch_size}")
+    for setting, count in (("batch_size", batch_size), ("examples", examples)):
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ConfigurationError(
+                f"{setting} must be at least 1, got {count!r}; give a whole number"
+            )
+    if not isinstance(seed, int):
+        raise ConfigurationError(f"seed must be a whole number, got {seed!r}")
     if isinstance(suite, Mapping):
+        check_entries(suite)
         ready = Suite(suite, chosen_threat(ball_of(suite), eps, norm))
     else:
         ready = load_suite(suite, eps, norm)
@@ -221,7 +229,11 @@ def evaluate(
     checks = audit if isinstance(audit, Audit) else ready.audit or (Audit() if audit else None)
     _check_unused(entries, engine)
     if device is not None:
-        model = model.to(device)
+        try:
+            model = model.to(device)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigurationError(f"device {str(device)!r} cannot be used: {reason}") from error
     folder = None if output is None else Path(output)
     if folder is not None:
         for part in ("results.json", "figures/clean.png", "outcomes/part.npz"):
@@ -234,7 +246,8 @@ def evaluate(
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        batch = collect(data, examples)
+        with seeded(seed, torch.device("cpu")):  # a shuffled loader has one order for all models
+            batch = collect(data, examples)
         about_data = [str(warning.message) for warning in caught]
         caught.clear()
         checked = check_model(
@@ -258,27 +271,27 @@ def evaluate(
     journal = Journal(None, {})
     if folder is not None:
         journal = Journal(folder / "outcomes", identity_of(victim, batch, seed))
-    with (
-        ConsoleProgress(len(steps) + 1) as bar,
-        adapted(
-            victim,
-            copies=checked.writes,
-            has_gradient=checked.has_gradient,
-            casts=checked.casts,
-        ),
-    ):
+    with ConsoleProgress(len(steps) + 1) as bar:
         told = progress if not isinstance(progress, bool) else bar if progress else None
-        outcomes = run_steps(
-            victim,
-            batch,
-            steps,
-            seed=seed,
-            batch_size=batch_size,
-            threat=threat,
-            journal=journal,
-            progress=told,
-            remarks=known,
-        )
+        try:
+            outcomes = run_steps(
+                victim,
+                batch,
+                steps,
+                seed=seed,
+                batch_size=batch_size,
+                threat=threat,
+                has_gradient=checked.has_gradient,
+                journal=journal,
+                progress=told,
+                remarks=known,
+            )
+        except (RuntimeError, ValueError, LookupError) as error:
+            if not checked.state or isinstance(error, UserError):
+                raise
+            raise ConfigurationError(
+                f"the model failed while it was attacked ({error!s:.200}), and {checked.state}"
+            ) from error
     outcomes.depends_on_history &= not is_random_expected
     found = None if checks is None else checks.report(outcomes, classes)
     result = checkpoint_entry(outcomes, audit=with_findings(found, outcomes, checked))

@@ -39,15 +39,11 @@ class Checked:
     Args:
         classes: How many scores it gives.
         has_gradient: Whether its scores or a loss can be differentiated by the images.
-        writes: Whether it writes into the images it is given.
-        casts: Whether its scores are of another type than float32.
         state: What depends on earlier calls, as a sentence; empty if nothing does.
     """
 
     classes: int
     has_gradient: bool = True
-    writes: bool = False
-    casts: bool = False
     state: str = ""
 
 
@@ -85,7 +81,10 @@ def check_model(
             )
         check_modes(model, x)
         if not torch.isfinite(logits).all(dim=1).any():
-            raise ConfigurationError("the model's logits contain NaN or infinity on clean images")
+            raise ConfigurationError(
+                "the model's logits contain NaN or infinity for every clean image; where it masks "
+                "classes, do so with a large negative number"
+            )
         is_random, state = _repeats(model, used, x, logits)
         if is_random and not is_random_expected:
             warnings.warn(
@@ -97,16 +96,10 @@ def check_model(
         if not is_random and not state:
             _check_alone(used, x)
         batch = {"x": x, "y": y[: len(x)].to(x.device)}
-        fresh = _Trial(model)
-        has_gradient = _has_gradient(fresh, batch, classes)
-    writes = used.writes or fresh.writes
-    if writes:
-        warnings.warn(
-            "the model writes into the images it is given: it gets copies of them", stacklevel=3
-        )
+        has_gradient = _has_gradient(_Trial(model), batch, classes)
     _check_accuracy(logits, y[: len(x)], classes)
     state = "" if is_random_expected else state
-    return Checked(classes, has_gradient, writes, logits.dtype != torch.float32, state)
+    return Checked(classes, has_gradient, state)
 
 
 def check_modes(model: nn.Module, x: Tensor) -> None:
@@ -151,7 +144,7 @@ def _acts(model: nn.Module, names: list[str], x: Tensor, expected: Tensor) -> bo
 
 
 class _Trial:
-    """A copy of a model in evaluation mode, whose passes notice if it writes into its images."""
+    """A copy of a model in evaluation mode."""
 
     def __init__(self, model: nn.Module) -> None:
         try:
@@ -159,14 +152,11 @@ class _Trial:
         except Exception:  # locks, tensors with a history, whatever foreign code refuses to copy
             self.model = _cloned(model, {})
         self.model.eval()
-        self.writes = False
 
     def __call__(self, x: Tensor, seed: int = 0) -> Any:
         """The scores of a pass with these random numbers."""
-        given = x.clone()
         with torch.no_grad(), seeded(seed, x.device):
-            logits = self.model(given)
-        self.writes |= not torch.equal(given, x)
+            logits = self.model(x.clone())
         return logits.clone() if isinstance(logits, Tensor) else logits
 
 
@@ -308,17 +298,15 @@ def _has_gradient(trial: _Trial, batch: Batch, classes: int) -> bool:
     A gradient that is zero is one: attacks notice it, and what they report is no evidence then.
     """
     leaf = batch["x"].clone().requires_grad_()
-    given = leaf.clone()
     with frozen(trial.model), torch.enable_grad(), seeded(0, leaf.device):
         try:
-            logits = trial.model(given)
+            logits = trial.model(leaf.clone())
             weights = torch.arange(1, classes + 1, device=leaf.device).cos()
             (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf, allow_unused=True)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError):  # no_grad, inference mode, numpy
             gradient = None
-        trial.writes |= not torch.equal(given.detach(), leaf.detach())
         if gradient is not None:
             return True
         if not hasattr(trial.model, "adaptive_losses"):
@@ -344,6 +332,11 @@ def _check_logits(logits: Any, n: int, y: Tensor, num_classes: int | None) -> in
         raise ConfigurationError(
             f"robustness is measured in float32 and the model's scores are {logits.dtype}; take "
             "autocast or half precision out of the model"
+        )
+    if logits.layout != torch.strided or logits.dtype == torch.bool or logits.is_complex():
+        raise ConfigurationError(
+            "the model must return logits as a dense tensor of real numbers, got "
+            f"{logits.dtype} ({logits.layout})"
         )
     classes = logits.shape[1]
     if num_classes is not None and classes != num_classes:

@@ -31,6 +31,7 @@ from common.evaluation.signature import (
 )
 from common.evaluation.steps import Columns, Line, Outcomes, Step, Threat
 from common.evaluation.suspicions import suspicions
+from common.evaluation.victim import adapted
 from common.objectives import Batch
 
 PICTURED = 16
@@ -73,6 +74,7 @@ def run_steps(
     seed: int,
     batch_size: int = 250,
     threat: Threat | None = None,
+    has_gradient: bool = True,
     journal: Journal | None = None,
     team: Team | None = None,
     progress: Progress | None = None,
@@ -87,6 +89,7 @@ def run_steps(
         seed: With an example's index, what random starts depend on.
         batch_size: How many examples make a chunk.
         threat: The adversary of the worst case; by default that of the first attack in a ball.
+        has_gradient: Whether the model can be differentiated by its images.
         journal: Where outcomes are kept.
         team: The processes that share the work.
         progress: Told how far it is.
@@ -111,7 +114,7 @@ def run_steps(
         size: torch.zeros_like(everybody).index_fill(0, subset(y, size), True)
         for size in {step.examples for step in steps}
     }
-    with frozen(model, "eval"):
+    with frozen(model, "eval"), adapted(model, has_gradient=has_gradient):
         clean = run.columns(clean_step(), everybody, {})
         probe = partial(run.silent, probe_step(threat, networks_of(steps)))
         signature = {"clean": clean.pop("scores")} | probe()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.data.subset import lacking_classes, subset
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, UserError
 from common.objectives import Batch
 
 ROUNDING = 1e-5
@@ -22,8 +22,8 @@ def collect(data: Any, limit: int | None = None) -> Batch:
     """Examples as one batch on the CPU, with their ``position`` in the data.
 
     Args:
-        data: ``(x, y)`` tensors, a data set of ``(image, label)``, or a loader of such batches or
-            of dicts with ``x`` and ``y``.
+        data: Tensors ``(x, y)`` or in a dict with ``x`` and ``y``, a data set of such examples, or
+            a loader of such batches.
         limit: Only so many, of all classes in proportion, see :func:`common.data.subset.subset`.
             Data with a length are passed through twice for it, so that no other images are kept;
             a stream gives its first ones.
@@ -31,7 +31,8 @@ def collect(data: Any, limit: int | None = None) -> Batch:
     Raises:
         ConfigurationError: If that is not what it is, or there are no examples.
     """
-    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor):
+    is_pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor)
+    if is_pair or isinstance(data, Mapping):
         batches: Iterable[Any] = [data]
     elif isinstance(data, Dataset):
         batches = DataLoader(data, batch_size=256)
@@ -80,7 +81,13 @@ def _gathered(
             break
     if count == 0:
         raise ConfigurationError("data has no examples")
-    return torch.cat(xs)[:limit], torch.cat(ys)[:limit]
+    shapes = {tuple(x.shape[1:]) for x in xs if len(x)}
+    if len(shapes) > 1:
+        raise ConfigurationError(
+            f"all images must have one shape, got {', '.join(map(str, sorted(shapes)))}; resize or "
+            "crop them"
+        )
+    return torch.cat([x for x in xs if len(x)])[:limit], torch.cat(ys)[:limit]
 
 
 def _is_finite(batches: Any) -> bool:
@@ -92,18 +99,41 @@ def _is_finite(batches: Any) -> bool:
 
 
 def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in batches:
-        try:
-            x, y = (batch["x"], batch["y"]) if isinstance(batch, Mapping) else batch[:2]
-        except (KeyError, TypeError, ValueError, IndexError):
-            x = y = None
-        if not isinstance(x, Tensor):
+    for batch in _read(batches):
+        x = y = None
+        if isinstance(batch, Mapping):
+            x, y = batch.get("x"), batch.get("y")
+        elif isinstance(batch, tuple | list) and len(batch) >= 2:
+            x, y = batch[:2]
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            found = f"images of the shape {tuple(getattr(x, 'shape', ()))}"
+            if not isinstance(x, Tensor):
+                kind = type(batch if x is None else x).__name__
+                found = f"a {kind}; images need torchvision.transforms.ToTensor()"
             raise ConfigurationError(
-                "data must be tensors (x, y), a data set of (image tensor, label), or a loader of "
-                f"such batches or of dicts with x and y, got a {type(batch).__name__}; images need "
-                "torchvision.transforms.ToTensor()"
+                "data must be tensors (x, y) with x of the shape (N, C, H, W), a data set of "
+                "(image tensor, label), or a loader of such batches or of dicts with x and y, got "
+                f"{found}"
             )
-        yield x.detach().cpu(), as_labels(torch.as_tensor(y).detach().cpu())
+        try:
+            labels = torch.as_tensor(y).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigurationError(f"labels must be whole numbers, got {y!r:.80}") from None
+        yield x.detach().cpu(), as_labels(labels)
+
+
+def _read(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; an error of whatever reads them says that it is one."""
+    try:
+        yield from batches
+    except UserError:
+        raise
+    except Exception as error:  # foreign code fails in any way
+        reason = (str(error).splitlines() or [""])[-1]  # a worker's ends with the error itself
+        remedy = "; images need torchvision.transforms.ToTensor()" if "PIL" in reason else ""
+        raise ConfigurationError(
+            f"the data cannot be read: {type(error).__name__}: {reason}{remedy}"
+        ) from error
 
 
 def check_examples(x: Tensor, y: Tensor) -> Tensor:
@@ -112,9 +142,9 @@ def check_examples(x: Tensor, y: Tensor) -> Tensor:
     Raises:
         ConfigurationError: With what was found and what to do about it.
     """
-    if x.ndim != 4 or len(x) != len(y):
+    if x.ndim != 4 or len(x) != len(y) or x.numel() == 0:
         raise ConfigurationError(
-            "images must have the shape (N, C, H, W) and labels (N,), got "
+            "images must have the shape (N, C, H, W) and labels (N,), none of them empty, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
     if not x.is_floating_point():

@@ -66,12 +66,9 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
             f"there is no suite {str(name)!r}; there are {', '.join(ready_suites())}, and any YAML "
             "file with a section evaluation: {suite: ...}"
         )
-    content = read_yaml(path)
-    section = (content.get("evaluation") if isinstance(content, dict) else None) or {}
-    if not isinstance(section, dict):
-        raise ConfigurationError(f"{path}: evaluation is {str(section)[:80]!r}, not a section")
+    section = _section(path)
     check_named(section, "evaluation")
-    wanted = {key: section[key] for key in ("suite", "audit") if key in section}
+    wanted: dict[str, Any] = {key: section[key] for key in ("suite", "audit") if key in section}
     if not wanted:
         raise ConfigurationError(f"{path} has no evaluation.suite and no evaluation.audit")
     if unused := set(section) - {"suite", "audit", "threat"}:
@@ -97,6 +94,19 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
 
         raise ConfigurationError(f"{path}: {explain(str(error))}") from error
     return Suite(made.suite or {}, threat, made.audit)
+
+
+def _section(path: Path) -> dict[str, Any]:
+    """What a file says under ``evaluation``."""
+    content = read_yaml(path)
+    section = content.get("evaluation") if isinstance(content, dict) else None
+    suite = section.get("suite") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(suite, dict | None):
+        raise ConfigurationError(
+            f"{path} has no section evaluation with a suite of attacks by name, such as "
+            "evaluation: {suite: {pgd: {attack: {class_path: common.attacks.pgd.PGD}}}}"
+        )
+    return section
 
 
 def chosen_threat(own: Threat | None, eps: float | str | None, norm: Norm | None) -> Threat:

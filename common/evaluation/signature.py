@@ -2,7 +2,7 @@
 
 Weights do not determine what a model computes: a normalisation may sit in a list, a closure or
 another file. Its scores do. They are kept as a few random projections for each example, and are
-compared with a tolerance, since rounding differs between numbers of threads.
+compared with a tolerance, since rounding differs between numbers of threads and batch sizes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
-from common.errors import ConfigurationError
 from common.evaluation.gradients import anchored
 from common.evaluation.steps import Columns, Step, Threat, judged
 from common.objectives import Batch
 
 PROBED = 32
 """So many examples, spread over all, are also perturbed."""
-CHUNK = 250
-"""Examples in a forward pass: always the same, so that the arithmetic is."""
 DIRECTIONS = 4
 TOLERANCES = {"gradient": 1e-3}
 """Largest difference in relation to the largest value; a gradient jumps where a ReLU turns."""
@@ -39,36 +36,26 @@ def projected(values: Tensor) -> Tensor:
 
 
 def clean_step() -> Step:
-    """Outcomes without an attack, and the scores behind them.
-
-    Raises:
-        ConfigurationError: When it runs, if the model writes into its images.
-    """
+    """Outcomes without an attack, and the scores behind them."""
 
     def run(model: Any, batch: Batch, _: ExampleRandom) -> Columns:
-        given = batch["x"].clone()
         with torch.no_grad():
-            logits = model(given)
-        if not torch.equal(given, batch["x"]):
-            raise ConfigurationError(
-                "the model writes into the images it is given, so attacks would be judged on "
-                "others; begin its forward pass with x = x.clone()"
-            )
+            logits = model(batch["x"])
         columns = judged(lambda _: logits, batch, batch["x"])
         return columns | {"scores": projected(logits)}
 
-    return Step("clean", "clean", run, {}, scope="all", batch_size=CHUNK, kind="probe")
+    return Step("clean", "clean", run, {}, scope="all", kind="probe")
 
 
 def probe_step(threat: Threat | None, networks: Mapping[str, nn.Module]) -> Step:
-    """Scores of some perturbed examples, gradients there, and every loss that is declared.
+    """Scores of some perturbed examples, gradients, and every loss that is declared.
 
     Args:
         threat: Sets the size of the perturbations: its radius, and four times that.
         networks: Others whose scores count, by name.
     """
     run = partial(_probe, threat, networks)
-    return Step("probe", "probe", run, {}, scope="all", batch_size=PROBED, kind="probe")
+    return Step("probe", "probe", run, {}, scope="all", kind="probe")
 
 
 def _probe(

@@ -176,6 +176,26 @@ def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
     }
 
 
+def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
+    """Find names that results cannot have, and anything that is no entry.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    for name, entry in suite.items():
+        if not isinstance(entry, SuiteEntry):
+            raise ConfigurationError(
+                f"the suite entry {name!r} must be a common.evaluation.suite.SuiteEntry around an "
+                f"attack, got {entry!r:.80}"
+            )
+        check_name(name, "the name of a suite entry")
+        if name in ("clean", "worst") or name.startswith("audit"):
+            raise ConfigurationError(
+                f"the suite entry {name!r} cannot be called so: clean, worst and audit are results "
+                "of their own; rename it"
+            )
+
+
 def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
     """Find everything that would stop the suite, before the first attack.
 
@@ -187,13 +207,8 @@ def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
             "evaluation.suite is empty, so there is nothing to test against; name at least one "
             "attack, or add --config common/configs/autoattack.yaml"
         )
+    check_entries(suite)
     for name, entry in suite.items():
-        if "/" in name or name in ("clean", "worst") or name.startswith("audit"):
-            raise ConfigurationError(
-                f"the suite entry {name!r} cannot be called so: '/' separates attack from loss in "
-                "results, and clean, worst and audit are results of their own; rename it"
-            )
-        check_name(name, "the name of a suite entry")
         losses = resolve_losses(entry.losses, model)
         if isinstance(entry.attack, AutoAttack) and len(losses) > 1:
             raise ConfigurationError(

@@ -85,17 +85,15 @@ def as_module(model: Any) -> nn.Module:
 
 
 @contextmanager
-def adapted(
-    model: nn.Module, *, copies: bool = False, has_gradient: bool = True, casts: bool = False
-) -> Iterator[None]:
+def adapted(model: nn.Module, *, has_gradient: bool = True) -> Iterator[None]:
     """Let a model be called in the way attacks call one, until the end of the block.
+
+    It gets a copy of its images, since it may write into them, and its scores become float32.
 
     Args:
         model: Called as ``model(x)``.
-        copies: Hand out a copy of the images, because the model writes into them.
         has_gradient: If it has none, images are detached and scores copied, so that numpy and
             inference mode inside do not get in the way.
-        casts: Turn the scores to float32.
     """
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -103,15 +101,20 @@ def adapted(
         return (x.clone(), *args[1:])
 
     def after(_: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        if logits.ndim != 2 or len(logits) != len(args[0]):
+            raise ConfigurationError(
+                f"the model returned scores of shape {tuple(logits.shape)} for {len(args[0])} "
+                "images; every call has to answer about its own images"
+            )
         # A model may be asked in float64 on purpose: that is how the audit measures derivatives.
-        is_double = args[0].dtype == torch.float64 and logits.dtype == torch.float64
-        return logits.clone() if is_double else logits.to(torch.float32, copy=True)
+        if args[0].dtype == logits.dtype == torch.float64:
+            return logits if has_gradient else logits.clone()
+        return logits.to(torch.float32, copy=not has_gradient)
 
-    handles = []
-    if copies or not has_gradient:
-        handles.append(model.register_forward_pre_hook(before, prepend=True))
-    if casts or not has_gradient:
-        handles.append(model.register_forward_hook(after, prepend=True))
+    handles = [
+        model.register_forward_pre_hook(before, prepend=True),
+        model.register_forward_hook(after, prepend=True),
+    ]
     try:
         yield
     finally:

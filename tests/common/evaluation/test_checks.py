@@ -180,7 +180,7 @@ def test_a_passing_image_without_finite_scores_is_kept(data) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["tensor", "list", "dict", "closure", "global", "gradient", "loss"]
+    "kind", ["tensor", "list", "dict", "closure", "global", "gradient", "loss", "at small gaps"]
 )
 def test_outcomes_are_not_those_of_another_function(tmp_path, data, kind, monkeypatch) -> None:
     class Shifted(Linear):
@@ -196,6 +196,11 @@ def test_outcomes_are_not_those_of_another_function(tmp_path, data, kind, monkey
                 return self.scores(x.detach() + signs * (x - x.detach()))
             if kind == "loss":
                 return self.scores(x)
+            if kind == "at small gaps":
+                z = self.scores(x)
+                top = z.topk(2, dim=1).values
+                unsure = (top[:, :1] - top[:, 1:]) < (0.01 if self.shift else 0.0)
+                return torch.where(unsure, z.roll(1, dims=1), z)
             if kind == "closure":
                 return self.scores(self.closure(x))
             if kind == "global":
@@ -229,15 +234,23 @@ def test_outcomes_are_not_those_of_another_function(tmp_path, data, kind, monkey
 # ------------------------------------------------------------------ models that write, or remember
 
 
-@pytest.mark.parametrize("when", ["always", "without gradient", "with gradient", "one image"])
+@pytest.mark.parametrize(
+    "when",
+    ["always", "without gradient", "with gradient", "one image", "many images", "fifth call"],
+)
 def test_a_model_that_writes_into_its_images_gets_copies(data, when: str) -> None:
     class InPlace(Linear):
+        calls = 0
+
         def forward(self, x: Tensor) -> Tensor:
+            InPlace.calls += 1
             writes = {
                 "always": True,
                 "without gradient": not x.requires_grad,
                 "with gradient": x.requires_grad,
                 "one image": len(x) == 1,
+                "many images": len(x) > 36,
+                "fifth call": InPlace.calls >= 5,
             }[when]
             x = x.sub_(0.1) if writes else x - 0.1
             return self.scores(x + 0.1)
@@ -247,7 +260,52 @@ def test_a_model_that_writes_into_its_images_gets_copies(data, when: str) -> Non
     assert torch.equal(data[0], before)
     assert found.robust_acc == pytest.approx(exact(data), abs=0.02)
     assert found.clean_acc == 1.0
-    assert "writes into the images" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        nn.ReLU(inplace=True),
+        lambda x: x.clamp_(0.0, 1.0),
+        lambda x: x.mul_(1.0),
+        lambda x: x[:].copy_(x),
+        lambda x: x.data.add_(0.0) * 0.0 + x,
+    ],
+)
+def test_writing_what_is_there_already_is_writing(data, write) -> None:
+    class InPlace(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores(write(x))
+
+    found = robust(InPlace().eval(), data)
+    assert found.robust_acc == robust(Linear().eval(), data).robust_acc
+
+
+@pytest.mark.parametrize(
+    "scores", [lambda z: z > 0, lambda z: z.to(torch.complex64), lambda z: z.to_sparse()]
+)
+def test_scores_that_are_no_dense_real_numbers_are_refused(data, scores) -> None:
+    class Other(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return scores(self.scores(x))
+
+    with pytest.raises(ConfigurationError, match="dense tensor of real numbers"):
+        check(Other().eval(), data)
+
+
+def test_answers_about_other_images_are_named(data) -> None:
+    class Forgetful(Linear):
+        """A cache whose key is no property of the images."""
+
+        kept: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.kept is None:
+                self.kept = self.scores(x)
+            return self.kept
+
+    with pytest.raises(ConfigurationError, match=r"scores of shape \(120, 4\) for 32 images"):
+        robust(Forgetful().eval(), (data[0].repeat(3, 1, 1, 1), data[1].repeat(3)))
 
 
 class Counter(Linear):
@@ -509,3 +567,67 @@ def test_a_folder_of_other_results_is_refused_at_the_start(tmp_path, data, monke
         (other / part).write_text("a file where a folder belongs")
         with pytest.raises(RunDirectoryError, match="cannot write"):
             robust(Linear().eval(), data, output=other)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"batch_size": 2.5}, "batch_size must be at least 1, got 2.5"),
+        ({"examples": 0}, "examples must be at least 1, got 0"),
+        ({"examples": -3}, "examples must be at least 1, got -3"),
+        ({"examples": "10"}, "examples must be at least 1, got '10'"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"device": "nowhere"}, "device 'nowhere' cannot be used"),
+        ({"suite": {"pgd": PGD(EPS)}}, "must be a common.evaluation.suite.SuiteEntry"),
+        ({"suite": {1: SuiteEntry(PGD(EPS))}}, "a name is a text"),
+    ],
+)
+def test_settings_of_another_type_are_refused(data, change, match: str) -> None:
+    with pytest.raises(ConfigurationError, match=match):
+        robust(Linear().eval(), data, **change)
+
+
+class Broken(torch.utils.data.Dataset):
+    """Its third image cannot be read."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if i == 2:
+            raise OSError("image 2 is truncated")
+        return torch.zeros(1, 8, 8), i
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda x, y: Broken(), "cannot be read: OSError: image 2 is truncated"),
+        (lambda x, y: 3, "cannot be read: TypeError"),
+        (lambda x, y: [(x[0], 1), (x[1], 2)], r"got images of the shape \(1, 8, 8\)"),
+        (lambda x, y: (x, y, y), "got a Tensor"),
+        (lambda x, y: [(x, y), (x[:, :, :4], y)], r"one shape, got \(1, 4, 8\), \(1, 8, 8\)"),
+        (lambda x, y: (x[:, :, :0], y), "none of them empty"),
+        (lambda x, y: (x, ["0"] * len(x)), "labels must be whole numbers, got"),
+        (lambda x, y: (x, None), "labels must be whole numbers, got None"),
+        (lambda x, y: {"image": x, "label": y}, "dicts with x and y, got a dict"),
+    ],
+)
+def test_data_that_cannot_be_used_are_named(data, make, match: str) -> None:
+    with pytest.raises(ConfigurationError, match=match):
+        collect(make(*data))
+
+
+def test_data_as_a_dict_and_with_an_empty_batch(data) -> None:
+    x, y = data
+    for given in ({"x": x, "y": y}, [(x[:3], y[:3]), (x[:0], y[:0]), (x[3:], y[3:])]):
+        assert torch.equal(collect(given)["x"], x)
+
+
+def test_a_shuffled_loader_has_one_order_and_draws_no_numbers_of_the_callers(data) -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), 8, shuffle=True)
+    before = torch.get_rng_state()
+    first = robust(Linear().eval(), loader)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert torch.equal(robust(Linear().eval(), loader).outcomes.y, first.outcomes.y)

@@ -278,3 +278,22 @@ def test_the_batch_size_reaches_autoattack_and_the_audit(problem) -> None:
         run_steps(model, examples, steps, seed=0, batch_size=size)
         assert max(sizes) == size
     model._forward_hooks.clear()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"evaluation: [",
+        b"- 1",
+        b"evaluation: [1]",
+        b"evaluation: {suite: [1]}",
+        b"\xff\xfe\x00",
+        b"",
+    ],
+)
+def test_files_that_are_no_suites_are_refused_in_one_line(tmp_path, content: bytes) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"suite\.yaml (cannot be read|has no)") as caught:
+        load_suite(file)
+    assert "\n" not in str(caught.value)
