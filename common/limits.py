@@ -48,8 +48,8 @@ def read_yaml(path: str | Path) -> Any:
     except (OSError, ValueError, yaml.YAMLError) as error:
         problem = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         is_syntax = isinstance(error, yaml.MarkedYAMLError | ReaderError | UnicodeDecodeError)
-        what = "is no YAML" if is_syntax else "cannot be read"
-        raise ConfigurationError(f"{path} {what}: {problem}") from error
+        problem = f"it is no YAML ({problem})" if is_syntax else problem
+        raise ConfigurationError(f"{path} cannot be read: {problem}") from error
 
 
 def check_yaml(text: str) -> None:

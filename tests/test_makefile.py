@@ -29,7 +29,7 @@ NOTE = "import sys; print(*sys.argv[1:], file=open('{}', 'a'))"
 def project(tmp_path: Path) -> Path:
     folder = tmp_path / "a project"
     (folder / "common").mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "files.py", "rows.py"):
+    for name in ("__init__.py", "errors.py", "files.py", "limits.py", "rows.py"):
         shutil.copy(ROOT / "common" / name, folder / "common")
     shutil.copytree(ROOT / "paper_cifs/configs", folder / "paper_cifs/configs")
     shutil.copytree(ROOT / "common/configs", folder / "common/configs")

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.data.base import ImageSource, Split
 from common.data.reading import check_folder, one_line, read_jpeg
 from common.errors import DataUnavailableError, RunDirectoryError, check_choice
-from common.files import damage_of, is_sealed, strangeness_of, write_sealed
+from common.files import damage_of, strangeness_of, write_sealed
 
 Listing = tuple[list[Path], list[int]]
 
@@ -76,7 +76,9 @@ class FolderSource(ImageSource):
             for path, y in zip(files, labels, strict=True)
         )
         digest = hashlib.sha256(names.encode()).hexdigest()
-        cache = folder.with_name(f"{folder.name}.{split}.pt")
+        cache = folder.with_name(
+            f".{folder.name}.{split}.decoded.pt"
+        )  # a name of nobody else's file
         x = self._cached(cache, digest, len(files))
         if x is None:
             x = self._decode(files)
@@ -195,8 +197,6 @@ class FolderSource(ImageSource):
 
     def _keep(self, cache: Path, content: dict[str, Any]) -> None:
         try:
-            if cache.exists() and not is_sealed(cache):
-                raise RunDirectoryError("another file is there; delete it or move it away")
             archive = io.BytesIO()
             torch.save(content, archive)
             write_sealed(cache, archive)

@@ -639,7 +639,7 @@ def test_a_damaged_reference_is_named(paper: Path, text: str) -> None:
 def test_an_unknown_layout_is_refused(paper: Path) -> None:
     groups = [{**REFERENCE["groups"][0], "layout": "round"}, *REFERENCE["groups"][1:]]
     write_reference(paper, {**REFERENCE, "groups": groups})
-    with pytest.raises(ConfigurationError, match="wide, stacked, got 'round'"):
+    with pytest.raises(ConfigurationError, match="one of wide, stacked, got 'round'"):
         render_table("paper_toy")
 
 

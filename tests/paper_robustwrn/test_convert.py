@@ -404,7 +404,7 @@ def test_truncated_files_are_refused(source, tmp_path, keep):
         (["official.pth"], "required: target"),
         (["official.pth", "out.ckpt", "--strides", "a"], "--strides"),
         (["official.pth", "out.ckpt", "--strides", "1", "0", "2"], "at least 1"),
-        (["official.pth", "official.pth/out.ckpt"], "cannot be written"),
+        (["official.pth", "official.pth/out.ckpt"], "cannot write"),
     ],
 )
 def test_wrong_arguments_are_one_line(source, tmp_path, monkeypatch, capsys, arguments, message):

@@ -541,7 +541,7 @@ def test_tiny_imagenet_decodes_once(
 def test_tiny_imagenet_mends_its_cache(fake_tiny_imagenet: Path, content: bytes | None) -> None:
     source = TinyImageNet(root=str(fake_tiny_imagenet), verify=False)
     expected = source.load("train")[0]
-    cache = fake_tiny_imagenet / "tiny-imagenet-200.train.pt"
+    cache = fake_tiny_imagenet / ".tiny-imagenet-200.train.decoded.pt"
     cache.write_bytes(cache.read_bytes()[:2000] if content is None else content)
     assert torch.equal(source.load("train")[0], expected)
     assert torch.equal(torch.load(cache)["x"], expected)
