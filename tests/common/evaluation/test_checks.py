@@ -579,7 +579,10 @@ def test_a_folder_of_other_results_is_refused_at_the_start(tmp_path, data, monke
         ({"seed": None}, "seed must be a whole number, got None"),
         ({"device": "nowhere"}, "device 'nowhere' cannot be used"),
         ({"suite": {"pgd": PGD(EPS)}}, "must be a common.evaluation.suite.SuiteEntry"),
-        ({"suite": {1: SuiteEntry(PGD(EPS))}}, "a name is a text"),
+        (
+            {"suite": {1: SuiteEntry(PGD(EPS))}},
+            "the name of a suite entry is 1; a name consists of",
+        ),
     ],
 )
 def test_settings_of_another_type_are_refused(data, change, match: str) -> None:
