@@ -129,7 +129,7 @@ def test_suite_mistakes_are_found_before_the_first_attack() -> None:
         check_suite({}, Model())
     with pytest.raises(ConfigurationError, match="declares ce_f, none"):
         resolve_losses(["ce_probe*"], Model())
-    with pytest.raises(ConfigurationError, match="the name of a suite entry is .a/b."):
+    with pytest.raises(ConfigurationError, match=r"the name of a suite entry is .a/b."):
         check_suite({"a/b": SuiteEntry(FGSM(0.1))}, Model())
     with pytest.raises(ConfigurationError, match="attacks nothing"):
         SuiteEntry(FGSM(0.1), losses=[])
