@@ -130,3 +130,22 @@ def check_name(name: str, what: str) -> str:
             "begin with a dot"
         )
     return name
+
+
+def check_label(label: str, what: str) -> str:
+    """A label of a result, once it is known to fit in a line and in a file's name.
+
+    Args:
+        label: Up to 200 printable characters without slashes, not beginning with a dot.
+        what: Which setting it is, for the message.
+
+    Raises:
+        ConfigurationError: If it is something else.
+    """
+    is_label = isinstance(label, str) and label.isprintable() and 0 < len(label) <= 200
+    if not is_label or label[0] == "." or {"/", "\\"} & set(label):
+        raise ConfigurationError(
+            f"{what} is {label!r:.200}; it has to be a printable text of up to 200 characters "
+            "without / and \\ that does not begin with a dot"
+        )
+    return label

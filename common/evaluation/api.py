@@ -32,7 +32,7 @@ from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_su
 from common.evaluation.victim import as_module, as_victim
 from common.figures import save_figure
 from common.files import check_writable
-from common.limits import check_name
+from common.limits import check_label
 from common.outcomes import checkpoint_entry, missing_worst, outcome_bits, positions
 from common.results import check_mergeable, merge_result
 from common.schema import CheckpointResult
@@ -212,7 +212,7 @@ def evaluate(
     """
     model = as_module(model)
     begun = time.perf_counter()
-    check_name(name, "the name of the results")
+    check_label(name, "the name of the results")
     for setting, count in (("batch_size", batch_size), ("examples", examples)):
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ConfigurationError(

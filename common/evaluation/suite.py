@@ -28,7 +28,7 @@ from common.evaluation.fast import attacked, autoattacked, part_of
 from common.evaluation.saturation import QUERIES, decided, persisted
 from common.evaluation.steps import Columns, Step, Threat, is_wrong, judged
 from common.evaluation.transfer import Transfer
-from common.limits import check_name
+from common.limits import check_label
 from common.objectives import Batch, InnerLoss
 
 Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | DecisionBased | Noise | Transfer
@@ -188,7 +188,7 @@ def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
                 f"the suite entry {name!r} must be a common.evaluation.suite.SuiteEntry around an "
                 f"attack, got {entry!r:.80}"
             )
-        check_name(name, "the name of a suite entry")
+        check_label(name, "the name of a suite entry")
         if name in ("clean", "worst") or name.startswith("audit"):
             raise ConfigurationError(
                 f"the suite entry {name!r} cannot be called so: clean, worst and audit are results "

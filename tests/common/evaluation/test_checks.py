@@ -581,7 +581,7 @@ def test_a_folder_of_other_results_is_refused_at_the_start(tmp_path, data, monke
         ({"suite": {"pgd": PGD(EPS)}}, "must be a common.evaluation.suite.SuiteEntry"),
         (
             {"suite": {1: SuiteEntry(PGD(EPS))}},
-            "the name of a suite entry is 1; a name consists of",
+            "the name of a suite entry is 1; it has to be a printable text",
         ),
     ],
 )

@@ -294,6 +294,8 @@ def test_the_batch_size_reaches_autoattack_and_the_audit(problem) -> None:
 def test_files_that_are_no_suites_are_refused_in_one_line(tmp_path, content: bytes) -> None:
     file = tmp_path / "suite.yaml"
     file.write_bytes(content)
-    with pytest.raises(ConfigurationError, match=r"suite\.yaml (is no YAML|has no)") as caught:
+    with pytest.raises(
+        ConfigurationError, match=r"suite\.yaml (cannot be read: it is no YAML|has no)"
+    ) as caught:
         load_suite(file)
     assert "\n" not in str(caught.value)
