@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from common import provenance
-from common.attacks.autoattack import AutoAttack
+from common.attacks.decision import DecisionBased
 from common.attacks.engine import AttackEngine
 from common.attacks.pgd import Norm
 from common.attacks.randomness import seeded
@@ -179,7 +179,7 @@ def evaluate(
         model: Images in [0, 1], ``(N, C, H, W)``, to logits ``(N, K)``, in evaluation mode and
             float32, normalisation inside; a plain function will do. If it has a method
             ``adaptive_losses``, suites can name its own losses. One without a gradient is attacked
-            by what needs none, by Square if the suite has nothing of the kind.
+            by what needs none, by labels alone among other things.
         data: Tensors ``(x, y)``, a data set of ``(image, label)``, or a loader: see
             :func:`common.evaluation.inputs.collect`.
         suite: ``quick``, ``autoattack``, ``audit``, ``paper-...``, a YAML file, or attacks by name.
@@ -262,7 +262,7 @@ def evaluate(
     left_out: list[str] = []
     known = about_data
     if not checked.has_gradient:
-        steps, left_out = _without_gradient(steps, threat, victim, classes, seed)
+        steps, left_out = _without_gradient(steps, entries, threat, victim, classes, seed)
         known.append(_no_gradient(steps, left_out))
     for text in [*known, *suspicions]:
         warnings.warn(text, stacklevel=2)
@@ -326,14 +326,19 @@ def evaluate(
 
 
 def _without_gradient(
-    steps: Sequence[Step], threat: Threat, victim: nn.Module, classes: int, seed: int
+    steps: Sequence[Step],
+    entries: Mapping[str, SuiteEntry],
+    threat: Threat,
+    victim: nn.Module,
+    classes: int,
+    seed: int,
 ) -> tuple[list[Step], list[str]]:
-    """The steps that need no gradient, with Square if no attack is among them; and the others."""
+    """The steps that need no gradient, and the others; an attack by labels is always among them."""
     kept = [step for step in steps if not step.needs_gradient]
     left_out = [step.key for step in steps if step.needs_gradient]
-    if left_out and not any(step.kind == "attack" and threat.covers(step.threat) for step in kept):
-        square = AutoAttack(threat.radius, threat.norm, version="custom", attacks=["square"])
-        kept += steps_of({"black_box": SuiteEntry(square)}, victim, classes, seed)
+    if left_out and not any(isinstance(e.attack, DecisionBased) for e in entries.values()):
+        by_labels = SuiteEntry(DecisionBased(threat.radius, threat.norm), survivors_only=True)
+        kept += steps_of({"black_box": by_labels}, victim, classes, seed)
     return kept, left_out
 
 

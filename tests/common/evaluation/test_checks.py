@@ -489,14 +489,15 @@ def test_a_model_without_a_gradient_is_attacked_by_what_needs_none(data, kind) -
     assert found.result["not_run"] == ["fgsm/ce_f", "aa/apgd-ce"]
     assert "fgsm/ce_f" not in found.metrics
     assert "has no gradient" in found.warnings[0]
-    assert "needs none" in found.warnings[0] or "need none (aa/square)" in found.warnings[0]
+    assert "need none (aa/square, black_box)" in found.warnings[0]
     assert any("should have a gradient" in text for text in found.failed_checks)
     assert found.robust_acc < 1.0
 
 
-def test_square_is_added_where_every_attack_needs_a_gradient(data) -> None:
-    found = robust(NoGrad().eval(), (data[0][:10], data[1][:10]))
-    assert list(found.result["attacks"]) == ["black_box/square"]
+def test_an_attack_by_labels_is_added_where_there_is_no_gradient(data) -> None:
+    found = robust(NoGrad().eval(), data)
+    assert list(found.result["attacks"]) == ["black_box"]
+    assert found.robust_acc == pytest.approx(exact(data), abs=0.05)
 
 
 def test_half_precision_is_refused_at_the_start(data) -> None:
