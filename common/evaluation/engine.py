@@ -270,7 +270,7 @@ class _Run:
         key = zlib.crc32(step.entry.encode())
         # For forward passes that draw: the same numbers on any device and after a restart.
         seed = zlib.crc32(f"{self.seed} {step.key} {rows.tolist()}".encode())
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), seeded(seed, device):
             part = {name: value[rows].to(device) for name, value in self.examples.items()}
 
             def run() -> Columns:

@@ -635,3 +635,18 @@ def test_a_shuffled_loader_has_one_order_and_draws_no_numbers_of_the_callers(dat
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(5)
     assert torch.equal(robust(Linear().eval(), loader).outcomes.y, first.outcomes.y)
+
+
+def test_a_random_model_with_scores_that_are_not_finite_leaves_the_callers_generator(data) -> None:
+    class Failing(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.scores(x)
+            return torch.where(torch.rand(len(x), 1) < 0.2, torch.full_like(z, torch.nan), z)
+
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weak = {"p": SuiteEntry(PGD(0.001, steps=5))}  # leaves some whose scores were NaN once
+        found = evaluate(Failing().eval(), data, weak, eps=0.001, progress=False)
+    assert found.result["attacks"]["p/ce_f"]["nonfinite"] > 0
+    assert torch.equal(torch.get_rng_state(), before)
