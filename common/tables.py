@@ -40,6 +40,7 @@ from common.outcomes import metrics_of
 from common.readme import BEGIN, END, is_current, write_readme
 from common.reference import UNITS, Group, Metric, Reference, Row, read_reference
 from common.results import LABELS, Result, load_results, read_costs
+from common.rows import select
 from common.sheets import Sheet, escape
 
 __all__ = [
@@ -123,7 +124,7 @@ def render_table(
 
     Args:
         package: Import name of the paper.
-        on: Only experiments whose stem starts so.
+        on: Only these experiments, as in :func:`common.rows.select`.
         seeds: Only these seeds; ``None`` takes all there are.
         groups: Only these tables, by id; ``None`` takes all.
 
@@ -132,11 +133,12 @@ def render_table(
     """
     folder = package_folder(package)
     reference = read_reference(folder / "reference.yaml")
-    rows = [row for stem, row in reference.rows.items() if stem.startswith(on)]
+    chosen = select(reference.rows, on)
+    rows = [row for stem, row in reference.rows.items() if stem in chosen]
     if not rows:
         known = sorted({stem.partition("_")[0] for stem in reference.rows})
         raise ConfigurationError(
-            f"no experiment of {package} starts with {on!r}; they start with {', '.join(known)}"
+            f"no experiment of {package} is meant by {on!r}; they start with {', '.join(known)}"
         )
     results: dict[str, list[Result]] = {}
     for result in load_results(folder / "results"):

@@ -37,6 +37,7 @@ from common.errors import ConfigurationError
 from common.figures import save_figure
 from common.files import write_sealed_json
 from common.results import load_results, read_costs
+from common.rows import select
 from common.statistics import welch_t_test
 from paper_rcm.costs import measure_costs
 from paper_rcm.features import Embedding, attacked, embed, pooled_features, separation
@@ -293,7 +294,7 @@ def analyse(
     found = [
         result
         for result in load_results(results)
-        if result["experiment"].startswith(on) and result["seed"] in seeds
+        if select([result["experiment"]], on) and result["seed"] in seeds
     ]
     if not found:
         raise ConfigurationError(

@@ -52,6 +52,7 @@ from common.figures import (
 from common.files import write_sealed_json
 from common.networks.wide_resnet import WideResNet
 from common.results import Result, load_results
+from common.rows import select
 from paper_robustwrn.lipschitz import L2Ratio, upper_bound
 
 METRIC = "pgd20/ce_f"
@@ -337,7 +338,7 @@ def analyse(
     found = [
         result
         for result in load_results(results)
-        if result["experiment"].startswith(on) and result["seed"] in seeds
+        if select([result["experiment"]], on) and result["seed"] in seeds
     ]
     networks = networks_of(found)
     if not networks:

@@ -724,7 +724,7 @@ def test_check_writes_nothing_and_notices(paper: Path, capsys: pytest.CaptureFix
     [
         (["paper_absent"], "there is no package 'paper_absent'"),
         (["paper toy"], "there is no package 'paper toy'"),
-        (["paper_toy", "--on", "mnist"], "starts with 'mnist'; they start with other, toy"),
+        (["paper_toy", "--on", "mnist"], "is meant by 'mnist'; they start with other, toy"),
         (["paper_toy", "--seeds", "one"], "--seeds is 'one'"),
     ],
 )

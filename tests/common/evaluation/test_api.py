@@ -240,7 +240,7 @@ def test_a_killed_evaluation_goes_on(tmp_path, factory: str) -> None:
         )
         outcomes = tmp_path / "killed" / "outcomes"
         deadline = time.monotonic() + 120
-        while len(list(outcomes.rglob("*.npz"))) < 15 and process.poll() is None:
+        while len(list(outcomes.rglob("*.npz"))) < 2 and process.poll() is None:
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
