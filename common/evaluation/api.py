@@ -251,7 +251,12 @@ def evaluate(
         about_data = [str(warning.message) for warning in caught]
         caught.clear()
         checked = check_model(
-            model, batch, num_classes, is_random_expected=is_random_expected, device=at
+            model,
+            batch,
+            num_classes,
+            is_random_expected=is_random_expected,
+            batch_size=batch_size,
+            device=at,
         )
     classes = checked.classes
     suspicions = [str(warning.message) for warning in caught]

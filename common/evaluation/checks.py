@@ -53,6 +53,7 @@ def check_model(
     num_classes: int | None = None,
     *,
     is_random_expected: bool = False,
+    batch_size: int = IMAGES,
     device: torch.device | None = None,
 ) -> Checked:
     """Find out in a few passes what would falsify every figure; warns of what is suspicious.
@@ -62,6 +63,7 @@ def check_model(
         examples: ``x`` and ``y``.
         num_classes: How many classes the data have, where that is known.
         is_random_expected: Whether attacks average over a random forward pass.
+        batch_size: How many images attacks pass together.
         device: Where to compute.
 
     Raises:
@@ -94,7 +96,7 @@ def check_model(
                 stacklevel=3,
             )
         if not is_random and not state:
-            _check_alone(used, x)
+            _check_alone(used, x, examples["x"][:batch_size].to(device))
         batch = {"x": x, "y": y[: len(x)].to(x.device)}
         has_gradient = _has_gradient(_Trial(model), batch, classes)
     _check_accuracy(logits, y[: len(x)], classes)
@@ -279,8 +281,12 @@ def _is_object(value: Any) -> bool:
     return hasattr(value, "__dict__") and package not in ("torch", "builtins", "functools", "types")
 
 
-def _check_alone(used: _Trial, x: Tensor) -> None:
-    batched, alone = used(x)[:1], used(x[:1])
+def _check_alone(used: _Trial, x: Tensor, chunk: Tensor) -> None:
+    """Compare the scores of an image by itself, among few others and in a whole chunk."""
+    batched = used(x)[:1]
+    sizes = [x[:1], chunk] if len(chunk) > len(x) else [x[:1]]
+    found = [used(part)[:1] for part in sizes]
+    alone = next((z for z in found if not is_close(batched, z, ALONE)), batched)
     if not is_close(batched, alone, ALONE):
         raise ConfigurationError(
             "the prediction for an image depends on the images beside it "

@@ -513,6 +513,17 @@ def test_half_precision_is_refused_at_the_start(data) -> None:
     assert found.clean_acc > 0.9
 
 
+def test_a_model_that_depends_on_large_batches_is_refused(data) -> None:
+    class Crowded(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores(x if len(x) <= 100 else x - x.mean(0) + 0.5)
+
+    x, y = (torch.cat([part] * 3)[:150] for part in data)
+    with pytest.raises(ConfigurationError, match="depends on the images beside it"):
+        robust(Crowded().eval(), (x, y))
+    assert robust(Crowded().eval(), (x, y), batch_size=100).clean_acc > 0.8
+
+
 def test_a_plain_function_is_a_model(data) -> None:
     net = Linear()
     weight, bias = net.weight.detach(), net.bias
