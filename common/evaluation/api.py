@@ -230,6 +230,8 @@ def evaluate(
     _check_unused(entries, engine)
     if device is not None:
         try:
+            if torch.device(device).type == "meta":
+                raise RuntimeError("it has no memory, so weights moved there would be lost")
             model = model.to(device)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
