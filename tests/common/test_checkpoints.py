@@ -54,7 +54,7 @@ def bomb() -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
         (b"\n<!DOCTYPE html>\n<html></html>", "a web page"),
         (b"<html><body>Sign in</body></html>", "a web page"),
-        (gzip.compress(b"weights"), "compressed by gzip"),
+        (gzip.compress(b"weights", mtime=0), "compressed by gzip"),
         (bz2.compress(b"weights"), "compressed by bzip2"),
         (lzma.compress(b"weights"), "compressed by xz"),
         (bytes(257) + b"ustar\0" + bytes(300), "a tar archive"),
