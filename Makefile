@@ -24,7 +24,7 @@ CORES  := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)
 # make -jN makes N rows at a time; make -n prints the plan.
 FLAGS  := $(filter-out --%,$(firstword -$(MAKEFLAGS)))
 JOBS   ?= $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS)))
-ROWS    = $(PY) -m common.rows paper_$* --on "$(ON)" --seeds "$(SEEDS)"
+ROWS    = $(PY) -m common.cli.rows paper_$* --on "$(ON)" --seeds "$(SEEDS)"
 
 ##@ Results
 reproduce: $(addprefix reproduce-,$(PAPERS)) ## all papers on the embedded digits
@@ -34,13 +34,13 @@ reproduce-%: $(STAMP) ## rows, table and figures of a paper [ON=stems] [SEEDS="0
 	$(if $(findstring n,$(FLAGS)),$(ROWS) --plan -- $(ARGS),failed=0; \
 	$(ROWS) --jobs "$(JOBS)" -- $(ARGS) || failed=$$?; [ $$failed -le 1 ] || exit $$failed; \
 	$(PY) -m paper_$*.analysis --on "$(ON)" --seeds $(SEEDS) || failed=1; \
-	$(PY) -m common.tables paper_$* --on "$(ON)" --seeds "$(SEEDS)"; exit $$failed)
+	$(PY) -m common.results.tables paper_$* --on "$(ON)" --seeds "$(SEEDS)"; exit $$failed)
 
 commands-%: $(STAMP) ## one command per row, for a cluster [ON=] [SEEDS=] [ARGS=]
 	@$(ROWS) --commands -- $(ARGS)
 
 results: $(STAMP) ## render all tables again from the result files
-	@$(PY) -m common.tables $(addprefix paper_,$(PAPERS))
+	@$(PY) -m common.results.tables $(addprefix paper_,$(PAPERS))
 
 bench: $(BENCH) ## ours against peers and the bare loop, under half an hour [ARGS="training --compile"]
 	OMP_NUM_THREADS=1 $(BENCHPY) -m benchmarks $(ARGS)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from benchmarks.evaluation import EPS, robust_digits
 from common.attacks.autoattack import AutoAttack
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import PGD
-from common.evaluation.engine import run_steps
+from common.evaluation.models import Victim
+from common.evaluation.runner import run_steps
 from common.evaluation.suite import SuiteEntry, steps_of
-from common.evaluation.victim import Victim
-from common.statistics import welch_t_test
+from common.results.statistics import welch_t_test
 
 BASE = "no engine"
 ENGINES = {

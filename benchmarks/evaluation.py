@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from benchmarks.loops import Task, bare, ours
 from benchmarks.timing import interleaved
 from common.attacks.autoattack import AutoAttack
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import PGD
 from common.data.sources import Digits
-from common.evaluation.engine import run_steps
-from common.evaluation.fast import autoattacked
+from common.evaluation.confirm import autoattacked
+from common.evaluation.models import Victim
+from common.evaluation.runner import run_steps
 from common.evaluation.steps import Step
 from common.evaluation.suite import SuiteEntry, steps_of
-from common.evaluation.victim import Victim
 from common.networks.resnet import DigitsResNet
 
 EPS = 0.1

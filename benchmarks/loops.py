@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import PGD
-from common.callbacks.modes import frozen
+from common.modes import frozen
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(network in eval mode, x, y) -> x_adv; linf, started at x so that all give the same images."""

@@ -16,18 +16,24 @@ from torch import Tensor
 
 from benchmarks.loops import Task, candidate, ours
 from benchmarks.timing import quartiles, timed
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.classifier import RobustClassifier
+from common.cli.trainer import Trainer
 from common.data.base import ImageSource, ImageSpec
 from common.data.images import Batch, ImageDataModule, ImageDataset
 from common.networks.resnet import ResNet, ResNet18
 from common.objectives import AT
-from common.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-IMPORTS = ("torch", "common.attacks.pgd", "common.evaluation", "common.tables", "common.cli")
+IMPORTS = (
+    "torch",
+    "common.attacks.pgd",
+    "common.evaluation",
+    "common.results.tables",
+    "common.cli.main",
+)
 
 
 class Noise(ImageSource):
@@ -178,7 +184,7 @@ _FIRST_STEP = """
 import sys, time
 marker, begun = sys.argv[1], float(sys.argv[2])
 sys.argv = ["paper_robustwrn", *sys.argv[3:]]
-from common.cli import main
+from common.cli.main import main
 from common.classifier import RobustClassifier
 def on_train_batch_end(self, *args):
     with open(marker, "w") as file:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from benchmarks import goals
+from common.analysis.profiling import device_name
 from common.attacks.columns import has_matrix_units
-from common.costs import device_name
 from common.files import write_json_atomically, write_text_atomically
 from common.limits import read_json
-from common.readme import write_readme
+from common.results.readme import write_readme
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (

@@ -11,7 +11,7 @@ from benchmarks.loops import Attack, Candidate, Task, bare, by_backward, candida
 from benchmarks.passes import Passes, counted
 from benchmarks.peak import flops_of, memory_of, peaks
 from benchmarks.timing import exponent, interleaved, timed
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.networks.resnet import DigitsResNet, ResNet18
 from common.networks.wide_resnet import WideResNet
 

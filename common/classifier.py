@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import as_class, classify, cross_entropy, hinge_margin
-from common.diagnosis import FiniteGuard
+from common.callbacks.finite import FiniteGuard
 from common.errors import ConfigurationError, check_choice, is_out_of_memory
 from common.objectives import Batch, InnerLoss, Objective, differentiable, weighted
 from common.optimization import optimizer_of, scheduler_of, tell_metrics

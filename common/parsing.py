@@ -36,7 +36,7 @@ ALLOWED = (
 DENIED = (
     *sorted(sys.stdlib_module_names),
     *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "jsonargparse"),
-    *("common.cli", "common.files", "common.rows", "common.submit"),
+    *("common.cli.main", "common.files", "common.cli.rows", "common.cli.submit"),
 )
 """Modules that a configuration names nothing of, unless under one of the above."""
 

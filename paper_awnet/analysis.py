@@ -19,7 +19,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis import (
+from common.analysis.figures import save_figure
+from common.analysis.report import (
     Load,
     load_last,
     load_runs,
@@ -28,12 +29,11 @@ from common.analysis import (
     run_analysis,
 )
 from common.attacks.pgd import PGD
-from common.bases import comparable, last_of
 from common.data.subset import subset
 from common.errors import ConfigurationError
-from common.figures import save_figure
 from common.files import write_sealed_json
-from common.results import load_results
+from common.results.bases import comparable, last_of
+from common.results.store import load_results
 from paper_awnet import plots
 from paper_awnet.claims import JOINT, Roles, evaluate_expectations, roles_of
 from paper_awnet.distributions import Filters, distances, filters, mean_scales, shape_of

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from common.analysis import BySeed, Expectation, by_seed, combined, conclude
+from common.analysis.report import BySeed, Expectation, by_seed, combined, conclude
 from common.errors import ConfigurationError
 
 JOINT = ("joint_clean_0.1", "joint_clean_1", "joint_clean_10")

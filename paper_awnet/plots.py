@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.figures import (
+from common.analysis.figures import (
     CYCLE,
     FONT,
     GREY,

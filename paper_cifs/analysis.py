@@ -25,7 +25,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from common.analysis import (
+from common.analysis.figures import (
+    BLUE,
+    FONT,
+    GREEN,
+    GREY,
+    blank_figure,
+    draw_per_class_bars,
+    put_legend_above,
+    save_figure,
+    tidy_axes,
+)
+from common.analysis.report import (
     BySeed,
     Expectation,
     Load,
@@ -43,17 +54,6 @@ from common.analysis import (
 from common.attacks.losses import classify
 from common.attacks.pgd import PGD, parse_radius
 from common.errors import ConfigurationError, UserError
-from common.figures import (
-    BLUE,
-    FONT,
-    GREEN,
-    GREY,
-    blank_figure,
-    draw_per_class_bars,
-    put_legend_above,
-    save_figure,
-    tidy_axes,
-)
 from common.files import write_sealed_json
 from paper_cifs.method import CIFS, AdaptiveLoss, global_average, joint_logits
 

@@ -12,6 +12,6 @@ if __name__ == "__main__":
 
         sys.exit(costs(sys.argv[2:]))
     else:
-        from common.cli import main
+        from common.cli.main import main
 
         main(package="paper_rcm")

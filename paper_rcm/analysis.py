@@ -19,7 +19,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from common.analysis import (
+from common.analysis.figures import save_figure
+from common.analysis.report import (
     BySeed,
     Expectation,
     by_seed,
@@ -32,13 +33,12 @@ from common.analysis import (
     run_analysis,
 )
 from common.attacks.pgd import PGD
-from common.bases import comparable, last_of
+from common.cli.rows import select
 from common.errors import ConfigurationError
-from common.figures import save_figure
 from common.files import write_sealed_json
-from common.results import load_results, read_costs
-from common.rows import select
-from common.statistics import welch_t_test
+from common.results.bases import comparable, last_of
+from common.results.statistics import welch_t_test
+from common.results.store import load_results, read_costs
 from paper_rcm.costs import measure_costs
 from paper_rcm.features import Embedding, attacked, embed, pooled_features, separation
 from paper_rcm.figures import (

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from common.attacks.losses import classify
 from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
-from common.cli import RobustCLI, load_run
+from common.cli.main import RobustCLI, load_run
 from common.data.corruptions import CIFAR10C, CORRUPTIONS, SEVERITIES
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.files import check_writable, read_sealed_json, write_sealed_json
-from common.identity import check_evaluated, settings_in
-from common.provenance import weights_digest
+from common.results.identity import check_evaluated, settings_in
+from common.results.provenance import weights_digest
 from common.weights import check_weights_fit
 
 

@@ -20,19 +20,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from common.attacks.pgd import PGD
-from common.costs import (
+from common.analysis.figures import save_figure
+from common.analysis.profiling import (
     adversarial_training_step,
     device_name,
     peak_memory,
     relative_times,
 )
+from common.attacks.pgd import PGD
 from common.errors import ConfigurationError, UserError
-from common.figures import save_figure
 from common.files import read_sealed_json, write_sealed_json
 from common.limits import read_yaml
 from common.parsing import build
-from common.results import COSTS, read_costs
+from common.results.store import COSTS, read_costs
 from paper_rcm.figures import cost_figure
 from paper_rcm.method import BASE_STRIDES, DigitsNet, cost, parse_strides
 

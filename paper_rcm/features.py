@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import PGD
-from common.callbacks.modes import frozen
+from common.modes import frozen
 
 
 class Embedding(NamedTuple):

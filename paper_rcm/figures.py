@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from common.figures import (
+from common.analysis.figures import (
     CYCLE,
     FONT,
     MARKERS,

@@ -8,6 +8,6 @@ if __name__ == "__main__":
 
         convert(sys.argv[2:])
     else:
-        from common.cli import main
+        from common.cli.main import main
 
         main(package="paper_robustwrn")

@@ -22,7 +22,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis import (
+from common.analysis.figures import (
+    CYCLE,
+    FONT,
+    MARKERS,
+    blank_figure,
+    put_legend_above,
+    save_figure,
+    tidy_axes,
+)
+from common.analysis.report import (
     BySeed,
     Expectation,
     Load,
@@ -37,22 +46,13 @@ from common.analysis import (
 )
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom
-from common.bases import comparable, last_of
-from common.callbacks.modes import frozen
+from common.cli.rows import select
 from common.errors import ConfigurationError
-from common.figures import (
-    CYCLE,
-    FONT,
-    MARKERS,
-    blank_figure,
-    put_legend_above,
-    save_figure,
-    tidy_axes,
-)
 from common.files import write_sealed_json
+from common.modes import frozen
 from common.networks.wide_resnet import WideResNet
-from common.results import Result, load_results
-from common.rows import select
+from common.results.bases import comparable, last_of
+from common.results.store import Result, load_results
 from paper_robustwrn.lipschitz import L2Ratio, upper_bound
 
 METRIC = "pgd20/ce_f"

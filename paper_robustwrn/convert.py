@@ -35,7 +35,7 @@ import common
 from common.checkpoints import read_content
 from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
 from common.files import write_sealed, write_text_atomically
-from common.identity import SETTINGS
+from common.results.identity import SETTINGS
 from paper_robustwrn.method import RobustWideResNet
 
 WRAPPERS = ("model_state_dict", "state_dict")

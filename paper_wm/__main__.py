@@ -1,6 +1,6 @@
 """``python -m paper_wm fit|validate|test|predict|reproduce``."""
 
-from common.cli import main
+from common.cli.main import main
 
 if __name__ == "__main__":
     main(package="paper_wm")

@@ -20,7 +20,8 @@ import torchvision
 from matplotlib.figure import Figure
 from torch import nn
 
-from common.analysis import (
+from common.analysis.figures import save_figure
+from common.analysis.report import (
     BySeed,
     Load,
     by_seed,
@@ -30,7 +31,6 @@ from common.analysis import (
     verdict_table,
 )
 from common.errors import ConfigurationError, check_choice
-from common.figures import save_figure
 from common.files import write_sealed_json
 from common.networks.alexnet import AlexNet
 from common.networks.preact_resnet import PreActResNet18

@@ -12,8 +12,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis import by_seed
-from common.figures import (
+from common.analysis.figures import (
     CYCLE,
     FONT,
     MARKERS,
@@ -21,6 +20,7 @@ from common.figures import (
     put_legend_above,
     tidy_axes,
 )
+from common.analysis.report import by_seed
 from paper_wm.verdicts import Metrics
 
 NOISES = {

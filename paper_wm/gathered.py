@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.analysis import Load, load_runs, load_test_split
+from common.analysis.report import Load, load_runs, load_test_split
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
-from common.bases import bases, comparable
-from common.callbacks.modes import frozen
 from common.data.subset import subset
 from common.errors import UserError
 from common.evaluation.transfer import Transfer
-from common.outcomes import positions
-from common.results import CheckpointResult, load_results
+from common.modes import frozen
+from common.results.bases import bases, comparable
+from common.results.outcomes import positions
+from common.results.store import CheckpointResult, load_results
 from paper_wm.amplification import measure_layer, shuffled, summarise, white_noise_check
 from paper_wm.method import weight_maps
 

@@ -10,7 +10,7 @@ check for gradient masking speaks against is undecided, however large it is.
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from common.analysis import (
+from common.analysis.report import (
     BySeed,
     Claim,
     Difference,

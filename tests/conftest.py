@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from common.data.sources import FashionMNIST
-from common.evaluation.ready import load_suite
+from common.evaluation.presets import load_suite
 
 torch.set_num_threads(1)
 

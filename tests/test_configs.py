@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from common.cli import RobustCLI, main
+from common.cli.main import RobustCLI, main
 from common.evaluation.suite import steps_of
 
 ROOT = Path(__file__).parents[1]

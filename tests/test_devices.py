@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import FGSM, PGD, FriendlyPGD
 from common.attacks.randomness import ExampleRandom
 from common.callbacks.adversarial_training import AdversarialTraining
@@ -26,12 +26,12 @@ from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule, Views
 from common.data.sources import Digits
 from common.evaluation import SuiteEntry
 from common.networks.resnet import ResNet
 from common.objectives import ALP, AT, MART, TRADES
-from common.trainer import Trainer
 from paper_awnet.method import Router
 from paper_awnet.module import AWNetClassifier
 from paper_awnet.networks import AWNet, DigitsStudent

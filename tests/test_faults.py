@@ -25,7 +25,7 @@ import sklearn.datasets  # noqa: F401  (forks have it then)
 import torch
 
 from common.classifier import RobustClassifier
-from common.cli import lock, main
+from common.cli.main import lock, main
 from common.errors import RunDirectoryError
 
 ROOT = Path(__file__).parents[1]

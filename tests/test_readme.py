@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from common import tables
+from common.results import tables
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("paper_*/README.md"))]

@@ -20,23 +20,23 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable
 
-from common.analysis import load_last
+from common.analysis.report import load_last
 from common.attacks.pgd import PGD
 from common.checkpoints import checkpoint_beside
-from common.cli import RobustCLI, load_run, main
+from common.cli.main import RobustCLI, load_run, main
 from common.data.sources import CIFAR10
 from common.errors import ConfigurationError, DataUnavailableError
 from common.evaluation.__main__ import load_data
 from common.evaluation.__main__ import main as evaluation_command
-from common.evaluation.ready import load_suite
+from common.evaluation.presets import load_suite
 from common.evaluation.suite import SuiteEntry, check_suite
 from common.evaluation.transfer import Transfer
 from common.files import write_sealed
 from common.limits import check_name, read_yaml
 from common.parsing import build as build_values
 from common.parsing import load_named
-from common.reference import read_reference
-from common.results import load_results, read_costs, read_result
+from common.results.reference import read_reference
+from common.results.store import load_results, read_costs, read_result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted(ROOT.glob("paper_*/results/*.json"))
@@ -133,7 +133,7 @@ HOSTILE = (
     *("os.system", "builtins.eval", "builtins.exec", "subprocess.run", "importlib.import_module"),
     *("functools.partial", "torch.load", "torch.hub.load", "torch.utils.cpp_extension.load"),
     *("torch.jit.load", "torch.nn.functional.torch.load", "lightning.pytorch.cli.LightningCLI"),
-    *("common.callbacks.resuming.os.kill", "common.submit.Command", "common.rows.Runner"),
+    *("common.callbacks.resuming.os.kill", "common.cli.submit.Command", "common.cli.rows.Runner"),
     *("common.limits.yaml.unsafe_load", "yaml.unsafe_load", "sympy.sympify", "numpy.load"),
     *("jsonargparse.set_parsing_settings", "no.such.module", "nothing", "common", ""),
 )

@@ -17,16 +17,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.attacks import engine
-from common.attacks.engine import AttackEngine
-from common.attacks.folding import foldable
+from common.attacks.engine.folding import foldable
+from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import FGSM, MIM, PGD, FriendlyPGD
 from common.attacks.randomness import ExampleRandom
-from common.callbacks.modes import frozen
-from common.cli import RobustCLI
+from common.cli.main import RobustCLI
 from common.data.extra import ExtraImages
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
+from common.modes import frozen
 from common.networks.resnet import ResNet
 
 ROOT = Path(__file__).parents[1]

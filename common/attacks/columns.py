@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.attacks.winograd import is_usual_3x3
+from common.attacks.engine.winograd import is_usual_3x3
 
 _LEAST_CHANNELS = 512
 _LARGEST_MAP = 16  # pixels

@@ -6,12 +6,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import classify
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, run_seed
-from common.callbacks.modes import AttackMode, frozen, is_logged, refuse_half_precision
 from common.errors import ConfigurationError, check_choice
+from common.modes import AttackMode, frozen, is_logged, refuse_half_precision
 from common.objectives import Batch, objective_of
 
 
@@ -26,7 +26,7 @@ class AdversarialTraining(Callback):
 
     Args:
         attack: Any projected ascent; ``None`` trains on what the loader gives.
-        mode: Batch-norm mode while attacking, see :func:`common.callbacks.modes.frozen`.
+        mode: Batch-norm mode while attacking, see :func:`common.modes.frozen`.
         engine: Computes the attack's passes; ``None`` for the plain network. In float32 a run
             differs from the plain one by rounding, which training amplifies; in bf16 by more.
     """

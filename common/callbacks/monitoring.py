@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import grad_norm
 
-from common.callbacks.modes import is_logged
 from common.evaluation import predict
+from common.modes import is_logged
 from common.objectives import Batch
 
 FINAL_METRICS = re.compile(r"test/((clean_acc|worst)(_on_\d+)?)")
@@ -77,7 +77,7 @@ class Monitoring(Callback):
             )
 
     def _grid(self, trainer: Trainer, module: LightningModule, batch: Batch) -> Any:
-        from common.figures import example_grid  # matplotlib only where something is drawn
+        from common.analysis.figures import example_grid  # matplotlib only where something is drawn
 
         part = {key: value[: self.images] for key, value in batch.items()}
         data = getattr(trainer, "datamodule", None)

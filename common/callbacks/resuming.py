@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from common.callbacks.averaging import weights_in_checkpoints
-from common.identity import SETTINGS
-from common.schedules import check_horizon, continue_schedule
+from common.callbacks.schedules import check_horizon, continue_schedule
+from common.results.identity import SETTINGS
 
 STATES = "random_states"
 """Key of a checkpoint under which every rank's random state is kept."""

@@ -14,29 +14,29 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from common import provenance
-from common.attacks.engine import AttackEngine
+from common.analysis.figures import save_figure
+from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
-from common.callbacks.modes import frozen, refuse_half_precision
 from common.callbacks.resuming import WEIGHTS
 from common.errors import ConfigurationError
-from common.evaluation.audit import Audit, AuditReport
-from common.evaluation.engine import Team, in_order, run_steps
+from common.evaluation.audit.checks import Audit, AuditReport
 from common.evaluation.findings import with_findings
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, cost, means, measure_steps
 from common.evaluation.pictures import draw
 from common.evaluation.progress import ConsoleProgress
+from common.evaluation.runner import Team, in_order, run_steps
 from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
 from common.evaluation.suite import SuiteEntry, ball_of, check_suite, resolve_losses, steps_of
 from common.evaluation.transfer import Transfer
-from common.figures import save_figure
-from common.identity import SETTINGS, evaluated_digest
+from common.modes import frozen, refuse_half_precision
 from common.objectives import Batch
-from common.outcomes import logged
-from common.results import (
+from common.results import provenance
+from common.results.identity import SETTINGS, evaluated_digest
+from common.results.outcomes import logged
+from common.results.store import (
     CheckpointResult,
     check_mergeable,
     check_writable,
@@ -69,7 +69,7 @@ class RobustEvaluation(Callback):
         audit: Checks for gradient masking; ``None`` for none.
         measures: What else to find out about the network: see :mod:`common.evaluation.measures`.
         engine: Computes the passes of the suite's attacks; their success is judged by the plain
-            float32 network whatever it is (:mod:`common.evaluation.fast`). Validation, which
+            float32 network whatever it is (:mod:`common.evaluation.confirm`). Validation, which
             chooses a checkpoint, goes without.
         pictures: Whether to draw curves, bars and examples beside the results and in TensorBoard.
         results: The JSON file of results; ``None`` puts ``results.json`` into the run directory.

@@ -5,8 +5,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from common.callbacks.modes import batch_statistics_kept, refuse_half_precision
 from common.errors import ConfigurationError
+from common.modes import batch_statistics_kept, refuse_half_precision
 from common.objectives import Batch, objective_of, weighted
 
 

@@ -1,7 +1,7 @@
 """Robustness one can trust: suites of attacks, worst cases, the audit, for any PyTorch model."""
 
-from common.evaluation.api import Evaluation, evaluate
-from common.evaluation.audit import Audit
+from common.evaluation.audit.checks import Audit
+from common.evaluation.evaluate import Evaluation, evaluate
 from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
 from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses
 from common.evaluation.transfer import Transfer

@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import Norm
 from common.checkpoints import load_weights
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
-from common.evaluation.api import Evaluation, evaluate
-from common.evaluation.ready import CONFIGS, ready_suites
+from common.evaluation.evaluate import Evaluation, evaluate
+from common.evaluation.presets import CONFIGS, ready_suites
 from common.limits import read_yaml
 from common.parsing import ArgumentParser, check_named
 
@@ -196,7 +196,7 @@ def _build_data(path: Path, root: str | None) -> ImageDataModule:
     except UserError:
         raise
     except Exception as error:  # jsonargparse has no common type for what classes refuse
-        from common.config import explain  # it needs Lightning, which takes a while to import
+        from common.cli.parser import explain  # it needs Lightning, which takes a while to import
 
         raise ConfigurationError(f"{path}: {explain(str(error))}") from error
     return data

@@ -20,9 +20,9 @@ from torch.nn.parameter import is_lazy
 from common.attacks.losses import classify
 from common.attacks.pgd import input_gradient
 from common.attacks.randomness import seeded
-from common.callbacks.modes import frozen
 from common.errors import ConfigurationError
 from common.evaluation.signature import is_close
+from common.modes import frozen
 from common.objectives import Batch
 
 TOLERANCE = 1e-4

@@ -2,7 +2,7 @@
 
 from common.evaluation.checks import Checked
 from common.evaluation.steps import Outcomes
-from common.schema import AuditCheck, AuditResult
+from common.results.schema import AuditCheck, AuditResult
 
 
 def with_findings(

@@ -30,7 +30,7 @@ from common.evaluation.signature import is_same
 from common.evaluation.steps import Columns, Step
 from common.files import damage_of, write_sealed, write_text_atomically
 from common.objectives import Batch
-from common.provenance import weights_digest
+from common.results.provenance import weights_digest
 
 _FUNCTION = "function"
 """File of the signature of the model that a folder is about."""

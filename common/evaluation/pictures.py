@@ -6,11 +6,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from common.analysis.figures import (
+    accuracy_curve,
+    adversarial_grid,
+    confusion_matrix,
+    per_class_bars,
+)
+from common.evaluation.models import class_names
 from common.evaluation.steps import Outcomes
-from common.evaluation.victim import class_names
-from common.figures import accuracy_curve, adversarial_grid, confusion_matrix, per_class_bars
-from common.outcomes import counts_as_attack, positions
-from common.schema import AttackResult, CheckpointResult
+from common.results.outcomes import counts_as_attack, positions
+from common.results.schema import AttackResult, CheckpointResult
 
 _AXES = {"eps": "eps", "steps": "steps", "level": "noise level"}
 

@@ -19,8 +19,8 @@ from common.attacks.decision import DecisionBased
 from common.attacks.losses import margin
 from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
-from common.evaluation.fast import merged, part_of
-from common.evaluation.gradients import anchored, eager, straight_through, undetached
+from common.evaluation.audit.gradients import anchored, eager, straight_through, undetached
+from common.evaluation.confirm import merged, part_of
 from common.evaluation.steps import Columns, Threat, judged, predict
 from common.objectives import Batch, InnerLoss
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
-from common.evaluation.gradients import anchored
+from common.evaluation.audit.gradients import anchored
 from common.evaluation.steps import Columns, Step, Threat, judged
 from common.objectives import Batch
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from common.attacks.autoattack import AutoAttack
 from common.attacks.compaction import climb_until_broken
 from common.attacks.decision import DecisionBased
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.attacks.gama import GAMAPGD
 from common.attacks.losses import cross_entropy, margin
 from common.attacks.minimum_norm import MinimumNorm
@@ -24,7 +24,7 @@ from common.attacks.pgd import PGD, FriendlyPGD, LossFn, parse_radius
 from common.attacks.randomness import EVALUATION, ExampleRandom
 from common.classifier import on_logits
 from common.errors import ConfigurationError
-from common.evaluation.fast import attacked, autoattacked, part_of
+from common.evaluation.confirm import attacked, autoattacked, part_of
 from common.evaluation.saturation import QUERIES, decided, persisted
 from common.evaluation.steps import Columns, Step, Threat, is_wrong, judged
 from common.evaluation.transfer import Transfer

@@ -11,11 +11,11 @@ from common.attacks.losses import classify, cross_entropy, hinge_margin
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
-from common.callbacks.modes import frozen
 from common.errors import CheckpointError, ConfigurationError, check_choice
 from common.evaluation.steps import Columns, Threat, judged
+from common.modes import frozen
 from common.objectives import Batch
-from common.provenance import weights_digest
+from common.results.provenance import weights_digest
 
 TransferLoss = Literal["cross_entropy", "margin"]
 
@@ -90,7 +90,7 @@ class Transfer(Settings):
 
 def _load(path: Path) -> nn.Module:
     """The classifier of a run, without leaving traces of having been configured."""
-    from common.cli import load_run  # it imports the evaluation
+    from common.cli.main import load_run  # it imports the evaluation
 
     run = path.parent.parent
     if not path.is_file() or not (run / "config.yaml").is_file():

@@ -7,16 +7,16 @@ from benchmarks import accuracy, overheads
 from benchmarks.loops import Task, bare, by_backward, candidate, one_graph, ours
 from benchmarks.passes import Passes, counted
 from benchmarks.peers import PEERS, available
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import FGSM
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.classifier import RobustClassifier
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.evaluation.suite import SuiteEntry
 from common.networks.resnet import DigitsResNet
 from common.objectives import ALP, AT, MART, TRADES
-from common.trainer import Trainer
 
 
 @pytest.fixture

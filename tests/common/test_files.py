@@ -25,7 +25,7 @@ from common.files import (
     write_sealed_yaml,
     yaml_damage_of,
 )
-from common.results import read_result, write_json_atomically
+from common.results.store import read_result, write_json_atomically
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,15 +12,15 @@ from common.attacks.pgd import PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.classifier import RobustClassifier
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
 from common.evaluation import Audit, SuiteEntry
 from common.networks.resnet import DigitsResNet
 from common.objectives import AT
-from common.results import read_result
+from common.results.store import read_result
 from common.strategy import DeviceInvariantDDP, GlobalBatchNorm, GlobalBatchNormSync
-from common.trainer import Trainer
 
 
 def evaluate(folder: Path, devices: int) -> dict:

@@ -8,9 +8,9 @@ import torch
 from common.attacks import pgd
 from common.errors import ConfigurationError
 from common.evaluation.steps import Line, Outcomes, Threat
-from common.outcomes import checkpoint_entry
-from common.reference import Metric
-from common.results import merge_result, result_path
+from common.results.outcomes import checkpoint_entry
+from common.results.reference import Metric
+from common.results.store import merge_result, result_path
 from paper_awnet import analysis
 from paper_awnet.analysis import analyse, compare_weights, curves_of, plane, without_tensors
 from paper_awnet.claims import evaluate_expectations, roles_of, w_robust

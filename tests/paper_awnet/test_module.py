@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.attacks.pgd import PGD
-from common.callbacks.modes import frozen
-from common.cli import main
+from common.cli.main import main
 from common.evaluation.suite import resolve_losses
+from common.modes import frozen
 from common.networks.resnet import ResNet
 from common.objectives import Natural
 from paper_awnet.method import Router

@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from common.cli import RobustCLI
+from common.cli.main import RobustCLI
 from common.evaluation.suite import check_suite, resolve_losses, steps_of
-from common.tables import Reference, read_reference, render_table
+from common.results.tables import Reference, read_reference, render_table
 
 PAPER = Path(__file__).parents[2] / "paper_awnet"
 CONFIGS = {path.stem: path for path in (PAPER / "configs").glob("*.yaml")}

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from common.analysis import describe
+from common.analysis.report import describe
 from common.classifier import RobustClassifier
 from common.errors import CheckpointError, ConfigurationError
 from common.evaluation import Outcomes
 from common.files import read_sealed_json
 from common.networks.resnet import ResNet
 from common.objectives import AT
-from common.results import checkpoint_entry, merge_result, result_path
+from common.results.store import checkpoint_entry, merge_result, result_path
 from paper_cifs import analysis
 from paper_cifs.analysis import (
     Channels,

@@ -7,8 +7,8 @@ import torch
 
 from common.attacks.pgd import PGD
 from common.data.sources import Digits
-from common.evaluation.audit import Audit
-from common.evaluation.engine import run_steps
+from common.evaluation.audit.checks import Audit
+from common.evaluation.runner import run_steps
 from common.evaluation.steps import Threat
 from paper_cifs.method import CIFSDigitsResNet, JointCrossEntropy
 from paper_cifs.module import CIFSClassifier

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from common.parsing import load_named
-from common.tables import Reference, read_reference, render_table
+from common.results.tables import Reference, read_reference, render_table
 
 PAPER = Path(__file__).parents[2] / "paper_cifs"
 CONFIGS = {path.stem: path for path in (PAPER / "configs").glob("*.yaml")}

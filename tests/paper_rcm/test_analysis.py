@@ -5,8 +5,8 @@ import torch
 
 from common.errors import ConfigurationError
 from common.evaluation.steps import Line, Outcomes, Threat
-from common.outcomes import checkpoint_entry
-from common.results import merge_result, result_path
+from common.results.outcomes import checkpoint_entry
+from common.results.store import merge_result, result_path
 from paper_rcm import analysis
 from paper_rcm.analysis import analyse, evaluate_expectations
 from paper_rcm.figures import BUDGET, budget_figure, cost_figure, map_side, network_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.cli import main as train
+from common.cli.main import main as train
 from common.data.corruptions import CIFAR10C, CORRUPTIONS
 from common.errors import DataUnavailableError, RunDirectoryError
 from paper_rcm import corruptions

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.costs import Ratio
+from common.analysis.profiling import Ratio
 from common.errors import ConfigurationError
 from paper_rcm import costs
 from paper_rcm.costs import base_section, data_of, digest, make, measure_costs, net_section

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from common.attacks.randomness import ExampleRandom
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.averaging import LateAveraging
-from common.callbacks.modes import batch_statistics_kept
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
+from common.modes import batch_statistics_kept
 from common.networks.resnet import DigitsResNet, ResNet18
 from common.objectives import TRADES
-from common.trainer import Trainer
 from paper_rcm.dajat import (
     DAJAT,
     AutoAugmentViews,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common.attacks.pgd import PGD, FriendlyPGD, input_gradient
 from common.attacks.randomness import ExampleRandom
-from common.callbacks.modes import frozen
+from common.modes import frozen
 from common.objectives import ALP, AT, MART, TRADES, Objective
 from paper_rcm.dajat import DAJAT
 from paper_rcm.method import DigitsNet, EnlargedNetwork

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from common.cli import RobustCLI
+from common.cli.main import RobustCLI
 from common.errors import ConfigurationError
 from common.networks.alexnet import AlexNet
 from common.networks.preact_resnet import PreActResNet18

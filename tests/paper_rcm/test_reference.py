@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from common.cli import RobustCLI
+from common.cli.main import RobustCLI
 from common.evaluation.suite import check_suite, steps_of
 from common.parsing import load_named
-from common.tables import Reference, read_reference, render_table
+from common.results.tables import Reference, read_reference, render_table
 from paper_rcm.method import EnlargedNetwork, cost, parse_strides
 
 PAPER = Path(__file__).parents[2] / "paper_rcm"

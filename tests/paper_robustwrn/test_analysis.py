@@ -7,8 +7,8 @@ import torch
 
 from common.errors import ConfigurationError
 from common.evaluation.steps import Line, Outcomes, Threat
-from common.outcomes import checkpoint_entry
-from common.results import merge_result, result_path
+from common.results.outcomes import checkpoint_entry
+from common.results.store import merge_result, result_path
 from paper_robustwrn.analysis import (
     analyse,
     evaluate_expectations,
@@ -67,7 +67,7 @@ def test_sweep_figures_come_from_whatever_has_finished(tmp_path) -> None:
 
 
 def test_a_stage_curve_needs_networks_that_differ_in_one_stage(tmp_path) -> None:
-    from common.results import load_results
+    from common.results.store import load_results
 
     write(tmp_path, "cifar10_grid_w10-10-8", 0.5, 1e6)
     write(tmp_path, "cifar10_grid_w8-8-10", 0.5, 2e6)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
-from common.cli import RobustCLI
-from common.cli import main as run
+from common.cli.main import RobustCLI
+from common.cli.main import main as run
 from common.errors import CheckpointError, ConfigurationError
 from common.objectives import AT
 from paper_robustwrn.convert import convert, main, recover, rename

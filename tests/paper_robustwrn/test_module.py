@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from common.attacks.losses import hinge_margin
 from common.attacks.pgd import PGD
 from common.evaluation import SuiteEntry
-from common.evaluation.engine import run_steps
+from common.evaluation.runner import run_steps
 from common.evaluation.suite import steps_of
 from common.objectives import AT
-from common.outcomes import checkpoint_entry
+from common.results.outcomes import checkpoint_entry
 from paper_robustwrn.module import RobustWRNClassifier, coupled_margin
 
 

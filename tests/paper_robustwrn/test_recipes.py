@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.attacks.pgd import PGD
-from common.callbacks.modes import frozen
+from common.modes import frozen
 from common.objectives import AT, MART, TRADES
 from paper_robustwrn.method import RobustWideResNet
 from paper_robustwrn.module import RobustWRNClassifier

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from common.parsing import load_named
-from common.tables import Reference, read_reference, render_table
+from common.results.tables import Reference, read_reference, render_table
 from paper_robustwrn.method import EQUAL_BUDGET, NETWORKS, STAGE_GRID, Configuration, named
 
 PAPER = Path(__file__).parents[2] / "paper_robustwrn"

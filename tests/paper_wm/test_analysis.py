@@ -11,9 +11,9 @@ from torch import nn
 
 from common.errors import ConfigurationError
 from common.evaluation.steps import Line, Outcomes, Threat
-from common.outcomes import checkpoint_entry
-from common.results import merge_result, result_path
-from common.tables import render_table
+from common.results.outcomes import checkpoint_entry
+from common.results.store import merge_result, result_path
+from common.results.tables import render_table
 from paper_wm import analysis
 from paper_wm.analysis import analyse, scatter_points, try_insertions
 from paper_wm.figures import curve

@@ -11,11 +11,11 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from common.cli import RobustCLI
+from common.cli.main import RobustCLI
 from common.evaluation.suite import SuiteEntry, check_suite, steps_of
 from common.objectives import Natural
 from common.parsing import load_named
-from common.tables import Reference, read_reference, render_table
+from common.results.tables import Reference, read_reference, render_table
 from paper_wm.method import weight_maps
 from paper_wm.module import WeightMapClassifier
 from paper_wm.networks import SmallCNN, matching_widths, with_weight_maps

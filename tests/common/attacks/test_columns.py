@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from common.attacks import columns, engine
 from common.attacks.columns import ColumnsConv2d, convolve, suits
-from common.attacks.engine import AttackEngine
-from common.callbacks.modes import frozen
+from common.attacks.engine.network import AttackEngine
+from common.modes import frozen
 
 
 def drawn(*shape: int) -> Tensor:

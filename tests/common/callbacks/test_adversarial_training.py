@@ -4,18 +4,18 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from common.attacks.engine import AttackEngine
+from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import FGSM, PGD, FriendlyPGD
 from common.attacks.randomness import ExampleRandom
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError, DivergedError
 from common.networks.resnet import DigitsResNet
 from common.objectives import ALP, AT, MART, TRADES, Natural
-from common.trainer import Trainer
 
 
 class Spy(AT):

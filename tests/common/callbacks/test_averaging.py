@@ -15,6 +15,7 @@ from common.callbacks.averaging import LateAveraging, WarmUpAveraging
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.callbacks.warm_start import WarmStart
 from common.classifier import RobustClassifier
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
@@ -22,7 +23,6 @@ from common.evaluation.suite import SuiteEntry
 from common.networks.resnet import DigitsResNet
 from common.objectives import Natural
 from common.parsing import load_named
-from common.trainer import Trainer
 
 
 def state_of(module: torch.nn.Module) -> dict[str, Tensor]:

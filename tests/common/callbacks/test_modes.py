@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.callbacks.modes import batch_statistics_kept, frozen
+from common.modes import batch_statistics_kept, frozen
 
 
 def network() -> nn.Sequential:

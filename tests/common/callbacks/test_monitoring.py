@@ -12,10 +12,10 @@ from common.attacks.pgd import FGSM, PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.monitoring import Monitoring, flatten
 from common.callbacks.robust_evaluation import RobustEvaluation
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.evaluation import SuiteEntry
-from common.trainer import Trainer
 from paper_cifs.method import CIFSResNet, JointCrossEntropy
 from paper_cifs.module import CIFSClassifier
 

@@ -22,12 +22,12 @@ from common.callbacks.resuming import STATES
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
 from common.evaluation import SuiteEntry
 from common.objectives import TRADES
-from common.trainer import Trainer
 
 EPOCHS, BATCHES = 3, 6
 

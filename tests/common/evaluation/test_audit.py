@@ -9,11 +9,11 @@ from common.attacks.losses import cross_entropy
 from common.attacks.pgd import PGD
 from common.data.sources import Digits
 from common.errors import ConfigurationError
-from common.evaluation.audit import Audit
-from common.evaluation.engine import run_steps
+from common.evaluation.audit.checks import Audit
+from common.evaluation.models import Victim
+from common.evaluation.runner import run_steps
 from common.evaluation.steps import Outcomes, Threat
-from common.evaluation.victim import Victim
-from common.validation import _check_audit
+from common.results.validation import _check_audit
 
 pytestmark = pytest.mark.filterwarnings("ignore:AutoAttack")
 THREAT = Threat("linf", 0.2)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import PGD
 from common.data.sources import Digits
-from common.evaluation.audit import Audit
-from common.evaluation.engine import run_steps
+from common.evaluation.audit.checks import Audit
+from common.evaluation.models import Victim
+from common.evaluation.runner import run_steps
 from common.evaluation.steps import Threat
-from common.evaluation.victim import Victim
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 THREAT = Threat("linf", 0.2)

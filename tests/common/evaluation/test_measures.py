@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks.pgd import PGD
-from common.evaluation.engine import run_steps
 from common.evaluation.measures import LocalSmoothness, Measure, cost, means, measure_steps
-from common.evaluation.victim import Victim
-from common.outcomes import checkpoint_entry
+from common.evaluation.models import Victim
+from common.evaluation.runner import run_steps
+from common.results.outcomes import checkpoint_entry
 
 
 class Linear(nn.Module):

@@ -16,19 +16,19 @@ from common.attacks.pgd import FGSM, PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.classifier import RobustClassifier
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.data.subset import subset
 from common.errors import ConfigurationError
 from common.evaluation import SuiteEntry, Transfer, check_suite, resolve_losses
-from common.evaluation.engine import run_steps
+from common.evaluation.runner import run_steps
 from common.evaluation.steps import Threat, judged
 from common.evaluation.suite import averaged, steps_of
 from common.networks.resnet import ResNet
 from common.objectives import AT
-from common.outcomes import checkpoint_entry, unpack_outcomes
-from common.results import read_result
-from common.trainer import Trainer
+from common.results.outcomes import checkpoint_entry, unpack_outcomes
+from common.results.store import read_result
 
 
 class Threshold(nn.Module):

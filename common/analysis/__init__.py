@@ -1,0 +1,1 @@
+"""Claims of a paper tested on results, with figures and costs."""

@@ -1,0 +1,482 @@
+"""The attack-side network: the same function as the model's, cheaper to differentiate by x.
+
+Nine tenths of adversarial training are forward and backward passes of a network that does not
+change meanwhile. For as long as an attack lasts, its convolutions are replaced by stand-ins with
+weights of their own: batch-norm folded in, another memory layout, or bfloat16. Everything else, the
+parameters, the modules' own methods and what the model's losses read of them, is left in place, and
+afterwards the model is what it was.
+"""
+
+import copy
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import NoneType
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from common.attacks.columns import ColumnsConv2d, has_matrix_units, suits
+from common.attacks.engine.folding import NORMS, Pair, foldable, folded_weights, has_hooks, places
+from common.attacks.engine.trials import aside
+from common.attacks.engine.winograd import WinogradConv2d, tiles_of, transformed
+from common.attacks.settings import Settings
+from common.errors import check_choice
+
+Precision = Literal["32", "bf16"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class AttackEngine(Settings):
+    """How the forward and backward passes of an attack are computed.
+
+    In float32 the results are those of the plain network up to rounding. In ``bf16`` some gradient
+    signs differ, one in twenty-five on an untrained ResNet-18: training follows another path, and
+    an evaluation has to confirm what it finds (:mod:`common.evaluation.confirm` does).
+
+    Args:
+        fold: Fold eval-mode batch-norm into the convolution before it, wherever the network's code
+            shows that this convolution feeds nothing else; the rest keeps its exact path.
+        channels_last: Keep the stand-ins' weights, and so the activations, in the layout ``NHWC``.
+        precision: ``32`` computes as the network would, in its own type or that of the trainer's
+            autocast; ``bf16`` keeps weights and activations
+            of the attack in bfloat16, pixels and losses in float32. It pays where the processor
+            has units for it.
+        compile: Compile the attack's passes in this mode; ``None`` does not. The first step then
+            takes from half a minute to several.
+        winograd: On a CPU, in float32 and float64, compute 3x3 convolutions of many channels with a
+            fraction of the multiplications (:mod:`common.attacks.engine.winograd`). It rounds up
+            to six times as much as a convolution does.
+
+    Raises:
+        ConfigurationError: For an unknown precision or mode.
+    """
+
+    def __init__(
+        self,
+        fold: bool = True,
+        channels_last: bool = True,
+        precision: Precision = "32",
+        compile: CompileMode | None = None,
+        winograd: bool = True,
+    ) -> None:
+        check_choice("precision of an attack engine", precision, Precision)
+        if compile is not None:
+            check_choice("compile", compile, CompileMode)
+        self.fold = fold
+        self.channels_last = channels_last
+        self.precision: Precision = precision
+        self.compile: CompileMode | None = compile
+        self.winograd = winograd
+        self._plans = _Plans()
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether what it finds has to be confirmed in float32."""
+        return self.precision != "32"
+
+    def in_float32(self) -> "AttackEngine":
+        """The same engine with nothing reduced; itself if nothing is."""
+        if not self.is_reduced:
+            return self
+        if self._plans.full is None:
+            self._plans.full = self.but(precision="32")
+        return self._plans.full
+
+    @contextmanager
+    def applied(self, model: nn.Module, x: Tensor) -> Iterator[None]:
+        """Let the model compute by the attack-side network until the end of the block.
+
+        Only input gradients are meant: parameters of the stand-ins have none.
+
+        Args:
+            model: Images to logits, in eval mode, parameters not requiring gradients. Its own
+                forward and every method that goes through its modules becomes fast. What lies
+                between a folded convolution and its batch-norm is scaled and shifted already,
+                and large 3x3 convolutions may have no ``weight`` to read.
+            x: Some images ``(N, C, H, W)``; the first two try out a network that is new.
+
+        Raises:
+            ValueError: If a batch-norm to be folded is in training mode.
+        """
+        plan = self._plan(model, x)
+        plan.refresh()
+        with plan.swapped(), self._reduced(x.device):
+            yield
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function computed in this engine's precision, with float32 results.
+
+        For code inside :meth:`applied` that switches autocast off, as AutoAttack's does.
+        """
+        if not self.is_reduced:
+            return function
+
+        def wrapped(x: Tensor, *args: Any) -> Any:
+            with self._reduced(x.device):
+                found = function(x, *args)
+            return tuple(map(_widened, found)) if isinstance(found, tuple) else _widened(found)
+
+        return wrapped
+
+    def folded(self, model: nn.Module, x: Tensor) -> int:
+        """How many batch-norms of a model this engine folds."""
+        return len(self._plan(model, x).pairs)
+
+    def __repr__(self) -> str:
+        """What it does."""
+        parts = [name for name in ("fold", "channels_last") if getattr(self, name)]
+        parts += ["winograd"] if self._is_winograd else []
+        parts += [self.precision, *([f"compile={self.compile}"] if self.compile else [])]
+        return f"AttackEngine({', '.join(parts)})"
+
+    @property
+    def _is_winograd(self) -> bool:
+        return self.winograd and not self.is_reduced
+
+    def _reduced(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16) if self.is_reduced else nullcontext()
+
+    def _plan(self, model: nn.Module, x: Tensor) -> "_Plan":
+        plan = self._plans.of.get(model)
+        if plan is None or not plan.fits():
+            pairs = _tried_out(model, x) if self.fold else []
+            plan = _Plan(model, pairs, self, tiles_of(model, x) if self._is_winograd else {})
+            norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+            _LOG.info("%s folds %d of %d batch-norms", self, len(pairs), norms)
+            self._plans.of[model] = plan
+        return plan
+
+
+class _Plans:
+    """Stand-ins by model: scratch memory that no copy and no file of an engine takes along."""
+
+    def __init__(self) -> None:
+        self.of: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
+        self.full: AttackEngine | None = None
+
+    def __deepcopy__(self, memo: Any) -> "_Plans":
+        return _Plans()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Plans, ()
+
+
+class _Plan:
+    """The stand-ins of one model."""
+
+    def __init__(
+        self, model: nn.Module, pairs: list[Pair], engine: AttackEngine, tiles: dict[int, int]
+    ) -> None:
+        self.pairs = pairs
+        self._dtype = torch.bfloat16 if engine.is_reduced else None
+        self._layout = torch.channels_last if engine.channels_last else torch.contiguous_format
+        paired = {id(pair.conv): pair for pair in pairs}
+        is_other = engine.channels_last or engine.is_reduced
+        self._sources: list[Pair | nn.Conv2d] = [
+            paired.get(id(module)) or module
+            for module in model.modules()
+            if type(module) is nn.Conv2d
+            and (
+                id(module) in paired
+                or ((is_other or id(module) in tiles) and not has_hooks(module))
+            )
+        ]
+        self._convs = [_stand_in(source, engine, tiles) for source in self._sources]
+        self._slots: list[tuple[weakref.ref[nn.Module], str, nn.Module, nn.Module]] = []
+        hung = [part for pair in pairs for part in pair]
+        hung += [source for source in self._sources if isinstance(source, nn.Conv2d)]
+        at = places(model, hung)
+        for source, conv in zip(self._sources, self._convs, strict=True):
+            original = source.conv if isinstance(source, Pair) else source
+            self._slot(at, original, conv)
+            if isinstance(source, Pair):
+                self._slot(at, source.norm, _PassThrough(source.norm))
+        self._compiled = _Compiled(model, engine.compile)
+        self._model = weakref.ref(model)
+        self._settings = _settings(model)
+
+    def _slot(self, at: Any, original: nn.Module, stand_in: nn.Module) -> None:
+        for parent, name in at[id(original)]:
+            self._slots.append((weakref.ref(parent), name, original, stand_in))
+
+    def fits(self) -> bool:
+        """Whether the model still has the modules it had, and these their settings and hooks."""
+        is_there = all(
+            (parent := ref()) is not None and parent._modules.get(name) is original
+            for ref, name, original, _ in self._slots
+        )
+        model = self._model()
+        return is_there and model is not None and _settings(model) == self._settings
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the stand-ins' weights up to date, in place.
+
+        Always: what is written through ``.data``, by weight perturbation or averaging, leaves no
+        trace in a tensor's version, and the price is a fraction of a pass.
+        """
+        for source, conv in zip(self._sources, self._convs, strict=True):
+            weight, bias = _weights(source)
+            self._put(conv, "bias", bias)
+            factors = _factors(conv, weight) if isinstance(conv, WinogradConv2d) else None
+            self._put(conv, "weight", weight if factors is None else None)
+            self._put(conv, "factors", factors)
+
+    def _put(self, conv: nn.Module, name: str, value: Tensor | None) -> None:
+        kept = conv._parameters.get(name)  # the update of the weights needs its memory in between
+        if value is None:
+            conv._parameters[name] = None
+            return
+        dtype = self._dtype or value.dtype
+        if kept is None or kept.device != value.device or kept.dtype != dtype:
+            layout = self._layout if value.ndim == 4 else torch.contiguous_format
+            empty = torch.empty(value.shape, dtype=dtype, device=value.device, memory_format=layout)
+            kept = nn.Parameter(empty, requires_grad=False)
+            conv._parameters[name] = kept
+        kept.copy_(value)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Hang the stand-ins in, and take them out again whatever happens."""
+        try:
+            for ref, name, _, stand_in in self._slots:
+                ref()._modules[name] = stand_in  # type: ignore[union-attr]  # checked by fits
+            with self._compiled.used():
+                yield
+        finally:
+            for ref, name, original, _ in self._slots:
+                if (parent := ref()) is not None:
+                    parent._modules[name] = original
+            if not self._compiled.is_used:  # whose graphs want the same memory every time
+                for conv in self._convs:
+                    conv._parameters.clear()
+
+
+class _PassThrough(nn.Identity):
+    """In the place of a folded norm, whose parameters and statistics can still be read."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_norm"] = norm  # not a child
+        self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_norm"], name)
+
+
+class _Compiled:
+    """The model's network compiled for attacks, beside how it is otherwise called."""
+
+    def __init__(self, model: nn.Module, mode: CompileMode | None) -> None:
+        net = getattr(model, "net", model)
+        self._net = weakref.ref(net)
+        self._call: Callable[..., Any] | None = None
+        if mode is not None:
+            call = torch.compile(_called(weakref.WeakMethod(net._call_impl)), mode=mode)
+            # CUDA graphs write over what they returned before.
+            self._call = call if mode == "default" else lambda *a, **k: _cloned(call(*a, **k))
+        self.is_used = self._call is not None
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        net = self._net()
+        if self._call is None or net is None:
+            yield
+            return
+        import torch._dynamo  # takes a second, which only compiling needs
+        import torch._functorch.config
+
+        before = net._compiled_call_impl
+        net._compiled_call_impl = self._call
+        try:
+            # Attacks that differentiate logit by logit go through one graph several times; and all
+            # networks of a process count as one function that is compiled again and again.
+            with (
+                torch._functorch.config.patch(donated_buffer=False),
+                torch._dynamo.config.patch(recompile_limit=64),
+            ):
+                yield
+        finally:
+            net._compiled_call_impl = before
+
+
+def _called(method: "weakref.WeakMethod[Any]") -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = method()
+        if bound is None:
+            raise ReferenceError("the compiled network is gone")
+        return bound(*args, **kwargs)
+
+    return call
+
+
+def _cloned(found: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, found)
+
+
+def _settings(model: nn.Module) -> list[Any]:
+    """What decides about the function of the modules, beside their tensors: flags, sizes, hooks."""
+    found: list[Any] = []
+    for module in model.modules():
+        plain = [
+            (name, value)
+            for name, value in vars(module).items()
+            if _is_plain(value) and name != "training" and not name.startswith("_")
+        ]
+        is_part = isinstance(module, (nn.Conv2d, nn.Sequential, *NORMS))  # what folding looks into
+        found.append((id(module), plain, list(module._parameters), is_part and has_hooks(module)))
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return type(value) in (bool, int, str, NoneType)
+
+
+def _check_mode(pair: Pair) -> None:
+    if pair.norm.training:
+        raise ValueError(
+            "a batch-norm to be folded is in training mode, where it is no affine map; call "
+            "model.eval() first, or attack without an engine"
+        )
+
+
+def _weights(source: Pair | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    if isinstance(source, nn.Conv2d):
+        return source.weight, source.bias
+    _check_mode(source)
+    return folded_weights(source)
+
+
+def _factors(conv: WinogradConv2d, weight: Tensor) -> Tensor | None:
+    """Of Winograd's convolution, where it is to be used."""
+    is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    if not is_there or torch.is_autocast_enabled("cpu"):
+        return None
+    return transformed(weight, conv.tile)
+
+
+def _stand_in(source: Pair | nn.Conv2d, engine: AttackEngine, tiles: dict[int, int]) -> nn.Conv2d:
+    """A convolution of the same geometry with weights to come."""
+    conv = source.conv if isinstance(source, Pair) else source
+    made = copy.copy(conv)
+    made._parameters = {}
+    if id(conv) in tiles:
+        made.__class__ = WinogradConv2d
+        made.tile = tiles[id(conv)]  # type: ignore[assignment]
+        made.is_contiguous = not engine.channels_last  # type: ignore[assignment]
+    elif engine.is_reduced and engine.channels_last and has_matrix_units() and suits(conv):
+        made.__class__ = ColumnsConv2d
+    return made.eval()
+
+
+def _widened(found: Any) -> Any:
+    return found.float() if isinstance(found, Tensor) and found.is_floating_point() else found
+
+
+def _tried_out(model: nn.Module, x: Tensor) -> list[Pair]:
+    """The pairs that can be folded; none where the logits then differ.
+
+    Forward methods are read by calling them with what is no tensor, which may leave traces in a
+    module and draw random numbers: so a copy is read, and another one is tried out.
+    """
+    if not any(isinstance(module, NORMS) for module in model.modules()):
+        return []
+    with aside(x.device):
+        try:
+            names = _pair_names(model)
+        except Exception as error:  # of a forward method, or of what cannot be copied
+            _LOG.warning(
+                "attacks use %s as it is: what could be folded was not found (%s: %s)",
+                type(model).__name__, type(error).__name__, error,
+            )  # fmt: skip
+            return []
+        pairs = _pairs(model, names)
+        for pair in pairs:
+            _check_mode(pair)
+        if pairs and not _is_equal(model, names, x[:2]):
+            return []
+    return pairs
+
+
+def _pair_names(model: nn.Module) -> list[tuple[str, str]]:
+    """The names of convolutions and their norms, read off a copy."""
+    read = copy.deepcopy(model)
+    names = {id(module): name for name, module in read.named_modules()}
+    return [(names[id(conv)], names[id(norm)]) for conv, norm in foldable(read)]
+
+
+def _pairs(model: nn.Module, names: list[tuple[str, str]]) -> list[Pair]:
+    of = model.get_submodule
+    return [Pair(cast(nn.Conv2d, of(conv)), of(norm)) for conv, norm in names]
+
+
+def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool:
+    """Whether folding leaves what the network returns as it is, tried out on a copy.
+
+    Statistics and scales of a fresh network are zeros and ones, which would hide an error, so the
+    copy's are other numbers. Forward passes that draw must draw the same.
+    """
+    kind = type(model).__name__
+    try:
+        trial = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(0)
+        for module in trial.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                _scatter(module, generator)
+        plainly = AttackEngine(channels_last=False, winograd=False)
+        plan = _Plan(trial, _pairs(trial, names), plainly, {})
+        torch.manual_seed(0)
+        wanted = trial(x.clone())
+        plan.refresh()
+        torch.manual_seed(0)
+        with plan.swapped():
+            got = trial(x.clone())
+    except Exception as error:  # of anybody's forward method
+        _LOG.warning(
+            "attacks use %s as it is: folding could not be tried out (%s: %s)",
+            kind, type(error).__name__, error,
+        )  # fmt: skip
+        return False
+    pairs = [*zip(_tensors(wanted), _tensors(got), strict=True)]
+    is_equal = bool(pairs) and all(_is_close(one, other) for one, other in pairs)
+    if not is_equal:
+        _LOG.warning(
+            "attacks use %s as it is: with its batch-norms folded it computes something else", kind
+        )
+    return is_equal
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    """Those in what a network returns: logits, or a structure of logits and features."""
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+def _is_close(wanted: Tensor, got: Tensor) -> bool:
+    if not wanted.is_floating_point():
+        return torch.equal(wanted, got)
+    largest = wanted.abs().max().clamp_min(1e-6)
+    return bool(torch.isfinite(wanted).all() and (wanted - got).abs().max() < 1e-3 * largest)
+
+
+def _scatter(norm: Any, generator: torch.Generator) -> None:
+    for tensor, low, high in (
+        (norm.running_mean, -0.3, 0.3),
+        (norm.running_var, 0.5, 1.5),
+        (norm.weight, 0.5, 1.5),
+        (norm.bias, -0.3, 0.3),
+    ):
+        if tensor is not None:
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.copy_(low + (high - low) * noise)

@@ -1,0 +1,1 @@
+"""The command line: configurations, runs, trainers and their messages."""

@@ -1,0 +1,359 @@
+"""The command line of every paper: LightningCLI with one file per experiment.
+
+``python -m paper_x fit|validate|test|predict|reproduce --config experiment.yaml``
+"""
+
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from filelock import FileLock
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from common.callbacks.adversarial_training import AdversarialTraining
+from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
+from common.callbacks.monitoring import Monitoring
+from common.callbacks.predictions import PredictionWriter
+from common.callbacks.robust_evaluation import RobustEvaluation
+from common.callbacks.warm_start import WarmStart
+from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
+from common.checkpoints import load_checkpoint
+from common.classifier import RobustClassifier
+from common.cli.messages import confirmed, one_line
+from common.cli.parser import (
+    TENSORBOARD,
+    UserFriendlyParser,
+    check_config_files,
+    check_limits,
+    check_seed,
+    class_paths,
+    decisive,
+    explain,
+    fill_from_data,
+    plain_digest,
+    protocol_digest,
+    refusal,
+    tensorboard_in,
+)
+from common.cli.runs import check_is_ours, latest_of, lock, set_aside_if_other
+from common.cli.trainer import NAMED, Trainer
+from common.data.images import ImageDataModule
+from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
+from common.evaluation.presets import check_overlays, fill_threat, threat_of
+from common.files import remove_leftovers, write_sealed_yaml
+from common.limits import check_name
+from common.parsing import check_named
+from common.results.identity import (
+    check_evaluated,
+    check_package,
+    contents,
+    settings_in,
+)
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BASE = str(CONFIGS / "base.yaml")
+TRAINING = ("fit", "reproduce")
+# Callbacks with arguments that follow from the command: nobody can give another value.
+FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
+    (RobustEvaluation, "evaluation", {"experiment", "paper", "config_digest", "protocol"}),
+    (Monitoring, "monitoring", {"hyperparameters"}),
+    (SelectedCheckpoint, "checkpoint", {"dirpath"}),
+)
+
+
+class RobustCLI(LightningCLI):
+    """LightningCLI that knows experiments: their names, run directories and data."""
+
+    config: Namespace
+
+    def __init__(self, package: str, args: Sequence[str] | None = None, run: bool = True) -> None:
+        self.package = package
+        self.lock: FileLock | None = None
+        given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        check_config_files(given)
+        if given and given[0] in self.subcommands():  # one parser instead of five saves a second
+            only = {given[0]: self.subcommands()[given[0]]}
+            self.__dict__["subcommands"] = lambda: only
+        defaults: dict[str, Any] = {"default_config_files": [BASE], "allow_abbrev": False}
+        try:
+            super().__init__(
+                RobustClassifier,
+                ImageDataModule,
+                save_config_callback=SaveTrainingConfig,
+                save_config_kwargs={"overwrite": True},
+                trainer_class=Trainer,
+                seed_everything_default=0,
+                parser_class=UserFriendlyParser,
+                parser_kwargs={"allow_abbrev": False} | dict.fromkeys(self.subcommands(), defaults)
+                if run
+                else defaults,
+                subclass_mode_model=True,
+                args=None if args is None else list(args),
+                run=run,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's four, and ``reproduce``: fit, then test what came of it."""
+        lightnings = LightningCLI.subcommands()
+        skipped = {name: skip | {"weights_only"} for name, skip in lightnings.items()}
+        return {**skipped, "reproduce": {"model", "datamodule"}}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed is a number, and always stated: what is drawn at random cannot be repeated."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="of weights, order, augmentation and attacks; a whole number of at least 0",
+        )
+
+    def _set_seed(self) -> None:
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The adversary, evaluation and the rest each get a section of their own."""
+        parser.add_argument(
+            "--experiment",
+            type=str | None,
+            default=None,
+            help="name of the experiment; by default the stem of the first --config",
+        )
+        parser.add_argument(
+            "--runs", type=str, default="runs", help="folder of all run directories"
+        )
+        parser.add_lightning_class_args(WarmStart, "warm_start")
+        parser.add_lightning_class_args(AdversarialTraining, "adversary")
+        parser.add_lightning_class_args(AdversarialWeightPerturbation, "weight_perturbation")
+        for kind, section, filled_in in FILLED_IN:
+            parser.callback_keys.append(section)
+            parser.add_class_arguments(
+                kind, section, fail_untyped=False, sub_configs=True, skip=filled_in
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the precedence of files and options over a checkpoint's stored settings."""
+
+    # ---- between parsing and instantiation ---------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Fill in what follows from something else: names, folders, class counts."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        check_named(config)
+        config.experiment = config.experiment or self._experiment_name(config)
+        check_name(config.experiment, "the experiment (--experiment, or the stem of its file)")
+        fill_from_data(config)
+        self._go_on_if_requeued(config)
+        threat = threat_of(config.evaluation, config.adversary)
+        check_overlays(map(str, config.get("config") or []), threat)
+        for section in (config.evaluation.suite, config.evaluation.validation):
+            fill_threat(section, threat, has_defaults=True)
+        plain = self._plain(config)
+        if self.subcommand in TRAINING:
+            check_limits(plain["trainer"])
+        check_package(
+            self.package, set(class_paths(plain)), list(map(str, config.get("config") or []))
+        )
+        self.settings = {
+            **{"package": self.package, "experiment": config.experiment},
+            **decisive(plain),
+        }
+        if self.subcommand:
+            if self.subcommand in TRAINING:
+                self.settings["files"] = contents(self.settings, self._base(config))
+            run = self._run_directory(config)
+            config.trainer.default_root_dir = str(run)
+            if config.trainer.logger in (None, True):
+                config.trainer.logger = tensorboard_in(run)
+        self.plain = plain
+
+    def _plain(self, config: Namespace) -> dict[str, Any]:
+        """The configuration as plain values."""
+        parser = self._parser(self.subcommand)
+        text = parser.dump(config, skip_validation=True, skip_none=False, format="json")
+        plain: dict[str, Any] = json.loads(text)
+        return plain
+
+    @staticmethod
+    def _experiment_name(config: Namespace) -> str:
+        for path in config.get("config") or []:
+            resolved = Path(str(path)).resolve()
+            if resolved.parent != CONFIGS:
+                return resolved.stem
+        return "unnamed"
+
+    def _go_on_if_requeued(self, config: Namespace) -> None:
+        """A job that SLURM runs again goes on with its run; ``fit`` would begin a new one."""
+        is_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        if self.subcommand != "fit" or config.get("ckpt_path") is not None or not is_again:
+            return
+        base = self._base(config)
+        _, latest = latest_of(base)
+        if (latest / "checkpoints" / "last.ckpt").exists():
+            config.ckpt_path = "last"
+
+    def _base(self, config: Namespace) -> Path:
+        """The directory of the experiment's first run."""
+        if config.trainer.default_root_dir is not None:
+            return Path(config.trainer.default_root_dir)
+        return Path(config.runs, self.package, config.experiment, f"seed{config.seed_everything}")
+
+    def _run_directory(self, config: Namespace) -> Path:
+        """Where this run writes, locked against a second one.
+
+        ``fit`` never touches an earlier run: it takes the next free ``seed0-v1``. ``reproduce``
+        goes on with ``seed0`` if that was made with the same settings, and moves it aside if not.
+        """
+        base = self._base(config)
+        number, latest = latest_of(base)
+        checkpoint = config.get("ckpt_path")
+        is_given = config.trainer.default_root_dir is not None
+        is_of_run = checkpoint and Path(checkpoint).parent.name == "checkpoints" and not is_given
+        if self.subcommand not in TRAINING:
+            if is_of_run:
+                return Path(checkpoint).parent.parent
+            return latest
+        run = base
+        if self.subcommand == "fit":
+            if checkpoint in NAMED:
+                run = latest
+            elif is_of_run:
+                run = Path(checkpoint).parent.parent
+            elif (base / "checkpoints" / "last.ckpt").exists():
+                run = base.with_name(f"{base.name}-v{number + 1}")
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return Path(os.environ.get("RUN_DIRECTORY", run))
+        os.environ["RUN_DIRECTORY"] = str(run)  # ranks started by this process follow it
+        if config.trainer.fast_dev_run:
+            return run
+        check_is_ours(run)
+        if self.subcommand == "fit":
+            self.lock = lock(run)
+        else:  # an interrupted make leaves its rows running: the next one waits for them
+            self.lock = lock(run, timeout=-1)
+            set_aside_if_other(run, self.settings, is_given)
+        remove_leftovers(run)
+        return run
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a value some class refuses is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if one_line(error) is not None:
+                raise
+            raise ConfigurationError(refusal(error, explain(str(error)))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks that every run has."""
+        config = self._get(self.config_init, "trainer", default={})
+        extra: list[Callback] = [PredictionWriter()]
+        if config.get("enable_progress_bar") is not False:
+            extra.append(RichProgressBar())
+        if config.get("logger") and not config.get("fast_dev_run"):
+            extra.append(LearningRateMonitor(logging_interval="step"))
+        if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
+            saving = self._get(self.config_init, "checkpoint")
+            saving.dirpath = os.path.realpath(Path(config.default_root_dir or ".", "checkpoints"))
+            extra.append(LastCheckpoint(saving.dirpath, saving.every_n_steps))
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
+        trainer = cast(Trainer, super().instantiate_trainer(**kwargs))
+        trainer.settings = self.settings
+        evaluation = self._get(self.config_init, "evaluation")
+        evaluation.experiment, evaluation.paper = self.settings["experiment"], self.package
+        evaluation.config_digest = plain_digest(self.settings)
+        evaluation.protocol = protocol_digest(self.plain)
+        self._get(self.config_init, "monitoring").hyperparameters = {
+            key: self.plain[key] for key in ("experiment", "seed_everything", "model", "adversary")
+        }
+        return trainer
+
+
+class SaveTrainingConfig(SaveConfigCallback):
+    """Saves ``config.yaml`` for training only; testing would overwrite what it was trained with."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Nothing yet: only when training begins is it known that it may go on like this."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write the file on rank zero."""
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        config = self.config.clone()
+        # The file describes the experiment; where this run happened to write is not part of it.
+        config.pop("ckpt_path", None)
+        config.update(None, "trainer.default_root_dir")
+        logger = config.trainer.logger  # one, a list of them, or a truth value
+        if isinstance(logger, Namespace) and logger.class_path == TENSORBOARD:
+            config.update(None, "trainer.logger")
+        # By way of JSON: YAML knows no enumerations, and Lightning has them among its defaults.
+        text = self.parser.dump(config, skip_none=False, skip_validation=True, format="json")
+        text = yaml.safe_dump(json.loads(text), sort_keys=False)
+        write_sealed_yaml(Path(trainer.default_root_dir) / "config.yaml", text)
+        self.already_saved = True
+
+
+def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifier, ImageDataModule]:
+    """Rebuild a finished run from its directory.
+
+    Args:
+        run: A directory with ``config.yaml`` and ``checkpoints``.
+        checkpoint: ``last`` or ``selected``.
+
+    Returns:
+        The classifier in evaluation mode with the checkpoint's weights, and its data module.
+
+    Raises:
+        RunDirectoryError: If there is no run.
+        CheckpointError: If the checkpoint is missing, damaged or of other settings.
+    """
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise RunDirectoryError(f"{run} holds no run (no config.yaml); train it first")
+    path = run / "checkpoints" / f"{checkpoint}.ckpt"
+    found = load_checkpoint(path)
+    made = settings_in(found, path)
+    package = made.get("package")
+    if not isinstance(package, str):
+        raise CheckpointError(f"the settings in the checkpoint {path} name no package")
+    arguments = ["--config", str(run / "config.yaml"), "--trainer.logger", "false"]
+    cli = RobustCLI(package=package, args=arguments, run=False)
+    check_evaluated(made, cli.settings, path)
+    cli.model.load_state_dict(found["state_dict"])
+    return cli.model.eval(), cli.datamodule
+
+
+def main(args: Sequence[str] | None = None, package: str = "common") -> None:
+    """Run one subcommand; what the user can mend is one line and exit status 2, else the result."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch 2.15
+    try:
+        cli = RobustCLI(package=package, args=args)
+        if cli.trainer.is_global_zero and cli.subcommand is not None:
+            print(confirmed(cli.trainer, cli.subcommand), flush=True)
+    except SIGTERMException as stop:  # Lightning's own status would be 0
+        raise SystemExit(stop.code or 128 + signal.SIGTERM) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from (None if isinstance(error, UserError) else error)

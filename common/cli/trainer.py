@@ -1,0 +1,256 @@
+"""Lightning's trainer with one more entry point: everything behind a row of a table."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+import common.strategy  # noqa: F401  (registers the device-invariant ddp)
+from common.callbacks.resuming import Resuming, SignalConnector, StoppedBySignal
+from common.checkpoints import SealedCheckpointIO, load_checkpoint
+from common.errors import ConfigurationError, RunDirectoryError, UserError
+from common.files import WatchedFolder
+from common.results.identity import Settings, check_evaluated, check_resumed, settings_in
+
+NAMED = ("last", "selected", "best")
+"""What ``--ckpt_path`` may say instead of a file; ``best`` is what was selected."""
+HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """Makes up for what was due when a checkpoint was written within an epoch.
+
+    Lightning would go on with the next batch: a validation that the run was killed in would never
+    happen, and a run that was asked to stop would not.
+    """
+
+    stops_again = False
+    """Whether the run was asked to stop when the checkpoint was written."""
+    has_made_up = False
+    """Whether the next batch is the first one after the checkpoint, though not the first step."""
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        """Train on a batch, unless the last one still waits for its validation."""
+        if self.restarting and self.restarted_on_train_batch_end:
+            self.trainer.should_stop |= self.stops_again
+            if self.trainer.should_stop or self._should_check_val_fx(data_fetcher):
+                self.val_loop.restarting = False
+                if not self._should_accumulate():
+                    self._batches_that_stepped -= 1  # reset() has counted the end of this batch
+                self.has_made_up = True
+                return
+        super().advance(data_fetcher)
+        self.has_made_up = False
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Nothing: Resuming does it at the end of a batch, where every rank can still save."""
+
+
+class Trainer(pl.Trainer):
+    """Checks checkpoints before it uses them, can be stopped anywhere, and can reproduce a row.
+
+    Takes the arguments of Lightning's trainer.
+    """
+
+    settings: Settings | None = None
+    """What the run is made with (:mod:`common.results.identity`); the command line fills it in."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.resumed_from: str | None = None
+        self._folder: WatchedFolder | None = None
+        if self.precision in HALF:
+            raise ConfigurationError(
+                f"trainer.precision is {self.precision}: weights and images in half precision are "
+                "not supported, because attacks and robust accuracy need more; use bf16-mixed or "
+                "32-true"
+            )
+        self.callbacks.insert(0, Resuming())  # type: ignore[attr-defined]  # set by a connector
+        self._signal_connector = self._connector = SignalConnector(self)
+        loop = self.fit_loop.epoch_loop
+        self.fit_loop.epoch_loop = EpochLoop(self, loop.min_steps, loop.max_steps)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = SealedCheckpointIO()
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = True,
+    ) -> None:
+        """Train; with ``--ckpt_path last`` go on where an interrupted run stopped."""
+        # Lightning sets its own ckpt_path only after the callbacks' setup, which needs to know.
+        self.resumed_from = self._checked(ckpt_path, check_resumed)
+        try:
+            super().fit(
+                model,
+                train_dataloaders,
+                val_dataloaders,
+                datamodule,
+                ckpt_path=self.resumed_from,
+                weights_only=weights_only,
+            )
+        except SIGTERMException as stop:
+            self._connector.requeue()
+            raise StoppedBySignal(getattr(stop, "number", self._connector.number)) from None
+        if self._connector.is_asked:  # after the last batch; what comes next was not wanted
+            raise StoppedBySignal(self._connector.number)
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = True,
+    ) -> Any:
+        """Measure clean and robust accuracy on the validation split."""
+        path = self._to_evaluate(ckpt_path)
+        return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = True,
+    ) -> Any:
+        """Run the attack suite on the test split and file the results."""
+        path = self._to_evaluate(ckpt_path)
+        return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = True,
+    ) -> Any:
+        """Write the class probabilities of the test split to predictions.csv."""
+        path = self._to_evaluate(ckpt_path)
+        return super().predict(
+            model, dataloaders, datamodule, return_predictions, path, weights_only
+        )
+
+    def reproduce(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Train, or go on where a killed run stopped; then test its two checkpoints."""
+        self.is_reproducing = True  # what goes into a table makes no allowances
+        folder = Path(self.default_root_dir) / "checkpoints"
+        last = folder / "last.ckpt"
+        self.fit(model, datamodule=datamodule, ckpt_path=str(last) if last.exists() else None)
+        for name in ("last", "selected"):
+            if self.strategy.broadcast((folder / f"{name}.ckpt").exists()):
+                self.test(model, datamodule=datamodule, ckpt_path=str(folder / f"{name}.ckpt"))
+
+    def save_checkpoint(
+        self,
+        filepath: str | Path,
+        weights_only: bool | None = None,
+        storage_options: Any | None = None,
+    ) -> None:
+        """Write a checkpoint; what keeps one rank from it is told to all.
+
+        Raises:
+            RunDirectoryError: If it cannot be written; the one before it is kept.
+        """
+        checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
+        problem = None
+        try:
+            self._check_folder()
+            self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        except UserError as error:
+            problem = str(error)
+        problem = self.strategy.broadcast(problem)
+        if problem is not None:
+            raise RunDirectoryError(problem)
+
+    def _run(
+        self,
+        model: LightningModule,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Go where the first rank goes; its view of the run directory decides for all.
+
+        Ranks that torchrun or SLURM start look at the directory at different times, the first one
+        having written to it or not.
+        """
+        if self.world_size > 1:
+            self.strategy.setup_environment()
+            path = None if ckpt_path is None else str(ckpt_path)
+            agreed = self.strategy.broadcast((str(self.default_root_dir), path, self.resumed_from))
+            self._default_root_dir, ckpt_path, self.resumed_from = agreed
+        if self.is_global_zero and Path(self.default_root_dir).is_dir():
+            self._folder = WatchedFolder(self.default_root_dir)
+        try:
+            found = super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+            self._check_folder()
+            return found
+        except OSError:
+            self._check_folder()
+            raise
+        except KeyboardInterrupt:  # before there are handlers; Lightning's own status would be 1
+            raise StoppedBySignal(signal.SIGINT) from None
+        except SIGTERMException:
+            raise
+        except SystemExit as stop:
+            raise UserError(
+                f"something in the experiment ended the process (exit status {stop.code}) before "
+                "the run was finished; the last checkpoint is kept. Find what calls sys.exit"
+            ) from stop
+        finally:
+            if self._folder is not None:
+                self._folder.close()
+                self._folder = None
+
+    def _check_folder(self) -> None:
+        if self._folder is not None and not self._folder.is_there():
+            raise RunDirectoryError(
+                f"{self._folder.path} was deleted or moved while this run wrote to it (epoch "
+                f"{self.current_epoch}, step {self.global_step}): its configuration, checkpoints "
+                "and logs so far are not there. If it was moved, move it back and go on from its "
+                "last checkpoint; if it was deleted, run the same command again"
+            )
+
+    def _to_evaluate(self, ckpt_path: str | Path | None) -> str | None:
+        """As ``_checked``; what is evaluated is the file's weights, averaged if it holds those.
+
+        Right after ``fit`` Lightning's averaging callback would swap in the raw ones.
+        """
+        if ckpt_path is not None:
+            for callback in self.callbacks:  # type: ignore[attr-defined]  # set by a connector
+                if isinstance(callback, WeightAveraging):
+                    callback._average_model = None
+        return self._checked(ckpt_path, check_evaluated)
+
+    def _checked(
+        self, ckpt_path: str | Path | None, check: Callable[[Settings, Settings, Path], None]
+    ) -> str | None:
+        """The checkpoint's full path, once it is known to be there and of the same settings."""
+        if ckpt_path is None:
+            return None
+        path = Path(ckpt_path)
+        if ckpt_path in NAMED:
+            name = "selected" if ckpt_path == "best" else ckpt_path
+            path = Path(self.default_root_dir) / "checkpoints" / f"{name}.ckpt"
+        if self.is_global_zero:  # the others are told which it is
+            checkpoint = load_checkpoint(path)
+            if self.settings is not None:
+                check(settings_in(checkpoint, path), self.settings, path)
+        return str(path)

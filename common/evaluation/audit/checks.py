@@ -1,0 +1,366 @@
+"""Checks for gradient masking: whether robustness may be an artefact of attacks that fail.
+
+The checks are those that Carlini et al. 2019 ("On evaluating adversarial robustness") ask of every
+evaluation, and by which Athalye, Carlini & Wagner 2018 ("Obfuscated gradients"), Uesato et al. 2018
+("Adversarial risk and the dangers of evaluating against weak attacks") and Tramèr et al. 2020 ("On
+adaptive attacks") found defences broken. Passing them does not prove robustness; failing one means
+that accuracies under attack may be too high.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.attacks.autoattack import AutoAttack
+from common.attacks.decision import DecisionBased
+from common.attacks.losses import classify, cross_entropy
+from common.attacks.pgd import FGSM, PGD, LossFn
+from common.attacks.randomness import ExampleRandom
+from common.errors import ConfigurationError
+from common.evaluation.audit import verdicts
+from common.evaluation.audit.distillation import DistilledTransfer
+from common.evaluation.audit.gradients import anchored, straight_through, undetached
+from common.evaluation.audit.memory import MemoryProbe
+from common.evaluation.audit.probes import DIRECTIONS, FINE_STEP, diameter, forward, gradients
+from common.evaluation.saturation import decided
+from common.evaluation.steps import Columns, Outcomes, Step, Threat, is_wrong, judged
+from common.evaluation.suite import resolve_losses
+from common.evaluation.transfer import Transfer
+from common.objectives import Batch, InnerLoss
+from common.results.schema import AuditResult
+
+AuditReport = AuditResult
+Run = Callable[[Any, Batch, ExampleRandom], Columns]
+
+SCALES = {"scale=0.1": 0.1, "scale=1": 1.0, "margin=1": None}
+TARGETS = 9  # classes, as many as AutoAttack aims at
+
+
+class Audit:
+    """What a sceptical reader would try on a robust model, and whether it changes the figures.
+
+    Attacks run on the examples that are right without one. Where a model declares several losses,
+    an example is broken if climbing any of them breaks it. By default an example costs about 1,200
+    forward and backward passes per loss and up to 2,700 forward passes: for 200 small images and a
+    small network twenty to thirty seconds on one core, for a ResNet a few minutes on a GPU.
+
+    Args:
+        examples: So many of the split, of all classes in proportion.
+        losses: Patterns over the losses that the model declares; by default ``ce_*``.
+        steps: Of the attacks that others are compared with.
+        restarts: How many are many.
+        square_queries: Queries of the black-box attack (Square, Andriushchenko et al. 2020).
+        random_samples: Points per example of the random search.
+        decision_queries: Labels per example of the decision-based attack (RayS, HopSkipJump). It
+            runs on what withstood all other attacks within the threat model.
+        max_eps: Where accuracy has to be at chance; by default the whole box.
+        transfer: A surrogate for transfer attacks: a checkpoint of a run, or a network. ``None``
+            distils one from the model's labels for the images of the audit.
+
+    Raises:
+        ConfigurationError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        examples: int = 200,
+        losses: list[str] | None = None,
+        steps: int = 40,
+        restarts: int = 10,
+        square_queries: int = 1000,
+        random_samples: int = 500,
+        decision_queries: int = 1000,
+        max_eps: float | None = None,
+        transfer: str | nn.Module | None = None,
+    ) -> None:
+        numbers = {"examples": examples, "steps": steps, "restarts": restarts}
+        numbers |= {"square_queries": square_queries, "random_samples": random_samples}
+        numbers |= {"decision_queries": decision_queries}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ConfigurationError(f"the audit's {name} must be at least 1, got {number}")
+        self.examples = examples
+        self.losses = losses or ["ce_*"]
+        self.iterations = steps
+        self.restarts = restarts
+        self.square_queries = square_queries
+        self.random_samples = random_samples
+        self.decision_queries = decision_queries
+        self.max_eps = max_eps
+        self.transfer = transfer
+
+    def steps(self, model: Any, threat: Threat, num_classes: int) -> list[Step]:
+        """Attacks and measurements, for :func:`common.evaluation.runner.run_steps`."""
+        losses = resolve_losses(self.losses, model)
+        return list(self._steps(losses, threat, num_classes, MemoryProbe(model, threat)))
+
+    def _steps(
+        self,
+        losses: Mapping[str, InnerLoss],
+        threat: Threat,
+        num_classes: int,
+        memory: MemoryProbe,
+    ) -> Iterator[Step]:
+        eps, norm, steps = threat.radius, threat.norm, self.iterations
+
+        def step(key: str, run: Run, settings: Mapping[str, Any], **given: Any) -> Step:
+            fields: dict[str, Any] = {"threat": threat, "examples": self.examples} | given
+            whole = {"norm": norm, "eps": eps, "losses": list(losses), "num_classes": num_classes}
+            return Step(key, key.split("/")[0], run, whole | dict(settings), **fields)
+
+        def ascent(key: str, attack: PGD, path: str = "default", **given: Any) -> Step:
+            run = partial(_ascent, attack, losses, path, given.get("threat", threat))
+            return step(key, run, attack.settings() | {"path": path}, **given)
+
+        plain = PGD(eps, steps=steps, norm=norm)
+        yield ascent("audit_fgsm", FGSM(eps, norm=norm))
+        for count in self._counts():
+            yield ascent(f"audit_steps/steps={count}", plain.but(steps=count))
+        settings: dict[str, Any] = plain.settings() | {"targets": TARGETS}
+        run = partial(_targeted, plain, threat)
+        yield step("audit_steps/targeted", run, settings, cumulative=True)
+        yield step(
+            "audit_restarts",
+            partial(_restarted, plain, self.restarts, losses, threat),
+            plain.settings() | {"runs": self.restarts},
+        )
+        for path in ("default", "undetached", "straight_through"):
+            yield ascent(f"audit_path/{path}", plain, path)
+        for name, scale in SCALES.items():
+            run = partial(_rescaled, plain, scale, threat)
+            yield step(f"audit_scale/{name}", run, plain.settings() | {"scale": scale})
+        for radius in self._radii(threat):
+            ball = Threat(norm, radius)
+            yield ascent(
+                f"audit_eps/eps={radius:.6g}",
+                plain.but(eps=radius),
+                threat=ball,
+                cumulative=True,
+                at={"eps": radius},
+            )
+        settings = {"samples": self.random_samples}
+        yield step("audit_random", partial(_random_search, self.random_samples, threat), settings)
+        square = AutoAttack(eps, norm, "custom", ["square"], square_queries=self.square_queries)
+        yield step("audit_square", partial(_square, square, threat), square.settings())
+        transfer: DistilledTransfer | Transfer = DistilledTransfer(plain)
+        given: dict[str, Any] = {"batch_size": self.examples}  # it is distilled from all examples
+        if self.transfer is not None:
+            transfer = Transfer(plain, self.transfer)
+            given = {"networks": (transfer.network,)}
+        yield step("audit_transfer", transfer.run, transfer.settings(), **given)
+        decision = DecisionBased(eps, norm, self.decision_queries)
+        yield step(
+            "audit_decision", partial(decided, decision), decision.settings(), scope="standing"
+        )
+        probe: dict[str, Any] = {"kind": "probe", "scope": "all", "threat": None}
+        measure = partial(gradients, losses, threat)
+        settings = {"h": FINE_STEP, "directions": DIRECTIONS}
+        yield step("audit_gradients", measure, settings, **probe)
+        yield step("audit_forward", forward, {}, **probe)
+        yield step("audit_memory", memory, {}, **probe)
+
+    def _counts(self) -> list[int]:
+        """Numbers of steps, increasing."""
+        steps = self.iterations
+        return sorted({1, max(steps // 4, 1), steps, 5 * steps})
+
+    def _radii(self, threat: Threat) -> list[float]:
+        """Radii from that of the threat model to the whole box, doubling."""
+        # No image has a larger diameter than one of 512 x 512 x 3 pixels; see _ascent for others.
+        diameter = {"linf": 1.0, "l2": 887.0, "l1": 786432.0}[threat.norm]
+        last = max(self.max_eps or diameter, threat.radius)
+        radii = [threat.radius]
+        while radii[-1] < last:
+            radii.append(min(max(2.0 * radii[-1], last / 2**20), last))
+        return radii
+
+    def report(self, outcomes: Outcomes, num_classes: int) -> AuditReport:
+        """Questions, numbers and verdicts.
+
+        Args:
+            outcomes: Of a run of :meth:`steps`.
+            num_classes: K; chance is 1/K, or what the most frequent label alone gets right.
+        """
+        return verdicts.report(outcomes, num_classes, self.restarts)
+
+
+# ------------------------------------------------------------------------------- attacks in a ball
+
+
+def _ascent(
+    attack: PGD,
+    losses: Mapping[str, InnerLoss],
+    path: str,
+    threat: Threat,
+    model: Any,
+    batch: Batch,
+    random: ExampleRandom,
+) -> Columns:
+    """The strongest of an ascent of each loss; ``ran`` is false where a path has no backward."""
+    x, y = batch["x"], batch["y"]
+    whole = diameter(threat, x)
+    if attack.eps >= 2.0 * whole:  # half the radius has been the whole box already
+        return judged(model, batch, x, threat)
+    if attack.eps > whole:
+        attack = attack.but(eps=whole)
+    wrong = partial(is_wrong, model, y)
+    ran = torch.ones(len(y), dtype=torch.bool)
+    idle = torch.ones(len(y), dtype=torch.bool, device=x.device)
+    found = []
+    for inner in losses.values():
+        loss = anchored(_through(path, model, inner(model, batch)))
+        try:
+            found.append(attack(loss, x, random, is_adversarial=wrong))
+            idle &= attack.idle if attack.idle is not None else idle
+        except Exception as error:  # whatever a foreign model raises that is run in another way
+            if path == "default" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            ran[:] = False
+            found.append(x)
+    columns = judged(model, batch, _strongest(model, y, found), threat, idle=idle)
+    return columns | ({} if path == "default" else {"ran": ran})
+
+
+def _restarted(
+    attack: PGD,
+    restarts: int,
+    losses: Mapping[str, InnerLoss],
+    threat: Threat,
+    model: Any,
+    batch: Batch,
+    random: ExampleRandom,
+) -> Columns:
+    """Ascents from so many starts; ``restart`` is the number of the first that succeeded, from 1.
+
+    An example that none has broken has the number ``restarts + 1``.
+    """
+    x, y = batch["x"], batch["y"]
+    first = torch.full((len(y),), restarts + 1.0, device=x.device)
+    best = x
+    for run in range(1, restarts + 1):
+        columns = _ascent(attack, losses, "default", threat, model, batch, random)
+        fell = ~columns["correct"] & (first > restarts)
+        first = first.masked_fill(fell, run)
+        best = torch.where(_per_example(fell, x), columns["x_adv"], best)
+        if bool((first <= restarts).all()):
+            break
+    return judged(model, batch, best, threat) | {"restart": first}
+
+
+def _per_example(flags: Tensor, x: Tensor) -> Tensor:
+    return flags.view(-1, *[1] * (x.ndim - 1))
+
+
+def _through(path: str, model: Any, loss_fn: LossFn) -> LossFn:
+    """The loss with gradients through what the model cuts; the second path also undoes steps."""
+
+    def loss(x: Tensor) -> Tensor:
+        with ExitStack() as around:
+            around.enter_context(undetached())
+            if path == "straight_through":
+                around.enter_context(straight_through(model))
+            return loss_fn(x.clone())
+
+    return loss_fn if path == "default" else loss
+
+
+def _strongest(model: Any, y: Tensor, found: list[Tensor]) -> Tensor:
+    """Of several images per example a misclassified one if there is one, then by loss."""
+    if len(found) == 1:
+        return found[0]
+    with torch.no_grad():
+        logits = [model(x_adv) for x_adv in found]
+    loss = torch.stack([cross_entropy(z, y).nan_to_num(0.0) for z in logits])
+    wrong = torch.stack([classify(z) != y for z in logits])
+    best = loss.masked_fill(~wrong & wrong.any(dim=0), -torch.inf).argmax(dim=0)
+    return torch.stack(found)[best, torch.arange(len(y), device=best.device)]
+
+
+def _rescaled(
+    attack: PGD,
+    scale: float | None,
+    threat: Threat,
+    model: Any,
+    batch: Batch,
+    random: ExampleRandom,
+) -> Columns:
+    """Ascent of the cross-entropy of scaled logits; no scale lowers clean margins to at most 1."""
+    y = batch["y"]
+    factor: Tensor | float = 1.0 if scale is None else scale
+    if scale is None:
+        with torch.no_grad():
+            top = model(batch["x"]).topk(2, dim=1).values
+        factor = 1.0 / (top[:, :1] - top[:, 1:]).clamp_min(1.0)
+    x_adv = attack(
+        anchored(lambda x: cross_entropy(model(x) * factor, y)),
+        batch["x"],
+        random,
+        is_adversarial=partial(is_wrong, model, y),
+    )
+    return judged(model, batch, x_adv, threat)
+
+
+def _targeted(
+    attack: PGD, threat: Threat, model: Any, batch: Batch, random: ExampleRandom
+) -> Columns:
+    """Ascents towards the classes with the largest scores, until one succeeds."""
+    x, y = batch["x"], batch["y"]
+    with torch.no_grad():
+        others = model(x).scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True)
+    best, standing = x, torch.ones_like(y, dtype=torch.bool)
+    for target in others[:, :TARGETS].T[: others.shape[1] - 1]:
+
+        def loss(x: Tensor, target: Tensor = target) -> Tensor:
+            logits: Tensor = model(x)
+            return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+        x_adv = attack(anchored(loss), x, random)
+        fell = standing & is_wrong(model, y, x_adv)
+        best, standing = torch.where(_per_example(fell, x), x_adv, best), standing & ~fell
+    return judged(model, batch, best, threat)
+
+
+def _square(
+    attack: AutoAttack, threat: Threat, model: Any, batch: Batch, random: ExampleRandom
+) -> Columns:
+    seed = int(random.integers(2**31, (1,))[0])
+    x_adv, _ = attack.step("square", model, batch["x"], batch["y"], seed)
+    # Where it does not succeed the package returns x, whose distance tells nothing.
+    columns = judged(model, batch, x_adv, threat)
+    return columns | {"moved": torch.ones_like(columns["correct"])}
+
+
+def _random_search(
+    samples: int, threat: Threat, model: Any, batch: Batch, random: ExampleRandom
+) -> Columns:
+    """Points of the ball, half of them extreme ones, until one is misclassified."""
+    x, y = batch["x"], batch["y"]
+    uniform = PGD(threat.radius, steps=0, norm=threat.norm)
+    x_adv, standing = x, ~is_wrong(model, y, x)
+    for i in range(samples):
+        if not standing.any():
+            break
+        corner = (x + _extreme(x, threat, random)).clamp(0.0, 1.0)
+        point = corner if i % 2 else uniform(lambda x: x.flatten(1).sum(dim=1), x, random)
+        fell = standing & is_wrong(model, y, point)
+        x_adv = torch.where(_per_example(fell, x), point, x_adv)
+        standing = standing & ~fell
+    return judged(model, batch, x_adv, threat)
+
+
+def _extreme(x: Tensor, threat: Threat, random: ExampleRandom) -> Tensor:
+    """A corner of the cube, a point of the sphere, or one entry of the l1 ball."""
+    normal = random.normal(x.shape[1:]).to(x)
+    if threat.norm == "linf":
+        return normal.sign() * threat.radius
+    if threat.norm == "l1":
+        flat = normal.flatten(1)
+        largest = flat.abs().argmax(dim=1, keepdim=True)
+        one = torch.zeros_like(flat).scatter_(1, largest, flat.gather(1, largest).sign())
+        return one.view_as(x) * threat.radius
+    norm: Tensor = normal.flatten(1).norm(dim=1)
+    return normal / _per_example(norm, x) * threat.radius

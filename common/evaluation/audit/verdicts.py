@@ -1,0 +1,379 @@
+"""What the outcomes of an audit mean: a number, a threshold and a verdict for every check.
+
+Accuracies are held against Wilson's 95 % interval, so that the chance of which examples were drawn
+alone raises no alarm. What the thresholds let through was measured on honest networks, naturally
+and adversarially trained, and on networks whose gradients were masked on purpose.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from common.evaluation.steps import Outcomes
+from common.evaluation.suspicions import FEW
+from common.results.schema import AuditCheck, AuditResult
+from common.results.statistics import wilson_interval
+
+FINE_AGREEMENT, COARSE_AGREEMENT = 0.999, 0.4
+ZERO_GRADIENTS = 0.05  # share of examples
+MISSED = 0.01  # share of examples that random search may find and gradients miss
+LEAST_DROP = 0.03  # accuracy; smaller differences are not worth a warning
+MISSED_BY_GRADIENTS = 0.03  # share of examples that labels alone may break beyond all gradients
+MISSED_IN_CLASS, LEAST_IN_CLASS = 0.25, 3  # the same share of one class, if it is at least so many
+RANDOMNESS, MEMORY = 1e-5, 1e-3  # differences of probabilities
+LOSS_TOLERANCE = 0.01  # relative
+
+
+def report(outcomes: Outcomes, num_classes: int, restarts: int) -> AuditResult:
+    """All checks, in the order of a report; none if the audit was not run.
+
+    Args:
+        outcomes: Of the steps of an audit.
+        num_classes: K; chance is 1/K, or what the most frequent label alone gets right.
+        restarts: How many the audit was made with.
+    """
+    if "audit_fgsm" not in outcomes.correct:
+        return {"examples": 0, "checks": []}
+    reading = _Reading(outcomes, num_classes, restarts)
+    return {"examples": reading.n, "checks": list(reading.checks())}
+
+
+def _check(
+    name: str,
+    question: str,
+    value: float | None,
+    threshold: float | None,
+    is_passed: bool | None,
+    detail: str,
+) -> AuditCheck:
+    """An entry of the report; ``None`` for ``is_passed`` means not applicable."""
+    numbers = [None if n is None or not math.isfinite(n) else n for n in (value, threshold)]
+    return {
+        "id": name,
+        "question": question,
+        "value": numbers[0],
+        "threshold": numbers[1],
+        "verdict": "not applicable" if is_passed is None else "pass" if is_passed else "fail",
+        "detail": detail,
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.1f} %"
+
+
+def _mostly(label: int | None) -> str:
+    return "" if label is None else f", many of them of class {label}"
+
+
+class _Reading:
+    """Accuracies and columns over the examples of the audit."""
+
+    def __init__(self, outcomes: Outcomes, num_classes: int, restarts: int) -> None:
+        self.restarts = restarts
+        self.classes = num_classes
+        self.outcomes = outcomes
+        self.within = outcomes.attacked["audit_fgsm"]
+        self.n = int(self.within.sum())
+        self.clean = outcomes.correct["clean"][self.within]
+        labels = outcomes.y[self.within]
+        self.chance = max(1.0 / num_classes, float(labels.bincount().max()) / max(self.n, 1))
+        self.counts = sorted(
+            (key for key in outcomes.correct if key.startswith("audit_steps/steps=")),
+            key=lambda key: int(key.rpartition("=")[2]),
+        )
+        self.default = self.counts[-2] if len(self.counts) > 1 else self.counts[-1]
+        self.white = ["audit_fgsm", *self.counts, "audit_steps/targeted", "audit_restarts"]
+
+    def checks(self) -> Iterator[AuditCheck]:
+        """All of them."""
+        yield self.eps_to_chance()
+        yield self.more_steps()
+        yield self.loss_rises()
+        yield self._stronger(
+            "black_box",
+            "A black-box attack should not beat attacks that follow gradients.",
+            self.white,
+            ["audit_square"],
+        )
+        yield self._stronger(
+            "transfer",
+            "Adversarial images of another network should not beat the network's own.",
+            self.white,
+            ["audit_transfer"],
+        )
+        yield self.decision_based()
+        yield self.some_success()
+        yield self.more_restarts()
+        yield self._stronger(
+            "gradient_path",
+            "Gradients through what the network detaches or rounds should not attack better.",
+            ["audit_path/default"],
+            ["audit_path/undetached", "audit_path/straight_through"],
+        )
+        yield self.agreement(
+            "finite_differences",
+            "fine",
+            FINE_AGREEMENT,
+            "The gradient should predict how the loss changes over a tiny step.",
+        )
+        yield self.agreement(
+            "coarse_differences",
+            "coarse",
+            COARSE_AGREEMENT,
+            "The gradient should predict how the loss changes on the scale of the attack.",
+        )
+        yield self.zero_gradients()
+        yield self._stronger(
+            "logit_scale",
+            "Rescaled logits should not make the attack stronger.",
+            ["audit_scale/scale=1"],
+            ["audit_scale/scale=0.1", "audit_scale/margin=1"],
+        )
+        yield self.random_search()
+        yield self.deterministic()
+        yield self.stateless()
+
+    def robust(self, *keys: str) -> Tensor:
+        """Which examples withstand all of these attacks."""
+        correct = [self.outcomes.correct[key][self.within] for key in keys]
+        return torch.stack(correct).all(dim=0)
+
+    def accuracy(self, *keys: str) -> float:
+        """Accuracy under all of these attacks together."""
+        return float(self.robust(*keys).float().mean())
+
+    def interval(self, *keys: str) -> tuple[float, float]:
+        """Wilson's interval of :meth:`accuracy`."""
+        return wilson_interval(int(self.robust(*keys).sum()), self.n)
+
+    def _allowed(self, right: int) -> float:
+        """How far accuracy may drop: to the interval's end, and by half its width near zero."""
+        low, high = wilson_interval(right, self.n)
+        return max(right / self.n - low, (high - low) / 2.0, LEAST_DROP)
+
+    def _masked_class(self, missed: Tensor) -> int | None:
+        """A class of which an attack broke many examples that earlier ones had missed."""
+        labels = self.outcomes.y[self.within]
+        right = labels[self.clean].bincount(minlength=self.classes)
+        found = labels[missed].bincount(minlength=self.classes)
+        share = found / right.clamp_min(1) * (found >= LEAST_IN_CLASS)
+        return int(share.argmax()) if bool((share > MISSED_IN_CLASS).any()) else None
+
+    def _stronger(
+        self, name: str, question: str, before: list[str], after: list[str]
+    ) -> AuditCheck:
+        """Whether any of some attacks leaves less than the interval under others allows."""
+        ran = [key for key in after if self._ran(key)]
+        if not ran:
+            return _check(name, question, None, None, None, "This attack could not be run.")
+        expected = self.accuracy(*before)
+        allowed = self._allowed(int(self.robust(*before).sum()))
+        found = {key: self.accuracy(key) for key in ran}
+        parts = [f"{key.rpartition('/')[2]} {_percent(found[key])}" for key in found]
+        missed = self.robust(*before) & ~self.robust(*ran)
+        # A single ascent misses more of one class by chance than all of them together.
+        label = self._masked_class(missed) if before == self.white else None
+        return _check(
+            name,
+            question,
+            expected - min(found.values()),
+            allowed,
+            expected - min(found.values()) <= allowed and label is None,
+            f"Accuracy is {_percent(expected)} under the usual attack, {', '.join(parts)}; "
+            f"{int(missed.sum())} of {self.n} examples fell only now{_mostly(label)}.",
+        )
+
+    def _ran(self, key: str) -> bool:
+        if key not in self.outcomes.correct:
+            return False
+        ran = self.outcomes.columns.get(key, {}).get("ran")
+        return ran is None or not bool(self.clean.any()) or bool(ran.any())
+
+    def decision_based(self) -> AuditCheck:
+        """Labels alone find what gradients and scores hide (Chen & Gu 2020)."""
+        columns = self.outcomes.columns["audit_decision"]
+        is_run = ~columns["linf"][self.within].isnan()
+        missed = is_run & ~columns["correct"][self.within]
+        label, value = self._masked_class(missed), int(missed.sum()) / self.n
+        threshold = max(MISSED_BY_GRADIENTS, 2.0 / self.n)
+        return _check(
+            "decision_based",
+            "An attack that sees labels alone should find little that gradients missed.",
+            value,
+            threshold,
+            value <= threshold and label is None,
+            f"It broke {int(missed.sum())} of {int(is_run.sum())} examples that had withstood all "
+            f"other attacks{_mostly(label)}.",
+        )
+
+    def some_success(self) -> AuditCheck:
+        """Attacks without any success are more often broken than the model is perfect."""
+        question = "Some attack should find an adversarial example at or near the radius."
+        lines = self.outcomes.lines
+        within = [key for key, line in lines.items() if line.counts and line.kind == "attack"]
+        broken = ~self.robust("clean", *within) & self.clean
+        if int(self.clean.sum()) < FEW:
+            return _check("some_success", question, None, None, None, "Too few images are right.")
+        value, detail = float(broken.sum()) / self.n, f"They broke {int(broken.sum())} examples"
+        if value == 0.0:
+            radius = self.outcomes.threat.radius if self.outcomes.threat else 0.0
+            sweep = [key for key in lines if key.startswith("audit_eps/")]
+            larger = [key for key in sweep if lines[key].at["eps"] <= 4.0 * radius]
+            value = float((self.clean & ~self.robust("clean", *larger)).sum()) / self.n
+            detail = (
+                f"No attack broke a single one of {int(self.clean.sum())} examples, which is "
+                f"suspicious in itself; up to four times the radius {_percent(value)} fall"
+            )
+        return _check("some_success", question, value, 0.0, value > 0.0, f"{detail}.")
+
+    def eps_to_chance(self) -> AuditCheck:
+        """Unbounded attacks reach 100 % (Athalye et al. 2018, Section 3)."""
+        sweep = [key for key in self.outcomes.correct if key.startswith("audit_eps/")]
+        last = sweep[-1]
+        value, low = self.accuracy(last), self.interval(last)[0]
+        shown = next(i for i, key in enumerate(sweep, 1) if self.accuracy(key) == value)
+        points = [(self.accuracy(key), key.rpartition("=")[2]) for key in sweep[:shown]]
+        path = ", ".join(f"{_percent(accuracy)} at {eps}" for accuracy, eps in points)
+        return _check(
+            "eps_to_chance",
+            "Accuracy should fall to chance when any perturbation is allowed.",
+            value,
+            self.chance,
+            low <= self.chance,
+            f"Accuracy is {path}.",
+        )
+
+    def more_steps(self) -> AuditCheck:
+        """Iterative attacks are stronger than one step (Athalye et al. 2018, Section 3)."""
+        pairs = [*itertools.pairwise(self.counts), ("audit_fgsm", self.default)]
+        rises = []
+        for fewer, more in pairs:
+            allowed = max(self.interval(fewer)[1] - self.accuracy(fewer), LEAST_DROP)
+            rises.append((self.accuracy(more) - self.accuracy(fewer), allowed))
+        value, threshold = max(rises, key=lambda rise: rise[0] - rise[1])
+        path = [
+            f"{_percent(self.accuracy(key))} with {key.rpartition('=')[2]}" for key in self.counts
+        ]
+        return _check(
+            "more_steps",
+            "More steps should not weaken the attack, and one step should not beat many.",
+            value,
+            threshold,
+            value <= threshold,
+            f"Accuracy is {_percent(self.accuracy('audit_fgsm'))} under FGSM, {', '.join(path)} "
+            "steps.",
+        )
+
+    def loss_rises(self) -> AuditCheck:
+        """A longer ascent ends higher, example by example."""
+        question = "With more steps the attack should end at a higher loss."
+        losses = [
+            self.outcomes.columns[key]["loss"][self.within][self.clean].nan_to_num(0.0, 1e4)
+            for key in self.counts
+        ]
+        if len(losses) < 2 or len(losses[0]) < 2:
+            return _check("loss_rises", question, None, None, None, "Nothing to compare.")
+        falls = []
+        for fewer, more in itertools.pairwise(losses):
+            fall = (fewer - more).double()
+            error = 2.0 * float(fall.std()) / math.sqrt(len(fall))
+            falls.append((float(fall.mean()), error + LOSS_TOLERANCE * float(fewer.mean())))
+        value, threshold = max(falls, key=lambda fall: fall[0] - fall[1])
+        path = ", ".join(f"{float(loss.mean()):.3g}" for loss in losses)
+        steps = ", ".join(key.rpartition("=")[2] for key in self.counts)
+        return _check(
+            "loss_rises",
+            question,
+            value,
+            threshold,
+            value <= threshold,
+            f"The mean loss is {path} after {steps} steps.",
+        )
+
+    def more_restarts(self) -> AuditCheck:
+        """Restarts have converged: the second half of them finds little (Carlini et al. 2019)."""
+        question = "Twice as many random restarts should change little."
+        column = self.outcomes.columns["audit_restarts"].get("restart")
+        if column is None or self.restarts < 2:
+            return _check("restarts", question, None, None, None, "Nothing to compare.")
+        first = column[self.within]
+        half = self.restarts // 2
+        standing = {n: self.clean & (first > n) for n in sorted({1, half, self.restarts})}
+        right = {n: int(mask.sum()) for n, mask in standing.items()}
+        value = (right[half] - right[self.restarts]) / self.n
+        threshold = self._allowed(right[half])
+        path = ", ".join(f"{_percent(right[n] / self.n)} after {n}" for n in right)
+        detail = f"Accuracy is {path} restarts."
+        return _check("restarts", question, value, threshold, value <= threshold, detail)
+
+    def agreement(self, name: str, column: str, least: float, question: str) -> AuditCheck:
+        """Median over the examples whose loss moves at all."""
+        found = self.outcomes.columns["audit_gradients"][column][self.within]
+        moving = found[~found.isnan()] if column == "fine" else found.nan_to_num(0.0)
+        value = float(moving.median()) if len(moving) else math.nan
+        if 2 * len(moving) <= self.n:
+            detail = f"The loss is a step function on {self.n - len(moving)} of {self.n} images."
+            return _check(name, question, value, least, None, detail)
+        share = float((moving < least).float().mean())
+        detail = f"The median cosine is {value:.3f}; {_percent(share)} of the images are below."
+        return _check(name, question, value, least, value >= least, detail)
+
+    def zero_gradients(self) -> AuditCheck:
+        """Vanishing and infinite gradients stop an ascent (Carlini et al. 2019, Section 5)."""
+        norm = self.outcomes.columns["audit_gradients"]["norm"][self.within]
+        zero, bad = int((norm == 0.0).sum()), int(norm.isnan().sum())
+        value = (zero + bad) / self.n
+        return _check(
+            "zero_gradients",
+            "Hardly any image should have a vanishing gradient.",
+            value,
+            ZERO_GRADIENTS,
+            value <= ZERO_GRADIENTS,
+            f"{zero} of {self.n} gradients are exactly zero, {bad} are not finite.",
+        )
+
+    def random_search(self) -> AuditCheck:
+        """Random sampling beats no gradient (Athalye et al. 2018, Section 3)."""
+        missed = int((self.robust(*self.white) & ~self.robust("audit_random")).sum())
+        threshold = max(MISSED, 1.0 / self.n)
+        return _check(
+            "random_search",
+            "Random points of the ball should find nothing that gradients missed.",
+            missed / self.n,
+            threshold,
+            missed / self.n <= threshold,
+            f"They found {missed} more of {self.n} examples.",
+        )
+
+    def deterministic(self) -> AuditCheck:
+        """Predictions without chance, and without regard to the other images of the batch."""
+        column = self.outcomes.columns["audit_forward"]["difference"][self.within]
+        value = float(column.max())
+        return _check(
+            "deterministic",
+            "The same image should get the same prediction, alone and in a batch.",
+            value,
+            RANDOMNESS,
+            value <= RANDOMNESS,
+            f"Probabilities differ by up to {value:.2g}.",
+        )
+
+    def stateless(self) -> AuditCheck:
+        """An attack's queries leave the model as it was."""
+        columns = self.outcomes.columns["audit_memory"]
+        value = float(columns["memory"][self.within].max())
+        is_moved = bool(columns["moved"][self.within].any())
+        moved = "changes with every query" if is_moved else "stays as it is"
+        return _check(
+            "stateless",
+            "Answers should not depend on earlier questions.",
+            value,
+            MEMORY,
+            value <= MEMORY and not is_moved,
+            f"Probabilities differ from those of a fresh copy by up to {value:.2g}; the state of "
+            f"the model {moved}.",
+        )

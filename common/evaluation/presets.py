@@ -1,0 +1,236 @@
+"""Ready suites: ``quick``, ``autoattack``, ``audit`` and the protocols of papers, from YAML.
+
+The files in ``common/configs`` are overlays for the command line of a paper and serve any other
+model too. Where a length is the word ``threat``, or ``threat/10``, ``threat*2``, it follows the
+adversary that the evaluation is about; a number is used as written.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from common.attacks.pgd import Norm
+from common.errors import ConfigurationError, UserError, check_choice
+from common.evaluation.audit.checks import Audit
+from common.evaluation.steps import Threat
+from common.evaluation.suite import SuiteEntry
+from common.limits import read_yaml
+from common.parsing import build, check_named, load_named
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+_WORD = re.compile(r"threat(?:\s*([*/])\s*(\d+(?:\.\d+)?))?")
+
+
+@dataclass
+class Suite:
+    """The attacks, the adversary they are about, and the checks for gradient masking if any."""
+
+    entries: Mapping[str, SuiteEntry]
+    threat: Threat
+    audit: Audit | None = None
+
+
+def ready_suites() -> list[str]:
+    """The names of all overlays that bring attacks or an audit."""
+    return sorted(
+        path.stem
+        for path in CONFIGS.glob("*.yaml")
+        if {"suite", "audit"} & set((read_yaml(path) or {}).get("evaluation", ()))
+    )
+
+
+def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | None = None) -> Suite:
+    """A suite by name or from a file with a section ``evaluation``.
+
+    Args:
+        name: One of :func:`ready_suites`, or the path of a YAML file.
+        eps: Radius that ``threat`` means in it; by default that of its own threat model: its
+            ``threat``, or the ball of its first attack where all radii are numbers, else 8/255.
+        norm: Of that ball; by default the suite's own, else ``linf``.
+
+    Raises:
+        ConfigurationError: If there is no such suite, a setting in it is wrong or has no use here,
+            or it states another norm.
+    """
+    if norm is not None:
+        check_choice("norm", norm, Norm)
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
+    if not path.exists():
+        raise ConfigurationError(
+            f"there is no suite {str(name)!r}; there are {', '.join(ready_suites())}, and any YAML "
+            "file with a section evaluation: {suite: ...}"
+        )
+    section = _section(path)
+    check_named(section, "evaluation")
+    wanted: dict[str, Any] = {key: section[key] for key in ("suite", "audit") if key in section}
+    if not wanted:
+        raise ConfigurationError(f"{path} has no evaluation.suite and no evaluation.audit")
+    if unused := set(section) - {"suite", "audit", "threat"}:
+        raise ConfigurationError(
+            f"{path} sets evaluation.{min(map(str, unused))}, which has no use for a model that is "
+            "passed in (suite, audit and threat have); remove it or pass it as an argument"
+        )
+    try:
+        is_own = section.get("threat") or not _has_word(section.get("suite"))
+        own = threat_of(section) if is_own else None
+        if own is not None and norm is not None and norm != own.norm:
+            raise ConfigurationError(
+                f"the suite {str(name)!r} attacks in {own.norm}, got norm {norm!r}; choose another "
+                "suite, such as quick or autoattack, or leave norm out"
+            )
+        threat = chosen_threat(own, eps, norm)
+        fill_threat(wanted, threat)
+        made = build({"suite": dict[str, SuiteEntry], "audit": Audit | None}, wanted)
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse has no common type for what classes refuse
+        from common.cli.parser import explain  # it needs Lightning, which takes a while to import
+
+        raise ConfigurationError(f"{path}: {explain(str(error))}") from error
+    return Suite(made.suite or {}, threat, made.audit)
+
+
+def _section(path: Path) -> dict[str, Any]:
+    """What a file says under ``evaluation``."""
+    content = read_yaml(path)
+    section = content.get("evaluation") if isinstance(content, dict) else None
+    suite = section.get("suite") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(suite, dict | None):
+        raise ConfigurationError(
+            f"{path} has no section evaluation with a suite of attacks by name, such as "
+            "evaluation: {suite: {pgd: {attack: {class_path: common.attacks.pgd.PGD}}}}"
+        )
+    return section
+
+
+def chosen_threat(own: Threat | None, eps: float | str | None, norm: Norm | None) -> Threat:
+    """The threat model from what is given and, where nothing is, from the suite's own.
+
+    Raises:
+        ConfigurationError: If a norm other than linf is given without a radius.
+    """
+    if norm is not None:
+        check_choice("norm", norm, Norm)
+    if eps is None and own is not None and norm in (None, own.norm):
+        return own
+    chosen: Norm = norm or (own.norm if own is not None else "linf")
+    if eps is None and chosen != "linf":
+        raise ConfigurationError(
+            f"norm is {chosen} and eps is not given; give a radius of that norm, such as eps=0.5"
+        )
+    return Threat(chosen, "8/255" if eps is None else eps)
+
+
+def check_overlays(paths: Iterable[str | Path], threat: Threat | None) -> None:
+    """Refuse a ready suite among configuration files whose norm is not that of the threat model.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    for path in map(Path, paths):
+        if threat is None or path.resolve().parent != CONFIGS.resolve():
+            continue
+        stated = ((read_yaml(path) or {}).get("evaluation") or {}).get("threat")
+        if stated and stated["norm"] != threat.norm:
+            raise ConfigurationError(
+                f"{path.name} attacks in {stated['norm']}, got --evaluation.threat.norm "
+                f"{threat.norm}; choose another suite, such as autoattack.yaml"
+            )
+
+
+def fill_threat(node: Any, threat: Threat | None, has_defaults: bool = False) -> None:
+    """Put numbers where a configuration says ``threat``, in place.
+
+    Args:
+        node: The configuration.
+        threat: The threat model.
+        has_defaults: Whether a parser has filled in defaults: then a norm that is the default need
+            not be what somebody wrote, and follows the threat model.
+
+    Raises:
+        ConfigurationError: If it does and there is no threat model, or one of another norm.
+    """
+    items: Any = ()
+    if isinstance(node, Namespace | Mapping):
+        items = list(vars(node).items() if isinstance(node, Namespace) else node.items())
+    elif isinstance(node, list):
+        items = list(enumerate(node))
+    for key, value in items:
+        if isinstance(value, str) and (found := _WORD.fullmatch(value.strip())):
+            if threat is None:
+                raise ConfigurationError(
+                    f"{key} is {value!r} and nothing says what the threat model is; add "
+                    "--evaluation.threat.norm linf --evaluation.threat.eps 8/255"
+                )
+            factor = float(found[2] or 1)
+            if not 0.0 < factor < math.inf:
+                raise ConfigurationError(f"{key} is {value[:80]!r}; scale by a number above 0")
+            radius = threat.radius * factor if found[1] == "*" else threat.radius / factor
+            node[key] = min(radius, 1.0) if threat.norm == "linf" else radius
+        else:
+            if threat is not None and key == "init_args" and _follows(value):
+                _take_norm(node["class_path"], value, threat, has_defaults)
+            fill_threat(value, threat, has_defaults)
+
+
+def _has_word(node: Any) -> bool:
+    if isinstance(node, Mapping | list):
+        return any(map(_has_word, node.values() if isinstance(node, Mapping) else node))
+    return isinstance(node, str) and _WORD.fullmatch(node.strip()) is not None
+
+
+def _follows(arguments: Any) -> bool:
+    """Whether the radius is that of the threat model."""
+    return bool(arguments) and _WORD.fullmatch(str(arguments.get("eps"))) is not None
+
+
+def _take_norm(class_path: str, arguments: Any, threat: Threat, has_defaults: bool) -> None:
+    """An attack in the ball of the threat model is in its norm too."""
+    kind = load_named(class_path)
+    parameter = inspect.signature(kind).parameters.get("norm")
+    own = arguments.get("norm") if parameter is not None else getattr(kind, "norm", None)
+    if parameter is not None and has_defaults and own == parameter.default:
+        own = None
+    if own not in (None, threat.norm):
+        raise ConfigurationError(
+            f"{kind.__name__} attacks in {own} with the radius of the threat model, which is in "
+            f"{threat.norm}; give norm {own}, or take it out of the suite"
+        )
+    if parameter is not None:
+        arguments["norm"] = threat.norm
+
+
+def _norm_of(kind: type, arguments: Any) -> Norm | None:
+    """The norm in which an attack keeps to its radius: given, by default, or its only one."""
+    parameter = inspect.signature(kind).parameters.get("norm")
+    default = getattr(kind, "norm", None) if parameter is None else parameter.default
+    norm: Norm | None = arguments.get("norm") or default
+    return norm
+
+
+def threat_of(evaluation: Any, adversary: Any = None) -> Threat | None:
+    """What a configuration is about: its threat, its suite's first ball, or its adversary's.
+
+    Args:
+        evaluation: The section of that name.
+        adversary: The section of that name.
+    """
+    given = evaluation.get("threat")
+    if given:
+        return Threat(given["norm"], given["eps"])
+    entries = [entry for entry in (evaluation.get("suite") or {}).values() if entry]
+    for attack in [*(entry.get("attack") for entry in entries), (adversary or {}).get("attack")]:
+        arguments = (attack or {}).get("init_args") or {}
+        eps = arguments.get("eps")
+        if eps is None or _WORD.fullmatch(str(eps)):
+            continue
+        norm = _norm_of(load_named(attack["class_path"]), arguments)
+        if norm is not None:
+            return Threat(norm, eps)
+    return None

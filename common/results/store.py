@@ -1,0 +1,284 @@
+"""Result files: what one experiment measured with one seed, and where those figures come from.
+
+What is in them is written down in :mod:`common.results.schema`.
+
+``python -m common.results.tables paper_x`` sets them beside the paper's printed numbers.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from common.errors import ConfigurationError
+from common.files import (
+    check_writable,
+    content_digest,
+    read_sealed_json,
+    write_json_atomically,
+    write_text_atomically,
+)
+from common.limits import read_json
+from common.results.outcomes import (
+    checkpoint_entry,
+    outcome_bits,
+    pack_outcomes,
+    summarise,
+    unpack_outcomes,
+)
+from common.results.schema import SCHEMA, CheckpointResult, Provenance, Result
+from common.results.validation import problem_of
+
+__all__ = [
+    "LABELS",
+    "SCHEMA",
+    "CheckpointResult",
+    "Provenance",
+    "Result",
+    "check_writable",
+    "checkpoint_entry",
+    "load_results",
+    "merge_result",
+    "outcome_bits",
+    "pack_outcomes",
+    "read_result",
+    "result_path",
+    "summarise",
+    "unpack_outcomes",
+    "write_json_atomically",
+    "write_text_atomically",
+]
+
+LABELS = ("last", "selected")
+"""The checkpoints tables show, in this order."""
+
+
+def result_path(folder: str | Path, experiment: str, seed: int) -> Path:
+    """Where the result of an experiment with a seed is kept."""
+    return Path(folder) / f"{experiment}-seed{seed}.json"
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+def merge_result(
+    path: str | Path,
+    *,
+    paper: str,
+    experiment: str,
+    seed: int,
+    label: str,
+    entry: CheckpointResult,
+    provenance: Mapping[str, Any],
+) -> Result:
+    """Put one checkpoint into a result file, and return what the file then holds.
+
+    Other checkpoints stay if they have the same ``config_digest`` and ``protocol``; those of other
+    settings go, and a warning names them. A damaged result is set aside with a warning, since by
+    now the compute has been spent.
+
+    Args:
+        path: The result file.
+        paper: Package of the experiment.
+        experiment: Its name.
+        seed: Of the run.
+        label: Of the checkpoint: ``last``, ``selected`` or another file's stem.
+        entry: What was measured.
+        provenance: Where it comes from; ``config_digest`` must be there.
+
+    Raises:
+        ConfigurationError: If the entry contradicts itself, or the file is no result, or another
+            experiment's.
+        RunDirectoryError: If the file cannot be written.
+    """
+    path = Path(path)
+    checkpoints = {label: entry}
+    origins = {label: cast(Provenance, dict(provenance))}
+    for other, (checkpoint, origin) in _kept(path, paper, experiment, seed).items():
+        if other == label:
+            continue
+        if _is_comparable(origin, origins[label]):
+            checkpoints[other], origins[other] = checkpoint, origin
+        else:
+            warnings.warn(
+                f"{path} held the checkpoint {other} of other settings (config or protocol of the "
+                f"test), which cannot stand beside {label}: it was taken out; test it again",
+                stacklevel=2,
+            )
+    order = sorted(checkpoints, key=_label_order)
+    merged: Result = {
+        "schema": SCHEMA,
+        "paper": paper,
+        "experiment": experiment,
+        "seed": seed,
+        "checkpoints": {name: checkpoints[name] for name in order},
+        "provenance": {name: origins[name] for name in order},
+    }
+    if problem := problem_of(merged):
+        raise ConfigurationError(f"the result for {path} contradicts itself: {problem}")
+    merged["digest"] = content_digest(merged)
+    write_json_atomically(path, merged)
+    return merged
+
+
+def _is_comparable(one: Provenance, other: Provenance) -> bool:
+    """Whether two checkpoints are of one run and were measured in one way."""
+    return one["config_digest"] == other["config_digest"] and (
+        one.get("protocol") == other.get("protocol")
+    )
+
+
+def _kept(
+    path: Path, paper: str, experiment: str, seed: int
+) -> dict[str, tuple[CheckpointResult, Provenance]]:
+    """The checkpoints a file holds already, with their provenance."""
+    remedy = "another file with --evaluation.results"
+    check_mergeable(path, paper, experiment, seed, remedy)
+    if not path.exists():
+        return {}
+    try:
+        old = read_result(path)
+    except ConfigurationError as error:
+        number = 1
+        while (aside := path.with_name(f"{path.name}.unreadable{number}")).exists():
+            number += 1
+        path.rename(aside)
+        warnings.warn(f"{error} (kept as {aside.name})", stacklevel=3)
+        return {}
+    return {
+        name: (old["checkpoints"][name], old["provenance"][name]) for name in old["checkpoints"]
+    }
+
+
+def check_mergeable(path: Path, paper: str, experiment: str, seed: int, remedy: str) -> None:
+    """Make sure that a result can go into a file, before it is measured.
+
+    A damaged result is not held against it: :func:`merge_result` sets it aside.
+
+    Args:
+        path: The result file.
+        paper: Package of the experiment.
+        experiment: Its name.
+        seed: Of the run.
+        remedy: What to choose instead.
+
+    Raises:
+        ConfigurationError: If the file is no result, or about another experiment or seed.
+    """
+    if not path.exists():
+        return
+    try:
+        old = read_result(path)
+    except ConfigurationError as error:
+        if _was_result(path):
+            return
+        raise ConfigurationError(
+            f"{path} is there and no result, so nothing is written to it; choose {remedy}, or move "
+            "it away"
+        ) from error
+    if (old["paper"], old["experiment"], old["seed"]) != (paper, experiment, seed):
+        raise ConfigurationError(
+            f"{path} holds {old['paper']} {old['experiment']} with seed {old['seed']}, the new "
+            f"result is {paper} {experiment} with seed {seed}; choose {remedy}"
+        )
+
+
+def _was_result(path: Path) -> bool:
+    """Whether a file that cannot be read begins as a result does, or is empty."""
+    try:
+        with path.open("rb") as file:
+            return _BEGINNING.match(head := file.read(80)) is not None or not head
+    except OSError:
+        return False
+
+
+_BEGINNING = re.compile(rb'\{\n  "schema": \d+,\n  "paper": "\w+",\n  "experiment": "')
+
+
+def _label_order(label: str) -> tuple[int, str]:
+    """The same order whichever checkpoint was measured first."""
+    return (LABELS.index(label) if label in LABELS else len(LABELS), label)
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def read_result(path: str | Path) -> Result:
+    """Read a result file and check it.
+
+    Raises:
+        ConfigurationError: If the file is missing, is of another schema, is no result, is not what
+            was written (by its digest, where it has one), or contradicts itself (counts, outcomes,
+            metrics, intervals and sizes are compared); the message says where.
+    """
+    path = Path(path)
+    remedy = (
+        "delete it and run the experiment's test again, which needs no training (with make, "
+        "delete the file finished in its run directory, and make writes it again)"
+    )
+    try:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ConfigurationError(
+            f"{path} has schema {schema} and this code reads up to {SCHEMA}; update the code, or "
+            "keep this file elsewhere"
+        )
+    if isinstance(schema, int) and not isinstance(schema, bool) and 1 <= schema < SCHEMA:
+        raise ConfigurationError(
+            f"{path} has schema {schema}, which does not say what schema {SCHEMA} has to; {remedy}"
+        )
+    if problem := problem_of(data):
+        raise ConfigurationError(f"{path} is no result of schema {SCHEMA}: {problem}; {remedy}")
+    return cast(Result, data)
+
+
+def load_results(folder: str | Path) -> list[Result]:
+    """All results of a folder, by experiment and seed; a folder that is not there has none.
+
+    Raises:
+        ConfigurationError: If a file is damaged, or named after another experiment or seed.
+    """
+    results = []
+    for path in Path(folder).glob("*-seed*.json"):
+        result = read_result(path)
+        expected = result_path(folder, result["experiment"], result["seed"]).name
+        if path.name != expected:
+            raise ConfigurationError(
+                f"{path} holds {result['experiment']} with seed {result['seed']}, which belongs "
+                f"in {expected}; rename or delete it"
+            )
+        results.append(result)
+    return sorted(results, key=lambda result: (result["experiment"], result["seed"]))
+
+
+COSTS = "costs.json"
+"""Costs of training, beside the results of a paper (:mod:`common.analysis.profiling`)."""
+
+
+def read_costs(results: str | Path) -> dict[str, dict[str, float]]:
+    """The costs of a paper's experiments, by stem and metric; empty where none were measured.
+
+    Args:
+        results: Folder of the paper's results.
+
+    Raises:
+        ConfigurationError: If the file is damaged.
+    """
+    path = Path(results) / COSTS
+    if not path.is_file():
+        return {}
+    try:
+        experiments = read_sealed_json(path)["experiments"]
+        return {
+            stem: {key: float(value) for key, value in entry["metrics"].items()}
+            for stem, entry in experiments.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); delete it and measure the "
+            "costs again"
+        ) from error

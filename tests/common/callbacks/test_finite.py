@@ -1,0 +1,266 @@
+"""NaN and infinity: found, placed, and told to every process alike."""
+
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from common.attacks.losses import cross_entropy
+from common.attacks.pgd import PGD
+from common.callbacks.adversarial_training import AdversarialTraining
+from common.callbacks.checkpointing import LastCheckpoint
+from common.callbacks.finite import first_fault, gradient_norms, is_finite
+from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
+from common.classifier import RobustClassifier
+from common.cli.trainer import Trainer
+from common.data.images import ImageDataModule
+from common.data.sources import Digits
+from common.errors import ConfigurationError, DivergedError
+from common.objectives import AT, Batch, Natural
+from common.strategy import DeviceInvariantDDP
+
+
+class Mask(nn.Module):
+    """Passes features on until a weight, or a call, makes it explode."""
+
+    def __init__(self, explodes_at: int | None = None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+        self.explodes_at, self.calls = explodes_at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            if self.explodes_at is not None and self.calls >= self.explodes_at:
+                return x * self.scale * torch.inf
+        return x * self.scale
+
+
+def network(mask: nn.Module) -> nn.Module:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), mask, nn.Linear(8, 10))
+    net.add_module("router", nn.Identity())
+    return net
+
+
+# ------------------------------------------------------------------------------------- first_fault
+
+
+def test_the_first_fault_in_the_order_of_computing() -> None:
+    net, x = network(Mask()), torch.rand(4, 1, 8, 8)
+
+    def fault(scale: float = 1.0) -> str:
+        return first_fault(net, lambda: scale * net(x).sum(), {"x": x})
+
+    assert fault() == ""
+    assert fault(torch.inf) == "the loss alone, every layer's output is finite"
+    net[3] = Mask(explodes_at=1)
+    assert fault() == "output of 3 (Mask)"
+    with torch.no_grad():
+        x[1, 0, 2, 3] = torch.nan
+    assert fault() == "the batch's x"
+    net.register_buffer("average", torch.tensor([1.0, torch.inf]))
+    assert fault() == "buffer average"
+    with torch.no_grad():
+        net[1].bias[0] = torch.inf
+    assert fault() == "parameter 1.bias"
+
+
+def test_a_gradient_that_is_not_finite_under_a_loss_that_is() -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    net = nn.Sequential(first, second)
+    nn.init.zeros_(second.weight)
+    nn.init.zeros_(second.bias)
+    x = torch.ones(2, 3)
+    assert first_fault(net, lambda: net(x).sqrt().sum(), {}) == "gradient of 1.bias"
+
+
+def test_what_is_not_a_tensor_is_finite() -> None:
+    assert is_finite({"a": [torch.ones(2), None], "b": ("text", torch.arange(3))})
+    assert not is_finite({"a": [torch.ones(2), torch.tensor(torch.nan)]})
+
+
+def test_norms_of_the_gradients_there_are() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert gradient_norms(net)[0] == []
+    net[1](torch.ones(1, 2)).sum().backward()
+    names, norms = gradient_norms(net)
+    assert names == ["1.weight", "1.bias"]
+    torch.testing.assert_close(norms, torch.tensor([2.0, 2.0**0.5]))
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    options: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 3} | settings
+    return Telling(
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        callbacks=[*callbacks, LastCheckpoint(str(folder))],
+        **options,
+    )
+
+
+def classifier(net: nn.Module, objective: Any, lr: float = 0.1) -> RobustClassifier:
+    torch.manual_seed(0)
+    return RobustClassifier(net, objective, partial(torch.optim.SGD, lr=lr))
+
+
+def data() -> ImageDataModule:
+    return ImageDataModule(Digits(), batch_size=10, val_size=40, train_limit=60)
+
+
+def saved(folder: Path) -> int:
+    """Steps behind the checkpoint that was kept, whose weights are numbers."""
+    checkpoint = torch.load(folder / "last.ckpt")
+    assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+    return checkpoint["global_step"]
+
+
+def test_an_exploding_mask_is_named_with_its_step(tmp_path: Path) -> None:
+    module = classifier(network(Mask(explodes_at=9)), Natural())
+    with pytest.raises(DivergedError) as caught:
+        trainer(tmp_path, AdversarialTraining()).fit(module, datamodule=data())
+    message = str(caught.value)
+    assert "the training loss became nan at epoch 1, step 8 (batch 2)" in message
+    assert "the first that is not finite: output of net.3 (Mask)" in message
+    assert saved(tmp_path) == 6
+
+
+class BadGradient(Natural):
+    """A finite loss whose gradient is infinite from a step on."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.calls = step, 0
+
+    def outer(self, model: Any, batch: Batch) -> Tensor:
+        self.calls += 1
+        loss = super().outer(model, batch)
+        zero = (model.net[4].bias - model.net[4].bias.detach()).square().sum()
+        return loss + zero.sqrt() if self.calls > self.step else loss
+
+
+@pytest.mark.parametrize("step", [7, 11])
+def test_a_gradient_that_is_not_finite_is_named_with_its_step(tmp_path: Path, step: int) -> None:
+    """Within an epoch, and in its last step, before anything is saved."""
+    module = classifier(network(Mask()), BadGradient(step))
+    with pytest.raises(DivergedError) as caught:
+        trainer(tmp_path, AdversarialTraining()).fit(module, datamodule=data())
+    message = str(caught.value)
+    assert f"the gradient was not finite at epoch 1, step {step}: 1 of 5 parameters" in message
+    assert "nearest to the loss net.4.bias" in message
+    assert saved(tmp_path) == 6
+
+
+class LostObjective(AT):
+    """An inner loss whose gradient is NaN for the examples of one class."""
+
+    def inner(self, model: Any, batch: Batch) -> Any:
+        def loss(x: Tensor) -> Tensor:
+            found = cross_entropy(model(x), batch["y"])
+            rows = (batch["y"] == 3).nonzero().flatten()
+            bad = (x - x.detach())[rows].flatten(1).sum(1).square().sqrt()
+            return found.index_add(0, rows, bad)
+
+        return loss
+
+
+def test_an_attack_that_is_given_no_direction_ends_the_run(tmp_path: Path) -> None:
+    module = classifier(network(Mask()), LostObjective())
+    attack = AdversarialTraining(PGD(0.1, 0.05, steps=2))
+    with pytest.raises(DivergedError, match=r"no finite gradient for \d of 10 examples at epoch 0"):
+        trainer(tmp_path, attack).fit(module, datamodule=data())
+
+
+def test_a_watched_number_ends_the_run_by_its_name(tmp_path: Path) -> None:
+    class Router(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            module.watch("router", torch.tensor([1.0, torch.inf if index == 4 else 0.0]))
+
+    module = classifier(network(Mask()), Natural())
+    with pytest.raises(
+        DivergedError, match=r"router was not finite at epoch 0, step 4 \(batch 4\)"
+    ):
+        trainer(tmp_path, AdversarialTraining(), Router()).fit(module, datamodule=data())
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
+def test_gradients_without_loss_scaling_are_refused_in_fp16(tmp_path: Path, precision: Any) -> None:
+    perturbation = AdversarialWeightPerturbation(gamma=0.01)
+    fake = type("T", (), {"precision": precision})()
+    with pytest.raises(ConfigurationError, match=rf"precision is {precision}: fp16 underflows"):
+        perturbation.setup(fake, classifier(network(Mask()), Natural()), "fit")
+    with pytest.raises(ConfigurationError, match=rf"precision is {precision}: fp16 underflows"):
+        AdversarialTraining(PGD(0.1)).setup(fake, classifier(network(Mask()), AT()), "fit")
+
+
+# ------------------------------------------------------------------------------- several processes
+
+
+class OneRank(Mask):
+    """Explodes on one rank only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_here = torch.distributed.is_initialized() and torch.distributed.get_rank() == 1
+        self.calls += self.training
+        return x * self.scale * (torch.inf if is_here and self.calls >= 5 else 1.0)
+
+
+class Telling(Trainer):
+    """Writes down what each process was told."""
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._run(*args, **kwargs)
+        except Exception as error:
+            folder = Path(self.default_root_dir)
+            (folder / f"rank{self.global_rank}").write_text(f"{type(error).__name__}: {error}")
+            until = time.monotonic() + 30  # the first to end would have the other one ended
+            while len(list(folder.glob("rank?"))) < self.world_size and time.monotonic() < until:
+                time.sleep(0.01)
+            raise
+
+
+def test_nan_on_one_rank_stops_all_with_the_same_words(tmp_path: Path) -> None:
+    strategy = DeviceInvariantDDP(timedelta(seconds=60), start_method="fork")
+    module = classifier(network(nn.Sequential(nn.BatchNorm1d(8), OneRank())), Natural())
+    run = trainer(tmp_path, AdversarialTraining(), devices=2, strategy=strategy)
+    with pytest.raises(Exception, match="on rank 1 of 2"):
+        run.fit(module, datamodule=data())
+    told = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    assert told[0] == told[1]
+    assert told[0].startswith("DivergedError: on rank 1 of 2: the training loss became nan")
+    assert "output of net.3.1 (OneRank)" in told[0]
+    assert "step 4" in told[0]
+
+
+class CannotSave(LastCheckpoint):
+    """A disk that is full when the second epoch is saved."""
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        path = filepath if trainer.current_epoch == 0 else "/proc/nowhere/last.ckpt"
+        super()._save_checkpoint(trainer, path)
+
+
+def test_what_rank_zero_cannot_write_stops_all(tmp_path: Path) -> None:
+    strategy = DeviceInvariantDDP(timedelta(seconds=60), start_method="fork")
+    module = classifier(network(Mask()), Natural())
+    run = trainer(tmp_path, AdversarialTraining(), devices=2, strategy=strategy)
+    run.callbacks[-1] = CannotSave(str(tmp_path))
+    with pytest.raises(Exception, match="cannot write /proc/nowhere"):
+        run.fit(module, datamodule=data())
+    told = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    assert told[0] == told[1]
+    assert told[0].startswith("RunDirectoryError: cannot write /proc/nowhere/last.ckpt")
+    assert saved(tmp_path) == 6

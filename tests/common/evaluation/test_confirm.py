@@ -1,0 +1,273 @@
+"""What an engine finds is judged without it, and it costs no strength."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.attacks.autoattack import AutoAttack
+from common.attacks.engine.network import AttackEngine
+from common.attacks.gama import GAMAPGD
+from common.attacks.losses import cross_entropy
+from common.attacks.minimum_norm import DeepFool
+from common.attacks.noise import UniformNoise
+from common.attacks.pgd import MIM, PGD, FriendlyPGD
+from common.attacks.randomness import ExampleRandom
+from common.callbacks.robust_evaluation import RobustEvaluation
+from common.errors import ConfigurationError
+from common.evaluation import SuiteEntry, evaluate
+from common.evaluation.confirm import attacked, autoattacked, part_of
+from common.evaluation.models import Victim
+from common.evaluation.runner import run_steps
+from common.evaluation.steps import Outcomes, Threat
+from common.evaluation.suite import steps_of
+from common.modes import frozen
+
+FAST = AttackEngine()
+BF16 = AttackEngine(precision="bf16")
+EPS = 0.012
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(288, 10),
+    )  # fmt: skip
+    nn.init.uniform_(net[1].running_var, 0.02, 0.1)
+    nn.init.uniform_(net[1].weight, 0.5, 1.5)
+    return Victim(net, 10).eval()
+
+
+@pytest.fixture
+def examples(model) -> dict[str, Tensor]:
+    x = torch.rand(60, 3, 8, 8)
+    with torch.no_grad():
+        y = model(x).argmax(dim=1)
+    y[::9] = (y[::9] + 1) % 10
+    return {"x": x, "y": y, "index": torch.arange(60)}
+
+
+SUITE = {
+    "pgd": SuiteEntry(PGD(EPS, EPS / 4, 6), ["ce_f", "cw_f"]),
+    "mim": SuiteEntry(MIM(EPS, steps=5, start="uniform"), until_broken=True),
+    "gama": SuiteEntry(GAMAPGD(EPS, steps=6)),
+    "deepfool": SuiteEntry(DeepFool(EPS, norm="linf", steps=5, clip=True)),
+    "noise": SuiteEntry(UniformNoise(levels=[EPS])),
+}
+OFFICIAL = {
+    "aa": SuiteEntry(
+        AutoAttack(
+            EPS, version="custom", attacks=["apgd-ce", "apgd-t", "fab-t", "square"], steps=5,
+            square_queries=20, batch_size=32,
+        )
+    )
+}  # fmt: skip
+
+
+def run(model, examples, engine: AttackEngine | None, suite=SUITE) -> Outcomes:
+    steps = steps_of(suite, model, 10, 0, engine)
+    return run_steps(model, examples, steps, seed=0, batch_size=25, threat=Threat("linf", EPS))
+
+
+def assert_confirmed(model, examples, outcomes: Outcomes) -> None:
+    """Every image that is said to fool the network does, in the pictures of each step."""
+    for key, columns in outcomes.columns.items():
+        if "x_adv" not in columns or key == "clean":
+            continue
+        rows = outcomes.pictured
+        broken = ~outcomes.correct[key][rows] & outcomes.correct["clean"][rows]
+        with torch.no_grad():
+            fooled = model(columns["x_adv"]).argmax(dim=1) != examples["y"][rows]
+        assert fooled[broken].all(), key
+
+
+@pytest.mark.parametrize("suite", [SUITE, OFFICIAL], ids=["ours", "official"])
+def test_float32_verdicts_are_those_without_an_engine(model, examples, suite) -> None:
+    plain, fast = run(model, examples, None, suite), run(model, examples, FAST, suite)
+    for key in plain.correct:
+        assert torch.equal(plain.correct[key], fast.correct[key]), key
+    robust = plain.correct[list(plain.correct)[-1 if suite is OFFICIAL else 1]]
+    assert 5 < robust.sum() < 50, "the task tells nothing apart"
+    assert_confirmed(model, examples, fast)
+
+
+def test_reduced_precision_breaks_all_that_float32_breaks(model, examples) -> None:
+    full, reduced = run(model, examples, FAST), run(model, examples, BF16)
+    for key in full.correct:
+        assert not (reduced.correct[key] & ~full.correct[key]).any(), key
+    assert_confirmed(model, examples, reduced)
+
+
+def test_distances_and_autoattack_are_left_in_float32(model) -> None:
+    suite = {"deepfool": SUITE["deepfool"], **OFFICIAL, "pgd": SUITE["pgd"]}
+    found = {step.key: step.settings["engine"] for step in steps_of(suite, model, 10, 0, BF16)}
+    assert {key.partition("/")[0] for key in found} == set(suite)
+    for key, engine in found.items():
+        assert engine["precision"] == ("bf16" if key.startswith("pgd") else "32"), key
+
+
+def test_one_attack_of_the_official_package_in_reduced_precision(model, examples) -> None:
+    attack = AutoAttack(EPS, version="custom", attacks=["apgd-ce"], steps=10)
+    rows = (model(examples["x"]).argmax(1) == examples["y"]).nonzero().flatten()
+    batch = part_of(examples, rows)
+    random = ExampleRandom(0, 0, batch["index"])
+    with frozen(model):
+        full = autoattacked(attack, "apgd-ce", 0, None, FAST, model, batch, random)
+        reduced = autoattacked(attack, "apgd-ce", 0, None, BF16, model, batch, random)
+        with torch.no_grad():
+            fooled = model(reduced["x_adv"]).argmax(dim=1) != batch["y"]
+    assert torch.equal(reduced["correct"], ~fooled)
+    # The package draws for a batch, and what stands is another batch.
+    assert (reduced["correct"] & ~full["correct"]).sum() <= 1
+    assert 0 < reduced["correct"].sum() < len(rows)
+
+
+class Sabotaged(AttackEngine):
+    """A reduced precision that finds nothing, or claims what is not so."""
+
+    @contextmanager
+    def applied(self, model, x):
+        original = model.net
+
+        class Wrong(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                logits = original(x)
+                return -logits if claims else logits.detach() + 0 * x.sum()
+
+        claims = self.claims
+        model.net = Wrong()
+        try:
+            yield
+        finally:
+            model.net = original
+
+
+@pytest.mark.parametrize("claims", [False, True], ids=["finds nothing", "claims too much"])
+def test_a_useless_engine_changes_no_verdict(model, examples, claims) -> None:
+    suite = {"pgd": SUITE["pgd"], "gama": SUITE["gama"]}
+    engine = Sabotaged(precision="bf16")
+    engine.claims = claims
+    engine._plans.full = AttackEngine(fold=False, channels_last=False)
+    plain, found = run(model, examples, None, suite), run(model, examples, engine, suite)
+    for key in plain.correct:
+        # What is broken besides was broken by an image the plain network gets wrong.
+        assert not (found.correct[key] & ~plain.correct[key]).any(), key
+    if not claims:
+        assert all(torch.equal(plain.correct[key], found.correct[key]) for key in plain.correct)
+    assert_confirmed(model, examples, found)
+
+
+def test_a_second_attack_draws_what_the_first_drew(model, examples) -> None:
+    engine = Sabotaged(precision="bf16")
+    engine.claims = False
+    engine._plans.full = AttackEngine(fold=False, channels_last=False)
+    attack = PGD(EPS, EPS / 4, 3, start="uniform")
+    random = ExampleRandom(0, 0, examples["index"])
+
+    def craft(model, batch, random) -> Tensor:
+        return attack(lambda x: cross_entropy(model(x), batch["y"]), batch["x"], random)
+
+    with frozen(model):
+        plain = attacked(craft, None, None, model, examples, random.of(examples["index"]))
+        found = attacked(craft, None, engine, model, examples, random)
+    standing = found["correct"]
+    assert 5 < standing.sum() < 55
+    assert torch.equal(plain["x_adv"][standing], found["x_adv"][standing])
+
+
+@pytest.mark.parametrize("until_broken", [False, True])
+def test_float32_that_claims_too_much_is_corrected(model, examples, until_broken: bool) -> None:
+    """Such as rounding on a device would: an attack stopped there had found nothing yet."""
+    suite = {"pgd": SuiteEntry(PGD(EPS, EPS / 4, 10), until_broken=until_broken)}
+    engine = Sabotaged()
+    engine.claims = True
+    plain, found = run(model, examples, None, suite), run(model, examples, engine, suite)
+    assert 5 < plain.correct["pgd/ce_f"].sum() < 50
+    assert not (found.correct["pgd/ce_f"] & ~plain.correct["pgd/ce_f"]).any()
+    assert_confirmed(model, examples, found)
+
+
+@pytest.mark.slow
+def test_a_compiled_engine_takes_every_attack_of_a_suite(model, examples) -> None:
+    suite = SUITE | OFFICIAL
+    plain = run(model, examples, None, suite)
+    found = run(model, examples, AttackEngine(compile="default"), suite)
+    for key in plain.correct:
+        assert torch.equal(plain.correct[key], found.correct[key]), key
+
+
+def test_what_the_plain_network_does_not_confirm_is_attacked_again_by_autoattack(
+    model, examples
+) -> None:
+    engine = Sabotaged()
+    engine.claims = True
+    plain, found = run(model, examples, None, OFFICIAL), run(model, examples, engine, OFFICIAL)
+    assert_confirmed(model, examples, found)
+    key = "aa/apgd-ce"
+    assert torch.equal(plain.correct[key], found.correct[key])
+
+
+def test_only_what_stands_is_attacked_again(model, examples) -> None:
+    sizes: list[tuple[int, bool]] = []
+
+    def watch(module, args, output) -> None:
+        if torch.is_grad_enabled():
+            sizes.append((len(args[0]), torch.is_autocast_enabled("cpu")))
+
+    model.register_forward_hook(watch)
+    steps = steps_of({"pgd": SuiteEntry(PGD(EPS, EPS / 4, 6))}, model, 10, 0, BF16)
+    outcomes = run_steps(model, examples, steps, seed=0, batch_size=100)
+    reduced = [size for size, is_reduced in sizes if is_reduced]
+    full = [size for size, is_reduced in sizes if not is_reduced]
+    assert reduced == [int(outcomes.correct["clean"].sum())] * 6
+    # Six steps, two gradients to see that there is one, and the signatures before and after.
+    assert len(full) == 6 + 2 + 2
+    full = full[1:-1]
+    assert 0 < full[0] < reduced[0]
+    assert full[0] >= outcomes.correct["pgd/ce_f"].sum()
+
+
+def test_until_broken_never_breaks_fewer(model, examples) -> None:
+    attack = PGD(EPS, EPS / 4, 10, restarts=2)
+    plain = run(model, examples, None, {"pgd": SuiteEntry(attack)})
+    compact = run(model, examples, None, {"pgd": SuiteEntry(attack, until_broken=True)})
+    assert not (compact.correct["pgd/ce_f"] & ~plain.correct["pgd/ce_f"]).any()
+    assert_confirmed(model, examples, compact)
+
+
+def test_settings_tell_when_something_is_switched_on(model) -> None:
+    entry = {"pgd": SuiteEntry(PGD(EPS)), "noise": SUITE["noise"]}
+    plain, noise = steps_of(entry, model, 10, 0)
+    fast, still_noise = steps_of(entry, model, 10, 0, FAST)
+    assert set(fast.settings) - set(plain.settings) == {"engine"}
+    assert noise.settings == still_noise.settings
+    (compact,) = steps_of({"pgd": SuiteEntry(PGD(EPS), until_broken=True)}, model, 10, 0)
+    assert set(compact.settings) - set(plain.settings) == {"until_broken"}
+
+
+@pytest.mark.parametrize(
+    ("attack", "eot"), [(FriendlyPGD(EPS), 1), (GAMAPGD(EPS), 1), (PGD(EPS), 3)]
+)
+def test_until_broken_is_refused_where_it_has_no_meaning(attack, eot: int) -> None:
+    with pytest.raises(ConfigurationError, match="drop until_broken"):
+        SuiteEntry(attack, eot=eot, until_broken=True)
+
+
+def test_validation_takes_every_step() -> None:
+    with pytest.raises(ConfigurationError, match="drop until_broken"):
+        RobustEvaluation(validation=SuiteEntry(PGD(EPS), until_broken=True))
+
+
+def test_anybodys_model_takes_an_engine(model, examples, tmp_path) -> None:
+    data = (examples["x"], examples["y"])
+    suite = {"pgd": SUITE["pgd"]}
+    settings = {"eps": EPS, "progress": False}
+    plain = evaluate(model.net, data, suite, **settings)
+    fast = evaluate(model.net, data, suite, engine=FAST, output=tmp_path, **settings)
+    assert plain.metrics == fast.metrics
+    assert (
+        "AttackEngine(fold, channels_last, winograd, 32)" in (tmp_path / "results.json").read_text()
+    )

@@ -1,0 +1,301 @@
+"""The ready suites parse, follow the threat model, and go from cheap to dear."""
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from common.attacks.autoattack import AutoAttack
+from common.attacks.engine.network import AttackEngine
+from common.attacks.noise import Noise, UniformNoise
+from common.attacks.pgd import FGSM, PGD
+from common.errors import ConfigurationError
+from common.evaluation import Audit, SuiteEntry, Threat, evaluate
+from common.evaluation.models import as_victim
+from common.evaluation.presets import (
+    CONFIGS,
+    chosen_threat,
+    fill_threat,
+    load_suite,
+    ready_suites,
+    threat_of,
+)
+from common.evaluation.runner import run_steps
+from common.evaluation.suite import ball_of, steps_of
+
+
+def test_every_suite_that_is_promised_is_there() -> None:
+    papers = {f"paper-{name}" for name in ("awnet", "cifs", "rcm", "robustwrn", "wm")}
+    assert {"quick", "autoattack", "audit"} | papers <= set(ready_suites())
+
+
+@pytest.mark.parametrize("name", ready_suites())
+def test_every_suite_can_be_built_and_follows_the_radius(name: str) -> None:
+    suite = load_suite(name, "4/255")
+    assert suite.threat == Threat("linf", "4/255")
+    assert suite.entries or suite.audit
+    for key, entry in suite.entries.items():
+        assert entry.cost > 0
+        assert list(entry.variants())
+        if not isinstance(entry.attack, Noise) and key != "cw_l2":  # l2 in a suite about linf
+            assert entry.attack.eps == pytest.approx(4 / 255)
+
+
+STEPS = {  # what the papers' protocols say at 8/255
+    "paper-awnet": {"pgd_sat": 2 / 255, "pgd_trades": 0.003, "cw30": 2 / 255},
+    "paper-cifs": {"pgd20": 0.8 / 255, "cw30": 0.8 / 255, "pgd100": 0.8 / 255},
+    "paper-rcm": {"pgd20": 2 / 255, "pgd40": 0.8 / 255},
+    "paper-robustwrn": {"pgd20": 0.8 / 255, "cw20": 0.8 / 255, "gama100": 16 / 255},
+    "paper-wm": {"pgd20": 1 / 255, "pgd100": 0.4 / 255, "mim10": 0.8 / 255},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("scale", [0.25, 1.0, 2.0])
+def test_steps_of_papers_are_theirs_and_scale_with_the_radius(name: str, scale: float) -> None:
+    entries = load_suite(name, scale * 8 / 255).entries
+    for entry, step_size in STEPS[name].items():
+        assert entries[entry].attack.step_size == pytest.approx(scale * step_size, rel=1e-9)
+    for entry in entries.values():
+        if "steps" not in entry.attack.settings() or entry.sweep is None or name != "paper-wm":
+            continue
+        radii = [at["eps"] for _, at in entry.variants()]
+        assert radii == pytest.approx([scale * n / 255 for n in (1, 2, 4, 8)])
+
+
+def test_quick_goes_from_cheap_to_dear_and_attacks_survivors_only() -> None:
+    entries = list(load_suite("quick", 0.1).entries.values())
+    costs = [entry.cost for entry in entries]
+    assert costs == sorted(costs)
+    assert all(entry.survivors_only for entry in entries)
+
+
+def test_an_attack_follows_radius_and_norm_of_the_threat() -> None:
+    entries = load_suite("quick", 0.5, "l2").entries
+    assert {(entry.attack.norm, entry.attack.eps) for entry in entries.values()} == {("l2", 0.5)}
+    assert entries["pgd20"].attack.step_size == 0.125
+
+
+def test_multiples_of_the_radius() -> None:
+    node = {"sweep": {"eps": ["threat/4", "threat", "threat*2", "threat * 100"]}}
+    fill_threat(node, Threat("linf", 0.2))
+    assert node == {"sweep": {"eps": [0.05, 0.2, 0.4, 1.0]}}
+    with pytest.raises(ConfigurationError, match="nothing says what the threat model is"):
+        fill_threat({"eps": "threat"}, None)
+
+
+def test_the_threat_is_stated_or_the_first_ball_or_the_adversarys() -> None:
+    def attack(**arguments):
+        return {"attack": {"class_path": "common.attacks.pgd.PGD", "init_args": arguments}}
+
+    stated = {"threat": {"norm": "l2", "eps": 0.5}, "suite": {"a": attack(eps="8/255")}}
+    assert threat_of(stated) == Threat("l2", 0.5)
+    suite = {"suite": {"a": attack(eps="threat"), "b": attack(eps="4/255")}}
+    assert threat_of(suite, attack(eps=0.2)) == Threat("linf", "4/255")
+    assert threat_of({"suite": {"a": attack(eps="threat")}}, attack(eps=0.2)) == Threat("linf", 0.2)
+    assert threat_of({}, {}) is None
+
+
+def test_unknown_suites_and_broken_files_are_named(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match="no suite 'quik'; there are audit, autoattack"):
+        load_suite("quik", 0.1)
+    file = tmp_path / "mine.yaml"
+    file.write_text("evaluation: {validation: null}")
+    with pytest.raises(ConfigurationError, match=r"no evaluation\.suite"):
+        load_suite(file, 0.1)
+    file.write_text(
+        "evaluation: {suite: {a: {attack: {class_path: common.attacks.pgd.PGD, "
+        "init_args: {eps: threat, stepz: 3}}}}}"
+    )
+    with pytest.raises(ConfigurationError, match=r"mine\.yaml.*stepz"):
+        load_suite(file, 0.1)
+
+
+def test_the_papers_radii_are_those_of_their_threat() -> None:
+    for name in ready_suites():
+        if name.startswith("paper-"):
+            section = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["evaluation"]
+            assert section["threat"] == {"norm": "linf", "eps": "8/255"}
+            entries = load_suite(name).entries
+            assert any(isinstance(entry.attack, AutoAttack) for entry in entries.values())
+
+
+class Linear(nn.Module):
+    """Four classes, linear in the pixels: what an adversary can do is known exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.weight = nn.Parameter(torch.randn(4, 16, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) - 0.5) @ self.weight.T
+
+    def robust(self, x: Tensor, y: Tensor, eps: float, dual: int = 1) -> Tensor:
+        """Which images no perturbation of that size breaks, while none leaves the box."""
+        with torch.no_grad():
+            z, rows = self(x), torch.arange(len(y))
+            gap = z[rows, y][:, None] - z
+            length = (self.weight[y][:, None] - self.weight).norm(p=dual, dim=2)
+            gap[rows, y], length[rows, y] = 1.0, 0.0
+            return (gap > eps * length).all(dim=1)
+
+
+@pytest.fixture(scope="module")
+def problem() -> tuple[Linear, Tensor, Tensor]:
+    model = Linear().eval()
+    x = 0.25 + 0.5 * torch.rand(24, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(dim=1)
+    y[::8] = (y[::8] + 1) % 4
+    return model, x, y
+
+
+@pytest.mark.parametrize("name", [name for name in ready_suites() if name != "audit"])
+@pytest.mark.parametrize("eps", ["2/255", "5/255", "12/255"])
+def test_every_suite_finds_the_exact_robust_accuracy_at_any_radius(problem, name, eps) -> None:
+    """AutoAttack is cut, and what takes long is left out: the rest finds the optimum as well."""
+    model, x, y = problem
+    suite = load_suite(name, eps)
+    cut = {key: entry for key, entry in suite.entries.items() if key not in ("cw_l2", "pgd100")}
+    for entry in cut.values():
+        if isinstance(entry.attack, AutoAttack):
+            entry.attack = entry.attack.but(steps=10, square_queries=10)
+    found = evaluate(model, (x, y), cut, eps=suite.threat.radius, progress=False)
+    exact = model.robust(x, y, suite.threat.radius)
+    assert 0 < exact.sum() < len(y)
+    assert torch.equal(found.robust, exact)
+    assert found.robust_acc == exact.double().mean().item()
+    assert found.table().title.endswith(f"linf eps {suite.threat.radius:.5g}")
+
+
+def test_without_a_radius_it_is_the_suites_own(problem) -> None:
+    model, x, y = problem
+    apgd = AutoAttack(0.03, version="custom", attacks=["apgd-t"], steps=20)
+    found = evaluate(model, (x, y), {"apgd": SuiteEntry(apgd)}, progress=False)
+    assert torch.equal(found.robust, model.robust(x, y, 0.03))
+    assert "linf eps 0.03" in str(found)
+    l2 = {"apgd": SuiteEntry(apgd.but(norm="l2"), sweep={"eps": [0.05, 0.1]})}
+    found = evaluate(model, (x, y), l2, progress=False)
+    assert torch.equal(found.robust, model.robust(x, y, 0.1, dual=2))
+    assert "l2 eps 0.1" in str(found)
+    assert load_suite("quick").threat == Threat("linf", "8/255")
+    assert ball_of({"noise": SuiteEntry(UniformNoise([0.1]))}) is None
+
+
+def test_rows_outside_the_threat_model_are_marked(problem) -> None:
+    model, x, y = problem
+    suite = {
+        "inside": SuiteEntry(PGD(0.02, steps=10)),
+        "larger": SuiteEntry(FGSM(0.1)),
+        "other": SuiteEntry(FGSM(0.02, norm="l2")),
+        "noise": SuiteEntry(UniformNoise([0.02])),
+    }
+    text = str(evaluate(model, (x, y), suite, eps=0.02, progress=False))
+    for row in (
+        "inside/ce_f ",
+        "larger/ce_f (outside: linf eps 0.1)",
+        "other/ce_f (outside: l2 eps 0.02)",
+        "(noise)",
+    ):
+        assert row in text
+
+
+def test_a_suite_of_one_norm_refuses_another(tmp_path, problem) -> None:
+    model, x, y = problem
+    for name in STEPS:
+        with pytest.raises(ConfigurationError, match=f"{name}' attacks in linf, got norm 'l2'"):
+            evaluate(model, (x, y), name, eps=0.5, norm="l2")
+    with pytest.raises(ConfigurationError, match="norm is l2 and eps is not given"):
+        evaluate(model, (x, y), "quick", norm="l2")
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "evaluation: {suite: {a: {attack: {class_path: common.attacks.pgd.PGD, "
+        "init_args: {eps: threat, norm: l2}}}}}"
+    )
+    with pytest.raises(ConfigurationError, match="PGD attacks in l2 with the radius of the threat"):
+        load_suite(file, 0.1)
+    assert load_suite(file, 0.1, "l2").entries["a"].attack.norm == "l2"
+
+
+@pytest.mark.parametrize(
+    ("radii", "expected"),
+    [
+        (["threat", "0.5, norm: l2"], Threat("linf", "8/255")),
+        (["0.5, norm: l2", "threat"], Threat("linf", "8/255")),
+        (["0.5, norm: l2", "0.1"], Threat("l2", 0.5)),
+        (["2/255", "4/255"], Threat("linf", "2/255")),
+    ],
+)
+def test_numbers_say_what_a_file_is_about_where_nothing_follows(tmp_path, radii, expected) -> None:
+    file = tmp_path / "mine.yaml"
+    attack = "{{attack: {{class_path: common.attacks.pgd.FGSM, init_args: {{eps: {}}}}}}}"
+    entries = [f"a{i}: {attack.format(radius)}" for i, radius in enumerate(radii)]
+    file.write_text(f"evaluation: {{suite: {{{', '.join(entries)}}}}}")
+    assert load_suite(file).threat == expected
+
+
+def test_the_ball_of_an_attack_in_one_norm_alone() -> None:
+    def entry(name: str, **arguments):
+        path = f"common.attacks.{name}"
+        return {"suite": {"a": {"attack": {"class_path": path, "init_args": arguments}}}}
+
+    assert threat_of(entry("minimum_norm.CarliniWagner", eps=0.5)) == Threat("l2", 0.5)
+    assert threat_of(entry("minimum_norm.DeepFool", eps=0.5)) == Threat("linf", 0.5)
+    assert threat_of(entry("gama.GAMAPGD", eps=0.5)) == Threat("linf", 0.5)
+    with pytest.raises(ConfigurationError, match="GAMAPGD attacks in linf"):
+        fill_threat(entry("gama.GAMAPGD", eps="threat"), Threat("l2", 0.5))
+    with pytest.raises(ConfigurationError, match="PGDD cannot be imported"):
+        threat_of(entry("pgd.PGDD", eps=0.5))
+    assert chosen_threat(Threat("l2", 0.5), 0.25, None) == Threat("l2", 0.25)
+    assert chosen_threat(Threat("l2", 0.5), 0.1, "linf") == Threat("linf", 0.1)
+
+
+def test_settings_without_a_use_are_refused(tmp_path, problem) -> None:
+    model, x, y = problem
+    for suite, arguments, match in (
+        ({"n": SuiteEntry(UniformNoise([0.1]))}, {"engine": AttackEngine()}, "drop engine"),
+        ({"p": SuiteEntry(FGSM(0.1), checkpoints=["last"])}, {}, "drop checkpoints"),
+    ):
+        with pytest.raises(ConfigurationError, match=match):
+            evaluate(model, (x, y), suite, progress=False, **arguments)
+    file = tmp_path / "mine.yaml"
+    file.write_text("evaluation: {audit: {examples: 5}, engine: {}}")
+    with pytest.raises(ConfigurationError, match=r"evaluation\.engine, which has no use"):
+        load_suite(file)
+
+
+def test_the_batch_size_reaches_autoattack_and_the_audit(problem) -> None:
+    model, x, y = problem
+    sizes = set()
+    model.register_forward_hook(lambda _, inputs, __: sizes.add(len(inputs[0])))
+    suite = {"aa": SuiteEntry(AutoAttack(0.01, version="custom", attacks=["apgd-ce"], steps=2))}
+    victim = as_victim(model, 4)
+    square = Audit(square_queries=5).steps(victim, Threat("linf", 0.01), 4)
+    steps = steps_of(suite, victim, 4, 0) + [s for s in square if s.key == "audit_square"]
+    for size in (5, 9):
+        sizes.clear()
+        examples = {"x": x, "y": y, "index": torch.arange(len(y))}
+        run_steps(model, examples, steps, seed=0, batch_size=size)
+        assert max(sizes) == size
+    model._forward_hooks.clear()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"evaluation: [",
+        b"- 1",
+        b"evaluation: [1]",
+        b"evaluation: {suite: [1]}",
+        b"\xff\xfe\x00",
+        b"",
+    ],
+)
+def test_files_that_are_no_suites_are_refused_in_one_line(tmp_path, content: bytes) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_bytes(content)
+    with pytest.raises(
+        ConfigurationError, match=r"suite\.yaml (cannot be read: it is no YAML|has no)"
+    ) as caught:
+        load_suite(file)
+    assert "\n" not in str(caught.value)

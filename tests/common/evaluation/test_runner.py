@@ -1,0 +1,225 @@
+"""Chunks, processes and the journal: the same outcomes however the work was cut up."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.attacks.autoattack import AutoAttack
+from common.attacks.noise import GaussianNoise
+from common.attacks.pgd import FGSM, PGD
+from common.errors import RunDirectoryError
+from common.evaluation import SuiteEntry
+from common.evaluation.journal import Journal, identity_of
+from common.evaluation.models import Victim
+from common.evaluation.runner import Team, run_steps
+from common.evaluation.steps import Outcomes, Threat
+from common.evaluation.suite import steps_of
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10))
+    return Victim(net, 10).eval()
+
+
+@pytest.fixture
+def examples(model) -> dict[str, Tensor]:
+    x = torch.rand(23, 3, 8, 8)
+    y = model(x).argmax(dim=1)
+    y[::5] = (y[::5] + 1) % 10
+    return {"x": x, "y": y, "index": torch.arange(23)}
+
+
+SUITE = {
+    "fgsm": SuiteEntry(FGSM(0.003), ["ce_f", "cw_f"]),
+    "noise": SuiteEntry(GaussianNoise(levels=[0.1])),
+    "pgd": SuiteEntry(PGD(0.006, 0.003, 3, restarts=2), survivors_only=True),
+    "aa": SuiteEntry(
+        AutoAttack(
+            0.008, version="custom", attacks=["apgd-ce", "square"], batch_size=4, steps=3,
+            square_queries=5,
+        ),
+        survivors_only=True,
+    ),
+}  # fmt: skip
+
+
+def run(model, examples, suite=SUITE, **settings: Any) -> Outcomes:
+    steps = steps_of(suite, model, 10, seed=0)
+    threat = Threat("linf", 0.01)
+    return run_steps(model, examples, steps, seed=0, batch_size=5, threat=threat, **settings)
+
+
+def assert_equal(one: Outcomes, other: Outcomes) -> None:
+    assert one.lines == other.lines
+    for key in one.correct:
+        assert torch.equal(one.correct[key], other.correct[key]), key
+        for name, column in one.columns[key].items():
+            torch.testing.assert_close(
+                column, other.columns[key][name], rtol=0, atol=0, equal_nan=True
+            )
+
+
+def kept_in(folder: Path, model, examples) -> Journal:
+    return Journal(folder, identity_of(model, examples, 0))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.npz"))
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_processes_share_the_work_and_change_nothing(model, examples, size: int) -> None:
+    """Threads with a barrier stand for processes; gloo ones are in test_strategy."""
+    alone = run(model, examples)
+    barrier, board = threading.Barrier(size), [None] * size
+    found: list[Any] = [None] * size
+    lock = threading.Lock()
+
+    def member(rank: int) -> None:
+        def gather(mine: Any) -> list[Any]:
+            board[rank] = mine
+            lock.release()
+            barrier.wait()
+            parts = list(board)
+            barrier.wait()
+            lock.acquire()
+            return parts
+
+        with lock:  # the random state is the process's own: one at a time
+            found[rank] = run(model, examples, team=Team(rank, size, gather))
+
+    threads = [threading.Thread(target=member, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for outcomes in found:
+        assert_equal(outcomes, alone)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, model, examples, monkeypatch) -> None:
+    undisturbed = run(model, examples)
+    written = Journal.write
+    count = 0
+
+    def write(self, *args: Any) -> None:
+        nonlocal count
+        if self.path(*args[:2]) is None:
+            return
+        count += 1
+        if count == 9:
+            raise KeyboardInterrupt
+        written(self, *args)
+
+    monkeypatch.setattr(Journal, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, examples, journal=kept_in(tmp_path, model, examples))
+    done = files(tmp_path)
+    assert len(done) == 8
+    times = [path.stat().st_mtime_ns for path in done]
+    resumed = run(model, examples, journal=kept_in(tmp_path, model, examples))
+    assert_equal(resumed, undisturbed)
+    assert [path.stat().st_mtime_ns for path in done] == times
+    assert count == len(files(tmp_path)) + 1
+
+
+def test_one_more_attack_runs_alone_on_what_survived(tmp_path, model, examples) -> None:
+    first = run(model, examples, journal=kept_in(tmp_path, model, examples))
+    before = set(files(tmp_path))
+    more = SUITE | {"late": SuiteEntry(PGD(0.01, 0.003, 5), ["cw_f"], survivors_only=True)}
+    run(model, examples, more, journal=kept_in(tmp_path, model, examples))
+    new = set(files(tmp_path)) - before
+    assert new
+    assert all(path.name.startswith("late") for path in new)
+    attacked = torch.cat([torch.from_numpy(np.load(path)["index"]) for path in new])
+    survivors = first.correct["aa/square"].nonzero().flatten()
+    assert attacked.sort().values.tolist() == survivors.tolist()
+
+
+def test_nothing_stale_is_read(tmp_path, model, examples) -> None:
+    def count(**changes: Any) -> int:
+        given = {"model": model, "examples": examples, "suite": SUITE} | changes
+        before = len(files(tmp_path))
+        run(**given, journal=kept_in(tmp_path, given["model"], given["examples"]))
+        return len(files(tmp_path)) - before
+
+    assert count() > 0
+    assert count() == 0
+    other = SUITE | {"fgsm": SuiteEntry(FGSM(0.0031), ["ce_f", "cw_f"])}
+    assert count(suite=other) > 0
+    model.net[3].bias.data += 1e-3
+    assert count() > 0
+    assert count(examples=examples | {"x": examples["x"] * 0.9}) > 0
+
+
+def test_a_damaged_file_is_named_and_made_again(tmp_path, model, examples) -> None:
+    undisturbed = run(model, examples, journal=kept_in(tmp_path, model, examples))
+    victim = files(tmp_path)[3]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=f"{victim.name} is damaged"):
+        resumed = run(model, examples, journal=kept_in(tmp_path, model, examples))
+    assert_equal(resumed, undisturbed)
+    assert np.load(victim).files == np.load(files(tmp_path)[3]).files
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="cannot be kept"):
+        Journal(tmp_path / "file", {})
+
+
+def test_outcomes_are_those_of_the_official_package_alone(model, examples) -> None:
+    """Attack by attack over packed survivors, as ``run_standard_evaluation`` goes."""
+    import pyautoattack
+
+    suite = {"aa": SuiteEntry(AutoAttack(0.01, batch_size=6, steps=4, square_queries=30))}
+    ours = run(model, examples, suite)
+    official = pyautoattack.AutoAttack(model, norm="Linf", eps=0.01, version="standard", seed=0)
+    ours_prepared, _, _ = suite["aa"].attack._prepared(model, examples["x"], 0, None)
+    for name in ("apgd", "apgd_targeted", "fab", "square"):
+        theirs, mine = getattr(official, name), getattr(ours_prepared, name)
+        theirs.__dict__.update({k: v for k, v in vars(mine).items() if "iter" in k or "n_" in k})
+    for apgd in (official.apgd, official.apgd_targeted):
+        apgd.size_decr = ours_prepared.apgd.size_decr
+    with torch.random.fork_rng():
+        x_adv, y_adv = official.run_standard_evaluation(examples["x"], examples["y"], batch_size=6)
+    survived = ours.correct["aa/square"]
+    assert torch.equal(survived, y_adv == examples["y"])
+    assert 0 < survived.sum() < ours.correct["clean"].sum()
+    for key in ("aa/apgd-ce", "aa/apgd-t", "aa/fab-t", "aa/square"):
+        fell = ours.correct["clean"] & ~ours.correct[key]
+        kept = ours.columns[key]["x_adv"]
+        moved = fell & (ours.columns[key]["linf"] > 0)
+        for place, row in enumerate(ours.pictured):
+            if moved[row]:
+                torch.testing.assert_close(kept[place], x_adv[row])
+
+
+def test_progress_tells_what_is_done_and_what_stands(model, examples) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    class Listener:
+        def begin(self, step, examples, survivors) -> None:
+            told.append((step.key, examples, survivors))
+
+        def advance(self, examples, survivors) -> None:
+            told.append((examples, survivors))
+
+        def end(self) -> None:
+            told.append(())
+
+    found = run(model, examples, {"fgsm": SUITE["fgsm"]}, progress=Listener())
+    right = int(found.correct["clean"].sum())
+    assert told[0] == ("clean", 23, 23)
+    begun = told.index(("fgsm/ce_f", right, right))
+    advances = told[begun + 1 : told.index((), begun)]
+    assert sum(examples for examples, _ in advances) == right
+    assert advances[-1][1] == int(found.correct["fgsm/ce_f"].sum())
