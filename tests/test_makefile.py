@@ -29,8 +29,16 @@ NOTE = "import sys; print(*sys.argv[1:], file=open('{}', 'a'))"
 def project(tmp_path: Path) -> Path:
     folder = tmp_path / "a project"
     (folder / "common").mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "files.py", "limits.py", "rows.py"):
-        shutil.copy(ROOT / "common" / name, folder / "common")
+    for name in (
+        "__init__.py",
+        "errors.py",
+        "files.py",
+        "limits.py",
+        "cli/rows.py",
+        "cli/__init__.py",
+    ):
+        (folder / "common" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "common" / name, folder / "common" / name)
     shutil.copytree(ROOT / "paper_cifs/configs", folder / "paper_cifs/configs")
     shutil.copytree(ROOT / "common/configs", folder / "common/configs")
     (folder / "paper_cifs/__init__.py").touch()

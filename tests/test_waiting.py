@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.attacks import engine
+from common.attacks.engine import network as engine
 from common.attacks.engine.folding import foldable
 from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import cross_entropy

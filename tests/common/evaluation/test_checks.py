@@ -1,5 +1,6 @@
 """Models whose figures would be wrong: exact where they can be evaluated, refused where not."""
 
+import importlib
 import threading
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from common.evaluation import Audit, Evaluation, SuiteEntry, evaluate
 from common.evaluation.checks import Checked, check_model
 from common.evaluation.inputs import collect
 from common.results.store import read_result
+
+PIPELINE = importlib.import_module("common.evaluation.evaluate")
 
 EPS = 0.03
 
@@ -217,7 +220,7 @@ def test_outcomes_are_not_those_of_another_function(tmp_path, data, kind, monkey
                 "ce_f": lambda m, b: lambda x: sign * ce(m(x), b["y"], reduction="none"),
             }
 
-    monkeypatch.setattr("common.evaluation.evaluate.draw", lambda *_: {})
+    monkeypatch.setattr(PIPELINE, "draw", lambda *_: {})
     SHIFT = [0.02]
     first = robust(Shifted(0.02).eval(), data, output=tmp_path)
     SHIFT[0] = 0.0
@@ -356,7 +359,7 @@ class Tuned(Linear):
 
 @pytest.mark.parametrize("kind", [Counter, Cache, Hidden, Tuned])
 def test_a_model_with_a_memory_fails(tmp_path, data, kind, monkeypatch) -> None:
-    monkeypatch.setattr("common.evaluation.evaluate.draw", lambda *_: {})
+    monkeypatch.setattr(PIPELINE, "draw", lambda *_: {})
     CALLS[0] = 0
     suite = {
         "pgd": SuiteEntry(PGD(EPS, steps=10)),
@@ -568,9 +571,7 @@ def test_rounding_errors_are_taken_away() -> None:
 def test_a_folder_of_other_results_is_refused_at_the_start(tmp_path, data, monkeypatch) -> None:
     robust(Linear().eval(), data, output=tmp_path)
     before = (tmp_path / "results.json").read_bytes()
-    monkeypatch.setattr(
-        "common.evaluation.evaluate.run_steps", lambda *_, **__: pytest.fail("it ran")
-    )
+    monkeypatch.setattr(PIPELINE, "run_steps", lambda *_, **__: pytest.fail("it ran"))
     for change, match in (({"seed": 1}, "with seed 1"), ({"name": "other"}, "any other with")):
         with pytest.raises(ConfigurationError, match=f"{match}.*choose another output folder"):
             robust(Linear().eval(), data, output=tmp_path, **change)
