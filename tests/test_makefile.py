@@ -44,7 +44,8 @@ def project(tmp_path: Path) -> Path:
     (folder / "paper_cifs/__init__.py").touch()
     (folder / "paper_cifs/__main__.py").write_text(PAPER)
     (folder / "paper_cifs/analysis.py").write_text(NOTE.format("analysed"))
-    (folder / "common/tables.py").write_text(NOTE.format("tabulated"))
+    (folder / "common/results").mkdir()
+    (folder / "common/results/tables.py").write_text(NOTE.format("tabulated"))
     shutil.copy(ROOT / "Makefile", folder)
     for name in ("pyproject.toml", "constraints.txt"):
         (folder / name).touch()

@@ -202,7 +202,9 @@ class Trainer(pl.Trainer):
             found = super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
             self._check_folder()
             return found
-        except OSError:
+        except UserError:
+            raise
+        except Exception:  # loggers wrap what the system told them in errors of other kinds
             self._check_folder()
             raise
         except KeyboardInterrupt:  # before there are handlers; Lightning's own status would be 1
