@@ -1,6 +1,5 @@
 """The classifier every paper trains: a network, an objective and an optimiser."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,11 +10,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import as_class, classify, cross_entropy, hinge_margin
-from common.callbacks.finite import FiniteGuard
 from common.errors import ConfigurationError, check_choice, is_out_of_memory
-from common.objectives import Batch, InnerLoss, Objective, differentiable, weighted
-from common.optimization import optimizer_of, scheduler_of, tell_metrics
-from common.parameter_groups import ParameterGroup
+from common.objectives import Batch, InnerLoss, Objective, on_logits, weighted
+from common.optimization import ParameterGroup, optimizer_of, scheduler_of, tell_metrics
 from common.weights import check_weights_fit
 
 Interval = Literal["epoch", "step"]
@@ -57,7 +54,7 @@ class RobustClassifier(LightningModule):
         self.scheduler_interval = scheduler_interval
         self.groups = groups or []
         self.accuracy: MulticlassAccuracy | None = None
-        self.guard = FiniteGuard()
+        self.watched: dict[str, Tensor] = {}
         self.loaded_at: dict[str, int] = {}  # epoch and global step of the checkpoint loaded last
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,12 +110,11 @@ class RobustClassifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's outer loss on this batch, as it counts in its optimiser step."""
         loss = weighted(self.objective.outer(self, batch), batch)
-        mean = self.guard.check(self, loss, batch, batch_idx)
-        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["y"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["y"]), sync_dist=True)
         return weighted(loss, batch, "window")
 
     def watch(self, name: str, value: Tensor) -> None:
-        """Stop the run if a number is not finite, when the next training loss is looked at.
+        """Have a number looked at with the next training loss: one that is not finite ends the run.
 
         Nothing waits for the device: callbacks, routers and masks may watch in every step.
 
@@ -126,20 +122,10 @@ class RobustClassifier(LightningModule):
             name: What it is about, for the message.
             value: Any shape; it has to be finite.
         """
-        self.guard.watch(name, value)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Watch the gradients; a scaler of fp16 has its own way with infinite ones."""
-        if self.trainer.precision != "16-mixed":
-            self.guard.watch_gradients(self)
-
-    def on_validation_start(self) -> None:
-        """Look at the gradients of the epoch's last step before a checkpoint may be selected."""
-        self.guard.check_watched(self)
+        self.watched[name] = value.detach()
 
     def on_train_epoch_end(self) -> None:
-        """The same where there is no validation; then what waits for a metric gets it."""
-        self.guard.check_watched(self)
+        """Step the schedulers that wait for a metric."""
         tell_metrics(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -180,13 +166,3 @@ class RobustClassifier(LightningModule):
         """Refuse the weights of another network before any of them is loaded."""
         check_weights_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
         self.loaded_at = {key: checkpoint[key] for key in ("epoch", "global_step")}
-
-
-def on_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> InnerLoss:
-    """The inner loss that is a function of a model's logits and the labels."""
-
-    def inner(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-        y = differentiable(batch["y"])
-        return lambda x: loss(model(x), y)
-
-    return inner

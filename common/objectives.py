@@ -197,8 +197,17 @@ class ALP:
 
 def cross_entropy_of(model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
     """The inner loss most defences share: x' -> cross-entropy with the batch's labels."""
-    y = differentiable(batch["y"])
-    return lambda x: cross_entropy(model(x), y)
+    return on_logits(cross_entropy)(model, batch)
+
+
+def on_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> InnerLoss:
+    """The inner loss that is a function of a model's logits and the labels."""
+
+    def inner(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        y = differentiable(batch["y"])
+        return lambda x: loss(model(x), y)
+
+    return inner
 
 
 def differentiable(tensor: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from common.attacks.losses import cross_entropy
+from common.callbacks.conditions import is_logged
 from common.classifier import RobustClassifier
-from common.modes import is_logged
 from common.objectives import Batch, InnerLoss, differentiable
 from paper_awnet import oat
 from paper_awnet.method import ADVERSARIAL, CLEAN

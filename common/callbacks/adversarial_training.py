@@ -10,8 +10,10 @@ from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import classify
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, run_seed
+from common.callbacks.conditions import is_logged, refuse_half_precision
+from common.callbacks.finite import classifier_of
 from common.errors import ConfigurationError, check_choice
-from common.modes import AttackMode, frozen, is_logged, refuse_half_precision
+from common.modes import AttackMode, frozen
 from common.objectives import Batch, objective_of
 
 
@@ -100,9 +102,8 @@ class AdversarialTraining(Callback):
 
     def _watch(self, module: LightningModule) -> None:
         """Have the run stop where examples got no direction, when the step looks at its loss."""
-        watch = getattr(module, "watch", None)
-        if watch is not None and self.attack is not None and self.attack.lost is not None:
-            watch("attack", torch.where(self.attack.lost, torch.nan, 0.0))
+        if self.attack is not None and self.attack.lost is not None:
+            classifier_of(module).watch("attack", torch.where(self.attack.lost, torch.nan, 0.0))
 
     def _measure(self, module: LightningModule, batch: Batch) -> None:
         """Log what the attack gained: inner loss and accuracy before and after it.

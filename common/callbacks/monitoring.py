@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import grad_norm
 
+from common.callbacks.conditions import is_logged
 from common.evaluation import predict
-from common.modes import is_logged
 from common.objectives import Batch
 
 FINAL_METRICS = re.compile(r"test/((clean_acc|worst)(_on_\d+)?)")

@@ -19,6 +19,7 @@ from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
+from common.callbacks.conditions import refuse_half_precision
 from common.callbacks.resuming import WEIGHTS
 from common.errors import ConfigurationError
 from common.evaluation.audit.checks import Audit, AuditReport
@@ -31,7 +32,7 @@ from common.evaluation.runner import Team, in_order, run_steps
 from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
 from common.evaluation.suite import SuiteEntry, ball_of, check_suite, resolve_losses, steps_of
 from common.evaluation.transfer import Transfer
-from common.modes import frozen, refuse_half_precision
+from common.modes import frozen
 from common.objectives import Batch
 from common.results import provenance
 from common.results.identity import SETTINGS, evaluated_digest

@@ -5,8 +5,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from common.callbacks.conditions import refuse_half_precision
 from common.errors import ConfigurationError
-from common.modes import batch_statistics_kept, refuse_half_precision
+from common.modes import batch_statistics_kept
 from common.objectives import Batch, objective_of, weighted
 
 

@@ -37,11 +37,8 @@ from common.cli.parser import (
     check_config_files,
     check_limits,
     check_seed,
-    class_paths,
     decisive,
-    explain,
     fill_from_data,
-    plain_digest,
     protocol_digest,
     refusal,
     tensorboard_in,
@@ -60,6 +57,7 @@ from common.results.identity import (
     contents,
     settings_in,
 )
+from common.settings import class_paths, explain, plain_digest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = str(CONFIGS / "base.yaml")

@@ -14,8 +14,10 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import common.strategy  # noqa: F401  (registers the device-invariant ddp)
+from common.callbacks.checkpointing import SealedCheckpointIO
+from common.callbacks.finite import FiniteGuard
 from common.callbacks.resuming import Resuming, SignalConnector, StoppedBySignal
-from common.checkpoints import SealedCheckpointIO, load_checkpoint
+from common.checkpoints import load_checkpoint
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.files import WatchedFolder
 from common.results.identity import Settings, check_evaluated, check_resumed, settings_in
@@ -73,7 +75,7 @@ class Trainer(pl.Trainer):
                 "not supported, because attacks and robust accuracy need more; use bf16-mixed or "
                 "32-true"
             )
-        self.callbacks.insert(0, Resuming())  # type: ignore[attr-defined]  # set by a connector
+        self.callbacks[:0] = [Resuming(), FiniteGuard()]  # type: ignore[attr-defined]  # a connector sets it
         self._signal_connector = self._connector = SignalConnector(self)
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = EpochLoop(self, loop.min_steps, loop.max_steps)
