@@ -1,6 +1,7 @@
 """The classifier every paper trains: a network, an objective and an optimiser."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
@@ -12,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from common.attacks.losses import as_class, classify, cross_entropy, hinge_margin
 from common.errors import ConfigurationError, check_choice, is_out_of_memory
 from common.objectives import Batch, InnerLoss, Objective, on_logits, weighted
-from common.optimization import ParameterGroup, optimizer_of, scheduler_of, tell_metrics
+from common.optimization import ParameterGroup, is_logged, optimizer_of, scheduler_of, tell_metrics
 from common.weights import check_weights_fit
 
 Interval = Literal["epoch", "step"]
@@ -54,7 +55,7 @@ class RobustClassifier(LightningModule):
         self.scheduler_interval = scheduler_interval
         self.groups = groups or []
         self.accuracy: MulticlassAccuracy | None = None
-        self.watched: dict[str, Tensor] = {}
+        self.watched: dict[str, Tensor] = {}  # by name, until the next training loss
         self.loaded_at: dict[str, int] = {}  # epoch and global step of the checkpoint loaded last
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,9 +108,17 @@ class RobustClassifier(LightningModule):
             for module, training in modes.items():
                 module.training = training
 
+    def on_train_epoch_start(self) -> None:
+        """Tell the objective which epoch begins."""
+        self.objective.set_epoch(self.current_epoch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's outer loss on this batch, as it counts in its optimiser step."""
         loss = weighted(self.objective.outer(self, batch), batch)
+        self.objective.advance(is_step_over=not self.trainer.fit_loop._should_accumulate())
+        if is_logged(self.trainer):
+            for name, value in self.objective.report.items():
+                self.log(f"train/{name}", value, batch_size=len(batch["y"]), sync_dist=True)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["y"]), sync_dist=True)
         return weighted(loss, batch, "window")
 
@@ -123,6 +132,14 @@ class RobustClassifier(LightningModule):
             value: Any shape; it has to be finite.
         """
         self.watched[name] = value.detach()
+
+    def log_histograms(self, add: Callable[[str, Tensor], None], batch: Batch) -> None:
+        """Show values of a validation batch in TensorBoard; nothing by default.
+
+        Args:
+            add: Takes a name and values of any shape.
+            batch: The first one of the validation split.
+        """
 
     def on_train_epoch_end(self) -> None:
         """Step the schedulers that wait for a metric."""
@@ -166,3 +183,8 @@ class RobustClassifier(LightningModule):
         """Refuse the weights of another network before any of them is loaded."""
         check_weights_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
         self.loaded_at = {key: checkpoint[key] for key in ("epoch", "global_step")}
+
+
+def classifier_of(module: LightningModule) -> RobustClassifier:
+    """The module that a callback is given, as what it is in every run of ours."""
+    return cast(RobustClassifier, module)

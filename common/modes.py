@@ -1,8 +1,8 @@
-"""Module modes for the duration of an attack."""
+"""The network that is attacked, and its modes while it is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,6 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from common.errors import check_choice
 
 AttackMode = Literal["eval", "train", "train_frozen"]
+
+
+def network_of(model: Any) -> Any:
+    """The network that a classifier holds as ``net``; any other model is the network itself."""
+    return getattr(model, "net", model)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.classifier import RobustClassifier
+from common.classifier import RobustClassifier, classifier_of
 from common.errors import DivergedError
 from common.objectives import Batch
 
@@ -121,11 +121,6 @@ class FiniteGuard(Callback):
                 f"examples {at}; {kept}"
             )
         return f"{min(wrong)} was not finite {at}; {kept}" if wrong else None
-
-
-def classifier_of(module: LightningModule) -> RobustClassifier:
-    """The module as what it is in every run of ours."""
-    return cast(RobustClassifier, module)
 
 
 def _agreed(trainer: Trainer, sentence: str | None) -> str:

@@ -10,9 +10,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import grad_norm
 
-from common.callbacks.conditions import is_logged
+from common.classifier import classifier_of
 from common.evaluation import predict
 from common.objectives import Batch
+from common.optimization import is_logged
 
 FINAL_METRICS = re.compile(r"test/((clean_acc|worst)(_on_\d+)?)")
 
@@ -70,11 +71,9 @@ class Monitoring(Callback):
         writer, step = logger.experiment, trainer.global_step
         if self.images and "x_adv" in batch:
             writer.add_figure("val/examples", self._grid(trainer, pl_module, batch), step)
-        log_histograms = getattr(pl_module, "log_histograms", None)
-        if log_histograms is not None:
-            log_histograms(
-                lambda name, values: writer.add_histogram(name, values.float().cpu(), step), batch
-            )
+        classifier_of(pl_module).log_histograms(
+            lambda name, values: writer.add_histogram(name, values.float().cpu(), step), batch
+        )
 
     def _grid(self, trainer: Trainer, module: LightningModule, batch: Batch) -> Any:
         from common.analysis.figures import example_grid  # matplotlib only where something is drawn

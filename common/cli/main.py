@@ -44,7 +44,7 @@ from common.cli.parser import (
     tensorboard_in,
 )
 from common.cli.runs import check_is_ours, latest_of, lock, set_aside_if_other
-from common.cli.trainer import NAMED, Trainer
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
 from common.evaluation.presets import check_overlays, fill_threat, threat_of
@@ -61,6 +61,8 @@ from common.settings import class_paths, explain, plain_digest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = str(CONFIGS / "base.yaml")
+NAMED = ("last", "selected", "best")
+"""What ``--ckpt_path`` may say instead of a file; ``best`` is what was selected."""
 TRAINING = ("fit", "reproduce")
 # Callbacks with arguments that follow from the command: nobody can give another value.
 FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
@@ -178,6 +180,8 @@ class RobustCLI(LightningCLI):
                 self.settings["files"] = contents(self.settings, self._base(config))
             run = self._run_directory(config)
             config.trainer.default_root_dir = str(run)
+            if (checkpoint := config.get("ckpt_path")) is not None:
+                config.ckpt_path = str(_checkpoint_in(run, str(checkpoint)))
             if config.trainer.logger in (None, True):
                 config.trainer.logger = tensorboard_in(run)
         self.plain = plain
@@ -273,7 +277,7 @@ class RobustCLI(LightningCLI):
             extra.append(LastCheckpoint(saving.dirpath, saving.every_n_steps))
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
         trainer = cast(Trainer, super().instantiate_trainer(**kwargs))
-        trainer.settings = self.settings
+        trainer.run.settings = self.settings
         evaluation = self._get(self.config_init, "evaluation")
         evaluation.experiment, evaluation.paper = self.settings["experiment"], self.package
         evaluation.config_digest = plain_digest(self.settings)
@@ -282,6 +286,13 @@ class RobustCLI(LightningCLI):
             key: self.plain[key] for key in ("experiment", "seed_everything", "model", "adversary")
         }
         return trainer
+
+
+def _checkpoint_in(run: Path, name: str) -> Path:
+    """The file that ``--ckpt_path`` means."""
+    if name not in NAMED:
+        return Path(name).absolute()
+    return run / "checkpoints" / f"{'selected' if name == 'best' else name}.ckpt"
 
 
 class SaveTrainingConfig(SaveConfigCallback):
