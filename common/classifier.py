@@ -137,7 +137,7 @@ class RobustClassifier(LightningModule):
         """Show values of a validation batch in TensorBoard; nothing by default.
 
         Args:
-            add: Takes a name and values of any shape.
+            add: Takes a name, shown as ``val/<name>``, and values of any shape.
             batch: The first one of the validation split.
         """
 

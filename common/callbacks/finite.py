@@ -94,7 +94,7 @@ class FiniteGuard(Callback):
         where = ""
         if loss is not None:  # all processes look, because layers may talk to each other
             batch = self._batch
-            inputs = {key: batch[key] for key in ("x", "x_adv") if key in batch}
+            inputs = {key: value for key, value in batch.items() if key in ("x", "x_adv")}
             with trainer.precision_plugin.train_step_context():
                 fault = first_fault(
                     module, lambda: module.objective.outer(module, dict(batch)), inputs

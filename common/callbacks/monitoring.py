@@ -1,7 +1,6 @@
 """What TensorBoard shows beside the losses: gradient norm, example grids, hyper-parameters."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ class Monitoring(Callback):
 
     Per logged step the norm of the gradient; per validation a grid of clean and adversarial
     images with their difference and the predicted labels; on test the hyper-parameters with the
-    final metrics. A module may add its own: ``log_histograms(add_histogram, batch)``.
+    final metrics.
 
     Args:
         images: Examples per grid; 0 draws none.
-        every_n_epochs: Draw grids and histograms only after every so many epochs.
+        every_n_epochs: Draw grids and histograms after every n-th epoch.
         hyperparameters: Settings of the run; the command line fills them in.
     """
 
@@ -72,7 +71,8 @@ class Monitoring(Callback):
         if self.images and "x_adv" in batch:
             writer.add_figure("val/examples", self._grid(trainer, pl_module, batch), step)
         classifier_of(pl_module).log_histograms(
-            lambda name, values: writer.add_histogram(name, values.float().cpu(), step), batch
+            lambda name, values: writer.add_histogram(f"val/{name}", values.float().cpu(), step),
+            batch,
         )
 
     def _grid(self, trainer: Trainer, module: LightningModule, batch: Batch) -> Any:
@@ -99,23 +99,9 @@ class Monitoring(Callback):
             for key, value in trainer.callback_metrics.items()
             if (found := FINAL_METRICS.fullmatch(key))
         }
-        logger.log_hyperparams(dict(flatten(self.hyperparameters)), measured)
+        logger.log_hyperparams(self.hyperparameters, measured)
 
 
 def tensorboard_of(trainer: Trainer) -> TensorBoardLogger | None:
     """The first TensorBoard among a run's loggers."""
     return next((found for found in trainer.loggers if isinstance(found, TensorBoardLogger)), None)
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
-    """Nested settings as ``a/b/c: value`` with values TensorBoard's table can show."""
-    flat: dict[str, str | float | bool] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{name}/"))
-        elif isinstance(value, bool | int | float | str):
-            flat[name] = value
-        elif value is not None:
-            flat[name] = str(value)
-    return flat

@@ -220,7 +220,7 @@ class RobustEvaluation(Callback):
         # compute() has joined the ranks already, so sync_dist only confirms what is equal.
         pl_module.log("val/robust_acc", self._robust.compute(), prog_bar=True, sync_dist=True)
         for label, accuracy in enumerate(self._per_class.compute()):
-            pl_module.log(f"val_robust_acc_per_class/{label}", accuracy, sync_dist=True)
+            pl_module.log(f"val/robust_acc_per_class/{label}", accuracy, sync_dist=True)
 
     # ---- test --------------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from common.errors import ConfigurationError
@@ -154,9 +154,9 @@ def _class_nodes(value: Any, path: str) -> Iterator[tuple[str, Namespace]]:
 
 def tensorboard_in(run: Path) -> Namespace:
     """Configuration of a TensorBoard logger that writes into ``run``."""
-    folder = {"save_dir": str(run), "name": "tensorboard", "version": ""}
-    settings = {"class_path": TENSORBOARD, "init_args": folder | {"default_hp_metric": False}}
-    return cast(Namespace, dict_to_namespace(settings))
+    # Without a folder of its own the run's name is that of the run directory.
+    folder = Namespace(save_dir=str(run), name="", version="", default_hp_metric=False)
+    return Namespace(class_path=TENSORBOARD, init_args=folder)
 
 
 def check_config_files(arguments: Sequence[str]) -> None:

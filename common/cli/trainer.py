@@ -1,5 +1,6 @@
 """Lightning's trainer with one more entry point: everything behind a row of a table."""
 
+import logging
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.files import WatchedFolder
 from common.results.identity import check_evaluated, check_resumed, settings_in
 
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    lambda record: "Tip:" not in record.getMessage()  # advertisements
+)
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
