@@ -33,6 +33,7 @@ reproduce-%: $(STAMP) ## rows, table and figures of a paper [ON=stems] [SEEDS="0
 	+@[ -x "$(PY)" ] || { echo "make setup comes first"; exit 0; }; \
 	$(if $(findstring n,$(FLAGS)),$(ROWS) --plan -- $(ARGS),failed=0; \
 	$(ROWS) --jobs "$(JOBS)" -- $(ARGS) || failed=$$?; [ $$failed -le 1 ] || exit $$failed; \
+	[ ! -f paper_$*/analysis.py ] || \
 	$(PY) -m paper_$*.analysis --on "$(ON)" --seeds $(SEEDS) || failed=1; \
 	$(PY) -m common.results.tables paper_$* --on "$(ON)" --seeds "$(SEEDS)"; exit $$failed)
 
@@ -50,6 +51,10 @@ bench-full: $(BENCH) ## the same with more rounds, sizes and examples, an hour o
 
 tensorboard: $(STAMP) ## look at all runs
 	$(VENV)/bin/tensorboard --logdir runs
+
+new: $(STAMP) ## the skeleton of another paper, which passes make check test [PAPER=name]
+	@$(PY) -m common.cli.new "$(PAPER)"
+	@$(PY) -m common.results.tables "paper_$(PAPER)" > /dev/null
 
 ##@ Quality
 check: $(STAMP) ## format, lint, types, direction of imports
@@ -99,5 +104,5 @@ help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.PHONY: reproduce results bench bench-full tensorboard check format test test-slow test-faults setup clean \
+.PHONY: new reproduce results bench bench-full tensorboard check format test test-slow test-faults setup clean \
   help

@@ -3,18 +3,16 @@
 import _codecs
 import argparse
 import importlib
-import io
 import re
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
 from common.errors import CheckpointError
-from common.files import damage_of, strangeness_of, write_sealed
+from common.files import damage_of, strangeness_of
 from common.limits import check_name
 from common.weights import find_weights
 
@@ -27,28 +25,6 @@ _HARMLESS: list[Any] = [
     argparse.Namespace,
 ]
 """What accuracies from numpy and arguments beside weights need to be read; none of it runs code."""
-
-
-class SealedCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, with their digest, and reads no damaged ones."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """Replace the file at once.
-
-        Raises:
-            RunDirectoryError: If it cannot be written; the one before it is kept.
-        """
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        write_sealed(path, content)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Whatever was saved, on the CPU; nothing in the file is executed."""
-        return cast(dict[str, Any], read_content(path))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The classifier every paper trains: a network, an objective and an optimiser."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
@@ -11,11 +11,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import as_class, classify, cross_entropy, hinge_margin
-from common.callbacks.finite import FiniteGuard
 from common.errors import ConfigurationError, check_choice, is_out_of_memory
-from common.objectives import Batch, InnerLoss, Objective, differentiable, weighted
-from common.optimization import optimizer_of, scheduler_of, tell_metrics
-from common.parameter_groups import ParameterGroup
+from common.objectives import Batch, InnerLoss, Objective, on_logits, weighted
+from common.optimization import ParameterGroup, is_logged, optimizer_of, scheduler_of, tell_metrics
 from common.weights import check_weights_fit
 
 Interval = Literal["epoch", "step"]
@@ -57,7 +55,7 @@ class RobustClassifier(LightningModule):
         self.scheduler_interval = scheduler_interval
         self.groups = groups or []
         self.accuracy: MulticlassAccuracy | None = None
-        self.guard = FiniteGuard()
+        self.watched: dict[str, Tensor] = {}  # by name, until the next training loss
         self.loaded_at: dict[str, int] = {}  # epoch and global step of the checkpoint loaded last
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,15 +108,22 @@ class RobustClassifier(LightningModule):
             for module, training in modes.items():
                 module.training = training
 
+    def on_train_epoch_start(self) -> None:
+        """Tell the objective which epoch begins."""
+        self.objective.set_epoch(self.current_epoch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's outer loss on this batch, as it counts in its optimiser step."""
         loss = weighted(self.objective.outer(self, batch), batch)
-        mean = self.guard.check(self, loss, batch, batch_idx)
-        self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["y"]))
+        self.objective.advance(is_step_over=not self.trainer.fit_loop._should_accumulate())
+        if is_logged(self.trainer):
+            for name, value in self.objective.report.items():
+                self.log(f"train/{name}", value, batch_size=len(batch["y"]), sync_dist=True)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["y"]), sync_dist=True)
         return weighted(loss, batch, "window")
 
     def watch(self, name: str, value: Tensor) -> None:
-        """Stop the run if a number is not finite, when the next training loss is looked at.
+        """Have a number looked at with the next training loss: one that is not finite ends the run.
 
         Nothing waits for the device: callbacks, routers and masks may watch in every step.
 
@@ -126,20 +131,18 @@ class RobustClassifier(LightningModule):
             name: What it is about, for the message.
             value: Any shape; it has to be finite.
         """
-        self.guard.watch(name, value)
+        self.watched[name] = value.detach()
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Watch the gradients; a scaler of fp16 has its own way with infinite ones."""
-        if self.trainer.precision != "16-mixed":
-            self.guard.watch_gradients(self)
+    def log_histograms(self, add: Callable[[str, Tensor], None], batch: Batch) -> None:
+        """Show values of a validation batch in TensorBoard; nothing by default.
 
-    def on_validation_start(self) -> None:
-        """Look at the gradients of the epoch's last step before a checkpoint may be selected."""
-        self.guard.check_watched(self)
+        Args:
+            add: Takes a name, shown as ``val/<name>``, and values of any shape.
+            batch: The first one of the validation split.
+        """
 
     def on_train_epoch_end(self) -> None:
-        """The same where there is no validation; then what waits for a metric gets it."""
-        self.guard.check_watched(self)
+        """Step the schedulers that wait for a metric."""
         tell_metrics(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -182,11 +185,6 @@ class RobustClassifier(LightningModule):
         self.loaded_at = {key: checkpoint[key] for key in ("epoch", "global_step")}
 
 
-def on_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> InnerLoss:
-    """The inner loss that is a function of a model's logits and the labels."""
-
-    def inner(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-        y = differentiable(batch["y"])
-        return lambda x: loss(model(x), y)
-
-    return inner
+def classifier_of(module: LightningModule) -> RobustClassifier:
+    """The module that a callback is given, as what it is in every run of ours."""
+    return cast(RobustClassifier, module)

@@ -1,16 +1,20 @@
-"""Module modes for the duration of an attack, and what callbacks ask of a trainer."""
+"""The network that is attacked, and its modes while it is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
-from lightning import Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.errors import ConfigurationError, check_choice
+from common.errors import check_choice
 
 AttackMode = Literal["eval", "train", "train_frozen"]
+
+
+def network_of(model: Any) -> Any:
+    """The network that a classifier holds as ``net``; any other model is the network itself."""
+    return getattr(model, "net", model)
 
 
 @contextmanager
@@ -71,26 +75,3 @@ def frozen(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
             submodule.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def is_logged(trainer: Trainer) -> bool:
-    """Whether Lightning logs the optimiser step that comes next."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-    return every > 0 and (trainer.global_step + 1) % every == 0
-
-
-def refuse_half_precision(trainer: Trainer, what: str) -> None:
-    """Gradients taken outside the optimiser's step have no loss scaling to keep them from zero.
-
-    Args:
-        trainer: Its precision is looked at.
-        what: Whose gradients they are, for the message.
-
-    Raises:
-        ConfigurationError: If the trainer computes in fp16.
-    """
-    if trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16"):
-        raise ConfigurationError(
-            f"trainer.precision is {trainer.precision}: fp16 underflows most of {what}, which "
-            "would be zero without a word; use bf16-mixed or 32-true"
-        )

@@ -2,17 +2,16 @@
 
 A batch is a dict of tensors: ``x`` images in [0, 1] ``(N, C, H, W)``, ``y`` labels ``(N,)``,
 ``index`` positions in the data set ``(N,)``; the adversarial-training callback adds ``x_adv``
-beside ``x``. ``outer`` leaves the detached logits it computed in ``batch["logits"]`` (clean) and
-``batch["logits_adv"]``, for metrics. A loss is a mean over examples; see :func:`weighted` for where
-processes have different numbers of them.
+beside ``x``. A loss is a mean over examples; see :func:`weighted` for where processes have
+different numbers of them.
 
 Where a loss needs clean and adversarial logits, the clean pass comes first and each is a pass of
 its own, so in train mode batch-norm sees the two kinds of images apart and updates twice.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,60 +28,65 @@ InnerLoss = Callable[[Any, Batch], Callable[[Tensor], Tensor]]
 """What :meth:`Objective.inner` is: (model, batch) -> (x' -> per-example loss)."""
 
 
-class Objective(Protocol):
-    """The saddle point of one defence.
+class Objective:
+    """The saddle point of one defence: what a paper's own objective derives from.
 
     ``model`` is anything that maps images to logits; a paper whose loss needs more than logits
-    may ask more of it.
+    may ask more of it. Everything but ``outer`` has a default.
     """
 
-    needs_x_adv: bool
+    needs_x_adv = True
     """Whether ``outer`` reads ``batch["x_adv"]``."""
 
+    report: Mapping[str, Tensor] = {}
+    """Parts of the last ``outer``, by name: scalars that are logged beside the loss."""
+
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """What the adversary maximises: x' ``(N, C, H, W)`` -> per-example loss ``(N,)``."""
+        """What the adversary maximises: x' ``(N, C, H, W)`` -> per-example loss ``(N,)``.
+
+        By default the cross-entropy with the label.
+        """
+        return on_logits(cross_entropy)(model, batch)
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """What the optimiser minimises: a scalar."""
+        raise NotImplementedError(f"{type(self).__name__} has no outer(model, batch)")
+
+    def weight_loss(self, model: Any, batch: Batch) -> Tensor:
+        """What adversarial weight perturbation climbs: a scalar, by default ``outer``."""
+        return self.outer(model, batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the objective which epoch (from 0) begins."""
+
+    def advance(self, is_step_over: bool = True) -> None:
+        """Tell the objective that the loss of a batch was computed in training.
+
+        Args:
+            is_step_over: Whether the optimiser takes its step after this batch; False where
+                gradients are accumulated and more batches follow.
+        """
 
 
-def objective_of(module: Any) -> Objective:
-    """The objective that a classifier carries as ``objective``."""
-    return cast(Objective, module.objective)
-
-
-class Natural:
-    """Training on clean images (empirical risk minimisation).
-
-    ``inner`` is cross-entropy, so that the result can be attacked like any other.
-    """
+class Natural(Objective):
+    """Training on clean images (empirical risk minimisation)."""
 
     needs_x_adv = False
 
-    def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """Cross-entropy with the label."""
-        return cross_entropy_of(model, batch)
-
     def outer(self, model: Model, batch: Batch) -> Tensor:
         """Mean cross-entropy of the clean images."""
-        return cross_entropy(clean_logits(model, batch), batch["y"]).mean()
+        return cross_entropy(model(batch["x"]), batch["y"]).mean()
 
 
-class AT:
+class AT(Objective):
     """Adversarial training (Madry et al. 2018, Eq. (2.1))."""
-
-    needs_x_adv = True
-
-    def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """Cross-entropy with the label."""
-        return cross_entropy_of(model, batch)
 
     def outer(self, model: Model, batch: Batch) -> Tensor:
         """Mean cross-entropy of the adversarial images; clean ones are not seen."""
-        return cross_entropy(adversarial_logits(model, batch), batch["y"]).mean()
+        return cross_entropy(model(adversarial_images(batch)), batch["y"]).mean()
 
 
-class TRADES:
+class TRADES(Objective):
     """Robustness traded against clean accuracy (Zhang et al. 2019, Eq. (5)).
 
     The official code runs the clean images twice per step, once for each term; here one pass serves
@@ -95,8 +99,6 @@ class TRADES:
     Raises:
         ConfigurationError: If ``beta`` is negative or not finite.
     """
-
-    needs_x_adv = True
 
     def __init__(self, beta: float = 6.0) -> None:
         self.beta = check_weight("beta", beta)
@@ -117,7 +119,7 @@ class TRADES:
 MARTVariant = Literal["authors", "released"]
 
 
-class MART:
+class MART(Objective):
     """Misclassification-aware adversarial training (Wang et al. 2020), as in its official code.
 
     The constants that keep the logarithms finite are that code's, without which its
@@ -136,16 +138,10 @@ class MART:
         ConfigurationError: If ``beta`` is negative or not finite, or the variant is unknown.
     """
 
-    needs_x_adv = True
-
     def __init__(self, beta: float = 5.0, variant: MARTVariant = "authors") -> None:
         self.beta = check_weight("beta", beta)
         check_choice("variant", variant, MARTVariant)
         self.variant: MARTVariant = variant
-
-    def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """Cross-entropy with the label."""
-        return cross_entropy_of(model, batch)
 
     def outer(self, model: Model, batch: Batch) -> Tensor:
         """Boosted cross-entropy plus beta times the divergence weighted by 1 - p_y; batch mean."""
@@ -166,7 +162,7 @@ class MART:
         return boosted.mean() + self.beta * (divergence * unsure).mean()
 
 
-class ALP:
+class ALP(Objective):
     """Adversarial logit pairing on clean and adversarial images (Kannan et al. 2018).
 
     Args:
@@ -177,14 +173,8 @@ class ALP:
         ConfigurationError: If ``weight`` is negative or not finite.
     """
 
-    needs_x_adv = True
-
     def __init__(self, weight: float = 0.5) -> None:
         self.weight = check_weight("weight", weight)
-
-    def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """Cross-entropy with the label."""
-        return cross_entropy_of(model, batch)
 
     def outer(self, model: Model, batch: Batch) -> Tensor:
         """CE(f(x), y) + CE(f(x_adv), y) + weight * mean (f(x) - f(x_adv))^2, batch mean."""
@@ -195,10 +185,14 @@ class ALP:
         return both + self.weight * distance
 
 
-def cross_entropy_of(model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
-    """The inner loss most defences share: x' -> cross-entropy with the batch's labels."""
-    y = differentiable(batch["y"])
-    return lambda x: cross_entropy(model(x), y)
+def on_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> InnerLoss:
+    """The inner loss that is a function of a model's logits and the labels."""
+
+    def inner(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        y = differentiable(batch["y"])
+        return lambda x: loss(model(x), y)
+
+    return inner
 
 
 def differentiable(tensor: Tensor) -> Tensor:
@@ -226,24 +220,10 @@ def adversarial_images(batch: Batch) -> Tensor:
     return batch["x_adv"]
 
 
-def clean_logits(model: Model, batch: Batch) -> Tensor:
-    """Logits of the clean images, ``(N, K)``; a detached copy stays in ``batch["logits"]``."""
-    logits = model(batch["x"])
-    batch["logits"] = logits.detach()
-    return logits
-
-
-def adversarial_logits(model: Model, batch: Batch) -> Tensor:
-    """Logits of the attacked images, ``(N, K)``; a copy stays in ``batch["logits_adv"]``."""
-    logits = model(adversarial_images(batch))
-    batch["logits_adv"] = logits.detach()
-    return logits
-
-
 def clean_and_adversarial_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Both, clean first; a missing ``x_adv`` is found before any pass."""
-    adversarial_images(batch)
-    return clean_logits(model, batch), adversarial_logits(model, batch)
+    """Logits of both kinds of images, ``(N, K)`` each, the clean pass first."""
+    x_adv = adversarial_images(batch)  # a missing one is found before any pass
+    return model(batch["x"]), model(x_adv)
 
 
 def weighted(loss: Tensor, batch: Batch, key: str = "weight") -> Tensor:

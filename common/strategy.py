@@ -1,5 +1,6 @@
 """Distributed data parallel training whose numbers do not depend on the number of devices."""
 
+import signal
 from datetime import timedelta
 from typing import Any, cast
 
@@ -11,8 +12,6 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from common.callbacks.resuming import end_with_parent
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -139,6 +138,19 @@ class GlobalBatchNormSync(LayerSync):
             if isinstance(module, GlobalBatchNorm):
                 module.__class__ = module.__dict__.pop("_local_class")
         return model
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when the one that started it is killed.
+
+    A rank that lost its first process would otherwise hold its device until the others time out.
+    """
+    try:
+        import ctypes
+
+        ctypes.CDLL("libc.so.6", use_errno=True).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):  # not Linux
+        return
 
 
 for _name, _start_method in {

@@ -127,10 +127,9 @@ def curves_of(run: Path) -> dict[str, list[tuple[int, float]]]:
         EventAccumulator,
     )
 
-    folder = run / "tensorboard"
-    if not folder.is_dir():
+    if not run.is_dir():
         return {}
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("train/")]
     return {

@@ -1,4 +1,4 @@
-"""How AW-Net meets training: teachers found, rates told the epoch, and what an attacker climbs."""
+"""How AW-Net meets training: teachers found, and what an attacker climbs."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from common.attacks.losses import cross_entropy
 from common.classifier import RobustClassifier
-from common.modes import is_logged
 from common.objectives import Batch, InnerLoss, differentiable
 from paper_awnet import oat
 from paper_awnet.method import ADVERSARIAL, CLEAN
@@ -31,23 +30,6 @@ class AWNetClassifier(RobustClassifier):
         if stage == "fit" and isinstance(self.objective, PairedObjective) and data is not None:
             for teacher in self.objective.teachers.values():
                 teacher.load(Path(self.trainer.default_root_dir), data.shape, data.num_classes)
-
-    def on_train_epoch_start(self) -> None:
-        """Rates that decay with the epochs."""
-        set_epoch = getattr(self.objective, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(self.current_epoch)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss; on logged steps also what it is made of, and how far the signals move."""
-        loss = super().training_step(batch, batch_idx)
-        if not isinstance(self.objective, PairedObjective):
-            return loss
-        self.objective.advance(is_step_over=not self.trainer.fit_loop._should_accumulate())
-        if is_logged(self.trainer):
-            for name, value in self.objective.report.items():
-                self.log(f"train/{name}", value, batch_size=len(batch["y"]), sync_dist=True)
-        return loss
 
     def adaptive_losses(self) -> dict[str, InnerLoss]:
         """Beside the usual ones, for an AW-Net, those that know of the router [D].

@@ -20,7 +20,8 @@ from common.attacks.randomness import ExampleRandom, run_seed
 from common.errors import ConfigurationError
 from common.evaluation.measures import Measure
 from common.evaluation.steps import Columns
-from common.objectives import Batch, InnerLoss, adversarial_images, differentiable
+from common.modes import network_of
+from common.objectives import Batch, InnerLoss, Objective, adversarial_images, differentiable
 from paper_awnet.method import MixBatchNorm2d, Route, rows_by_type
 from paper_awnet.networks import replace
 
@@ -129,7 +130,7 @@ class OATNet(nn.Module):
         return logits
 
 
-class OAT:
+class OAT(Objective):
     """(1 - lambda) CE(f(x), y) + lambda CE(f(x_adv), y), lambda drawn for each image and epoch.
 
     Args:
@@ -138,8 +139,6 @@ class OAT:
     Raises:
         ConfigurationError: If one is outside [0, 1] or there is none.
     """
-
-    needs_x_adv = True
 
     def __init__(self, lambdas: Sequence[float] = LAMBDAS) -> None:
         if not lambdas or min(lambdas) < 0 or max(lambdas) > 1:
@@ -172,7 +171,6 @@ class OAT:
         types = torch.arange(2, device=x.device).repeat_interleave(len(x))
         both = network(model).at(torch.cat([x, x_adv]), torch.cat([lam, lam]), types)
         clean, adv = torch.split(both, len(x))
-        batch["logits"], batch["logits_adv"] = clean.detach(), adv.detach()
         loss: Tensor = ((1 - lam) * cross_entropy(clean, y) + lam * cross_entropy(adv, y)).mean()
         return loss
 
@@ -183,7 +181,7 @@ def network(model: Any) -> OATNet:
     Raises:
         ConfigurationError: If it is another network.
     """
-    net = getattr(model, "net", model)
+    net = network_of(model)
     if not isinstance(net, OATNet):
         raise ConfigurationError(
             f"OAT trains a paper_awnet.oat.OATNet, got {type(net).__name__}; wrap the backbone"

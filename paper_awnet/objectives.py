@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from common.attacks.losses import classify, cross_entropy, full_precision, kl_divergence
 from common.errors import ConfigurationError, check_choice
+from common.modes import network_of
 from common.objectives import (
     Batch,
+    Objective,
     adversarial_images,
     check_weight,
-    cross_entropy_of,
     differentiable,
 )
 from paper_awnet.losses import (
@@ -41,7 +42,7 @@ Branch = Literal["soft", "adv"]
 # -------------------------------------------------------------------------------- shared by all
 
 
-class PairedObjective(nn.Module, ABC):
+class PairedObjective(Objective, nn.Module, ABC):
     """A classification loss on clean and adversarial images, plus lambda_type L_type.
 
     A module, so that what it remembers from step to step is saved with the network.
@@ -56,8 +57,6 @@ class PairedObjective(nn.Module, ABC):
     Raises:
         ConfigurationError: If the weight is negative or the branch unknown.
     """
-
-    needs_x_adv = True
 
     def __init__(
         self, lambda_type: float = 1.0, concat: bool = True, branch: Branch = "soft"
@@ -74,16 +73,6 @@ class PairedObjective(nn.Module, ABC):
         """By name; none by default."""
         return {}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the objective which epoch (from 0) this is."""
-
-    def advance(self, is_step_over: bool = True) -> None:
-        """Tell it that a batch was trained on, and whether the optimiser takes its step now.
-
-        Args:
-            is_step_over: False where gradients are accumulated and more batches follow.
-        """
-
     def attacked(self, model: Any) -> Callable[[Tensor], Tensor]:
         """The function that the training attack sees: images to logits."""
         net = dynamic_network(model)
@@ -94,7 +83,7 @@ class PairedObjective(nn.Module, ABC):
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Cross-entropy with the label."""
-        return cross_entropy_of(self.attacked(model), batch)
+        return super().inner(self.attacked(model), batch)
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """The classification loss and the weighted type loss; a scalar."""
@@ -107,7 +96,6 @@ class PairedObjective(nn.Module, ABC):
             self.report = {}
         else:
             logits, logits_adv, penalty = self._routed(net, batch["x"], x_adv)
-        batch["logits"], batch["logits_adv"] = logits.detach(), logits_adv.detach()
         return self.classification(batch, logits, logits_adv) + self.lambda_type * penalty
 
     @abstractmethod
@@ -140,7 +128,7 @@ def joined(first: Outputs, second: Outputs) -> Outputs:
 
 def dynamic_network(model: Any) -> AWNet | None:
     """The AW-Net that a classifier holds as ``net`` or that the model is; ``None`` otherwise."""
-    net = getattr(model, "net", model)
+    net = network_of(model)
     return net if isinstance(net, AWNet) else None
 
 

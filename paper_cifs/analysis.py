@@ -55,6 +55,7 @@ from common.attacks.losses import classify
 from common.attacks.pgd import PGD, parse_radius
 from common.errors import ConfigurationError, UserError
 from common.files import write_sealed_json
+from common.modes import network_of
 from paper_cifs.method import CIFS, AdaptiveLoss, global_average, joint_logits
 
 NETWORKS = {"digits": "resnet", "fashion_mnist": "resnet10"}  # what a data set alone stands for
@@ -171,7 +172,7 @@ class Recording:
 
 def final_linear(model: nn.Module) -> nn.Linear:
     """The layer that turns the penultimate feature into the logits."""
-    head = cast(nn.Module, getattr(model, "net", model).head)
+    head = cast(nn.Module, network_of(model).head)
     return [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
 
 

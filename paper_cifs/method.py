@@ -23,9 +23,17 @@ from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, hinge_margin, kl_divergence
 from common.errors import ConfigurationError, check_choice
+from common.modes import network_of
 from common.networks.resnet import ResNet, check_positive
 from common.networks.wide_resnet import WideBlock, WideResNet, initialize
-from common.objectives import Batch, InnerLoss, adversarial_images, check_weight, differentiable
+from common.objectives import (
+    Batch,
+    InnerLoss,
+    Objective,
+    adversarial_images,
+    check_weight,
+    differentiable,
+)
 
 ProbeKind = Literal["nonlinear", "linear"]
 SOFTPLUS_BETA = 5.0  # sharpness of the probe's softplus [R]
@@ -691,7 +699,7 @@ def joint_logits(model: Any, x: Tensor, y: Tensor | None = None) -> tuple[Tensor
         x: Images, ``(N, C, H, W)``.
         y: Labels, ``(N,)``, for the selections in train mode.
     """
-    net = getattr(model, "net", model)
+    net = network_of(model)
     if not hasattr(net, "selections"):
         return net(x), []
     f, probes = net(x, y)
@@ -717,7 +725,7 @@ def training_factor(beta: float) -> float:
     return 3.0 / (1.0 + beta)
 
 
-class JointCrossEntropy:
+class JointCrossEntropy(Objective):
     """Adversarial training with the joint loss: max_x' L_beta, then min over x_adv [R].
 
     Clean images never enter the loss. For a plain network this is AT, times the factor.
@@ -731,8 +739,6 @@ class JointCrossEntropy:
     Raises:
         ConfigurationError: If a weight is negative or not finite.
     """
-
-    needs_x_adv = True
 
     def __init__(
         self, beta: float = 2.0, attack_beta: float | None = None, rescale: bool = True
@@ -748,7 +754,6 @@ class JointCrossEntropy:
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """Factor times L_beta of the adversarial images, batch mean."""
         f, probes = joint_logits(model, adversarial_images(batch), batch["y"])
-        batch["logits_adv"] = f.detach()
         return self.factor * joint_loss(f, probes, batch["y"], self.beta).mean()
 
 
@@ -766,11 +771,10 @@ class NaturalJointCrossEntropy(JointCrossEntropy):
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """Factor times L_beta of the clean images, batch mean."""
         f, probes = joint_logits(model, batch["x"], batch["y"])
-        batch["logits"] = f.detach()
         return self.factor * joint_loss(f, probes, batch["y"], self.beta).mean()
 
 
-class JointTRADES:
+class JointTRADES(Objective):
     """TRADES on all logits, without showing labels to the network [C].
 
     The loss is L_beta(x; y) + lam D with the divergence
@@ -786,8 +790,6 @@ class JointTRADES:
     Raises:
         ConfigurationError: If a weight is negative or not finite.
     """
-
-    needs_x_adv = True
 
     def __init__(self, beta: float = 4.0, lam: float = 4.0) -> None:
         self.beta = check_weight("beta", beta)
@@ -813,7 +815,6 @@ class JointTRADES:
         """L_beta of the clean images plus lam D, batch mean; gradients reach both predictions."""
         x_adv = adversarial_images(batch)
         clean, adv = joint_logits(model, batch["x"]), joint_logits(model, x_adv)
-        batch["logits"], batch["logits_adv"] = clean[0].detach(), adv[0].detach()
         loss = joint_loss(*clean, batch["y"], self.beta) + self.lam * self.divergence(clean, adv)
         return loss.mean()
 
@@ -871,7 +872,7 @@ def adaptive_losses(model: Any) -> dict[str, InnerLoss]:
     logits; here it does not), and ``ce_undetached``, joint with beta 2 through the masks [C].
     A plain network has ``ce_f`` and ``cw_f`` only, and ``ce_undetached`` needs a CIFS module.
     """
-    count = len(getattr(getattr(model, "net", model), "selections", ()))
+    count = len(getattr(network_of(model), "selections", ()))
     losses: dict[str, InnerLoss] = {}
     bases: dict[str, PerExampleLoss] = {"ce": cross_entropy, "cw": hinge_margin}
     for name, base in bases.items():

@@ -30,6 +30,7 @@ from common.data.corruptions import CIFAR10C, CORRUPTIONS, SEVERITIES
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.files import check_writable, read_sealed_json, write_sealed_json
+from common.modes import network_of
 from common.results.identity import check_evaluated, settings_in
 from common.results.provenance import weights_digest
 from common.weights import check_weights_fit
@@ -137,7 +138,7 @@ def _in_order(entry: Entry) -> Entry:
 
 def network_digest(model: nn.Module) -> str:
     """SHA-256 over weights and architecture: weights alone do not tell strides apart [measured]."""
-    net = getattr(model, "net", model)
+    net = network_of(model)
     return hashlib.sha256(f"{weights_digest(net.state_dict())} {net}".encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ from common.errors import ConfigurationError, check_choice
 from common.networks.resnet import ResNet18
 from common.objectives import (
     Batch,
+    Objective,
     adversarial_images,
     check_weight,
     differentiable,
@@ -192,7 +193,7 @@ class GrowingPGD(PGD):
         self.step_size = self.eps / 2
 
 
-class DAJAT:
+class DAJAT(Objective):
     r"""Diverse augmentation-based joint adversarial training [code].
 
     .. math:: \frac{1}{V} \sum_v \left[ CE(f_v(x_v), y) + \beta KL(p_v \| p'_v) \right] +
@@ -211,8 +212,6 @@ class DAJAT:
     Raises:
         ConfigurationError: If a weight is negative or not finite, or the smoothing not in [0, 1).
     """
-
-    needs_x_adv = True
 
     def __init__(
         self, beta: float = 11.0, js_weight: float = 2.0, label_smoothing: float = 0.0
@@ -245,8 +244,6 @@ class DAJAT:
                 clean.append(model(x))
                 attacked.append(model(x_adv))
             losses.append(self._view_loss(clean[-1], attacked[-1], y))
-        batch["logits"] = torch.cat(clean).detach()
-        batch["logits_adv"] = torch.cat(attacked).detach()
         return torch.stack(losses).mean() + self.js_weight * jensen_shannon(clean).mean()
 
     def weight_loss(self, model: Any, batch: Batch) -> Tensor:

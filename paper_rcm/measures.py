@@ -16,6 +16,7 @@ from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.measures import Measure
 from common.evaluation.steps import Columns
+from common.modes import network_of
 from common.objectives import Batch
 
 
@@ -65,7 +66,7 @@ class PooledChange(Measure):
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
         """The four numbers of each image."""
         x, y = batch["x"], batch["y"]
-        net = getattr(model, "net", model)
+        net = network_of(model)
         noise = random.uniform(x.shape[1:], -self.attack.eps, self.attack.eps).to(x)
         x_adv = self.attack(lambda images: cross_entropy(model(images), y), x, random)
         with torch.no_grad():

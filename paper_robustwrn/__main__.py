@@ -1,13 +1,6 @@
-"""``python -m paper_robustwrn fit|validate|test|predict|reproduce``, and ``convert``."""
+"""``python -m paper_robustwrn fit|validate|test|predict|reproduce|convert``."""
 
-import sys
+from common.cli.main import main
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["convert"]:
-        from paper_robustwrn.convert import main as convert
-
-        convert(sys.argv[2:])
-    else:
-        from common.cli.main import main
-
-        main(package="paper_robustwrn")
+    main(package="paper_robustwrn", commands={"convert": "paper_robustwrn.convert"})

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy
 from common.errors import ConfigurationError, check_choice
+from common.modes import network_of
 from common.networks.normalize import Normalize, Statistics
 from common.networks.resnet import check_positive, conv1x1, conv3x3, named_sequence
 from common.networks.vgg import VGG
-from common.objectives import Batch, adversarial_images, check_weight, cross_entropy_of
+from common.objectives import Batch, Objective, adversarial_images, check_weight
 
 # ------------------------------------------------------------------------------------ DenseNet
 
@@ -523,7 +524,7 @@ class NASNet(CellNetwork):
         super().__init__(genotype=NASNET, **kwargs)
 
 
-class SATAuxiliary:
+class SATAuxiliary(Objective):
     """Adversarial training of a network with an auxiliary head [C].
 
     Args:
@@ -533,14 +534,8 @@ class SATAuxiliary:
         ConfigurationError: If ``weight`` is negative or not finite.
     """
 
-    needs_x_adv = True
-
     def __init__(self, weight: float = 0.4) -> None:
         self.weight = check_weight("weight", weight)
-
-    def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-        """Cross-entropy of the main logits with the label."""
-        return cross_entropy_of(model, batch)
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """CE(f(x_adv), y) + weight CE(f_aux(x_adv), y), batch mean.
@@ -548,14 +543,13 @@ class SATAuxiliary:
         Raises:
             ConfigurationError: If the network has no auxiliary head, or nothing attacked the batch.
         """
-        net, x_adv = getattr(model, "net", model), adversarial_images(batch)
+        net, x_adv = network_of(model), adversarial_images(batch)
         if not hasattr(net, "forward_with_auxiliary"):
             raise ConfigurationError(
                 f"SATAuxiliary trains networks of cells, not {type(net).__name__}; use "
                 "common.objectives.AT"
             )
         logits, auxiliary = net.forward_with_auxiliary(x_adv)
-        batch["logits_adv"] = logits.detach()
         y = batch["y"]
         return cross_entropy(logits, y).mean() + self.weight * cross_entropy(auxiliary, y).mean()
 

@@ -18,6 +18,7 @@ class RobustWRNClassifier(RobustClassifier):
 
     def on_train_epoch_start(self) -> None:
         """Set the probability of this epoch."""
+        super().on_train_epoch_start()
         set_progress = getattr(self.net, "set_progress", None)
         if set_progress is not None:
             set_progress(self.current_epoch / (self.trainer.max_epochs or 1))

@@ -10,9 +10,11 @@ from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import classify
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, run_seed
+from common.classifier import classifier_of
 from common.errors import ConfigurationError, check_choice
-from common.modes import AttackMode, frozen, is_logged, refuse_half_precision
-from common.objectives import Batch, objective_of
+from common.modes import AttackMode, frozen
+from common.objectives import Batch
+from common.optimization import is_logged, refuse_half_precision
 
 
 class AdversarialTraining(Callback):
@@ -52,7 +54,7 @@ class AdversarialTraining(Callback):
         """
         if stage != "fit":
             return
-        objective = objective_of(pl_module)
+        objective = classifier_of(pl_module).objective
         name, wanted = type(objective).__name__, objective.needs_x_adv
         if wanted and self.attack is None:
             raise ConfigurationError(
@@ -87,7 +89,7 @@ class AdversarialTraining(Callback):
             with (
                 nullcontext() if self.engine is None else self.engine.applied(pl_module, batch["x"])
             ):
-                loss_fn = objective_of(pl_module).inner(pl_module, batch)
+                loss_fn = classifier_of(pl_module).objective.inner(pl_module, batch)
                 batch["x_adv"] = self.attack(
                     loss_fn,
                     batch["x"],
@@ -100,9 +102,8 @@ class AdversarialTraining(Callback):
 
     def _watch(self, module: LightningModule) -> None:
         """Have the run stop where examples got no direction, when the step looks at its loss."""
-        watch = getattr(module, "watch", None)
-        if watch is not None and self.attack is not None and self.attack.lost is not None:
-            watch("attack", torch.where(self.attack.lost, torch.nan, 0.0))
+        if self.attack is not None and self.attack.lost is not None:
+            classifier_of(module).watch("attack", torch.where(self.attack.lost, torch.nan, 0.0))
 
     def _measure(self, module: LightningModule, batch: Batch) -> None:
         """Log what the attack gained: inner loss and accuracy before and after it.
@@ -110,12 +111,11 @@ class AdversarialTraining(Callback):
         And the share of examples whose gradient was exactly zero at every step.
         """
         size = len(batch["y"])
-        unmoved = getattr(self.attack, "unmoved", None)
-        if unmoved is not None:
-            name, share = "train/attack_zero_gradient", unmoved.float().mean()
+        if self.attack is not None and self.attack.unmoved is not None:
+            name, share = "train/attack_zero_gradient", self.attack.unmoved.float().mean()
             module.log(name, share, batch_size=size, on_step=True, sync_dist=True)
         with torch.no_grad(), frozen(module, "eval"):
-            loss_fn = objective_of(module).inner(module, batch)
+            loss_fn = classifier_of(module).objective.inner(module, batch)
             for when, x in (("before", batch["x"]), ("after", batch["x_adv"])):
                 loss = loss_fn(x).mean()
                 name = f"train/inner_loss_{when}"

@@ -1,23 +1,48 @@
 """Two files per run: ``last.ckpt`` to go on from, ``selected.ckpt`` by a validation metric."""
 
+import io
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from common.callbacks.averaging import averaging_of
+from common.checkpoints import read_content
 from common.errors import ConfigurationError, DivergedError, check_choice
-from common.files import check_writable
+from common.files import check_writable, write_sealed
 
 ATTACKED = ("val/robust_acc", "val/mean_acc")
 """Metrics that exist where validation attacks."""
 
 
 Direction = Literal["min", "max"]
+
+
+class SealedCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, with their digest, and reads no damaged ones."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Replace the file at once.
+
+        Raises:
+            RunDirectoryError: If it cannot be written; the one before it is kept.
+        """
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_sealed(path, content)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Whatever was saved, on the CPU; nothing in the file is executed."""
+        return cast(dict[str, Any], read_content(path))
 
 
 class SafeCheckpoint(ModelCheckpoint):

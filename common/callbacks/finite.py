@@ -5,133 +5,127 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from common.classifier import RobustClassifier, classifier_of
 from common.errors import DivergedError
-from common.objectives import objective_of
+from common.objectives import Batch
 
 _REMEDY = "Lower model.optimizer.lr, set trainer.gradient_clip_val, or train in 32-true precision"
 
 
-class FiniteGuard:
+class FiniteGuard(Callback):
     """Stops training where numbers stop being finite, on all processes together.
 
-    The host waits for the device once per batch, for the loss, as it would for a check of the loss
-    alone; what is watched in between (gradients, the attack) is looked at with it. The processes
-    add their numbers up before they look, in the reduction that the logged loss needs anyway: NaN
-    on one of them is NaN on all, so all stop at the same place instead of waiting for each other.
+    The host waits for the device once per batch, before the backward pass: for the loss and for
+    what was watched since (gradients, the attack). The processes add their numbers up before they
+    look: NaN on one of them is NaN on all, so all stop at the same place instead of waiting for
+    each other.
     """
 
     def __init__(self) -> None:
-        self._watched: dict[str, Tensor] = {}
+        self._batch: Batch = {}
+        self._batch_idx = 0
         self._names: list[str] = []  # of the parameters whose gradients are watched
         self._step = 0  # the optimiser step that used them
 
-    def watch(self, name: str, value: Tensor) -> None:
-        """Have numbers looked at with the next loss."""
-        self._watched[name] = value.detach()
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Remember what the loss is computed from."""
+        self._batch, self._batch_idx = batch, batch_idx
 
-    def watch_gradients(self, module: LightningModule) -> None:
-        """Watch the gradients that the optimiser is about to use."""
-        self._names, norms = gradient_norms(module)
-        self._step = module.global_step
-        self.watch("gradient", norms)
-
-    def check(
-        self, module: LightningModule, loss: Tensor, batch: Mapping[str, Tensor], batch_idx: int
-    ) -> Tensor:
-        """The loss, averaged over the processes, once it and all that is watched is finite.
-
-        Args:
-            module: Whose ``objective`` is trained.
-            loss: Of this process's batch.
-            batch: What the loss was computed from.
-            batch_idx: Its number within the epoch.
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Look at the loss and at everything watched since the last one.
 
         Raises:
-            DivergedError: If not, on every process alike: what, where, and at which step.
+            DivergedError: On every process alike: what is not finite, where, at which step.
         """
-        numbers = self._numbers(loss)
-        mean = _reduced(module, numbers)
-        if bool(torch.isfinite(mean).all()):
-            self._watched.clear()
-            return mean[0]
-        raise DivergedError(
-            _agreed(module, self._sentence(module, numbers, loss, batch, batch_idx))
-        )
+        self._check(trainer, classifier_of(pl_module), loss)
 
-    def check_watched(self, module: LightningModule) -> None:
-        """The same without a loss, at the end of an epoch.
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Watch the gradients; a scaler of fp16 has its own way with infinite ones."""
+        if trainer.precision != "16-mixed":
+            self._names, norms = gradient_norms(pl_module)
+            self._step = pl_module.global_step
+            classifier_of(pl_module).watch("gradient", norms)
 
-        Raises:
-            DivergedError: If something watched is not finite.
-        """
-        if not self._watched:
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Keep no batch alive."""
+        self._batch = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the gradients of the last step before a checkpoint may be selected."""
+        self._check(trainer, classifier_of(pl_module), None)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same where there is no validation."""
+        self._check(trainer, classifier_of(pl_module), None)
+
+    def _check(self, trainer: Trainer, module: RobustClassifier, loss: Tensor | None) -> None:
+        if loss is None and not module.watched:
             return
-        numbers = self._numbers(torch.zeros((), device=module.device))
-        if not bool(torch.isfinite(_reduced(module, numbers)).all()):
-            raise DivergedError(_agreed(module, self._sentence(module, numbers, None, {}, 0)))
-        self._watched.clear()
-
-    def _numbers(self, loss: Tensor) -> Tensor:
-        """The loss and a sum for each thing watched, which is finite if all of it is."""
-        kind = torch.promote_types(loss.dtype, torch.float32)
-        sums = [value.sum().to(loss.device, kind) for value in self._watched.values()]
-        return torch.stack([loss.detach().to(kind), *sums])
-
-    # ---- words -------------------------------------------------------------------------------
+        first = torch.zeros((), device=module.device) if loss is None else loss.detach()
+        kind = torch.promote_types(first.dtype, torch.float32)
+        # Each sum is finite if all of it is.
+        sums = [value.sum().to(first.device, kind) for value in module.watched.values()]
+        numbers = torch.stack([first.to(kind), *sums])
+        mean = numbers
+        if trainer.world_size > 1:
+            mean = cast(Tensor, trainer.strategy.reduce(numbers.clone(), reduce_op="mean"))
+        if not bool(torch.isfinite(mean).all()):
+            raise DivergedError(_agreed(trainer, self._sentence(trainer, module, numbers, loss)))
+        module.watched.clear()
 
     def _sentence(
-        self,
-        module: LightningModule,
-        numbers: Tensor,
-        loss: Tensor | None,
-        batch: Mapping[str, Tensor],
-        batch_idx: int,
+        self, trainer: Trainer, module: RobustClassifier, numbers: Tensor, loss: Tensor | None
     ) -> str | None:
         """What went wrong in this process; ``None`` if it was another's numbers."""
-        bad = [not bool(torch.isfinite(number)) for number in numbers]
-        wrong = {name for name, is_bad in zip(["loss", *self._watched], bad, strict=True) if is_bad}
+        watched = module.watched
+        finite = torch.isfinite(numbers).tolist()
+        wrong = {name for name, fine in zip(["loss", *watched], finite, strict=True) if not fine}
         where = ""
         if loss is not None:  # all processes look, because layers may talk to each other
-            inputs = {key: batch[key] for key in ("x", "x_adv") if key in batch}
-            fault = first_fault(module, lambda: _outer(module, dict(batch)), inputs)
+            batch = self._batch
+            inputs = {key: value for key, value in batch.items() if key in ("x", "x_adv")}
+            with trainer.precision_plugin.train_step_context():
+                fault = first_fault(
+                    module, lambda: module.objective.outer(module, dict(batch)), inputs
+                )
             where = f"; the first that is not finite: {fault}" if fault else ""
-        at = f"at epoch {module.current_epoch}, step {module.global_step} (batch {batch_idx})"
+        at = (
+            f"at epoch {trainer.current_epoch}, step {trainer.global_step} "
+            f"(batch {self._batch_idx}){where}"
+        )
         kept = f"no step was taken with it and the last checkpoint is from before. {_REMEDY}"
         if "gradient" in wrong:
-            names = bad_names(self._names, self._watched["gradient"])
+            names = bad_names(self._names, watched["gradient"])
             return (
-                f"the gradient was not finite at epoch {module.current_epoch}, step {self._step}: "
+                f"the gradient was not finite at epoch {trainer.current_epoch}, step {self._step}: "
                 f"{len(names)} of {len(self._names)} parameters, the one nearest to the loss "
                 f"{names[0]}; no checkpoint was written after it. {_REMEDY}"
             )
         if loss is not None and "loss" in wrong:
-            return f"the training loss became {loss.item()} {at}{where}; {kept}"
+            return f"the training loss became {loss.item()} {at}; {kept}"
         if "attack" in wrong:
-            lost = int((~torch.isfinite(self._watched["attack"])).sum())
+            lost = int((~torch.isfinite(watched["attack"])).sum())
             return (
-                f"the attack had no finite gradient for {lost} of "
-                f"{len(self._watched['attack'])} examples {at}{where}; {kept}"
+                f"the attack had no finite gradient for {lost} of {len(watched['attack'])} "
+                f"examples {at}; {kept}"
             )
-        return f"{min(wrong)} was not finite {at}{where}; {kept}" if wrong else None
+        return f"{min(wrong)} was not finite {at}; {kept}" if wrong else None
 
 
-def _world_size(module: LightningModule) -> int:
-    return 1 if module._trainer is None else module.trainer.world_size
-
-
-def _reduced(module: LightningModule, numbers: Tensor) -> Tensor:
-    """Their mean over the processes."""
-    if _world_size(module) == 1:
-        return numbers
-    return cast(Tensor, module.trainer.strategy.reduce(numbers.clone(), reduce_op="mean"))
-
-
-def _agreed(module: LightningModule, sentence: str | None) -> str:
+def _agreed(trainer: Trainer, sentence: str | None) -> str:
     """The sentence of the first process that has one, with its rank."""
-    size = _world_size(module)
+    size = trainer.world_size
     if size == 1:
         return sentence or "numbers stopped being finite"
     sentences: list[str | None] = [None] * size
@@ -140,10 +134,6 @@ def _agreed(module: LightningModule, sentence: str | None) -> str:
         if found is not None:
             return f"on rank {rank} of {size}: {found}"
     return f"the sum over {size} processes was not finite. {_REMEDY}"
-
-
-def _outer(module: LightningModule, batch: dict[str, Tensor]) -> Tensor:
-    return objective_of(module).outer(module, batch)
 
 
 def first_fault(

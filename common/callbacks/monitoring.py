@@ -1,7 +1,6 @@
 """What TensorBoard shows beside the losses: gradient norm, example grids, hyper-parameters."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +9,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import grad_norm
 
+from common.classifier import classifier_of
 from common.evaluation import predict
-from common.modes import is_logged
 from common.objectives import Batch
+from common.optimization import is_logged
 
 FINAL_METRICS = re.compile(r"test/((clean_acc|worst)(_on_\d+)?)")
 
@@ -22,11 +22,11 @@ class Monitoring(Callback):
 
     Per logged step the norm of the gradient; per validation a grid of clean and adversarial
     images with their difference and the predicted labels; on test the hyper-parameters with the
-    final metrics. A module may add its own: ``log_histograms(add_histogram, batch)``.
+    final metrics.
 
     Args:
         images: Examples per grid; 0 draws none.
-        every_n_epochs: Draw grids and histograms only after every so many epochs.
+        every_n_epochs: Draw grids and histograms after every n-th epoch.
         hyperparameters: Settings of the run; the command line fills them in.
     """
 
@@ -70,11 +70,10 @@ class Monitoring(Callback):
         writer, step = logger.experiment, trainer.global_step
         if self.images and "x_adv" in batch:
             writer.add_figure("val/examples", self._grid(trainer, pl_module, batch), step)
-        log_histograms = getattr(pl_module, "log_histograms", None)
-        if log_histograms is not None:
-            log_histograms(
-                lambda name, values: writer.add_histogram(name, values.float().cpu(), step), batch
-            )
+        classifier_of(pl_module).log_histograms(
+            lambda name, values: writer.add_histogram(f"val/{name}", values.float().cpu(), step),
+            batch,
+        )
 
     def _grid(self, trainer: Trainer, module: LightningModule, batch: Batch) -> Any:
         from common.analysis.figures import example_grid  # matplotlib only where something is drawn
@@ -100,23 +99,9 @@ class Monitoring(Callback):
             for key, value in trainer.callback_metrics.items()
             if (found := FINAL_METRICS.fullmatch(key))
         }
-        logger.log_hyperparams(dict(flatten(self.hyperparameters)), measured)
+        logger.log_hyperparams(self.hyperparameters, measured)
 
 
 def tensorboard_of(trainer: Trainer) -> TensorBoardLogger | None:
     """The first TensorBoard among a run's loggers."""
     return next((found for found in trainer.loggers if isinstance(found, TensorBoardLogger)), None)
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | bool]:
-    """Nested settings as ``a/b/c: value`` with values TensorBoard's table can show."""
-    flat: dict[str, str | float | bool] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{name}/"))
-        elif isinstance(value, bool | int | float | str):
-            flat[name] = value
-        elif value is not None:
-            flat[name] = str(value)
-    return flat

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from common.callbacks.averaging import weights_in_checkpoints
+from common.callbacks.run import run_of
 from common.callbacks.schedules import check_horizon, continue_schedule
 from common.results.identity import SETTINGS
 
@@ -93,7 +94,7 @@ class Resuming(Callback):
         checkpoint[STATES] = states
         checkpoint[STOPPED] = bool(trainer.should_stop)
         checkpoint[WEIGHTS] = weights_in_checkpoints(trainer)
-        if (settings := getattr(trainer, "settings", None)) is not None:
+        if (settings := run_of(trainer).settings) is not None:
             checkpoint[SETTINGS] = settings
 
     def on_load_checkpoint(
@@ -103,7 +104,7 @@ class Resuming(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._states = checkpoint.get(STATES)
-        self._made, given = checkpoint.get(SETTINGS), getattr(trainer, "settings", None)
+        self._made, given = checkpoint.get(SETTINGS), run_of(trainer).settings
         if self._made is not None and given is not None:
             continue_schedule(pl_module, self._made, given, checkpoint)
         if checkpoint.get(STOPPED):
@@ -206,16 +207,3 @@ class SignalConnector(_SignalConnector):
             job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         done = subprocess.run(["scontrol", "requeue", job], check=False)
         print(f"SLURM was asked to queue job {job} again (status {done.returncode})", flush=True)
-
-
-def end_with_parent() -> None:
-    """Have Linux end this process when the one that started it is killed.
-
-    A rank that lost its first process would otherwise hold its device until the others time out.
-    """
-    try:
-        import ctypes
-
-        ctypes.CDLL("libc.so.6", use_errno=True).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):  # not Linux
-        return

@@ -20,6 +20,8 @@ from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
 from common.callbacks.resuming import WEIGHTS
+from common.callbacks.run import run_of
+from common.classifier import classifier_of
 from common.errors import ConfigurationError
 from common.evaluation.audit.checks import Audit, AuditReport
 from common.evaluation.findings import with_findings
@@ -31,8 +33,9 @@ from common.evaluation.runner import Team, in_order, run_steps
 from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
 from common.evaluation.suite import SuiteEntry, ball_of, check_suite, resolve_losses, steps_of
 from common.evaluation.transfer import Transfer
-from common.modes import frozen, refuse_half_precision
+from common.modes import frozen
 from common.objectives import Batch
+from common.optimization import refuse_half_precision
 from common.results import provenance
 from common.results.identity import SETTINGS, evaluated_digest
 from common.results.outcomes import logged
@@ -132,9 +135,7 @@ class RobustEvaluation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find what would fail after hours before anything is computed."""
         # Whoever reproduces a row trains it first, and is told before.
-        is_to_test = stage == "test" or (
-            stage == "fit" and getattr(trainer, "is_reproducing", False)
-        )
+        is_to_test = stage == "test" or (stage == "fit" and run_of(trainer).is_reproducing)
         if trainer.precision == "64-true" and is_to_test:
             raise ConfigurationError(
                 "trainer.precision is 64-true; robustness is measured in float32, so test with "
@@ -219,7 +220,7 @@ class RobustEvaluation(Callback):
         # compute() has joined the ranks already, so sync_dist only confirms what is equal.
         pl_module.log("val/robust_acc", self._robust.compute(), prog_bar=True, sync_dist=True)
         for label, accuracy in enumerate(self._per_class.compute()):
-            pl_module.log(f"val_robust_acc_per_class/{label}", accuracy, sync_dist=True)
+            pl_module.log(f"val/robust_acc_per_class/{label}", accuracy, sync_dist=True)
 
     # ---- test --------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class RobustEvaluation(Callback):
     ) -> None:
         """Take over what the checkpoint says about itself."""
         self._weights = checkpoint.get(WEIGHTS)
-        given = getattr(trainer, "settings", None)
+        given = run_of(trainer).settings
         if trainer.state.fn != TrainerFn.FITTING and given is not None and SETTINGS in checkpoint:
             self.config_digest = evaluated_digest(checkpoint[SETTINGS], given)
 
@@ -255,7 +256,7 @@ class RobustEvaluation(Callback):
         self._examples = []
         examples = in_order({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
         outcomes, audit = self._evaluated(trainer, pl_module, examples, team)
-        at = getattr(pl_module, "loaded_at", {})
+        at = classifier_of(pl_module).loaded_at
         measured = means(outcomes, self.measures)
         with torch.inference_mode(False), frozen(pl_module, "eval"):
             measured |= cost(pl_module, examples["x"][0].clone().to(pl_module.device))

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable
 from torch.optim import Optimizer
 
 from common.errors import ConfigurationError
-from common.parameter_groups import grouped_optimizer
+from common.optimization import grouped_optimizer
 from common.parsing import build
 from common.results.identity import Settings, scheduler_of
 

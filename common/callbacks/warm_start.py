@@ -6,6 +6,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from common.callbacks.run import run_of
 from common.checkpoints import checkpoint_beside, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
 from common.limits import check_name
@@ -48,7 +49,7 @@ class WarmStart(Callback):
         """Load the weights."""
         if stage != "fit" or (self.experiment is None and self.path is None):
             return
-        resumed_from = getattr(trainer, "resumed_from", None)
+        resumed_from = run_of(trainer).resumed_from
         if resumed_from is not None:
             self._check_resumed(trainer, resumed_from)
             return
@@ -59,7 +60,7 @@ class WarmStart(Callback):
                 "does not exist; train that experiment first (fit --config "
                 f".../{self.experiment}.yaml with the same seed)"
             )
-            if getattr(trainer, "is_reproducing", False):
+            if run_of(trainer).is_reproducing:
                 raise CheckpointError(f"{missing}, or use make, which does so")
             rank_zero_warn(f"{missing}. Starting from scratch instead")
             return
@@ -72,7 +73,7 @@ class WarmStart(Callback):
         """A run that began from scratch for want of weights does not get into a table."""
         states = load_checkpoint(resumed_from).get("callbacks", {})
         self.load_state_dict(states.get(self.state_key, {}))
-        if getattr(trainer, "is_reproducing", False) and self.started_from is None:
+        if run_of(trainer).is_reproducing and self.started_from is None:
             raise CheckpointError(
                 f"{resumed_from} belongs to a run that began from scratch and not from the "
                 f"weights of {self.experiment or self.path}; move its run directory away and run "

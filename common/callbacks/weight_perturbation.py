@@ -5,9 +5,11 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from common.classifier import classifier_of
 from common.errors import ConfigurationError
-from common.modes import batch_statistics_kept, refuse_half_precision
-from common.objectives import Batch, objective_of, weighted
+from common.modes import batch_statistics_kept
+from common.objectives import Batch, weighted
+from common.optimization import refuse_half_precision
 
 
 class AdversarialWeightPerturbation(Callback):
@@ -20,11 +22,8 @@ class AdversarialWeightPerturbation(Callback):
 
     the gradient of the step is taken at :math:`w + v`, and the weights are put back before the
     optimiser moves them. It comes after :class:`AdversarialTraining` in the callback list and knows
-    the objective only by ``outer``, so one class serves all objectives. As in the official code
-    only weights of more than one dimension move, not biases nor batch-norm.
-
-    An objective whose weights climb something else than ``outer`` has a method ``weight_loss`` with
-    the same arguments.
+    the objective only by ``weight_loss``, so one class serves all objectives. As in the official
+    code only weights of more than one dimension move, not biases nor batch-norm.
 
     Args:
         gamma: Radius relative to each layer's norm; 0 switches the perturbation off.
@@ -62,8 +61,7 @@ class AdversarialWeightPerturbation(Callback):
             torch.enable_grad(),
             trainer.precision_plugin.train_step_context(),
         ):
-            objective = objective_of(pl_module)
-            loss = getattr(objective, "weight_loss", objective.outer)(pl_module, batch)
+            loss = classifier_of(pl_module).objective.weight_loss(pl_module, batch)
             gradients = torch.autograd.grad(weighted(loss, batch), weights, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):
             if gradient is None:

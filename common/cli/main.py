@@ -1,14 +1,16 @@
 """The command line of every paper: LightningCLI with one file per experiment.
 
-``python -m paper_x fit|validate|test|predict|reproduce --config experiment.yaml``
+``python -m paper_x fit|validate|test|predict|reproduce --config experiment.yaml``, and the commands
+that a paper adds.
 """
 
+import importlib
 import json
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,17 +39,14 @@ from common.cli.parser import (
     check_config_files,
     check_limits,
     check_seed,
-    class_paths,
     decisive,
-    explain,
     fill_from_data,
-    plain_digest,
     protocol_digest,
     refusal,
     tensorboard_in,
 )
 from common.cli.runs import check_is_ours, latest_of, lock, set_aside_if_other
-from common.cli.trainer import NAMED, Trainer
+from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
 from common.evaluation.presets import check_overlays, fill_threat, threat_of
@@ -60,10 +59,20 @@ from common.results.identity import (
     contents,
     settings_in,
 )
+from common.settings import class_paths, explain, plain_digest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = str(CONFIGS / "base.yaml")
+NAMED = ("last", "selected", "best")
+"""What ``--ckpt_path`` may say instead of a file; ``best`` is what was selected."""
 TRAINING = ("fit", "reproduce")
+SUBCOMMANDS = {
+    "fit": "train; with --ckpt_path last go on where an interrupted run stopped",
+    "validate": "measure clean and robust accuracy on the validation split",
+    "test": "run the attack suite on the test split and file the results",
+    "predict": "write the class probabilities of the test split to predictions.csv",
+    "reproduce": "train, or go on where a killed run stopped; then test its two checkpoints",
+}
 # Callbacks with arguments that follow from the command: nobody can give another value.
 FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
     (RobustEvaluation, "evaluation", {"experiment", "paper", "config_digest", "protocol"}),
@@ -76,9 +85,17 @@ class RobustCLI(LightningCLI):
     """LightningCLI that knows experiments: their names, run directories and data."""
 
     config: Namespace
+    trainer: Trainer
 
-    def __init__(self, package: str, args: Sequence[str] | None = None, run: bool = True) -> None:
+    def __init__(
+        self,
+        package: str,
+        args: Sequence[str] | None = None,
+        run: bool = True,
+        commands: Mapping[str, str] | None = None,
+    ) -> None:
         self.package = package
+        self.commands = commands or {}
         self.lock: FileLock | None = None
         given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
         check_config_files(given)
@@ -95,7 +112,8 @@ class RobustCLI(LightningCLI):
                 trainer_class=Trainer,
                 seed_everything_default=0,
                 parser_class=UserFriendlyParser,
-                parser_kwargs={"allow_abbrev": False} | dict.fromkeys(self.subcommands(), defaults)
+                parser_kwargs={"allow_abbrev": False, "prog": f"python -m {package}"}
+                | dict.fromkeys(self.subcommands(), defaults)
                 if run
                 else defaults,
                 subclass_mode_model=True,
@@ -114,6 +132,21 @@ class RobustCLI(LightningCLI):
         lightnings = LightningCLI.subcommands()
         skipped = {name: skip | {"weights_only"} for name, skip in lightnings.items()}
         return {**skipped, "reproduce": {"model", "datamodule"}}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Lightning's, ours and the paper's, each with a line of help."""
+        self._subcommand_parsers = {}
+        listed = parser.add_subcommands()
+        for name in self.subcommands():
+            text = SUBCOMMANDS[name]
+            given = {"description": text, **kwargs[name]}
+            made = self._prepare_subcommand_parser(Trainer, name, **given)
+            self._subcommand_parsers[name] = made
+            listed.add_subcommand(name, made, help=text)
+        if len(self.subcommands()) > 1:  # nobody knows yet which one is meant
+            for name, module in self.commands.items():
+                text = str(importlib.import_module(module).__doc__).strip().splitlines()[0]
+                listed.add_subcommand(name, UserFriendlyParser(), help=text)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The seed is a number, and always stated: what is drawn at random cannot be repeated."""
@@ -180,6 +213,8 @@ class RobustCLI(LightningCLI):
                 self.settings["files"] = contents(self.settings, self._base(config))
             run = self._run_directory(config)
             config.trainer.default_root_dir = str(run)
+            if (checkpoint := config.get("ckpt_path")) is not None:
+                config.ckpt_path = str(_checkpoint_in(run, str(checkpoint)))
             if config.trainer.logger in (None, True):
                 config.trainer.logger = tensorboard_in(run)
         self.plain = plain
@@ -187,7 +222,7 @@ class RobustCLI(LightningCLI):
     def _plain(self, config: Namespace) -> dict[str, Any]:
         """The configuration as plain values."""
         parser = self._parser(self.subcommand)
-        text = parser.dump(config, skip_validation=True, skip_none=False, format="json")
+        text = parser.dump(config, skip_validation=True, skip_unset=False, format="json")
         plain: dict[str, Any] = json.loads(text)
         return plain
 
@@ -275,15 +310,29 @@ class RobustCLI(LightningCLI):
             extra.append(LastCheckpoint(saving.dirpath, saving.every_n_steps))
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
         trainer = cast(Trainer, super().instantiate_trainer(**kwargs))
-        trainer.settings = self.settings
+        trainer.run.settings = self.settings
         evaluation = self._get(self.config_init, "evaluation")
         evaluation.experiment, evaluation.paper = self.settings["experiment"], self.package
         evaluation.config_digest = plain_digest(self.settings)
         evaluation.protocol = protocol_digest(self.plain)
-        self._get(self.config_init, "monitoring").hyperparameters = {
-            key: self.plain[key] for key in ("experiment", "seed_everything", "model", "adversary")
-        }
+        self._get(self.config_init, "monitoring").hyperparameters = self._hyperparameters()
         return trainer
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """What TensorBoard's table of runs shows: first what differs most often."""
+        plain = self.plain
+        rates = (plain["model"]["init_args"].get("optimizer") or {}).get("init_args") or {}
+        radii = (plain["adversary"].get("attack") or {}).get("init_args") or {}
+        first = {"lr": rates.get("lr"), "eps": radii.get("eps"), "seed": plain["seed_everything"]}
+        rest = {key: plain[key] for key in ("experiment", "model", "adversary")}
+        return {key: value for key, value in {**first, **rest}.items() if value is not None}
+
+
+def _checkpoint_in(run: Path, name: str) -> Path:
+    """The file that ``--ckpt_path`` means."""
+    if name not in NAMED:
+        return Path(name).absolute()
+    return run / "checkpoints" / f"{'selected' if name == 'best' else name}.ckpt"
 
 
 class SaveTrainingConfig(SaveConfigCallback):
@@ -304,7 +353,7 @@ class SaveTrainingConfig(SaveConfigCallback):
         if isinstance(logger, Namespace) and logger.class_path == TENSORBOARD:
             config.update(None, "trainer.logger")
         # By way of JSON: YAML knows no enumerations, and Lightning has them among its defaults.
-        text = self.parser.dump(config, skip_none=False, skip_validation=True, format="json")
+        text = self.parser.dump(config, skip_unset=False, skip_validation=True, format="json")
         text = yaml.safe_dump(json.loads(text), sort_keys=False)
         write_sealed_yaml(Path(trainer.default_root_dir) / "config.yaml", text)
         self.already_saved = True
@@ -340,11 +389,27 @@ def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifie
     return cli.model.eval(), cli.datamodule
 
 
-def main(args: Sequence[str] | None = None, package: str = "common") -> None:
-    """Run one subcommand; what the user can mend is one line and exit status 2, else the result."""
+def main(
+    args: Sequence[str] | None = None,
+    package: str = "common",
+    commands: Mapping[str, str] | None = None,
+) -> None:
+    """Run one subcommand; what the user can mend is one line and exit status 2, else the result.
+
+    Args:
+        args: Words of the command line; by default those of the process.
+        package: The paper.
+        commands: More subcommands by name: modules with ``main(argv)``, which may return an exit
+            status. The first line of a module's docstring is its help.
+    """
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch 2.15
+    words = [str(word) for word in (sys.argv[1:] if args is None else args)]
     try:
-        cli = RobustCLI(package=package, args=args)
+        if commands and words and words[0] in commands:
+            if status := importlib.import_module(commands[words[0]]).main(words[1:]):
+                raise SystemExit(status)
+            return
+        cli = RobustCLI(package=package, args=args, commands=commands)
         if cli.trainer.is_global_zero and cli.subcommand is not None:
             print(confirmed(cli.trainer, cli.subcommand), flush=True)
     except SIGTERMException as stop:  # Lightning's own status would be 0

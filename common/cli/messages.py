@@ -6,17 +6,17 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
 from common.callbacks.predictions import predictions_path
 from common.callbacks.robust_evaluation import RobustEvaluation, label_of
+from common.callbacks.run import RunTrainer
 from common.errors import OUT_OF_MEMORY, RunDirectoryError, UserError, is_out_of_memory
 from common.files import is_full, read_sealed_json
 
 
-def confirmed(trainer: Trainer, subcommand: str) -> str:
+def confirmed(trainer: RunTrainer, subcommand: str) -> str:
     """The last line of a command that did what it was asked to, after a look at its result.
 
     Args:
@@ -44,7 +44,7 @@ def confirmed(trainer: Trainer, subcommand: str) -> str:
     return f"finished: {subcommand}" + (f", {os.path.relpath(paths[0])}" if paths else "")
 
 
-def _results(trainer: Trainer, subcommand: str) -> list[Path]:
+def _results(trainer: RunTrainer, subcommand: str) -> list[Path]:
     """The files that a command makes, its result first, and those it depends on."""
     paths: list[Path] = []
     if subcommand not in ("fit", "reproduce") and trainer.ckpt_path:
@@ -58,7 +58,7 @@ def _results(trainer: Trainer, subcommand: str) -> list[Path]:
             paths.append(Path(trainer.default_root_dir) / "config.yaml")
         if subcommand in ("fit", "reproduce") and isinstance(callback, SelectedCheckpoint):
             selected = Path(callback.best_model_path)
-            resumed = getattr(trainer, "resumed_from", None)
+            resumed = trainer.run.resumed_from
             # A run that goes on in another folder may have left behind what it had selected.
             folder = selected.parent if resumed is None else Path(resumed).parent
             if selected.name and selected.parent.resolve() == folder.resolve():

@@ -1,25 +1,22 @@
 """What configuration files leave to be inferred, and errors in the user's words."""
 
-import difflib
-import hashlib
 import inspect
-import json
 import re
-import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from common.errors import ConfigurationError
 from common.files import yaml_damage_of
 from common.limits import read_yaml
-from common.parsing import MUST_NOT, ArgumentParser, load_named
+from common.parsing import ArgumentParser, load_named
+from common.settings import class_paths, explain, plain_digest, type_name
 
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
@@ -91,12 +88,6 @@ def protocol_digest(config: Mapping[str, Any]) -> str:
     return plain_digest(protocol)
 
 
-def plain_digest(values: Any) -> str:
-    """Short digest of plain values."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def fill_from_data(config: Namespace) -> None:
     """Give every network of the model the class and channel counts of the data.
 
@@ -144,11 +135,6 @@ def _defaults(class_path: str) -> dict[str, Any]:
     return dict(vars(parser.get_defaults().made))
 
 
-def type_name(class_path: str) -> str:
-    """The last part of an import path."""
-    return class_path.rpartition(".")[2]
-
-
 def _class_nodes(value: Any, path: str) -> Iterator[tuple[str, Namespace]]:
     """All ``{class_path, init_args}`` nodes below a value, with the option that reaches them."""
     if isinstance(value, Namespace) and "class_path" in value:
@@ -166,22 +152,11 @@ def _class_nodes(value: Any, path: str) -> Iterator[tuple[str, Namespace]]:
             yield from _class_nodes(part, path)
 
 
-def class_paths(value: Any) -> Iterator[str]:
-    """All import paths of classes named anywhere in plain settings."""
-    if isinstance(value, Mapping):
-        if isinstance(path := value.get("class_path"), str):
-            yield path
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            yield from class_paths(part)
-
-
 def tensorboard_in(run: Path) -> Namespace:
     """Configuration of a TensorBoard logger that writes into ``run``."""
-    folder = {"save_dir": str(run), "name": "tensorboard", "version": ""}
-    settings = {"class_path": TENSORBOARD, "init_args": folder | {"default_hp_metric": False}}
-    return cast(Namespace, dict_to_namespace(settings))
+    # Without a folder of its own the run's name is that of the run directory.
+    folder = Namespace(save_dir=str(run), name="", version="", default_hp_metric=False)
+    return Namespace(class_path=TENSORBOARD, init_args=folder)
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
@@ -279,83 +254,3 @@ class UserFriendlyParser(LightningArgumentParser):
             name.lstrip("-") for p in parsers for a in p._actions for name in a.option_strings
         }
         self.exit(2, f"error: {explain(message, options)[:500]}\n")
-
-
-def explain(message: str, options: Iterable[str] = ()) -> str:
-    """One line in the user's words for jsonargparse's account of everything it tried.
-
-    Args:
-        message: The account: nested ``Parser key``, ``Problem with given class_path``, reason.
-        options: Names of all options, for suggestions.
-    """
-    key, class_path, reason, given, depth = "", "", "", "", -1
-    expected: list[str] = []  # by the alternatives that failed
-    for line in _CALLABLE.sub("", message).splitlines():
-        text = line.strip().removeprefix("- ")
-        if found := re.match(r'Parser key "([^"]*)":\s*(.*)', text):
-            key = f"{key}.{found[1]}" if key and not found[1].startswith(key) else found[1]
-            text = found[2]
-        indent = len(line) - len(line.lstrip())
-        if found := re.match(r"Problem with given class_path '([^']*)':", text):
-            class_path = found[1]
-        elif found := re.match(r"Given value: (.*?)(?:\. Got value: .*)?$", text):
-            given = given or found[1]
-        elif text and not _BOILERPLATE.match(text):
-            if indent > depth:
-                reason, depth, expected, given = text, indent, [], ""
-            if indent == depth and (found := _EXPECTED.match(text)):
-                expected.append(found[1])
-    if found := re.search(r"\.* Got value: Namespace\((?:class_path='([^']*)')?.*$", reason):
-        class_path, reason = found[1] or class_path, reason[: found.start()]
-    if len(expected) > 1 or (expected and "Got value" not in reason):
-        reason = f"expected {' or '.join(expected)}" + (f", got {given}" if given else "")
-    if found := re.search(r"Importing '([^']*)' is not allowed", message):
-        reason = f"{found[1]} {MUST_NOT}"
-    where = key or "the configuration"
-    if found := re.match(
-        r"(?:Option|Key|Group key) '([^']*)' is not (?:accepted|expected)", reason
-    ):
-        names = _parameters(class_path) if class_path else options
-        prefix = f"{key}." if class_path or not key else ""
-        return f"unknown option {prefix}{found[1]}{_nearest(found[1], names)}"
-    if found := re.match(r"Subcommand \'\w+\' does not accept option \'([^\']*)\'", reason):
-        return f"unknown option {found[1]}{_nearest(found[1], options)}"
-    if found := re.match(r"unrecognized arguments?: --([^ =]+)", reason):
-        return f"unknown option --{found[1]}{_nearest(found[1], options)}"
-    if found := re.match(r"module '([^']*)' has no attribute '([^']*)'", reason):
-        names = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
-        return f"{where}: there is no {found[1]}.{found[2]}{_nearest(found[2], names)}"
-    reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.Literal", "one of ")
-    reason = re.sub(r"^Expected an? (.*)\. Got value: (.*)$", r"expected \1, got \2", reason)
-    return f"{where}: {reason or 'it cannot be read'}" if key else reason or message
-
-
-_BOILERPLATE = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
-    r"|Import path .* does not correspond|Expected a path but|Expected a dot import path string"
-)
-_CALLABLE = re.compile(r"Type typing\.Callable\[.*\] expects a function or a callable class: ")
-_EXPECTED = re.compile(r"Expected an? (<class '[^']*'>|[\w.]+(?:\[.*\])?)$")
-
-
-def _parameters(class_path: str) -> list[str]:
-    """Names of what a class can be configured with, through its bases."""
-    names: dict[str, None] = {}
-    found = load_named(class_path)
-    for owner in inspect.getmro(found) if inspect.isclass(found) else (found,):
-        if owner is not object:
-            names |= dict.fromkeys(inspect.signature(owner).parameters)
-    return [name for name in names if name not in ("args", "kwargs")]
-
-
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    """A question with the nearest candidate; all of them where few and none is near."""
-    candidates = sorted(candidates)
-    # An option is compared by its last part too, so that a forgotten section is found.
-    for wanted, known in (
-        (name, {c.lower(): c for c in candidates}),
-        (name.rpartition(".")[2], {c.rpartition(".")[2].lower(): c for c in candidates}),
-    ):
-        if near := difflib.get_close_matches(wanted.lower(), known, n=1, cutoff=0.6):
-            return f"; did you mean {known[near[0]]}?"
-    return f"; valid are {', '.join(candidates)}" if 0 < len(candidates) <= 20 else ""

@@ -11,7 +11,7 @@ from common.results.identity import Settings, run_differences, settings_in
 
 OURS = (
     *("config.yaml", "results.json", "finished", "checkpoints", "outcomes", "figures"),
-    *("tensorboard", "predictions*.csv", "results.json.unreadable*"),
+    *("events.out.tfevents.*", "hparams.yaml", "predictions*.csv", "results.json.unreadable*"),
 )
 """What a run writes into its directory, apart from ``.lock`` and ``log.txt``, which stay open."""
 

@@ -1,27 +1,31 @@
 """Lightning's trainer with one more entry point: everything behind a row of a table."""
 
+import logging
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import common.strategy  # noqa: F401  (registers the device-invariant ddp)
+from common.callbacks.checkpointing import SealedCheckpointIO
+from common.callbacks.finite import FiniteGuard
 from common.callbacks.resuming import Resuming, SignalConnector, StoppedBySignal
-from common.checkpoints import SealedCheckpointIO, load_checkpoint
+from common.callbacks.run import RunTrainer
+from common.checkpoints import load_checkpoint
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.files import WatchedFolder
-from common.results.identity import Settings, check_evaluated, check_resumed, settings_in
+from common.results.identity import check_evaluated, check_resumed, settings_in
 
-NAMED = ("last", "selected", "best")
-"""What ``--ckpt_path`` may say instead of a file; ``best`` is what was selected."""
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    lambda record: "Tip:" not in record.getMessage()  # advertisements
+)
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
@@ -54,18 +58,14 @@ class EpochLoop(_TrainingEpochLoop):
         """Nothing: Resuming does it at the end of a batch, where every rank can still save."""
 
 
-class Trainer(pl.Trainer):
+class Trainer(RunTrainer):
     """Checks checkpoints before it uses them, can be stopped anywhere, and can reproduce a row.
 
     Takes the arguments of Lightning's trainer.
     """
 
-    settings: Settings | None = None
-    """What the run is made with (:mod:`common.results.identity`); the command line fills it in."""
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.resumed_from: str | None = None
         self._folder: WatchedFolder | None = None
         if self.precision in HALF:
             raise ConfigurationError(
@@ -73,84 +73,16 @@ class Trainer(pl.Trainer):
                 "not supported, because attacks and robust accuracy need more; use bf16-mixed or "
                 "32-true"
             )
-        self.callbacks.insert(0, Resuming())  # type: ignore[attr-defined]  # set by a connector
+        self.callbacks[:0] = [Resuming(), FiniteGuard()]  # type: ignore[attr-defined]  # a connector sets it
         self._signal_connector = self._connector = SignalConnector(self)
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = EpochLoop(self, loop.min_steps, loop.max_steps)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = SealedCheckpointIO()
 
-    def fit(
-        self,
-        model: LightningModule,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | Path | None = None,
-        weights_only: bool | None = True,
-    ) -> None:
-        """Train; with ``--ckpt_path last`` go on where an interrupted run stopped."""
-        # Lightning sets its own ckpt_path only after the callbacks' setup, which needs to know.
-        self.resumed_from = self._checked(ckpt_path, check_resumed)
-        try:
-            super().fit(
-                model,
-                train_dataloaders,
-                val_dataloaders,
-                datamodule,
-                ckpt_path=self.resumed_from,
-                weights_only=weights_only,
-            )
-        except SIGTERMException as stop:
-            self._connector.requeue()
-            raise StoppedBySignal(getattr(stop, "number", self._connector.number)) from None
-        if self._connector.is_asked:  # after the last batch; what comes next was not wanted
-            raise StoppedBySignal(self._connector.number)
-
-    def validate(
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: LightningDataModule | None = None,
-        weights_only: bool | None = True,
-    ) -> Any:
-        """Measure clean and robust accuracy on the validation split."""
-        path = self._to_evaluate(ckpt_path)
-        return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
-
-    def test(
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: LightningDataModule | None = None,
-        weights_only: bool | None = True,
-    ) -> Any:
-        """Run the attack suite on the test split and file the results."""
-        path = self._to_evaluate(ckpt_path)
-        return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
-
-    def predict(
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        datamodule: LightningDataModule | None = None,
-        return_predictions: bool | None = None,
-        ckpt_path: str | Path | None = None,
-        weights_only: bool | None = True,
-    ) -> Any:
-        """Write the class probabilities of the test split to predictions.csv."""
-        path = self._to_evaluate(ckpt_path)
-        return super().predict(
-            model, dataloaders, datamodule, return_predictions, path, weights_only
-        )
-
     def reproduce(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Train, or go on where a killed run stopped; then test its two checkpoints."""
-        self.is_reproducing = True  # what goes into a table makes no allowances
+        self.run.is_reproducing = True
         folder = Path(self.default_root_dir) / "checkpoints"
         last = folder / "last.ckpt"
         self.fit(model, datamodule=datamodule, ckpt_path=str(last) if last.exists() else None)
@@ -186,21 +118,33 @@ class Trainer(pl.Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Go where the first rank goes; its view of the run directory decides for all.
+        """Check the checkpoint; then go where the first rank goes, whose view decides for all.
 
-        Ranks that torchrun or SLURM start look at the directory at different times, the first one
-        having written to it or not.
+        Ranks that torchrun or SLURM start look at the run directory at different times, the first
+        one having written to it or not.
         """
+        is_fitting = self.state.fn == TrainerFn.FITTING
+        path = None if ckpt_path is None else str(ckpt_path)
+        if path is not None and self.is_global_zero:
+            checkpoint, given = load_checkpoint(path), self.run.settings
+            if given is not None:
+                check = check_resumed if is_fitting else check_evaluated
+                check(settings_in(checkpoint, path), given, path)
         if self.world_size > 1:
             self.strategy.setup_environment()
-            path = None if ckpt_path is None else str(ckpt_path)
-            agreed = self.strategy.broadcast((str(self.default_root_dir), path, self.resumed_from))
-            self._default_root_dir, ckpt_path, self.resumed_from = agreed
+            agreed = self.strategy.broadcast((str(self.default_root_dir), path))
+            self._default_root_dir, path = agreed
+        # Lightning sets its own ckpt_path only after the callbacks' setup, which needs to know.
+        self.run.resumed_from = path if is_fitting else None
+        if path is not None and not is_fitting:
+            self._forget_averages()
         if self.is_global_zero and Path(self.default_root_dir).is_dir():
             self._folder = WatchedFolder(self.default_root_dir)
         try:
-            found = super()._run(model, ckpt_path=ckpt_path, weights_only=weights_only)
+            found = super()._run(model, ckpt_path=path, weights_only=True)
             self._check_folder()
+            if is_fitting and self._connector.is_asked:  # after the last batch
+                raise StoppedBySignal(self._connector.number)
             return found
         except UserError:
             raise
@@ -209,8 +153,13 @@ class Trainer(pl.Trainer):
             raise
         except KeyboardInterrupt:  # before there are handlers; Lightning's own status would be 1
             raise StoppedBySignal(signal.SIGINT) from None
-        except SIGTERMException:
+        except StoppedBySignal:
             raise
+        except SIGTERMException:
+            if not is_fitting:
+                raise
+            self._connector.requeue()
+            raise StoppedBySignal(self._connector.number) from None
         except SystemExit as stop:
             raise UserError(
                 f"something in the experiment ended the process (exit status {stop.code}) before "
@@ -230,29 +179,11 @@ class Trainer(pl.Trainer):
                 "last checkpoint; if it was deleted, run the same command again"
             )
 
-    def _to_evaluate(self, ckpt_path: str | Path | None) -> str | None:
-        """As ``_checked``; what is evaluated is the file's weights, averaged if it holds those.
+    def _forget_averages(self) -> None:
+        """Evaluate the file's weights, averaged if it holds those.
 
         Right after ``fit`` Lightning's averaging callback would swap in the raw ones.
         """
-        if ckpt_path is not None:
-            for callback in self.callbacks:  # type: ignore[attr-defined]  # set by a connector
-                if isinstance(callback, WeightAveraging):
-                    callback._average_model = None
-        return self._checked(ckpt_path, check_evaluated)
-
-    def _checked(
-        self, ckpt_path: str | Path | None, check: Callable[[Settings, Settings, Path], None]
-    ) -> str | None:
-        """The checkpoint's full path, once it is known to be there and of the same settings."""
-        if ckpt_path is None:
-            return None
-        path = Path(ckpt_path)
-        if ckpt_path in NAMED:
-            name = "selected" if ckpt_path == "best" else ckpt_path
-            path = Path(self.default_root_dir) / "checkpoints" / f"{name}.ckpt"
-        if self.is_global_zero:  # the others are told which it is
-            checkpoint = load_checkpoint(path)
-            if self.settings is not None:
-                check(settings_in(checkpoint, path), self.settings, path)
-        return str(path)
+        for callback in self.callbacks:  # type: ignore[attr-defined]  # set by a connector
+            if isinstance(callback, WeightAveraging):
+                callback._average_model = None

@@ -24,6 +24,7 @@ from common.evaluation.evaluate import Evaluation, evaluate
 from common.evaluation.presets import CONFIGS, ready_suites
 from common.limits import read_yaml
 from common.parsing import ArgumentParser, check_named
+from common.settings import explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,8 +197,6 @@ def _build_data(path: Path, root: str | None) -> ImageDataModule:
     except UserError:
         raise
     except Exception as error:  # jsonargparse has no common type for what classes refuse
-        from common.cli.parser import explain  # it needs Lightning, which takes a while to import
-
         raise ConfigurationError(f"{path}: {explain(str(error))}") from error
     return data
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, dlr, hinge_margin
-from common.classifier import on_logits
 from common.errors import ConfigurationError
-from common.objectives import InnerLoss
+from common.objectives import InnerLoss, on_logits
 
 
 class Victim(nn.Module):

@@ -22,6 +22,7 @@ from common.evaluation.steps import Threat
 from common.evaluation.suite import SuiteEntry
 from common.limits import read_yaml
 from common.parsing import build, check_named, load_named
+from common.settings import explain
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 _WORD = re.compile(r"threat(?:\s*([*/])\s*(\d+(?:\.\d+)?))?")
@@ -90,8 +91,6 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
     except UserError:
         raise
     except Exception as error:  # jsonargparse has no common type for what classes refuse
-        from common.cli.parser import explain  # it needs Lightning, which takes a while to import
-
         raise ConfigurationError(f"{path}: {explain(str(error))}") from error
     return Suite(made.suite or {}, threat, made.audit)
 

@@ -22,14 +22,13 @@ from common.attacks.minimum_norm import MinimumNorm
 from common.attacks.noise import Noise
 from common.attacks.pgd import PGD, FriendlyPGD, LossFn, parse_radius
 from common.attacks.randomness import EVALUATION, ExampleRandom
-from common.classifier import on_logits
 from common.errors import ConfigurationError
 from common.evaluation.confirm import attacked, autoattacked, part_of
 from common.evaluation.saturation import QUERIES, decided, persisted
 from common.evaluation.steps import Columns, Step, Threat, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.limits import check_label
-from common.objectives import Batch, InnerLoss
+from common.objectives import Batch, InnerLoss, on_logits
 
 Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | DecisionBased | Noise | Transfer
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.checkpoints import checkpoint_beside, load_checkpoint
-from common.cli.parser import plain_digest, type_name
 from common.errors import CheckpointError, ConfigurationError
 from common.results.provenance import weights_digest
+from common.settings import plain_digest, type_name
 
 SETTINGS = "settings"
 """Key of a checkpoint under which they are."""

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoints import SealedCheckpointIO, load_checkpoint
+from common.callbacks.checkpointing import SealedCheckpointIO
+from common.checkpoints import load_checkpoint
 from common.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from common.files import (
     content_digest,

@@ -152,17 +152,10 @@ def test_a_missing_attack_is_named_before_any_forward_pass(objective):
 
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: type(o).__name__)
-def test_outer_reads_x_adv_exactly_when_it_says_so_and_leaves_logits(objective):
+def test_outer_reads_x_adv_exactly_when_it_says_so(objective):
     net, batch = make()
     objective.outer(net, batch)
     assert objective.needs_x_adv == any(x is batch["x_adv"] for x in net.calls)
-    with torch.no_grad():
-        expected = {"logits": net(batch["x"]), "logits_adv": net(batch["x_adv"])}
-    written = {name for name in expected if name in batch}
-    assert written
-    for name in written:
-        assert not batch[name].requires_grad
-        torch.testing.assert_close(batch[name], expected[name])
 
 
 @pytest.mark.parametrize(

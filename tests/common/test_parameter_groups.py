@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.errors import ConfigurationError
-from common.parameter_groups import ParameterGroup, grouped_optimizer
+from common.optimization import ParameterGroup, grouped_optimizer
 
 
 class Net(nn.Module):

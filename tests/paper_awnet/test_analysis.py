@@ -203,7 +203,7 @@ def test_what_training_logged_is_read_back(tmp_path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     assert curves_of(tmp_path) == {}
-    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
+    with SummaryWriter(str(tmp_path)) as writer:
         for step, value in enumerate((0.5, 0.25)):
             writer.add_scalar("train/w_nat", value, step)
             writer.add_scalar("val/clean_acc", value, step)

@@ -124,7 +124,6 @@ def test_outer_is_the_equation(batch, teachers) -> None:
     objective.advance()
     assert objective.w_nat == 0.5, "exactly, in the first step"
     assert torch.equal(objective.initial, torch.stack([nat, adv]).detach())
-    torch.testing.assert_close(batch["logits_adv"], out.logits[N:].detach())
     assert objective.report["type_acc"] == (out.type_logits.argmax(1) == types).float().mean()
     assert {"omega1_std", "omega3_shift", "loss_nat", "w_nat"} <= set(objective.report)
     assert not any(v.requires_grad for v in objective.report.values())

@@ -8,7 +8,7 @@ from common.networks.resnet import ResNet, ResNet18
 from common.networks.vgg import VGG
 from common.networks.wide_resnet import WideResNet
 from common.objectives import Natural
-from common.parameter_groups import ParameterGroup
+from common.optimization import ParameterGroup
 from paper_wm.method import box_mean, weight_maps
 from paper_wm.module import WeightMapClassifier
 from paper_wm.networks import SmallCNN, _cnn_size, matching_widths, places, with_weight_maps

@@ -25,6 +25,7 @@ from common.attacks.engine.trials import aside
 from common.attacks.engine.winograd import WinogradConv2d, tiles_of, transformed
 from common.attacks.settings import Settings
 from common.errors import check_choice
+from common.modes import network_of
 
 Precision = Literal["32", "bf16"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -278,7 +279,7 @@ class _Compiled:
     """The model's network compiled for attacks, beside how it is otherwise called."""
 
     def __init__(self, model: nn.Module, mode: CompileMode | None) -> None:
-        net = getattr(model, "net", model)
+        net = network_of(model)
         self._net = weakref.ref(net)
         self._call: Callable[..., Any] | None = None
         if mode is not None:

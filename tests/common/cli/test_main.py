@@ -603,7 +603,7 @@ def test_best_is_what_was_selected(config) -> None:
     assert list(result["checkpoints"]) == ["selected"]
 
 
-@pytest.mark.parametrize("name", ["results.json", "outcomes", "tensorboard", "checkpoints"])
+@pytest.mark.parametrize("name", ["results.json", "outcomes", "checkpoints"])
 def test_reproduce_finds_what_it_cannot_write_before_it_trains(config, capsys, name) -> None:
     run = Path("runs/paper_tiny/tiny/seed0")
     run.mkdir(parents=True)

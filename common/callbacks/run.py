@@ -1,0 +1,35 @@
+"""What a callback may ask of a run beyond what Lightning's trainer knows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+
+
+@dataclass
+class Run:
+    """How a run began and what for; the defaults hold under Lightning's own trainer.
+
+    Args:
+        settings: What the run is made with (:mod:`common.results.identity`).
+        resumed_from: The checkpoint it goes on from.
+        is_reproducing: Whether its results go into a table: no allowances are made then.
+    """
+
+    settings: Mapping[str, Any] | None = None
+    resumed_from: str | None = None
+    is_reproducing: bool = False
+
+
+class RunTrainer(pl.Trainer):
+    """A trainer that says which run it is."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run = Run()
+
+
+def run_of(trainer: pl.Trainer) -> Run:
+    """The run of a trainer."""
+    return trainer.run if isinstance(trainer, RunTrainer) else Run()
