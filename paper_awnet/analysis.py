@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis.figures import save_figure
+from common.evaluation.drawing import save_figure
 from common.analysis.report import (
     Load,
     load_last,

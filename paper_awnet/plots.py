@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis.figures import (
+from common.evaluation.drawing import (
     CYCLE,
     FONT,
     GREY,

@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from common.analysis.figures import (
+from common.evaluation.drawing import (
     BLUE,
     FONT,
     GREEN,

@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from common.analysis.figures import save_figure
+from common.evaluation.drawing import save_figure
 from common.analysis.report import (
     BySeed,
     Expectation,

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from common.analysis.figures import save_figure
+from common.evaluation.drawing import save_figure
 from common.analysis.profiling import (
     adversarial_training_step,
     device_name,

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from common.analysis.figures import (
+from common.evaluation.drawing import (
     CYCLE,
     FONT,
     MARKERS,

@@ -20,7 +20,7 @@ import torchvision
 from matplotlib.figure import Figure
 from torch import nn
 
-from common.analysis.figures import save_figure
+from common.evaluation.drawing import save_figure
 from common.analysis.report import (
     BySeed,
     Load,

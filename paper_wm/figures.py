@@ -12,7 +12,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis.figures import (
+from common.evaluation.drawing import (
     CYCLE,
     FONT,
     MARKERS,

@@ -76,7 +76,9 @@ class Monitoring(Callback):
         )
 
     def _grid(self, trainer: Trainer, module: LightningModule, batch: Batch) -> Any:
-        from common.analysis.figures import example_grid  # matplotlib only where something is drawn
+        from common.evaluation.drawing import (
+            example_grid,
+        )  # matplotlib only where something is drawn
 
         part = {key: value[: self.images] for key, value in batch.items()}
         data = getattr(trainer, "datamodule", None)

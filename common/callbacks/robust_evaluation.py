@@ -1,7 +1,5 @@
 """Validation by one cheap attack, test by a whole suite, and the file the results go to."""
 
-import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -11,10 +9,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from common.analysis.figures import save_figure
 from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
@@ -23,29 +19,18 @@ from common.callbacks.resuming import WEIGHTS
 from common.callbacks.run import run_of
 from common.classifier import classifier_of
 from common.errors import ConfigurationError
-from common.evaluation.audit.checks import Audit, AuditReport
-from common.evaluation.findings import with_findings
-from common.evaluation.journal import Journal, identity_of
-from common.evaluation.measures import Measure, cost, means, measure_steps
-from common.evaluation.pictures import draw
-from common.evaluation.progress import ConsoleProgress
-from common.evaluation.runner import Team, in_order, run_steps
-from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
-from common.evaluation.suite import SuiteEntry, ball_of, check_suite, resolve_losses, steps_of
+from common.evaluation.audit.checks import Audit
+from common.evaluation.evaluate import Filing, run
+from common.evaluation.measures import Measure
+from common.evaluation.runner import Team, in_order
+from common.evaluation.steps import Threat, is_wrong, predict
+from common.evaluation.suite import SuiteEntry, ball_of, check_suite, resolve_losses
 from common.evaluation.transfer import Transfer
 from common.modes import frozen
 from common.objectives import Batch
 from common.optimization import refuse_half_precision
-from common.results import provenance
 from common.results.identity import SETTINGS, evaluated_digest
 from common.results.outcomes import logged
-from common.results.store import (
-    CheckpointResult,
-    check_mergeable,
-    check_writable,
-    checkpoint_entry,
-    merge_result,
-)
 
 OF_SUITES: dict[str, Any] = {
     **{"survivors_only": False, "examples": None, "checkpoints": None, "sweep": None},
@@ -109,6 +94,8 @@ class RobustEvaluation(Callback):
         self.paper = paper or "unnamed"
         self.config_digest = config_digest or ""
         self.protocol = protocol or ""
+        self.reports: list[str] = []
+        """What ``test`` found, as text, one for each checkpoint."""
         self._weights: str | None = None
         self._robust: MulticlassAccuracy | None = None
         self._per_class: MulticlassAccuracy | None = None
@@ -151,20 +138,12 @@ class RobustEvaluation(Callback):
                     "evaluation.audit needs a threat model, and no attack of the suite has a ball; "
                     "add --evaluation.threat.norm linf --evaluation.threat.eps 8/255"
                 )
-            path = self.results_path(trainer)
-            self._check_places(path)
-            remedy = "another file with --evaluation.results"
-            check_mergeable(path, self.paper, self.experiment, run_seed(), remedy)
+            filing = Filing(self.results_path(trainer), self.experiment, self.paper)
+            filing.check(run_seed(), "another file with --evaluation.results")
         if stage in ("fit", "validate") and self.validation is not None:
             resolve_losses(self.validation.losses, pl_module)
             if trainer.precision != "16-mixed":  # validation runs outside autocast, in float32
                 refuse_half_precision(trainer, "the input gradients of evaluation.validation")
-
-    def _check_places(self, results: Path) -> None:
-        check_writable(results)
-        for folder in (results.parent / "outcomes", results.parent / "figures"):
-            if folder.exists():
-                check_writable(folder / "any")
 
     def results_path(self, trainer: Trainer) -> Path:
         """Where the results of this run go."""
@@ -173,7 +152,7 @@ class RobustEvaluation(Callback):
     # ---- validation --------------------------------------------------------------------------
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count anew."""
+        """Reset the validation metrics."""
         self._per_class = self._robust = None
 
     def on_validation_batch_start(
@@ -235,7 +214,6 @@ class RobustEvaluation(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to collect the examples."""
-        self._started = time.perf_counter()
         self._examples = []
 
     def on_test_batch_start(
@@ -249,119 +227,61 @@ class RobustEvaluation(Callback):
         """Keep this batch; attacks go over all examples at once, after the last one."""
         self._examples.append({key: batch[key].cpu() for key in ("x", "y", "index")})
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the ranks, run the suite, log the metrics and file the results."""
-        team = _team(trainer)
-        parts = [part for theirs in team.gather(self._examples) for part in theirs]
-        self._examples = []
-        examples = in_order({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
-        outcomes, audit = self._evaluated(trainer, pl_module, examples, team)
-        at = classifier_of(pl_module).loaded_at
-        measured = means(outcomes, self.measures)
-        with torch.inference_mode(False), frozen(pl_module, "eval"):
-            measured |= cost(pl_module, examples["x"][0].clone().to(pl_module.device))
-        entry = checkpoint_entry(outcomes, audit=audit, measures=measured, **at)
-        for name, value in logged(entry).items():
-            pl_module.log(f"test/{name}", value, sync_dist=True)
-        if trainer.is_global_zero:
-            for remark in entry["remarks"]:
-                warnings.warn(f"test: {remark}", stacklevel=1)
-            self._write(trainer, pl_module, entry, outcomes)
-            self._draw(trainer, entry, outcomes, examples["x"])
-
-    def _evaluated(
-        self, trainer: Trainer, pl_module: LightningModule, examples: Batch, team: Team
-    ) -> tuple[Outcomes, AuditReport | None]:
-        """Outcomes of the suite and of the audit, the same on every rank."""
-        suite = {
+    def _suite_of(self, label: str) -> dict[str, SuiteEntry]:
+        """The attacks on this checkpoint."""
+        return {
             name: entry
             for name, entry in self.suite.items()
-            if entry.checkpoints is None or label_of(trainer) in entry.checkpoints
+            if entry.checkpoints is None or label in entry.checkpoints
         }
-        with torch.no_grad():
-            classes = pl_module(examples["x"][:1].to(pl_module.device)).shape[1]
-        steps = steps_of(suite, pl_module, classes, run_seed(), self.engine)
-        threat = self.threat or ball_of(self.suite)
-        if self.audit is not None and threat is not None:
-            steps += self.audit.steps(pl_module, threat, classes)
-        steps += measure_steps(self.measures)
-        identity = identity_of(pl_module, examples, run_seed(), self.config_digest)
-        folder = self.results_path(trainer).parent / "outcomes"
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the ranks, run the suite, log the metrics and file the results."""
+        parts = [part for theirs in Team.of_processes().gather(self._examples) for part in theirs]
+        self._examples = []
         data = getattr(trainer, "datamodule", None)
-        with ConsoleProgress(len(steps) + 1) as bar:
-            is_shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-            outcomes = run_steps(
+        label = label_of(trainer)
+        filing = Filing(
+            self.results_path(trainer),
+            self.experiment,
+            paper=self.paper,
+            label=label,
+            at=classifier_of(pl_module).loaded_at,
+            config_digest=self.config_digest,
+            provenance={
+                "precision": str(trainer.precision),
+                "protocol": self.protocol,
+                "weights": self._weights,
+            },
+            pictures=self.pictures,
+        )
+        with torch.inference_mode(False), frozen(pl_module, "eval"):
+            found = run(
                 pl_module,
-                examples,
-                steps,
+                in_order({key: torch.cat([part[key] for part in parts]) for key in parts[0]}),
+                self._suite_of(label),
+                self.threat or ball_of(self.suite),
+                audit=self.audit,
+                measures=self.measures,
+                engine=self.engine,
                 seed=run_seed(),
                 batch_size=getattr(data, "eval_batch_size", 250),
-                threat=threat,
-                journal=Journal(folder, identity),
-                team=team,
-                progress=bar if is_shown else None,
+                num_classes=getattr(data, "num_classes", None),
+                class_names=getattr(data, "class_names", None),
+                filing=filing,
+                progress=trainer.progress_bar_callback is not None,
                 remarks=getattr(getattr(data, "test_set", None), "remarks", ()),
             )
-        audit = self.audit.report(outcomes, classes) if self.audit is not None else None
-        return outcomes, with_findings(audit, outcomes)
-
-    def _write(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        entry: CheckpointResult,
-        outcomes: Outcomes,
-    ) -> None:
-        merge_result(
-            self.results_path(trainer),
-            paper=self.paper,
-            experiment=self.experiment,
-            seed=run_seed(),
-            label=label_of(trainer),
-            entry=entry,
-            provenance=provenance.collect(
-                device=pl_module.device,
-                world_size=trainer.world_size,
-                precision=str(trainer.precision),
-                state_dict=pl_module.state_dict(),
-                config_digest=self.config_digest,
-                wall_time_s=time.perf_counter() - self._started,
-                attack_seconds=outcomes.seconds,
-                engine=self.engine,
-            )
-            | {"protocol": self.protocol, "weights": self._weights},
-        )
-
-    def _draw(
-        self, trainer: Trainer, entry: CheckpointResult, outcomes: Outcomes, x: Tensor
-    ) -> None:
-        """Pictures beside the results and in TensorBoard."""
-        if not self.pictures:
-            return
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
-        label = label_of(trainer)
-        folder = self.results_path(trainer).parent / "figures"
-        for name, figure in draw(entry, outcomes, x, names).items():
-            save_figure(figure, folder / f"{label}_{name}.png")
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    step = entry["global_step"]
+        for name, value in logged(found.result).items():
+            pl_module.log(f"test/{name}", value, sync_dist=True)
+        self.reports.append(f"{self.experiment}, checkpoint {label}\n{found}")
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                for name, figure in found.pictures.items():
+                    step = found.result["global_step"]
                     logger.experiment.add_figure(f"test_{label}/{name}", figure, step)
 
 
 def label_of(trainer: Trainer) -> str:
     """The name under which a checkpoint's results are filed: its file's, without the ending."""
     return Path(trainer.ckpt_path).stem if trainer.ckpt_path else "untrained"
-
-
-def _team(trainer: Trainer) -> Team:
-    """All ranks of a trainer."""
-
-    def gather(mine: Any) -> list[Any]:
-        parts: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(parts, mine)
-        return parts
-
-    return (
-        Team() if trainer.world_size == 1 else Team(trainer.global_rank, trainer.world_size, gather)
-    )

@@ -16,6 +16,12 @@ from common.errors import OUT_OF_MEMORY, RunDirectoryError, UserError, is_out_of
 from common.files import is_full, read_sealed_json
 
 
+def reports(trainer: RunTrainer) -> list[str]:
+    """What ``test`` found, as tables, one for each checkpoint."""
+    found = [c.reports for c in trainer.callbacks if isinstance(c, RobustEvaluation)]
+    return [report for each in found for report in each]
+
+
 def confirmed(trainer: RunTrainer, subcommand: str) -> str:
     """The last line of a command that did what it was asked to, after a look at its result.
 

@@ -1,7 +1,8 @@
 """Robustness one can trust: suites of attacks, worst cases, the audit, for any PyTorch model."""
 
 from common.evaluation.audit.checks import Audit
-from common.evaluation.evaluate import Evaluation, evaluate
+from common.evaluation.evaluate import evaluate
+from common.evaluation.report import Evaluation
 from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
 from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses
 from common.evaluation.transfer import Transfer

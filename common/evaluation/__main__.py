@@ -6,13 +6,14 @@
 import argparse
 import importlib
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from common.attacks.engine.network import AttackEngine
@@ -20,8 +21,9 @@ from common.attacks.pgd import Norm
 from common.checkpoints import load_weights
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
-from common.evaluation.evaluate import Evaluation, evaluate
+from common.evaluation.evaluate import evaluate
 from common.evaluation.presets import CONFIGS, ready_suites
+from common.evaluation.runner import Team
 from common.limits import read_yaml
 from common.parsing import ArgumentParser, check_named
 from common.settings import explain
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a model and print the table; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
+        torch.manual_seed(arguments.seed)  # weights that no file gives are the same in all processes
         model = build_model(arguments.model, arguments.model_args)
         if arguments.weights:
             load_weights(model, arguments.weights, arguments.weights_key)
@@ -57,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _show(evaluation, arguments.output)
+    if Team.of_processes().rank == 0:
+        print(evaluation)
+        if arguments.output:
+            print(f"written to {arguments.output}: results.json, figures")
     return 0
 
 
@@ -201,19 +207,22 @@ def _build_data(path: Path, root: str | None) -> ImageDataModule:
     return data
 
 
-def _show(evaluation: Evaluation, output: str | None) -> None:
-    console = Console()
-    console.print(evaluation.table())
-    if "audit" in evaluation.result:
-        every = evaluation.result["audit"]["checks"]
-        checks = [check for check in every if check["verdict"] != "not applicable"]
-        passed = sum(check["verdict"] == "pass" for check in checks)
-        console.print(f"audit: {passed} of {len(checks)} checks passed")
-    for text in evaluation.suspicions:
-        console.print(f"warning: {text}", markup=False)
-    if output:
-        console.print(f"written to {output}: results.json, figures", markup=False)
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that torchrun started; each takes the GPU of its local rank, if any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("gloo")  # only outcomes travel, on the CPU
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with joined():
+        status = main()
+    sys.exit(status)

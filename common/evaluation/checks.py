@@ -9,7 +9,7 @@ import random
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from common.attacks.losses import classify
 from common.attacks.pgd import input_gradient
 from common.attacks.randomness import seeded
 from common.errors import ConfigurationError
+from common.evaluation.measures import cost
 from common.evaluation.signature import is_close
 from common.modes import frozen
 from common.objectives import Batch
@@ -40,11 +41,13 @@ class Checked:
         classes: How many scores it gives.
         has_gradient: Whether its scores or a loss can be differentiated by the images.
         state: What depends on earlier calls, as a sentence; empty if nothing does.
+        cost: ``parameters`` and ``macs``, see :func:`common.evaluation.measures.cost`.
     """
 
     classes: int
     has_gradient: bool = True
     state: str = ""
+    cost: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 def check_model(
@@ -99,9 +102,11 @@ def check_model(
             _check_alone(used, x, examples["x"][:batch_size].to(device))
         batch = {"x": x, "y": y[: len(x)].to(x.device)}
         has_gradient = _has_gradient(_Trial(model), batch, classes)
+        with seeded(0, x.device):
+            found = cost(_Trial(model).model, x[0].clone())
     _check_accuracy(logits, y[: len(x)], classes)
     state = "" if is_random_expected else state
-    return Checked(classes, has_gradient, state)
+    return Checked(classes, has_gradient, state, found)
 
 
 def check_modes(model: nn.Module, x: Tensor) -> None:

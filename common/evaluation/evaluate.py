@@ -1,154 +1,97 @@
-"""Evaluation of anybody's model: the same attacks, worst case and audit as our own get."""
+"""The pipeline of every evaluation: a model, images and a suite of attacks give a report.
+
+``evaluate``, ``python -m common.evaluation`` and the callback behind ``test`` run it, on one
+process or many.
+"""
 
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from common.analysis.figures import save_figure
 from common.attacks.decision import DecisionBased
 from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import Norm
 from common.attacks.randomness import seeded
 from common.errors import ConfigurationError, UserError
 from common.evaluation.audit.checks import Audit
-from common.evaluation.checks import check_model
+from common.evaluation.checks import Checked, check_model
+from common.evaluation.drawing import save_figure
 from common.evaluation.findings import with_findings
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
+from common.evaluation.measures import Measure, means, measure_steps
 from common.evaluation.models import as_module, as_victim
 from common.evaluation.pictures import draw
 from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress
-from common.evaluation.runner import Progress, run_steps
-from common.evaluation.steps import Outcomes, Step, Threat
+from common.evaluation.report import Evaluation
+from common.evaluation.runner import Progress, Team, run_steps
+from common.evaluation.steps import Step, Threat
 from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_suite, steps_of
 from common.files import check_writable
 from common.limits import check_label
+from common.objectives import Batch
 from common.results import provenance
-from common.results.outcomes import checkpoint_entry, missing_worst, outcome_bits, positions
-from common.results.schema import CheckpointResult
+from common.results.outcomes import checkpoint_entry
 from common.results.store import check_mergeable, merge_result
 
 
-@dataclass
-class Evaluation:
-    """What an evaluation found.
+@dataclass(frozen=True)
+class Filing:
+    """Where an evaluation is filed, and under which names.
 
     Args:
-        result: As in a result file: see :mod:`common.results.outcomes`.
-        outcomes: Of every example.
-        warnings: What looked suspicious, and what the figures do not say.
-        position: Where in the data the examples are, ``(N,)``.
+        results: The result file; outcomes and pictures go to folders beside it.
+        experiment: The name of its row.
+        paper: The package of the experiment.
+        label: The name of the checkpoint.
+        at: ``epoch`` and ``global_step`` of the checkpoint.
+        config_digest: Digest of the settings behind the weights.
+        provenance: What to record beside versions, device and time.
+        pictures: Whether to draw.
     """
 
-    result: CheckpointResult
-    outcomes: Outcomes
-    warnings: list[str]
-    position: Tensor
+    results: Path
+    experiment: str
+    paper: str = "any"
+    label: str = "model"
+    at: Mapping[str, int] = field(default_factory=dict)
+    config_digest: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    pictures: bool = True
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """Accuracies in [0, 1] by name: ``clean_acc``, ``worst``, and of every attack."""
-        return self.result["metrics"]
+    def outcomes(self) -> Path:
+        """The folder of outcomes, from which a killed evaluation resumes."""
+        return self.results.parent / "outcomes"
 
     @property
-    def clean_acc(self) -> float:
-        """Accuracy without an attack."""
-        return self.metrics["clean_acc"]
+    def figures(self) -> Path:
+        """The folder of pictures."""
+        return self.results.parent / "figures"
 
-    @property
-    def robust_acc(self) -> float:
-        """Accuracy in the worst case over all attacks within the threat model.
+    def check(self, seed: int, remedy: str) -> None:
+        """Find what would fail after hours.
 
-        It is about the examples :attr:`robust_index`: those that met every one of these attacks.
+        Args:
+            seed: Of the evaluation.
+            remedy: What to choose if the file belongs to something else.
 
         Raises:
-            ConfigurationError: If there is no worst case; the message says why.
+            RunDirectoryError: If a place cannot be written.
+            ConfigurationError: If the file holds other results.
         """
-        self._check_worst()
-        return self.metrics["worst"]
-
-    @property
-    def robust(self) -> Tensor:
-        """Which of the examples :attr:`robust_index` withstood everything, bool ``(M,)``.
-
-        Raises:
-            ConfigurationError: As :attr:`robust_acc`.
-        """
-        self._check_worst()
-        return torch.tensor(outcome_bits(self.result, "worst"))
-
-    @property
-    def robust_index(self) -> Tensor:
-        """Positions in the data of the examples of the worst case, ``(M,)``.
-
-        Raises:
-            ConfigurationError: As :attr:`robust_acc`.
-        """
-        self._check_worst()
-        return self.position[positions(self.result, "worst")]
-
-    def _check_worst(self) -> None:
-        if "worst" not in self.metrics:
-            reason = missing_worst(self.result["clean"], self.result["attacks"])
-            raise ConfigurationError(reason or "there is no worst case: nothing was attacked")
-
-    @property
-    def failed_checks(self) -> list[str]:
-        """The checks of the audit that failed, as sentences."""
-        checks = self.result["audit"]["checks"] if "audit" in self.result else []
-        return [
-            f"{check['question']} {check['detail']}"
-            for check in checks
-            if check["verdict"] == "fail"
-        ]
-
-    def table(self) -> Table:
-        """Accuracies with their intervals, for a terminal."""
-        threat = self.outcomes.threat
-        about = f", {threat.norm} eps {threat.radius:.5g}" if threat else ""
-        table = Table(title=f"{self.result['examples']} examples{about}")
-        for title in ("attack", "examples", "accuracy %", "95 % interval"):
-            table.add_column(title, justify="left" if title == "attack" else "right")
-        named = ["clean_acc", *self.result["attacks"], "worst"]
-        for name in (name for name in named if name in self.metrics):
-            low, high = self.result["intervals"][name]
-            accuracy = f"{100 * self.metrics[name]:.2f}"
-            size = str(self.result["sizes"].get(name, self.result["examples"]))
-            interval = f"{100 * low:.2f} to {100 * high:.2f}"
-            table.add_row(name + self._note(name), size, accuracy, interval)
-        return table
-
-    def _note(self, name: str) -> str:
-        """What to know of a row that does not count towards the worst case."""
-        attack = self.result["attacks"].get(name)
-        if attack is None or attack["counts"]:
-            return ""
-        if attack["kind"] == "noise":
-            return " (noise)"
-        if attack["norm"] is None or attack["eps"] is None:
-            return " (outside: no ball)"
-        return f" (outside: {attack['norm']} eps {attack['eps']:.5g})"
-
-    @property
-    def suspicions(self) -> list[str]:
-        """The warnings, and the checks of the audit that failed."""
-        return [*self.warnings, *(f"audit: {text}" for text in self.failed_checks)]
-
-    def __str__(self) -> str:
-        """The table, and what to be suspicious of."""
-        console = Console(width=100)
-        with console.capture() as captured:
-            console.print(self.table())
-        return captured.get() + "".join(f"warning: {text}\n" for text in self.suspicions)
+        check_writable(self.results)
+        for folder in (self.outcomes, self.figures):
+            if folder.exists():
+                check_writable(folder / "any")
+        check_mergeable(self.results, self.paper, self.experiment, seed, remedy)
 
 
 def evaluate(
@@ -169,6 +112,7 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: bool | Progress = True,
     engine: AttackEngine | None = None,
+    measures: Mapping[str, Measure] | None = None,
 ) -> Evaluation:
     """Attack a model and report, example by example, what withstands everything.
 
@@ -202,6 +146,7 @@ def evaluate(
         device: Where to compute, and where the model is moved to; by default where it is.
         progress: Whether to show how far it is, or who is to be told.
         engine: Computes the attacks' passes faster; the plain network judges.
+        measures: Other numbers of the network, see :mod:`common.evaluation.measures`.
 
     Raises:
         ConfigurationError: If model, data or suite cannot give a figure that means something:
@@ -211,7 +156,6 @@ def evaluate(
         RunDirectoryError: If ``output`` cannot be written.
     """
     model = as_module(model)
-    begun = time.perf_counter()
     check_label(name, "the name of the results")
     for setting, count in (("batch_size", batch_size), ("examples", examples)):
         if count is not None and (not isinstance(count, int) or count < 1):
@@ -236,60 +180,109 @@ def evaluate(
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConfigurationError(f"device {str(device)!r} cannot be used: {reason}") from error
-    folder = None if output is None else Path(output)
-    if folder is not None:
-        for part in ("results.json", "figures/clean.png", "outcomes/part.npz"):
-            check_writable(folder / part)
-        check_mergeable(folder / "results.json", "any", name, seed, "another output folder")
-    at = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    is_random_expected = any(
-        entry.eot > 1 or getattr(entry.attack, "version", None) == "rand"
-        for entry in entries.values()
-    )
+    filing = None
+    if output is not None:
+        filing = Filing(Path(output) / "results.json", name)
+        filing.check(seed, "another output folder")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with seeded(seed, torch.device("cpu")):  # a shuffled loader has one order for all models
             batch = collect(data, examples)
-        about_data = [str(warning.message) for warning in caught]
-        caught.clear()
-        checked = check_model(
-            model,
-            batch,
-            num_classes,
-            is_random_expected=is_random_expected,
-            batch_size=batch_size,
-            device=at,
-        )
+    known = [str(warning.message) for warning in caught]
+    return run(
+        model,
+        batch,
+        entries,
+        threat,
+        audit=checks,
+        measures=measures,
+        engine=engine,
+        seed=seed,
+        batch_size=batch_size,
+        num_classes=num_classes,
+        class_names=class_names,
+        filing=filing,
+        progress=progress,
+        remarks=known,
+    )
+
+
+def run(
+    model: nn.Module,
+    examples: Batch,
+    suite: Mapping[str, SuiteEntry],
+    threat: Threat | None,
+    *,
+    audit: Audit | None = None,
+    measures: Mapping[str, Measure] | None = None,
+    engine: AttackEngine | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    filing: Filing | None = None,
+    progress: bool | Progress = True,
+    remarks: Sequence[str] = (),
+) -> Evaluation:
+    """Check the model, run all steps, report and file.
+
+    Processes that ``torch.distributed`` joins share the work. All return the same; the first one
+    writes, warns and shows progress.
+
+    Args:
+        model: As in :func:`evaluate`, on its device.
+        examples: ``x``, ``y``, ``index`` and, for a part of the data, ``position``.
+        suite: Attacks by name; those for other checkpoints are left out already.
+        threat: The adversary of the worst case; by default that of the first attack in a ball.
+        audit: Checks for gradient masking.
+        measures: Other numbers of the network.
+        engine: Computes passes of attacks.
+        seed: Of the attacks.
+        batch_size: Examples that are attacked together.
+        num_classes: Of the data, where that is known.
+        class_names: For pictures.
+        filing: Where results go; ``None`` writes nothing.
+        progress: Whether the first process shows progress, or who is told.
+        remarks: What is known of the data.
+
+    Raises:
+        ConfigurationError: If the model cannot give a meaningful figure, before the first attack.
+    """
+    begun = time.perf_counter()
+    team, measures = Team.of_processes(), measures or {}
+    checked, suspicions = _checked(model, examples, suite, num_classes, batch_size)
     classes = checked.classes
-    suspicions = [str(warning.message) for warning in caught]
     victim = as_victim(model, classes)
-    if entries or checks is None:
-        check_suite(entries, victim)
-    steps = steps_of(entries, victim, classes, seed, engine)
+    if suite or audit is None:
+        check_suite(suite, victim)
+    steps = steps_of(suite, victim, classes, seed, engine)
+    known = list(remarks)
     left_out: list[str] = []
-    known = about_data
     if not checked.has_gradient:
-        steps, left_out = _without_gradient(steps, entries, threat, victim, classes, seed)
+        steps, left_out = _without_gradient(steps, suite, threat, victim, classes, seed)
         known.append(_no_gradient(steps, left_out))
-    for text in [*known, *suspicions]:
-        warnings.warn(text, stacklevel=2)
-    if checks is not None:
-        steps += checks.steps(victim, threat, classes)
+    _warn(team, [*known, *suspicions])
+    if audit is not None and threat is not None:
+        steps += audit.steps(victim, threat, classes)
+    steps += measure_steps(measures)
+    config = filing.config_digest if filing is not None else ""
     journal = Journal(None, {})
-    if folder is not None:
-        journal = Journal(folder / "outcomes", identity_of(victim, batch, seed))
+    if filing is not None:
+        journal = Journal(filing.outcomes, identity_of(victim, examples, seed, config))
     with ConsoleProgress(len(steps) + 1) as bar:
         told = progress if not isinstance(progress, bool) else bar if progress else None
+        told = told if team.rank == 0 else None
         try:
             outcomes = run_steps(
                 victim,
-                batch,
+                examples,
                 steps,
                 seed=seed,
                 batch_size=batch_size,
                 threat=threat,
                 has_gradient=checked.has_gradient,
                 journal=journal,
+                team=team,
                 progress=told,
                 remarks=known,
             )
@@ -299,43 +292,88 @@ def evaluate(
             raise ConfigurationError(
                 f"the model failed while it was attacked ({error!s:.200}), and {checked.state}"
             ) from error
-    outcomes.depends_on_history &= not is_random_expected
-    found = None if checks is None else checks.report(outcomes, classes)
-    result = checkpoint_entry(outcomes, audit=with_findings(found, outcomes, checked))
+    outcomes.depends_on_history &= not _is_random_expected(suite)
+    found = None if audit is None else audit.report(outcomes, classes)
+    result = checkpoint_entry(
+        outcomes,
+        audit=with_findings(found, outcomes, checked),
+        measures={**means(outcomes, measures), **checked.cost},
+        **(filing.at if filing is not None else {}),
+    )
     if left_out:
         result["not_run"] = left_out
-    for text in result["remarks"]:
-        if text not in known:
-            warnings.warn(text, stacklevel=2)
-    evaluation = Evaluation(result, outcomes, [*suspicions, *result["remarks"]], batch["position"])
-    if folder is not None:
+    _warn(team, [text for text in result["remarks"] if text not in known])
+    position = examples.get("position", torch.arange(len(outcomes.y)))
+    evaluation = Evaluation(result, outcomes, [*suspicions, *result["remarks"]], position)
+    if filing is not None and team.rank == 0:
         merge_result(
-            folder / "results.json",
-            paper="any",
-            experiment=name,
+            filing.results,
+            paper=filing.paper,
+            experiment=filing.experiment,
             seed=seed,
-            label="model",
+            label=filing.label,
             entry=result,
             provenance=provenance.collect(
-                device=at,
-                world_size=1,
+                device=_device(model),
+                world_size=team.size,
                 precision="32-true",
                 state_dict=victim.state_dict(),
-                config_digest="",
+                config_digest=config,
                 wall_time_s=time.perf_counter() - begun,
                 attack_seconds=outcomes.seconds,
                 engine=engine,
-            ),
+            )
+            | dict(filing.provenance),
         )
-        for title, figure in draw(result, outcomes, batch["x"], class_names).items():
-            save_figure(figure, folder / "figures" / f"{title}.png")
+        if filing.pictures:
+            evaluation.pictures = draw(result, outcomes, examples["x"], class_names)
+            for title, figure in evaluation.pictures.items():
+                save_figure(figure, filing.figures / f"{filing.label}_{title}.png")
     return evaluation
+
+
+def _checked(
+    model: nn.Module,
+    examples: Batch,
+    suite: Mapping[str, SuiteEntry],
+    num_classes: int | None,
+    batch_size: int,
+) -> tuple[Checked, list[str]]:
+    """What the start check found, and its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checked = check_model(
+            model,
+            examples,
+            num_classes,
+            is_random_expected=_is_random_expected(suite),
+            batch_size=batch_size,
+            device=_device(model),
+        )
+    return checked, [str(warning.message) for warning in caught]
+
+
+def _warn(team: Team, texts: Sequence[str]) -> None:
+    for text in texts if team.rank == 0 else ():
+        warnings.warn(text, stacklevel=4)
+
+
+def _is_random_expected(suite: Mapping[str, SuiteEntry]) -> bool:
+    """Whether the suite averages over random forward passes."""
+    return any(
+        entry.eot > 1 or getattr(entry.attack, "version", None) == "rand"
+        for entry in suite.values()
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _without_gradient(
     steps: Sequence[Step],
     entries: Mapping[str, SuiteEntry],
-    threat: Threat,
+    threat: Threat | None,
     victim: nn.Module,
     classes: int,
     seed: int,
@@ -343,7 +381,8 @@ def _without_gradient(
     """The steps that need no gradient, and the others; an attack by labels is always among them."""
     kept = [step for step in steps if not step.needs_gradient]
     left_out = [step.key for step in steps if step.needs_gradient]
-    if left_out and not any(isinstance(e.attack, DecisionBased) for e in entries.values()):
+    has_one = any(isinstance(entry.attack, DecisionBased) for entry in entries.values())
+    if left_out and threat is not None and not has_one:
         by_labels = SuiteEntry(DecisionBased(threat.radius, threat.norm), survivors_only=True)
         kept += steps_of({"black_box": by_labels}, victim, classes, seed)
     return kept, left_out

@@ -103,13 +103,20 @@ def means(outcomes: Outcomes, measures: Mapping[str, Measure]) -> dict[str, floa
 def cost(model: nn.Module, image: Tensor) -> dict[str, float]:
     """What a network costs: ``parameters``, and ``macs`` of one image.
 
-    Multiply-accumulates are those of convolutions and matrix products, as papers count them.
+    Multiply-accumulates are those of convolutions and matrix products, as papers count them. They
+    are left out for a model whose operations cannot be recorded, and both for a plain function.
 
     Args:
         model: Images to logits.
         image: One of them, ``(C, H, W)``, on the model's device.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image[None])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": float(parameters), "macs": counter.get_total_flops() / 2}
+    if not parameters:
+        return {}
+    found = {"parameters": float(parameters)}
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(image[None])
+    except Exception:  # foreign code fails in any way
+        return found
+    return found | {"macs": counter.get_total_flops() / 2}

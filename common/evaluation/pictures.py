@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis.figures import (
+from common.evaluation.drawing import (
     accuracy_curve,
     adversarial_grid,
     confusion_matrix,

@@ -52,6 +52,20 @@ class Team:
     size: int = 1
     gather: Callable[[Any], list[Any]] = lambda mine: [mine]
 
+    @classmethod
+    def of_processes(cls) -> "Team":
+        """All processes that ``torch.distributed`` joins, or this one alone."""
+        world = torch.distributed
+        if not (world.is_available() and world.is_initialized()) or world.get_world_size() == 1:
+            return cls()
+
+        def gather(mine: Any) -> list[Any]:
+            parts: list[Any] = [None] * world.get_world_size()
+            world.all_gather_object(parts, mine)
+            return parts
+
+        return cls(world.get_rank(), world.get_world_size(), gather)
+
 
 class Progress(Protocol):
     """Who wants to know how far an evaluation is."""

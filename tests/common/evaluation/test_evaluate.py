@@ -99,7 +99,9 @@ def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, mode
     suite = {"fgsm": SuiteEntry(FGSM(0.1), sweep={"eps": [0.02, 0.1, 0.3]})}
     one = evaluate(model, digits, suite, eps=0.1, output=tmp_path, progress=False)
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert names == ["confusion.png", "examples.png", "fgsm_eps.png", "per_class.png"]
+    assert names == [
+        f"model_{name}.png" for name in ("confusion", "examples", "fgsm_eps", "per_class")
+    ]
     assert all(path.stat().st_size > 3000 for path in (tmp_path / "figures").iterdir())
     entry = read_result(tmp_path / "results.json")["checkpoints"]["model"]
     assert entry == json.loads(json.dumps(one.result))

@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from common.analysis.figures import (
+from common.evaluation.drawing import (
     BLUE,
     RED,
     accuracy_curve,

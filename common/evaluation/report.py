@@ -1,0 +1,139 @@
+"""What an evaluation found: figures, the outcome of every example, and reasons for doubt."""
+
+from dataclasses import dataclass, field
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from common.errors import ConfigurationError
+from common.evaluation.steps import Outcomes
+from common.results.outcomes import missing_worst, outcome_bits, positions
+from common.results.schema import CheckpointResult
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation found.
+
+    Args:
+        result: As in a result file: see :mod:`common.results.outcomes`.
+        outcomes: Of every example.
+        warnings: What looked suspicious, and what the figures do not say.
+        position: Where in the data the examples are, ``(N,)``.
+        pictures: Drawn of the result, by name.
+    """
+
+    result: CheckpointResult
+    outcomes: Outcomes
+    warnings: list[str]
+    position: Tensor
+    pictures: dict[str, Figure] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Accuracies in [0, 1] by name: ``clean_acc``, ``worst``, and of every attack."""
+        return self.result["metrics"]
+
+    @property
+    def clean_acc(self) -> float:
+        """Accuracy without an attack."""
+        return self.metrics["clean_acc"]
+
+    @property
+    def robust_acc(self) -> float:
+        """Accuracy in the worst case over all attacks within the threat model.
+
+        It is about the examples :attr:`robust_index`: those that met every one of these attacks.
+
+        Raises:
+            ConfigurationError: If there is no worst case; the message says why.
+        """
+        self._check_worst()
+        return self.metrics["worst"]
+
+    @property
+    def robust(self) -> Tensor:
+        """Which of the examples :attr:`robust_index` withstood everything, bool ``(M,)``.
+
+        Raises:
+            ConfigurationError: As :attr:`robust_acc`.
+        """
+        self._check_worst()
+        return torch.tensor(outcome_bits(self.result, "worst"))
+
+    @property
+    def robust_index(self) -> Tensor:
+        """Positions in the data of the examples of the worst case, ``(M,)``.
+
+        Raises:
+            ConfigurationError: As :attr:`robust_acc`.
+        """
+        self._check_worst()
+        return self.position[positions(self.result, "worst")]
+
+    def _check_worst(self) -> None:
+        if "worst" not in self.metrics:
+            reason = missing_worst(self.result["clean"], self.result["attacks"])
+            raise ConfigurationError(reason or "there is no worst case: nothing was attacked")
+
+    @property
+    def failed_checks(self) -> list[str]:
+        """The checks of the audit that failed, as sentences."""
+        checks = self.result["audit"]["checks"] if "audit" in self.result else []
+        return [
+            f"{check['question']} {check['detail']}"
+            for check in checks
+            if check["verdict"] == "fail"
+        ]
+
+    def table(self) -> Table:
+        """Accuracies with their intervals, for a terminal."""
+        threat = self.outcomes.threat
+        about = f", {threat.norm} eps {threat.radius:.5g}" if threat else ""
+        table = Table(title=f"{self.result['examples']} examples{about}")
+        for title in ("attack", "examples", "accuracy %", "95 % interval"):
+            table.add_column(title, justify="left" if title == "attack" else "right")
+        named = ["clean_acc", *self.result["attacks"], "worst"]
+        for name in (name for name in named if name in self.metrics):
+            low, high = self.result["intervals"][name]
+            accuracy = f"{100 * self.metrics[name]:.2f}"
+            size = str(self.result["sizes"].get(name, self.result["examples"]))
+            interval = f"{100 * low:.2f} to {100 * high:.2f}"
+            table.add_row(name + self._note(name), size, accuracy, interval)
+        return table
+
+    def _note(self, name: str) -> str:
+        """What to know of a row that does not count towards the worst case."""
+        attack = self.result["attacks"].get(name)
+        if attack is None or attack["counts"]:
+            return ""
+        if attack["kind"] == "noise":
+            return " (noise)"
+        if attack["norm"] is None or attack["eps"] is None:
+            return " (outside: no ball)"
+        return f" (outside: {attack['norm']} eps {attack['eps']:.5g})"
+
+    @property
+    def suspicions(self) -> list[str]:
+        """The warnings, and the checks of the audit that failed."""
+        return [*self.warnings, *(f"audit: {text}" for text in self.failed_checks)]
+
+    @property
+    def verdict(self) -> str:
+        """How many checks of the audit passed, as a sentence; empty without an audit."""
+        if "audit" not in self.result:
+            return ""
+        checks = [c for c in self.result["audit"]["checks"] if c["verdict"] != "not applicable"]
+        passed = sum(check["verdict"] == "pass" for check in checks)
+        return f"audit: {passed} of {len(checks)} checks passed"
+
+    def __str__(self) -> str:
+        """The table, the verdict of the audit, and what to be suspicious of."""
+        console = Console(width=100)
+        with console.capture() as captured:
+            console.print(self.table())
+        lines = [self.verdict, *(f"warning: {text}" for text in self.suspicions)]
+        return captured.get() + "".join(f"{line}\n" for line in lines if line)
