@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import sklearn.datasets  # noqa: F401  (forks have it then)
 import torch
+import yaml
 
 from common.classifier import RobustClassifier
 from common.cli.main import lock, main
@@ -32,32 +33,13 @@ ROOT = Path(__file__).parents[1]
 
 WITHIN = 300.0  # seconds that a process may take to end
 
-CONFIG = """
-model:
-  class_path: common.classifier.RobustClassifier
-  init_args:
-    net:
-      class_path: common.networks.resnet.ResNet
-      init_args: {depths: [1, 1], widths: [4, 4], strides: [1, 2]}
-    objective: common.objectives.TRADES
-    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, momentum: 0.9}}
-data:
-  source: common.data.sources.Digits
-  batch_size: 12
-  crop_padding: 1
-  val_size: 60
-  val_limit: 40
-  train_limit: 60
-  test_limit: 50
-  eval_batch_size: 20
+MORE = """
+data: {batch_size: 12, crop_padding: 1, train_limit: 60, val_limit: 40, test_limit: 50,
+  eval_batch_size: 20}
 adversary:
-  attack:
-    class_path: common.attacks.pgd.PGD
-    init_args: {eps: 0.1, step_size: 0.05, steps: 2}
+  attack: {class_path: common.attacks.pgd.PGD, init_args: {eps: 0.1, step_size: 0.05, steps: 2}}
 weight_perturbation: {gamma: 0.01}
 evaluation:
-  pictures: false
-  validation: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}}
   suite:
     fgsm: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}, losses: ["*"]}
     pgd9:
@@ -68,19 +50,20 @@ checkpoint: {every_n_train_steps: 2}
 monitoring: {images: 0}
 trainer:
   max_epochs: 4
-  accelerator: cpu
-  enable_progress_bar: false
-  enable_model_summary: false
+  logger: true
   callbacks: [{class_path: common.callbacks.averaging.WarmUpAveraging}]
 """
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG)
-    return path
+def config(tiny) -> Path:
+    """More steps, and everything that keeps a state between them."""
+    settings = yaml.safe_load(tiny.text)
+    settings["model"]["init_args"]["objective"] = "common.objectives.TRADES"
+    for section, values in yaml.safe_load(MORE).items():
+        settings.setdefault(section, {}).update(values)
+    tiny.config.write_text(yaml.safe_dump(settings))
+    return tiny.config
 
 
 def forked(work: Callable[[], None], log: Path) -> int:
