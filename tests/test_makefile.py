@@ -36,6 +36,8 @@ def project(tmp_path: Path) -> Path:
         "limits.py",
         "cli/rows.py",
         "cli/__init__.py",
+        "results/__init__.py",
+        "results/reference.py",
     ):
         (folder / "common" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "common" / name, folder / "common" / name)
@@ -44,7 +46,6 @@ def project(tmp_path: Path) -> Path:
     (folder / "paper_cifs/__init__.py").touch()
     (folder / "paper_cifs/__main__.py").write_text(PAPER)
     (folder / "paper_cifs/analysis.py").write_text(NOTE.format("analysed"))
-    (folder / "common/results").mkdir()
     (folder / "common/results/tables.py").write_text(NOTE.format("tabulated"))
     shutil.copy(ROOT / "Makefile", folder)
     for name in ("pyproject.toml", "constraints.txt"):

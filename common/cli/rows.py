@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,27 +28,10 @@ from typing import Any, NoReturn
 from common.errors import ConfigurationError, UserError
 from common.files import write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
+from common.results.reference import select
 
 SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
 """What names of experiments and paths of referenced files consist of."""
-
-
-def select(stems: Iterable[str], on: str) -> list[str]:
-    """The stems that a selection means, sorted.
-
-    Args:
-        stems: All there are.
-        on: Words separated by spaces. A word that is a stem means that stem alone; one with ``*``
-            or ``?`` is a pattern; any other is the beginning of stems.
-    """
-    known = sorted(stems)
-
-    def matches(stem: str, word: str) -> bool:
-        if word in known:
-            return stem == word
-        return fnmatchcase(stem, word if "*" in word or "?" in word else f"{word}*")
-
-    return [stem for stem in known if any(matches(stem, word) for word in on.split() or [""])]
 
 
 @dataclass(frozen=True)
