@@ -23,15 +23,22 @@ def type_name(class_path: str) -> str:
     return class_path.rpartition(".")[2]
 
 
-def class_paths(value: Any) -> Iterator[str]:
-    """All import paths of classes named anywhere in plain settings."""
+def nodes(value: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All mappings among plain settings, with their names as on the command line."""
     if isinstance(value, Mapping):
-        if isinstance(path := value.get("class_path"), str):
-            yield path
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            yield from class_paths(part)
+        yield name, value
+        for key, part in value.items():
+            inner = name if key == "init_args" else f"{name}.{key}" if name else str(key)
+            yield from nodes(part, inner)
+    elif isinstance(value, list):
+        for place, part in enumerate(value):
+            yield from nodes(part, f"{name}.{place}" if name else str(place))
+
+
+def class_paths(settings: Any) -> set[str]:
+    """All import paths of classes named anywhere in plain settings."""
+    named = (node.get("class_path") for _, node in nodes(settings))
+    return {path for path in named if isinstance(path, str)}
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:

@@ -201,9 +201,7 @@ class RobustCLI(LightningCLI):
         plain = self._plain(config)
         if self.subcommand in TRAINING:
             check_limits(plain["trainer"])
-        check_package(
-            self.package, set(class_paths(plain)), list(map(str, config.get("config") or []))
-        )
+        check_package(self.package, class_paths(plain), list(map(str, config.get("config") or [])))
         self.settings = {
             **{"package": self.package, "experiment": config.experiment},
             **decisive(plain),

@@ -154,9 +154,10 @@ def _class_nodes(value: Any, path: str) -> Iterator[tuple[str, Namespace]]:
 
 def tensorboard_in(run: Path) -> Namespace:
     """Configuration of a TensorBoard logger that writes into ``run``."""
-    # Without a folder of its own the run's name is that of the run directory.
-    folder = Namespace(save_dir=str(run), name="", version="", default_hp_metric=False)
-    return Namespace(class_path=TENSORBOARD, init_args=folder)
+    # Without a folder below it the run's name is that of the run directory.
+    folder = {"save_dir": str(run), "name": "", "version": "", "default_hp_metric": False}
+    logger = {"class_path": TENSORBOARD, "init_args": Namespace(folder)}  # type: ignore[no-untyped-call]
+    return Namespace(logger)  # type: ignore[no-untyped-call]
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
@@ -215,8 +216,7 @@ def check_limits(trainer: Mapping[str, Any]) -> None:
         raise ConfigurationError(
             f"trainer.gradient_clip_val must not be negative, got {clip}; null clips nothing"
         )
-    callbacks = trainer.get("callbacks") or []
-    named = list(class_paths(callbacks if isinstance(callbacks, list) else [callbacks]))
+    named = class_paths(trainer.get("callbacks"))
     ends = any(type_name(path) in ("EarlyStopping", "Timer") for path in named)
     limits = (trainer.get("max_epochs"), trainer.get("max_steps"))
     if limits[0] == -1 and limits[1] in (-1, None) and not (trainer.get("max_time") or ends):

@@ -7,13 +7,14 @@ They are what :func:`common.cli.parser.decisive` takes from a configuration, wit
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.checkpoints import checkpoint_beside, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
 from common.results.provenance import weights_digest
-from common.settings import plain_digest, type_name
+from common.settings import nodes, plain_digest, type_name
 
 SETTINGS = "settings"
 """Key of a checkpoint under which they are."""
@@ -213,8 +214,8 @@ def contents(settings: Settings, run: str | Path) -> dict[str, str]:
         CheckpointError: If a checkpoint belongs to another network or experiment.
     """
     found: dict[str, str] = {}
-    nodes = [node for section, value in settings.items() for node in _nodes(value, section)]
-    for name, node in nodes:
+    sections = (nodes(value, section) for section, value in settings.items())
+    for name, node in chain.from_iterable(sections):
         if "checkpoint" in node and (node.get("path") or node.get("experiment")):
             key = "path" if node.get("path") else "experiment"
             path = (
@@ -229,18 +230,6 @@ def contents(settings: Settings, run: str | Path) -> dict[str, str]:
             if isinstance(value, str) and {".", os.sep} & set(value) and _is_file(value):
                 found[f"{name}.{key}"] = _file_digest(Path(value))
     return found
-
-
-def _nodes(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All mappings among plain values, with their names as on the command line."""
-    if isinstance(value, Mapping):
-        yield name, value
-        for key, part in value.items():
-            inner = name if key == "init_args" else f"{name}.{key}"
-            yield from _nodes(part, inner)
-    elif isinstance(value, list):
-        for place, part in enumerate(value):
-            yield from _nodes(part, f"{name}.{place}")
 
 
 def _origin(path: Path, name: str, node: Mapping[str, Any], settings: Settings) -> str:
