@@ -1,6 +1,6 @@
 """Errors whose message is written for the person at the keyboard.
 
-The command line prints their text alone, without a traceback, and exits with status 2.
+The command line prints only their text, without a traceback, and exits with status 2.
 Each message names the value, the expectation and the remedy.
 """
 
@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class UserError(Exception):
-    """Something the user can mend: a setting, a file, a folder."""
+    """Something the user can correct: a setting, a file, a folder."""
 
 
 class ConfigurationError(UserError, ValueError):

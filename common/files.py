@@ -164,7 +164,7 @@ def most_unpacked(path: str | Path) -> int:
 
 
 def expansion_of(unpacked: int, path: str | Path) -> str:
-    """What is wrong if a compressed file unpacks to so many bytes; empty if nothing is."""
+    """What is wrong if a compressed file unpacks to this many bytes; empty if nothing is."""
     if unpacked <= most_unpacked(path):
         return ""
     size = Path(path).stat().st_size
@@ -260,7 +260,7 @@ def _comment_problem(end: bytes) -> str:
 
 
 def content_digest(data: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON values, whatever the file's spaces and order of keys."""
+    """SHA-256 of JSON values, independent of spaces and the order of keys."""
     try:
         # NaN is refused where it is written.
         text = json.dumps(data, sort_keys=True, ensure_ascii=False)
@@ -350,7 +350,7 @@ def remove_leftovers(run: str | Path) -> None:
     """Delete what writers that were killed left behind under temporary names of ours.
 
     Args:
-        run: A run directory that no other process is writing; any other folder is left alone.
+        run: A run directory that no other process is writing; nothing is removed in any other folder.
     """
     run = Path(run)
     if not is_run(run):

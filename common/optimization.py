@@ -56,7 +56,7 @@ def grouped_optimizer(
     module: nn.Module,
     groups: Sequence[ParameterGroup] = (),
 ) -> Optimizer:
-    """An optimiser over all trainable parameters, those of the groups on terms of their own.
+    """An optimiser over all trainable parameters, with the settings of their groups.
 
     Args:
         make: Called with the parameters, or with the groups where there are any; the group of all
@@ -85,7 +85,7 @@ def grouped_optimizer(
         if not members and not group.may_be_empty:
             raise ConfigurationError(
                 f"no trainable parameter matches {group.parameters}; the names are like "
-                f"{', '.join(name for name, _ in trainable[:3])}; mend the pattern or drop the "
+                f"{', '.join(name for name, _ in trainable[:3])}; correct the pattern or drop the "
                 "group from model.groups"
             )
     settings: list[dict[str, object]] = [{"params": rest}]
@@ -117,7 +117,7 @@ def optimizer_of(module: Any) -> Optimizer:
 def scheduler_of(module: Any, optimizer: Optimizer) -> dict[str, Any]:
     """The scheduler of a classifier, as Lightning wants it described.
 
-    One that is stepped by the epoch is stepped through the run first, on an optimiser of its own.
+    One that is stepped by the epoch is first stepped through the whole run, with a second optimiser.
 
     Raises:
         ConfigurationError: If it refuses its arguments, fails in a later epoch, or waits for a

@@ -134,7 +134,7 @@ def load_named(path: str, where: str = "") -> Any:
         try:
             found = getattr(importlib.import_module(module), name)
             problem = _origin_problem(found, path)
-        except Exception as error:  # whatever a module raises when it is imported
+        except Exception as error:  # a module can raise anything when it is imported
             problem = f"cannot be imported ({' '.join(str(error).split())[:200]})"
     if problem:
         raise ConfigurationError(f"{where}{path} {problem}")

@@ -20,7 +20,7 @@ def averaging_of(trainer: Trainer) -> WeightAveraging | StochasticWeightAveragin
 def weights_in_checkpoints(trainer: Trainer) -> str:
     """Which weights a checkpoint of ``fit`` holds that is written now.
 
-    Stochastic weight averaging puts its average into the model at the end of training alone.
+    Stochastic weight averaging puts its average into the model only when training ends.
 
     Returns:
         ``raw``, or by what they are averaged.

@@ -31,7 +31,7 @@ TRAINER_SETTINGS = (
     *("limit_val_batches", "overfit_batches", "check_val_every_n_epoch", "min_epochs", "min_steps"),
     *("max_time", "val_check_interval", "plugins"),
 )
-WHEREABOUTS = (
+UNDECISIVE = (
     *("root", "dirpath", "num_workers", "eval_batch_size", "test_limit"),
     "every_n_train_steps",  # of saving: a run that can go on from more places is the same run
 )
@@ -44,7 +44,7 @@ PROTOCOL_SECTIONS = ("suite", "threat", "audit", "measures", "engine")
 
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a run's weights, wherever and however it runs.
+    """The settings that decide a run's weights; not those of where and how it runs.
 
     Args:
         config: A whole configuration as plain values.
@@ -59,23 +59,14 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
         kept = [c for c in listed if type_name(str(c.get("class_path"))) not in OBSERVERS]
         settings["callbacks"] = kept or None
     found["trainer"] = settings
-    # Switched off they leave a digest as it was before they existed.
-    for section, name in (("adversary", "engine"), ("validation", "until_broken")):
-        if isinstance(given := found[section], Mapping) and not given.get(name):
-            found[section] = {key: value for key, value in given.items() if key != name}
-    kept_settings: dict[str, Any] = _without_whereabouts(found)
+    kept_settings: dict[str, Any] = _without_undecisive(found)
     return kept_settings
 
 
-def _without_whereabouts(value: Any) -> Any:
+def _without_undecisive(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _without_whereabouts(v) for k, v in value.items() if k not in WHEREABOUTS}
-    return [_without_whereabouts(v) for v in value] if isinstance(value, list) else value
-
-
-def training_digest(config: Mapping[str, Any]) -> str:
-    """Digest of the settings that decide a run's weights."""
-    return plain_digest(decisive(config))
+        return {k: _without_undecisive(v) for k, v in value.items() if k not in UNDECISIVE}
+    return [_without_undecisive(v) for v in value] if isinstance(value, list) else value
 
 
 def protocol_digest(config: Mapping[str, Any]) -> str:
@@ -91,7 +82,7 @@ def protocol_digest(config: Mapping[str, Any]) -> str:
 def fill_from_data(config: Namespace) -> None:
     """Give every network of the model the class and channel counts of the data.
 
-    A network is whatever takes both ``num_classes`` and ``in_channels``, or an ``image_shape``
+    A network is a class that takes both ``num_classes`` and ``in_channels``, or an ``image_shape``
     (channels, height, width of an image). Where its ``mean`` and ``std`` are the word ``data``,
     they become those of the data set.
 

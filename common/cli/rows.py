@@ -266,7 +266,7 @@ def publish(rows: Iterable[Row]) -> None:
 
 
 def _cores() -> int:
-    """Of this process, whatever OMP_NUM_THREADS says."""
+    """Cores of this process; OMP_NUM_THREADS does not count."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

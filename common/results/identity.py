@@ -117,7 +117,7 @@ def scheduler_of(settings: Settings) -> Any:
 
 
 def run_differences(made: Settings, given: Settings) -> Iterator[Difference]:
-    """Differences between two runs; files are compared by content, wherever they are."""
+    """Differences between two runs; files are compared by content, not by path."""
     before, now = made.get("files") or {}, given.get("files") or {}
     known = before.keys() & now.keys()
     same = {name for name in known if before[name] == now[name]}
@@ -258,7 +258,7 @@ def _network(settings: Settings) -> Any:
 
 
 def _outline(net: Any) -> Any:
-    """A network's class and arguments; of the parts handed to it the classes alone."""
+    """A network's class and arguments; of its arguments only the classes."""
 
     def classes(value: Any) -> Any:
         if isinstance(value, Mapping) and "class_path" in value:
