@@ -350,7 +350,7 @@ def remove_leftovers(run: str | Path) -> None:
     """Delete what writers that were killed left behind under temporary names of ours.
 
     Args:
-        run: A run directory that no other process is writing; nothing is removed in any other folder.
+        run: A run directory that no other process is writing; any other folder is not touched.
     """
     run = Path(run)
     if not is_run(run):

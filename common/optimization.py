@@ -117,7 +117,7 @@ def optimizer_of(module: Any) -> Optimizer:
 def scheduler_of(module: Any, optimizer: Optimizer) -> dict[str, Any]:
     """The scheduler of a classifier, as Lightning wants it described.
 
-    One that is stepped by the epoch is first stepped through the whole run, with a second optimiser.
+    One that is stepped by the epoch is first tried over the whole run, with a second optimiser.
 
     Raises:
         ConfigurationError: If it refuses its arguments, fails in a later epoch, or waits for a
