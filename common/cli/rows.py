@@ -306,20 +306,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if given.commands:
-        chosen = select({row.stem for row in rows}, given.on)
-        for row in rows:
-            if row.stem in chosen:
-                print(_alone(row))
-        return 0
-    if given.plan:
-        for row in rows:
-            state = "finished" if row.is_finished else shlex.join(row.command)
-            print(f"{row.stem} seed {row.seed}: {state}")
+    if given.commands or given.plan:
+        print(*_listed(rows, given.on, given.commands), sep="\n")
         return 0
     if "digits" in given.on:  # one row per core
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    runner = Runner(rows, max(jobs, 1))
+    is_complete = _run(Runner(rows, max(jobs, 1)))
+    publish(rows)
+    if not is_complete:
+        print("some rows failed, see FAILED above; the same command tries them again", flush=True)
+    return int(not is_complete)
+
+
+def _listed(rows: Sequence[Row], on: str, is_alone: bool) -> list[str]:
+    """What would run; or a command for each chosen row that also makes what the row needs."""
+    if is_alone:
+        chosen = select({row.stem for row in rows}, on)
+        return [_alone(row) for row in rows if row.stem in chosen]
+    states = ("finished" if row.is_finished else shlex.join(row.command) for row in rows)
+    return [f"{r.stem} seed {r.seed}: {state}" for r, state in zip(rows, states, strict=True)]
+
+
+def _run(runner: Runner) -> bool:
+    """Run rows, which end with this process."""
 
     def stop(signum: int, _: Any) -> NoReturn:
         runner.stop()
@@ -327,11 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(signum, stop)
-    is_complete = runner()
-    publish(rows)
-    if not is_complete:
-        print("some rows failed, see FAILED above; the same command tries them again", flush=True)
-    return int(not is_complete)
+    return runner()
 
 
 def _alone(row: Row) -> str:
