@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from common.callbacks.monitoring import Monitoring
 from common.cli.main import RobustCLI, load_run, main
 from common.errors import ConfigurationError
 from common.evaluation.presets import CONFIGS
@@ -286,3 +288,16 @@ def test_commands_of_a_paper_are_subcommands(capsys, monkeypatch) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["say"], package="paper_tiny", commands=commands)
     assert capsys.readouterr().err == "error: too loud\n"
+
+
+def test_lightning_advertises_nothing(tiny, caplog) -> None:
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(caplog.handler)
+    RobustCLI("paper_tiny", ["--config", str(tiny.config)], run=False)
+    assert "GPU available" in caplog.text
+    assert "Tip" not in caplog.text
+
+
+def test_hyperparameters_begin_with_rate_radius_and_seed(tiny) -> None:
+    cli = RobustCLI("paper_tiny", ["--config", str(tiny.config)], run=False)
+    (monitoring,) = (c for c in cli.trainer.callbacks if isinstance(c, Monitoring))
+    assert list(monitoring.hyperparameters.items())[:3] == [("lr", 0.1), ("eps", 0.1), ("seed", 0)]
