@@ -125,18 +125,20 @@ class Trainer(RunTrainer):
         """
         is_fitting = self.state.fn == TrainerFn.FITTING
         path = None if ckpt_path is None else str(ckpt_path)
+        if self.world_size > 1:  # first of all: from here on ranks end with the first one
+            self.strategy.setup_environment()
         if path is not None and self.is_global_zero:
             checkpoint, given = load_checkpoint(path), self.run.settings
             if given is not None:
                 check = check_resumed if is_fitting else check_evaluated
                 check(settings_in(checkpoint, path), given, path)
         if self.world_size > 1:
-            self.strategy.setup_environment()
             agreed = self.strategy.broadcast((str(self.default_root_dir), path))
             self._default_root_dir, path = agreed
         # Lightning sets its own ckpt_path only after the callbacks' setup, which needs to know.
-        self.run.resumed_from = path if is_fitting else None
-        if path is not None and not is_fitting:
+        if is_fitting:
+            self.run.resumed_from = path
+        elif path is not None:
             self._forget_averages()
         if self.is_global_zero and Path(self.default_root_dir).is_dir():
             self._folder = WatchedFolder(self.default_root_dir)
