@@ -108,12 +108,7 @@ def ended(pid: int, within: float = WITHIN) -> int:
 
 def metrics(run: Path) -> str:
     """The text of everything measured, and the digests of the weights, to the last bit."""
-    return measured(run / "results.json")
-
-
-def measured(path: Path) -> str:
-    """The same of a result file."""
-    result = json.loads(path.read_text())
+    result = json.loads((run / "results.json").read_text())
     digests = {label: entry["checkpoint_digest"] for label, entry in result["provenance"].items()}
     return json.dumps([result["checkpoints"], digests])
 
@@ -163,26 +158,17 @@ def test_many_random_kills_change_no_number(config: Path, seed: int) -> None:
     kill_at_random(config, 20, seed, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
 
 
-def test_a_terminated_row_is_not_a_finished_one(config: Path) -> None:
-    """Lightning ends with status 0 then, and make would take the row for done."""
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_a_stopped_row_is_not_a_finished_one(config: Path, number: int, times: int) -> None:
+    """Lightning ends with status 0 or 1 then, and make would take the row for done."""
     log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
     pid = forked(cli("fit", "--config", config, "--trainer.max_epochs", "1000"), log)
     while not (run / "checkpoints/last.ckpt").exists():
         time.sleep(0.01)
-    os.kill(pid, signal.SIGTERM)
-    assert ended(pid) == 128 + signal.SIGTERM
-    assert torch.load(run / "checkpoints/last.ckpt")["epoch"] < 1000
-
-
-def test_ctrl_c_twice_ends_with_a_status_and_a_whole_checkpoint(config: Path) -> None:
-    log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
-    pid = forked(cli("fit", "--config", config, "--trainer.max_epochs", "1000"), log)
-    while not (run / "checkpoints/last.ckpt").exists():
-        time.sleep(0.01)
-    for _ in range(2):
-        os.kill(pid, signal.SIGINT)
+    for _ in range(times):
+        os.kill(pid, number)
         time.sleep(0.02)
-    assert ended(pid) == 128 + signal.SIGINT
+    assert ended(pid) == 128 + number
     assert torch.load(run / "checkpoints/last.ckpt")["epoch"] < 1000
 
 
