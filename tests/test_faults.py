@@ -172,9 +172,6 @@ def test_a_stopped_row_is_not_a_finished_one(config: Path, number: int, times: i
     assert torch.load(run / "checkpoints/last.ckpt")["epoch"] < 1000
 
 
-STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
-
-
 def interrupted(config: Path, number: int, method: str, call_number: int) -> Callable[[], None]:
     """``reproduce``, to which a signal comes before a method of the classifier runs."""
 
@@ -194,7 +191,7 @@ def interrupted(config: Path, number: int, method: str, call_number: int) -> Cal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM])
 def test_signals_save_the_run_and_tell_which_they_were(config: Path, number: int) -> None:
     log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
     whole = ("reproduce", "--config", config, "--trainer.logger", "false")
