@@ -88,15 +88,15 @@ def grouped_optimizer(
                 f"{', '.join(name for name, _ in trainable[:3])}; correct the pattern or drop the "
                 "group from model.groups"
             )
-    settings: list[dict[str, object]] = [{"params": rest}]
-    for group, members in zip(groups, taken, strict=True):
-        own = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
-        settings.append({"params": members, **own})
-    optimizer = make([one for one in settings if one["params"]])
-    factors = [1.0, *(group.lr_mult for group in groups)]
-    kept = [factor for factor, one in zip(factors, settings, strict=True) if one["params"]]
-    for factor, made in zip(kept, optimizer.param_groups, strict=True):
-        made["lr"] = made["lr"] * factor
+    every = zip([ParameterGroup([]), *groups], [rest, *taken], strict=True)
+    kept = [(group, members) for group, members in every if members]
+    settings: list[dict[str, object]] = [{"params": members} for _, members in kept]
+    for (group, _), one in zip(kept, settings, strict=True):
+        if group.weight_decay is not None:
+            one["weight_decay"] = group.weight_decay
+    optimizer = make(settings)
+    for (group, _), made in zip(kept, optimizer.param_groups, strict=True):
+        made["lr"] *= group.lr_mult
     return optimizer
 
 
