@@ -31,12 +31,7 @@ class ConfigurationError(UserError, ValueError):
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse a value that is none of a ``Literal``'s.
-
-    Args:
-        name: Of the setting.
-        value: What was given.
-        choices: The ``Literal``.
+    """Refuse a value of the setting ``name`` that is none of the ``Literal`` ``choices``.
 
     Raises:
         ConfigurationError: If it is another.

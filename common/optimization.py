@@ -216,14 +216,10 @@ def is_logged(trainer: Trainer) -> bool:
 
 
 def refuse_half_precision(trainer: Trainer, what: str) -> None:
-    """Gradients taken outside the optimiser's step have no loss scaling to keep them from zero.
-
-    Args:
-        trainer: Its precision is looked at.
-        what: Whose gradients they are, for the message.
+    """Refuse fp16, in which gradients outside the optimiser's step have no loss scaling.
 
     Raises:
-        ConfigurationError: If the trainer computes in fp16.
+        ConfigurationError: Naming ``what``, the gradients that would underflow.
     """
     if trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16"):
         raise ConfigurationError(

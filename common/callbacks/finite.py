@@ -180,12 +180,7 @@ def is_finite(value: Any) -> bool:
 
 
 def bad_names(names: list[str], norms: Tensor) -> list[str]:
-    """The names whose norm is not finite, the last first: nearest to the loss.
-
-    Args:
-        names: Of the parameters, in the order of the network.
-        norms: Of their gradients, ``(len(names),)``.
-    """
+    """The names whose gradient's norm is not finite, the last first: nearest to the loss."""
     finite = torch.isfinite(norms).tolist()
     return [name for name, fine in zip(names, finite, strict=True) if not fine][::-1]
 

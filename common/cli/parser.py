@@ -44,11 +44,7 @@ PROTOCOL_SECTIONS = ("suite", "threat", "audit", "measures", "engine")
 
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a run's weights; not those of where and how it runs.
-
-    Args:
-        config: A whole configuration as plain values.
-    """
+    """The settings that decide a run's weights; not those of where and how it runs."""
     found = {key: config.get(key) for key in TRAINING_SECTIONS}
     # The attack of validation chooses the checkpoint; the suite of test changes no weights.
     found["validation"] = (config.get("evaluation") or {}).get("validation")
@@ -187,10 +183,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_limits(trainer: Mapping[str, Any]) -> None:
-    """Refuse a training that would never end, not begin, or go the wrong way.
-
-    Args:
-        trainer: Settings of the trainer.
+    """Refuse settings of the trainer under which training never ends, or never begins.
 
     Raises:
         ConfigurationError: Naming the limit.
@@ -218,12 +211,7 @@ def check_limits(trainer: Mapping[str, Any]) -> None:
 
 
 def refusal(error: Exception, text: str) -> str:
-    """One line for what a class said of its arguments, with the place if it is no ValueError.
-
-    Args:
-        error: What it raised.
-        text: The same in the user's words.
-    """
+    """One line for an error of a class about its arguments, with the place if no ValueError."""
     if type(error) is ValueError or error.__traceback__ is None:
         return text
     *_, (frame, number) = traceback.walk_tb(error.__traceback__)

@@ -32,13 +32,7 @@ Settings = Mapping[str, Any]
 
 
 class Difference(NamedTuple):
-    """A setting and its two values.
-
-    Args:
-        name: As on the command line.
-        made: What the checkpoint was made with.
-        given: What is given now.
-    """
+    """A setting, by its name on the command line, in a checkpoint and as it is given now."""
 
     name: str
     made: Any
@@ -204,11 +198,8 @@ def contents(settings: Settings, run: str | Path) -> dict[str, str]:
     """Digests of the files that settings name, by setting; a file that is not there has none.
 
     Checkpoints named by ``path``, or by ``experiment`` beside the run, count by their weights. The
-    network that takes them has to be the one they were made for.
-
-    Args:
-        settings: Plain values.
-        run: The run directory, or any other of the same experiment and seed.
+    network that takes them has to be the one they were made for. ``run`` is the run directory, or
+    any other of the same experiment and seed.
 
     Raises:
         CheckpointError: If a checkpoint belongs to another network or experiment.
@@ -288,12 +279,7 @@ def _file_digest(path: Path) -> str:
 
 
 def check_package(package: str, classes: set[str], configs: list[str]) -> None:
-    """Refuse the configuration of another paper.
-
-    Args:
-        package: The paper whose command runs.
-        classes: Import paths of the classes that the configuration names.
-        configs: Its files.
+    """Refuse a configuration whose classes or files are those of another paper than ``package``.
 
     Raises:
         ConfigurationError: Naming the other paper.
