@@ -72,7 +72,7 @@ def read_content(path: str | Path) -> Any:
             raise CheckpointError(
                 f"the checkpoint {path} cannot be read: it asks for {code[1] or 'TorchScript'}, "
                 "more than tensors and plain values, and nothing in it is executed; where you "
-                "trust it, load it and save model.state_dict() alone"
+                "trust it, load it and save only model.state_dict()"
             ) from error
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({_first_sentence(error)}); it is "
@@ -86,7 +86,7 @@ def _read_safetensors(path: Path) -> Any:
         load_file = importlib.import_module("safetensors.torch").load_file
     except ImportError as error:
         raise CheckpointError(
-            f"{path} is in the safetensors format: pip install safetensors, or save it anew with "
+            f"{path} is in the safetensors format: pip install safetensors, or save it with "
             "torch.save"
         ) from error
     try:
@@ -122,7 +122,7 @@ def checkpoint_beside(run: str | Path, experiment: str, checkpoint: str = "selec
 
 
 def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> None:
-    """Load the weights of a network from a file, whatever they are wrapped in.
+    """Load the weights of a network from a file, under any wrapping.
 
     A state dict, bare or in the dictionaries of a checkpoint, of any precision, under any prefix;
     see :func:`common.weights.find_weights`. Nothing in the file is executed. Files of safetensors

@@ -28,7 +28,7 @@ class RobustClassifier(LightningModule):
         optimizer: Called with the parameters.
         scheduler: Called with the optimiser; none keeps the learning rate.
         scheduler_interval: Step the scheduler after every epoch or every optimiser step.
-        groups: Parameters with a learning rate or weight decay of their own.
+        groups: Parameters with another learning rate or weight decay than the rest.
         channels_last: Keep convolution weights in the layout ``NHWC``; often faster, and the same
             numbers up to rounding. Off by default: torch 2.15 aborts in the weight gradient of
             convolutions with 4 channels in this layout on a CPU.

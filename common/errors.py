@@ -1,6 +1,6 @@
 """Errors whose message is written for the person at the keyboard.
 
-The command line prints their text alone, without a traceback, and exits with status 2.
+The command line prints only their text, without a traceback, and exits with status 2.
 Each message names the value, the expectation and the remedy.
 """
 
@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class UserError(Exception):
-    """Something the user can mend: a setting, a file, a folder."""
+    """Something the user can correct: a setting, a file, a folder."""
 
 
 class ConfigurationError(UserError, ValueError):
@@ -31,12 +31,7 @@ class ConfigurationError(UserError, ValueError):
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse a value that is none of a ``Literal``'s.
-
-    Args:
-        name: Of the setting.
-        value: What was given.
-        choices: The ``Literal``.
+    """Refuse a value of the setting ``name`` that is none of the ``Literal`` ``choices``.
 
     Raises:
         ConfigurationError: If it is another.

@@ -40,11 +40,7 @@ def write_text_atomically(path: str | Path, text: str) -> None:
 
 
 def write_bytes_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
-    """Write a file that is at every moment either the old one or the new one.
-
-    Args:
-        path: The file.
-        *parts: What it will hold, one after the other.
+    """Write parts to a file that is at every moment either the old one or the new one.
 
     Raises:
         RunDirectoryError: If it cannot be written.
@@ -164,7 +160,7 @@ def most_unpacked(path: str | Path) -> int:
 
 
 def expansion_of(unpacked: int, path: str | Path) -> str:
-    """What is wrong if a compressed file unpacks to so many bytes; empty if nothing is."""
+    """What is wrong if a compressed file unpacks to this many bytes; empty if nothing is."""
     if unpacked <= most_unpacked(path):
         return ""
     size = Path(path).stat().st_size
@@ -174,11 +170,8 @@ def expansion_of(unpacked: int, path: str | Path) -> str:
 class WatchedFolder:
     """A folder that has to stay where it is as long as something is written there.
 
-    Writers make folders that are not there, so that one which was deleted would come back with
-    what was written last and nothing else. The folder is kept open: nothing new can pass for it.
-
-    Args:
-        path: The folder, which is there.
+    Writers make folders that are not there: one that was deleted would come back with only what was
+    written last. The folder is kept open, so that no new one can pass for it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -204,11 +197,7 @@ def write_sealed(path: str | Path, archive: io.BytesIO) -> None:
     """Write a zip archive, as torch and numpy make them, with its own digest at the end.
 
     The SHA-256 over all bytes before it is the archive's comment, so that every reader of such
-    archives reads it as before, and :func:`damage_of` finds a single flipped bit.
-
-    Args:
-        path: The file, replaced as by :func:`write_bytes_atomically`.
-        archive: The archive; its comment must be empty.
+    archives still reads it, and :func:`damage_of` finds a single flipped bit.
 
     Raises:
         RunDirectoryError: If it cannot be written.
@@ -260,7 +249,7 @@ def _comment_problem(end: bytes) -> str:
 
 
 def content_digest(data: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON values, whatever the file's spaces and order of keys."""
+    """SHA-256 of JSON values, independent of spaces and the order of keys."""
     try:
         # NaN is refused where it is written.
         text = json.dumps(data, sort_keys=True, ensure_ascii=False)
@@ -350,7 +339,7 @@ def remove_leftovers(run: str | Path) -> None:
     """Delete what writers that were killed left behind under temporary names of ours.
 
     Args:
-        run: A run directory that no other process is writing; any other folder is left alone.
+        run: A run directory that no other process is writing; any other folder is not touched.
     """
     run = Path(run)
     if not is_run(run):

@@ -115,14 +115,11 @@ _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,199}")
 
 
 def check_name(name: str, what: str) -> str:
-    """A name that becomes a part of a path, once it is known to be one part of one.
-
-    Args:
-        name: Letters, digits and ``._+-``, without a dot at the beginning.
-        what: Which setting it is, for the message.
+    """A name of the setting ``what``, once it is known to be one part of a path.
 
     Raises:
-        ConfigurationError: If it has other characters or more than 200.
+        ConfigurationError: If it has more than 200 characters, others than letters, digits and
+            ``._+-``, or a dot at the beginning.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigurationError(
@@ -133,14 +130,11 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_label(label: str, what: str) -> str:
-    """A label of a result, once it is known to fit in a line and in a file's name.
-
-    Args:
-        label: Up to 200 printable characters without slashes, not beginning with a dot.
-        what: Which setting it is, for the message.
+    """A label of the setting ``what``, once it is known to fit in a line and in a file's name.
 
     Raises:
-        ConfigurationError: If it is something else.
+        ConfigurationError: If it is not up to 200 printable characters without slashes, or begins
+            with a dot.
     """
     is_label = isinstance(label, str) and label.isprintable() and 0 < len(label) <= 200
     if not is_label or label[0] == "." or {"/", "\\"} & set(label):

@@ -50,7 +50,7 @@ def frozen(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
 
     Args:
         module: What is attacked.
-        mode: ``eval`` uses running batch-norm statistics; ``train`` leaves modes alone, so batch
+        mode: ``eval`` uses running batch-norm statistics; ``train`` changes no mode, so batch
             statistics are used and the running ones move; ``train_frozen`` uses batch statistics
             and moves nothing.
 

@@ -56,7 +56,7 @@ def grouped_optimizer(
     module: nn.Module,
     groups: Sequence[ParameterGroup] = (),
 ) -> Optimizer:
-    """An optimiser over all trainable parameters, those of the groups on terms of their own.
+    """An optimiser over all trainable parameters, with the settings of their groups.
 
     Args:
         make: Called with the parameters, or with the groups where there are any; the group of all
@@ -85,18 +85,18 @@ def grouped_optimizer(
         if not members and not group.may_be_empty:
             raise ConfigurationError(
                 f"no trainable parameter matches {group.parameters}; the names are like "
-                f"{', '.join(name for name, _ in trainable[:3])}; mend the pattern or drop the "
+                f"{', '.join(name for name, _ in trainable[:3])}; correct the pattern or drop the "
                 "group from model.groups"
             )
-    settings: list[dict[str, object]] = [{"params": rest}]
-    for group, members in zip(groups, taken, strict=True):
-        own = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
-        settings.append({"params": members, **own})
-    optimizer = make([one for one in settings if one["params"]])
-    factors = [1.0, *(group.lr_mult for group in groups)]
-    kept = [factor for factor, one in zip(factors, settings, strict=True) if one["params"]]
-    for factor, made in zip(kept, optimizer.param_groups, strict=True):
-        made["lr"] = made["lr"] * factor
+    every = zip([ParameterGroup([]), *groups], [rest, *taken], strict=True)
+    kept = [(group, members) for group, members in every if members]
+    settings: list[dict[str, object]] = [{"params": members} for _, members in kept]
+    for (group, _), one in zip(kept, settings, strict=True):
+        if group.weight_decay is not None:
+            one["weight_decay"] = group.weight_decay
+    optimizer = make(settings)
+    for (group, _), made in zip(kept, optimizer.param_groups, strict=True):
+        made["lr"] *= group.lr_mult
     return optimizer
 
 
@@ -117,7 +117,7 @@ def optimizer_of(module: Any) -> Optimizer:
 def scheduler_of(module: Any, optimizer: Optimizer) -> dict[str, Any]:
     """The scheduler of a classifier, as Lightning wants it described.
 
-    One that is stepped by the epoch is stepped through the run first, on an optimiser of its own.
+    One that is stepped by the epoch is first tried over the whole run, with a second optimiser.
 
     Raises:
         ConfigurationError: If it refuses its arguments, fails in a later epoch, or waits for a
@@ -216,14 +216,10 @@ def is_logged(trainer: Trainer) -> bool:
 
 
 def refuse_half_precision(trainer: Trainer, what: str) -> None:
-    """Gradients taken outside the optimiser's step have no loss scaling to keep them from zero.
-
-    Args:
-        trainer: Its precision is looked at.
-        what: Whose gradients they are, for the message.
+    """Refuse fp16, in which gradients outside the optimiser's step have no loss scaling.
 
     Raises:
-        ConfigurationError: If the trainer computes in fp16.
+        ConfigurationError: Naming ``what``, the gradients that would underflow.
     """
     if trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16"):
         raise ConfigurationError(

@@ -92,7 +92,7 @@ def check_named(config: Any, place: str = "") -> None:
 
     Args:
         config: What a parser returned, or plain values.
-        place: Name of the setting.
+        place: Its name as a setting.
 
     Raises:
         ConfigurationError: If one is not defined where the configuration says, or must not be
@@ -118,11 +118,7 @@ def check_named(config: Any, place: str = "") -> None:
 
 
 def load_named(path: str, where: str = "") -> Any:
-    """The class or function that a configuration names.
-
-    Args:
-        path: Module and name.
-        where: Beginning of the message of an error.
+    """The class or function that a configuration names; messages begin with ``where``.
 
     Raises:
         ConfigurationError: If there is none, it is defined elsewhere, or must not be named.
@@ -134,7 +130,7 @@ def load_named(path: str, where: str = "") -> Any:
         try:
             found = getattr(importlib.import_module(module), name)
             problem = _origin_problem(found, path)
-        except Exception as error:  # whatever a module raises when it is imported
+        except Exception as error:  # a module can raise anything when it is imported
             problem = f"cannot be imported ({' '.join(str(error).split())[:200]})"
     if problem:
         raise ConfigurationError(f"{where}{path} {problem}")

@@ -23,15 +23,22 @@ def type_name(class_path: str) -> str:
     return class_path.rpartition(".")[2]
 
 
-def class_paths(value: Any) -> Iterator[str]:
-    """All import paths of classes named anywhere in plain settings."""
+def nodes(value: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All mappings among plain settings, with their names as on the command line."""
     if isinstance(value, Mapping):
-        if isinstance(path := value.get("class_path"), str):
-            yield path
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            yield from class_paths(part)
+        yield name, value
+        for key, part in value.items():
+            inner = name if key == "init_args" else f"{name}.{key}" if name else str(key)
+            yield from nodes(part, inner)
+    elif isinstance(value, list):
+        for place, part in enumerate(value):
+            yield from nodes(part, f"{name}.{place}" if name else str(place))
+
+
+def class_paths(settings: Any) -> set[str]:
+    """All import paths of classes named anywhere in plain settings."""
+    named = (node.get("class_path") for _, node in nodes(settings))
+    return {path for path in named if isinstance(path, str)}
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
@@ -41,6 +48,30 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         message: The account: nested ``Parser key``, ``Problem with given class_path``, reason.
         options: Names of all options, for suggestions.
     """
+    key, class_path, reason = _deepest(message)
+    if found := re.search(r"Importing '([^']*)' is not allowed", message):
+        reason = f"{found[1]} {MUST_NOT}"
+    where = key or "the configuration"
+    if found := re.match(
+        r"(?:Option|Key|Group key) '([^']*)' is not (?:accepted|expected)", reason
+    ):
+        names = _parameters(class_path) if class_path else options
+        prefix = f"{key}." if class_path or not key else ""
+        return f"unknown option {prefix}{found[1]}{_nearest(found[1], names)}"
+    if found := re.match(r"Subcommand \'\w+\' does not accept option \'([^\']*)\'", reason):
+        return f"unknown option {found[1]}{_nearest(found[1], options)}"
+    if found := re.match(r"unrecognized arguments?: --([^ =]+)", reason):
+        return f"unknown option --{found[1]}{_nearest(found[1], options)}"
+    if found := re.match(r"module '([^']*)' has no attribute '([^']*)'", reason):
+        names = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
+        return f"{where}: there is no {found[1]}.{found[2]}{_nearest(found[2], names)}"
+    reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.Literal", "one of ")
+    reason = re.sub(r"^Expected an? (.*)\. Got value: (.*)$", r"expected \1, got \2", reason)
+    return f"{where}: {reason or 'it cannot be read'}" if key else reason or message
+
+
+def _deepest(message: str) -> tuple[str, str, str]:
+    """The key, class and reason of the innermost problem that an account tells."""
     key, class_path, reason, given, depth = "", "", "", "", -1
     expected: list[str] = []  # by the alternatives that failed
     for line in _CALLABLE.sub("", message).splitlines():
@@ -62,25 +93,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         class_path, reason = found[1] or class_path, reason[: found.start()]
     if len(expected) > 1 or (expected and "Got value" not in reason):
         reason = f"expected {' or '.join(expected)}" + (f", got {given}" if given else "")
-    if found := re.search(r"Importing '([^']*)' is not allowed", message):
-        reason = f"{found[1]} {MUST_NOT}"
-    where = key or "the configuration"
-    if found := re.match(
-        r"(?:Option|Key|Group key) '([^']*)' is not (?:accepted|expected)", reason
-    ):
-        names = _parameters(class_path) if class_path else options
-        prefix = f"{key}." if class_path or not key else ""
-        return f"unknown option {prefix}{found[1]}{_nearest(found[1], names)}"
-    if found := re.match(r"Subcommand \'\w+\' does not accept option \'([^\']*)\'", reason):
-        return f"unknown option {found[1]}{_nearest(found[1], options)}"
-    if found := re.match(r"unrecognized arguments?: --([^ =]+)", reason):
-        return f"unknown option --{found[1]}{_nearest(found[1], options)}"
-    if found := re.match(r"module '([^']*)' has no attribute '([^']*)'", reason):
-        names = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
-        return f"{where}: there is no {found[1]}.{found[2]}{_nearest(found[2], names)}"
-    reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.Literal", "one of ")
-    reason = re.sub(r"^Expected an? (.*)\. Got value: (.*)$", r"expected \1, got \2", reason)
-    return f"{where}: {reason or 'it cannot be read'}" if key else reason or message
+    return key, class_path, reason
 
 
 _BOILERPLATE = re.compile(

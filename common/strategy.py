@@ -45,7 +45,7 @@ class DeviceInvariantDDP(DDPStrategy):
     - Gradient buckets are views, which saves one copy of the gradients.
     - Ranks wait ten hours for each other, because attacks end at different times.
 
-    What else it takes lives with its owner: the data module divides the global batch and never pads
+    The rest is elsewhere: the data module divides the global batch and never pads
     the evaluation data; attacks and augmentation draw their noise per example.
 
     Importing this module makes it Lightning's ``ddp``, which is also what ``strategy: auto`` means

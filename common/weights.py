@@ -1,4 +1,4 @@
-"""Finds the weights of a network in what a file holds, whatever names they were saved under.
+"""Finds the weights of a network in a file, under any names that wrappers give them.
 
 A file may hold several sets of weights (raw, averaged), each under a prefix (the attribute of a
 LightningModule, ``module.`` of DataParallel, ``_orig_mod.`` of a compiled part), beside counters
@@ -249,7 +249,7 @@ def _check_rest(match: _Match, rest: Weights, origin: str) -> None:
         return
     choice = ""
     if match.prefix:
-        choice = f"; if the network alone is meant, choose it, --weights_key {match.key}"
+        choice = f"; if only the network is meant, choose it, --weights_key {match.key}"
     others = [name for name in rest if not _statistic(name)]
     if others:
         raise CheckpointError(

@@ -33,10 +33,10 @@ from common.analysis.report import (
     run_analysis,
 )
 from common.attacks.pgd import PGD
-from common.cli.rows import select
 from common.errors import ConfigurationError
 from common.files import write_sealed_json
 from common.results.bases import comparable, last_of
+from common.results.reference import select
 from common.results.statistics import welch_t_test
 from common.results.store import load_results, read_costs
 from paper_rcm.costs import measure_costs

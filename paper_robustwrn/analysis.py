@@ -46,12 +46,12 @@ from common.analysis.report import (
 )
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom
-from common.cli.rows import select
 from common.errors import ConfigurationError
 from common.files import write_sealed_json
 from common.modes import frozen
 from common.networks.wide_resnet import WideResNet
 from common.results.bases import comparable, last_of
+from common.results.reference import select
 from common.results.store import Result, load_results
 from paper_robustwrn.lipschitz import L2Ratio, upper_bound
 

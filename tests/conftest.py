@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import pickle
 import struct
 import urllib.error
@@ -235,3 +236,78 @@ def entries_of(tmp_path) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
         }
 
     return found
+
+
+TINY = """
+model:
+  class_path: common.classifier.RobustClassifier
+  init_args:
+    net:
+      class_path: common.networks.resnet.ResNet
+      init_args: {depths: [1, 1], widths: [4, 4], strides: [1, 2]}
+    objective: common.objectives.AT
+    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, momentum: 0.9}}
+data: {source: common.data.sources.Digits, batch_size: 20, val_size: 60, train_limit: 40,
+  val_limit: 20, test_limit: 20}
+adversary: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}}
+evaluation:
+  pictures: false
+  validation: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}}
+  suite: {fgsm: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}}}
+trainer: {max_epochs: 2, accelerator: cpu, logger: false, log_every_n_steps: 1,
+  enable_progress_bar: false, enable_model_summary: false}
+"""
+
+
+class Tiny:
+    """A small experiment in an empty folder, through the real command line."""
+
+    run = Path("runs/paper_tiny/tiny/seed0")
+    last = run / "checkpoints/last.ckpt"
+    text = TINY
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.config, self._capsys = folder / "tiny.yaml", capsys
+        self.config.write_text(TINY)
+
+    def __call__(self, command: str, *options: object, package: str = "paper_tiny") -> None:
+        """Run a subcommand; later options win over the experiment's file."""
+        from common.cli.main import main  # Lightning, which most tests do without
+
+        main([command, "--config", str(self.config), *map(str, options)], package=package)
+
+    def refused(self, command: str, *options: object, package: str = "paper_tiny") -> str:
+        """The one line of an error that the user can mend."""
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            self(command, *options, package=package)
+        assert caught.value.code == 2
+        printed = self._capsys.readouterr().err.splitlines()
+        (line,) = [line for line in printed if line.startswith("error: ")]
+        return line
+
+    def overlay(self, settings: str | Mapping[str, Any]) -> tuple[str, Path]:
+        """The option for a second file with these settings."""
+        path = self.config.with_name("overlay.yaml")
+        path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(dict(settings)))
+        return "--config", path
+
+    def checkpoint(self, runs: str = "runs", name: str = "last") -> dict[str, Any]:
+        """What a checkpoint of its first run holds."""
+        path = Path(runs, *self.run.parts[1:], "checkpoints", f"{name}.ckpt")
+        found: dict[str, Any] = torch.load(path)
+        return found
+
+    def result(self) -> dict[str, Any]:
+        """What its first run measured."""
+        found: dict[str, Any] = json.loads((self.run / "results.json").read_text())
+        return found
+
+
+@pytest.fixture
+def tiny(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Tiny:
+    """A small experiment, run in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return Tiny(tmp_path, capsys)

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import sklearn.datasets  # noqa: F401  (forks have it then)
 import torch
+import yaml
 
 from common.classifier import RobustClassifier
 from common.cli.main import lock, main
@@ -32,32 +33,13 @@ ROOT = Path(__file__).parents[1]
 
 WITHIN = 300.0  # seconds that a process may take to end
 
-CONFIG = """
-model:
-  class_path: common.classifier.RobustClassifier
-  init_args:
-    net:
-      class_path: common.networks.resnet.ResNet
-      init_args: {depths: [1, 1], widths: [4, 4], strides: [1, 2]}
-    objective: common.objectives.TRADES
-    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, momentum: 0.9}}
-data:
-  source: common.data.sources.Digits
-  batch_size: 12
-  crop_padding: 1
-  val_size: 60
-  val_limit: 40
-  train_limit: 60
-  test_limit: 50
-  eval_batch_size: 20
+MORE = """
+data: {batch_size: 12, crop_padding: 1, train_limit: 60, val_limit: 40, test_limit: 50,
+  eval_batch_size: 20}
 adversary:
-  attack:
-    class_path: common.attacks.pgd.PGD
-    init_args: {eps: 0.1, step_size: 0.05, steps: 2}
+  attack: {class_path: common.attacks.pgd.PGD, init_args: {eps: 0.1, step_size: 0.05, steps: 2}}
 weight_perturbation: {gamma: 0.01}
 evaluation:
-  pictures: false
-  validation: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}}
   suite:
     fgsm: {attack: {class_path: common.attacks.pgd.FGSM, init_args: {eps: 0.1}}, losses: ["*"]}
     pgd9:
@@ -68,19 +50,20 @@ checkpoint: {every_n_train_steps: 2}
 monitoring: {images: 0}
 trainer:
   max_epochs: 4
-  accelerator: cpu
-  enable_progress_bar: false
-  enable_model_summary: false
+  logger: true
   callbacks: [{class_path: common.callbacks.averaging.WarmUpAveraging}]
 """
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG)
-    return path
+def config(tiny) -> Path:
+    """More steps, and everything that keeps a state between them."""
+    settings = yaml.safe_load(tiny.text)
+    settings["model"]["init_args"]["objective"] = "common.objectives.TRADES"
+    for section, values in yaml.safe_load(MORE).items():
+        settings.setdefault(section, {}).update(values)
+    tiny.config.write_text(yaml.safe_dump(settings))
+    return tiny.config
 
 
 def forked(work: Callable[[], None], log: Path) -> int:
@@ -125,12 +108,7 @@ def ended(pid: int, within: float = WITHIN) -> int:
 
 def metrics(run: Path) -> str:
     """The text of everything measured, and the digests of the weights, to the last bit."""
-    return measured(run / "results.json")
-
-
-def measured(path: Path) -> str:
-    """The same of a result file."""
-    result = json.loads(path.read_text())
+    result = json.loads((run / "results.json").read_text())
     digests = {label: entry["checkpoint_digest"] for label, entry in result["provenance"].items()}
     return json.dumps([result["checkpoints"], digests])
 
@@ -180,126 +158,18 @@ def test_many_random_kills_change_no_number(config: Path, seed: int) -> None:
     kill_at_random(config, 20, seed, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
 
 
-PHASES = {  # what there is in runs when a phase has begun, and for how long it may go on
-    "set-up": ("", 4.0),
-    "fit": ("*/seed0/checkpoints/last.ckpt", 1.0),
-    "checkpoint": ("*/seed0/checkpoints/.*.tmp", 0.0),
-    "test": ("*/seed0/outcomes/*/*.npz", 1.0),
-    "tables": ("digits_resnet_plain/seed0/finished", 8.0),
-}
-
-
-@pytest.mark.faults
-def test_twenty_random_kills_of_make(tmp_path: Path) -> None:
-    """All of it: rows that wait for rows, training, evaluation, figures, tables."""
-    project, undisturbed = (copied_project(tmp_path / name) for name in ("project", "whole"))
-    whole = finished_make(undisturbed)
-    draw = random.Random(3)
-    hits = dict.fromkeys(PHASES, 0)
-    for _ in range(4):
-        shutil.rmtree(project / "runs", ignore_errors=True)
-        for path in (project / "paper_cifs/results").glob("*.json"):
-            path.unlink()
-        for phase, (sign, longest) in PHASES.items():
-            hits[phase] += killed_make(project, sign, draw.uniform(0.0, longest), draw)
-        assert finished_make(project) == whole
-        rendered = [(p / "paper_cifs/README.md").read_text() for p in (project, undisturbed)]
-        assert rendered[0] == rendered[1], "the tables too"
-    assert all(hits.values()), hits
-    assert sum(hits.values()) >= 15, hits
-
-
-def killed_make(folder: Path, sign: str, delay: float, draw: random.Random) -> bool:
-    """Start it, and kill it so long after something is there; whether it was under way then."""
-    job = start_make(folder)
-    runs, until = folder / "runs/paper_cifs", time.monotonic() + 300
-    while sign and job.poll() is None and not any(runs.glob(sign)):
-        assert time.monotonic() < until, f"{sign} never came"
-        time.sleep(0.001)
-    time.sleep(delay)
-    is_hit = job.poll() is None
-    if is_hit:
-        os.killpg(job.pid, draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))
-    job.wait(timeout=300)
-    return is_hit
-
-
-OVERLAY = """
-data: {train_limit: 100, val_limit: 50, test_limit: 60}
-trainer: {max_epochs: 2, check_val_every_n_epoch: 1}
-checkpoint: {every_n_train_steps: 1}
-"""
-
-
-def copied_project(folder: Path) -> Path:
-    """What make needs; the environment is this one, the code a copy."""
-    folder.mkdir()
-    for name in ("common", "paper_cifs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md"):
-        shutil.copy(ROOT / name, folder / name)
-    for path in (folder / "paper_cifs/results").glob("*.json"):
-        path.unlink()
-    (folder / ".venv").mkdir()
-    (folder / ".venv/.installed").touch()
-    (folder / "overlay.yaml").write_text(OVERLAY)
-    return folder
-
-
-def start_make(folder: Path) -> subprocess.Popen[bytes]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    arguments = ["SEEDS=0", "JOBS=2", f"PY={sys.executable}", "ON=digits_resnet_plain"]
-    with (folder / "make.log").open("ab") as log:
-        return subprocess.Popen(
-            ["make", "reproduce-cifs", *arguments, "ARGS=--config overlay.yaml"],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-
-
-def finished_make(folder: Path) -> dict[str, str]:
-    """Run it to its end; what was measured."""
-    assert start_make(folder).wait(timeout=600) == 0, (folder / "make.log").read_text()[-3000:]
-    found = results_of(folder)
-    assert len(found) == 2
-    return found
-
-
-def results_of(folder: Path) -> dict[str, str]:
-    """What was measured, by row."""
-    return {
-        path.name: measured(path) for path in (folder / "paper_cifs/results").glob("*-seed0.json")
-    }
-
-
-def test_a_terminated_row_is_not_a_finished_one(config: Path) -> None:
-    """Lightning ends with status 0 then, and make would take the row for done."""
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_a_stopped_row_is_not_a_finished_one(config: Path, number: int, times: int) -> None:
+    """Lightning ends with status 0 or 1 then, and make would take the row for done."""
     log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
     pid = forked(cli("fit", "--config", config, "--trainer.max_epochs", "1000"), log)
     while not (run / "checkpoints/last.ckpt").exists():
         time.sleep(0.01)
-    os.kill(pid, signal.SIGTERM)
-    assert ended(pid) == 128 + signal.SIGTERM
-    assert torch.load(run / "checkpoints/last.ckpt")["epoch"] < 1000
-
-
-def test_ctrl_c_twice_ends_with_a_status_and_a_whole_checkpoint(config: Path) -> None:
-    log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
-    pid = forked(cli("fit", "--config", config, "--trainer.max_epochs", "1000"), log)
-    while not (run / "checkpoints/last.ckpt").exists():
-        time.sleep(0.01)
-    for _ in range(2):
-        os.kill(pid, signal.SIGINT)
+    for _ in range(times):
+        os.kill(pid, number)
         time.sleep(0.02)
-    assert ended(pid) == 128 + signal.SIGINT
+    assert ended(pid) == 128 + number
     assert torch.load(run / "checkpoints/last.ckpt")["epoch"] < 1000
-
-
-STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
 
 
 def interrupted(config: Path, number: int, method: str, call_number: int) -> Callable[[], None]:
@@ -321,7 +191,7 @@ def interrupted(config: Path, number: int, method: str, call_number: int) -> Cal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM])
 def test_signals_save_the_run_and_tell_which_they_were(config: Path, number: int) -> None:
     log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
     whole = ("reproduce", "--config", config, "--trainer.logger", "false")

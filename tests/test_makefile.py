@@ -1,9 +1,13 @@
 """The commands of the Makefile, in a small copy whose paper only remembers what it was asked."""
 
+import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +40,8 @@ def project(tmp_path: Path) -> Path:
         "limits.py",
         "cli/rows.py",
         "cli/__init__.py",
+        "results/__init__.py",
+        "results/reference.py",
     ):
         (folder / "common" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "common" / name, folder / "common" / name)
@@ -44,7 +50,6 @@ def project(tmp_path: Path) -> Path:
     (folder / "paper_cifs/__init__.py").touch()
     (folder / "paper_cifs/__main__.py").write_text(PAPER)
     (folder / "paper_cifs/analysis.py").write_text(NOTE.format("analysed"))
-    (folder / "common/results").mkdir()
     (folder / "common/results/tables.py").write_text(NOTE.format("tabulated"))
     shutil.copy(ROOT / "Makefile", folder)
     for name in ("pyproject.toml", "constraints.txt"):
@@ -252,3 +257,100 @@ def test_an_interrupted_install_leaves_no_stamp(project: Path) -> None:
     done = make(project, "setup", "PYTHON=./broken")
     assert done.returncode != 0
     assert not (project / ".venv/.installed").exists()
+
+
+# ------------------------------------------------------------------------------------------ kills
+
+PHASES = {  # what there is in runs when a phase has begun, and for how long it may go on
+    "set-up": ("", 4.0),
+    "fit": ("*/seed0/checkpoints/last.ckpt", 1.0),
+    "checkpoint": ("*/seed0/checkpoints/.*.tmp", 0.0),
+    "test": ("*/seed0/outcomes/*/*.npz", 1.0),
+    "tables": ("digits_resnet_plain/seed0/finished", 8.0),
+}
+
+
+@pytest.mark.faults
+def test_twenty_random_kills_of_make(tmp_path: Path) -> None:
+    """All of it: rows that wait for rows, training, evaluation, figures, tables."""
+    project, undisturbed = (copied_project(tmp_path / name) for name in ("project", "whole"))
+    whole = finished_make(undisturbed)
+    draw = random.Random(3)
+    hits = dict.fromkeys(PHASES, 0)
+    for _ in range(4):
+        shutil.rmtree(project / "runs", ignore_errors=True)
+        for path in (project / "paper_cifs/results").glob("*.json"):
+            path.unlink()
+        for phase, (sign, longest) in PHASES.items():
+            hits[phase] += killed_make(project, sign, draw.uniform(0.0, longest), draw)
+        assert finished_make(project) == whole
+        rendered = [(p / "paper_cifs/README.md").read_text() for p in (project, undisturbed)]
+        assert rendered[0] == rendered[1], "the tables too"
+    assert all(hits.values()), hits
+    assert sum(hits.values()) >= 15, hits
+
+
+def killed_make(folder: Path, sign: str, delay: float, draw: random.Random) -> bool:
+    """Start it, and kill it so long after something is there; whether it was under way then."""
+    job = start_make(folder)
+    runs, until = folder / "runs/paper_cifs", time.monotonic() + 300
+    while sign and job.poll() is None and not any(runs.glob(sign)):
+        assert time.monotonic() < until, f"{sign} never came"
+        time.sleep(0.001)
+    time.sleep(delay)
+    is_hit = job.poll() is None
+    if is_hit:
+        os.killpg(job.pid, draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))
+    job.wait(timeout=300)
+    return is_hit
+
+
+OVERLAY = """
+data: {train_limit: 100, val_limit: 50, test_limit: 60}
+trainer: {max_epochs: 2, check_val_every_n_epoch: 1}
+checkpoint: {every_n_train_steps: 1}
+"""
+
+
+def copied_project(folder: Path) -> Path:
+    """What make needs; the environment is this one, the code a copy."""
+    folder.mkdir()
+    for name in ("common", "paper_cifs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    for path in (folder / "paper_cifs/results").glob("*.json"):
+        path.unlink()
+    (folder / ".venv").mkdir()
+    (folder / ".venv/.installed").touch()
+    (folder / "overlay.yaml").write_text(OVERLAY)
+    return folder
+
+
+def start_make(folder: Path) -> subprocess.Popen[bytes]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    arguments = ["SEEDS=0", "JOBS=2", f"PY={sys.executable}", "ON=digits_resnet_plain"]
+    with (folder / "make.log").open("ab") as log:
+        return subprocess.Popen(
+            ["make", "reproduce-cifs", *arguments, "ARGS=--config overlay.yaml"],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def finished_make(folder: Path) -> dict[str, object]:
+    """Run it to its end; what was measured."""
+    assert start_make(folder).wait(timeout=600) == 0, (folder / "make.log").read_text()[-3000:]
+    found = results_of(folder)
+    assert len(found) == 2
+    return found
+
+
+def results_of(folder: Path) -> dict[str, object]:
+    """What was measured, by row."""
+    files = (folder / "paper_cifs/results").glob("*-seed0.json")
+    return {path.name: json.loads(path.read_text())["checkpoints"] for path in files}

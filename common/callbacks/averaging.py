@@ -1,11 +1,11 @@
 """Averaged weights whose average forgets the beginning of training, or begins late."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import ConfigurationError
 
@@ -20,7 +20,7 @@ def averaging_of(trainer: Trainer) -> WeightAveraging | StochasticWeightAveragin
 def weights_in_checkpoints(trainer: Trainer) -> str:
     """Which weights a checkpoint of ``fit`` holds that is written now.
 
-    Stochastic weight averaging puts its average into the model at the end of training alone.
+    Stochastic weight averaging puts its average into the model only when training ends.
 
     Returns:
         ``raw``, or by what they are averaged.
@@ -34,7 +34,37 @@ def weights_in_checkpoints(trainer: Trainer) -> str:
     return f"averaged by {type(callback).__name__}"
 
 
-class WarmUpAveraging(WeightAveraging):
+class _Averaging(WeightAveraging):
+    """What both averages of this file share."""
+
+    def __init__(self, decay: float, device: str | None, use_buffers: bool) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ConfigurationError(
+                f"decay must lie in [0, 1), got {decay}; 0 keeps the current weights, 1 would "
+                "keep the first ones for ever"
+            )
+        super().__init__(device=device, use_buffers=use_buffers, multi_avg_fn=self._update)
+        self.decay = decay
+
+    def _update(self, averages: Any, currents: Any, step: Tensor | int) -> None:
+        raise NotImplementedError
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move the average to where the model is by now."""
+        if self._device is None:
+            cast(nn.Module, self._average_model).to(pl_module.device)
+
+    def _begin(self, module: nn.Module) -> None:
+        """Start from the present weights, unless the average has begun before."""
+        average = self._average_model
+        assert average is not None
+        if average.n_averaged == 0:
+            average.module.load_state_dict(module.state_dict())
+            # At 0 the first update would copy. Counting from 1 makes the count the step's number.
+            average.n_averaged += 1
+
+
+class WarmUpAveraging(_Averaging):
     r"""Exponential moving average of the parameters with a decay that grows.
 
     After optimiser step t, counted from 1, :math:`\bar\theta \leftarrow \tau \bar\theta + (1 -
@@ -54,13 +84,7 @@ class WarmUpAveraging(WeightAveraging):
     """
 
     def __init__(self, decay: float = 0.995, device: str | None = None) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ConfigurationError(
-                f"decay must lie in [0, 1), got {decay}; 0 keeps the current weights, 1 would "
-                "keep the initial ones for ever"
-            )
-        super().__init__(device=device, use_buffers=False, multi_avg_fn=self._update)
-        self.decay = decay
+        super().__init__(decay, device, use_buffers=False)
 
     def tau(self, step: int | Tensor) -> float:
         """Weight of the old average after optimiser step ``step``, from 1."""
@@ -75,17 +99,11 @@ class WarmUpAveraging(WeightAveraging):
         The average was copied in ``setup``: before the model was moved to its device, and maybe
         before weights to start from were loaded.
         """
-        average = self._average_model
-        assert average is not None
-        if self._device is None:
-            average.to(pl_module.device)
-        if average.n_averaged == 0:
-            average.module.load_state_dict(pl_module.state_dict())
-            # At 0 the first update would copy. Counting from 1 makes the count the step's number.
-            average.n_averaged += 1
+        super().on_fit_start(trainer, pl_module)
+        self._begin(pl_module)
 
 
-class LateAveraging(WeightAveraging):
+class LateAveraging(_Averaging):
     r"""Exponential moving average of the whole state from an epoch on; until then no averaging.
 
     From the first step of that epoch :math:`\bar\theta \leftarrow \tau \bar\theta + (1 - \tau)
@@ -105,15 +123,9 @@ class LateAveraging(WeightAveraging):
     def __init__(
         self, decay: float = 0.9996, from_epoch: int = 0, device: str | None = None
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ConfigurationError(
-                f"decay must lie in [0, 1), got {decay}; 0 keeps the current weights, 1 would "
-                "keep the first ones for ever"
-            )
         if from_epoch < 0:
             raise ConfigurationError(f"from_epoch counts epochs from 0, got {from_epoch}")
-        super().__init__(device=device, use_buffers=True, multi_avg_fn=self._update)
-        self.decay = decay
+        super().__init__(decay, device, use_buffers=True)
         self.from_epoch = from_epoch
         self._is_averaging = False
 
@@ -127,16 +139,6 @@ class LateAveraging(WeightAveraging):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin with the weights before the first averaged step."""
-        average = self._average_model
-        assert average is not None
         self._is_averaging = trainer.current_epoch >= self.from_epoch
-        if self._is_averaging and average.n_averaged == 0:
-            average.module.load_state_dict(pl_module.state_dict())
-            average.n_averaged += 1  # at 0 the first update would copy
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the average to where the model is by now."""
-        average = self._average_model
-        assert average is not None
-        if self._device is None:
-            average.to(pl_module.device)
+        if self._is_averaging:
+            self._begin(pl_module)

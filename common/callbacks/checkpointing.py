@@ -99,8 +99,8 @@ class LastCheckpoint(SafeCheckpoint):
 
     Args:
         dirpath: Folder; ``checkpoints`` in the run directory when not given.
-        every_n_train_steps: Also after every so many optimiser steps, for epochs that are long; a
-            run that is killed then loses at most as many.
+        every_n_train_steps: Also save after every n-th optimiser step, for long epochs; a run that
+            is killed loses at most n steps.
 
     Raises:
         ConfigurationError: If the number of steps is below 1.
@@ -151,7 +151,7 @@ def _check_steps(steps: int | None) -> None:
     if steps is not None and steps < 1:
         raise ConfigurationError(
             f"checkpoint.every_n_train_steps must be at least 1, got {steps}; null saves at the "
-            "end of every epoch alone"
+            "end of every epoch only"
         )
 
 
@@ -166,7 +166,7 @@ class SelectedCheckpoint(SafeCheckpoint):
         mode: Whether larger or smaller is better.
         dirpath: Folder; ``checkpoints`` in the run directory when not given.
         from_epoch: The first epoch, from 0, that may be selected. A run that ends before it
-            selects none and has its last checkpoint alone.
+            selects none and has only its last checkpoint.
         every_n_train_steps: For :class:`LastCheckpoint`, which the command line makes with it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where numbers stopped being numbers: asked only after it has happened."""
+"""Stops a run at the first loss, gradient or attack that is not finite, and names its place."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ _REMEDY = "Lower model.optimizer.lr, set trainer.gradient_clip_val, or train in 
 
 
 class FiniteGuard(Callback):
-    """Stops training where numbers stop being finite, on all processes together.
+    """Stops training at the first number that is not finite, on all processes together.
 
     The host waits for the device once per batch, before the backward pass: for the loss and for
     what was watched since (gradients, the attack). The processes add their numbers up before they
@@ -51,7 +51,7 @@ class FiniteGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Watch the gradients; a scaler of fp16 has its own way with infinite ones."""
+        """Watch the gradients; the scaler of fp16 skips infinite ones itself."""
         if trainer.precision != "16-mixed":
             self._names, norms = gradient_norms(pl_module)
             self._step = pl_module.global_step
@@ -148,7 +148,7 @@ def first_fault(
 
     Args:
         module: Whose parameters, buffers and layers are looked at.
-        loss_fn: The loss, computed anew.
+        loss_fn: Computes the loss again.
         inputs: What the loss was computed from, by name.
 
     Returns:
@@ -162,7 +162,7 @@ def first_fault(
         loss = loss_fn()
         found += [f"output of {layer}" for layer in layers]
         if not is_finite(loss):
-            found.append("the loss alone, every layer's output is finite")
+            found.append("only the loss, every layer's output is finite")
         found += [f"gradient of {name}" for name in _bad_gradients(module, loss)]
     return found[0] if found else ""
 
@@ -180,12 +180,7 @@ def is_finite(value: Any) -> bool:
 
 
 def bad_names(names: list[str], norms: Tensor) -> list[str]:
-    """The names whose norm is not finite, the last first: nearest to the loss.
-
-    Args:
-        names: Of the parameters, in the order of the network.
-        norms: Of their gradients, ``(len(names),)``.
-    """
+    """The names whose gradient's norm is not finite, the last first: nearest to the loss."""
     finite = torch.isfinite(norms).tolist()
     return [name for name, fine in zip(names, finite, strict=True) if not fine][::-1]
 

@@ -7,8 +7,8 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import grad_norm
 
+from common.callbacks.finite import gradient_norms
 from common.classifier import classifier_of
 from common.evaluation import predict
 from common.objectives import Batch
@@ -45,8 +45,9 @@ class Monitoring(Callback):
     ) -> None:
         """Log the l2 norm of the gradient the optimiser is about to use."""
         if is_logged(trainer):
-            norms = grad_norm(pl_module, norm_type=2)
-            pl_module.log("train/grad_norm", norms["grad_2.0_norm_total"])
+            names, norms = gradient_norms(pl_module)
+            if names:  # none, where weight averaging passes over the data once more
+                pl_module.log("train/grad_norm", norms.norm())
 
     def on_validation_batch_end(
         self,

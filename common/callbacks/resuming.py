@@ -1,4 +1,4 @@
-"""What it takes to stop a run at any moment and go on as if nothing had happened."""
+"""Stops a run at any moment and resumes it with the same numbers."""
 
 import os
 import signal
@@ -148,13 +148,13 @@ class StoppedBySignal(SIGTERMException):
 
 
 class SignalConnector(_SignalConnector):
-    """Signals end a run between two batches, wherever they catch it.
+    """Signals end a run between two batches.
 
     SIGTERM, Ctrl-C (SIGINT), a closed terminal (SIGHUP) and SIGQUIT alike; those that were ignored
     when the command began, as under ``nohup``, stay so.
 
-    Lightning's own handlers talk to the other ranks, and on SLURM save a checkpoint, at whatever
-    line the signal happens to interrupt: in the middle of a collective operation, of a backward
+    Lightning's own handlers talk to the other ranks, and on SLURM save a checkpoint, at the
+    line that the signal interrupts: in the middle of a collective operation, of a backward
     pass, or while weights are perturbed. Here the handlers take a note. Outside training there is
     nothing to save that is not on disk already, and the process ends at once; a second signal
     ends it at once too.

@@ -21,7 +21,7 @@ Rates = list[list[float]]
 def continue_schedule(
     module: Any, made: Settings, given: Settings, checkpoint: dict[str, Any]
 ) -> None:
-    """Let a checkpoint continue with the schedule of a module instead of its own.
+    """Replace a checkpoint's schedule by that of a module.
 
     It may, if both have the same learning rates over the steps done so far.
 
@@ -96,7 +96,7 @@ def simulate(module: Any, make: Any, steps: int) -> tuple[Rates, dict[str, Any] 
         steps: How often the schedule is stepped.
 
     Raises:
-        ConfigurationError: If the schedule does not follow from the number of steps alone.
+        ConfigurationError: If the schedule depends on more than the number of steps.
     """
     optimizer: Optimizer = grouped_optimizer(module.optimizer, module, module.groups)
     scheduler = None if make is None else make(optimizer)

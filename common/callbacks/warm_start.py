@@ -16,7 +16,7 @@ from common.weights import check_weights_fit
 class WarmStart(Callback):
     """Loads network weights, and nothing else, before training begins.
 
-    A run that is resumed is left alone: its own checkpoint holds its weights. Where the weights
+    A resumed run loads nothing: its own checkpoint holds its weights. Where the weights
     of the experiment are not there, ``fit`` says so and starts from scratch, while ``reproduce``,
     whose results go into tables, refuses.
 

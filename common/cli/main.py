@@ -162,7 +162,7 @@ class RobustCLI(LightningCLI):
         super()._set_seed()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The adversary, evaluation and the rest each get a section of their own."""
+        """The adversary, evaluation and the rest are sections of the configuration."""
         parser.add_argument(
             "--experiment",
             type=str | None,
@@ -201,9 +201,7 @@ class RobustCLI(LightningCLI):
         plain = self._plain(config)
         if self.subcommand in TRAINING:
             check_limits(plain["trainer"])
-        check_package(
-            self.package, set(class_paths(plain)), list(map(str, config.get("config") or []))
-        )
+        check_package(self.package, class_paths(plain), list(map(str, config.get("config") or [])))
         self.settings = {
             **{"package": self.package, "experiment": config.experiment},
             **decisive(plain),
@@ -288,7 +286,7 @@ class RobustCLI(LightningCLI):
         return run
 
     def instantiate_classes(self) -> None:
-        """Build everything; a value some class refuses is the user's to mend."""
+        """Build everything; a value that a class refuses is a user's error."""
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -394,7 +392,7 @@ def main(
     package: str = "common",
     commands: Mapping[str, str] | None = None,
 ) -> None:
-    """Run one subcommand; what the user can mend is one line and exit status 2, else the result.
+    """Run one subcommand; a user's error is one line and exit status 2.
 
     Args:
         args: Words of the command line; by default those of the process.

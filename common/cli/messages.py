@@ -23,11 +23,7 @@ def reports(trainer: RunTrainer) -> list[str]:
 
 
 def confirmed(trainer: RunTrainer, subcommand: str) -> str:
-    """The last line of a command that did what it was asked to, after a look at its result.
-
-    Args:
-        trainer: What ran.
-        subcommand: ``fit``, ``test``, ``reproduce`` and so on.
+    """The last line of a subcommand that succeeded, after a look at its result.
 
     Raises:
         RunDirectoryError: If the result is not where it should be.

@@ -89,7 +89,7 @@ title: Title of the paper
 groups:
   - id: digits
     title: "Digits"
-    note: Ours alone; the paper has no such table.
+    note: Ours only; the paper has no such table.
     metrics:
       - {key: clean_acc, title: "Clean"}
       - {key: pgd20, title: "PGD-20"}

@@ -31,7 +31,7 @@ TRAINER_SETTINGS = (
     *("limit_val_batches", "overfit_batches", "check_val_every_n_epoch", "min_epochs", "min_steps"),
     *("max_time", "val_check_interval", "plugins"),
 )
-WHEREABOUTS = (
+UNDECISIVE = (
     *("root", "dirpath", "num_workers", "eval_batch_size", "test_limit"),
     "every_n_train_steps",  # of saving: a run that can go on from more places is the same run
 )
@@ -44,11 +44,7 @@ PROTOCOL_SECTIONS = ("suite", "threat", "audit", "measures", "engine")
 
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a run's weights, wherever and however it runs.
-
-    Args:
-        config: A whole configuration as plain values.
-    """
+    """The settings that decide a run's weights; not those of where and how it runs."""
     found = {key: config.get(key) for key in TRAINING_SECTIONS}
     # The attack of validation chooses the checkpoint; the suite of test changes no weights.
     found["validation"] = (config.get("evaluation") or {}).get("validation")
@@ -59,23 +55,14 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
         kept = [c for c in listed if type_name(str(c.get("class_path"))) not in OBSERVERS]
         settings["callbacks"] = kept or None
     found["trainer"] = settings
-    # Switched off they leave a digest as it was before they existed.
-    for section, name in (("adversary", "engine"), ("validation", "until_broken")):
-        if isinstance(given := found[section], Mapping) and not given.get(name):
-            found[section] = {key: value for key, value in given.items() if key != name}
-    kept_settings: dict[str, Any] = _without_whereabouts(found)
+    kept_settings: dict[str, Any] = _without_undecisive(found)
     return kept_settings
 
 
-def _without_whereabouts(value: Any) -> Any:
+def _without_undecisive(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _without_whereabouts(v) for k, v in value.items() if k not in WHEREABOUTS}
-    return [_without_whereabouts(v) for v in value] if isinstance(value, list) else value
-
-
-def training_digest(config: Mapping[str, Any]) -> str:
-    """Digest of the settings that decide a run's weights."""
-    return plain_digest(decisive(config))
+        return {k: _without_undecisive(v) for k, v in value.items() if k not in UNDECISIVE}
+    return [_without_undecisive(v) for v in value] if isinstance(value, list) else value
 
 
 def protocol_digest(config: Mapping[str, Any]) -> str:
@@ -91,7 +78,7 @@ def protocol_digest(config: Mapping[str, Any]) -> str:
 def fill_from_data(config: Namespace) -> None:
     """Give every network of the model the class and channel counts of the data.
 
-    A network is whatever takes both ``num_classes`` and ``in_channels``, or an ``image_shape``
+    A network is a class that takes both ``num_classes`` and ``in_channels``, or an ``image_shape``
     (channels, height, width of an image). Where its ``mean`` and ``std`` are the word ``data``,
     they become those of the data set.
 
@@ -154,9 +141,10 @@ def _class_nodes(value: Any, path: str) -> Iterator[tuple[str, Namespace]]:
 
 def tensorboard_in(run: Path) -> Namespace:
     """Configuration of a TensorBoard logger that writes into ``run``."""
-    # Without a folder of its own the run's name is that of the run directory.
-    folder = Namespace(save_dir=str(run), name="", version="", default_hp_metric=False)
-    return Namespace(class_path=TENSORBOARD, init_args=folder)
+    # Without a folder below it the run's name is that of the run directory.
+    folder = {"save_dir": str(run), "name": "", "version": "", "default_hp_metric": False}
+    logger = {"class_path": TENSORBOARD, "init_args": Namespace(folder)}  # type: ignore[no-untyped-call]
+    return Namespace(logger)  # type: ignore[no-untyped-call]
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
@@ -195,10 +183,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_limits(trainer: Mapping[str, Any]) -> None:
-    """Refuse a training that would never end, not begin, or go the wrong way.
-
-    Args:
-        trainer: Settings of the trainer.
+    """Refuse settings of the trainer under which training never ends, or never begins.
 
     Raises:
         ConfigurationError: Naming the limit.
@@ -215,8 +200,7 @@ def check_limits(trainer: Mapping[str, Any]) -> None:
         raise ConfigurationError(
             f"trainer.gradient_clip_val must not be negative, got {clip}; null clips nothing"
         )
-    callbacks = trainer.get("callbacks") or []
-    named = list(class_paths(callbacks if isinstance(callbacks, list) else [callbacks]))
+    named = class_paths(trainer.get("callbacks"))
     ends = any(type_name(path) in ("EarlyStopping", "Timer") for path in named)
     limits = (trainer.get("max_epochs"), trainer.get("max_steps"))
     if limits[0] == -1 and limits[1] in (-1, None) and not (trainer.get("max_time") or ends):
@@ -227,12 +211,7 @@ def check_limits(trainer: Mapping[str, Any]) -> None:
 
 
 def refusal(error: Exception, text: str) -> str:
-    """One line for what a class said of its arguments, with the place if it is no ValueError.
-
-    Args:
-        error: What it raised.
-        text: The same in the user's words.
-    """
+    """One line for an error of a class about its arguments, with the place if no ValueError."""
     if type(error) is ValueError or error.__traceback__ is None:
         return text
     *_, (frame, number) = traceback.walk_tb(error.__traceback__)

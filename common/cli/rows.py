@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,27 +28,10 @@ from typing import Any, NoReturn
 from common.errors import ConfigurationError, UserError
 from common.files import write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
+from common.results.reference import select
 
 SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
 """What names of experiments and paths of referenced files consist of."""
-
-
-def select(stems: Iterable[str], on: str) -> list[str]:
-    """The stems that a selection means, sorted.
-
-    Args:
-        stems: All there are.
-        on: Words separated by spaces. A word that is a stem means that stem alone; one with ``*``
-            or ``?`` is a pattern; any other is the beginning of stems.
-    """
-    known = sorted(stems)
-
-    def matches(stem: str, word: str) -> bool:
-        if word in known:
-            return stem == word
-        return fnmatchcase(stem, word if "*" in word or "?" in word else f"{word}*")
-
-    return [stem for stem in known if any(matches(stem, word) for word in on.split() or [""])]
 
 
 @dataclass(frozen=True)
@@ -284,7 +266,7 @@ def publish(rows: Iterable[Row]) -> None:
 
 
 def _cores() -> int:
-    """Of this process, whatever OMP_NUM_THREADS says."""
+    """Cores of this process; OMP_NUM_THREADS does not count."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -324,20 +306,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if given.commands:
-        chosen = select({row.stem for row in rows}, given.on)
-        for row in rows:
-            if row.stem in chosen:
-                print(_alone(row))
-        return 0
-    if given.plan:
-        for row in rows:
-            state = "finished" if row.is_finished else shlex.join(row.command)
-            print(f"{row.stem} seed {row.seed}: {state}")
+    if given.commands or given.plan:
+        print(*_listed(rows, given.on, given.commands), sep="\n")
         return 0
     if "digits" in given.on:  # one row per core
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    runner = Runner(rows, max(jobs, 1))
+    is_complete = _run(Runner(rows, max(jobs, 1)))
+    publish(rows)
+    if not is_complete:
+        print("some rows failed, see FAILED above; the same command tries them again", flush=True)
+    return int(not is_complete)
+
+
+def _listed(rows: Sequence[Row], on: str, is_alone: bool) -> list[str]:
+    """What would run; or a command for each chosen row that also makes what the row needs."""
+    if is_alone:
+        chosen = select({row.stem for row in rows}, on)
+        return [_alone(row) for row in rows if row.stem in chosen]
+    states = ("finished" if row.is_finished else shlex.join(row.command) for row in rows)
+    return [f"{r.stem} seed {r.seed}: {state}" for r, state in zip(rows, states, strict=True)]
+
+
+def _run(runner: Runner) -> bool:
+    """Run rows, which end with this process."""
 
     def stop(signum: int, _: Any) -> NoReturn:
         runner.stop()
@@ -345,11 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(signum, stop)
-    is_complete = runner()
-    publish(rows)
-    if not is_complete:
-        print("some rows failed, see FAILED above; the same command tries them again", flush=True)
-    return int(not is_complete)
+    return runner()
 
 
 def _alone(row: Row) -> str:

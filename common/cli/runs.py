@@ -42,11 +42,11 @@ def check_is_ours(run: Path) -> None:
 
 
 def lock(run: Path, timeout: float = 0) -> FileLock:
-    """Hold the run directory for this process; the lock ends with its owner.
+    """Hold the run directory, made if it is not there, until this process ends.
 
     Args:
-        run: The directory; made if it is not there.
-        timeout: Seconds to wait for another process; -1 waits as long as it takes.
+        run: The directory.
+        timeout: Seconds to wait for another process; -1 waits without limit.
 
     Raises:
         RunDirectoryError: If another process holds it, or it cannot be written.

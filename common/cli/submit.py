@@ -26,10 +26,6 @@ class Command:
 
     A row goes on where it was stopped, so a job that runs out of time or is pre-empted is simply
     queued again.
-
-    Args:
-        line: The command.
-        folder: Where it runs.
     """
 
     def __init__(self, line: str, folder: str | Path) -> None:

@@ -118,25 +118,13 @@ class Trainer(RunTrainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Check the checkpoint; then go where the first rank goes, whose view decides for all.
-
-        Ranks that torchrun or SLURM start look at the run directory at different times, the first
-        one having written to it or not.
-        """
+        """Check and agree on the checkpoint; turn signals and deleted folders into their errors."""
         is_fitting = self.state.fn == TrainerFn.FITTING
-        path = None if ckpt_path is None else str(ckpt_path)
-        if path is not None and self.is_global_zero:
-            checkpoint, given = load_checkpoint(path), self.run.settings
-            if given is not None:
-                check = check_resumed if is_fitting else check_evaluated
-                check(settings_in(checkpoint, path), given, path)
-        if self.world_size > 1:
-            self.strategy.setup_environment()
-            agreed = self.strategy.broadcast((str(self.default_root_dir), path))
-            self._default_root_dir, path = agreed
+        path = self._agreed(ckpt_path)
         # Lightning sets its own ckpt_path only after the callbacks' setup, which needs to know.
-        self.run.resumed_from = path if is_fitting else None
-        if path is not None and not is_fitting:
+        if is_fitting:
+            self.run.resumed_from = path
+        elif path is not None:
             self._forget_averages()
         if self.is_global_zero and Path(self.default_root_dir).is_dir():
             self._folder = WatchedFolder(self.default_root_dir)
@@ -169,6 +157,26 @@ class Trainer(RunTrainer):
             if self._folder is not None:
                 self._folder.close()
                 self._folder = None
+
+    def _agreed(self, ckpt_path: str | Path | None) -> str | None:
+        """The checkpoint and the run directory of the first rank, which also checks them.
+
+        Ranks that torchrun or SLURM start look at the run directory at different times, the first
+        one having written to it or not.
+        """
+        path = None if ckpt_path is None else str(ckpt_path)
+        if self.world_size > 1:  # from here on all ranks end with the first one
+            self.strategy.setup_environment()
+        if path is not None and self.is_global_zero:
+            checkpoint, given = load_checkpoint(path), self.run.settings
+            if given is not None:
+                is_fitting = self.state.fn == TrainerFn.FITTING
+                check = check_resumed if is_fitting else check_evaluated
+                check(settings_in(checkpoint, path), given, path)
+        if self.world_size > 1:
+            agreed = self.strategy.broadcast((str(self.default_root_dir), path))
+            self._default_root_dir, path = agreed
+        return path
 
     def _check_folder(self) -> None:
         if self._folder is not None and not self._folder.is_there():

@@ -7,13 +7,14 @@ They are what :func:`common.cli.parser.decisive` takes from a configuration, wit
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.checkpoints import checkpoint_beside, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
 from common.results.provenance import weights_digest
-from common.settings import plain_digest, type_name
+from common.settings import nodes, plain_digest, type_name
 
 SETTINGS = "settings"
 """Key of a checkpoint under which they are."""
@@ -31,13 +32,7 @@ Settings = Mapping[str, Any]
 
 
 class Difference(NamedTuple):
-    """A setting and its two values.
-
-    Args:
-        name: As on the command line.
-        made: What the checkpoint was made with.
-        given: What is given now.
-    """
+    """A setting, by its name on the command line, in a checkpoint and as it is given now."""
 
     name: str
     made: Any
@@ -116,7 +111,7 @@ def scheduler_of(settings: Settings) -> Any:
 
 
 def run_differences(made: Settings, given: Settings) -> Iterator[Difference]:
-    """Differences between two runs; files are compared by content, wherever they are."""
+    """Differences between two runs; files are compared by content, not by path."""
     before, now = made.get("files") or {}, given.get("files") or {}
     known = before.keys() & now.keys()
     same = {name for name in known if before[name] == now[name]}
@@ -203,18 +198,15 @@ def contents(settings: Settings, run: str | Path) -> dict[str, str]:
     """Digests of the files that settings name, by setting; a file that is not there has none.
 
     Checkpoints named by ``path``, or by ``experiment`` beside the run, count by their weights. The
-    network that takes them has to be the one they were made for.
-
-    Args:
-        settings: Plain values.
-        run: The run directory, or any other of the same experiment and seed.
+    network that takes them has to be the one they were made for. ``run`` is the run directory, or
+    any other of the same experiment and seed.
 
     Raises:
         CheckpointError: If a checkpoint belongs to another network or experiment.
     """
     found: dict[str, str] = {}
-    nodes = [node for section, value in settings.items() for node in _nodes(value, section)]
-    for name, node in nodes:
+    sections = (nodes(value, section) for section, value in settings.items())
+    for name, node in chain.from_iterable(sections):
         if "checkpoint" in node and (node.get("path") or node.get("experiment")):
             key = "path" if node.get("path") else "experiment"
             path = (
@@ -229,18 +221,6 @@ def contents(settings: Settings, run: str | Path) -> dict[str, str]:
             if isinstance(value, str) and {".", os.sep} & set(value) and _is_file(value):
                 found[f"{name}.{key}"] = _file_digest(Path(value))
     return found
-
-
-def _nodes(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All mappings among plain values, with their names as on the command line."""
-    if isinstance(value, Mapping):
-        yield name, value
-        for key, part in value.items():
-            inner = name if key == "init_args" else f"{name}.{key}"
-            yield from _nodes(part, inner)
-    elif isinstance(value, list):
-        for place, part in enumerate(value):
-            yield from _nodes(part, f"{name}.{place}")
 
 
 def _origin(path: Path, name: str, node: Mapping[str, Any], settings: Settings) -> str:
@@ -269,7 +249,7 @@ def _network(settings: Settings) -> Any:
 
 
 def _outline(net: Any) -> Any:
-    """A network's class and arguments; of the parts handed to it the classes alone."""
+    """A network's class and arguments; of its arguments only the classes."""
 
     def classes(value: Any) -> Any:
         if isinstance(value, Mapping) and "class_path" in value:
@@ -299,12 +279,7 @@ def _file_digest(path: Path) -> str:
 
 
 def check_package(package: str, classes: set[str], configs: list[str]) -> None:
-    """Refuse the configuration of another paper.
-
-    Args:
-        package: The paper whose command runs.
-        classes: Import paths of the classes that the configuration names.
-        configs: Its files.
+    """Refuse a configuration whose classes or files are those of another paper than ``package``.
 
     Raises:
         ConfigurationError: Naming the other paper.

@@ -1,8 +1,9 @@
 """What a paper printed: the tables and rows of its ``reference.yaml``."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -126,6 +127,24 @@ class Reference:
     rows: dict[str, Row]
     checkpoints: tuple[str, ...] = ("last", "selected")
     """What a complete result has; ``[last]`` where nothing is selected."""
+
+
+def select(stems: Iterable[str], on: str) -> list[str]:
+    """The stems that a selection means, sorted.
+
+    Args:
+        stems: All there are.
+        on: Words separated by spaces. A word that is a stem means that stem alone; one with ``*``
+            or ``?`` is a pattern; any other is the beginning of stems.
+    """
+    known = sorted(stems)
+
+    def matches(stem: str, word: str) -> bool:
+        if word in known:
+            return stem == word
+        return fnmatchcase(stem, word if "*" in word or "?" in word else f"{word}*")
+
+    return [stem for stem in known if any(matches(stem, word) for word in on.split() or [""])]
 
 
 def read_reference(path: str | Path) -> Reference:

@@ -32,14 +32,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.cli.rows import select
 from common.errors import ConfigurationError, UserError
 from common.files import read_sealed_json
 from common.results.columns import Columns
 from common.results.comparison import audit_notes, comparison_sheet
 from common.results.outcomes import metrics_of
 from common.results.readme import BEGIN, END, is_current, write_readme
-from common.results.reference import UNITS, Group, Metric, Reference, Row, read_reference
+from common.results.reference import UNITS, Group, Metric, Reference, Row, read_reference, select
 from common.results.sheets import Sheet, escape
 from common.results.store import LABELS, Result, load_results, read_costs
 
@@ -124,7 +123,7 @@ def render_table(
 
     Args:
         package: Import name of the paper.
-        on: Only these experiments, as in :func:`common.cli.rows.select`.
+        on: Only these experiments, as in :func:`common.results.reference.select`.
         seeds: Only these seeds; ``None`` takes all there are.
         groups: Only these tables, by id; ``None`` takes all.
 

@@ -13,7 +13,7 @@ from common.classifier import RobustClassifier
 from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
-from common.errors import ConfigurationError, DivergedError
+from common.errors import ConfigurationError
 from common.networks.resnet import DigitsResNet
 from common.objectives import ALP, AT, MART, TRADES, Natural
 
@@ -153,20 +153,6 @@ def test_attack_and_objective_have_to_belong_together() -> None:
         trainer(AdversarialTraining(FGSM(0.1))).fit(classifier(Natural()), datamodule=data())
 
 
-def test_half_precision_is_refused() -> None:
-    callback = AdversarialTraining(FGSM(0.1))
-    module = classifier(AT())
-    stub = type("Stub", (), {"precision": "16-mixed"})()
-    with pytest.raises(ConfigurationError, match="bf16-mixed or 32-true"):
-        callback.setup(stub, module, "fit")
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
-    module = classifier(AT(), lr=1e30)
-    with pytest.raises(DivergedError, match=r"became (nan|inf) at epoch 0, step [12]"):
-        trainer(AdversarialTraining(FGSM(0.1)), max_steps=10).fit(module, datamodule=data())
-
-
 def test_weights_are_perturbed_for_the_gradient_and_put_back_for_the_step() -> None:
     module = classifier(AT())
     awp = AdversarialWeightPerturbation(gamma=0.05)
@@ -183,17 +169,12 @@ def test_weights_are_perturbed_for_the_gradient_and_put_back_for_the_step() -> N
             for name, parameter in pl_module.named_parameters():
                 assert torch.equal(parameter, before[name]), name
 
-    statistics = {n: b.clone() for n, b in module.named_buffers()}
     attack = AdversarialTraining(FGSM(0.1))
     trainer(attack, awp, Watch(), max_steps=1).fit(module, datamodule=data())
     moved = {name for name in before if not torch.equal(before[name], during[name])}
     assert moved == {name for name, p in module.named_parameters() if p.ndim > 1}
-    for name in moved:
-        ratio = (during[name] - before[name]).norm() / before[name].norm()
-        torch.testing.assert_close(ratio, torch.tensor(0.05), rtol=1e-4, atol=0)
     counts = [b for n, b in module.named_buffers() if "num_batches" in n]
     assert all(int(c) == 1 for c in counts), "perturbing must not move batch-norm a second time"
-    assert statistics.keys() == dict(module.named_buffers()).keys()
 
 
 def test_weight_perturbation_climbs() -> None:

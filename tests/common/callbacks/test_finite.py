@@ -58,7 +58,7 @@ def test_the_first_fault_in_the_order_of_computing() -> None:
         return first_fault(net, lambda: scale * net(x).sum(), {"x": x})
 
     assert fault() == ""
-    assert fault(torch.inf) == "the loss alone, every layer's output is finite"
+    assert fault(torch.inf) == "only the loss, every layer's output is finite"
     net[3] = Mask(explodes_at=1)
     assert fault() == "output of 3 (Mask)"
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What an engine and other late settings mean for runs that do without."""
+"""Which settings decide the weights of a run, and what is measured."""
 
 from pathlib import Path
 
@@ -6,31 +6,27 @@ import pytest
 
 from common.attacks.engine.network import AttackEngine
 from common.cli.main import CONFIGS, RobustCLI
-from common.cli.parser import training_digest
-
-SETTINGS = {
-    "model": {"class_path": "x"},
-    "adversary": {"attack": None, "mode": "eval"},
-    "evaluation": {"validation": {"losses": ["ce_f"]}},
-}
+from common.cli.parser import decisive, protocol_digest
 
 
-def test_switched_off_settings_leave_digests_as_they_were() -> None:
-    before = training_digest(SETTINGS)
-    late = {
-        **SETTINGS,
-        "adversary": {**SETTINGS["adversary"], "engine": None},
-        "evaluation": {"validation": {"losses": ["ce_f"], "until_broken": False}, "engine": None},
-    }
-    assert training_digest(late) == before
-    late["adversary"]["engine"] = {"class_path": "common.attacks.engine.network.AttackEngine"}
-    assert training_digest(late) != before
+def test_an_engine_of_training_decides_weights_and_one_of_the_evaluation_does_not() -> None:
+    engine = {"class_path": "common.attacks.engine.network.AttackEngine"}
+    settings = {"adversary": {"engine": None}, "evaluation": {"engine": None}}
+    before = decisive(settings)
+    assert decisive({**settings, "evaluation": {"engine": engine}}) == before
+    assert decisive({**settings, "adversary": {"engine": engine}}) != before
 
 
-def test_an_engine_of_the_evaluation_changes_no_weights() -> None:
-    before = training_digest(SETTINGS)
-    evaluation = {**SETTINGS["evaluation"], "engine": {"class_path": "x"}}
-    assert training_digest({**SETTINGS, "evaluation": evaluation}) == before
+def test_what_decides_a_protocol() -> None:
+    settings = {"evaluation": {"suite": {"fgsm": {"eps": 0.1}}}, "data": {"root": "here"}}
+    before = protocol_digest(settings)
+    assert protocol_digest({**settings, "data": {"root": "there"}}) == before
+    for change in (
+        {"evaluation": {"suite": {"fgsm": {"eps": 0.2}}}},
+        {"data": {"root": "here", "test_limit": 5}},
+        {"trainer": {"limit_test_batches": 1}},
+    ):
+        assert protocol_digest({**settings, **change}) != before
 
 
 @pytest.mark.parametrize(("overlay", "precision"), [("fast", "32"), ("fast_bf16", "bf16")])

@@ -1,0 +1,191 @@
+"""What cannot work is one line before anything is computed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from common.cli.runs import lock
+
+LOGGERS = "lightning.pytorch.loggers."
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--model.net.width", "[4, 4]", "unknown option model.net.width; did you mean widths?"),
+        ("--trainer.max_epoch", "3", "did you mean trainer.max_epochs?"),
+        ("--data.source", "common.data.sources.digits", "did you mean Digits?"),
+        ("--model.objective", "common.objectives.Trades", "did you mean TRADES?"),
+        ("--adversary.attack.eps", "8", "eps must lie in [0, 1] (pixels are in [0, 1]), got 8.0; "
+         "did you mean '8/255'?"),
+        ("--data.batch_size", "many", "data.batch_size: expected int, got many"),
+        ("--adversary.attack", "null", "adversary.attack is null"),
+        ("--model.objective", "common.objectives.Natural", "Natural never reads"),
+        ("--evaluation.validation.losses", "[ce_probe]", "no loss of RobustClassifier matches "
+         "'ce_probe'; it declares ce_f, cw_f, model"),
+        ("--model.net.num_classes", "7", "model.net.num_classes is 7 and Digits has 10"),
+        ("--model.net.in_channels", "2", "model.net.in_channels is 2 and Digits has 1"),
+        ("--evaluation.validation", "null", "so nobody measures it"),
+        ("--trainer.gradient_clip_algorithm", "nonsense", "error: "),
+        ("--ckpt_path", "nothing.ckpt", "nothing.ckpt does not exist"),
+        ("--ckpt_path", "best", "selected.ckpt does not exist"),
+        ("--seed_everything", "true", "seed_everything: expected int, got True"),
+        ("--seed_everything", "4294967296", "got 4294967296"),
+        ("--trainer.precision", "bf16-true", "use bf16-mixed or 32-true"),
+        ("--trainer.limit_val_batches", "abc", "trainer.limit_val_batches: expected "),
+        ("--trainer.devices", "[0]", "`devices` selected with `CPUAccelerator`"),
+        ("--trainer.max_epochs", "0", "trainer.max_epochs is 0, so nothing would be trained"),
+        ("--trainer.max_epochs", "-1", "trainer.max_epochs is -1, so training would never end"),
+        ("--trainer.accumulate_grad_batches", "0", "accumulate_grad_batches must be at least 1"),
+        ("--trainer.gradient_clip_val", "-1", "gradient_clip_val must not be negative, got -1"),
+        ("--trainer.val_check_interval", "100", "`val_check_interval` (100) must be less than"),
+        ("--model.optimizer.lr", "-1", "model.optimizer: Invalid learning rate: -1.0"),
+        ("--model.optimizer.momentums", "1", "model.optimizer.momentums; did you mean momen"),
+        ("--model.optimizer", "torch.optim.SGDD", "no torch.optim.SGDD; did you mean SGD?"),
+        ("--model.scheduler", "torch.optim.lr_scheduler.StepLR", "model.scheduler: the following "
+         "arguments are required: step_size"),
+        ("--model.scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau", "val/robust_acc to "
+         "become better, that is larger, and its mode is min; set model.scheduler.mode: max"),
+        ("--evaluation.results", "tiny.yaml/r.json", None),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_before_any_compute(tiny, option, value, expected) -> None:
+    if expected is None:  # results are written by reproduce
+        line, expected = tiny.refused("reproduce", option, value), "cannot"
+    else:
+        line = tiny.refused("fit", option, value)
+    assert expected in line
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("seed", ["true", "-1", "null"])
+def test_a_seed_in_a_file_is_a_number_too(tiny, seed) -> None:
+    line = tiny.refused("fit", *tiny.overlay(f"seed_everything: {seed}"))
+    assert "seed_everything" in line
+    assert "whole number from 0 to 4294967295" in line or "expected int" in line
+
+
+def test_an_audit_without_a_threat_model_is_refused(tiny) -> None:
+    settings = yaml.safe_load(tiny.text)
+    noise = {"class_path": "common.attacks.noise.UniformNoise", "init_args": {"levels": [0.1]}}
+    settings["evaluation"] = {"audit": {}, "suite": {"noise": {"attack": noise}}}
+    tiny.config.write_text(yaml.safe_dump(settings))
+    assert "evaluation.audit needs a threat model" in tiny.refused("test")
+
+
+def test_an_empty_suite_is_refused(tiny) -> None:
+    line = tiny.refused("test", "--evaluation.suite", "{}")
+    assert "evaluation.suite is empty" in line
+    assert "autoattack.yaml" in line
+
+
+def test_checkpoints_are_checked_before_use(tiny) -> None:
+    tiny("fit", "--trainer.max_epochs", "1")
+    damaged = Path("damaged.ckpt")
+    damaged.write_bytes(tiny.last.read_bytes()[:-2000])
+    assert "cannot be read" in tiny.refused("test", "--ckpt_path", damaged)
+
+
+def test_a_run_directory_belongs_to_one_process(tiny) -> None:
+    held = lock(tiny.run)
+    try:
+        assert "another process is writing" in tiny.refused("fit")
+    finally:
+        held.release()
+
+
+def test_results_that_cannot_be_written_are_found_first(tiny) -> None:
+    Path("file").write_text("not a folder")
+    assert "cannot write" in tiny.refused("test", "--evaluation.results", "file/results.json")
+    assert "cannot be written" in tiny.refused("fit", "--runs", "file")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read: No such file"),
+        ("folder", "cannot be read: it is a folder"),
+        (b"", "is damaged: it is empty"),
+        (b"[1, 2]", "holds no settings"),
+        (b"model: {a: [", "is no YAML"),
+    ],
+)
+def test_files_that_are_no_configuration_are_named(tiny, content, expected) -> None:
+    path = Path("other.yaml").absolute()
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    for option in (["--config", path], [f"--config={path}"]):
+        line = tiny.refused("fit", *option)
+        assert str(path) in line
+        assert expected in line
+
+
+def plateau(**more) -> dict:
+    path = "torch.optim.lr_scheduler.ReduceLROnPlateau"
+    arguments = {
+        "mode": "max",
+        "factor": 0.1,
+        "patience": 0,
+        "threshold": 1.0,
+        "threshold_mode": "abs",
+    } | more
+    if "monitor" in more:
+        path = "lightning.pytorch.cli.ReduceLROnPlateau"
+    return {"model": {"init_args": {"scheduler": {"class_path": path, "init_args": arguments}}}}
+
+
+@pytest.mark.parametrize(
+    "monitor", [None, *(pytest.param(f"val/{m}_acc", marks=slow) for m in ("clean", "mean"))]
+)
+def test_a_schedule_that_waits_for_a_metric_goes_on_after_an_interruption(tiny, monitor) -> None:
+    more = {} if monitor is None else {"monitor": monitor}
+    given = ("fit", *tiny.overlay(plateau(**more)))
+    if monitor == "val/mean_acc":
+        given += ("--checkpoint.monitor", monitor)
+    tiny(*given, "--runs", "whole", "--trainer.max_epochs", "4")
+    tiny(*given, "--runs", "parts", "--trainer.max_epochs", "2")
+    tiny(*given, "--runs", "parts", "--trainer.max_epochs", "4", "--ckpt_path", "last")
+    whole, parts = tiny.checkpoint("whole"), tiny.checkpoint("parts")
+    # The threshold lets nothing pass for better than the first epoch.
+    rates = [c["optimizer_states"][0]["param_groups"][0]["lr"] for c in (whole, parts)]
+    assert rates == pytest.approx([0.1 * 0.1**3] * 2)
+    assert whole["lr_schedulers"] == parts["lr_schedulers"]
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [
+        (plateau(monitor="val/nothing"), "waits for val/nothing, which nothing logs"),
+        (plateau() | {"trainer": {"limit_val_batches": 0}}, "nothing is validated"),
+        ({"model": {"init_args": {"scheduler_interval": "step"} | plateau()["model"]["init_args"]}},
+         "set model.scheduler_interval: epoch"),
+        ({"model": {"init_args": {"scheduler": {
+            "class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 0}
+        }}}}, "model.scheduler fails after epoch 0: integer modulo by zero"),
+        ({"model": {"init_args": {"scheduler": {
+            "class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 1.0}
+        }}}}, "model.scheduler fails at the start: You must define either total_steps"),
+        ({"trainer": {"callbacks": {"class_path": "lightning.pytorch.callbacks.EarlyStopping",
+                                    "init_args": {"monitor": "nothing"}}}}, "`nothing` which is"),
+        ({"trainer": {"logger": {"class_path": f"{LOGGERS}CSVLogger",
+                                 "init_args": {"save_dir": "tiny.yaml"}}}}, "Not a directory"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_one_line(tiny, overlay, expected) -> None:
+    assert expected in tiny.refused("fit", *tiny.overlay(overlay))
+
+
+@pytest.mark.parametrize("name", ["results.json", "outcomes"])
+def test_reproduce_finds_what_it_cannot_write_before_it_trains(tiny, name) -> None:
+    run = tiny.run
+    run.mkdir(parents=True)
+    (run / name).mkdir() if name == "results.json" else (run / name).write_text("in the way")
+    assert name in tiny.refused("reproduce")
+    assert not list(run.rglob("*.ckpt"))
