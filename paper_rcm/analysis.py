@@ -70,7 +70,7 @@ EXAMPLES = 2000
 
 
 def simulation() -> dict[str, dict[str, dict[int, float]]]:
-    """Movement of pooled features by side and by stride, for both poolings, and D1 (E1, [choice])."""
+    """Movement of pooled features by side and by stride, and its closed form (E1, [choice])."""
     found: dict[str, dict[str, dict[int, float]]] = {"side": {}, "stride": {}}
     by_side = {side: simulate(side) for side in SIDES}
     by_stride = {stride: simulate(32, stride) for stride in STRIDES}

@@ -53,7 +53,7 @@ from common.modes import frozen
 from common.networks.wide_resnet import WideResNet
 from common.results.bases import comparable, last_of
 from common.results.store import Result, load_results
-from paper_robustwrn.lipschitz import L2Ratio, upper_bound
+from paper_robustwrn.measures import L2Ratio, upper_bound
 
 METRIC = "pgd20/ce_f"
 LABELLED = {"cifar10": (50.0, 52.5)}

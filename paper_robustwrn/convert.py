@@ -21,10 +21,10 @@ import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from common.checkpoints import read_content
 from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
 from common.files import write_sealed, write_text_atomically
 from common.results.identity import SETTINGS
+from common.weights import check_weights_fit
 from paper_robustwrn.method import RobustWideResNet
 
 WRAPPERS = ("model_state_dict", "state_dict")
@@ -58,14 +59,8 @@ class Architecture:
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of :class:`RobustWideResNet`, as plain values."""
-        lists = {name: list(getattr(self, name)) for name in ("depths", "channels", "strides")}
-        return {
-            **lists,
-            "num_classes": self.num_classes,
-            "in_channels": self.in_channels,
-            "imagenet_stem": self.imagenet_stem,
-            "stem_stride": self.stem_stride,
-        }
+        values = asdict(self).items()
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values}
 
 
 def read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -173,25 +168,13 @@ def rename(
     with torch.device("meta"):
         own = RobustWideResNet(**architecture.arguments()).state_dict()
     official = {official_name(name): name for name in own}
-    missing = [name for name in official if name not in weights]
-    unknown = [name for name in weights if name not in official]
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[ours].shape)}"
-        for name, ours in official.items()
-        if name in weights and weights[name].shape != own[ours].shape
-    ]
-    problems = [
-        f"{len(names)} {what} (first: {names[0]})"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "misshapen"))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{origin} does not fit the RobustWideResNet its names describe (depths "
-            f"{list(architecture.depths)}, channels {list(architecture.channels)}, strides "
-            f"{list(architecture.strides)}): {'; '.join(problems)}. Give the file as its authors "
-            "published it, or its strides with --strides"
-        )
+    check_weights_fit(
+        {name: own[ours] for name, ours in official.items()},
+        weights,
+        f"{origin}, read as depths {list(architecture.depths)}, channels "
+        f"{list(architecture.channels)}, strides {list(architecture.strides)},",
+        "Give the file as its authors published it, or its strides with --strides",
+    )
     return {ours: weights[name].detach().clone() for name, ours in official.items()}
 
 
@@ -315,14 +298,9 @@ def describe(architecture: Architecture, origin: str) -> str:
     return f"# Converted from {origin!a}, trained by other code.\n{note}{text}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see python -m paper_robustwrn convert --help\n")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """``convert official.pth out.ckpt``; errors are one line and exit status 2."""
-    parser = _Parser(
+def main(args: list[str]) -> int:
+    """``convert official.pth out.ckpt``; the exit status is 2 after an error of the user."""
+    parser = argparse.ArgumentParser(
         "python -m paper_robustwrn convert",
         description="Turn an official checkpoint into one of ours, with a configuration beside it.",
     )
@@ -343,15 +321,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="images and the official network's logits for them, {'x': ..., 'logits': ...} as "
         "torch.save writes it",
     )
-    given = parser.parse_args(argv)
+    given = parser.parse_args(args)
     try:
         found = convert(given.source, given.target, given.strides, given.stem_stride, given.check)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
     beside = Path(given.target).with_suffix(".yaml")
     if given.check is None:
-        print("Its logits were not checked: strides and the stem's are as told, or the usual ones.")
+        print("Its logits were not checked: strides are those given, or the usual ones.")
     print(
         f"{given.target}: depths {list(found.depths)}, channels {list(found.channels)}, stem "
         f"stride {found.stem_stride}, strides {list(found.strides)}, {found.num_classes} classes\n"
@@ -359,3 +337,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         "  python -m paper_robustwrn test --config common/configs/paper-robustwrn.yaml "
         f"--config {beside} --ckpt_path {given.target}"
     )
+    return 0
