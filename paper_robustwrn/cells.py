@@ -67,6 +67,7 @@ Op = Literal[
 
 def make_op(name: Op, channels: int, stride: int) -> nn.Module:
     """One operation that keeps the channels."""
+    check_choice("an operation", name, Op)
     kernel = int(name[-1]) if name[-1].isdigit() else 0
     match name:
         case "skip_connect":
@@ -192,6 +193,7 @@ class Cell(nn.Module):
         after_reduction: bool,
     ) -> None:
         super().__init__()
+        check_cell(ops, concat)
         adapt = FactorizedReduce if after_reduction else relu_conv_bn
         self.input0 = adapt(before_previous, channels)
         self.input1 = relu_conv_bn(previous, channels)
