@@ -119,8 +119,8 @@ def test_parameters_grow_with_every_depth_and_width():
     for values in itertools.product((1, 4, 9), repeat=3):
         for stage in range(3):
             more = tuple(v + (s == stage) for s, v in enumerate(values))
-            for cost in (Configuration.parameters, Configuration.macs):
-                assert cost(Configuration(more)) > cost(Configuration(values))
+            for size in (Configuration.parameters, Configuration.macs):
+                assert size(Configuration(more)) > size(Configuration(values))
             assert (
                 Configuration(widths=more).parameters() > Configuration(widths=values).parameters()
             )
