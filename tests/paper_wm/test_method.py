@@ -64,19 +64,16 @@ def slow(x: torch.Tensor, m: torch.Tensor, variant: str, k: int, norm: str, lam:
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_layer_is_its_definition_in_loops(variant, k) -> None:
-    for settings in ({}, {"shared": True}):
-        made = layer(variant, kernel_size=k, **settings)
-        x = features()
-        torch.testing.assert_close(made(x), slow(x, made.map, variant, k, "sum", 1.0))
-
-
-def test_norm_and_lam_are_those_of_the_definition() -> None:
-    x = features()
-    mean, soft = layer("smoothing", kernel_norm="mean"), layer("unsharp", lam=-0.3)
-    torch.testing.assert_close(mean(x), slow(x, mean.map, "smoothing", 3, "mean", 1.0))
-    torch.testing.assert_close(soft(x), slow(x, soft.map, "unsharp", 3, "sum", -0.3))
+@pytest.mark.parametrize(
+    ("variant", "norm", "lam"),
+    [*((variant, "sum", 1.0) for variant in VARIANTS), ("smoothing", "mean", 1.0),
+     ("unsharp", "sum", -0.3)],
+)  # fmt: skip
+def test_the_layer_is_its_definition_in_loops(variant, norm, lam, k) -> None:
+    settings = {"kernel_norm": norm, "lam": None if lam == 1.0 else lam}
+    for shared in (False, True):
+        made, x = layer(variant, kernel_size=k, shared=shared, **settings), features()
+        torch.testing.assert_close(made(x), slow(x, made.map, variant, k, norm, lam))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -95,7 +92,7 @@ def test_the_other_order_weights_what_the_filter_gives(variant) -> None:
         assert not torch.allclose(first(x), expected)
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 6), (3, 5, 5), (4, 6, 5), (1, 6, 5)])
+@pytest.mark.parametrize("shape", [(3, 6, 6), (1, 6, 5)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_feature_of_another_shape_is_refused(shape, shared) -> None:
     """Invariant 1: never resized, never broadcast."""
@@ -118,6 +115,7 @@ def test_parameters_are_the_map_alone() -> None:
         assert list(made.state_dict()) == ["map"]
         assert not list(made.buffers())
         assert made.map.dtype == torch.float32
+    assert "smoothing, 3x6x5, k=3, sum, frozen" in repr(made)
 
 
 def test_identities_of_ones_and_of_a_window_of_one() -> None:
@@ -160,17 +158,6 @@ def test_noise_at_the_input_passes_as_if_alone(variant) -> None:
         other, both = layer(variant), layer(variant)
         both.map.data.copy_(made.map.data - 2.0 * other.map.data)
         torch.testing.assert_close(both(x), made(x) - 2.0 * other(x))
-
-
-def test_a_constant_map_commutes_with_shifts_and_another_does_not() -> None:
-    """Invariant 11."""
-    shape = (1, 8, 8)
-    x = torch.zeros(1, *shape, dtype=torch.float64)
-    x[..., 3:5, 3:5] = torch.rand(2, 2, dtype=torch.float64)
-    moved = x.roll(1, dims=3)
-    constant, varying = layer("smoothing", shape, random=False), layer("smoothing", shape)
-    torch.testing.assert_close(constant(moved), constant(x).roll(1, dims=3))
-    assert not torch.allclose(varying(moved), varying(x).roll(1, dims=3))
 
 
 @pytest.mark.parametrize("variant", FILTERS)
@@ -256,15 +243,6 @@ def test_the_layer_computes_in_float32_under_autocast() -> None:
 def test_what_does_not_fit_is_refused(settings, message) -> None:
     with pytest.raises(ConfigurationError, match=message):
         WeightMap(**{"variant": "smoothing", "shape": SHAPE, **settings})
-
-
-def test_print_shows_the_settings() -> None:
-    assert "smoothing, 3x6x5, k=3, sum, frozen" in repr(
-        WeightMap("smoothing", SHAPE, trainable=False)
-    )
-    assert "unsharp, 1x6x5, k=5, lam=0.5" in repr(
-        WeightMap("unsharp", SHAPE, 5, lam=0.5, shared=True)
-    )
 
 
 # --------------------------------------------------------------------------------- into networks
