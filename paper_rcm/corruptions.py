@@ -10,7 +10,6 @@ Tags as in :mod:`paper_rcm.method`.
 
 import argparse
 import hashlib
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from common.classifier import RobustClassifier
 from common.cli.main import RobustCLI, load_run
 from common.data.corruptions import CIFAR10C, CORRUPTIONS, SEVERITIES
 from common.data.images import ImageDataModule
-from common.errors import ConfigurationError, RunDirectoryError, UserError
+from common.errors import ConfigurationError, RunDirectoryError
 from common.files import check_writable, read_sealed_json, write_sealed_json
 from common.modes import network_of
 from common.results.identity import check_evaluated, settings_in
@@ -233,35 +232,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: list[str]) -> int:
-    """Run the command; the exit status is 2 after an error the user can correct."""
+def main(args: list[str]) -> None:
+    """Run the command."""
     given = _parser().parse_args(args)
     console = Console()
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    try:
-        checkpoint: Path = given.ckpt_path
-        model, data = load(checkpoint, given.config)
-        if data.num_classes != 10 or data.shape != (3, 32, 32):
-            raise ConfigurationError(
-                f"the network was made for {data.source.spec.name}, and CIFAR-10-C has 10 classes "
-                "of 3x32x32 images; give a checkpoint of a cifar10 experiment"
-            )
-        root = given.root or getattr(data.source, "root", "data")
-        in_run = checkpoint.parent.name == "checkpoints"
-        folder = checkpoint.parent.parent if in_run else checkpoint.parent
-        results = given.results or folder / "corruptions.json"
-        entry = evaluate_corruptions(
-            model.to(given.device),
-            CIFAR10C(root, verify=not given.subset),
-            results,
-            checkpoint.stem,
-            given.only,
-            given.batch_size,
-            console,
+    checkpoint: Path = given.ckpt_path
+    model, data = load(checkpoint, given.config)
+    if data.num_classes != 10 or data.shape != (3, 32, 32):
+        raise ConfigurationError(
+            f"the network was made for {data.source.spec.name}, and CIFAR-10-C has 10 classes of "
+            "3x32x32 images; give a checkpoint of a cifar10 experiment"
         )
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    root = given.root or getattr(data.source, "root", "data")
+    in_run = checkpoint.parent.name == "checkpoints"
+    folder = checkpoint.parent.parent if in_run else checkpoint.parent
+    results = given.results or folder / "corruptions.json"
+    entry = evaluate_corruptions(
+        model.to(given.device),
+        CIFAR10C(root, verify=not given.subset),
+        results,
+        checkpoint.stem,
+        given.only,
+        given.batch_size,
+        console,
+    )
     console.print(corruption_table(entry))
     console.print(f"written to {results}")
-    return 0

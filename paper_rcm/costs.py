@@ -10,7 +10,6 @@ take turns, so they need no idle machine; they belong to a device and a batch si
 import argparse
 import copy
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from common.analysis.profiling import (
     relative_times,
 )
 from common.attacks.pgd import PGD
-from common.errors import ConfigurationError, UserError
+from common.errors import ConfigurationError
 from common.evaluation.measures import cost
 from common.files import read_sealed_json, write_sealed_json
 from common.limits import read_yaml
@@ -243,32 +242,20 @@ def draw(entries: Mapping[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def main(args: list[str]) -> int:
-    """Run the command; the exit status is 2 after an error the user can correct."""
+def main(args: list[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m paper_rcm costs", description=__doc__)
     parser.add_argument("--on", default="digits", metavar="PREFIX", help="only these experiments")
     parser.add_argument("--batch_size", type=int, default=128, help="of the steps that are timed")
     parser.add_argument("--rounds", type=int, default=20, help="how often each is timed")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    arguments = parser.parse_args(args)
+    o = parser.parse_args(args)
     folder = Path(__file__).parent
-    configs = sorted((folder / "configs").glob(f"{arguments.on}*.yaml"))
+    configs = sorted((folder / "configs").glob(f"{o.on}*.yaml"))
+    if not configs:
+        raise ConfigurationError(f"no configuration begins with {o.on!r}")
     console = Console()
-    try:
-        if not configs:
-            raise ConfigurationError(f"no configuration begins with {arguments.on!r}")
-        found = measure_costs(
-            configs,
-            folder / "results",
-            arguments.batch_size,
-            arguments.device,
-            arguments.rounds,
-            console,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = measure_costs(configs, folder / "results", o.batch_size, o.device, o.rounds, console)
     console.print(show(found))
     for path in draw(found, folder / "results" / "figures"):
         console.print(f"wrote {path}")
-    return 0

@@ -19,7 +19,6 @@ import argparse
 import io
 import itertools
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -33,7 +32,7 @@ from torch import Tensor
 
 import common
 from common.checkpoints import read_content
-from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
+from common.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from common.files import write_sealed, write_text_atomically
 from common.results.identity import SETTINGS
 from common.weights import check_weights_fit
@@ -298,8 +297,8 @@ def describe(architecture: Architecture, origin: str) -> str:
     return f"# Converted from {origin!a}, trained by other code.\n{note}{text}"
 
 
-def main(args: list[str]) -> int:
-    """``convert official.pth out.ckpt``; the exit status is 2 after an error of the user."""
+def main(args: list[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         "python -m paper_robustwrn convert",
         description="Turn an official checkpoint into one of ours, with a configuration beside it.",
@@ -322,11 +321,7 @@ def main(args: list[str]) -> int:
         "torch.save writes it",
     )
     given = parser.parse_args(args)
-    try:
-        found = convert(given.source, given.target, given.strides, given.stem_stride, given.check)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    found = convert(given.source, given.target, given.strides, given.stem_stride, given.check)
     beside = Path(given.target).with_suffix(".yaml")
     if given.check is None:
         print("Its logits were not checked: strides are those given, or the usual ones.")
@@ -337,4 +332,3 @@ def main(args: list[str]) -> int:
         "  python -m paper_robustwrn test --config common/configs/paper-robustwrn.yaml "
         f"--config {beside} --ckpt_path {given.target}"
     )
-    return 0
