@@ -147,7 +147,8 @@ def attacked(
     generator = torch.Generator(x.device).manual_seed(seed)
     found = []
     with frozen(model):
-        for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        batches = (torch.split(x, batch_size), torch.split(y, batch_size))
+        for images, labels in zip(*batches, strict=True):
 
             def loss(z: Tensor, labels: Tensor = labels) -> Tensor:
                 return cross_entropy(model(z), labels)
