@@ -20,7 +20,6 @@ import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,22 +43,8 @@ DATA = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}  # by the number o
 BLOCK = re.compile(r"blocks\.(\d+)\.layer\.(\d+)\.(.+)")
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What a state dict tells about its network."""
-
-    depths: tuple[int, ...]
-    channels: tuple[int, ...]
-    strides: tuple[int, ...]
-    num_classes: int
-    in_channels: int
-    imagenet_stem: bool
-    stem_stride: int = 1
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of :class:`RobustWideResNet`, as plain values."""
-        values = asdict(self).items()
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values}
+Arguments = dict[str, Any]
+"""Of :class:`RobustWideResNet`, as plain values."""
 
 
 def read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -92,8 +77,8 @@ def recover(
     origin: str,
     strides: Sequence[int] | None = None,
     stem_stride: int = 1,
-) -> Architecture:
-    """The network behind an official state dict.
+) -> Arguments:
+    """The arguments of the network behind an official state dict.
 
     Args:
         weights: Official names to tensors.
@@ -107,7 +92,7 @@ def recover(
     """
     blocks = {(int(m[1]), int(m[2])) for key in weights if (m := BLOCK.fullmatch(key))}
     stages = sorted({stage for stage, _ in blocks})
-    depths = tuple(sum(stage == s for s, _ in blocks) for stage in stages)
+    depths = [sum(stage == s for s, _ in blocks) for stage in stages]
     imagenet_stem = "stem_conv.0.weight" in weights
     names = ["stem_conv.0.weight" if imagenet_stem else "stem_conv.weight"]
     names += [f"blocks.{stage}.layer.0.conv2.weight" for stage in stages]
@@ -134,11 +119,15 @@ def recover(
         raise ConfigurationError(
             f"strides are one for each of the {len(stages)} stages, got {list(strides)}"
         )
-    return Architecture(
-        *(depths, channels, tuple(strides or found), shapes[-1][0], shapes[0][1]),
-        imagenet_stem,
-        stem_stride,
-    )
+    return {
+        "depths": depths,
+        "channels": list(channels),
+        "strides": list(strides or found),
+        "num_classes": shapes[-1][0],
+        "in_channels": shapes[0][1],
+        "imagenet_stem": imagenet_stem,
+        "stem_stride": stem_stride,
+    }
 
 
 def official_name(name: str) -> str:
@@ -156,35 +145,31 @@ def official_name(name: str) -> str:
     return name
 
 
-def rename(
-    weights: Mapping[str, Tensor], architecture: Architecture, origin: str
-) -> dict[str, Tensor]:
+def rename(weights: Mapping[str, Tensor], arguments: Arguments, origin: str) -> dict[str, Tensor]:
     """Our state dict from the official one, entry by entry.
 
     Raises:
         CheckpointError: If an entry is missing, unknown or of another shape.
     """
     with torch.device("meta"):
-        own = RobustWideResNet(**architecture.arguments()).state_dict()
+        own = RobustWideResNet(**arguments).state_dict()
     official = {official_name(name): name for name in own}
+    read_as = ", ".join(f"{name} {arguments[name]}" for name in ("depths", "channels", "strides"))
     check_weights_fit(
         {name: own[ours] for name, ours in official.items()},
         weights,
-        f"{origin}, read as depths {list(architecture.depths)}, channels "
-        f"{list(architecture.channels)}, strides {list(architecture.strides)},",
+        f"{origin}, read as {read_as},",
         "Give the file as its authors published it, or its strides with --strides",
     )
     return {ours: weights[name].detach().clone() for name, ours in official.items()}
 
 
-def check_logits(
-    state: Mapping[str, Tensor], architecture: Architecture, stated: str | Path
-) -> None:
+def check_logits(state: Mapping[str, Tensor], arguments: Arguments, stated: str | Path) -> None:
     """Refuse a network that gives other logits than those stated, up to rounding.
 
     Args:
         state: Its state dict, under our names.
-        architecture: Its shape.
+        arguments: Of the network.
         stated: A file of ``torch.save`` with ``x``, images ``(N, C, H, W)`` in [0, 1], and
             ``logits`` ``(N, K)``.
 
@@ -194,7 +179,7 @@ def check_logits(
     try:
         found = torch.load(stated, map_location="cpu", weights_only=True)
         x, wanted = found["x"].float(), found["logits"].float()
-        net = RobustWideResNet(**architecture.arguments())
+        net = RobustWideResNet(**arguments)
         net.load_state_dict(dict(state))
         with torch.no_grad():
             got = net.eval()(x)
@@ -208,8 +193,8 @@ def check_logits(
     if not off < 1e-3:
         raise CheckpointError(
             f"the converted network gives other logits than {stated} (largest difference {off:.2g} "
-            f"of the largest logit) with strides {list(architecture.strides)} and stem stride "
-            f"{architecture.stem_stride}; give those of the official network with --strides and "
+            f"of the largest logit) with strides {arguments['strides']} and stem stride "
+            f"{arguments['stem_stride']}; give those of the official network with --strides and "
             "--stem_stride"
         )
 
@@ -220,7 +205,7 @@ def convert(
     strides: Sequence[int] | None = None,
     stem_stride: int = 1,
     stated: str | Path | None = None,
-) -> Architecture:
+) -> Arguments:
     """Write ``target`` and, beside it, the YAML file with its model and data sections.
 
     Args:
@@ -231,7 +216,7 @@ def convert(
         stated: Images with their logits, see :func:`check_logits`; ``None`` checks nothing.
 
     Returns:
-        The network that was recovered.
+        The arguments of the network that was recovered.
 
     Raises:
         CheckpointError: If ``source`` is not what it should be, or the logits are others.
@@ -244,10 +229,10 @@ def convert(
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigurationError(f"{target} is the official file itself; choose another name")
     weights, rest = read_official(source)
-    architecture = recover(weights, str(source), strides, stem_stride)
-    state = rename(weights, architecture, str(source))
+    arguments = recover(weights, str(source), strides, stem_stride)
+    state = rename(weights, arguments, str(source))
     if stated is not None:
-        check_logits(state, architecture, stated)
+        check_logits(state, arguments, stated)
     environment = rest.get("ENV")
     steps = environment.get("global_step") if isinstance(environment, Mapping) else 0
     checkpoint = {
@@ -256,7 +241,7 @@ def convert(
         "pytorch-lightning_version": version("lightning"),
         "state_dict": {f"net.{name}": value for name, value in state.items()},
         "callbacks": {},
-        SETTINGS: {"package": "paper_robustwrn", "model": _model(architecture.arguments())},
+        SETTINGS: {"package": "paper_robustwrn", "model": _model(arguments)},
     }
     config = target.with_suffix(".yaml")
     if config.exists() and not config.read_bytes().startswith(b"# Converted from "):
@@ -264,14 +249,14 @@ def convert(
     content = io.BytesIO()
     torch.save(checkpoint, content)
     try:
-        write_text_atomically(config, describe(architecture, source.name))
+        write_text_atomically(config, describe(arguments, source.name))
         write_sealed(target, content)
     except RunDirectoryError as error:
         raise ConfigurationError(str(error)) from error
-    return architecture
+    return arguments
 
 
-def _model(arguments: dict[str, Any]) -> dict[str, Any]:
+def _model(arguments: Arguments) -> dict[str, Any]:
     """The model section, as far as the file tells it."""
     net = {"class_path": "paper_robustwrn.method.RobustWideResNet", "init_args": arguments}
     return {"class_path": "common.classifier.RobustClassifier", "init_args": {"net": net}}
@@ -282,14 +267,14 @@ def _count(value: Any) -> int:
     return int(value) if isinstance(value, int | np.integer) and value >= 0 else 0
 
 
-def describe(architecture: Architecture, origin: str) -> str:
+def describe(arguments: Arguments, origin: str) -> str:
     """The YAML file: the model, and the data set where the number of classes tells it."""
-    model = _model(architecture.arguments())
+    model = _model(arguments)
     model["init_args"]["objective"] = {"class_path": "common.objectives.AT"}
     sections: dict[str, Any] = {"model": model}
     note = "# The objective plays no part in evaluation.\n"
-    if architecture.num_classes in DATA and architecture.in_channels == 3:
-        name = f"{DATA[architecture.num_classes]}.yaml"
+    if arguments["num_classes"] in DATA and arguments["in_channels"] == 3:
+        name = f"{DATA[arguments['num_classes']]}.yaml"
         sections["data"] = str(Path(common.__file__).resolve().parent / "configs" / name)
     else:
         note += "# Which data these classes belong to is not known: give one more --config.\n"
@@ -322,13 +307,11 @@ def main(args: list[str]) -> None:
     )
     given = parser.parse_args(args)
     found = convert(given.source, given.target, given.strides, given.stem_stride, given.check)
-    beside = Path(given.target).with_suffix(".yaml")
     if given.check is None:
         print("Its logits were not checked: strides are those given, or the usual ones.")
+    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items())
     print(
-        f"{given.target}: depths {list(found.depths)}, channels {list(found.channels)}, stem "
-        f"stride {found.stem_stride}, strides {list(found.strides)}, {found.num_classes} classes\n"
-        "Evaluate it with\n"
+        f"{given.target}: {described}\nEvaluate it with\n"
         "  python -m paper_robustwrn test --config common/configs/paper-robustwrn.yaml "
-        f"--config {beside} --ckpt_path {given.target}"
+        f"--config {Path(given.target).with_suffix('.yaml')} --ckpt_path {given.target}"
     )

@@ -148,7 +148,7 @@ def test_logits_are_those_of_the_official_network(tmp_path, settings):
     torch.save(official_file(model), tmp_path / "official.pth")
     target = tmp_path / "out.ckpt"
     found = convert(tmp_path / "official.pth", target)
-    assert found.strides == settings.get("strides", (1, 2, 2))
+    assert found["strides"] == list(settings.get("strides", (1, 2, 2)))
     net = converted_net(target)
     x = torch.rand(4, settings.get("c", 3), 16, 16)
     expected = model(x)
@@ -183,8 +183,8 @@ def test_the_full_size_network_is_recovered(tmp_path):
         names = Official((5, 5, 5), (16, 320, 640, 512)).state_dict()
     assert len(names) == 191
     found = recover(names, "official.pth")
-    assert (found.depths, found.channels) == ((5, 5, 5), (16, 320, 640, 512))
-    assert (found.strides, found.num_classes, found.in_channels) == ((1, 2, 2), 10, 3)
+    assert (found["depths"], found["channels"]) == ([5, 5, 5], [16, 320, 640, 512])
+    assert (found["strides"], found["num_classes"], found["in_channels"]) == ([1, 2, 2], 10, 3)
     assert len(rename(names, found, "official.pth")) == 191
 
 
