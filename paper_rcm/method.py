@@ -60,11 +60,11 @@ class EnlargedNetwork(nn.Module):
     up to rounding [derived]. What attacks see is ``x`` in the original resolution, and gradients
     pass through the interpolation: with ``nearest`` a pixel's is the sum over its m x m copies.
 
-    A wrong ``scale_factor`` or wrong strides change no shape in the state dict and so load without
-    complaint; they belong to the configuration of a run [code].
+    A wrong ``scale_factor`` or wrong strides change no shape in the state dict and load without an
+    error; they belong to the configuration of a run [code].
 
     Args:
-        arch: A backbone of ``common.networks``, without ``mean`` and ``std`` of its own.
+        arch: A backbone of ``common.networks``, without ``mean`` and ``std``.
         scale_factor: The factor m; 2 is the paper's setting [code].
         mode: Interpolation; a factor that is no integer needs ``bilinear`` [choice] or ``bicubic``.
         num_classes: Number of classes K, which ``arch`` must have; ``None`` leaves it unchecked.

@@ -289,7 +289,7 @@ def main(args: list[str]) -> None:
         description="Turn an official checkpoint into one of ours, with a configuration beside it.",
     )
     parser.add_argument("source", help="official .pth file")
-    parser.add_argument("target", help="checkpoint to write; out.ckpt brings out.yaml along")
+    parser.add_argument("target", help="checkpoint to write; out.yaml is written beside out.ckpt")
     parser.add_argument(
         "--strides",
         type=int,

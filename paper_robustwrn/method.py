@@ -54,7 +54,7 @@ class RobustWideResNet(WideResNet):
 
     Blocks are pre-activation. Where the width changes, the 1x1 shortcut reads the activated input;
     where only the resolution does, it reads the raw input; elsewhere the raw input is added as it
-    is. The head is BN - ReLU - global pool - linear whatever the stages' activations.
+    is. The head is BN - ReLU - global pool - linear in every case.
 
     Stems: one convolution without batch-norm or activation, or for large images conv7x7 (stride 2)
     - BN - ReLU - max-pool (stride 2) [C].

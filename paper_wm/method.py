@@ -314,7 +314,7 @@ def _module_after(net: nn.Module, name: str) -> nn.Module:
     while isinstance(module, nn.Sequential) and len(module):
         if type(module).forward is not nn.Sequential.forward:
             raise ConfigurationError(
-                f"module {name!r} is a Sequential with a forward pass of its own, so its last "
+                f"module {name!r} is a Sequential that overrides forward, so its last "
                 "module may not be the last to run; name one of its modules"
             )
         module = list(module.children())[-1]

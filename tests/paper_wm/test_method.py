@@ -401,7 +401,7 @@ def test_a_sequential_that_runs_otherwise_is_refused() -> None:
             return x
 
     net = nn.Sequential(Backwards(nn.Conv2d(4, 4, 3), nn.Conv2d(1, 4, 3)))
-    with pytest.raises(ConfigurationError, match="a forward pass of its own"):
+    with pytest.raises(ConfigurationError, match="overrides forward"):
         insert_weight_maps(net, ["0"], (1, 8, 8), "smoothing")
 
 
