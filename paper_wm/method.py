@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError, check_choice
+from common.modes import try_out
 
 Variant = Literal["smoothing", "unsharp", "highpass", "scale", "subtract", "subtract_summed"]
 """``smoothing`` and ``unsharp`` are the two variants [S]; ``highpass`` is another reading of an
@@ -334,22 +335,11 @@ def _outputs(
         module.register_forward_hook(lambda _m, _a, output, name=name: seen[name].append(output))
         for name, module in places.items()
     ]
-    modes = {module: module.training for module in net.modules()}
-    parameter = next(net.parameters(), torch.empty(0))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            net.eval()(parameter.new_zeros(1, *example_shape))
-    except (RuntimeError, ValueError) as error:
-        raise ConfigurationError(
-            f"the network cannot take images of shape {'x'.join(map(str, example_shape))} "
-            f"(channels x height x width): {str(error).splitlines()[0]}; give the example_shape of "
-            "the images it is for"
-        ) from error
+        try_out(net, example_shape, "give the example_shape of the images it is for")
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return seen
 
 
