@@ -23,7 +23,7 @@ from torch import Tensor
 from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
-from common.evaluation.measures import Measure
+from common.evaluation.measures import AttackMeasure
 from common.evaluation.steps import Columns
 from common.modes import frozen, network_of
 from common.objectives import Batch
@@ -31,17 +31,11 @@ from common.objectives import Batch
 # ----------------------------------------------------------------------- during an evaluation, E6
 
 
-class Consistency(Measure):
+class Consistency(AttackMeasure):
     """``consistency`` (CA), where the attack moves away from the network's own clean prediction.
 
     So images that are misclassified are attacked too [choice]; on the others it is robustness.
-
-    Args:
-        attack: Makes x', from the cross-entropy with f(x).
     """
-
-    def __init__(self, attack: PGD) -> None:
-        self.attack = attack
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
         """``consistency``, 0 or 1 for each image."""
@@ -59,26 +53,19 @@ class Consistency(Measure):
         return {"consistency": same.float()}
 
 
-class PooledChange(Measure):
+class PooledChange(AttackMeasure):
     """How far the pooled feature moves in l2, absolute and relative to its length [choice].
 
     ``pooled_change`` and ``pooled_change_relative`` under an attack, ``pooled_change_noise`` and
     ``pooled_change_noise_relative`` under uniform noise of the same radius. The absolute movement
     is the primary number: dividing can hide the effect.
-
-    Args:
-        attack: Makes x', from cross-entropy, in the linf ball.
     """
-
-    def __init__(self, attack: PGD) -> None:
-        self.attack = attack
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
         """The four numbers of each image."""
-        x, y = batch["x"], batch["y"]
-        net = network_of(model)
+        x, net = batch["x"], network_of(model)
         noise = random.uniform(x.shape[1:], -self.attack.eps, self.attack.eps).to(x)
-        x_adv = self.attack(lambda images: cross_entropy(model(images), y), x, random)
+        x_adv = self.attacked(model, batch, random)
         columns = {}
         with torch.no_grad():
             clean: Tensor = net.pooled(x)

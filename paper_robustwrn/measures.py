@@ -21,11 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.attacks.losses import cross_entropy
-from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.errors import ConfigurationError
-from common.evaluation.measures import Measure
+from common.evaluation.measures import AttackMeasure
 from common.evaluation.steps import Columns
 from common.networks.wide_resnet import WideBlock, WideResNet
 from common.objectives import Batch
@@ -126,20 +124,12 @@ def _shape_after(conv: nn.Conv2d, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(copy.deepcopy(conv).to("meta")(torch.empty(1, *shape, device="meta")).shape[1:])
 
 
-class L2Ratio(Measure):
-    r"""``l2_ratio``, :math:`\|f(x) - f(x')\|_2 / \|x - x'\|_2`, which is at most the bound.
-
-    Args:
-        attack: Makes x', from cross-entropy.
-    """
-
-    def __init__(self, attack: PGD) -> None:
-        self.attack = attack
+class L2Ratio(AttackMeasure):
+    r"""``l2_ratio``, :math:`\|f(x) - f(x')\|_2 / \|x - x'\|_2`, which is at most the bound."""
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
         """``l2_ratio`` ``(N,)``; 0 where x' is x."""
-        x, y = batch["x"], batch["y"]
-        x_adv = self.attack(lambda images: cross_entropy(model(images), y), x, random)
+        x, x_adv = batch["x"], self.attacked(model, batch, random)
         with torch.no_grad():
             moved = (model(x) - model(x_adv)).norm(dim=1)
         distance = (x - x_adv).flatten(1).norm(dim=1)
