@@ -104,4 +104,5 @@ def simulate(side: int, stride: int = 1, examples: int = 32, seed: int = 0) -> M
         norms.append(torch.stack([avg.norm(), (moved.amax((2, 3)) - clean.amax((2, 3))).norm()]))
     sigma = eps / math.sqrt(3)
     predicted = sigma * float(effective_norms(weight, side, stride)[1].norm())
-    return Movement(*torch.stack(norms).mean(0).tolist(), predicted)
+    avg_norm, max_norm = torch.stack(norms).mean(0).tolist()
+    return Movement(avg_norm, max_norm, predicted)

@@ -3,7 +3,7 @@
 - Scatter (X2, X3): a point per network, robust accuracy against parameters and against MACs, since
   equal parameters is not equal compute.
 - Stage-wise curves (X4): one stage's width or depth changes, the others stay.
-- Lipschitz (X9, X10): measured local constants, and the upper bound of ``lipschitz.py``, which no
+- Lipschitz (X9, X10): measured local constants, and the upper bound of ``measures.py``, which no
   measured l2 ratio may exceed.
 
 The verdicts of the scaled-down run go to ``analysis.json``.
