@@ -55,18 +55,13 @@ def net_section(config: str | Path) -> Section:
     config = Path(config)
     try:
         section: Section = read_yaml(config)["model"]["init_args"]["net"]
-        arch = section["init_args"]["arch"]
+        arguments = section["init_args"]["arch"].setdefault("init_args", {})
     except (KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{config} cannot be read ({type(error).__name__}: {error}); its model.init_args.net "
             "has to be an EnlargedNetwork with an arch"
         ) from error
-    section = copy.deepcopy(section)
-    _, classes = data_of(config.stem)
-    section["init_args"]["arch"] = {
-        **arch,
-        "init_args": {**arch.get("init_args", {}), "num_classes": classes},
-    }
+    _, arguments["num_classes"] = data_of(config.stem)
     return section
 
 
@@ -96,11 +91,10 @@ def base_section(section: Mapping[str, Any]) -> Section:
         arguments.pop("mode", None)
     arguments["scale_factor"] = 1
     with torch.device("meta"):
-        arch: Any = make(section)
-    arch = arch.arch
+        net: Any = make(section)
     inner = arguments["arch"]["init_args"]
     bases: dict[type[nn.Module], str] = {DigitsNet: "222", **BASE_STRIDES}
-    strides = next((text for cls, text in bases.items() if isinstance(arch, cls)), None)
+    strides = next((text for cls, text in bases.items() if isinstance(net.arch, cls)), None)
     if strides is not None:
         inner["strides"] = list(parse_strides(strides))
     if "image_size" in inner:
