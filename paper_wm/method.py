@@ -149,20 +149,14 @@ class WeightMap(nn.Module):
         self.order: Order = order
         self.shared = shared
         self.init: Init = init
-        self.init_value = init_value
-        size = (1 if shared else shape[0], shape[1], shape[2])
-        self.map = nn.Parameter(torch.empty(size, dtype=torch.float32), requires_grad=trainable)
-        self.reset()
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Set the map to its start."""
-        if self.init == "uniform":
-            self.map.uniform_(0.0, 1.0).mul_(self.init_value)
-        elif self.init == "normal":
-            self.map.normal_(1.0, 0.1).mul_(self.init_value)
+        start = torch.empty(1 if shared else shape[0], *shape[1:], dtype=torch.float32)
+        if init == "constant":
+            start.fill_(1.0)
+        elif init == "uniform":
+            start.uniform_(0.0, 1.0)
         else:
-            self.map.fill_(self.init_value)
+            start.normal_(1.0, 0.1)
+        self.map = nn.Parameter(start * init_value, requires_grad=trainable)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``(N, C, H, W)`` to features of the same shape; float32 under autocast.
