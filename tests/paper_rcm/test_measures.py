@@ -1,13 +1,10 @@
 """Consistency, movement of the pooled feature, and how far classes lie apart."""
 
-import pytest
 import torch
 from torch.nn import functional as F
 
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
-from common.classifier import RobustClassifier
-from common.objectives import AT
 from paper_rcm.figures import features_figure
 from paper_rcm.measures import (
     Consistency,
@@ -17,19 +14,6 @@ from paper_rcm.measures import (
     pooled_features,
     separation,
 )
-from paper_rcm.method import DigitsNet, EnlargedNetwork
-
-
-@pytest.fixture
-def model() -> RobustClassifier:
-    net = EnlargedNetwork(DigitsNet([1, 2, 2]), mean=[0.3], std=[0.37])
-    return RobustClassifier(net, AT()).eval()
-
-
-@pytest.fixture
-def digits(model) -> dict[str, torch.Tensor]:
-    x = torch.rand(12, 1, 8, 8)
-    return {"x": x, "y": model(x).argmax(1), "index": torch.arange(12)}
 
 
 def random(batch) -> ExampleRandom:

@@ -1,6 +1,5 @@
 """Adaptive losses through the feature and through other strides."""
 
-import pytest
 import torch
 from torch import nn
 
@@ -9,19 +8,6 @@ from common.attacks.randomness import ExampleRandom
 from common.objectives import AT
 from paper_rcm.method import DigitsNet, EnlargedNetwork
 from paper_rcm.module import RCMClassifier, with_other_strides
-
-
-@pytest.fixture
-def model() -> RCMClassifier:
-    torch.manual_seed(0)
-    net = EnlargedNetwork(DigitsNet([1, 2, 2]), mean=[0.3], std=[0.37])
-    return RCMClassifier(net, AT(), torch.optim.SGD).eval()
-
-
-@pytest.fixture
-def digits(model) -> dict[str, torch.Tensor]:
-    x = torch.rand(12, 1, 8, 8)
-    return {"x": x, "y": model(x).argmax(1), "index": torch.arange(12)}
 
 
 def random(batch) -> ExampleRandom:
