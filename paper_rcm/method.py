@@ -185,12 +185,11 @@ and a [choice] for the others (1112, 11122, 112).
 """
 
 
-def parse_strides(text: str, stages: int | None = None) -> tuple[int, ...]:
+def parse_strides(text: str) -> tuple[int, ...]:
     """Strides of a string of digits: (1, 1, 2, 2) of "1122" [code].
 
     Args:
         text: One digit from 1 for each down-sampling operator, in their order.
-        stages: How many there must be; ``None`` takes any number.
 
     Raises:
         ConfigurationError: If ``text`` is no such string.
@@ -199,8 +198,6 @@ def parse_strides(text: str, stages: int | None = None) -> tuple[int, ...]:
         raise ConfigurationError(
             f'strides are written as digits from 1, such as "1122", got {text!r}'
         )
-    if stages is not None and len(text) != stages:
-        raise ConfigurationError(f"{stages} digits are needed, one for each stride, got {text!r}")
     return tuple(map(int, text))
 
 
