@@ -11,7 +11,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.losses import as_class, classify, cross_entropy, hinge_margin
-from common.errors import ConfigurationError, check_choice, is_out_of_memory
+from common.errors import ConfigurationError, check_choice
+from common.modes import try_out
 from common.objectives import Batch, InnerLoss, Objective, on_logits, weighted
 from common.optimization import ParameterGroup, is_logged, optimizer_of, scheduler_of, tell_metrics
 from common.weights import check_weights_fit
@@ -77,7 +78,11 @@ class RobustClassifier(LightningModule):
         shape, classes = getattr(data, "shape", None), getattr(data, "num_classes", None)
         if shape is None or classes is None:
             return
-        logits = self._try_out(shape)
+        remedy = (
+            "choose a network for this size, resize the data, or drop model.net.in_channels (it is "
+            "filled in from the data)"
+        )
+        logits = try_out(self, shape, remedy, count=2)
         if logits.ndim != 2 or logits.shape[1] != classes:
             raise ConfigurationError(
                 f"the network returns {tuple(logits.shape[1:])} scores per image, the data have "
@@ -86,27 +91,6 @@ class RobustClassifier(LightningModule):
             )
         if self.accuracy is None:
             self.accuracy = MulticlassAccuracy(num_classes=classes, average="micro")
-
-    def _try_out(self, shape: tuple[int, int, int]) -> Tensor:
-        modes = {module: module.training for module in self.modules()}
-        parameter = next(self.parameters(), torch.empty(0))
-        try:
-            with torch.no_grad():
-                self.eval()
-                logits: Tensor = self(parameter.new_zeros(2, *shape))
-                return logits
-        except (RuntimeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise ConfigurationError(
-                f"the network cannot take images of shape {'x'.join(map(str, shape))} "
-                f"(channels x height x width): {str(error).splitlines()[0]}; choose a network "
-                "for this size, resize the data, or drop model.net.in_channels (it is filled in "
-                "from the data)"
-            ) from error
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
     def on_train_epoch_start(self) -> None:
         """Tell the objective which epoch begins."""

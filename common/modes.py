@@ -1,13 +1,14 @@
 """The network that is attacked, and its modes while it is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.errors import check_choice
+from common.errors import ConfigurationError, check_choice, is_out_of_memory
 
 AttackMode = Literal["eval", "train", "train_frozen"]
 
@@ -75,3 +76,31 @@ def frozen(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
             submodule.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def try_out(
+    net: nn.Module, shape: Sequence[int], remedy: str, count: int = 1, what: str = "the network"
+) -> Any:
+    """What a network returns for blank images, in evaluation mode; it draws no random numbers.
+
+    Args:
+        net: On any device, the meta device included.
+        shape: Of an image, ``(C, H, W)``.
+        remedy: The end of the message.
+        count: Number of images.
+        what: What the message calls the network.
+
+    Raises:
+        ConfigurationError: If the network cannot take such images.
+    """
+    parameter = next(net.parameters(), torch.empty(0))
+    try:
+        with frozen(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return net(parameter.new_zeros(count, *shape))
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigurationError(
+            f"{what} cannot take images of shape {'x'.join(map(str, shape))} (channels x height x "
+            f"width): {str(error).splitlines()[0]}; {remedy}"
+        ) from error

@@ -88,7 +88,12 @@ def find_weights(own: Weights, content: Any, origin: str, key: str | None = None
     return match.weights
 
 
-def check_weights_fit(own: Weights, other: Weights, origin: str) -> None:
+def check_weights_fit(
+    own: Weights,
+    other: Weights,
+    origin: str,
+    remedy: str = "Give the config it was trained with (config.yaml in its run directory)",
+) -> None:
     """Compare names, shapes and kinds of numbers of weights.
 
     Raises:
@@ -108,8 +113,7 @@ def check_weights_fit(own: Weights, other: Weights, origin: str) -> None:
     ]
     if problems:
         raise CheckpointError(
-            f"{origin} holds the weights of another network: {'; '.join(problems)}. Give the "
-            "config the checkpoint was trained with (config.yaml in its run directory)"
+            f"{origin} holds the weights of another network: {'; '.join(problems)}. {remedy}"
         )
 
 

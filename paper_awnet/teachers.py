@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common.checkpoints import checkpoint_beside, load_weights
 from common.errors import CheckpointError, ConfigurationError
+from common.modes import try_out
 
 
 @dataclass(eq=False)
@@ -72,13 +73,8 @@ class Teacher:
         """
         if not self.as_it_is:
             load_weights(self.net, self._find(Path(run)))
-        try:
-            scores = self(torch.zeros(1, *shape)).shape[1:]
-        except (RuntimeError, ValueError) as error:
-            raise ConfigurationError(
-                f"the teacher {self._name} cannot take images of shape {tuple(shape)}: "
-                f"{str(error).splitlines()[0]}; give the network it was trained with"
-            ) from error
+        remedy = "give the network it was trained with"
+        scores = try_out(self.net, shape, remedy, what=f"the teacher {self._name}").shape[1:]
         if tuple(scores) != (num_classes,):
             raise ConfigurationError(
                 f"the teacher {self._name} knows {tuple(scores)} classes and the data have "

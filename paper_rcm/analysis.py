@@ -40,7 +40,6 @@ from common.results.reference import select
 from common.results.statistics import welch_t_test
 from common.results.store import load_results, read_costs
 from paper_rcm.costs import measure_costs
-from paper_rcm.features import Embedding, attacked, embed, pooled_features, separation
 from paper_rcm.figures import (
     AR,
     BUDGET,
@@ -52,7 +51,8 @@ from paper_rcm.figures import (
     network_of,
     simulation_figure,
 )
-from paper_rcm.theory import simulate
+from paper_rcm.measures import Embedding, attacked, embed, pooled_features, separation
+from paper_rcm.theory import Movement, simulate
 
 SIDES = (4, 8, 16, 32, 64)
 STRIDES = (1, 2, 4, 8)
@@ -70,12 +70,12 @@ EXAMPLES = 2000
 
 
 def simulation() -> dict[str, dict[str, dict[int, float]]]:
-    """Movement of pooled features by side and by stride, for both poolings (E1, [choice])."""
+    """Movement of pooled features by side and by stride, and its closed form (E1, [choice])."""
     found: dict[str, dict[str, dict[int, float]]] = {"side": {}, "stride": {}}
     by_side = {side: simulate(side) for side in SIDES}
     by_stride = {stride: simulate(32, stride) for stride in STRIDES}
     for axis, movements in (("side", by_side), ("stride", by_stride)):
-        for pool in ("avg", "max"):
+        for pool in Movement._fields:
             found[axis][pool] = {at: getattr(m, pool) for at, m in movements.items()}
     return found
 

@@ -2,15 +2,14 @@
 
 The accuracy of a trained network on each of the 19 corruptions of CIFAR-10-C, all five severities
 pooled [code], and their mean [choice]. Results go to ``corruptions.json`` in the run directory
-after every corruption, so a run that was stopped goes on where it was; corruptions that have been
-measured with these weights are not measured again.
+after every corruption; a stopped run resumes, and corruptions measured with these weights are not
+measured again.
 
 Tags as in :mod:`paper_rcm.method`.
 """
 
 import argparse
 import hashlib
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from common.classifier import RobustClassifier
 from common.cli.main import RobustCLI, load_run
 from common.data.corruptions import CIFAR10C, CORRUPTIONS, SEVERITIES
 from common.data.images import ImageDataModule
-from common.errors import ConfigurationError, RunDirectoryError, UserError
+from common.errors import ConfigurationError, RunDirectoryError
 from common.files import check_writable, read_sealed_json, write_sealed_json
 from common.modes import network_of
 from common.results.identity import check_evaluated, settings_in
@@ -37,7 +36,7 @@ from common.weights import check_weights_fit
 
 
 class Entry(TypedDict):
-    """What was found about one checkpoint."""
+    """Results of one checkpoint."""
 
     network: str
     """Digest of architecture and weights."""
@@ -85,7 +84,7 @@ def evaluate_corruptions(
     batch_size: int = 250,
     console: Console | None = None,
 ) -> Entry:
-    """Measure what has not been measured, and file it corruption by corruption.
+    """Measure the corruptions that are missing; write the file after each.
 
     Args:
         model: Images in [0, 1] to logits.
@@ -97,7 +96,7 @@ def evaluate_corruptions(
         console: Where progress is shown.
 
     Returns:
-        What is known about the checkpoint now.
+        All that is known about the checkpoint.
 
     Raises:
         ConfigurationError: There is no such corruption.
@@ -125,7 +124,7 @@ def evaluate_corruptions(
 
 
 def _in_order(entry: Entry) -> Entry:
-    """The same whichever corruption was measured first, with the mean when all are there."""
+    """Sorted as :data:`CORRUPTIONS`, with the mean once all are there."""
     names = [name for name in CORRUPTIONS if name in entry["accuracy"]]
     accuracy = {name: entry["accuracy"][name] for name in names}
     return {
@@ -137,7 +136,7 @@ def _in_order(entry: Entry) -> Entry:
 
 
 def network_digest(model: nn.Module) -> str:
-    """SHA-256 over weights and architecture: weights alone do not tell strides apart [measured]."""
+    """SHA-256 of weights and architecture; strides do not show in the weights [measured]."""
     net = network_of(model)
     return hashlib.sha256(f"{weights_digest(net.state_dict())} {net}".encode()).hexdigest()
 
@@ -233,34 +232,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; errors the user can mend are one line and exit status 2."""
-    given = _parser().parse_args(argv)
+def main(args: list[str]) -> None:
+    """Run the command."""
+    given = _parser().parse_args(args)
     console = Console()
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    try:
-        checkpoint: Path = given.ckpt_path
-        model, data = load(checkpoint, given.config)
-        if data.num_classes != 10 or data.shape != (3, 32, 32):
-            raise ConfigurationError(
-                f"the network was made for {data.source.spec.name}, and CIFAR-10-C has 10 classes "
-                "of 3x32x32 images; give a checkpoint of a cifar10 experiment"
-            )
-        root = given.root or getattr(data.source, "root", "data")
-        in_run = checkpoint.parent.name == "checkpoints"
-        folder = checkpoint.parent.parent if in_run else checkpoint.parent
-        results = given.results or folder / "corruptions.json"
-        entry = evaluate_corruptions(
-            model.to(given.device),
-            CIFAR10C(root, verify=not given.subset),
-            results,
-            checkpoint.stem,
-            given.only,
-            given.batch_size,
-            console,
+    checkpoint: Path = given.ckpt_path
+    model, data = load(checkpoint, given.config)
+    if data.num_classes != 10 or data.shape != (3, 32, 32):
+        raise ConfigurationError(
+            f"the network was made for {data.source.spec.name}, and CIFAR-10-C has 10 classes of "
+            "3x32x32 images; give a checkpoint of a cifar10 experiment"
         )
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    root = given.root or getattr(data.source, "root", "data")
+    in_run = checkpoint.parent.name == "checkpoints"
+    folder = checkpoint.parent.parent if in_run else checkpoint.parent
+    results = given.results or folder / "corruptions.json"
+    entry = evaluate_corruptions(
+        model.to(given.device),
+        CIFAR10C(root, verify=not given.subset),
+        results,
+        checkpoint.stem,
+        given.only,
+        given.batch_size,
+        console,
+    )
     console.print(corruption_table(entry))
     console.print(f"written to {results}")

@@ -10,7 +10,6 @@ take turns, so they need no idle machine; they belong to a device and a batch si
 import argparse
 import copy
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,14 @@ from common.analysis.profiling import (
     relative_times,
 )
 from common.attacks.pgd import PGD
-from common.errors import ConfigurationError, UserError
+from common.errors import ConfigurationError
+from common.evaluation.measures import cost
 from common.files import read_sealed_json, write_sealed_json
 from common.limits import read_yaml
 from common.parsing import build
 from common.results.store import COSTS, read_costs
 from paper_rcm.figures import cost_figure
-from paper_rcm.method import BASE_STRIDES, DigitsNet, cost, parse_strides
+from paper_rcm.method import BASE_STRIDES, DigitsNet, parse_strides
 
 DATA = {
     "digits": ((1, 8, 8), 10),
@@ -55,18 +55,13 @@ def net_section(config: str | Path) -> Section:
     config = Path(config)
     try:
         section: Section = read_yaml(config)["model"]["init_args"]["net"]
-        arch = section["init_args"]["arch"]
+        arguments = section["init_args"]["arch"].setdefault("init_args", {})
     except (KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{config} cannot be read ({type(error).__name__}: {error}); its model.init_args.net "
             "has to be an EnlargedNetwork with an arch"
         ) from error
-    section = copy.deepcopy(section)
-    _, classes = data_of(config.stem)
-    section["init_args"]["arch"] = {
-        **arch,
-        "init_args": {**arch.get("init_args", {}), "num_classes": classes},
-    }
+    _, arguments["num_classes"] = data_of(config.stem)
     return section
 
 
@@ -96,11 +91,10 @@ def base_section(section: Mapping[str, Any]) -> Section:
         arguments.pop("mode", None)
     arguments["scale_factor"] = 1
     with torch.device("meta"):
-        arch: Any = make(section)
-    arch = arch.arch
+        net: Any = make(section)
     inner = arguments["arch"]["init_args"]
     bases: dict[type[nn.Module], str] = {DigitsNet: "222", **BASE_STRIDES}
-    strides = next((text for cls, text in bases.items() if isinstance(arch, cls)), None)
+    strides = next((text for cls, text in bases.items() if isinstance(net.arch, cls)), None)
     if strides is not None:
         inner["strides"] = list(parse_strides(strides))
     if "image_size" in inner:
@@ -109,7 +103,7 @@ def base_section(section: Mapping[str, Any]) -> Section:
 
 
 def digest(section: Mapping[str, Any]) -> str:
-    """The same for the same network, whatever the order its arguments are written in."""
+    """A key for a network or setting, independent of the order of its arguments."""
     return json.dumps(section, sort_keys=True)
 
 
@@ -160,13 +154,28 @@ def measure_costs(
     return found
 
 
+def count(section: Section, shape: Sequence[int]) -> dict[str, float]:
+    """``parameters``, ``macs`` of one image and ``map_side``, 0 for networks without maps.
+
+    Nothing is computed: the network is on the meta device.
+
+    Args:
+        section: Of the network.
+        shape: Of the image, ``(C, H, W)``.
+    """
+    with torch.device("meta"):
+        net: Any = make(section).eval()
+        image = torch.empty(*shape)
+        features = net.features(image[None])
+        side = features.shape[-1] if features.ndim == 4 else 0
+        return {**cost(net, image), "map_side": float(side)}
+
+
 def _measure(
     section: Section, stem: str, batch_size: int, device: str, rounds: int
 ) -> dict[str, float]:
     shape, classes = data_of(stem)
-    with torch.device("meta"):
-        counted = cost(make(section), shape)
-        parameters = sum(p.numel() for p in make(section).parameters())
+    counted = count(section, shape)
     memory = peak_memory(lambda: make(section), shape, MEMORY_BATCH, classes)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch_size, *shape, generator=generator).to(device)
@@ -179,9 +188,7 @@ def _measure(
     is_base = digest(section) == digest(base_section(section))
     times = None if is_base else relative_times(steps, "base", rounds, 2, device)["this"]
     return {
-        "parameters": float(parameters),
-        "macs": float(counted.macs),
-        "map_side": float(counted.side),
+        **counted,
         "peak_memory": float(memory),
         "step_time": 1.0 if times is None else times.median,
         "step_time_lower": 1.0 if times is None else times.lower,
@@ -229,32 +236,20 @@ def draw(entries: Mapping[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure the costs that are asked for; returns the exit status."""
+def main(args: list[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m paper_rcm costs", description=__doc__)
     parser.add_argument("--on", default="digits", metavar="PREFIX", help="only these experiments")
     parser.add_argument("--batch_size", type=int, default=128, help="of the steps that are timed")
     parser.add_argument("--rounds", type=int, default=20, help="how often each is timed")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    arguments = parser.parse_args(argv)
+    o = parser.parse_args(args)
     folder = Path(__file__).parent
-    configs = sorted((folder / "configs").glob(f"{arguments.on}*.yaml"))
+    configs = sorted((folder / "configs").glob(f"{o.on}*.yaml"))
+    if not configs:
+        raise ConfigurationError(f"no configuration begins with {o.on!r}")
     console = Console()
-    try:
-        if not configs:
-            raise ConfigurationError(f"no configuration begins with {arguments.on!r}")
-        found = measure_costs(
-            configs,
-            folder / "results",
-            arguments.batch_size,
-            arguments.device,
-            arguments.rounds,
-            console,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = measure_costs(configs, folder / "results", o.batch_size, o.device, o.rounds, console)
     console.print(show(found))
     for path in draw(found, folder / "results" / "figures"):
         console.print(f"wrote {path}")
-    return 0

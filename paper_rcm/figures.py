@@ -18,7 +18,7 @@ from common.evaluation.drawing import (
     put_legend_above,
     tidy_axes,
 )
-from paper_rcm.features import Embedding
+from paper_rcm.measures import Embedding
 
 AR = "pgd20/ce_f"
 BUDGET = "budget/eps="
@@ -31,7 +31,8 @@ def simulation_figure(found: Mapping[str, Mapping[str, Mapping[int, float]]]) ->
     for ax, (axis, pools) in zip(fig.subplots(1, 2), found.items(), strict=True):
         for i, (pool, line) in enumerate(pools.items()):
             style: dict[str, Any] = {"color": CYCLE[i], "marker": MARKERS[i], "markersize": 4}
-            ax.plot(list(line), list(line.values()), label=f"{pool} pooling", **style)
+            label = "average pooling, closed form" if pool == "predicted" else f"{pool} pooling"
+            ax.plot(list(line), list(line.values()), label=label, **style)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xlabel(titles[axis], fontsize=FONT)

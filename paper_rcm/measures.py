@@ -1,36 +1,41 @@
-"""Anti-perturbation ability, measured: consistency of the prediction, movement of the feature.
+"""Numbers of a trained network: consistency, movement and separation of the pooled feature.
 
 With f the arg-max prediction, x' an adversarial image of x, the paper's accuracies are natural
 accuracy NA = mean 1[f(x) = y], consistency accuracy CA = mean 1[f(x') = f(x)], and robustness
 AR = mean 1[f(x) = y and f(x') = f(x)] [note]. With one x' in all three,
 NA + CA - 1 <= AR <= min(NA, CA).
+
+For E8 the paper shows an embedding of the features [note]; which one was not found. Here it is
+t-SNE (van der Maaten and Hinton, JMLR 9, 2008) [choice], with numbers of the features themselves
+beside it, because distances in such a picture mean little.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 
 from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
-from common.evaluation.measures import Measure
+from common.evaluation.measures import AttackMeasure
 from common.evaluation.steps import Columns
-from common.modes import network_of
+from common.modes import frozen, network_of
 from common.objectives import Batch
 
+# ----------------------------------------------------------------------- during an evaluation, E6
 
-class Consistency(Measure):
+
+class Consistency(AttackMeasure):
     """``consistency`` (CA), where the attack moves away from the network's own clean prediction.
 
     So images that are misclassified are attacked too [choice]; on the others it is robustness.
-
-    Args:
-        attack: Makes x', from the cross-entropy with f(x).
     """
-
-    def __init__(self, attack: PGD) -> None:
-        self.attack = attack
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
         """``consistency``, 0 or 1 for each image."""
@@ -48,35 +53,120 @@ class Consistency(Measure):
         return {"consistency": same.float()}
 
 
-class PooledChange(Measure):
-    """How far the pooled feature moves, in l2 and relative to its own length.
+class PooledChange(AttackMeasure):
+    """How far the pooled feature moves in l2, absolute and relative to its length [choice].
 
     ``pooled_change`` and ``pooled_change_relative`` under an attack, ``pooled_change_noise`` and
-    ``pooled_change_noise_relative`` under uniform noise of the same radius (how it
-    is compared: [choice]). The absolute movement is the primary number: dividing can hide the
-    effect.
-
-    Args:
-        attack: Makes x', from cross-entropy, in the linf ball.
+    ``pooled_change_noise_relative`` under uniform noise of the same radius. The absolute movement
+    is the primary number: dividing can hide the effect.
     """
-
-    def __init__(self, attack: PGD) -> None:
-        self.attack = attack
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
         """The four numbers of each image."""
-        x, y = batch["x"], batch["y"]
-        net = network_of(model)
+        x, net = batch["x"], network_of(model)
         noise = random.uniform(x.shape[1:], -self.attack.eps, self.attack.eps).to(x)
-        x_adv = self.attack(lambda images: cross_entropy(model(images), y), x, random)
+        x_adv = self.attacked(model, batch, random)
+        columns = {}
         with torch.no_grad():
             clean: Tensor = net.pooled(x)
             size = clean.norm(dim=1).clamp_min(1e-12)
-            attacked = (net.pooled(x_adv) - clean).norm(dim=1)
-            shaken = (net.pooled((x + noise).clamp(0.0, 1.0)) - clean).norm(dim=1)
-        return {
-            "pooled_change": attacked,
-            "pooled_change_relative": attacked / size,
-            "pooled_change_noise": shaken,
-            "pooled_change_noise_relative": shaken / size,
-        }
+            moved_to = {"pooled_change": x_adv, "pooled_change_noise": (x + noise).clamp(0.0, 1.0)}
+            for name, images in moved_to.items():
+                columns[name] = (net.pooled(images) - clean).norm(dim=1)
+                columns[f"{name}_relative"] = columns[name] / size
+        return columns
+
+
+# ----------------------------------------------------------------------- by ``analysis.py``, E8
+
+
+class Embedding(NamedTuple):
+    """Pooled features of images in two dimensions.
+
+    Attributes:
+        points: ``(N, 2)``.
+        y: Labels, ``(N,)``.
+        silhouette: Of the features, see :class:`Separation`.
+    """
+
+    points: npt.NDArray[np.float32]
+    y: npt.NDArray[np.int64]
+    silhouette: float
+
+
+class Separation(NamedTuple):
+    """How far classes lie apart in feature space.
+
+    Attributes:
+        silhouette: Mean silhouette with the labels as clusters, in [-1, 1] (Rousseeuw 1987).
+        class_mean_acc: Accuracy of the nearest class mean, in [0, 1]; means of clean features.
+    """
+
+    silhouette: float
+    class_mean_acc: float
+
+
+def pooled_features(model: Any, x: Tensor, batch_size: int = 1000) -> Tensor:
+    """Features behind the global pooling of a classifier, ``(N, C)``, in evaluation mode.
+
+    Args:
+        model: Its ``net`` has ``pooled``.
+        x: Images in [0, 1], ``(N, C, H, W)``.
+        batch_size: How many at once.
+    """
+    with torch.no_grad(), frozen(model):
+        return torch.cat([model.net.pooled(part).float() for part in torch.split(x, batch_size)])
+
+
+def attacked(
+    model: Any, x: Tensor, y: Tensor, attack: PGD, seed: int = 0, batch_size: int = 1000
+) -> Tensor:
+    """Adversarial images of ``x`` against cross-entropy, in evaluation mode.
+
+    Args:
+        model: Images in [0, 1] to logits.
+        x: ``(N, C, H, W)``.
+        y: Labels, ``(N,)``.
+        attack: Makes them.
+        seed: Of its random start.
+        batch_size: How many at once.
+    """
+    generator = torch.Generator(x.device).manual_seed(seed)
+    found = []
+    with frozen(model):
+        batches = (torch.split(x, batch_size), torch.split(y, batch_size))
+        for images, labels in zip(*batches, strict=True):
+
+            def loss(z: Tensor, labels: Tensor = labels) -> Tensor:
+                return cross_entropy(model(z), labels)
+
+            found.append(attack(loss, images, generator))
+    return torch.cat(found)
+
+
+def separation(features: Tensor, y: Tensor, clean: Tensor) -> Separation:
+    """Two numbers for one set of features.
+
+    Args:
+        features: ``(N, C)``.
+        y: Labels, ``(N,)``, of at least two classes.
+        clean: Features of the clean images, ``(N, C)``, for the class means.
+    """
+    nearest = NearestCentroid().fit(clean.cpu(), y.cpu())
+    return Separation(
+        float(silhouette_score(features.cpu(), y.cpu())),
+        float(nearest.score(features.cpu(), y.cpu())),
+    )
+
+
+def embed(features: Tensor, y: Tensor, seed: int = 0) -> Embedding:
+    """t-SNE in two dimensions: perplexity 30, started from principal components [choice].
+
+    Args:
+        features: ``(N, C)``, more than 30 of them.
+        y: Labels, ``(N,)``.
+        seed: Of the optimiser.
+    """
+    data, labels = features.cpu().numpy(), y.cpu().numpy()
+    points = TSNE(perplexity=30.0, init="pca", random_state=seed).fit_transform(data)
+    return Embedding(points, labels, float(silhouette_score(data, labels)))

@@ -9,12 +9,10 @@ journal version, [code] the official code (MTandHJ/rcm), [measured] obtained by 
 [derived] worked out here, [choice] ours, where nothing was found.
 """
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +20,7 @@ from common.errors import ConfigurationError, check_choice
 from common.networks.alexnet import AlexNet
 from common.networks.normalize import Normalize, Statistics
 from common.networks.preact_resnet import PreActResNet18
-from common.networks.resnet import CifarResNet, Initialize, ResNet, ResNet18, check_stages
+from common.networks.resnet import CifarResNet, Initialize, ResNet, ResNet18
 from common.networks.resnet import kaiming as resnet_kaiming
 from common.networks.vgg import VGG
 from common.networks.vgg import kaiming as vgg_kaiming
@@ -62,11 +60,11 @@ class EnlargedNetwork(nn.Module):
     up to rounding [derived]. What attacks see is ``x`` in the original resolution, and gradients
     pass through the interpolation: with ``nearest`` a pixel's is the sum over its m x m copies.
 
-    A wrong ``scale_factor`` or wrong strides change no shape in the state dict and so load without
-    complaint; they belong to the configuration of a run [code].
+    A wrong ``scale_factor`` or wrong strides change no shape in the state dict and load without an
+    error; they belong to the configuration of a run [code].
 
     Args:
-        arch: A backbone of ``common.networks``, without ``mean`` and ``std`` of its own.
+        arch: A backbone of ``common.networks``, without ``mean`` and ``std``.
         scale_factor: The factor m; 2 is the paper's setting [code].
         mode: Interpolation; a factor that is no integer needs ``bilinear`` [choice] or ``bicubic``.
         num_classes: Number of classes K, which ``arch`` must have; ``None`` leaves it unchecked.
@@ -187,12 +185,11 @@ and a [choice] for the others (1112, 11122, 112).
 """
 
 
-def parse_strides(text: str, stages: int | None = None) -> tuple[int, ...]:
+def parse_strides(text: str) -> tuple[int, ...]:
     """Strides of a string of digits: (1, 1, 2, 2) of "1122" [code].
 
     Args:
         text: One digit from 1 for each down-sampling operator, in their order.
-        stages: How many there must be; ``None`` takes any number.
 
     Raises:
         ConfigurationError: If ``text`` is no such string.
@@ -201,14 +198,7 @@ def parse_strides(text: str, stages: int | None = None) -> tuple[int, ...]:
         raise ConfigurationError(
             f'strides are written as digits from 1, such as "1122", got {text!r}'
         )
-    if stages is not None and len(text) != stages:
-        raise ConfigurationError(f"{stages} digits are needed, one for each stride, got {text!r}")
     return tuple(map(int, text))
-
-
-def format_strides(strides: Sequence[int]) -> str:
-    """The string of :func:`parse_strides`."""
-    return "".join(map(str, strides))
 
 
 def shrink(strides: Sequence[int]) -> tuple[int, ...]:
@@ -221,28 +211,6 @@ def shrink(strides: Sequence[int]) -> tuple[int, ...]:
         raise ConfigurationError(f"strides {list(strides)} have no 2 to replace by 1")
     first = list(strides).index(2)
     return (*strides[:first], 1, *strides[first + 1 :])
-
-
-def receptive_field(strides: Sequence[int], depths: Sequence[int] | None = None) -> int:
-    """Side of the square of pixels that one position of a ResNet's last map depends on.
-
-    109 for ResNet-18 with 1222 and 61 with 1122 [measured]. Shrinking lets it grow later.
-
-    Args:
-        strides: Of the stages' first convolutions.
-        depths: Basic blocks per stage; ``None`` is two each.
-
-    Raises:
-        ConfigurationError: If the lists do not describe the same stages.
-    """
-    depths = (2,) * len(strides) if depths is None else depths
-    check_stages(depths, strides, strides)
-    field, jump = 3, 1
-    for depth, stride in zip(depths, strides, strict=True):
-        field += 2 * jump
-        jump *= stride
-        field += 2 * jump * (2 * depth - 1)
-    return field
 
 
 # ------------------------------------------------------------------------------ named networks
@@ -298,50 +266,3 @@ class DigitsNet(ResNet):
             init=init,
             **kwargs,
         )
-
-
-# ----------------------------------------------------------------------------------------- cost
-
-
-class Cost(NamedTuple):
-    """What one image costs a network.
-
-    Attributes:
-        macs: Multiply-accumulates of convolutions and linear layers.
-        activations: Outputs of convolutions and batch-norms, a proxy for training memory.
-        side: Side of the last map before the head; 0 for networks without maps.
-    """
-
-    macs: int
-    activations: int
-    side: int
-
-
-def cost(net: nn.Module, shape: Sequence[int] = (3, 32, 32)) -> Cost:
-    """Cost of one image of a shape, counted layer by layer without computing anything.
-
-    Products inside attention are left out, as in the numbers it is compared with [measured].
-
-    Args:
-        net: A backbone of ``common.networks`` or an :class:`EnlargedNetwork` of one.
-        shape: Channels, height and width of the image.
-    """
-    macs = activations = 0
-
-    def count(module: nn.Module, _: Any, out: Tensor) -> None:
-        nonlocal macs, activations
-        if isinstance(module, nn.Conv2d):
-            macs += out.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Linear):
-            macs += out.numel() * module.in_features
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            activations += out.numel()
-
-    x = torch.empty(1, *shape, device="meta")
-    twin: Any = copy.deepcopy(net).to("meta").eval()
-    with torch.no_grad():
-        z = twin.features(x)
-        for module in twin.modules():
-            module.register_forward_hook(count)
-        twin(x)
-    return Cost(macs, activations, z.shape[-1] if z.ndim == 4 else 0)

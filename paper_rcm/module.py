@@ -1,4 +1,4 @@
-"""How RCM meets training: a plain classifier, and what an attacker who knows it would climb."""
+"""The LightningModule of RCM, and the losses of adaptive attacks on it."""
 
 import copy
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from paper_rcm.method import EnlargedNetwork
 class RCMClassifier(RobustClassifier):
     """A classifier whose network may see its input enlarged.
 
-    The paper's specially designed attacks were not found; two of ours stand in for them [choice].
+    The paper's specially designed attacks were not found; there are two of ours instead [choice].
     """
 
     def adaptive_losses(self) -> dict[str, InnerLoss]:
-        """Beside the usual ones, where the network allows them.
+        """The usual ones, and two more where the network has them.
 
-        ``feature``: how far the pooled feature is from that of the clean image. ``ce_strides``: the
+        ``feature``: distance of the pooled feature from that of the clean image. ``ce_strides``:
         cross-entropy of the same weights with other strides, a stride-transfer attack.
         """
         losses = super().adaptive_losses()
@@ -49,10 +49,10 @@ def other_strides(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
 
 
 def with_other_strides(net: EnlargedNetwork) -> EnlargedNetwork:
-    """The same weights, the second stage's stride turned from 2 to 1 or from 1 to 2.
+    """The same weights with the second stage's stride changed from 2 to 1 or from 1 to 2.
 
-    State dicts of strides that begin alike fit each other [measured], so these are the two networks
-    of the paper's comparison, 1222 and 1122, with one set of weights.
+    These are the two networks of the paper's comparison, 1222 and 1122: their state dicts fit each
+    other [measured].
     """
     twin = copy.deepcopy(net).eval()
     stages: Any = twin.arch.stages

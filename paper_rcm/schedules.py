@@ -1,43 +1,36 @@
 """Learning rates by the epoch."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from common.errors import ConfigurationError
 
 
-class FactorsByEpoch(LRScheduler):
+class FactorsByEpoch(LambdaLR):
     """The optimiser's rate times a factor that changes at given epochs [code].
 
     Friendly adversarial training goes from 0.1 to 0.01, 0.001 and 0.0005, which no single factor
-    does: ``{59: 0.1, 89: 0.01, 109: 0.005}``. The value follows from the epoch alone, so a resumed
-    run goes on exactly.
+    does: ``{59: 0.1, 89: 0.01, 109: 0.005}``.
 
     Args:
         optimizer: Whose rates are set.
         factors: First epoch, from 0, -> factor of the optimiser's rate from then on; 1 before.
-        last_epoch: The epoch before the first one; -1 to begin.
 
     Raises:
         ConfigurationError: If there is no factor, an epoch is negative or a factor not positive.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, factors: Mapping[int, float], last_epoch: int = -1
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, factors: Mapping[int, float]) -> None:
         if not factors or min(factors) < 0 or min(factors.values()) <= 0:
             raise ConfigurationError(
                 "factors are positive numbers by the epoch, from 0, where they begin, got "
                 f"{dict(factors)}; for instance {{59: 0.1, 89: 0.01}}"
             )
-        self.factors = dict(factors)
-        super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[Any]:
-        """The rates of the current epoch."""
-        begun = [epoch for epoch in self.factors if epoch <= self.last_epoch]
-        factor = self.factors[max(begun)] if begun else 1.0
-        return [base * factor for base in self.base_lrs]
+        def factor(epoch: int) -> float:
+            begun = [first for first in factors if first <= epoch]
+            return factors[max(begun)] if begun else 1.0
+
+        super().__init__(optimizer, factor)

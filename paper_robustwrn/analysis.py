@@ -3,7 +3,7 @@
 - Scatter (X2, X3): a point per network, robust accuracy against parameters and against MACs, since
   equal parameters is not equal compute.
 - Stage-wise curves (X4): one stage's width or depth changes, the others stay.
-- Lipschitz (X9, X10): measured local constants, and the upper bound of ``lipschitz.py``, which no
+- Lipschitz (X9, X10): measured local constants, and the upper bound of ``measures.py``, which no
   measured l2 ratio may exceed.
 
 The verdicts of the scaled-down run go to ``analysis.json``.
@@ -53,7 +53,7 @@ from common.networks.wide_resnet import WideResNet
 from common.results.bases import comparable, last_of
 from common.results.reference import select
 from common.results.store import Result, load_results
-from paper_robustwrn.lipschitz import L2Ratio, upper_bound
+from paper_robustwrn.measures import L2Ratio, upper_bound
 
 METRIC = "pgd20/ce_f"
 LABELLED = {"cifar10": (50.0, 52.5)}

@@ -19,12 +19,10 @@ import argparse
 import io
 import itertools
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +31,10 @@ from torch import Tensor
 
 import common
 from common.checkpoints import read_content
-from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
+from common.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from common.files import write_sealed, write_text_atomically
 from common.results.identity import SETTINGS
+from common.weights import check_weights_fit
 from paper_robustwrn.method import RobustWideResNet
 
 WRAPPERS = ("model_state_dict", "state_dict")
@@ -44,28 +43,8 @@ DATA = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}  # by the number o
 BLOCK = re.compile(r"blocks\.(\d+)\.layer\.(\d+)\.(.+)")
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What a state dict tells about its network."""
-
-    depths: tuple[int, ...]
-    channels: tuple[int, ...]
-    strides: tuple[int, ...]
-    num_classes: int
-    in_channels: int
-    imagenet_stem: bool
-    stem_stride: int = 1
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of :class:`RobustWideResNet`, as plain values."""
-        lists = {name: list(getattr(self, name)) for name in ("depths", "channels", "strides")}
-        return {
-            **lists,
-            "num_classes": self.num_classes,
-            "in_channels": self.in_channels,
-            "imagenet_stem": self.imagenet_stem,
-            "stem_stride": self.stem_stride,
-        }
+Arguments = dict[str, Any]
+"""Of :class:`RobustWideResNet`, as plain values."""
 
 
 def read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,8 +77,8 @@ def recover(
     origin: str,
     strides: Sequence[int] | None = None,
     stem_stride: int = 1,
-) -> Architecture:
-    """The network behind an official state dict.
+) -> Arguments:
+    """The arguments of the network behind an official state dict.
 
     Args:
         weights: Official names to tensors.
@@ -113,7 +92,7 @@ def recover(
     """
     blocks = {(int(m[1]), int(m[2])) for key in weights if (m := BLOCK.fullmatch(key))}
     stages = sorted({stage for stage, _ in blocks})
-    depths = tuple(sum(stage == s for s, _ in blocks) for stage in stages)
+    depths = [sum(stage == s for s, _ in blocks) for stage in stages]
     imagenet_stem = "stem_conv.0.weight" in weights
     names = ["stem_conv.0.weight" if imagenet_stem else "stem_conv.weight"]
     names += [f"blocks.{stage}.layer.0.conv2.weight" for stage in stages]
@@ -140,11 +119,15 @@ def recover(
         raise ConfigurationError(
             f"strides are one for each of the {len(stages)} stages, got {list(strides)}"
         )
-    return Architecture(
-        *(depths, channels, tuple(strides or found), shapes[-1][0], shapes[0][1]),
-        imagenet_stem,
-        stem_stride,
-    )
+    return {
+        "depths": depths,
+        "channels": list(channels),
+        "strides": list(strides or found),
+        "num_classes": shapes[-1][0],
+        "in_channels": shapes[0][1],
+        "imagenet_stem": imagenet_stem,
+        "stem_stride": stem_stride,
+    }
 
 
 def official_name(name: str) -> str:
@@ -162,47 +145,31 @@ def official_name(name: str) -> str:
     return name
 
 
-def rename(
-    weights: Mapping[str, Tensor], architecture: Architecture, origin: str
-) -> dict[str, Tensor]:
+def rename(weights: Mapping[str, Tensor], arguments: Arguments, origin: str) -> dict[str, Tensor]:
     """Our state dict from the official one, entry by entry.
 
     Raises:
         CheckpointError: If an entry is missing, unknown or of another shape.
     """
     with torch.device("meta"):
-        own = RobustWideResNet(**architecture.arguments()).state_dict()
+        own = RobustWideResNet(**arguments).state_dict()
     official = {official_name(name): name for name in own}
-    missing = [name for name in official if name not in weights]
-    unknown = [name for name in weights if name not in official]
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[ours].shape)}"
-        for name, ours in official.items()
-        if name in weights and weights[name].shape != own[ours].shape
-    ]
-    problems = [
-        f"{len(names)} {what} (first: {names[0]})"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "misshapen"))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{origin} does not fit the RobustWideResNet its names describe (depths "
-            f"{list(architecture.depths)}, channels {list(architecture.channels)}, strides "
-            f"{list(architecture.strides)}): {'; '.join(problems)}. Give the file as its authors "
-            "published it, or its strides with --strides"
-        )
+    read_as = ", ".join(f"{name} {arguments[name]}" for name in ("depths", "channels", "strides"))
+    check_weights_fit(
+        {name: own[ours] for name, ours in official.items()},
+        weights,
+        f"{origin}, read as {read_as},",
+        "Give the file as its authors published it, or its strides with --strides",
+    )
     return {ours: weights[name].detach().clone() for name, ours in official.items()}
 
 
-def check_logits(
-    state: Mapping[str, Tensor], architecture: Architecture, stated: str | Path
-) -> None:
+def check_logits(state: Mapping[str, Tensor], arguments: Arguments, stated: str | Path) -> None:
     """Refuse a network that gives other logits than those stated, up to rounding.
 
     Args:
         state: Its state dict, under our names.
-        architecture: Its shape.
+        arguments: Of the network.
         stated: A file of ``torch.save`` with ``x``, images ``(N, C, H, W)`` in [0, 1], and
             ``logits`` ``(N, K)``.
 
@@ -212,7 +179,7 @@ def check_logits(
     try:
         found = torch.load(stated, map_location="cpu", weights_only=True)
         x, wanted = found["x"].float(), found["logits"].float()
-        net = RobustWideResNet(**architecture.arguments())
+        net = RobustWideResNet(**arguments)
         net.load_state_dict(dict(state))
         with torch.no_grad():
             got = net.eval()(x)
@@ -226,8 +193,8 @@ def check_logits(
     if not off < 1e-3:
         raise CheckpointError(
             f"the converted network gives other logits than {stated} (largest difference {off:.2g} "
-            f"of the largest logit) with strides {list(architecture.strides)} and stem stride "
-            f"{architecture.stem_stride}; give those of the official network with --strides and "
+            f"of the largest logit) with strides {arguments['strides']} and stem stride "
+            f"{arguments['stem_stride']}; give those of the official network with --strides and "
             "--stem_stride"
         )
 
@@ -238,7 +205,7 @@ def convert(
     strides: Sequence[int] | None = None,
     stem_stride: int = 1,
     stated: str | Path | None = None,
-) -> Architecture:
+) -> Arguments:
     """Write ``target`` and, beside it, the YAML file with its model and data sections.
 
     Args:
@@ -249,7 +216,7 @@ def convert(
         stated: Images with their logits, see :func:`check_logits`; ``None`` checks nothing.
 
     Returns:
-        The network that was recovered.
+        The arguments of the network that was recovered.
 
     Raises:
         CheckpointError: If ``source`` is not what it should be, or the logits are others.
@@ -262,10 +229,10 @@ def convert(
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigurationError(f"{target} is the official file itself; choose another name")
     weights, rest = read_official(source)
-    architecture = recover(weights, str(source), strides, stem_stride)
-    state = rename(weights, architecture, str(source))
+    arguments = recover(weights, str(source), strides, stem_stride)
+    state = rename(weights, arguments, str(source))
     if stated is not None:
-        check_logits(state, architecture, stated)
+        check_logits(state, arguments, stated)
     environment = rest.get("ENV")
     steps = environment.get("global_step") if isinstance(environment, Mapping) else 0
     checkpoint = {
@@ -274,7 +241,7 @@ def convert(
         "pytorch-lightning_version": version("lightning"),
         "state_dict": {f"net.{name}": value for name, value in state.items()},
         "callbacks": {},
-        SETTINGS: {"package": "paper_robustwrn", "model": _model(architecture.arguments())},
+        SETTINGS: {"package": "paper_robustwrn", "model": _model(arguments)},
     }
     config = target.with_suffix(".yaml")
     if config.exists() and not config.read_bytes().startswith(b"# Converted from "):
@@ -282,14 +249,14 @@ def convert(
     content = io.BytesIO()
     torch.save(checkpoint, content)
     try:
-        write_text_atomically(config, describe(architecture, source.name))
+        write_text_atomically(config, describe(arguments, source.name))
         write_sealed(target, content)
     except RunDirectoryError as error:
         raise ConfigurationError(str(error)) from error
-    return architecture
+    return arguments
 
 
-def _model(arguments: dict[str, Any]) -> dict[str, Any]:
+def _model(arguments: Arguments) -> dict[str, Any]:
     """The model section, as far as the file tells it."""
     net = {"class_path": "paper_robustwrn.method.RobustWideResNet", "init_args": arguments}
     return {"class_path": "common.classifier.RobustClassifier", "init_args": {"net": net}}
@@ -300,14 +267,14 @@ def _count(value: Any) -> int:
     return int(value) if isinstance(value, int | np.integer) and value >= 0 else 0
 
 
-def describe(architecture: Architecture, origin: str) -> str:
+def describe(arguments: Arguments, origin: str) -> str:
     """The YAML file: the model, and the data set where the number of classes tells it."""
-    model = _model(architecture.arguments())
+    model = _model(arguments)
     model["init_args"]["objective"] = {"class_path": "common.objectives.AT"}
     sections: dict[str, Any] = {"model": model}
     note = "# The objective plays no part in evaluation.\n"
-    if architecture.num_classes in DATA and architecture.in_channels == 3:
-        name = f"{DATA[architecture.num_classes]}.yaml"
+    if arguments["num_classes"] in DATA and arguments["in_channels"] == 3:
+        name = f"{DATA[arguments['num_classes']]}.yaml"
         sections["data"] = str(Path(common.__file__).resolve().parent / "configs" / name)
     else:
         note += "# Which data these classes belong to is not known: give one more --config.\n"
@@ -315,19 +282,14 @@ def describe(architecture: Architecture, origin: str) -> str:
     return f"# Converted from {origin!a}, trained by other code.\n{note}{text}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see python -m paper_robustwrn convert --help\n")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """``convert official.pth out.ckpt``; errors are one line and exit status 2."""
-    parser = _Parser(
+def main(args: list[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
         "python -m paper_robustwrn convert",
         description="Turn an official checkpoint into one of ours, with a configuration beside it.",
     )
     parser.add_argument("source", help="official .pth file")
-    parser.add_argument("target", help="checkpoint to write; out.ckpt brings out.yaml along")
+    parser.add_argument("target", help="checkpoint to write; out.yaml is written beside out.ckpt")
     parser.add_argument(
         "--strides",
         type=int,
@@ -343,19 +305,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="images and the official network's logits for them, {'x': ..., 'logits': ...} as "
         "torch.save writes it",
     )
-    given = parser.parse_args(argv)
-    try:
-        found = convert(given.source, given.target, given.strides, given.stem_stride, given.check)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    beside = Path(given.target).with_suffix(".yaml")
+    given = parser.parse_args(args)
+    found = convert(given.source, given.target, given.strides, given.stem_stride, given.check)
     if given.check is None:
-        print("Its logits were not checked: strides and the stem's are as told, or the usual ones.")
+        print("Its logits were not checked: strides are those given, or the usual ones.")
+    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items())
     print(
-        f"{given.target}: depths {list(found.depths)}, channels {list(found.channels)}, stem "
-        f"stride {found.stem_stride}, strides {list(found.strides)}, {found.num_classes} classes\n"
-        "Evaluate it with\n"
+        f"{given.target}: {described}\nEvaluate it with\n"
         "  python -m paper_robustwrn test --config common/configs/paper-robustwrn.yaml "
-        f"--config {beside} --ckpt_path {given.target}"
+        f"--config {Path(given.target).with_suffix('.yaml')} --ckpt_path {given.target}"
     )

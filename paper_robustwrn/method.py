@@ -11,7 +11,7 @@ Tags name the source of a statement: [P] the paper, [C] its official code (Hanxu
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -54,7 +54,7 @@ class RobustWideResNet(WideResNet):
 
     Blocks are pre-activation. Where the width changes, the 1x1 shortcut reads the activated input;
     where only the resolution does, it reads the raw input; elsewhere the raw input is added as it
-    is. The head is BN - ReLU - global pool - linear whatever the stages' activations.
+    is. The head is BN - ReLU - global pool - linear in every case.
 
     Stems: one convolution without batch-norm or activation, or for large images conv7x7 (stride 2)
     - BN - ReLU - max-pool (stride 2) [C].
@@ -166,13 +166,10 @@ def count_parameters(
     Raises:
         ConfigurationError: If the lists do not describe the same stages.
     """
-    strides = usual_strides(len(depths)) if strides is None else strides
-    check_configuration(depths, channels, strides)
     count = 9 * in_channels * channels[0]
-    for depth, stride, (a, b) in zip(depths, strides, itertools.pairwise(channels), strict=True):
-        count += 2 * a + 9 * a * b + 2 * b + 9 * b * b + (depth - 1) * (4 * b + 18 * b * b)
-        if a != b or stride != 1:
-            count += a * b
+    for depth, _, a, b, shortcut in _stages(depths, channels, strides):
+        count += 2 * a + 9 * a * b + 2 * b + 9 * b * b + shortcut
+        count += (depth - 1) * (4 * b + 18 * b * b)
     return count + 2 * channels[-1] + (channels[-1] + 1) * num_classes
 
 
@@ -195,14 +192,21 @@ def count_macs(
     Raises:
         ConfigurationError: If the lists do not describe the same stages.
     """
+    count = 9 * in_channels * channels[0] * size**2
+    for depth, stride, a, b, shortcut in _stages(depths, channels, strides):
+        size = -(-size // stride)
+        count += size**2 * (9 * a * b + 9 * b * b + (depth - 1) * 18 * b * b + shortcut)
+    return count + channels[-1] * num_classes
+
+
+def _stages(
+    depths: Sequence[int], channels: Sequence[int], strides: Sequence[int] | None
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Blocks, stride, channels in and out, and weights of the shortcut of each stage."""
     strides = usual_strides(len(depths)) if strides is None else strides
     check_configuration(depths, channels, strides)
-    count = 9 * in_channels * channels[0] * size**2
     for depth, stride, (a, b) in zip(depths, strides, itertools.pairwise(channels), strict=True):
-        size = -(-size // stride)
-        layers = 9 * a * b + 9 * b * b + (depth - 1) * 18 * b * b
-        count += size**2 * (layers + (a * b if a != b or stride != 1 else 0))
-    return count + channels[-1] * num_classes
+        yield depth, stride, a, b, a * b if a != b or stride != 1 else 0
 
 
 @dataclass(frozen=True)
@@ -233,14 +237,12 @@ class Configuration:
         """As :func:`count_macs`."""
         return count_macs(self.depths, self.channels, num_classes, in_channels, size=size)
 
-    def cost(
-        self, measure: Measure, num_classes: int = 10, in_channels: int = 3, size: int = 32
-    ) -> int:
+    def cost(self, measure: Measure, size: int = 32, **images: int) -> int:
         """Parameters or multiply-accumulates, by name."""
         check_choice("measure", measure, Measure)
-        if measure == "parameters":
-            return self.parameters(num_classes, in_channels)
-        return self.macs(num_classes, in_channels, size)
+        return (
+            self.parameters(**images) if measure == "parameters" else self.macs(size=size, **images)
+        )
 
 
 # ---------------------------------------------------------------------------- rule and search
@@ -267,9 +269,7 @@ def smallest_robust(
     depths: Sequence[int] = (5, 5, 5),
     measure: Measure = "parameters",
     ratio: float = 0.4,
-    num_classes: int = 10,
-    in_channels: int = 3,
-    size: int = 32,
+    **images: int,
 ) -> int:
     """The smallest w whose R(w) reaches a budget; 20 for that of WRN-34-12 [R].
 
@@ -278,9 +278,7 @@ def smallest_robust(
         depths: Blocks per stage.
         measure: What the budget counts.
         ratio: Of :func:`robust_widths`.
-        num_classes: Number of classes K.
-        in_channels: Channels of the images.
-        size: Side of the images, for multiply-accumulates.
+        **images: ``num_classes``, ``in_channels`` and ``size``, as for :func:`count_macs`.
 
     Raises:
         ConfigurationError: If the budget is below 1.
@@ -290,7 +288,7 @@ def smallest_robust(
 
     def reaches(w: int) -> bool:
         rule = Configuration(tuple(depths), robust_widths(w, ratio, len(depths)))
-        return rule.cost(measure, num_classes, in_channels, size) >= budget
+        return rule.cost(measure, **images) >= budget
 
     return next(w for w in itertools.count(1) if reaches(w))
 
@@ -299,17 +297,17 @@ def search(
     configurations: Iterable[Configuration],
     budget: int,
     measure: Measure = "parameters",
-    num_classes: int = 10,
-    in_channels: int = 3,
-    size: int = 32,
+    **images: int,
 ) -> Configuration:
     """The smallest of some networks that reaches a budget; the first among equals.
+
+    Arguments are those of :func:`smallest_robust`.
 
     Raises:
         ConfigurationError: If none of them reaches it.
     """
     check_choice("measure", measure, Measure)
-    sized = [(c.cost(measure, num_classes, in_channels, size), c) for c in configurations]
+    sized = [(c.cost(measure, **images), c) for c in configurations]
     large = [(cost, c) for cost, c in sized if cost >= budget]
     if not large:
         largest = max((cost for cost, _ in sized), default=0)

@@ -1,4 +1,4 @@
-"""How RobustWRN meets training: a plain classifier, drop path that grows, one more loss."""
+"""The LightningModule of RobustWRN: drop path that grows, and one more loss to attack."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from common.objectives import Batch, InnerLoss, Model, differentiable
 
 
 class RobustWRNClassifier(RobustClassifier):
-    """A classifier whose network may drop paths more and more often as training goes on.
+    """A classifier whose network may use drop path with a growing probability.
 
     The probability grows linearly over the epochs, as in DARTS [C], towards the network's own
     ``drop_path``; networks without that attribute are left alone.
@@ -32,9 +32,9 @@ def coupled_margin(model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
     r"""The margin loss as the official code has it [C], :math:`-\max(\sum_i m_i, 0)`.
 
     :math:`m_i = z_{i,y} - \max_{j \ne y} z_{i,j}` is summed over the batch inside the rectifier:
-    as soon as the sum is not positive, the gradient is zero for every image and the attack stands
-    still. So it overestimates robustness and depends on which images share a batch; it is here to
-    reproduce that number, and ``cw_f`` is the attack to believe.
+    as soon as the sum is not positive, the gradient is zero for every image and the attack stops.
+    So it overestimates robustness and depends on which images share a batch. It is here to
+    reproduce that number; the valid attack is ``cw_f``.
 
     Returns:
         x' -> ``(N,)``, whose sum has the value and gradient of the official loss.

@@ -37,7 +37,6 @@ from common.networks.preact_resnet import PreActResNet18
 from common.networks.resnet import ResNet18
 from common.networks.vgg import VGG
 from common.networks.wide_resnet import WideResNet
-from paper_wm.amplification import spearman
 from paper_wm.figures import (
     Point,
     attack_figure,
@@ -47,6 +46,7 @@ from paper_wm.figures import (
     scatter_figure,
 )
 from paper_wm.gathered import LABELS, Found, base_of
+from paper_wm.measures import spearman
 from paper_wm.method import Variant, insert_weight_maps
 from paper_wm.networks import SmallCNN
 from paper_wm.verdicts import LEVELS, Metrics, judge_claims

@@ -18,7 +18,7 @@ from common.modes import frozen
 from common.results.bases import bases, comparable
 from common.results.outcomes import positions
 from common.results.store import CheckpointResult, load_results
-from paper_wm.amplification import measure_layer, shuffled, summarise, white_noise_check
+from paper_wm.measures import measure_layer, shuffled, summarise, white_noise_check
 from paper_wm.method import weight_maps
 
 LABELS = {

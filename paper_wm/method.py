@@ -1,9 +1,9 @@
-"""WM: the Weight Map layer, and how it gets into any network. A reconstruction.
+"""WM: the Weight Map layer, and how to insert it into a network. A reconstruction.
 
-Of the paper only title pages and abstracts could be read, so the operation itself is not known
-from it. Tags name the source of a statement: [P1], [P2] abstract of v1, v2; [T] front matter of the
-first author's thesis; [S] second-hand and unverified; [D] decided here, each one a setting; [M]
-follows from the definitions, whatever the paper says; [obs] seen in a trial run.
+Only title pages and abstracts of the paper could be read, which do not define the operation. Tags
+name the source of a statement: [P1], [P2] abstract of v1, v2; [T] front matter of the first
+author's thesis; [S] second-hand and unverified; [D] decided here, each one a setting; [M] follows
+from the definitions; [obs] seen in a trial run.
 
 The names of the two variants, smoothing and unsharp, are [S]; their formulas are [D]: a map M has a
 weight for every position of the feature X, and a local filter without parameters follows.
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError, check_choice
+from common.modes import try_out
 
 Variant = Literal["smoothing", "unsharp", "highpass", "scale", "subtract", "subtract_summed"]
 """``smoothing`` and ``unsharp`` are the two variants [S]; ``highpass`` is another reading of an
@@ -34,15 +35,7 @@ Init = Literal["constant", "uniform", "normal"]
 
 
 def box_sum(z: Tensor, k: int) -> Tensor:
-    """B_k: sum over a k x k window with zeros around the map, each channel by itself [D].
-
-    Args:
-        z: Features, ``(N, C, H, W)``.
-        k: Side of the window, odd.
-
-    Returns:
-        The same shape.
-    """
+    """B_k: sum over a k x k window, k odd, with zeros around ``z`` ``(N, C, H, W)`` [D]."""
     return F.avg_pool2d(z, k, stride=1, padding=k // 2, divisor_override=1)
 
 
@@ -71,7 +64,7 @@ def reduce(
         The same shape.
 
     Raises:
-        ConfigurationError: If the variant needs the unweighted input, or there is no such one.
+        ConfigurationError: If the variant is unknown or needs the unweighted input.
     """
     check_choice("variant", variant, Variant)
     check_choice("kernel_norm", kernel_norm, KernelNorm)
@@ -91,10 +84,9 @@ def reduce(
 class WeightMap(nn.Module):
     r"""Y = K(M * X): a weight for every position, then a filter without parameters [D].
 
-    The two ``subtract`` variants are :math:`X - A_k(M X)` and, with the same map for every channel,
-    :math:`X - \sum_c A_k(M_c X_c)`. The layer is bilinear in M and X, exact in its gradients, and
-    the same in training and evaluation [M]. It computes in float32, under autocast too: sums of
-    nine compound where layers are stacked.
+    The two ``subtract`` variants are :math:`X - A_k(M X)` and :math:`X - \sum_c A_k(M_c X_c)`. The
+    layer is the same in training and evaluation. It computes in float32, under autocast too: sums
+    of nine compound where layers are stacked.
 
     Args:
         variant: What follows the weighting.
@@ -107,8 +99,7 @@ class WeightMap(nn.Module):
         shared: One map for all channels, ``(1, H, W)``.
         init: The map starts at ``init_value`` times 1, U(0, 1) or N(1, 0.1^2).
         init_value: 1/k^2 makes the sum kernel start as the mean.
-        trainable: ``False`` freezes the map at its start: the control for everything the filter
-            does by itself.
+        trainable: ``False`` freezes the map at its start, the control for the filter alone.
 
     Raises:
         ConfigurationError: If a setting is out of range or does not apply to the variant.
@@ -158,32 +149,14 @@ class WeightMap(nn.Module):
         self.order: Order = order
         self.shared = shared
         self.init: Init = init
-        self.init_value = init_value
-        size = (1 if shared else shape[0], shape[1], shape[2])
-        self.map = nn.Parameter(torch.empty(size, dtype=torch.float32), requires_grad=trainable)
-        self.reset()
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Set the map to its start; ``constant`` draws no random numbers."""
-        if self.init == "uniform":
-            self.map.uniform_(0.0, 1.0).mul_(self.init_value)
-        elif self.init == "normal":
-            self.map.normal_(1.0, 0.1).mul_(self.init_value)
+        start = torch.empty(1 if shared else shape[0], *shape[1:], dtype=torch.float32)
+        if init == "constant":
+            start.fill_(1.0)
+        elif init == "uniform":
+            start.uniform_(0.0, 1.0)
         else:
-            self.map.fill_(self.init_value)
-
-    def filtered(self, z: Tensor) -> Tensor:
-        """K(z): the layer with a map of ones, without the input that ``subtract`` keeps."""
-        if self.variant in ("subtract", "subtract_summed"):
-            return box_mean(z, self.kernel_size)
-        return reduce(z, self.variant, self.kernel_size, self.kernel_norm, self.lam)
-
-    def weighted(self, x: Tensor) -> Tensor:
-        """Map and filter in their order, ``(N, C, H, W)``."""
-        if self.order == "reduce_then_weight":
-            return self.map * self.filtered(x)
-        return self.filtered(self.map * x)
+            start.normal_(1.0, 0.1)
+        self.map = nn.Parameter(start * init_value, requires_grad=trainable)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``(N, C, H, W)`` to features of the same shape; float32 under autocast.
@@ -206,12 +179,19 @@ class WeightMap(nn.Module):
 
     def _computed(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = self.weighted(x)
+        is_last = self.order == "reduce_then_weight"
+        y = self._filtered(x if is_last else self.map * x)
+        y = self.map * y if is_last else y
         if self.variant == "subtract":
             return x - y
         if self.variant == "subtract_summed":
             return x - y.sum(dim=1, keepdim=True)
         return y
+
+    def _filtered(self, z: Tensor) -> Tensor:
+        if self.variant in ("subtract", "subtract_summed"):
+            return box_mean(z, self.kernel_size)
+        return reduce(z, self.variant, self.kernel_size, self.kernel_norm, self.lam)
 
     def extra_repr(self) -> str:
         """Settings, for ``print(net)``."""
@@ -237,13 +217,12 @@ def insert_weight_maps(
 ) -> nn.Module:
     """Put a weight map behind named modules of a network, in place.
 
-    The map becomes a child ``weight_map`` of the module it follows and is applied to its output by
-    a forward hook. So no key of the state dict changes, weights of the base network load with
-    ``strict=False``, and there is one more key, ``<module>.weight_map.map``, for each map. Behind a
-    ``Sequential`` means behind its last module.
+    The map becomes a child ``weight_map`` of the module it follows, and a forward hook applies it
+    to its output. So no key of the state dict changes, and ``<module>.weight_map.map`` is new for
+    each map. Behind a ``Sequential`` means behind its last module.
 
-    The sizes of the maps are found by one forward pass of a blank image in evaluation mode; it
-    changes neither buffers nor the state of random generators, and works on the meta device.
+    One forward pass of a blank image in evaluation mode finds the sizes of the maps; it changes
+    neither buffers nor random generators, and works on the meta device.
 
     Args:
         net: The network; it is changed.
@@ -295,10 +274,10 @@ def weight_maps(net: nn.Module) -> dict[str, WeightMap]:
 
 @contextmanager
 def bypassed(net: nn.Module) -> Iterator[None]:
-    """Let gradients pass every weight map as if it were not there; outputs stay what they are.
+    """Let gradients pass every weight map as if it were not there; outputs do not change.
 
-    Backward pass differentiable approximation (Athalye et al. 2018) by the identity: were the
-    layer's robustness owed to the scale of its gradients, this attack would be stronger [D].
+    Backward pass differentiable approximation (Athalye et al. 2018) by the identity: it is the
+    stronger attack if the layer is robust only by the scale of its gradients [D].
     """
 
     def straight_through(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -330,7 +309,7 @@ def _module_after(net: nn.Module, name: str) -> nn.Module:
     while isinstance(module, nn.Sequential) and len(module):
         if type(module).forward is not nn.Sequential.forward:
             raise ConfigurationError(
-                f"module {name!r} is a Sequential with a forward pass of its own, so its last "
+                f"module {name!r} is a Sequential that overrides forward, so its last "
                 "module may not be the last to run; name one of its modules"
             )
         module = list(module.children())[-1]
@@ -350,22 +329,11 @@ def _outputs(
         module.register_forward_hook(lambda _m, _a, output, name=name: seen[name].append(output))
         for name, module in places.items()
     ]
-    modes = {module: module.training for module in net.modules()}
-    parameter = next(net.parameters(), torch.empty(0))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            net.eval()(parameter.new_zeros(1, *example_shape))
-    except (RuntimeError, ValueError) as error:
-        raise ConfigurationError(
-            f"the network cannot take images of shape {'x'.join(map(str, example_shape))} "
-            f"(channels x height x width): {str(error).splitlines()[0]}; give the example_shape of "
-            "the images it is for"
-        ) from error
+        try_out(net, example_shape, "give the example_shape of the images it is for")
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return seen
 
 

@@ -1,4 +1,4 @@
-"""How WM meets training: a plain classifier, one more loss to attack, maps for TensorBoard."""
+"""The LightningModule of WM: one more loss to attack, and maps for TensorBoard."""
 
 from collections.abc import Callable
 from typing import Any

@@ -12,7 +12,7 @@ from common.errors import ConfigurationError, check_choice
 from common.networks.normalize import Normalize, Statistics
 from common.networks.resnet import ResNet, check_positive, conv3x3, named_sequence
 from common.networks.wide_resnet import WideResNet
-from paper_wm.method import Init, KernelNorm, Order, Variant, insert_weight_maps
+from paper_wm.method import Variant, insert_weight_maps
 
 Placement = Literal["first", "all", "stem", "stages"]
 Position = Literal["pre", "post"]
@@ -72,35 +72,6 @@ class SmallCNN(nn.Module):
         return logits
 
 
-def matching_widths(target: int, **settings: Any) -> tuple[int, int, int]:
-    """Widths of the ``wide`` control: those of a :class:`SmallCNN`, scaled to a parameter count.
-
-    Args:
-        target: Parameters of the network with weight maps.
-        **settings: Of the :class:`SmallCNN` that is widened.
-
-    Returns:
-        All three widths times one factor and rounded, nearest to ``target``.
-    """
-    widths = tuple(settings.pop("widths", (32, 64, 128)))
-    steps = range(max(widths), 4 * max(widths) + 1)
-    found = {tuple(round(w * step / max(widths)) for w in widths) for step in steps}
-    first, second, third = min(found, key=lambda w: abs(_cnn_size(w, **settings) - target))
-    return first, second, third
-
-
-def _cnn_size(
-    widths: Sequence[int], num_classes: int = 10, image_shape: Sequence[int] = (1, 28, 28)
-) -> int:
-    """Parameters of a :class:`SmallCNN`."""
-    channels, height, width = image_shape
-    count = 0
-    for out in widths:
-        count += 9 * channels * out + 2 * out
-        channels = out
-    return count + (channels * (height // 4) * (width // 4) + 1) * num_classes
-
-
 # ------------------------------------------------------------------------- where the maps go [D]
 
 
@@ -122,34 +93,29 @@ def places(
     check_choice("position", position, Position)
     if placement is not None:
         check_choice("placement", placement, Placement)
-    if isinstance(net, SmallCNN):
-        if placement not in ("first", "all", None):
-            raise ConfigurationError(
-                f"a small CNN has no {placement}; placement must be first or all"
-            )
-        layer = "conv" if position == "pre" else "act"
-        count = 3 if placement == "all" else 1
-        return [f"blocks.{i}.{layer}" for i in range(count)], []
-    if not isinstance(net, ResNet | WideResNet):
+    if not isinstance(net, SmallCNN | ResNet | WideResNet):
         raise ConfigurationError(
             f"where weight maps go in a {type(net).__name__} is not known; name the modules, for "
             "instance after: [conv1]"
         )
-    if placement not in ("stem", "stages", None):
+    known = ("first", "all") if isinstance(net, SmallCNN) else ("stem", "stages")
+    if placement not in (*known, None):
         raise ConfigurationError(
-            f"a residual network has no {placement} block; placement must be stem or stages"
+            f"a {type(net).__name__} has no place {placement!r}; placement must be "
+            f"{' or '.join(known)}"
         )
-    if isinstance(net, WideResNet):
-        if position == "post":
-            raise ConfigurationError(
-                "the stem of a wide ResNet is a convolution without batch-norm and activation of "
-                "its own; set position: pre"
-            )
-        stem = "stem"
-    else:
-        stem = "stem.conv" if position == "pre" else "stem.act"
+    if isinstance(net, SmallCNN):
+        layer = "conv" if position == "pre" else "act"
+        return [f"blocks.{i}.{layer}" for i in range(3 if placement == "all" else 1)], []
     stages = [f"stages.{i}" for i in range(len(net.stages))] if placement == "stages" else []
-    return [stem], stages
+    if isinstance(net, ResNet):
+        return ["stem.conv" if position == "pre" else "stem.act"], stages
+    if position == "post":
+        raise ConfigurationError(
+            "the stem of a wide ResNet is one convolution, without batch-norm and activation; set "
+            "position: pre"
+        )
+    return ["stem"], stages
 
 
 def with_weight_maps(
@@ -159,36 +125,24 @@ def with_weight_maps(
     position: Position = "pre",
     after: list[str] | None = None,
     image_shape: Sequence[int] | None = None,
-    kernel_size: int = 3,
-    kernel_norm: KernelNorm = "sum",
-    lam: float | None = None,
-    order: Order = "weight_then_reduce",
-    shared: bool = False,
-    init: Init = "constant",
     init_value: float = 1.0,
     stage_init_value: float | None = None,
-    trainable: bool = True,
+    **settings: Any,
 ) -> nn.Module:
     """A network with weight maps, for configuration files.
 
     Args:
         net: The base network; it is changed and returned.
-        variant: As in :class:`~paper_wm.method.WeightMap`, and so are the settings below.
+        variant: As in :class:`~paper_wm.method.WeightMap`.
         placement: As in :func:`places`.
         position: As in :func:`places`.
         after: Names of modules, instead of ``placement`` and ``position``.
         image_shape: Channels, height and width of the images; the command line fills it in.
-        kernel_size: Side of the window.
-        kernel_norm: Of ``smoothing``.
-        lam: Of ``unsharp``.
-        order: Of map and filter.
-        shared: One map for all channels.
-        init: How maps start.
-        init_value: Scale of the start.
+        init_value: As in :class:`~paper_wm.method.WeightMap`.
         stage_init_value: The same for maps at the outputs of stages. Nothing normalises the trunk
             behind them, so ``None`` is 1/k^2 where the filter is a sum: a factor of nine compounds
             [D]. Elsewhere ``None`` is ``init_value``.
-        trainable: Whether maps learn.
+        **settings: Others of :class:`~paper_wm.method.WeightMap`, the same for all maps.
 
     Returns:
         ``net``.
@@ -197,30 +151,23 @@ def with_weight_maps(
         ConfigurationError: If the shape is not known, there is no such place, or a setting is out
             of range.
     """
-    for name, value, choices in (
-        *(("variant", variant, Variant), ("position", position, Position)),
-        *(("kernel_norm", kernel_norm, KernelNorm), ("order", order, Order), ("init", init, Init)),
-    ):
-        check_choice(name, value, choices)
-    if placement is not None:
-        check_choice("placement", placement, Placement)
-    if image_shape is None:
-        raise ConfigurationError(
-            "weight maps belong to positions, so image_shape must be given: (channels, height, "
-            "width); the command line fills it in from the data"
-        )
+    check_choice("variant", variant, Variant)
     if after is not None and placement is not None:
         raise ConfigurationError(
             f"placement={placement} and after={after} both say where maps go; give one of them"
         )
     first, stages = (after, []) if after is not None else places(net, placement, position)
-    settings: dict[str, Any] = {"kernel_size": kernel_size, "kernel_norm": kernel_norm, "lam": lam}
-    settings |= {"order": order, "shared": shared, "init": init, "trainable": trainable}
+    if image_shape is None:
+        raise ConfigurationError(
+            "weight maps belong to positions, so image_shape must be given: (channels, height, "
+            "width); the command line fills it in from the data"
+        )
     insert_weight_maps(net, first, image_shape, variant, init_value=init_value, **settings)
     if stages:
         if stage_init_value is None:
-            is_sum = variant == "smoothing" and kernel_norm == "sum"
-            stage_init_value = 1.0 / kernel_size**2 if is_sum else init_value
+            is_sum = variant == "smoothing" and settings.get("kernel_norm", "sum") == "sum"
+            k = settings.get("kernel_size", 3)
+            stage_init_value = 1.0 / k**2 if is_sum else init_value
         insert_weight_maps(
             net, stages, image_shape, variant, init_value=stage_init_value, **settings
         )

@@ -43,7 +43,7 @@ Transferred = Mapping[tuple[str, int], float]
 """(method, seed) -> accuracy under images made on the base network, in [0, 1]."""
 
 Summaries = Mapping[tuple[str, int], Mapping[str, float | None]]
-"""(method, seed) -> numbers of :func:`paper_wm.amplification.summarise`."""
+"""(method, seed) -> numbers of :func:`paper_wm.measures.summarise`."""
 
 _NOISE = re.compile(r"(uniform|gaussian|saltpepper)/level=[\d.e-]+")
 _ATTACK = re.compile(r"(fgsm|bim10|mim10|pgd20|pgd100)/eps=([\d.e-]+)")

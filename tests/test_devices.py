@@ -40,7 +40,8 @@ from paper_awnet.objectives import BMTARD, HybridCE, RoutedTRADES
 from paper_awnet.teachers import Teacher
 from paper_cifs.method import CIFSResNet, JointCrossEntropy
 from paper_cifs.module import CIFSClassifier
-from paper_rcm.dajat import DAJAT, split_batch_norm
+from paper_rcm.networks import split_batch_norm
+from paper_rcm.objectives import DAJAT
 from paper_wm.module import WeightMapClassifier
 from paper_wm.networks import SmallCNN, with_weight_maps
 

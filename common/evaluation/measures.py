@@ -34,7 +34,22 @@ class Measure(Settings, ABC):
         """
 
 
-class LocalSmoothness(Measure):
+class AttackMeasure(Measure):
+    """Numbers per image that depend on an adversarial image x'.
+
+    Args:
+        attack: Makes x'.
+    """
+
+    def __init__(self, attack: PGD) -> None:
+        self.attack = attack
+
+    def attacked(self, model: Any, batch: Batch, random: ExampleRandom) -> Tensor:
+        """x', ``(N, C, H, W)``, from cross-entropy with the labels."""
+        return self.attack(lambda x: cross_entropy(model(x), batch["y"]), batch["x"], random)
+
+
+class LocalSmoothness(AttackMeasure):
     r"""How far and how fast the output moves under an attack on cross-entropy.
 
     - ``stability``: 1 where the prediction for x' is that for x, whether right or wrong.
@@ -45,22 +60,11 @@ class LocalSmoothness(Measure):
       loss at x' (first-order stationary condition, Wang et al. 2019, Eq. (5)): 0 where x' is the
       best point of the ball as far as the gradient tells, never negative inside the ball. For
       ``linf`` attacks only.
-
-    Args:
-        attack: Makes x'.
     """
-
-    def __init__(self, attack: PGD) -> None:
-        self.attack = attack
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
         """``stability``, ``lipschitz`` and, for linf attacks, ``fosc``."""
-        x, y = batch["x"], batch["y"]
-
-        def loss(images: Tensor) -> Tensor:
-            return cross_entropy(model(images), y)
-
-        x_adv = self.attack(loss, x, random)
+        x, x_adv = batch["x"], self.attacked(model, batch, random)
         with torch.no_grad():
             clean, attacked = model(x), model(x_adv)
         before = classify(clean)
@@ -71,7 +75,8 @@ class LocalSmoothness(Measure):
             "lipschitz": moved / distance,
         }
         if self.attack.norm == "linf":
-            g = input_gradient(loss, x_adv).flatten(1)
+            y = batch["y"]
+            g = input_gradient(lambda z: cross_entropy(model(z), y), x_adv).flatten(1)
             climbed = ((x_adv - x).flatten(1) * g).sum(dim=1)
             columns["fosc"] = self.attack.eps * g.abs().sum(dim=1) - climbed
         return columns

@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,12 @@ from torch import Tensor, nn
 
 from common.cli.main import main as train
 from common.data.corruptions import CIFAR10C, CORRUPTIONS
-from common.errors import DataUnavailableError, RunDirectoryError
+from common.errors import (
+    ConfigurationError,
+    DataUnavailableError,
+    RunDirectoryError,
+    UserError,
+)
 from paper_rcm import corruptions
 from paper_rcm.corruptions import (
     evaluate_corruptions,
@@ -177,9 +181,8 @@ def checkpoint(
 
 
 def test_the_command(
-    checkpoint: tuple[Path, Path], fake_cifar10: Path, capsys: Any, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    checkpoint: tuple[Path, Path], fake_cifar10: Path, capsys: Any, tmp_path: Path
+) -> None:
     path, config = checkpoint
     write(fake_cifar10)
     main(["--ckpt_path", str(path), "--subset", "--device", "cpu"])
@@ -192,24 +195,23 @@ def test_the_command(
     moved = tmp_path / "moved.ckpt"
     moved.write_bytes(path.read_bytes())
     arguments = ["--ckpt_path", str(moved), "--device", "cpu", "--subset"]
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(ConfigurationError, match="--config"):
         main(arguments)
-    assert "name the experiment's file with --config" in capsys.readouterr().err
     main([*arguments, "--config", str(config), "--only", "fog", "snow"])
     other = read_corruptions(tmp_path / "corruptions.json")["moved"]
     assert other["accuracy"] == {k: entry["accuracy"][k] for k in CORRUPTIONS if k in
                                  ("fog", "snow")}  # fmt: skip
     # Through the package, as a user would.
-    monkeypatch.setattr(sys, "argv", ["paper_rcm", "corruptions", *arguments[:1], "nowhere.ckpt"])
-    import runpy
-
+    commands = {"corruptions": "paper_rcm.corruptions"}
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_module("paper_rcm", run_name="__main__")
-    assert capsys.readouterr().err.startswith("error: ")
+        train(["corruptions", "--ckpt_path", "nowhere.ckpt"], "paper_rcm", commands)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
 
 
-def test_missing_files_and_other_data_are_one_line(
-    checkpoint: tuple[Path, Path], capsys: Any, monkeypatch: pytest.MonkeyPatch
+def test_missing_files_and_other_data_are_refused(
+    checkpoint: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, _ = checkpoint
     arguments = ["--ckpt_path", str(path), "--device", "cpu"]
@@ -218,14 +220,10 @@ def test_missing_files_and_other_data_are_one_line(
         (["--only", "rain"], "zenodo"),
         (["--config", "none.yaml"], "does not exist"),
     ):
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(UserError, match=message):
             main([*arguments, *more])
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
     monkeypatch.setattr(
         "common.data.images.ImageDataModule.num_classes", property(lambda self: 100)
     )
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(ConfigurationError, match="cifar10 experiment"):
         main(arguments)
-    assert "give a checkpoint of a cifar10 experiment" in capsys.readouterr().err

@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -65,19 +64,16 @@ def slow(x: torch.Tensor, m: torch.Tensor, variant: str, k: int, norm: str, lam:
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_layer_is_its_definition_in_loops(variant, k) -> None:
-    for settings in ({}, {"shared": True}):
-        made = layer(variant, kernel_size=k, **settings)
-        x = features()
-        torch.testing.assert_close(made(x), slow(x, made.map, variant, k, "sum", 1.0))
-
-
-def test_norm_and_lam_are_those_of_the_definition() -> None:
-    x = features()
-    mean, soft = layer("smoothing", kernel_norm="mean"), layer("unsharp", lam=-0.3)
-    torch.testing.assert_close(mean(x), slow(x, mean.map, "smoothing", 3, "mean", 1.0))
-    torch.testing.assert_close(soft(x), slow(x, soft.map, "unsharp", 3, "sum", -0.3))
+@pytest.mark.parametrize(
+    ("variant", "norm", "lam"),
+    [*((variant, "sum", 1.0) for variant in VARIANTS), ("smoothing", "mean", 1.0),
+     ("unsharp", "sum", -0.3)],
+)  # fmt: skip
+def test_the_layer_is_its_definition_in_loops(variant, norm, lam, k) -> None:
+    settings = {"kernel_norm": norm, "lam": None if lam == 1.0 else lam}
+    for shared in (False, True):
+        made, x = layer(variant, kernel_size=k, shared=shared, **settings), features()
+        torch.testing.assert_close(made(x), slow(x, made.map, variant, k, norm, lam))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -96,15 +92,7 @@ def test_the_other_order_weights_what_the_filter_gives(variant) -> None:
         assert not torch.allclose(first(x), expected)
 
 
-@pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("k", [1, 3, 5, 7])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_shapes_stay(variant, k, n) -> None:
-    """Invariant 1."""
-    assert layer(variant, kernel_size=k)(features(n)).shape == (n, *SHAPE)
-
-
-@pytest.mark.parametrize("shape", [(3, 6, 6), (3, 5, 5), (4, 6, 5), (1, 6, 5)])
+@pytest.mark.parametrize("shape", [(3, 6, 6), (1, 6, 5)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_feature_of_another_shape_is_refused(shape, shared) -> None:
     """Invariant 1: never resized, never broadcast."""
@@ -127,6 +115,7 @@ def test_parameters_are_the_map_alone() -> None:
         assert list(made.state_dict()) == ["map"]
         assert not list(made.buffers())
         assert made.map.dtype == torch.float32
+    assert "smoothing, 3x6x5, k=3, sum, frozen" in repr(made)
 
 
 def test_identities_of_ones_and_of_a_window_of_one() -> None:
@@ -147,20 +136,10 @@ def test_identities_of_ones_and_of_a_window_of_one() -> None:
     assert not layer("highpass", kernel_size=1)(x).any()
 
 
-def test_variants_are_combinations_of_each_other() -> None:
-    """Invariant 4."""
-    z = features()
-    mean, high = reduce(z, "smoothing", 3, "mean"), reduce(z, "highpass", 3)
-    torch.testing.assert_close(reduce(z, "unsharp", 3, lam=-1.0), mean)
-    torch.testing.assert_close(reduce(z, "scale", 3), mean + high)
-    for lam in (-0.5, 0.5, 2.0):
-        torch.testing.assert_close(reduce(z, "unsharp", 3, lam=lam), z + lam * high)
-
-
 @pytest.mark.parametrize("k", [3, 5])
 def test_sum_and_mean_are_one_class_of_functions(k) -> None:
     """Invariant 5."""
-    total, mean = layer("smoothing", kernel_size=k), layer("smoothing", kernel_size=k)
+    total = layer("smoothing", kernel_size=k)
     mean = layer("smoothing", kernel_size=k, kernel_norm="mean")
     mean.map.data.copy_(k**2 * total.map.data)
     x = features()
@@ -179,17 +158,6 @@ def test_noise_at_the_input_passes_as_if_alone(variant) -> None:
         other, both = layer(variant), layer(variant)
         both.map.data.copy_(made.map.data - 2.0 * other.map.data)
         torch.testing.assert_close(both(x), made(x) - 2.0 * other(x))
-
-
-def test_a_constant_map_commutes_with_shifts_and_another_does_not() -> None:
-    """Invariant 11."""
-    shape = (1, 8, 8)
-    x = torch.zeros(1, *shape, dtype=torch.float64)
-    x[..., 3:5, 3:5] = torch.rand(2, 2, dtype=torch.float64)
-    moved = x.roll(1, dims=3)
-    constant, varying = layer("smoothing", shape, random=False), layer("smoothing", shape)
-    torch.testing.assert_close(constant(moved), constant(x).roll(1, dims=3))
-    assert not torch.allclose(varying(moved), varying(x).roll(1, dims=3))
 
 
 @pytest.mark.parametrize("variant", FILTERS)
@@ -217,24 +185,16 @@ def test_batch_norm_undoes_the_scale_of_a_map() -> None:
     assert made.map.grad.norm() > 0.1
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_images_do_not_see_each_other(variant) -> None:
-    """Invariant 16."""
-    made, x = layer(variant), features(5)
-    order = torch.tensor([3, 0, 4, 2, 1])
-    assert torch.equal(made(x[order]), made(x)[order])
-
-
-@pytest.mark.parametrize("k", [3, 5])
-def test_pooling_is_the_depthwise_convolution_with_ones(k) -> None:
-    """Invariant 17."""
-    z = torch.randn(4, 3, 9, 7)
-    ones = torch.ones(3, 1, k, k)
-    expected = F.conv2d(z, ones, padding=k // 2, groups=3)
-    assert (box_sum(z, k) - expected).abs().max() < 1e-5
-    pooled = k**2 * F.avg_pool2d(z, k, 1, k // 2, count_include_pad=True)
-    assert (box_sum(z, k) - pooled).abs().max() < 1e-5
-    assert (box_mean(z, k) - expected / k**2).abs().max() < 1e-6
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("variant", FILTERS)
+def test_gradients_have_their_closed_forms(variant, shared) -> None:
+    """dL/dX = M * K(T) and dL/dM = sum X * K(T): the filter is its own transpose."""
+    made, ones = layer(variant, shared=shared), layer(variant, random=False)
+    x, upstream = features(3).requires_grad_(), features(3)
+    to_x, to_map = torch.autograd.grad(made(x), (x, made.map), upstream)
+    torch.testing.assert_close(to_x, made.map * ones(upstream))
+    expected = (x * ones(upstream)).sum(0)
+    torch.testing.assert_close(to_map, expected.sum(0, keepdim=True) if shared else expected)
 
 
 def test_starts() -> None:
@@ -251,11 +211,6 @@ def test_starts() -> None:
     assert abs(normal.std() - 0.1) < 0.005
     scaled = WeightMap("scale", (8, 16, 16), init="normal", init_value=2.0).map
     assert abs(scaled.mean() - 2.0) < 0.02
-
-
-def test_training_and_evaluation_are_the_same() -> None:
-    made, x = layer("unsharp"), features()
-    assert torch.equal(made.train()(x), made.eval()(x))
 
 
 def test_the_layer_computes_in_float32_under_autocast() -> None:
@@ -288,15 +243,6 @@ def test_the_layer_computes_in_float32_under_autocast() -> None:
 def test_what_does_not_fit_is_refused(settings, message) -> None:
     with pytest.raises(ConfigurationError, match=message):
         WeightMap(**{"variant": "smoothing", "shape": SHAPE, **settings})
-
-
-def test_print_shows_the_settings() -> None:
-    assert "smoothing, 3x6x5, k=3, sum, frozen" in repr(
-        WeightMap("smoothing", SHAPE, trainable=False)
-    )
-    assert "unsharp, 1x6x5, k=5, lam=0.5" in repr(
-        WeightMap("unsharp", SHAPE, 5, lam=0.5, shared=True)
-    )
 
 
 # --------------------------------------------------------------------------------- into networks
@@ -377,16 +323,8 @@ def test_copies_and_pickles_have_maps_of_their_own() -> None:
         assert not torch.allclose(twin(x), before)
 
 
-def test_a_map_passes_gradients_to_what_is_before_it() -> None:
-    net = inserted("conv1", "tail")
-    net(torch.rand(2, 1, 8, 8)).square().sum().backward()
-    for name in ("conv1.weight", "conv1.weight_map.map", "tail.1.weight_map.map"):
-        assert dict(net.named_parameters())[name].grad.abs().sum() > 0, name
-
-
 def test_past_the_maps_outputs_stay_and_gradients_change() -> None:
     net = inserted("conv1").eval()
-    base = plain().eval()
     x = torch.rand(2, 1, 8, 8, requires_grad=True)
     logits = net(x)
     (exact,) = torch.autograd.grad(logits.sum(), x)
@@ -405,7 +343,6 @@ def test_past_the_maps_outputs_stay_and_gradients_change() -> None:
         (mapped,) = torch.autograd.grad(inside(x).sum(), x)
     (bare,) = torch.autograd.grad(conv(x).sum(), x)
     torch.testing.assert_close(mapped, bare)
-    assert base.conv1.weight.shape == net.conv1.weight.shape
 
 
 def test_a_torchvision_network_on_the_meta_device() -> None:
@@ -464,7 +401,7 @@ def test_a_sequential_that_runs_otherwise_is_refused() -> None:
             return x
 
     net = nn.Sequential(Backwards(nn.Conv2d(4, 4, 3), nn.Conv2d(1, 4, 3)))
-    with pytest.raises(ConfigurationError, match="a forward pass of its own"):
+    with pytest.raises(ConfigurationError, match="overrides forward"):
         insert_weight_maps(net, ["0"], (1, 8, 8), "smoothing")
 
 

@@ -1,3 +1,5 @@
+"""DAJAT: views, growing attack, the loss against a slow rewrite, and training with all of it."""
+
 import math
 from functools import partial
 from typing import Any
@@ -15,22 +17,10 @@ from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
-from common.modes import batch_statistics_kept
-from common.networks.resnet import DigitsResNet, ResNet18
+from common.networks.resnet import DigitsResNet
 from common.objectives import TRADES
-from paper_rcm.dajat import (
-    DAJAT,
-    AutoAugmentViews,
-    GrowingPGD,
-    SplitBatchNorm2d,
-    SplitResNet18,
-    branch,
-    jensen_shannon,
-    split_batch_norm,
-)
-from paper_rcm.method import EnlargedNetwork
-
-# ------------------------------------------------------------------------------------- the network
+from paper_rcm.networks import SplitBatchNorm2d, branch, split_batch_norm
+from paper_rcm.objectives import DAJAT, AutoAugmentViews, GrowingPGD, jensen_shannon
 
 
 def small() -> nn.Module:
@@ -43,63 +33,6 @@ def small() -> nn.Module:
             module.auto.weight.data.uniform_(0.5, 1.5, generator=generator)
             module.auto.running_mean.uniform_(-0.2, 0.2, generator=generator)
     return net
-
-
-def test_parameters_are_those_of_the_released_network() -> None:
-    net = SplitResNet18()
-    assert sum(p.numel() for p in net.parameters()) == 11_183_562
-    shrunk = SplitResNet18(strides=(1, 1, 2, 2))
-    assert {k: v.shape for k, v in net.state_dict().items()} == {
-        k: v.shape for k, v in shrunk.state_dict().items()
-    }
-
-
-def test_both_branches_begin_as_the_plain_network() -> None:
-    torch.manual_seed(0)
-    plain = ResNet18(widths=(8, 8, 8, 8))
-    torch.manual_seed(0)
-    split = SplitResNet18(widths=(8, 8, 8, 8))
-    x = torch.rand(4, 3, 16, 16)
-    for net in (plain, split):
-        net.eval()
-    for name in ("base", "auto"):
-        with branch(split, name):  # type: ignore[arg-type]
-            assert torch.equal(split(x), plain(x))
-    assert not any(type(m) is nn.BatchNorm2d for m in split.children())
-    norms = [m for m in split.modules() if isinstance(m, SplitBatchNorm2d)]
-    assert len(norms) == sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules()) == 20
-    split_batch_norm(split)  # a second time changes nothing
-    assert len([m for m in split.modules() if isinstance(m, SplitBatchNorm2d)]) == len(norms)
-
-
-def test_a_branch_keeps_its_statistics_and_gradients_to_itself() -> None:
-    net = small().train()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    with branch(net, "auto"):
-        net(torch.rand(8, 1, 8, 8)).sum().backward()
-    moved = {n for n, v in net.state_dict().items() if not torch.equal(v, before[n])}
-    assert moved
-    assert all(".auto." in name for name in moved)
-    for name, parameter in net.named_parameters():
-        assert (parameter.grad is None) == (".base." in name), name
-
-
-def test_the_base_branch_comes_back_after_an_exception() -> None:
-    net = small()
-    with pytest.raises(RuntimeError), branch(net, "auto"):
-        raise RuntimeError
-    assert all(m.branch == "base" for m in net.modules() if isinstance(m, SplitBatchNorm2d))
-    with pytest.raises(ConfigurationError, match="one of base, auto"), branch(net, "other"):  # type: ignore[arg-type]
-        pass
-    with pytest.raises(ConfigurationError, match="SplitResNet18"), branch(DigitsResNet(), "auto"):
-        pass
-
-
-def test_it_can_be_enlarged() -> None:
-    net = EnlargedNetwork(SplitResNet18(widths=(8, 8, 8, 8)), scale_factor=2).eval()
-    x = torch.rand(2, 3, 16, 16)
-    with branch(net, "auto"):
-        assert net(x).shape == (2, 10)
 
 
 # --------------------------------------------------------------------------------------- the views
@@ -193,7 +126,7 @@ def test_the_loss_against_a_slow_rewrite(smoothing: float) -> None:
 
 
 def test_equal_views_leave_trades() -> None:
-    """One view three times in one branch: no divergence between them is left."""
+    """One view three times in one branch: the views do not diverge."""
     net, batch = make()
     for module in net.modules():
         if isinstance(module, SplitBatchNorm2d):
@@ -203,6 +136,7 @@ def test_equal_views_leave_trades() -> None:
     thrice["view"] = batch["view"]
     trades = TRADES(beta=11.0).outer(net, first)
     torch.testing.assert_close(DAJAT().outer(net, thrice), trades)
+    torch.testing.assert_close(DAJAT().weight_loss(net, batch), trades)  # the base view alone
 
 
 def test_jensen_shannon_survives_certain_and_opposite_predictions() -> None:
@@ -222,13 +156,6 @@ def test_inner_is_the_divergence_of_each_view_in_its_branch() -> None:
         assert loss[rows].tolist() == pytest.approx(expected, rel=1e-9)
     plain = {key: value[:5] for key, value in batch.items() if key != "view"}
     torch.testing.assert_close(DAJAT().inner(net, plain)(plain["x_adv"]), loss[:5])
-
-
-def test_weights_climb_the_base_view_alone() -> None:
-    net, batch = make()
-    base = {key: value[:5] for key, value in batch.items()}
-    expected = TRADES(beta=11.0).outer(net, base)
-    torch.testing.assert_close(DAJAT().weight_loss(net, batch), expected)
 
 
 def test_what_is_missing_is_named() -> None:
@@ -292,11 +219,3 @@ def test_it_trains(tmp_path: Any) -> None:
     assert norm.base.num_batches_tracked.item() == 8
     assert norm.auto.num_batches_tracked is not None
     assert norm.auto.num_batches_tracked.item() == 16
-
-
-def test_statistics_of_both_branches_can_be_kept() -> None:
-    net = small().train()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    with batch_statistics_kept(net), branch(net, "auto"):
-        net(torch.rand(8, 1, 8, 8))
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

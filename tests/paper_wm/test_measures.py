@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from paper_wm.amplification import (
+from paper_wm.measures import (
     interior,
     measure_layer,
     measure_units,
@@ -111,7 +111,7 @@ def test_correlations_by_hand() -> None:
 def test_record_sees_what_goes_in_and_comes_out(net) -> None:
     (layer,) = weight_maps(net).values()
     x = torch.rand(5, 1, 8, 8)
-    a, b = record(net, layer, lambda: [net(part) for part in x.split(2)])
+    a, b = record(net, layer, x, batch_size=2)
     conv = net[0]
     inside = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
     torch.testing.assert_close(a, inside.detach())

@@ -1,20 +1,58 @@
-"""E8: features are those behind the pooling, and the numbers follow how far classes lie apart."""
+"""Consistency, movement of the pooled feature, and how far classes lie apart."""
 
-import pytest
 import torch
+from torch.nn import functional as F
 
 from common.attacks.pgd import PGD
-from common.classifier import RobustClassifier
-from common.objectives import AT
-from paper_rcm.features import attacked, embed, pooled_features, separation
+from common.attacks.randomness import ExampleRandom
 from paper_rcm.figures import features_figure
-from paper_rcm.method import DigitsNet, EnlargedNetwork
+from paper_rcm.measures import (
+    Consistency,
+    PooledChange,
+    attacked,
+    embed,
+    pooled_features,
+    separation,
+)
 
 
-@pytest.fixture
-def model() -> RobustClassifier:
-    torch.manual_seed(0)
-    return RobustClassifier(EnlargedNetwork(DigitsNet(strides=(1, 2, 2))), AT())
+def random(batch) -> ExampleRandom:
+    return ExampleRandom(0, 0, batch["index"])
+
+
+def test_consistency_and_robustness_bound_each_other(model, digits) -> None:
+    """NA + CA - 1 <= AR <= min(NA, CA) for one common x'."""
+    y = digits["y"].clone()
+    y[::3] = (y[::3] + 1) % 10
+    attack = PGD(0.02, 0.01, 3)
+    held = Consistency(attack)(model, digits, random(digits))["consistency"]
+    own = model(digits["x"]).argmax(1)
+    x_adv = attack(
+        lambda x: F.cross_entropy(model(x), own, reduction="none"), digits["x"], random(digits)
+    )
+    kept = model(x_adv).argmax(1) == own
+    assert torch.equal(held.bool(), kept)
+    natural, consistent = (own == y).float().mean(), kept.float().mean()
+    robust = (kept & (own == y)).float().mean()
+    assert natural + consistent - 1 - 1e-6 <= robust <= min(natural, consistent)
+
+
+def test_without_a_budget_nothing_changes(model, digits) -> None:
+    still = PGD(0.0, 0.0, 1, start="zero")
+    assert Consistency(still)(model, digits, random(digits))["consistency"].all()
+    for name, values in PooledChange(still)(model, digits, random(digits)).items():
+        assert not values.any(), name
+
+
+def test_pooled_change_is_the_norm_of_the_movement(model, digits) -> None:
+    attack = PGD(0.1, 0.05, 2, start="zero")
+    found = PooledChange(attack)(model, digits, random(digits))
+    x_adv = attack(lambda x: F.cross_entropy(model(x), digits["y"], reduction="none"), digits["x"])
+    clean = model.net.pooled(digits["x"])
+    expected = (model.net.pooled(x_adv) - clean).norm(dim=1)
+    torch.testing.assert_close(found["pooled_change"], expected)
+    torch.testing.assert_close(found["pooled_change_relative"], expected / clean.norm(dim=1))
+    assert (found["pooled_change"] > found["pooled_change_noise"]).all()
 
 
 def test_features_are_pooled_and_no_mode_changes(model) -> None:

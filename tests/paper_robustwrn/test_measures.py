@@ -8,7 +8,7 @@ from common.attacks.pgd import PGD
 from common.errors import ConfigurationError
 from common.networks.wide_resnet import WideResNet
 from paper_robustwrn.analysis import lipschitz_of
-from paper_robustwrn.lipschitz import batch_norm_gain, operator_norm, upper_bound
+from paper_robustwrn.measures import batch_norm_gain, operator_norm, upper_bound
 
 
 def trained_like(net: nn.Module) -> nn.Module:

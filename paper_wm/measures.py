@@ -1,22 +1,22 @@
-"""Variance amplification of a weight map, measured: gains, signal-to-noise ratios, adaptivity [D].
+"""Variance amplification of a weight map: gains, signal-to-noise ratios, adaptivity [D].
 
 How the paper measures it is not known. v1 speaks of the variance of noise, v2 of that of
-activations; both are here, ``noise_gain`` and ``signal_gain``. "Adaptive" is read as: the gain
-differs between units in a way that the map has learned. Filtering alone makes gains differ too, so
-every number needs the same one with a frozen map, and with the map's values shuffled, beside it.
+activations: ``noise_gain`` and ``signal_gain``. "Adaptive" is read as: the gain differs between
+units in a way that the map has learned. Filtering alone makes gains differ too, so every number
+needs the same one with a frozen map, and with the map's values shuffled, beside it.
 
-In front of batch-norm the scale of a channel's map is undone, so there an absolute gain means
-little, and only the pattern within a channel tells maps apart [M].
+Batch-norm undoes the scale of a channel's map, so in front of it only the pattern within a channel
+tells maps apart [M].
 """
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy
@@ -28,7 +28,7 @@ GAIN_FLOOR, LOG_FLOOR = 1e-12, 1e-8
 
 @dataclass(frozen=True)
 class Units:
-    """What is known of every unit ``(c, i, j)`` of a layer, all ``(C, H, W)``.
+    """Numbers of every unit ``(c, i, j)`` of a layer, all ``(C, H, W)``.
 
     Attributes:
         variance: Of the clean input over images (unbiased).
@@ -85,7 +85,7 @@ def measure_units(
 
 
 def interior(values: Tensor, border: int) -> Tensor:
-    """Units at least ``border`` from the edge, flat; all of them where none is."""
+    """Units at least ``border`` from the edge, flat; all units if there is none."""
     height, width = values.shape[-2:]
     if 2 * border >= min(height, width):
         return values.flatten()
@@ -93,19 +93,21 @@ def interior(values: Tensor, border: int) -> Tensor:
 
 
 def pearson(x: Tensor, y: Tensor) -> float | None:
-    """Pearson's correlation of two flat tensors; ``None`` where one is constant."""
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
-    scale = float(x.norm() * y.norm())
-    if not math.isfinite(scale) or scale < 1e-12 * max(len(x), 1):
-        return None
-    return float((x * y).sum()) / scale
+    """Pearson's correlation of two flat tensors; ``None`` where one is constant or not finite."""
+    return _correlation(pearsonr, x, y)
 
 
 def spearman(x: Tensor, y: Tensor) -> float | None:
-    """Spearman's rank correlation of two flat tensors; ``None`` where one is constant."""
-    if pearson(x, y) is None:
+    """Spearman's rank correlation of two flat tensors; ``None`` as for :func:`pearson`."""
+    return _correlation(spearmanr, x, y)
+
+
+def _correlation(test: Any, x: Tensor, y: Tensor) -> float | None:
+    x, y = x.double(), y.double()
+    scale = float(x.std(correction=0) * y.std(correction=0))
+    if not math.isfinite(scale) or scale < 1e-12:
         return None
-    return float(spearmanr(x.numpy(), y.numpy()).statistic)
+    return float(test(x.numpy(), y.numpy()).statistic)
 
 
 def summarise(units: Units, border: int = 3) -> dict[str, float | None]:
@@ -153,8 +155,10 @@ def summarise(units: Units, border: int = 3) -> dict[str, float | None]:
 # -------------------------------------------------------------------------------- trained networks
 
 
-def record(model: nn.Module, layer: WeightMap, run: Callable[[], Any]) -> tuple[Tensor, Tensor]:
-    """Input and output of a layer while ``run`` puts images through the model, on the CPU."""
+def record(
+    model: nn.Module, layer: WeightMap, x: Tensor, batch_size: int = 500
+) -> tuple[Tensor, Tensor]:
+    """Input and output of a layer for images ``x``, on the CPU."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -163,7 +167,8 @@ def record(model: nn.Module, layer: WeightMap, run: Callable[[], Any]) -> tuple[
     handle = layer.register_forward_hook(hook)
     try:
         with torch.no_grad():
-            run()
+            for part in torch.split(x, batch_size):
+                model(part)
     finally:
         handle.remove()
     return torch.cat([a for a, _ in seen]), torch.cat([b for _, b in seen])
@@ -213,24 +218,14 @@ def measure_layer(
     noise = (2.0 * torch.rand(x.shape, generator=generator) - 1.0) * level
     noisy = x + noise.to(x)
 
-    def through(images: Tensor) -> Callable[[], None]:
-        def run() -> None:
-            for part in torch.split(images, 500):
-                model(part)
-
-        return run
-
-    a, b = record(model, layer, through(x))
-    a_noisy, b_noisy = record(model, layer, through(noisy))
+    a, b = record(model, layer, x)
+    a_noisy, b_noisy = record(model, layer, noisy)
     sensitivity = sensitivity_at(model, layer, x[:500], y[:500])
     return measure_units(a, a_noisy, b, b_noisy, layer.map.cpu(), sensitivity)
 
 
 def shuffled(model: nn.Module, seed: int = 1) -> nn.Module:
-    """A copy whose maps have their values in random places: the random-map control [D].
-
-    The distribution of the values stays, what they have to do with their places goes.
-    """
+    """A copy with the values of each map in random places: the random-map control [D]."""
     twin = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     for weight_map in weight_maps(twin).values():
@@ -249,14 +244,13 @@ def white_noise_check(layer: WeightMap, draws: int = 2000, seed: int = 1) -> dic
         seed: Of them.
 
     Returns:
-        Means over units of the ``theory`` and of what was ``measured``.
+        Means over units: ``theory`` and ``measured``.
     """
     generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(layer.shape, dtype=torch.float64)
     twin = copy.deepcopy(layer).cpu()
+    measured = []
     with torch.no_grad():
         for _ in range(max(draws // 500, 1)):
             noise = torch.randn(500, *layer.shape, generator=generator)
-            total += twin(noise).double().square().sum(dim=0)
-    measured = total / (500 * max(draws // 500, 1))
-    return {"theory": float(layer_noise_gain(layer).mean()), "measured": float(measured.mean())}
+            measured.append(float(twin(noise).double().square().mean()))
+    return {"theory": float(layer_noise_gain(layer).mean()), "measured": fmean(measured)}
