@@ -19,7 +19,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.evaluation.drawing import save_figure
 from common.analysis.report import (
     Load,
     load_last,
@@ -31,6 +30,7 @@ from common.analysis.report import (
 from common.attacks.pgd import PGD
 from common.data.subset import subset
 from common.errors import ConfigurationError
+from common.evaluation.drawing import save_figure
 from common.files import write_sealed_json
 from common.results.bases import comparable, last_of
 from common.results.store import load_results

@@ -25,17 +25,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from common.evaluation.drawing import (
-    BLUE,
-    FONT,
-    GREEN,
-    GREY,
-    blank_figure,
-    draw_per_class_bars,
-    put_legend_above,
-    save_figure,
-    tidy_axes,
-)
 from common.analysis.report import (
     BySeed,
     Expectation,
@@ -54,6 +43,17 @@ from common.analysis.report import (
 from common.attacks.losses import classify
 from common.attacks.pgd import PGD, parse_radius
 from common.errors import ConfigurationError, UserError
+from common.evaluation.drawing import (
+    BLUE,
+    FONT,
+    GREEN,
+    GREY,
+    blank_figure,
+    draw_per_class_bars,
+    put_legend_above,
+    save_figure,
+    tidy_axes,
+)
 from common.files import write_sealed_json
 from common.modes import network_of
 from paper_cifs.method import CIFS, AdaptiveLoss, global_average, joint_logits

@@ -19,7 +19,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from common.evaluation.drawing import save_figure
 from common.analysis.report import (
     BySeed,
     Expectation,
@@ -34,6 +33,7 @@ from common.analysis.report import (
 )
 from common.attacks.pgd import PGD
 from common.errors import ConfigurationError
+from common.evaluation.drawing import save_figure
 from common.files import write_sealed_json
 from common.results.bases import comparable, last_of
 from common.results.reference import select

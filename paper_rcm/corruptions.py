@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from common.attacks.losses import classify
 from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
-from common.cli.main import RobustCLI, load_run
+from common.cli.main import RobustCLI
 from common.data.corruptions import CIFAR10C, CORRUPTIONS, SEVERITIES
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError
+from common.evaluation.models import load_run
 from common.files import check_writable, read_sealed_json, write_sealed_json
 from common.modes import network_of
 from common.results.identity import check_evaluated, settings_in

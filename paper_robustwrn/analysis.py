@@ -22,15 +22,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.evaluation.drawing import (
-    CYCLE,
-    FONT,
-    MARKERS,
-    blank_figure,
-    put_legend_above,
-    save_figure,
-    tidy_axes,
-)
 from common.analysis.report import (
     BySeed,
     Expectation,
@@ -47,6 +38,15 @@ from common.analysis.report import (
 from common.attacks.pgd import PGD
 from common.attacks.randomness import EVALUATION, ExampleRandom
 from common.errors import ConfigurationError
+from common.evaluation.drawing import (
+    CYCLE,
+    FONT,
+    MARKERS,
+    blank_figure,
+    put_legend_above,
+    save_figure,
+    tidy_axes,
+)
 from common.files import write_sealed_json
 from common.modes import frozen
 from common.networks.wide_resnet import WideResNet

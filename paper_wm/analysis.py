@@ -20,7 +20,6 @@ import torchvision
 from matplotlib.figure import Figure
 from torch import nn
 
-from common.evaluation.drawing import save_figure
 from common.analysis.report import (
     BySeed,
     Load,
@@ -31,6 +30,7 @@ from common.analysis.report import (
     verdict_table,
 )
 from common.errors import ConfigurationError, check_choice
+from common.evaluation.drawing import save_figure
 from common.files import write_sealed_json
 from common.networks.alexnet import AlexNet
 from common.networks.preact_resnet import PreActResNet18

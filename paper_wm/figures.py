@@ -12,6 +12,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from common.analysis.report import by_seed
 from common.evaluation.drawing import (
     CYCLE,
     FONT,
@@ -20,7 +21,6 @@ from common.evaluation.drawing import (
     put_legend_above,
     tidy_axes,
 )
-from common.analysis.report import by_seed
 from paper_wm.verdicts import Metrics
 
 NOISES = {

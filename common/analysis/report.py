@@ -8,10 +8,8 @@ an analysis has to show into ``tables``: a list of title, note, header and lines
 """
 
 import argparse
-import logging
 import math
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, check_choice
+from common.evaluation.models import load_run
 from common.results.bases import comparable
 from common.results.store import CheckpointResult, read_result, result_path
 
@@ -193,16 +192,7 @@ Load = Callable[[Path], tuple[Any, Any]]
 
 def load_last(run: Path) -> tuple[Any, Any]:
     """The classifier and the data of a run directory, at its last checkpoint."""
-    from common.cli.main import (
-        load_run,  # the whole command line: only where a run is really loaded
-    )
-
-    # What Lightning says when it prepares to train is no news of an analysis.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        return load_run(run, "last")
+    return load_run(run, "last")
 
 
 def load_test_split(datamodule: Any) -> tuple[Tensor, Tensor]:

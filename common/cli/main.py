@@ -30,7 +30,6 @@ from common.callbacks.predictions import PredictionWriter
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.callbacks.warm_start import WarmStart
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
-from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
 from common.cli.messages import confirmed, one_line, reports
 from common.cli.parser import (
@@ -39,7 +38,6 @@ from common.cli.parser import (
     check_config_files,
     check_limits,
     check_seed,
-    decisive,
     fill_from_data,
     protocol_digest,
     refusal,
@@ -48,16 +46,15 @@ from common.cli.parser import (
 from common.cli.runs import check_is_ours, latest_of, lock, set_aside_if_other
 from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
-from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
+from common.errors import ConfigurationError, UserError
 from common.evaluation.presets import check_overlays, fill_threat, threat_of
 from common.files import remove_leftovers, write_sealed_yaml
 from common.limits import check_name
 from common.parsing import check_named
 from common.results.identity import (
-    check_evaluated,
     check_package,
     contents,
-    settings_in,
+    decisive,
 )
 from common.settings import class_paths, explain, plain_digest
 
@@ -355,36 +352,6 @@ class SaveTrainingConfig(SaveConfigCallback):
         text = yaml.safe_dump(json.loads(text), sort_keys=False)
         write_sealed_yaml(Path(trainer.default_root_dir) / "config.yaml", text)
         self.already_saved = True
-
-
-def load_run(run: str | Path, checkpoint: str = "last") -> tuple[RobustClassifier, ImageDataModule]:
-    """Rebuild a finished run from its directory.
-
-    Args:
-        run: A directory with ``config.yaml`` and ``checkpoints``.
-        checkpoint: ``last`` or ``selected``.
-
-    Returns:
-        The classifier in evaluation mode with the checkpoint's weights, and its data module.
-
-    Raises:
-        RunDirectoryError: If there is no run.
-        CheckpointError: If the checkpoint is missing, damaged or of other settings.
-    """
-    run = Path(run)
-    if not (run / "config.yaml").is_file():
-        raise RunDirectoryError(f"{run} holds no run (no config.yaml); train it first")
-    path = run / "checkpoints" / f"{checkpoint}.ckpt"
-    found = load_checkpoint(path)
-    made = settings_in(found, path)
-    package = made.get("package")
-    if not isinstance(package, str):
-        raise CheckpointError(f"the settings in the checkpoint {path} name no package")
-    arguments = ["--config", str(run / "config.yaml"), "--trainer.logger", "false"]
-    cli = RobustCLI(package=package, args=arguments, run=False)
-    check_evaluated(made, cli.settings, path)
-    cli.model.load_state_dict(found["state_dict"])
-    return cli.model.eval(), cli.datamodule
 
 
 def main(

@@ -20,49 +20,7 @@ from common.settings import class_paths, explain, plain_digest, type_name
 
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
-# The sections and settings that decide which weights come out of a run.
-TRAINING_SECTIONS = (
-    *("seed_everything", "model", "data", "adversary", "weight_perturbation"),
-    *("warm_start", "checkpoint"),
-)
-TRAINER_SETTINGS = (
-    *("max_epochs", "max_steps", "precision", "gradient_clip_val"),
-    *("gradient_clip_algorithm", "accumulate_grad_batches", "callbacks", "limit_train_batches"),
-    *("limit_val_batches", "overfit_batches", "check_val_every_n_epoch", "min_epochs", "min_steps"),
-    *("max_time", "val_check_interval", "plugins"),
-)
-UNDECISIVE = (
-    *("root", "dirpath", "num_workers", "eval_batch_size", "test_limit"),
-    "every_n_train_steps",  # of saving: a run that can go on from more places is the same run
-)
-OBSERVERS = (
-    *("LearningRateMonitor", "DeviceStatsMonitor", "ModelSummary", "RichModelSummary"),
-    *("TQDMProgressBar", "RichProgressBar", "ThroughputMonitor"),
-)
-"""Callbacks that show a run and decide nothing."""
 PROTOCOL_SECTIONS = ("suite", "threat", "audit", "measures", "engine")
-
-
-def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a run's weights; not those of where and how it runs."""
-    found = {key: config.get(key) for key in TRAINING_SECTIONS}
-    # The attack of validation chooses the checkpoint; the suite of test changes no weights.
-    found["validation"] = (config.get("evaluation") or {}).get("validation")
-    trainer = config.get("trainer") or {}
-    settings = {key: trainer.get(key) for key in TRAINER_SETTINGS}
-    if (callbacks := settings["callbacks"]) is not None:
-        listed = callbacks if isinstance(callbacks, list) else [callbacks]
-        kept = [c for c in listed if type_name(str(c.get("class_path"))) not in OBSERVERS]
-        settings["callbacks"] = kept or None
-    found["trainer"] = settings
-    kept_settings: dict[str, Any] = _without_undecisive(found)
-    return kept_settings
-
-
-def _without_undecisive(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _without_undecisive(v) for k, v in value.items() if k not in UNDECISIVE}
-    return [_without_undecisive(v) for v in value] if isinstance(value, list) else value
 
 
 def protocol_digest(config: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a model and print the table; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        torch.manual_seed(arguments.seed)  # weights that no file gives are the same in all processes
+        torch.manual_seed(arguments.seed)  # of weights that no file gives
         model = build_model(arguments.model, arguments.model_args)
         if arguments.weights:
             load_weights(model, arguments.weights, arguments.weights_key)

@@ -1,15 +1,26 @@
-"""Anybody's model in the form that attacks need: a module that declares losses."""
+"""Any model in the form that attacks need, and the models of finished runs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, dlr, hinge_margin
-from common.errors import ConfigurationError
+from common.checkpoints import load_checkpoint
+from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
+from common.files import yaml_damage_of
+from common.limits import read_yaml
 from common.objectives import InnerLoss, on_logits
+from common.parsing import ArgumentParser, check_named
+from common.results.identity import check_evaluated, check_package, decisive, settings_in
+from common.settings import class_paths, explain
+
+if TYPE_CHECKING:  # Lightning is imported where a run is loaded, not before
+    from common.classifier import RobustClassifier
+    from common.data.images import ImageDataModule
 
 
 class Victim(nn.Module):
@@ -124,3 +135,55 @@ def adapted(model: nn.Module, *, has_gradient: bool = True) -> Iterator[None]:
 def class_names(names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
     """The names, or numbers where there are none."""
     return names if names is not None else [str(label) for label in range(num_classes)]
+
+
+def load_run(
+    run: str | Path, checkpoint: str = "last"
+) -> tuple["RobustClassifier", "ImageDataModule"]:
+    """Rebuild a finished run from its directory.
+
+    Args:
+        run: A directory with ``config.yaml`` and ``checkpoints``.
+        checkpoint: ``last`` or ``selected``.
+
+    Returns:
+        The classifier in evaluation mode with the checkpoint's weights, and its data module.
+
+    Raises:
+        RunDirectoryError: If there is no run, or its configuration is damaged.
+        CheckpointError: If the checkpoint is missing, damaged or of other settings.
+        ConfigurationError: If the configuration names what it must not name.
+    """
+    from common.classifier import RobustClassifier
+    from common.data.images import ImageDataModule
+
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        raise RunDirectoryError(f"{run} holds no run (no config.yaml); train it first")
+    if damage := yaml_damage_of(file):
+        raise RunDirectoryError(f"{file} is damaged: {damage}; make the run again")
+    path = Path(run) / "checkpoints" / f"{checkpoint}.ckpt"
+    found = load_checkpoint(path)
+    made, config = settings_in(found, path), read_yaml(file)
+    if not isinstance(config, dict):
+        raise RunDirectoryError(f"{file} holds no settings; make the run again")
+    if not isinstance(made.get("package"), str):
+        raise CheckpointError(f"the settings in the checkpoint {path} name no package")
+    check_named(config)
+    check_package(made["package"], class_paths(config), [str(file)])
+    given = {"package": made["package"], "experiment": config.get("experiment")}
+    check_evaluated(made, given | decisive(config), path)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(RobustClassifier, "model", required=True)
+    parser.add_class_arguments(ImageDataModule, "data")
+    # Initial weights are drawn and then replaced: the caller's random state stays.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        try:
+            parsed = parser.parse_object({name: config[name] for name in ("model", "data")})
+            built = parser.instantiate(parsed)
+        except UserError:
+            raise
+        except Exception as error:  # jsonargparse has no common type for what classes refuse
+            raise ConfigurationError(f"{file}: {explain(str(error))}") from error
+    built.model.load_state_dict(found["state_dict"])
+    return built.model.eval(), built.data

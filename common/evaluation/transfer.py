@@ -1,10 +1,8 @@
 """Transfer attacks: adversarial images made on another model."""
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from common.attacks.losses import classify, cross_entropy, hinge_margin
@@ -12,6 +10,7 @@ from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
 from common.errors import CheckpointError, ConfigurationError, check_choice
+from common.evaluation.models import load_run
 from common.evaluation.steps import Columns, Threat, judged
 from common.modes import frozen
 from common.objectives import Batch
@@ -89,21 +88,11 @@ class Transfer(Settings):
 
 
 def _load(path: Path) -> nn.Module:
-    """The classifier of a run, without leaving traces of having been configured."""
-    from common.cli.main import load_run  # it imports the evaluation
-
+    """The classifier of a run."""
     run = path.parent.parent
     if not path.is_file() or not (run / "config.yaml").is_file():
         raise CheckpointError(
             f"the surrogate {path} is not there, or {run} is not the directory of a run (no "
             "config.yaml); train it first"
         )
-    before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
-    # Lightning tests in inference mode, whose tensors could never be differentiated through.
-    with torch.random.fork_rng(), torch.inference_mode(False):
-        model, _ = load_run(run, path.stem)
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    return model
+    return load_run(run, path.stem)[0]

@@ -6,7 +6,8 @@ import pytest
 
 from common.attacks.engine.network import AttackEngine
 from common.cli.main import CONFIGS, RobustCLI
-from common.cli.parser import decisive, protocol_digest
+from common.cli.parser import protocol_digest
+from common.results.identity import decisive
 
 
 def test_an_engine_of_training_decides_weights_and_one_of_the_evaluation_does_not() -> None:

@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from common.callbacks.monitoring import Monitoring
-from common.cli.main import RobustCLI, load_run, main
+from common.cli.main import RobustCLI, main
 from common.errors import ConfigurationError
+from common.evaluation.models import load_run
 from common.evaluation.presets import CONFIGS
 from common.results.provenance import weights_digest
 

@@ -108,7 +108,7 @@ def test_the_command_on_two_processes_gives_the_result_of_one(tmp_path) -> None:
 
 def test_evaluation_needs_no_lightning() -> None:
     code = (
-        "import sys, common.evaluation, common.evaluation.__main__; "
+        "import sys, common.evaluation; "
         "print([m for m in sys.modules if m.split('.')[0] in ('lightning', 'pytorch_lightning')])"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -9,8 +9,9 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from common.cli.main import RobustCLI, load_run
+from common.cli.main import RobustCLI
 from common.errors import ConfigurationError
+from common.evaluation.models import load_run
 from common.results.identity import SETTINGS, check_package
 from common.results.provenance import weights_digest
 
