@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from common.evaluation.drawing import save_figure
 from common.analysis.profiling import (
     adversarial_training_step,
     device_name,
@@ -28,6 +27,7 @@ from common.analysis.profiling import (
 )
 from common.attacks.pgd import PGD
 from common.errors import ConfigurationError
+from common.evaluation.drawing import save_figure
 from common.evaluation.measures import cost
 from common.files import read_sealed_json, write_sealed_json
 from common.limits import read_yaml
