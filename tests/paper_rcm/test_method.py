@@ -159,6 +159,7 @@ def test_a_configuration_fills_wrapper_and_network_from_the_data():
     path = Path(__file__).parents[2] / "paper_rcm/configs/digits_122_max.yaml"
     arguments = ["--config", str(path), "--trainer.logger", "false"]
     more = ["--model.net.arch.strides", "[1, 1, 2]", "--model.net.scale_factor", "3"]
+    more += ["--model.net.mean", "data", "--model.net.std", "data"]
     made = RobustCLI("paper_rcm", [*arguments, *more], run=False).model.net
     assert isinstance(made, EnlargedNetwork)
     assert made.normalize.mean.item() == pytest.approx(0.3067)
