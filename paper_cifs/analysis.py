@@ -51,8 +51,9 @@ from common.analysis.report import (
     read_metrics,
     run_analysis,
 )
+from common.attacks.geometry import parse_radius
 from common.attacks.losses import classify
-from common.attacks.pgd import PGD, parse_radius
+from common.attacks.pgd import PGD
 from common.errors import ConfigurationError, UserError
 from common.files import write_sealed_json
 from common.modes import network_of

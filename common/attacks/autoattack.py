@@ -21,8 +21,8 @@ from pyautoattack import checks
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
+from common.attacks.geometry import Norm, parse_radius
 from common.attacks.losses import classify
-from common.attacks.pgd import Norm, parse_radius
 from common.attacks.settings import Settings
 from common.attacks.square import AnyShapeSquare, SteeredPredict, finite_scores
 from common.errors import ConfigurationError, check_choice

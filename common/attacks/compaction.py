@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.attacks.geometry import projection
 from common.attacks.pgd import PGD, LossFn
 from common.attacks.randomness import ExampleRandom
 
@@ -75,7 +76,7 @@ def _ascent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One ascent: where each row ends, which were found wrong on the way, and which never moved."""
     points = check_points(attack.steps)
-    project = attack._projection(x)
+    project = projection(x, attack.eps, attack.norm)
     x_adv = attack._start(x, project, random)
     velocity = torch.zeros_like(x) if attack.momentum is not None else None
     loss_fn, is_wrong = of(rows)
@@ -98,7 +99,7 @@ def _ascent(
         if len(at) == 0:
             break
         velocity = None if velocity is None else velocity[kept]
-        project = attack._projection(x[at])
+        project = projection(x[at], attack.eps, attack.norm)
         loss_fn, is_wrong = of(rows[at])
     ends[at] = x_adv
     is_broken = torch.ones(len(x), dtype=torch.bool, device=x.device)
