@@ -6,6 +6,7 @@ steps of cross-entropy, CW-inf is the margin, an adaptive attack is the defence'
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,12 +28,17 @@ from common.attacks.geometry import (
     uniform,
     uniform_in_ball,
 )
+from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
 from common.errors import ConfigurationError, check_choice
 
 Start = Literal["zero", "uniform", "gaussian"]
 StepNoise = Literal["added", "scaled"]
 LossFn = Callable[[Tensor], Tensor]
+Verdict = Callable[[Tensor], Tensor]
+"""x' -> whether each example is misclassified, bool ``(N,)``."""
+Of = Callable[[Tensor], tuple[LossFn, Verdict | None]]
+"""Rows of the batch, int64 ``(n,)`` -> their loss and, where it is known, their verdict."""
 
 
 class PGD(Settings):
@@ -122,7 +128,7 @@ class PGD(Settings):
         x: Tensor,
         generator: Random = None,
         *,
-        is_adversarial: Callable[[Tensor], Tensor] | None = None,
+        is_adversarial: Verdict | None = None,
     ) -> Tensor:
         """Climb the loss from a start in the ball around x.
 
@@ -149,13 +155,15 @@ class PGD(Settings):
         """
         with torch.inference_mode(False), torch.enable_grad():
             x = as_pixels(x)
-            self.lost = self.unmoved = None
-            x_adv = self._run(loss_fn, x, generator, is_adversarial)
+            self._begin(x)
+            rows = torch.arange(len(x), device=x.device)
+            climb = partial(self._climb, lambda _: (loss_fn, is_adversarial), x, rows, generator)
+            x_adv, _ = climb()
             if self.restarts == 1:
                 return x_adv
             best = _score(loss_fn, is_adversarial, x_adv)
             for _ in range(self.restarts - 1):
-                other = self._run(loss_fn, x, generator, is_adversarial)
+                other, _ = climb()
                 score = _score(loss_fn, is_adversarial, other)
                 better = (score[0] > best[0]) | ((score[0] == best[0]) & (score[1] > best[1]))
                 x_adv = torch.where(per_example(better, x), other, x_adv)
@@ -202,21 +210,66 @@ class PGD(Settings):
             parts.append("project_start=False")
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    def _run(
+    def _begin(self, x: Tensor) -> None:
+        is_last = self.steps == 0
+        blank = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.lost, self.unmoved = (None, None) if is_last else (blank, ~blank)
+
+    def _climb(
         self,
-        loss_fn: LossFn,
+        of: Of,
         x: Tensor,
+        rows: Tensor,
         generator: Random,
-        is_adversarial: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
-        """One ascent from one start."""
+        checked_after: frozenset[int] = frozenset(),
+    ) -> tuple[Tensor, Tensor]:
+        """One ascent from one start: x', and which examples still climbed at its end.
+
+        Args:
+            of: Makes loss and verdict of some rows of the batch.
+            x: Images of ``rows``.
+            rows: Where they stand in the batch.
+            generator: Of the start's and the steps' noise.
+            checked_after: Steps, from 1, after which misclassified examples keep their point and
+                leave the ascent.
+        """
+        loss_fn, is_adversarial = of(rows)
         project = projection(x, self.eps, self.norm)
         x_adv = self._start(x, project, generator)
         velocity = torch.zeros_like(x) if self.momentum is not None else None
-        for _ in range(self.steps):
-            direction, velocity = self._direction(loss_fn, x_adv, velocity)
-            x_adv = project(x_adv.add(direction, alpha=self.step_size))
-        return x_adv
+        patience = self._patience(x, is_adversarial)
+        ends, at = torch.empty_like(x), torch.arange(len(x), device=x.device)
+        for step in range(1, self.steps + 1):
+            if patience is not None and is_adversarial is not None:
+                with torch.no_grad():
+                    patience = patience - is_adversarial(x_adv).to(patience.dtype)
+            direction, velocity = self._direction(loss_fn, x_adv, velocity, rows[at])
+            moved = self._disturbed(x_adv.add(direction, alpha=self.step_size), generator)
+            moved = project(moved)
+            is_moving = None if patience is None else per_example(patience >= 0, x)
+            x_adv = moved if is_moving is None else torch.where(is_moving, moved, x_adv)
+            if step not in checked_after or is_adversarial is None:
+                continue
+            kept = ~is_adversarial(x_adv)
+            if kept.all():
+                continue
+            ends[at[~kept]] = x_adv[~kept]
+            at, x_adv = at[kept], x_adv[kept]
+            if len(at) == 0:
+                break
+            velocity = None if velocity is None else velocity[kept]
+            project = projection(x[at], self.eps, self.norm)
+            loss_fn, is_adversarial = of(rows[at])
+        ends[at] = x_adv
+        return ends, at
+
+    def _patience(self, x: Tensor, is_adversarial: Verdict | None) -> Tensor | None:
+        """How many times each example may be found wrong and still move; ``None``: always."""
+        return None
+
+    def _disturbed(self, moved: Tensor, generator: Random) -> Tensor:
+        """A step's end before it is projected."""
+        return moved
 
     def _start(self, x: Tensor, project: Callable[[Tensor], Tensor], generator: Random) -> Tensor:
         if self.start == "zero":
@@ -229,24 +282,25 @@ class PGD(Settings):
         return project(x + noise) if self.project_start or is_last else x + noise
 
     def _direction(
-        self, loss_fn: LossFn, x_adv: Tensor, velocity: Tensor | None
+        self, loss_fn: LossFn, x_adv: Tensor, velocity: Tensor | None, rows: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The next step's direction, of length one in ``norm``, and the accumulated gradient."""
         raw = input_gradient(loss_fn, x_adv)
         gradient = raw.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        self._note(raw, gradient)
+        self._note(raw, gradient, rows)
         if velocity is not None and self.momentum is not None:
             velocity = velocity * self.momentum + normalised(gradient, 1)
             gradient = velocity
         return steepest(gradient, x_adv, self.norm, self.l1_density), velocity
 
-    def _note(self, raw: Tensor, gradient: Tensor) -> None:
+    def _note(self, raw: Tensor, gradient: Tensor, rows: Tensor) -> None:
         """Remember which examples were given no direction, without waiting for the device."""
+        if self.lost is None or self.unmoved is None:
+            return
         is_zero = gradient.flatten(1).abs().amax(dim=1) == 0.0
         is_bad = ~torch.isfinite(raw.flatten(1).sum(dim=1))  # where all else is zero, exactly
-        lost, unmoved = is_zero & is_bad, is_zero & ~is_bad
-        self.lost = lost if self.lost is None else self.lost | lost
-        self.unmoved = unmoved if self.unmoved is None else self.unmoved & unmoved
+        self.lost[rows] |= is_zero & is_bad
+        self.unmoved[rows] &= is_zero & ~is_bad
 
 
 class FGSM(PGD):
@@ -347,33 +401,73 @@ class FriendlyPGD(PGD):
         """Take the tau of the schedule's last entry that is not after ``epoch``."""
         self._tau = self.tau[max(first for first in self.tau if first <= epoch)]
 
-    def _run(
-        self,
-        loss_fn: LossFn,
-        x: Tensor,
-        generator: Random,
-        is_adversarial: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
+    def _patience(self, x: Tensor, is_adversarial: Verdict | None) -> Tensor:
         if is_adversarial is None:
             raise ValueError(
                 "FriendlyPGD stops misclassified examples and needs is_adversarial, a function "
                 "from x' (N, ...) to bool (N,)"
             )
-        project = projection(x, self.eps, self.norm)
-        x_adv = self._start(x, project, generator)
-        patience = torch.full((len(x),), self._tau, device=x.device)
-        for _ in range(self.steps):
-            with torch.no_grad():
-                patience = patience - is_adversarial(x_adv).to(patience.dtype)
-            direction, _ = self._direction(loss_fn, x_adv, None)
-            moved = x_adv.add(direction, alpha=self.step_size)
-            if self.noise > 0.0 and self.noise_form == "added":
-                moved = moved.add_(normal(generator, x), alpha=self.noise)
-            elif self.noise > 0.0:
-                inside = uniform(generator, x, x.shape[1:])
-                moved = moved.add_(inside, alpha=self.step_size * self.noise)
-            x_adv = torch.where(per_example(patience >= 0, x), project(moved), x_adv)
-        return x_adv
+        return torch.full((len(x),), self._tau, device=x.device)
+
+    def _disturbed(self, moved: Tensor, generator: Random) -> Tensor:
+        if self.noise == 0.0:
+            return moved
+        if self.noise_form == "added":
+            return moved.add_(normal(generator, moved), alpha=self.noise)
+        inside = uniform(generator, moved, moved.shape[1:])
+        return moved.add_(inside, alpha=self.step_size * self.noise)
+
+
+def climb_until_broken(attack: PGD, of: Of, x: Tensor, random: ExampleRandom) -> Tensor:
+    """Attack every example until it is misclassified or all steps and restarts are taken.
+
+    Examples are classified now and then on the way. Those found wrong keep that point and leave
+    the batch; the others take exactly the steps of :class:`PGD`. So an example that PGD breaks is
+    broken here too, and so are some that PGD breaks on the way and loses again.
+
+    Args:
+        attack: Any ascent but :class:`FriendlyPGD`, which has another rule to stop.
+        of: Makes loss and verdict of some rows; an example's loss depends on no other example.
+        x: Images in [0, 1], ``(N, C, H, W)``.
+        random: Made from the indices of all rows.
+
+    Returns:
+        x', detached, in box and ball: the first point found wrong, or what PGD gives.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = as_pixels(x)
+        out = x.clone()
+        best = torch.full((len(x),), -torch.inf, device=x.device)
+        standing = torch.arange(len(x), device=x.device)
+        attack._begin(x)
+        points = frozenset(check_points(attack.steps))
+        for _ in range(attack.restarts):
+            if len(standing) == 0:
+                break
+            ends, at = attack._climb(of, x[standing], standing, random, points)
+            if attack.restarts == 1:
+                return ends
+            loss_fn, is_adversarial = of(standing)
+            success, loss = _score(loss_fn, is_adversarial, ends)
+            is_broken = torch.ones(len(standing), dtype=torch.bool, device=x.device)
+            is_broken[at] = success[at].bool()
+            better = is_broken | best[standing].isneginf() | (loss > best[standing])
+            out[standing[better]] = ends[better]
+            best[standing[better]] = loss[better].to(best.dtype)
+            random, standing = random.of(~is_broken), standing[~is_broken]
+        return out
+
+
+def check_points(steps: int) -> set[int]:
+    """After which steps examples are classified: 1, 2, 3, 4, 6, 9, 13, ..., before the last.
+
+    Half as many steps again lie between two of them: eleven more forward passes in a hundred steps.
+    """
+    points, at = set(), 1
+    while at < steps:
+        points.add(at)
+        at += max(1, at // 2)
+    return points
 
 
 def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
@@ -401,9 +495,7 @@ def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
     return gradient
 
 
-def _score(
-    loss_fn: LossFn, is_adversarial: Callable[[Tensor], Tensor] | None, x_adv: Tensor
-) -> tuple[Tensor, Tensor]:
+def _score(loss_fn: LossFn, is_adversarial: Verdict | None, x_adv: Tensor) -> tuple[Tensor, Tensor]:
     """What restarts compete by: success first, where it is known, then loss; both ``(N,)``."""
     with torch.no_grad():
         loss = loss_fn(x_adv)

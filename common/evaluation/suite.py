@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from common.attacks.autoattack import AutoAttack
-from common.attacks.compaction import climb_until_broken
 from common.attacks.decision import DecisionBased
 from common.attacks.engine.network import AttackEngine
 from common.attacks.gama import GAMAPGD
@@ -21,7 +20,7 @@ from common.attacks.geometry import parse_radius
 from common.attacks.losses import cross_entropy, margin
 from common.attacks.minimum_norm import MinimumNorm
 from common.attacks.noise import Noise
-from common.attacks.pgd import PGD, FriendlyPGD, LossFn
+from common.attacks.pgd import PGD, FriendlyPGD, LossFn, climb_until_broken
 from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
 from common.evaluation.confirm import attacked, autoattacked, part_of
