@@ -10,7 +10,6 @@ import torch
 
 from benchmarks import goals
 from common.analysis.profiling import device_name
-from common.attacks.columns import has_matrix_units
 from common.files import write_json_atomically, write_text_atomically
 from common.limits import read_json
 from common.results.readme import write_readme
@@ -42,10 +41,10 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _bf16_units() -> str:
-    if has_matrix_units():
+    has = torch.cpu.get_capabilities()
+    if has.get("amx_bf16", False):
         return "AMX"
-    has_dot_products = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return "AVX-512 dot products" if has_dot_products else "none"
+    return "AVX-512 dot products" if has.get("avx512_bf16", False) else "none"
 
 
 def write(name: str, section: str, found: Any, device: str) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.attacks.losses import classify, cross_entropy, margin
 from common.attacks.pgd import FGSM, PGD, input_gradient
-from common.attacks.randomness import EVALUATION, ExampleRandom
+from common.attacks.randomness import ExampleRandom, Stream
 from common.evaluation.measures import Measure
 from common.evaluation.steps import Columns
 from common.objectives import Batch, InnerLoss
@@ -24,7 +24,7 @@ from paper_awnet.objectives import forced
 
 def attacked(model: Any, loss: InnerLoss, attack: PGD, batch: Batch, seed: int) -> Tensor:
     """Adversarial images of one loss, in evaluation mode."""
-    random = ExampleRandom(seed, 0, batch["index"], EVALUATION)
+    random = ExampleRandom(seed, 0, batch["index"], Stream.EVALUATION)
     return attack(loss(model, batch), batch["x"], random)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import PGD
-from common.attacks.randomness import ExampleRandom, run_seed
+from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.errors import ConfigurationError
 from common.evaluation.measures import Measure
 from common.evaluation.steps import Columns
@@ -26,7 +26,6 @@ from paper_awnet.method import MixBatchNorm2d, Route, rows_by_type
 from paper_awnet.networks import replace
 
 LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)
-_STREAM = 4  # keeps the draws of lambda apart from the streams named in randomness.py
 
 
 class Knob(Route):
@@ -155,7 +154,7 @@ class OAT(Objective):
 
     def drawn(self, index: Tensor) -> Tensor:
         """Lambda of images by their positions ``(N,)``, the same in attack and loss."""
-        random = ExampleRandom(run_seed(), self.epoch, index, _STREAM)
+        random = ExampleRandom(run_seed(), self.epoch, index, Stream.CONDITION)
         which = random.integers(len(self.lambdas), ())
         return torch.tensor(self.lambdas, device=index.device)[which]
 

@@ -40,8 +40,9 @@ from common.analysis.report import (
     read_metrics,
     run_analysis,
 )
+from common.attacks.geometry import parse_radius
 from common.attacks.losses import classify
-from common.attacks.pgd import PGD, parse_radius
+from common.attacks.pgd import PGD
 from common.errors import ConfigurationError, UserError
 from common.evaluation.drawing import (
     BLUE,

@@ -36,7 +36,7 @@ from common.analysis.report import (
     run_analysis,
 )
 from common.attacks.pgd import PGD
-from common.attacks.randomness import EVALUATION, ExampleRandom
+from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
 from common.evaluation.drawing import (
     CYCLE,
@@ -208,7 +208,7 @@ def lipschitz_of(model: Any, x: Tensor, y: Tensor, attack: PGD) -> dict[str, flo
         attack: Makes the pairs of images.
     """
     batch = {"x": x, "y": y, "index": torch.arange(len(y))}
-    random = ExampleRandom(0, 0, batch["index"], EVALUATION)
+    random = ExampleRandom(0, 0, batch["index"], Stream.EVALUATION)
     with frozen(model, "eval"):
         ratios = L2Ratio(attack)(model, batch, random)["l2_ratio"]
         bound = upper_bound(model.net, (x.shape[1], x.shape[2], x.shape[3]))

@@ -8,12 +8,10 @@ is undone.
 
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import pyautoattack
 import torch
@@ -21,8 +19,7 @@ from pyautoattack import checks
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from common.attacks.losses import classify
-from common.attacks.pgd import Norm, parse_radius
+from common.attacks.geometry import Norm, parse_radius
 from common.attacks.settings import Settings
 from common.attacks.square import AnyShapeSquare, SteeredPredict, finite_scores
 from common.errors import ConfigurationError, check_choice
@@ -37,36 +34,6 @@ _OFFICIAL_NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 _LEAST_CLASSES = {"apgd-t": 4, "apgd-dlr": 3}
 
 
-class ModelAttack(Protocol):
-    """An attack that needs the classifier itself and not only a loss to climb."""
-
-    def attack_model(self, predict: Predict, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
-        """Images x' ``(N, C, H, W)`` that ``predict`` is meant to get wrong."""
-
-
-@dataclass(frozen=True)
-class AutoAttackOutcome:
-    """What AutoAttack found out about N examples."""
-
-    x_adv: Tensor
-    """The adversarial image where an attack succeeded, x elsewhere, ``(N, C, H, W)``."""
-    clean: Tensor
-    """Correct without any attack, bool ``(N,)``."""
-    correct: dict[str, Tensor]
-    """By attack, in the order they ran: still correct after it and all before it, bool ``(N,)``."""
-    seconds: dict[str, float]
-    """By attack: wall time."""
-    left_out: tuple[str, ...]
-    """Attacks of the version that cannot run with so few classes."""
-    warnings: tuple[str, ...]
-    """What the package's own checks found suspicious: randomness, probabilities, dynamics."""
-
-    @property
-    def robust(self) -> Tensor:
-        """Correct after everything, bool ``(N,)``."""
-        return list(self.correct.values())[-1] if self.correct else self.clean
-
-
 class AutoAttack(Settings):
     """The official ensemble of attacks on a fixed eval-mode float32 network.
 
@@ -77,9 +44,8 @@ class AutoAttack(Settings):
             untargeted ones and restarts; ``rand`` averages gradients of randomised networks;
             ``custom`` runs ``attacks`` with the settings they have in ``standard``.
         attacks: For ``custom`` alone: which, in this order.
-        batch_size: How many examples are attacked together; ``None`` takes that of the evaluation,
-            or 250 in :meth:`run`. The package reseeds for every batch, so this changes random
-            starts.
+        batch_size: How many examples are attacked together; ``None`` takes that of the evaluation.
+            The package reseeds for every batch, so this changes random starts.
         square_queries: Square's queries per example; ``None`` keeps the version's 5,000.
         apgd_restarts: Of untargeted APGD; ``None`` keeps the version's.
         steps: Iterations of APGD and FAB, to try things out; ``None`` keeps the official 100.
@@ -133,81 +99,6 @@ class AutoAttack(Settings):
             wanted = pyautoattack.AutoAttack(nn.Identity(), version=self.version).attacks_to_run
         return [name for name in wanted if num_classes >= _LEAST_CLASSES.get(name, 2)]
 
-    def attack_model(self, predict: Predict, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
-        """Images x' ``(N, C, H, W)``: adversarial where an attack succeeded, x elsewhere."""
-        return self.run(predict, x, y, seed).x_adv
-
-    def run(
-        self,
-        predict: Predict,
-        x: Tensor,
-        y: Tensor,
-        seed: int = 0,
-        steered: SteeredPredict | None = None,
-        progress: Callable[[str], None] | None = None,
-    ) -> AutoAttackOutcome:
-        """Attack every example until it falls or all attacks have been tried.
-
-        Args:
-            predict: Images to logits ``(N, K)``, in eval mode and float32, deterministic unless the
-                version is ``rand``. Not softmax outputs, and normalisation belongs inside.
-            x: Images in [0, 1], ``(N, C, H, W)``.
-            y: Labels, ``(N,)``.
-            seed: Of the random starts.
-            steered: Replaces the loss of ``apgd-ce`` and ``square`` by one of the defence's own
-                (an adaptive attack), a function of x' and y alone; its logits steer Square's
-                margin and APGD's early stop. The other attacks work on logits and stay as they
-                are, and ``predict`` alone decides what counts as success.
-            progress: Called with a line of text now and then.
-
-        Returns:
-            Verdicts, images and times; tensors on the device of x.
-
-        Raises:
-            ConfigurationError: If no attack can run with this many classes.
-        """
-        messages: list[str] = []
-        with _isolated(x.device), _listening(messages, progress):
-            x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-            y = y.detach().clone()
-            size = self.batch_size or 250
-            correct = _is_correct(predict, x, y, size)
-            clean, x_adv = correct, x.clone()
-            verdicts: dict[str, Tensor] = {}
-            seconds: dict[str, float] = {}
-            if len(x) == 0:
-                return AutoAttackOutcome(x_adv, clean, verdicts, seconds, (), ())
-            official, names, left_out = self._prepared(predict, x, seed, steered)
-            if left_out:
-                _LOG.warning(
-                    "AutoAttack leaves out %s: its loss needs more classes; the remaining attacks "
-                    "are %s",
-                    ", ".join(left_out),
-                    ", ".join(names),
-                )
-            for name in names:
-                start = time.perf_counter()
-                standing = correct.nonzero().squeeze(1)
-                if len(standing) > 0:
-                    x_new, holds = self._attacked(official, name, x[standing], y[standing], size)
-                    correct = correct.index_fill(0, standing[~holds], False)
-                    x_adv[standing[~holds]] = x_new[~holds]
-                verdicts[name] = correct
-                seconds[name] = time.perf_counter() - start
-                if progress is not None:
-                    progress(
-                        f"{name}: {int(correct.sum())} of {len(x)} still correct, "
-                        f"{seconds[name]:.1f} s"
-                    )
-            rates = {"clean": clean, **verdicts}
-            checks.check_square_sr(
-                {name: verdict.float().mean().item() for name, verdict in rates.items()},
-                logger=official.logger,
-            )
-        return AutoAttackOutcome(
-            x_adv, clean, verdicts, seconds, left_out, tuple(dict.fromkeys(messages))
-        )
-
     def step(
         self,
         name: str,
@@ -220,41 +111,42 @@ class AutoAttack(Settings):
     ) -> tuple[Tensor, Tensor]:
         """One attack of the ensemble on one batch of correctly classified examples.
 
-        The package itself goes attack by attack over batches of what is still standing, and reseeds
-        for every batch: whoever does the same with this method has its verdicts.
+        The package itself goes attack by attack over batches of the examples that are still
+        correct, and reseeds for every batch: doing the same with this method gives its verdicts.
+        Warnings of the package become warnings of Python.
 
         Args:
             name: One of :meth:`planned`.
-            predict: As in :meth:`run`, and so are the others.
-            x: Images of one batch.
-            y: Labels.
+            predict: Images to logits ``(N, K)``, in eval mode and float32, deterministic unless the
+                version is ``rand``. Not softmax outputs, and normalisation belongs inside.
+            x: Images in [0, 1], ``(N, C, H, W)``, of one batch.
+            y: Labels, ``(N,)``.
             seed: Of the random starts.
-            steered: A loss of the defence's own.
+            steered: Replaces the loss of ``apgd-ce`` and ``square`` by another function of x' and
+                y (an adaptive attack); its logits steer Square's margin and APGD's early stop. The
+                other attacks keep their loss, and ``predict`` alone decides about success.
             skips_repeats: Square does not evaluate an image again that its proposal left as it was.
                 The same search up to rounding, since the network then sees other batches.
 
         Returns:
             x' ``(N, C, H, W)``, and whether each example is still correct, bool ``(N,)``.
+
+        Raises:
+            ConfigurationError: If no attack can run with this many classes.
         """
         messages: list[str] = []
-        with _isolated(x.device), _listening(messages, None):
+        with _isolated(x.device), _listening(messages):
             x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             y = y.detach().clone()
-            official, _, _ = self._prepared(predict, x, seed, steered, skips_repeats)
-            x_adv, correct = self._attacked(official, name, x, y, max(len(x), 1))
+            official = self._prepared(predict, x, seed, steered, skips_repeats)
+            official.attacks_to_run = [name]
+            # Counters of the package that would carry one model's findings to the next.
+            checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+            with _trace_kept():
+                size = max(len(x), 1)
+                x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=size)
         for message in dict.fromkeys(messages):
             warnings.warn(f"AutoAttack: {message}", stacklevel=2)
-        return x_adv, correct
-
-    @staticmethod
-    def _attacked(
-        official: Any, name: str, x: Tensor, y: Tensor, batch_size: int
-    ) -> tuple[Tensor, Tensor]:
-        official.attacks_to_run = [name]
-        # Counters of the package that would carry one model's findings to the next.
-        checks.funcs.update(dict.fromkeys(checks.funcs, 0))
-        with _trace_kept():
-            x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=batch_size)
         return x_adv, y_adv == y
 
     @property
@@ -275,9 +167,9 @@ class AutoAttack(Settings):
         x: Tensor,
         seed: int,
         steered: SteeredPredict | None,
-        skips_repeats: bool = False,
-    ) -> tuple[Any, list[str], tuple[str, ...]]:
-        """The package's object with our settings, the attacks to run, and those left out."""
+        skips_repeats: bool,
+    ) -> Any:
+        """The package's object with our settings."""
         official = pyautoattack.AutoAttack(
             _reaching_images_only(predict),
             norm=_OFFICIAL_NORM[self.norm],
@@ -287,14 +179,12 @@ class AutoAttack(Settings):
             seed=seed,
             device=x.device,
         )
-        wanted = list(self.attacks or official.attacks_to_run)
         with torch.no_grad():
             classes = predict(x[:1]).shape[1]
-        names = self.planned(classes)
-        left_out = tuple(name for name in wanted if name not in names)
-        if not names:
+        if not self.planned(classes):
+            wanted = ", ".join(self.attacks or official.attacks_to_run)
             raise ConfigurationError(
-                f"{', '.join(wanted)} cannot run with {classes} classes (apgd-dlr needs 3, apgd-t "
+                f"{wanted} cannot run with {classes} classes (apgd-dlr needs 3, apgd-t "
                 "4); choose apgd-ce, fab-t or square"
             )
         for targeted in (official.apgd_targeted, official.fab):
@@ -314,16 +204,7 @@ class AutoAttack(Settings):
         if steered is not None:
             official.apgd = _SteeredAPGD(official.apgd, steered)
         official.square = AnyShapeSquare(official.square, steered, skips_repeats)
-        return official, names, left_out
-
-
-def _is_correct(predict: Predict, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
-    correct = torch.zeros_like(y, dtype=torch.bool)
-    with torch.no_grad():
-        for first in range(0, len(x), batch_size):
-            part = slice(first, first + batch_size)
-            correct[part] = classify(predict(x[part])) == y[part]
-    return correct
+        return official
 
 
 class _SteeredAPGD(APGDAttack):  # type: ignore[misc]
@@ -423,16 +304,14 @@ def _trace_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _listening(warnings: list[str], progress: Callable[[str], None] | None) -> Iterator[None]:
-    """Collect the package's warnings and pass every line it logs on to ``progress``."""
+def _listening(warnings: list[str]) -> Iterator[None]:
+    """Collect the package's warnings and print none of its lines."""
     logger = logging.getLogger("auto-attack")
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.levelno >= logging.WARNING:
                 warnings.append(record.getMessage())
-            if progress is not None:
-                progress(record.getMessage())
 
     listener = Listener()
     level, propagate = logger.level, logger.propagate

@@ -11,15 +11,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from common.attacks.pgd import (
+from common.attacks.geometry import (
     Norm,
-    _count,
-    _in_255,
-    _norm,
-    _normalised,
-    _per_example,
-    _sparse_direction,
+    check_count,
+    in_255,
+    norm_of,
+    normalised,
     parse_radius,
+    per_example,
+    sparse_direction,
 )
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
@@ -60,7 +60,7 @@ class DecisionBased(Settings):
     def __init__(self, eps: float | str, norm: Norm = "linf", queries: int = 1000) -> None:
         self.norm: Norm = norm
         self.eps = parse_radius(eps, norm)
-        self.queries = _count("queries", queries, 1)
+        self.queries = check_count("queries", queries, 1)
 
     @property
     def cost(self) -> int:
@@ -69,7 +69,7 @@ class DecisionBased(Settings):
 
     def __repr__(self) -> str:
         """The settings, the radius in 1/255."""
-        return f"DecisionBased(eps={_in_255(self.eps)}, norm={self.norm!r}, queries={self.queries})"
+        return f"DecisionBased(eps={in_255(self.eps)}, norm={self.norm!r}, queries={self.queries})"
 
     @torch.no_grad()
     def __call__(self, labels: Labels, x: Tensor, y: Tensor, random: ExampleRandom) -> Tensor:
@@ -143,7 +143,7 @@ class _Best:
 
     def update(self, rows: Tensor, points: Tensor, is_adversarial: Tensor) -> None:
         order = {"linf": math.inf, "l2": 2.0, "l1": 1.0}[self.norm]
-        distance = _norm(points - self.x[rows], order).flatten()
+        distance = norm_of(points - self.x[rows], order).flatten()
         nearer = is_adversarial & (distance < self.distance[rows])
         self.x_adv[rows[nearer]] = points[nearer]
         self.distance[rows[nearer]] = distance[nearer]
@@ -265,39 +265,39 @@ def _bisected(hits: _Hits, x: Tensor, far: Tensor) -> Tensor:
     high = torch.ones_like(low)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2.0
-        hit = hits(x + _per_example(middle, x) * (far - x))
+        hit = hits(x + per_example(middle, x) * (far - x))
         low, high = torch.where(hit, low, middle), torch.where(hit, middle, high)
-    return x + _per_example(high, x) * (far - x)
+    return x + per_example(high, x) * (far - x)
 
 
 def _normal_at(hits: _Hits, x: Tensor, point: Tensor, random: ExampleRandom, draws: int) -> Tensor:
     """Direction into the adversarial region, from labels around a point of the boundary."""
-    radius = 0.01 * _norm(point - x, 2)
+    radius = 0.01 * norm_of(point - x, 2)
     total, plain = torch.zeros_like(x), torch.zeros_like(x)
     votes = torch.zeros(len(x), device=x.device, dtype=x.dtype)
     for _ in range(draws):
-        direction = _normalised(random.normal(x.shape[1:]).to(x), 2)
+        direction = normalised(random.normal(x.shape[1:]).to(x), 2)
         vote = 2.0 * hits((point + radius * direction).clamp(0.0, 1.0)).to(x.dtype) - 1.0
-        total, plain = total + _per_example(vote, x) * direction, plain + direction
+        total, plain = total + per_example(vote, x) * direction, plain + direction
         votes = votes + vote
     mean = votes / draws  # subtracted to lower the variance, unless all agree
     mean = torch.where(mean.abs() == 1.0, 0.0, mean)
-    return total - _per_example(mean, x) * plain
+    return total - per_example(mean, x) * plain
 
 
 def _jumped(hits: _Hits, x: Tensor, point: Tensor, normal: Tensor, norm: Norm, step: int) -> Tensor:
     """The farthest adversarial point along the normal; the point itself where there is none."""
     if norm == "l2":
-        direction, order = _normalised(normal, 2), 2.0
+        direction, order = normalised(normal, 2), 2.0
     else:
-        direction, order = _sparse_direction(normal, point, 0.01), 1.0
-    length = _norm(point - x, order) / math.sqrt(step)
+        direction, order = sparse_direction(normal, point, 0.01), 1.0
+    length = norm_of(point - x, order) / math.sqrt(step)
     found = point
     is_open = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for _ in range(HALVINGS):
         moved = (point + length * direction).clamp(0.0, 1.0)
         hit = hits(moved) & is_open
-        found = torch.where(_per_example(hit, x), moved, found)
+        found = torch.where(per_example(hit, x), moved, found)
         is_open &= ~hit
         length = length / 2.0
     return found

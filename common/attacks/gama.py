@@ -5,9 +5,18 @@ import math
 import torch
 from torch import Tensor
 
+from common.attacks.geometry import (
+    Random,
+    as_pixels,
+    check_count,
+    in_255,
+    parse_radius,
+    projection,
+    uniform,
+)
 from common.attacks.losses import full_precision, margin
 from common.attacks.minimum_norm import Predict
-from common.attacks.pgd import Random, _count, _in_255, _uniform, input_gradient, parse_radius
+from common.attacks.pgd import input_gradient
 from common.attacks.settings import Settings
 from common.errors import ConfigurationError
 
@@ -59,10 +68,10 @@ class GAMAPGD(Settings):
         self.step_size = (
             2.0 * self.eps if step_size is None else parse_radius(step_size, name="step_size")
         )
-        self.steps = _count("steps", steps, 1)
-        self.decay_at = tuple(_count("decay_at's steps", step, 0) for step in decay_at)
+        self.steps = check_count("steps", steps, 1)
+        self.decay_at = tuple(check_count("decay_at's steps", step, 0) for step in decay_at)
         self.weight = weight
-        self.relaxed_steps = _count("relaxed_steps", relaxed_steps, 0)
+        self.relaxed_steps = check_count("relaxed_steps", relaxed_steps, 0)
         self.project = project
         if not (math.isfinite(weight) and weight >= 0.0):
             raise ConfigurationError(
@@ -113,13 +122,11 @@ class GAMAPGD(Settings):
         Raises:
             ValueError: If x is not floating point or the logits carry no gradient.
         """
-        if not x.is_floating_point():
-            raise ValueError(f"x must be floating-point pixels in [0, 1], got {x.dtype}")
         with torch.inference_mode(False), torch.enable_grad():
-            x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+            x = as_pixels(x)
             y = y.detach().clone()
-            lower, upper = (x - self.eps).clamp_(min=0.0), (x + self.eps).clamp_(max=1.0)
-            sign = 2.0 * (_uniform(generator, x, x.shape[1:]) >= 0.5).to(x) - 1.0
+            project = projection(x, self.eps, "linf")
+            sign = 2.0 * (uniform(generator, x, x.shape[1:]) >= 0.5).to(x) - 1.0
             x_adv = x + self.eps * sign
             with torch.no_grad():
                 reference = _probabilities(predict(x_adv))
@@ -137,12 +144,12 @@ class GAMAPGD(Settings):
                 self.idle &= (gradient == 0.0).flatten(1).all(dim=1)
                 x_adv = (x_adv + step_size * gradient.sign()).clamp(0.0, 1.0)
                 if self.project or step < self.steps - 1:
-                    x_adv = x_adv.clamp(lower, upper)
+                    x_adv = project(x_adv)
         return x_adv
 
     def __repr__(self) -> str:
         """The settings that make two attacks differ, radii in 1/255."""
-        parts = [f"eps={_in_255(self.eps)}", f"step_size={_in_255(self.step_size)}"]
+        parts = [f"eps={in_255(self.eps)}", f"step_size={in_255(self.step_size)}"]
         parts += [f"steps={self.steps}", f"decay_at={self.decay_at}", f"weight={self.weight:g}"]
         parts += [f"relaxed_steps={self.relaxed_steps}", f"project={self.project}"]
         return f"{type(self).__name__}({', '.join(parts)})"

@@ -12,16 +12,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.attacks.losses import classify, full_precision, margin
-from common.attacks.pgd import (
+from common.attacks.geometry import (
     Norm,
-    _count,
-    _in_255,
-    _norm,
-    _per_example,
-    _project_l2,
+    as_pixels,
+    check_count,
+    in_255,
+    norm_of,
     parse_radius,
+    per_example,
+    project_l2,
 )
+from common.attacks.losses import classify, full_precision, margin
 from common.attacks.settings import Settings
 from common.errors import ConfigurationError, check_choice
 
@@ -72,15 +73,13 @@ class MinimumNorm(Settings, ABC):
         Raises:
             ValueError: If x is not floating point or the logits carry no gradient.
         """
-        if not x.is_floating_point():
-            raise ValueError(f"x must be floating-point pixels in [0, 1], got {x.dtype}")
         with torch.inference_mode(False), torch.enable_grad():
-            x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+            x = as_pixels(x)
             y = y.detach().clone()
             with torch.no_grad():
                 logits = full_precision(predict(x))
             x_adv, found = self._search(predict, x, y, logits)
-            return torch.where(_per_example(found & (classify(logits) == y), x), x_adv, x)
+            return torch.where(per_example(found & (classify(logits) == y), x), x_adv, x)
 
     @abstractmethod
     def _search(
@@ -92,7 +91,7 @@ class MinimumNorm(Settings, ABC):
         """The arguments that were given, radii in 1/255."""
         given = {name: repr(value) for name, value in self._given.items()}
         if self.eps is not None:
-            given["eps"] = _in_255(self.eps)
+            given["eps"] = in_255(self.eps)
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in given.items())})"
 
 
@@ -131,9 +130,9 @@ class DeepFool(MinimumNorm):
         clip: bool = False,
     ) -> None:
         super().__init__(eps, norm)
-        self.steps = _count("steps", steps, 1)
+        self.steps = check_count("steps", steps, 1)
         self.overshoot = _number("overshoot", overshoot, positive=False)
-        self.candidates = _count("candidates", candidates, 2)
+        self.candidates = check_count("candidates", candidates, 2)
         self.clip = clip
         if clip and self.eps is None:
             raise ConfigurationError(
@@ -162,11 +161,11 @@ class DeepFool(MinimumNorm):
             gaps = z.gather(1, rivals) - z.gather(1, true)
             total = total + self._nearest(gaps, point)
             moved = (x + (1.0 + self.overshoot) * total).clamp(0.0, 1.0)
-            x_adv = torch.where(_per_example(done, x), x_adv, moved)
+            x_adv = torch.where(per_example(done, x), x_adv, moved)
         if self.clip and self.eps is not None:
             delta = x_adv - x
             linf = self.norm == "linf"
-            delta = delta.clamp(-self.eps, self.eps) if linf else _project_l2(delta, self.eps)
+            delta = delta.clamp(-self.eps, self.eps) if linf else project_l2(delta, self.eps)
             x_adv = (x + delta).clamp(0.0, 1.0)
         return x_adv, done
 
@@ -182,13 +181,13 @@ class DeepFool(MinimumNorm):
             (slope,) = torch.autograd.grad(gaps[:, k].sum(), point, retain_graph=k < last)
             slope = slope.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
             # Constants as in foolbox; a class whose slope is zero is far away and moves nothing.
-            dual = _norm(slope, 1 if self.norm == "linf" else 2) + 1e-8
+            dual = norm_of(slope, 1 if self.norm == "linf" else 2) + 1e-8
             distance = gaps[:, k].detach().abs() / dual.flatten()
             nearer = distance < least
             least = torch.where(nearer, distance, least)
             unit = slope.sign() if self.norm == "linf" else slope / dual
-            direction = torch.where(_per_example(nearer, point), unit, direction)
-        return _per_example(torch.where(least.isfinite(), least + 1e-4, 0.0), point) * direction
+            direction = torch.where(per_example(nearer, point), unit, direction)
+        return per_example(torch.where(least.isfinite(), least + 1e-4, 0.0), point) * direction
 
 
 class CarliniWagner(MinimumNorm):
@@ -235,9 +234,9 @@ class CarliniWagner(MinimumNorm):
     ) -> None:
         super().__init__(eps, "l2")
         self.confidence = _number("confidence", confidence, positive=False)
-        self.steps = _count("steps", steps, 1)
+        self.steps = check_count("steps", steps, 1)
         self.step_size = _number("step_size", step_size)
-        self.binary_search_steps = _count("binary_search_steps", binary_search_steps, 1)
+        self.binary_search_steps = check_count("binary_search_steps", binary_search_steps, 1)
         self.initial_const = _number("initial_const", initial_const)
         self.abort_early = abort_early
 
@@ -302,9 +301,9 @@ class CarliniWagner(MinimumNorm):
                         break
                 wrong = active & (classify(self._raised(z, y)) != y)
                 found = found | wrong
-                reached = _norm(x_adv - x, 2).flatten()
+                reached = norm_of(x_adv - x, 2).flatten()
                 nearer = wrong & (reached < distance)
-                best = torch.where(_per_example(nearer, x), x_adv, best)
+                best = torch.where(per_example(nearer, x), x_adv, best)
                 distance = torch.where(nearer, reached, distance)
         return found, best, distance
 

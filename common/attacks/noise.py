@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from common.attacks.pgd import _count, _normal, _uniform, parse_radius
+from common.attacks.geometry import as_pixels, check_count, normal, parse_radius, uniform
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
 from common.errors import ConfigurationError
@@ -29,8 +29,8 @@ class Noise(Settings, ABC):
 
     def __init__(self, levels: list[float | str], draws: int = 1, seed: int | None = None) -> None:
         self.levels = [self._level(level) for level in levels]
-        self.draws = _count("draws", draws, 1)
-        self.seed = None if seed is None else _count("seed", seed, 0)
+        self.draws = check_count("draws", draws, 1)
+        self.seed = None if seed is None else check_count("seed", seed, 0)
         if not self.levels or len(set(self.levels)) < len(self.levels):
             raise ConfigurationError(
                 f"levels must list at least one strength and none twice, got {levels}"
@@ -51,10 +51,7 @@ class Noise(Settings, ABC):
         Raises:
             ValueError: If x is not floating point, or ``random`` was made for other examples.
         """
-        if not x.is_floating_point():
-            raise ValueError(f"x must be floating-point pixels in [0, 1], got {x.dtype}")
-        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        return self._noisy(x, self._level(level), random).clamp(0.0, 1.0)
+        return self._noisy(as_pixels(x), self._level(level), random).clamp(0.0, 1.0)
 
     @abstractmethod
     def _noisy(self, x: Tensor, level: float, random: ExampleRandom) -> Tensor: ...
@@ -85,7 +82,7 @@ class UniformNoise(Noise):
     largest = 1.0
 
     def _noisy(self, x: Tensor, level: float, random: ExampleRandom) -> Tensor:
-        return x + (2.0 * _uniform(random, x, x.shape[1:]) - 1.0) * level
+        return x + (2.0 * uniform(random, x, x.shape[1:]) - 1.0) * level
 
 
 class GaussianNoise(Noise):
@@ -94,7 +91,7 @@ class GaussianNoise(Noise):
     largest = None
 
     def _noisy(self, x: Tensor, level: float, random: ExampleRandom) -> Tensor:
-        return x + _normal(random, x) * level
+        return x + normal(random, x) * level
 
 
 class SaltAndPepperNoise(Noise):
@@ -106,5 +103,5 @@ class SaltAndPepperNoise(Noise):
     largest = 1.0
 
     def _noisy(self, x: Tensor, level: float, random: ExampleRandom) -> Tensor:
-        u = _uniform(random, x, (1, *x.shape[2:]))
+        u = uniform(random, x, (1, *x.shape[2:]))
         return torch.where(u < level, (u >= level / 2.0).to(x), x)

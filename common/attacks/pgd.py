@@ -5,23 +5,40 @@ steps of cross-entropy, CW-inf is the margin, an adaptive attack is the defence'
 """
 
 import math
-import re
 from collections.abc import Callable
-from fractions import Fraction
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from common.attacks.geometry import (
+    Norm,
+    Random,
+    as_pixels,
+    check_count,
+    in_255,
+    normal,
+    normalised,
+    parse_radius,
+    parse_step,
+    per_example,
+    projection,
+    steepest,
+    uniform,
+    uniform_in_ball,
+)
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
 from common.errors import ConfigurationError, check_choice
 
-Norm = Literal["linf", "l2", "l1"]
 Start = Literal["zero", "uniform", "gaussian"]
 StepNoise = Literal["added", "scaled"]
 LossFn = Callable[[Tensor], Tensor]
-Random = torch.Generator | ExampleRandom | None
+Verdict = Callable[[Tensor], Tensor]
+"""x' -> whether each example is misclassified, bool ``(N,)``."""
+Of = Callable[[Tensor], tuple[LossFn, Verdict | None]]
+"""Rows of the batch, int64 ``(n,)`` -> their loss and, where it is known, their verdict."""
 
 
 class PGD(Settings):
@@ -76,12 +93,12 @@ class PGD(Settings):
         check_choice("start", start, Start)
         self.start: Start = start
         self.eps = parse_radius(eps, norm)
-        self.steps = _count("steps", steps, 0)
-        self.restarts = _count("restarts", restarts, 1)
+        self.steps = check_count("steps", steps, 0)
+        self.restarts = check_count("restarts", restarts, 1)
         self.step_size = (
             2.5 * self.eps / max(self.steps, 1)
             if step_size is None
-            else _parse_step(step_size, self.eps, norm)
+            else parse_step(step_size, self.eps, norm)
         )
         self.momentum = momentum
         self.start_scale = parse_radius(start_scale, "l2", "start_scale")
@@ -111,7 +128,7 @@ class PGD(Settings):
         x: Tensor,
         generator: Random = None,
         *,
-        is_adversarial: Callable[[Tensor], Tensor] | None = None,
+        is_adversarial: Verdict | None = None,
     ) -> Tensor:
         """Climb the loss from a start in the ball around x.
 
@@ -136,20 +153,20 @@ class PGD(Settings):
             ValueError: If ``loss_fn`` returns another shape or a loss without gradient, or x is not
                 floating point.
         """
-        if not x.is_floating_point():
-            raise ValueError(f"x must be floating-point pixels in [0, 1], got {x.dtype}")
         with torch.inference_mode(False), torch.enable_grad():
-            x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
-            self.lost = self.unmoved = None
-            x_adv = self._run(loss_fn, x, generator, is_adversarial)
+            x = as_pixels(x)
+            self._begin(x)
+            rows = torch.arange(len(x), device=x.device)
+            climb = partial(self._climb, lambda _: (loss_fn, is_adversarial), x, rows, generator)
+            x_adv, _ = climb()
             if self.restarts == 1:
                 return x_adv
             best = _score(loss_fn, is_adversarial, x_adv)
             for _ in range(self.restarts - 1):
-                other = self._run(loss_fn, x, generator, is_adversarial)
+                other, _ = climb()
                 score = _score(loss_fn, is_adversarial, other)
                 better = (score[0] > best[0]) | ((score[0] == best[0]) & (score[1] > best[1]))
-                x_adv = torch.where(_per_example(better, x), other, x_adv)
+                x_adv = torch.where(per_example(better, x), other, x_adv)
                 best = (
                     torch.where(better, score[0], best[0]),
                     torch.where(better, score[1], best[1]),
@@ -181,7 +198,7 @@ class PGD(Settings):
 
     def __repr__(self) -> str:
         """The settings that make two attacks differ, radii in 1/255."""
-        parts = [f"eps={_in_255(self.eps)}", f"step_size={_in_255(self.step_size)}"]
+        parts = [f"eps={in_255(self.eps)}", f"step_size={in_255(self.step_size)}"]
         parts += [f"steps={self.steps}", f"start={self.start!r}", f"norm={self.norm!r}"]
         if self.start == "gaussian":
             parts.append(f"start_scale={self.start_scale:g}")
@@ -193,66 +210,97 @@ class PGD(Settings):
             parts.append("project_start=False")
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    def _run(
+    def _begin(self, x: Tensor) -> None:
+        is_last = self.steps == 0
+        blank = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.lost, self.unmoved = (None, None) if is_last else (blank, ~blank)
+
+    def _climb(
         self,
-        loss_fn: LossFn,
+        of: Of,
         x: Tensor,
+        rows: Tensor,
         generator: Random,
-        is_adversarial: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
-        """One ascent from one start."""
-        project = self._projection(x)
+        checked_after: frozenset[int] = frozenset(),
+    ) -> tuple[Tensor, Tensor]:
+        """One ascent from one start: x', and which examples still climbed at its end.
+
+        Args:
+            of: Makes loss and verdict of some rows of the batch.
+            x: Images of ``rows``.
+            rows: Where they stand in the batch.
+            generator: Of the start's and the steps' noise.
+            checked_after: Steps, from 1, after which misclassified examples keep their point and
+                leave the ascent.
+        """
+        loss_fn, is_adversarial = of(rows)
+        project = projection(x, self.eps, self.norm)
         x_adv = self._start(x, project, generator)
         velocity = torch.zeros_like(x) if self.momentum is not None else None
-        for _ in range(self.steps):
-            direction, velocity = self._direction(loss_fn, x_adv, velocity)
-            x_adv = project(x_adv.add(direction, alpha=self.step_size))
-        return x_adv
+        patience = self._patience(x, is_adversarial)
+        ends, at = torch.empty_like(x), torch.arange(len(x), device=x.device)
+        for step in range(1, self.steps + 1):
+            if patience is not None and is_adversarial is not None:
+                with torch.no_grad():
+                    patience = patience - is_adversarial(x_adv).to(patience.dtype)
+            direction, velocity = self._direction(loss_fn, x_adv, velocity, rows[at])
+            moved = self._disturbed(x_adv.add(direction, alpha=self.step_size), generator)
+            moved = project(moved)
+            is_moving = None if patience is None else per_example(patience >= 0, x)
+            x_adv = moved if is_moving is None else torch.where(is_moving, moved, x_adv)
+            if step not in checked_after or is_adversarial is None:
+                continue
+            kept = ~is_adversarial(x_adv)
+            if kept.all():
+                continue
+            ends[at[~kept]] = x_adv[~kept]
+            at, x_adv = at[kept], x_adv[kept]
+            if len(at) == 0:
+                break
+            velocity = None if velocity is None else velocity[kept]
+            project = projection(x[at], self.eps, self.norm)
+            loss_fn, is_adversarial = of(rows[at])
+        ends[at] = x_adv
+        return ends, at
+
+    def _patience(self, x: Tensor, is_adversarial: Verdict | None) -> Tensor | None:
+        """How many times each example may be found wrong and still move; ``None``: always."""
+        return None
+
+    def _disturbed(self, moved: Tensor, generator: Random) -> Tensor:
+        """A step's end before it is projected."""
+        return moved
 
     def _start(self, x: Tensor, project: Callable[[Tensor], Tensor], generator: Random) -> Tensor:
         if self.start == "zero":
             return x
         if self.start == "gaussian":
-            noise = _normal(generator, x) * self.start_scale
+            noise = normal(generator, x) * self.start_scale
         else:
-            noise = _uniform_in_ball(generator, x, self.eps, self.norm)
+            noise = uniform_in_ball(generator, x, self.eps, self.norm)
         is_last = self.steps == 0  # no step will bring it back
         return project(x + noise) if self.project_start or is_last else x + noise
 
     def _direction(
-        self, loss_fn: LossFn, x_adv: Tensor, velocity: Tensor | None
+        self, loss_fn: LossFn, x_adv: Tensor, velocity: Tensor | None, rows: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The next step's direction, of length one in ``norm``, and the accumulated gradient."""
         raw = input_gradient(loss_fn, x_adv)
         gradient = raw.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        self._note(raw, gradient)
+        self._note(raw, gradient, rows)
         if velocity is not None and self.momentum is not None:
-            velocity = velocity * self.momentum + _normalised(gradient, 1)
+            velocity = velocity * self.momentum + normalised(gradient, 1)
             gradient = velocity
-        if self.norm == "linf":
-            return gradient.sign(), velocity
-        if self.norm == "l2":
-            return _normalised(gradient, 2), velocity
-        return _sparse_direction(gradient, x_adv, self.l1_density), velocity
+        return steepest(gradient, x_adv, self.norm, self.l1_density), velocity
 
-    def _note(self, raw: Tensor, gradient: Tensor) -> None:
+    def _note(self, raw: Tensor, gradient: Tensor, rows: Tensor) -> None:
         """Remember which examples were given no direction, without waiting for the device."""
+        if self.lost is None or self.unmoved is None:
+            return
         is_zero = gradient.flatten(1).abs().amax(dim=1) == 0.0
         is_bad = ~torch.isfinite(raw.flatten(1).sum(dim=1))  # where all else is zero, exactly
-        lost, unmoved = is_zero & is_bad, is_zero & ~is_bad
-        self.lost = lost if self.lost is None else self.lost | lost
-        self.unmoved = unmoved if self.unmoved is None else self.unmoved & unmoved
-
-    def _projection(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """Into the ball around x and the box."""
-        if self.norm == "linf":
-            lower, upper = (x - self.eps).clamp_(min=0.0), (x + self.eps).clamp_(max=1.0)
-            return lambda x_adv: x_adv.clamp(lower, upper)
-        if self.norm == "l2":
-            return lambda x_adv: (x + _project_l2(x_adv - x, self.eps)).clamp_(0.0, 1.0)
-        # Box first: soft thresholding would take from pixels the box cuts anyway. What it shrinks
-        # towards a point of the box stays inside; the clamp afterwards only takes away rounding.
-        return lambda x_adv: (x + _project_l1(x_adv.clamp(0.0, 1.0) - x, self.eps)).clamp_(0, 1)
+        self.lost[rows] |= is_zero & is_bad
+        self.unmoved[rows] &= is_zero & ~is_bad
 
 
 class FGSM(PGD):
@@ -289,7 +337,7 @@ class MIM(PGD):
         norm: Norm = "linf",
     ) -> None:
         if step_size is None:
-            step_size = parse_radius(eps, norm) / max(_count("steps", steps, 0), 1)
+            step_size = parse_radius(eps, norm) / max(check_count("steps", steps, 0), 1)
         super().__init__(eps, step_size, steps, start, norm, momentum=decay)
 
 
@@ -336,7 +384,9 @@ class FriendlyPGD(PGD):
     ) -> None:
         super().__init__(eps, step_size, steps, start, norm, start_scale=start_scale)
         schedule = tau if isinstance(tau, dict) else {0: tau}
-        self.tau = {_count("tau's epochs", k, 0): _count("tau", schedule[k], 0) for k in schedule}
+        self.tau = {
+            check_count("tau's epochs", k, 0): check_count("tau", schedule[k], 0) for k in schedule
+        }
         self.noise = parse_radius(noise, "l2", "noise")
         check_choice("noise_form", noise_form, StepNoise)
         self.noise_form: StepNoise = noise_form
@@ -351,33 +401,73 @@ class FriendlyPGD(PGD):
         """Take the tau of the schedule's last entry that is not after ``epoch``."""
         self._tau = self.tau[max(first for first in self.tau if first <= epoch)]
 
-    def _run(
-        self,
-        loss_fn: LossFn,
-        x: Tensor,
-        generator: Random,
-        is_adversarial: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
+    def _patience(self, x: Tensor, is_adversarial: Verdict | None) -> Tensor:
         if is_adversarial is None:
             raise ValueError(
                 "FriendlyPGD stops misclassified examples and needs is_adversarial, a function "
                 "from x' (N, ...) to bool (N,)"
             )
-        project = self._projection(x)
-        x_adv = self._start(x, project, generator)
-        patience = torch.full((len(x),), self._tau, device=x.device)
-        for _ in range(self.steps):
-            with torch.no_grad():
-                patience = patience - is_adversarial(x_adv).to(patience.dtype)
-            direction, _ = self._direction(loss_fn, x_adv, None)
-            moved = x_adv.add(direction, alpha=self.step_size)
-            if self.noise > 0.0 and self.noise_form == "added":
-                moved = moved.add_(_normal(generator, x), alpha=self.noise)
-            elif self.noise > 0.0:
-                inside = _uniform(generator, x, x.shape[1:])
-                moved = moved.add_(inside, alpha=self.step_size * self.noise)
-            x_adv = torch.where(_per_example(patience >= 0, x), project(moved), x_adv)
-        return x_adv
+        return torch.full((len(x),), self._tau, device=x.device)
+
+    def _disturbed(self, moved: Tensor, generator: Random) -> Tensor:
+        if self.noise == 0.0:
+            return moved
+        if self.noise_form == "added":
+            return moved.add_(normal(generator, moved), alpha=self.noise)
+        inside = uniform(generator, moved, moved.shape[1:])
+        return moved.add_(inside, alpha=self.step_size * self.noise)
+
+
+def climb_until_broken(attack: PGD, of: Of, x: Tensor, random: ExampleRandom) -> Tensor:
+    """Attack every example until it is misclassified or all steps and restarts are taken.
+
+    Examples are classified now and then on the way. Those found wrong keep that point and leave
+    the batch; the others take exactly the steps of :class:`PGD`. So an example that PGD breaks is
+    broken here too, and so are some that PGD breaks on the way and loses again.
+
+    Args:
+        attack: Any ascent but :class:`FriendlyPGD`, which has another rule to stop.
+        of: Makes loss and verdict of some rows; an example's loss depends on no other example.
+        x: Images in [0, 1], ``(N, C, H, W)``.
+        random: Made from the indices of all rows.
+
+    Returns:
+        x', detached, in box and ball: the first point found wrong, or what PGD gives.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = as_pixels(x)
+        out = x.clone()
+        best = torch.full((len(x),), -torch.inf, device=x.device)
+        standing = torch.arange(len(x), device=x.device)
+        attack._begin(x)
+        points = frozenset(check_points(attack.steps))
+        for _ in range(attack.restarts):
+            if len(standing) == 0:
+                break
+            ends, at = attack._climb(of, x[standing], standing, random, points)
+            if attack.restarts == 1:
+                return ends
+            loss_fn, is_adversarial = of(standing)
+            success, loss = _score(loss_fn, is_adversarial, ends)
+            is_broken = torch.ones(len(standing), dtype=torch.bool, device=x.device)
+            is_broken[at] = success[at].bool()
+            better = is_broken | best[standing].isneginf() | (loss > best[standing])
+            out[standing[better]] = ends[better]
+            best[standing[better]] = loss[better].to(best.dtype)
+            random, standing = random.of(~is_broken), standing[~is_broken]
+        return out
+
+
+def check_points(steps: int) -> set[int]:
+    """After which steps examples are classified: 1, 2, 3, 4, 6, 9, 13, ..., before the last.
+
+    Half as many steps again lie between two of them: eleven more forward passes in a hundred steps.
+    """
+    points, at = set(), 1
+    while at < steps:
+        points.add(at)
+        at += max(1, at // 2)
+    return points
 
 
 def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
@@ -405,155 +495,9 @@ def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
     return gradient
 
 
-def parse_radius(value: float | str, norm: Norm = "linf", name: str = "eps") -> float:
-    """A length in pixel units: a number, or a fraction as papers print it, ``8/255``, ``0.8/255``.
-
-    Raises:
-        ConfigurationError: If it cannot be read, is negative or not finite, or, in the linf norm,
-            is above 1; or if there is no such norm.
-    """
-    check_choice("norm", norm, Norm)
-    try:
-        if isinstance(value, str):
-            numerator, _, denominator = value.replace(" ", "").partition("/")
-            if len(value) > 100 or re.search(r"[eE][+-]?[\d_]{4}", value):
-                raise ValueError  # the fraction would take all memory
-            number = float(Fraction(numerator) / Fraction(denominator or 1))
-        else:
-            number = float(value)
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number) or number < 0.0:
-        raise ConfigurationError(
-            f"{name} must be a number of at least 0 or a fraction such as '8/255', got "
-            f"{str(value)[:80]!r}"
-        )
-    if norm == "linf" and number > 1.0:
-        hint = f"; did you mean '{number:g}/255'?" if number <= 255.0 else ""
-        raise ConfigurationError(
-            f"{name} must lie in [0, 1] (pixels are in [0, 1]), got {number}{hint}"
-        )
-    return number
-
-
-def _parse_step(value: float | str, eps: float, norm: Norm) -> float:
-    """A length, or a part of the radius: ``eps/10``."""
-    if isinstance(value, str) and value.replace(" ", "").startswith("eps/"):
-        divisor = parse_radius(value.replace(" ", "")[4:], "l2", "the divisor of step_size")
-        if divisor == 0.0:
-            raise ConfigurationError(f"step_size divides by zero: {value!r}; write eps/10")
-        return eps / divisor
-    return parse_radius(value, norm, "step_size")
-
-
-def _in_255(radius: float) -> str:
-    return f"{radius * 255.0:.6g}/255"
-
-
-def _count(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigurationError(f"{name} must be a whole number of at least {least}, got {value}")
-    return value
-
-
-def _score(
-    loss_fn: LossFn, is_adversarial: Callable[[Tensor], Tensor] | None, x_adv: Tensor
-) -> tuple[Tensor, Tensor]:
+def _score(loss_fn: LossFn, is_adversarial: Verdict | None, x_adv: Tensor) -> tuple[Tensor, Tensor]:
     """What restarts compete by: success first, where it is known, then loss; both ``(N,)``."""
     with torch.no_grad():
         loss = loss_fn(x_adv)
         success = torch.zeros_like(loss) if is_adversarial is None else is_adversarial(x_adv)
     return success.to(torch.int8), loss.nan_to_num(nan=-torch.inf, posinf=torch.inf)
-
-
-def _per_example(flags: Tensor, x: Tensor) -> Tensor:
-    """``(N,)`` -> ``(N, 1, ...)`` with as many axes as x."""
-    return flags.view(-1, *[1] * (x.ndim - 1))
-
-
-def _norm(x: Tensor, order: float) -> Tensor:
-    """Per-example norm of order 1, 2 or inf, ``(N, 1, ...)``."""
-    norms: Tensor = torch.linalg.vector_norm(x, order, tuple(range(1, x.ndim)), keepdim=True)
-    return norms
-
-
-def _normalised(gradient: Tensor, order: float) -> Tensor:
-    """Each example's gradient divided by its norm; a zero gradient stays zero.
-
-    The division by the largest entry comes first: the squares of a confident network's gradients
-    underflow in float32.
-    """
-    tiny = torch.finfo(gradient.dtype).tiny
-    scaled = gradient / _norm(gradient, math.inf).clamp_min(tiny)
-    return scaled / _norm(scaled, order).clamp_min(tiny)
-
-
-def _sparse_direction(gradient: Tensor, x_adv: Tensor, density: float) -> Tensor:
-    """Sign of the largest gradients over their count (SLIDE, Tramèr & Boneh 2019, Algorithm 1).
-
-    Pixels that the box keeps from moving the way the gradient points do not count.
-    """
-    blocked = ((x_adv <= 0.0) & (gradient < 0.0)) | ((x_adv >= 1.0) & (gradient > 0.0))
-    free = gradient.masked_fill(blocked, 0.0).flatten(1)
-    largest = free.abs().topk(max(1, round(density * free.shape[1])), dim=1).indices
-    sign = torch.zeros_like(free).scatter_(1, largest, free.gather(1, largest).sign())
-    return (sign / _norm(sign, 1).clamp_min(1.0)).view(x_adv.shape)
-
-
-def _project_l2(delta: Tensor, eps: float) -> Tensor:
-    tiny = torch.finfo(delta.dtype).tiny
-    return delta * (eps / _norm(delta, 2).clamp_min(tiny)).clamp_max(1.0)
-
-
-def _project_l1(delta: Tensor, eps: float) -> Tensor:
-    """The nearest point of the l1 ball: soft thresholding (Duchi et al. 2008, Figure 1)."""
-    size = delta.flatten(1).abs()
-    descending = size.sort(dim=1, descending=True).values
-    excess = descending.cumsum(dim=1) - eps
-    rank = torch.arange(1, size.shape[1] + 1, device=delta.device, dtype=delta.dtype)
-    kept = (descending * rank > excess).sum(dim=1, keepdim=True).clamp_min(1)
-    threshold = (excess.gather(1, kept - 1) / kept).clamp_min(0.0)
-    projected = delta.sign() * (size - threshold).clamp_min(0.0).view(delta.shape)
-    tiny = torch.finfo(delta.dtype).tiny
-    # The cumulative sum of many pixels rounds; the ball must hold all the same.
-    return projected * (eps / _norm(projected, 1).clamp_min(tiny)).clamp_max(1.0)
-
-
-def _uniform_in_ball(generator: Random, x: Tensor, eps: float, norm: str) -> Tensor:
-    """Uniform noise in the ball of radius eps, shaped like x."""
-    if norm == "linf":
-        return _uniform(generator, x, x.shape[1:]) * (2.0 * eps) - eps
-    one = (1,) * (x.ndim - 1)
-    if norm == "l2":
-        radius = _uniform(generator, x, one).pow(1.0 / math.prod(x.shape[1:]))
-        return _normalised(_normal(generator, x), 2) * radius * eps
-    # Exponential spacings: d of d + 1 exponentials over the sum of all are uniform in the simplex.
-    spacings = -torch.log1p(-_uniform(generator, x, x.shape[1:]))
-    rest = -torch.log1p(-_uniform(generator, x, one))
-    signs = (_uniform(generator, x, x.shape[1:]) - 0.5).sign()
-    return eps * signs * spacings / (_norm(spacings, 1) + rest)
-
-
-def _uniform(generator: Random, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uniform in [0, 1), ``(N, *shape)``, in the type and on the device of x."""
-    if isinstance(generator, ExampleRandom):
-        return _fits(generator.uniform(shape), x)
-    device = x.device if generator is None else generator.device
-    return torch.rand((len(x), *shape), generator=generator, device=device).to(x)
-
-
-def _normal(generator: Random, x: Tensor) -> Tensor:
-    """Standard normal, shaped like x, in its type and on its device."""
-    if isinstance(generator, ExampleRandom):
-        return _fits(generator.normal(x.shape[1:]), x)
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device).to(x)
-
-
-def _fits(noise: Tensor, x: Tensor) -> Tensor:
-    if len(noise) != len(x):
-        raise ValueError(
-            f"the generator was made for {len(noise)} examples and the batch has {len(x)}; make it "
-            "from this batch's index"
-        )
-    return noise.to(x)

@@ -11,13 +11,31 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import IntEnum, unique
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Streams keep draws for different purposes apart even at the same seed, step and example.
-ATTACK, AUGMENTATION, EVALUATION = 0, 1, 2
+
+@unique
+class Stream(IntEnum):
+    """What random numbers are for: draws differ at the same seed, step and example.
+
+    Every stream of the repository is listed here. Changing a value changes results.
+    """
+
+    ATTACK = 0  # of adversarial training
+    AUGMENTATION = 1  # crops and flips
+    EVALUATION = 2  # attacks, noise and measures of an evaluation
+    SPLIT = 3  # of a data set into training and validation
+    LABELLED = 4  # order of the labelled images beside pseudo-labelled ones
+    PSEUDO_LABELLED = 5  # which pseudo-labelled images an epoch takes
+    PLACES = 6  # of both within a batch
+    VIEWS = 7  # further augmentations of the same image
+    SUBSET = 8  # of a split
+    CONDITION = 9  # what a conditional network is told in training
+
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -46,10 +64,10 @@ class ExampleRandom:
         seed: The run's seed.
         step: What moves on between draws for one example: an epoch, or an attack's restart.
         index: The examples' positions in their data set, ``(N,)`` int64. Sets the device.
-        stream: Which purpose the numbers serve (:data:`ATTACK`, :data:`AUGMENTATION`, ...).
+        stream: What the numbers are for.
     """
 
-    def __init__(self, seed: int, step: int, index: Tensor, stream: int = ATTACK) -> None:
+    def __init__(self, seed: int, step: int, index: Tensor, stream: Stream = Stream.ATTACK) -> None:
         key = torch.zeros_like(index, dtype=torch.int64)
         for part in (seed, stream, step):
             key = _mix(key + _GOLDEN + part)

@@ -13,8 +13,8 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
+from common.attacks.geometry import norm_of, project_l1
 from common.attacks.losses import margin
-from common.attacks.pgd import _norm, _project_l1
 
 SteeredPredict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(x', y) -> (logits (N, K), what to maximise (N,)), in one forward pass."""
@@ -103,7 +103,7 @@ class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
         both = torch.zeros_like(delta)
         both[at] = both[source] = 1.0
         mass = _mass(delta * both, order)
-        spare = (self.eps**order - _norm(delta, order) ** order).clamp_min(0.0) / delta.shape[1]
+        spare = (self.eps**order - norm_of(delta, order) ** order).clamp_min(0.0) / delta.shape[1]
         signs = self.random_choice([*delta.shape[:2], 1, 1])
         old = delta[at] / (_mass(delta[at], order) ** (1 / order) + 1e-12)
         bump = self.eta(side) * signs + old
@@ -116,8 +116,8 @@ class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
     def _moved(self, x: Tensor, delta: Tensor) -> Tensor:
         """Images at distance eps in the direction of delta, brought into the box."""
         if self.norm == "L1":
-            return (x + _project_l1((x + delta).clamp(0.0, 1.0) - x, self.eps)).clamp(0.0, 1.0)
-        scale: Tensor = self.eps / (_norm(delta, 2) + 1e-12)
+            return (x + project_l1((x + delta).clamp(0.0, 1.0) - x, self.eps)).clamp(0.0, 1.0)
+        scale: Tensor = self.eps / (norm_of(delta, 2) + 1e-12)
         return (x + delta * scale).clamp(0.0, 1.0)
 
     def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
-from common.attacks.randomness import EVALUATION, ExampleRandom, run_seed
+from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.callbacks.resuming import WEIGHTS
 from common.callbacks.run import run_of
 from common.classifier import classifier_of
@@ -172,7 +172,7 @@ class RobustEvaluation(Callback):
             worst = torch.ones_like(part["y"], dtype=torch.bool)
             predicted = part["y"].clone()
             for inner in resolve_losses(self.validation.losses, pl_module).values():
-                random = ExampleRandom(run_seed(), 0, part["index"], EVALUATION)
+                random = ExampleRandom(run_seed(), 0, part["index"], Stream.EVALUATION)
                 x_adv = attack(
                     inner(pl_module, part),
                     part["x"],

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from common.attacks.randomness import ExampleRandom
+from common.attacks.randomness import ExampleRandom, Stream
 from common.data.base import ImageSpec, as_tensors
 from common.data.reading import check_folder, listed, one_line, read_pickle, whole_numbers
 from common.errors import ConfigurationError, DataUnavailableError
 from common.files import strangeness_of
-
-# Streams of random numbers, apart from those named in randomness.py and from the splits' 3.
-_LABELLED, _EXTRA, _PLACES = 4, 5, 6
 
 
 class ExtraImages:
@@ -169,15 +166,15 @@ class MixedSampler(Sampler[int]):
         """The epoch over all processes, int64 ``(batches, batch_size)``."""
         shape = (self.batches, self.batch_size)
         slots = torch.arange(self.batches * self.batch_size)
-        extra = self.n + self._draw(_EXTRA, slots) % self.m
+        extra = self.n + self._draw(Stream.PSEUDO_LABELLED, slots) % self.m
         order = extra.view(shape)
-        permutation = self._draw(_LABELLED, torch.arange(self.n)).argsort(stable=True)
+        permutation = self._draw(Stream.LABELLED, torch.arange(self.n)).argsort(stable=True)
         # One permutation is always enough: n / batch_size batches of at most batch_size.
         used = permutation[: self.batches * self.labelled_per_batch]
         batch, place = torch.arange(len(used)) // self.labelled_per_batch, torch.arange(len(used))
         order[batch, place % self.labelled_per_batch] = used
-        return order.gather(1, self._draw(_PLACES, slots).view(shape).argsort(stable=True))
+        return order.gather(1, self._draw(Stream.PLACES, slots).view(shape).argsort(stable=True))
 
-    def _draw(self, stream: int, index: Tensor) -> Tensor:
+    def _draw(self, stream: Stream, index: Tensor) -> Tensor:
         """A uniform 53-bit number for each index, int64 ``(N,)``."""
         return ExampleRandom(self.seed, self.epoch, index, stream=stream).integers(2**53, ())

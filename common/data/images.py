@@ -17,7 +17,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from common.attacks.randomness import AUGMENTATION, ExampleRandom, run_seed
+from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.data.base import ImageSource, Split
 from common.data.extra import ExtraImages, MixedDataset, MixedSampler
 from common.data.sources import stratified_split
@@ -30,7 +30,6 @@ CropPadding = Literal["zero", "reflect"]
 ValidateOn = Literal["held-out", "test"]
 """What stands around an image before it is cropped: zeros, or the image mirrored at its edge."""
 
-_VIEWS = 7  # a stream of random numbers, apart from those in randomness.py, sources.py, extra.py
 _NEXT_VIEW = 2**40  # what the index of an image's next version is ahead: more than any set has
 
 
@@ -449,7 +448,7 @@ class ImageDataModule(LightningDataModule):
         """
         if not self.crop_padding and not self.flip:
             return x
-        random = ExampleRandom(self.order_seed, epoch, index, stream=AUGMENTATION)
+        random = ExampleRandom(self.order_seed, epoch, index, stream=Stream.AUGMENTATION)
         shift = random.integers(2 * self.crop_padding + 1, (2,))
         is_flipped = (random.integers(2, ()) == 1) & self.flip
         return shift_and_flip(x, shift, is_flipped, self.crop_padding, self.crop_padding_mode)
@@ -457,7 +456,7 @@ class ImageDataModule(LightningDataModule):
     def _with_views(self, views: Views, batch: Batch, epoch: int) -> Batch:
         """The images and, behind them, their other versions."""
         x, y, index = batch["x"], batch["y"], batch["index"]
-        random = ExampleRandom(self.order_seed, epoch, index, stream=_VIEWS)
+        random = ExampleRandom(self.order_seed, epoch, index, stream=Stream.VIEWS)
         versions = [x, *views(x, random)]
         count = range(len(versions))
         return {

@@ -16,14 +16,12 @@ import torch.nn.functional as F
 import torchvision.datasets
 from torch import Tensor
 
-from common.attacks.randomness import ExampleRandom
+from common.attacks.randomness import ExampleRandom, Stream
 from common.data.base import Arrays, ImageSource, ImageSpec, Split
 from common.data.downloads import DownloadedSource
 from common.data.folders import FolderSource
 from common.data.reading import read_idx, read_mat, read_pickle, read_unpacked, whole_numbers
 from common.errors import ConfigurationError, check_choice
-
-_SPLIT_STREAM = 3  # keeps the draws for splits apart from the streams named in randomness.py
 
 
 def stratified_split(y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +53,7 @@ def stratified_split(y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
             f"(the smallest class has {int(sizes[sizes > 0].min()) if len(y) else 0}); "
             "hold out fewer"
         )
-    score = ExampleRandom(seed, 0, torch.arange(len(y)), stream=_SPLIT_STREAM).integers(2**53, ())
+    score = ExampleRandom(seed, 0, torch.arange(len(y)), stream=Stream.SPLIT).integers(2**53, ())
     second = torch.zeros(len(y), dtype=torch.bool)
     for label, n in enumerate(take.tolist()):
         members = torch.nonzero(y == label).flatten()

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from common.attacks.randomness import ExampleRandom
-
-_STREAM = 8  # apart from those in randomness.py, sources.py, extra.py, images.py
+from common.attacks.randomness import ExampleRandom, Stream
 
 
 def subset(y: Tensor, n: int | None) -> Tensor:
@@ -26,7 +24,7 @@ def subset(y: Tensor, n: int | None) -> Tensor:
     y = y.detach().cpu().long()
     if n is None or n >= len(y):
         return torch.arange(len(y))
-    numbers = ExampleRandom(0, 0, torch.arange(len(y)), _STREAM).integers(2**53, ())
+    numbers = ExampleRandom(0, 0, torch.arange(len(y)), Stream.SUBSET).integers(2**53, ())
     shuffled = numbers.argsort(stable=True)
     grouped = shuffled[y[shuffled].argsort(stable=True)]
     sizes = y.bincount()

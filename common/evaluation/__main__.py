@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from common.attacks.engine.network import AttackEngine
-from common.attacks.pgd import Norm
+from common.attacks.geometry import Norm
 from common.checkpoints import load_weights
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError

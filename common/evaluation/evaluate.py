@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.attacks.decision import DecisionBased
 from common.attacks.engine.network import AttackEngine
-from common.attacks.pgd import Norm
+from common.attacks.geometry import Norm
 from common.attacks.randomness import seeded
 from common.errors import ConfigurationError, UserError
 from common.evaluation.audit.checks import Audit

@@ -15,7 +15,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from common.attacks.pgd import Norm
+from common.attacks.geometry import Norm
 from common.errors import ConfigurationError, UserError, check_choice
 from common.evaluation.audit.checks import Audit
 from common.evaluation.steps import Threat

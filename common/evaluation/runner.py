@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from common.attacks.randomness import EVALUATION, ExampleRandom, seeded
+from common.attacks.randomness import ExampleRandom, Stream, seeded
 from common.data.subset import lacking_classes, subset
 from common.evaluation.journal import Journal
 from common.evaluation.models import adapted
@@ -288,7 +288,7 @@ class _Run:
             part = {name: value[rows].to(device) for name, value in self.examples.items()}
 
             def run() -> Columns:
-                random = ExampleRandom(self.seed, key, part["index"], EVALUATION)
+                random = ExampleRandom(self.seed, key, part["index"], Stream.EVALUATION)
                 with seeded(seed, device):
                     return step.run(self.model, part, random)
 

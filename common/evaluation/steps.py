@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common.attacks.geometry import Norm, parse_radius
 from common.attacks.losses import classify, cross_entropy
-from common.attacks.pgd import Norm, parse_radius
 from common.attacks.randomness import ExampleRandom
 from common.errors import check_choice
 from common.objectives import Batch

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from common.attacks.autoattack import AutoAttack
-from common.attacks.compaction import climb_until_broken
 from common.attacks.decision import DecisionBased
 from common.attacks.engine.network import AttackEngine
 from common.attacks.gama import GAMAPGD
+from common.attacks.geometry import parse_radius
 from common.attacks.losses import cross_entropy, margin
 from common.attacks.minimum_norm import MinimumNorm
 from common.attacks.noise import Noise
-from common.attacks.pgd import PGD, FriendlyPGD, LossFn, parse_radius
-from common.attacks.randomness import EVALUATION, ExampleRandom
+from common.attacks.pgd import PGD, FriendlyPGD, LossFn, climb_until_broken
+from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
 from common.evaluation.confirm import attacked, autoattacked, part_of
 from common.evaluation.saturation import QUERIES, decided, persisted
@@ -390,7 +390,7 @@ def _noisy(
     noise: Noise, level: float, draw: int, model: Any, batch: Batch, random: ExampleRandom
 ) -> Columns:
     if noise.seed is not None:
-        random = ExampleRandom(noise.seed, draw, batch["index"], EVALUATION)
+        random = ExampleRandom(noise.seed, draw, batch["index"], Stream.EVALUATION)
     else:
         for _ in range(draw):
             noise.apply(batch["x"], level, random)  # the numbers of earlier draws

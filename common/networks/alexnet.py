@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from common.errors import ConfigurationError
-from common.networks.normalize import Normalize, Statistics
+from common.networks.backbone import Backbone
+from common.networks.normalize import Statistics
 from common.networks.resnet import (
     Activation,
     Pool,
@@ -15,7 +16,7 @@ from common.networks.resnet import (
 )
 
 
-class AlexNet(nn.Module):
+class AlexNet(Backbone):
     """Five convolutions with three 2x2 max-pools between and behind them, global pool, classifier.
 
     ``stages`` are conv5x5 - act - pool, conv5x5 - act - pool and three times conv3x3 - act with a
@@ -58,7 +59,7 @@ class AlexNet(nn.Module):
         activation: Activation = nn.ReLU,
         pool: Pool = "avg",
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, mean, std)
         for name, values, layers, count in (
             ("strides", strides, "the first convolution and three pools", 4),
             ("widths", widths, "each convolution", 5),
@@ -72,7 +73,7 @@ class AlexNet(nn.Module):
         if not 0 <= drop_rate < 1:
             raise ConfigurationError(f"drop_rate must lie in [0, 1), got {drop_rate}")
         self.widths = tuple(widths)
-        self.normalize = Normalize(in_channels, mean, std)
+        self.stem = nn.Identity()
         inside = (in_channels, *widths)
 
         def layer(i: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -97,13 +98,3 @@ class AlexNet(nn.Module):
             )
             features = out
         self.head.add_module("linear", nn.Linear(features, num_classes))
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the head reads, ``(N, widths[-1], H', W')``."""
-        z: Tensor = self.stages(self.normalize(x))
-        return z
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from common.networks.normalize import Normalize, Statistics
+from common.networks.backbone import Backbone
+from common.networks.normalize import Statistics
 from common.networks.resnet import (
     Activation,
     Pool,
@@ -91,7 +92,7 @@ class InvertedResidual(nn.Module):
         return out if self.shortcut is None else out + self.shortcut(x)
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Backbone):
     """MobileNetV2 for small images: 2,296,922 parameters at 10 classes and 3 channels.
 
     ``stem`` is conv - bn - act, ``stages[i][j]`` is one block, ``head`` is conv - bn - act - pool -
@@ -125,9 +126,8 @@ class MobileNetV2(nn.Module):
         activation: Activation = nn.ReLU,
         pool: Pool = "avg",
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, mean, std)
         check_positive(num_classes=num_classes, stem_width=stem_width, head_width=head_width)
-        self.normalize = Normalize(in_channels, mean, std)
         self.stem = named_sequence(
             conv=conv3x3(in_channels, stem_width), bn=nn.BatchNorm2d(stem_width), act=activation()
         )
@@ -149,13 +149,3 @@ class MobileNetV2(nn.Module):
             flatten=nn.Flatten(),
             linear=nn.Linear(head_width, num_classes),
         )
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the head reads, ``(N, width of the last stage, H', W')``."""
-        z: Tensor = self.stages(self.stem(self.normalize(x)))
-        return z
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits

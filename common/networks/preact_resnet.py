@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from common.networks.normalize import Normalize, Statistics
+from common.networks.backbone import Backbone
+from common.networks.normalize import Statistics
 from common.networks.resnet import (
     Activation,
     Block,
@@ -33,7 +34,7 @@ class PreActBlock(WideBlock):
         return out
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(Backbone):
     """Pre-activation ResNet: 3x3 stem without pooling or norm, stages, linear head.
 
     ``stem`` is one convolution, ``stages[i][j]`` is one block, ``head`` is
@@ -70,11 +71,10 @@ class PreActResNet(nn.Module):
         activation: Activation = nn.ReLU,
         pool: Pool = "avg",
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, mean, std)
         check_positive(num_classes=num_classes)
         check_stages(depths, widths, strides)
         self.widths = tuple(widths)
-        self.normalize = Normalize(in_channels, mean, std)
         self.stem = conv3x3(in_channels, widths[0])
         self.stages = make_stages(block, widths[0], depths, widths, strides, activation)
         self.head = named_sequence(
@@ -84,16 +84,6 @@ class PreActResNet(nn.Module):
             flatten=nn.Flatten(),
             linear=nn.Linear(widths[-1], num_classes),
         )
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the head reads, before its norm and activation, ``(N, widths[-1], H', W')``."""
-        z: Tensor = self.stages(self.stem(self.normalize(x)))
-        return z
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits
 
 
 class PreActResNet18(PreActResNet):

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError, check_choice
-from common.networks.normalize import Normalize, Statistics
+from common.networks.backbone import Backbone
+from common.networks.normalize import Statistics
 
 Activation = Callable[[], nn.Module]
 """Makes one activation, for example ``torch.nn.ReLU``."""
@@ -173,7 +174,7 @@ class BareShortcutBlock(BasicBlock):
             self.shortcut = conv1x1(in_channels, out_channels, stride)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """Post-activation ResNet for small images: 3x3 stem without pooling, stages, linear head.
 
     ``stem`` is conv - bn - act, ``stages[i][j]`` is one block, ``head`` is pool - flatten - linear.
@@ -212,11 +213,10 @@ class ResNet(nn.Module):
         pool: Pool = "avg",
         init: Initialize | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, mean, std)
         check_positive(num_classes=num_classes)
         check_stages(depths, widths, strides)
         self.widths = tuple(widths)
-        self.normalize = Normalize(in_channels, mean, std)
         self.stem = named_sequence(
             conv=conv3x3(in_channels, widths[0]), bn=nn.BatchNorm2d(widths[0]), act=activation()
         )
@@ -228,16 +228,6 @@ class ResNet(nn.Module):
         )
         if init is not None:
             self.apply(init)
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the head reads, ``(N, widths[-1], H', W')``."""
-        z: Tensor = self.stages(self.stem(self.normalize(x)))
-        return z
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits
 
 
 class ResNet18(ResNet):

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from common.errors import ConfigurationError
-from common.networks.normalize import Normalize, Statistics
+from common.networks.backbone import Backbone
+from common.networks.normalize import Statistics
 from common.networks.resnet import (
     Activation,
     Initialize,
@@ -64,7 +65,7 @@ def kaiming(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class VGG(nn.Module):
+class VGG(Backbone):
     """Stages of conv3x3 - [BN] - act, each ended by a max-pool; the convolutions have a bias.
 
     ``stages[i][j]`` is one conv - bn - act, ``stages[i].pool`` the pool behind them, ``head`` is
@@ -113,7 +114,7 @@ class VGG(nn.Module):
         norm: bool = True,
         init: Initialize | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, mean, std)
         check_positive(num_classes=num_classes, **{f"hidden[{i}]": h for i, h in enumerate(hidden)})
         if not 0 <= drop_rate < 1:
             raise ConfigurationError(f"drop_rate must lie in [0, 1), got {drop_rate}")
@@ -132,7 +133,7 @@ class VGG(nn.Module):
         else:
             channels, strides = stages_of(config)
         self.widths = tuple(stage[-1] for stage in channels)
-        self.normalize = Normalize(in_channels, mean, std)
+        self.stem = nn.Identity()
         self.stages = nn.Sequential()
         inside = in_channels
         for counts, stride in zip(channels, strides, strict=True):
@@ -159,16 +160,6 @@ class VGG(nn.Module):
         self.head.add_module("linear", nn.Linear(inside, num_classes))
         if init is not None:
             self.apply(init)
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the head reads, ``(N, widths[-1], H', W')``."""
-        z: Tensor = self.stages(self.normalize(x))
-        return z
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits
 
 
 class VGG11(VGG):

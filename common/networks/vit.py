@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
-from common.networks.normalize import Normalize, Statistics
+from common.networks.backbone import Backbone
+from common.networks.normalize import Statistics
 from common.networks.resnet import check_positive, named_sequence
 
 
@@ -158,7 +159,7 @@ class MeanTokens(nn.Module):
         return x.mean(1)
 
 
-class ViT(nn.Module):
+class ViT(Backbone):
     """Vision transformer: tokens, pre-norm layers, and a linear head on the mean token.
 
     ``stem`` makes the tokens, ``stages[i]`` is one layer, ``head`` is pool - norm - linear; the
@@ -205,7 +206,7 @@ class ViT(nn.Module):
         mean: Statistics = None,
         std: Statistics = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, mean, std)
         check_positive(image_size=image_size, patch=patch, dim=dim, depth=depth, heads=heads)
         check_positive(head_dim=head_dim, mlp_dim=mlp_dim, num_classes=num_classes)
         if image_size % patch != 0:
@@ -217,7 +218,6 @@ class ViT(nn.Module):
             if not 0 <= rate < 1:
                 raise ConfigurationError(f"drop rates must lie in [0, 1), got {rate}")
         self.widths = (dim,)
-        self.normalize = Normalize(in_channels, mean, std)
         self.stem = Tokens(in_channels, image_size, patch, dim, embedding_drop_rate, shifted)
         self.stages = nn.Sequential(
             *(Encoder(dim, heads, head_dim, mlp_dim, drop_rate, local) for _ in range(depth))
@@ -225,16 +225,6 @@ class ViT(nn.Module):
         self.head = named_sequence(
             pool=MeanTokens(), norm=nn.LayerNorm(dim), linear=nn.Linear(dim, num_classes)
         )
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the head reads, ``(N, T + 1, dim)``."""
-        z: Tensor = self.stages(self.stem(self.normalize(x)))
-        return z
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, image_size, image_size)`` in [0, 1]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits
 
 
 class ViTBase(ViT):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
-from common.networks.normalize import Normalize, Statistics
+from common.networks.backbone import Backbone
+from common.networks.normalize import Statistics
 from common.networks.resnet import (
     Activation,
     Pool,
@@ -143,7 +144,7 @@ def equal_depths(depth: int, stages: int = 3) -> list[int]:
     return [blocks] * stages
 
 
-class WideResNet(nn.Module):
+class WideResNet(Backbone):
     """WRN-depth-widen_factor, or any stage-wise depths and widths.
 
     ``stem`` is one convolution, ``stages[i][j]`` is one :class:`WideBlock`, ``head`` is
@@ -193,7 +194,7 @@ class WideResNet(nn.Module):
         activations: Sequence[Activation] | None = None,
         pool: Pool = "avg",
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, mean, std)
         if depths is None:
             depths = equal_depths(depth, len(strides))
         if widths is None:
@@ -214,7 +215,6 @@ class WideResNet(nn.Module):
             if not 0 <= rate < 1:
                 raise ConfigurationError(f"drop_rate must lie in [0, 1), got {rate}")
         self.widths = tuple(widths)
-        self.normalize = Normalize(in_channels, mean, std)
         self.stem: nn.Module = conv3x3(in_channels, stem_width)
         self.stages = nn.Sequential()
         inside, listed = stem_width, (depths, widths, strides, activations, drop_rates)
@@ -232,13 +232,3 @@ class WideResNet(nn.Module):
             linear=nn.Linear(widths[-1], num_classes),
         )
         self.apply(initialize)
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the head reads, before its norm and activation, ``(N, widths[-1], H', W')``."""
-        z: Tensor = self.stages(self.stem(self.normalize(x)))
-        return z
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits

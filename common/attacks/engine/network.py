@@ -17,18 +17,16 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from common.attacks.columns import ColumnsConv2d, has_matrix_units, suits
+from common.attacks.engine.compiled import Compiled, CompileMode
 from common.attacks.engine.folding import NORMS, Pair, foldable, folded_weights, has_hooks, places
 from common.attacks.engine.trials import aside
 from common.attacks.engine.winograd import WinogradConv2d, tiles_of, transformed
 from common.attacks.settings import Settings
 from common.errors import check_choice
-from common.modes import network_of
 
 Precision = Literal["32", "bf16"]
-CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -198,7 +196,7 @@ class _Plan:
             self._slot(at, original, conv)
             if isinstance(source, Pair):
                 self._slot(at, source.norm, _PassThrough(source.norm))
-        self._compiled = _Compiled(model, engine.compile)
+        self._compiled = Compiled(model, engine.compile)
         self._model = weakref.ref(model)
         self._settings = _settings(model)
 
@@ -275,56 +273,6 @@ class _PassThrough(nn.Identity):
             return getattr(self.__dict__["_norm"], name)
 
 
-class _Compiled:
-    """The model's network compiled for attacks, beside how it is otherwise called."""
-
-    def __init__(self, model: nn.Module, mode: CompileMode | None) -> None:
-        net = network_of(model)
-        self._net = weakref.ref(net)
-        self._call: Callable[..., Any] | None = None
-        if mode is not None:
-            call = torch.compile(_called(weakref.WeakMethod(net._call_impl)), mode=mode)
-            # CUDA graphs write over what they returned before.
-            self._call = call if mode == "default" else lambda *a, **k: _cloned(call(*a, **k))
-        self.is_used = self._call is not None
-
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        net = self._net()
-        if self._call is None or net is None:
-            yield
-            return
-        import torch._dynamo  # takes a second, which only compiling needs
-        import torch._functorch.config
-
-        before = net._compiled_call_impl
-        net._compiled_call_impl = self._call
-        try:
-            # Attacks that differentiate logit by logit go through one graph several times; and all
-            # networks of a process count as one function that is compiled again and again.
-            with (
-                torch._functorch.config.patch(donated_buffer=False),
-                torch._dynamo.config.patch(recompile_limit=64),
-            ):
-                yield
-        finally:
-            net._compiled_call_impl = before
-
-
-def _called(method: "weakref.WeakMethod[Any]") -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        bound = method()
-        if bound is None:
-            raise ReferenceError("the compiled network is gone")
-        return bound(*args, **kwargs)
-
-    return call
-
-
-def _cloned(found: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.clone, found)
-
-
 def _settings(model: nn.Module) -> list[Any]:
     """What decides about the function of the modules, beside their tensors: flags, sizes, hooks."""
     found: list[Any] = []
@@ -377,8 +325,6 @@ def _stand_in(source: Pair | nn.Conv2d, engine: AttackEngine, tiles: dict[int, i
         made.__class__ = WinogradConv2d
         made.tile = tiles[id(conv)]  # type: ignore[assignment]
         made.is_contiguous = not engine.channels_last  # type: ignore[assignment]
-    elif engine.is_reduced and engine.channels_last and has_matrix_units() and suits(conv):
-        made.__class__ = ColumnsConv2d
     return made.eval()
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.attacks.compaction import check_points, climb_until_broken
 from common.attacks.losses import cross_entropy
-from common.attacks.pgd import MIM, PGD
+from common.attacks.pgd import MIM, PGD, check_points, climb_until_broken
 from common.attacks.randomness import ExampleRandom
 
 

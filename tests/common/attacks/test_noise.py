@@ -3,7 +3,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from common.attacks.noise import GaussianNoise, Noise, SaltAndPepperNoise, UniformNoise
-from common.attacks.randomness import EVALUATION, ExampleRandom
+from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
 
 KINDS = [UniformNoise, GaussianNoise, SaltAndPepperNoise]
@@ -11,7 +11,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def random(rows, step=0):
-    return ExampleRandom(1, step, torch.as_tensor(rows), EVALUATION)
+    return ExampleRandom(1, step, torch.as_tensor(rows), Stream.EVALUATION)
 
 
 def test_uniform_noise_is_uniform():

@@ -7,16 +7,9 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
+from common.attacks.geometry import parse_radius, project_l1
 from common.attacks.losses import cross_entropy, margin
-from common.attacks.pgd import (
-    FGSM,
-    MIM,
-    PGD,
-    FriendlyPGD,
-    _project_l1,
-    input_gradient,
-    parse_radius,
-)
+from common.attacks.pgd import FGSM, MIM, PGD, FriendlyPGD, input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.errors import ConfigurationError
 
@@ -457,7 +450,7 @@ def test_l1_projection_is_the_nearest_point(size, eps, scale, seed):
         low, high = (middle, high) if total > eps else (low, middle)
     threshold = high if delta.abs().sum() > eps else 0.0
     expected = delta.sign() * (delta.abs() - threshold).clamp(min=0)
-    torch.testing.assert_close(_project_l1(delta, eps), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(project_l1(delta, eps), expected, rtol=1e-9, atol=1e-9)
 
 
 # Friendly adversarial training

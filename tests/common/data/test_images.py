@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from common.attacks.randomness import AUGMENTATION, ExampleRandom
+from common.attacks.randomness import ExampleRandom, Stream
 from common.data.base import ImageSource, ImageSpec, Split
 from common.data.images import ImageDataModule, Views, shift_and_flip
 from common.data.sources import CIFAR10, Digits
@@ -676,7 +676,7 @@ def test_trainer_gets_the_order_and_augmentation_of_each_epoch(tmp_path: Path) -
         assert [index for _, _, index, _ in steps] == order_of(reference, epoch)
         for _, _, index, x in steps:
             batch = reference.train_set.__getitems__(index)
-            random = ExampleRandom(1, epoch, batch["index"], stream=AUGMENTATION)
+            random = ExampleRandom(1, epoch, batch["index"], stream=Stream.AUGMENTATION)
             shift = random.integers(5, (2,))
             is_flipped = random.integers(2, ()) == 1
             expected = slow_shift_and_flip(batch["x"], shift, is_flipped, 2) / 255

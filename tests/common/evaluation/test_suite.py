@@ -13,7 +13,7 @@ from common.attacks.losses import cross_entropy, hinge_margin
 from common.attacks.minimum_norm import DeepFool
 from common.attacks.noise import UniformNoise
 from common.attacks.pgd import FGSM, PGD
-from common.attacks.randomness import EVALUATION, ExampleRandom
+from common.attacks.randomness import ExampleRandom, Stream
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.classifier import RobustClassifier
 from common.cli.trainer import Trainer
@@ -211,9 +211,9 @@ def test_a_transfer_attack_may_climb_the_margin(batch) -> None:
     x_adv = pgd(
         lambda x: hinge_margin(net(x), batch["y"]),
         batch["x"],
-        ExampleRandom(0, 0, batch["index"], EVALUATION),
+        ExampleRandom(0, 0, batch["index"], Stream.EVALUATION),
     )
-    found = transfer.run(net, batch, ExampleRandom(0, 0, batch["index"], EVALUATION))
+    found = transfer.run(net, batch, ExampleRandom(0, 0, batch["index"], Stream.EVALUATION))
     assert torch.equal(found["x_adv"], x_adv)
     assert transfer.settings() != Transfer(pgd, Model()).settings()
     with pytest.raises(ConfigurationError, match="cross_entropy, margin, got 'dlr'"):
