@@ -438,7 +438,8 @@ class OAT(Objective):
         lam = self.drawn(batch["index"])
         types = torch.arange(2, device=x.device).repeat_interleave(len(x))
         net = require_network(model, OATNet)
-        clean, adv = net.at(torch.cat([x, x_adv]), torch.cat([lam, lam]), types).split(len(x))
+        both = net.at(torch.cat([x, x_adv]), torch.cat([lam, lam]), types)
+        clean, adv = torch.split(both, len(x))
         loss: Tensor = ((1 - lam) * cross_entropy(clean, y) + lam * cross_entropy(adv, y)).mean()
         return loss
 
