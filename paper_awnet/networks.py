@@ -3,7 +3,7 @@
 Tags as in :mod:`paper_awnet.method`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,7 +16,6 @@ from common.errors import CheckpointError, ConfigurationError, check_choice
 from common.modes import network_of, try_out
 from common.networks.normalize import Normalize
 from common.networks.resnet import Initialize, ResNet, kaiming
-from common.weights import check_weights_fit
 from paper_awnet.method import (
     DynamicConv2d,
     FiLMBatchNorm2d,
@@ -42,9 +41,9 @@ Mixing = Literal["soft", "hard", "clean", "adv"]
 class AWNet(nn.Module):
     """A network whose filters and batch-norms are set per image by a router.
 
-    The modules of ``arch`` keep their names; every batch-norm becomes two (``bn1.clean``,
-    ``bn1.adv``), and convolutions of the residual branches scale their output. Stem, shortcuts,
-    head and linear layer have static filters [D].
+    The modules of ``arch`` keep their names and weights; every batch-norm becomes two
+    (``bn1.clean``, ``bn1.adv``), and convolutions of the residual branches scale their output.
+    Stem, shortcuts, head and linear layer have static filters [D].
 
     Args:
         arch: A backbone of ``common.networks`` with residual blocks; it is changed in place.
@@ -153,20 +152,6 @@ class AWNet(nn.Module):
                 f"signals must have the shapes {expected}, one for each block, got "
                 f"{[tuple(omega.shape) for omega in signals]}"
             )
-
-    def load_static(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy a static network of the same backbone; each of two batch-norms gets its own copy.
-
-        Args:
-            weights: State dict of the backbone.
-
-        Raises:
-            CheckpointError: If they belong to another network.
-        """
-        own = self.arch.state_dict()
-        plain = {name: name.replace(".clean.", ".").replace(".adv.", ".") for name in own}
-        check_weights_fit({plain[name]: own[name] for name in own}, weights, "the static network")
-        self.arch.load_state_dict({name: weights[plain[name]] for name in own})
 
     def extra_repr(self) -> str:
         """Settings, for ``print(net)``."""

@@ -90,7 +90,7 @@ def signal_statistics(clean: Tensor, adversarial: Tensor) -> dict[str, Tensor]:
 
 
 class PairedObjective(Objective, nn.Module, ABC):
-    """A classification loss on clean and adversarial images, plus lambda_type L_type.
+    """A classification loss on both kinds of images, plus lambda_type L_type.
 
     A module, so that its buffers are saved with the network.
 
@@ -122,11 +122,9 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     def attacked(self, model: Any) -> Callable[[Tensor], Tensor]:
         """The function that the training attack sees: images to logits."""
-        net = network_as(model, AWNet)
-        if self.branch == "soft" or net is None:
-            deployed: Callable[[Tensor], Tensor] = model
-            return deployed
-        return forced(net, ADVERSARIAL)
+        net = network_as(model, AWNet) if self.branch == "adv" else None
+        deployed: Callable[[Tensor], Tensor] = model
+        return deployed if net is None else forced(net, ADVERSARIAL)
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Cross-entropy with the label."""
@@ -160,8 +158,8 @@ class PairedObjective(Objective, nn.Module, ABC):
             logits, u = (torch.cat(pair) for pair in zip(clean[:2], adv[:2], strict=True))
             signals = [torch.cat(pair) for pair in zip(clean.signals, adv.signals, strict=True)]
         penalty = type_loss(u, types)
-        is_right = classify(u.detach()) == types
-        self.report = {"loss_type": penalty.detach(), "type_acc": is_right.float().mean()}
+        type_acc = (classify(u.detach()) == types).float().mean()
+        self.report = {"loss_type": penalty.detach(), "type_acc": type_acc}
         for j, omega in enumerate(signals, 1):
             statistics = signal_statistics(omega[:n].detach(), omega[n:].detach())
             self.report |= {f"omega{j}_{name}": value for name, value in statistics.items()}
@@ -327,9 +325,9 @@ class BMTARD(MTARD):
 
     def targets(self, clean: Tensor, robust: Tensor) -> tuple[Tensor, Tensor]:
         """The teachers' logits over their temperatures."""
-        self.report["temperature_nat"] = self.temperatures[0].clone()
-        self.report["temperature_adv"] = self.temperatures[1].clone()
-        return clean / self.temperatures[0], robust / self.temperatures[1]
+        nat, adv = self.temperatures
+        self.report |= {"temperature_nat": nat.clone(), "temperature_adv": adv.clone()}
+        return clean / nat, robust / adv
 
     @staticmethod
     @torch.no_grad()

@@ -74,10 +74,7 @@ def test_balance() -> None:
     assert w > 0.5
     squared = balanced(half, torch.tensor([0.36, 1.0]), first, 0.025, 2.0)
     assert squared > w
-
-
-def test_weights_stay_inside_and_finite_whatever_the_losses() -> None:
-    w, first = torch.tensor(0.5), torch.tensor([1.0, 1.0])
+    w, first = half, torch.tensor([1.0, 1.0])  # stays inside (0, 1), also for extreme losses
     for losses in ([1e-30, 5.0], [0.0, 0.0], [9.0, 1e-12], [0.0, 3.0]) * 20:
         w = balanced(w, torch.tensor(losses), first, 0.025, 1.0)
         assert 0 < w < 1
@@ -107,7 +104,6 @@ def reach(net: AWNet, loss: torch.Tensor) -> dict[str, float]:
         "type_head": list(net.router.type_head.parameters()),
         "signal_heads": list(net.router.signal_heads.parameters()),
     }
-
     found = {}
     for name, parameters in parts.items():
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
@@ -137,20 +133,14 @@ def test_distillation_never_reaches_the_routers_type_head(digits, teachers, stud
     assert all(p.grad is not None for p in net.parameters())
 
 
-def test_zero_heads_block_the_features_and_move_themselves(digits, teachers, student) -> None:
-    net = student(init="zero")
-    found = reach(net, MTARD(**teachers, lambda_type=0.0).outer(net, digits))
-    assert found["features"] == 0.0
+@pytest.mark.parametrize("init", ["normal", "zero"])
+def test_zero_heads_block_the_way_to_what_they_read(digits, teachers, student, init) -> None:
+    objective, moves = MTARD(**teachers, lambda_type=0.0), init == "normal"
+    found = reach(net := student(init=init), objective.outer(net, digits))
+    assert (found["features"] > 0) == moves
     assert found["signal_heads"] > 0
-
-
-@pytest.mark.parametrize(("init", "is_reached"), [("normal", True), ("zero", False)])
-def test_distillation_reaches_a_detectors_head_once_signals_move(
-    digits, teachers, student, init, is_reached
-) -> None:
-    net = student(Detector, init)
-    found = reach(net, MTARD(**teachers, lambda_type=0.0).outer(net, digits))
-    assert (found["type_head"] > 0) == is_reached
+    found = reach(net := student(Detector, init), objective.outer(net, digits))
+    assert (found["type_head"] > 0) == moves
 
 
 # ------------------------------------------------------------------------------------- MTARD
@@ -320,18 +310,8 @@ def test_the_more_certain_teacher_is_softened(digits, student, sharp) -> None:
     assert clean_t[0] == 1.5
     assert (robust_t == 1.0).all()
     assert clean_t[-1] == 10.0, "never beyond"
-
-
-def test_temperatures_divide_the_teachers_alone(digits, teachers, student) -> None:
-    plain, soft = MTARD(**teachers), BMTARD(**teachers)
-    net = student()
-    twin = copy.deepcopy(net)
-    torch.testing.assert_close(plain.outer(net, digits), soft.outer(twin, digits))
-    soft.temperatures = torch.tensor([2.0, 4.0])
-    a, b = torch.randn(3, 10), torch.randn(3, 10)
-    found = soft.targets(a, b)
-    assert torch.equal(found[0], a / 2)
-    assert torch.equal(found[1], b / 4)
+    z = torch.randn(3, 10)
+    assert all(map(torch.equal, objective.targets(z, z), (z / 10, z)))
 
 
 # ------------------------------------------------------------------------------ other objectives
@@ -382,19 +362,6 @@ def test_the_attack_sees_the_deployed_network_or_one_branch(digits, student, mak
         else:
             expected = kl_divergence(net(digits["x"]), logits)
         torch.testing.assert_close(found, expected)
-
-
-def test_gradients_of_the_attack_run_through_the_router(digits, student) -> None:
-    """Invariant 12, last part."""
-    net = student().eval()
-    nn.init.normal_(net.arch.stem.bn.adv.bias)
-    x = digits["x"].clone().requires_grad_()
-    (live,) = torch.autograd.grad(HybridCE().inner(net, digits)(x).sum(), x)
-    out = net.outputs(digits["x"])
-    signals = [s.detach() for s in out.signals]
-    logits = net.outputs(x, p=out.p.detach(), signals=signals).logits
-    (cut,) = torch.autograd.grad(F.cross_entropy(logits, digits["y"], reduction="sum"), x)
-    assert (live - cut).abs().max() > 1e-3 * live.abs().max()
 
 
 # ---------------------------------------------------------------------------------------- OAT
