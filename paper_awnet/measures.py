@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.attacks.losses import classify, cross_entropy, margin
 from common.attacks.pgd import FGSM, PGD, input_gradient
 from common.attacks.randomness import EVALUATION, ExampleRandom
-from common.evaluation.measures import Measure
+from common.evaluation.measures import AttackMeasure
 from common.evaluation.steps import Columns
 from common.objectives import Batch, InnerLoss
 from paper_awnet.method import ADVERSARIAL, CLEAN, DynamicConv2d, MixBatchNorm2d
@@ -119,25 +119,18 @@ def smoothness(model: Any, x: Tensor, y: Tensor, eps: float) -> dict[str, Tensor
         }
 
 
-class Routing(Measure):
+class Routing(AttackMeasure):
     """Type accuracy on clean and on attacked images, and the movement of the signals.
 
     ``type_clean`` and ``type_adv``: 1 where the type is predicted correctly. ``omega_shift``: mean
     over all dynamic filters of the absolute change of an image's signal under the attack.
-
-    Args:
-        attack: Maximises cross-entropy.
     """
-
-    def __init__(self, attack: PGD) -> None:
-        self.attack = attack
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
         """The three numbers of each image."""
-        x, y, net = batch["x"], batch["y"], model.net
-        x_adv = self.attack(lambda images: cross_entropy(model(images), y), x, random)
+        net, x_adv = require_network(model, AWNet), self.attacked(model, batch, random)
         with torch.no_grad():
-            clean, adv = net.outputs(x), net.outputs(x_adv)
+            clean, adv = net.outputs(batch["x"]), net.outputs(x_adv)
         columns = {
             "type_clean": (classify(clean.p) == CLEAN).float(),
             "type_adv": (classify(adv.p) == ADVERSARIAL).float(),
@@ -148,17 +141,11 @@ class Routing(Measure):
         return columns
 
 
-class KnobAccuracy(Measure):
+class KnobAccuracy(AttackMeasure):
     """Accuracy of an OATNet at every lambda, of which OAT may report its best.
 
     ``knob_<lambda>_clean`` and ``knob_<lambda>_pgd``, with the attack run at that lambda.
-
-    Args:
-        attack: Maximises cross-entropy.
     """
-
-    def __init__(self, attack: PGD) -> None:
-        self.attack = attack
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
         """Both for each lambda, 0 or 1 for each image."""
