@@ -36,11 +36,15 @@ from common.results.bases import comparable, last_of
 from common.results.store import load_results
 from paper_awnet import plots
 from paper_awnet.claims import JOINT, Roles, evaluate_expectations, roles_of
-from paper_awnet.distributions import Filters, distances, filters, mean_scales, shape_of
-from paper_awnet.measurements import (
+from paper_awnet.measures import (
+    Filters,
     attacked,
+    distances,
+    filters,
     forced_accuracies,
+    mean_scales,
     routing,
+    shape_of,
     signal_summary,
     smoothness,
 )

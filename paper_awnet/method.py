@@ -1,10 +1,9 @@
 """AW-Net's layers: the router, filters scaled for each image, and the mixture of two batch-norms.
 
-There is no official code for this paper, and only its abstracts, its framework figure and a summary
-by others were at hand. Tags name the source of a statement: [A] an abstract, [F] the framework
-figure, [S] the summary, [M] the same authors' released MTARD code, [R] common practice of the
-field, [D] a decision of ours where nothing was found. What is tagged [D] is an argument, so that it
-can be changed.
+Tags name the source of a statement: [A] an abstract, [F] the framework figure, [S] a summary by
+others, [M] the same authors' released MTARD code, [R] common practice of the field, [D] our choice,
+because nothing was found. There is no official code, and the paper's text was not available. What
+is tagged [D] is an argument, so that it can be changed.
 
 Shapes: images x ``(N, C, H, W)`` in [0, 1]; types t ``(N,)``, 0 clean and 1 adversarial [D]; router
 features z ``(N, d)``; type logits u ``(N, 2)``; P_type = softmax(u), columns (clean, adversarial);
@@ -39,20 +38,19 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,  # positive
     "linear": lambda a: 1.0 + a,
 }
-"""From what a signal head computes to the signal."""
+"""From the output of a signal head to the signal."""
 
 
 def signal_head(features: int, size: int, init: SignalInit = "zero", std: float = 1.0) -> nn.Linear:
-    """One layer [F] from what it reads to the signals of one block, ``A_j`` and ``b_j``.
+    """The linear layer [F] with weight A_j and bias b_j that gives the S_j signals of one block.
 
     Args:
-        features: Numbers it reads.
+        features: Size of its input.
         size: S_j.
         init: ``zero``, so that omega is 1 for every image and the network starts as the static one
             [D]; or ``normal``, entries of A_j with standard deviation ``std`` and b_j = 0.
         std: Of ``normal``.
     """
-    check_choice("init", init, SignalInit)
     head = nn.Linear(features, size)
     nn.init.zeros_(head.bias)
     if init == "zero":
@@ -69,7 +67,7 @@ class SideNetwork(nn.Module, ABC):
     """The feature extractor D, the type head, and a signal head for each block.
 
     D is three times conv3x3 - BN - ReLU and a global average pool [D]; its batch-norms are ordinary
-    ones, because the type is what it has to find out. The type head has two layers [F].
+    ones, because it has to predict the type. The type head has two layers [F].
 
     Args:
         in_channels: Channels of the images.
@@ -78,16 +76,15 @@ class SideNetwork(nn.Module, ABC):
         strides: Their strides [D].
         type_hidden: Hidden units of the type head [D].
         activation: From head to signal [D].
-        init: How the signal heads begin [D].
+        init: Initialisation of the signal heads [D].
         init_std: Standard deviation of ``normal``.
 
     Raises:
-        ConfigurationError: If a size is below 1, widths and strides do not go together, the
-            activation or the start is unknown, or the standard deviation is not positive.
+        ConfigurationError: If a setting is out of range.
     """
 
     splits_batch_norm: bool
-    """Whether a network with this side network has two batch-norms unless told otherwise."""
+    """Whether a network with this side network has two batch-norms by default."""
 
     def __init__(
         self,
@@ -111,8 +108,8 @@ class SideNetwork(nn.Module, ABC):
         check_choice("init", init, SignalInit)
         if not (math.isfinite(init_std) and init_std > 0):
             raise ConfigurationError(
-                f"init_std is a standard deviation above 0, got {init_std}; for no spread at all "
-                "set init: zero"
+                f"init_std is a standard deviation above 0, got {init_std}; without spread, set "
+                "init: zero"
             )
         self.activation: SignalActivation = activation
         self.features = nn.Sequential()
@@ -130,7 +127,7 @@ class SideNetwork(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def signal_features(width: int) -> int:
-        """How many numbers a signal head reads, with ``width`` features."""
+        """Input size of a signal head, given the number of features."""
 
     @abstractmethod
     def signals(self, z: Tensor, p: Tensor) -> list[Tensor]:
@@ -180,7 +177,7 @@ class Detector(SideNetwork):
         return self._omega(p)
 
 
-# ------------------------------------------------------------------ what layers are told per pass
+# ------------------------------------------------------------ what the layers receive in each pass
 
 
 Rows = slice | Tensor
@@ -188,7 +185,7 @@ Rows = slice | Tensor
 
 
 class Route:
-    """What the dynamic layers of one network are told, for the duration of one forward pass.
+    """What the dynamic layers of one network receive for the duration of one forward pass.
 
     Attributes:
         signals: By dynamic convolution, ``(N, O)``.
@@ -208,7 +205,7 @@ class Route:
         mixture: Tensor | None,
         rows: tuple[Rows, Rows] | None = None,
     ) -> Iterator[None]:
-        """Tell the layers, and forget it again even after an exception."""
+        """Set the values for one pass and clear them afterwards, even after an exception."""
         self.signals, self.mixture, self.rows = signals, mixture, rows
         try:
             yield
@@ -242,13 +239,13 @@ def rows_by_type(types: Tensor) -> tuple[Rows, Rows]:
 class DynamicConv2d(nn.Conv2d):
     r"""A convolution whose filters are scaled for each image.
 
-    :math:`\tilde W_b[o] = \omega_b[o] W[o]` [F]. There is no bias, so scaling the filter is scaling
-    its output: one ordinary convolution and one product.
+    :math:`\tilde W_b[o] = \omega_b[o] W[o]` [F]. There is no bias, so scaling the filter equals
+    scaling its output: one ordinary convolution and one product.
 
     Args:
-        conv: The convolution whose weight becomes this one's.
-        route: Where the signals come from.
-        position: Of this convolution among the dynamic ones.
+        conv: The convolution whose weight is used.
+        route: Gives the signals.
+        position: Index of this convolution among the dynamic ones.
 
     Raises:
         ConfigurationError: If the convolution has a bias.
@@ -257,13 +254,13 @@ class DynamicConv2d(nn.Conv2d):
     def __init__(self, conv: nn.Conv2d, route: Route, position: int) -> None:
         if conv.bias is not None:
             raise ConfigurationError(
-                f"scaling the filters of {conv} is not scaling its output, because it has a bias; "
-                "use a network whose convolutions have none"
+                f"dynamic convolutions need bias=False, got {conv}; use a network whose "
+                "convolutions have no bias"
             )
-        shape = (conv.in_channels, conv.out_channels)
         super().__init__(
-            *shape,
-            conv.kernel_size,  # type: ignore[arg-type]  # a tuple of as many as it takes
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]  # typed as a tuple of any length
             conv.stride,  # type: ignore[arg-type]
             conv.padding,  # type: ignore[arg-type]
             conv.dilation,  # type: ignore[arg-type]
@@ -278,36 +275,8 @@ class DynamicConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """``(N, I, H, W)`` to ``(N, O, H', W')``."""
         if not self.route.signals:
-            raise RuntimeError("a dynamic convolution has no signals outside AWNet's forward pass")
-        return scaled_output(super().forward(input), self.route.signals[self.position])
-
-
-def scaled_output(maps: Tensor, omega: Tensor) -> Tensor:
-    """Feature maps ``(N, O, H, W)`` with each image's channels multiplied by omega ``(N, O)``."""
-    return maps * omega[:, :, None, None]
-
-
-def grouped_convolution(x: Tensor, conv: nn.Conv2d, omega: Tensor) -> Tensor:
-    """The same in its literal form: weights of their own for every image, as one grouped pass.
-
-    Slow; it is what the other form is tested against.
-
-    Args:
-        x: Input, ``(N, I, H, W)``.
-        conv: Settings and weight W.
-        omega: Scales of its filters, ``(N, O)``.
-    """
-    n, channels, *size = x.shape
-    weight = omega[:, :, None, None, None] * conv.weight
-    out = F.conv2d(
-        x.reshape(1, n * channels, *size),
-        weight.flatten(0, 1),
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=n * conv.groups,
-    )
-    return out.reshape(n, -1, *out.shape[2:])
+            raise RuntimeError("a dynamic convolution has signals only in AWNet's forward pass")
+        return super().forward(input) * self.route.signals[self.position][:, :, None, None]
 
 
 # --------------------------------------------------------------------------------------- MixBN [F]
@@ -316,13 +285,13 @@ def grouped_convolution(x: Tensor, conv: nn.Conv2d, omega: Tensor) -> Tensor:
 class MixBatchNorm2d(nn.Module):
     r"""Two batch-norms: by the true type in training, mixed by P_type in evaluation.
 
-    In training each image goes through that of its type, with the batch statistics of the images of
-    that type; P_type is not read. In evaluation the two *outputs* are averaged,
-    :math:`\sum_i P_i BN_i(h)`, on running statistics [F].
+    In training each image goes through the one of its type, with the batch statistics of the images
+    of that type; P_type is not read. In evaluation the two *outputs* are averaged,
+    :math:`\sum_i P_i BN_i(h)`, with running statistics [F].
 
     Args:
-        norm: What both start as.
-        route: Where types and mixture come from.
+        norm: Initial state of both.
+        route: Gives types and mixture.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, route: Route) -> None:
@@ -346,11 +315,11 @@ class MixBatchNorm2d(nn.Module):
             return self._by_type(x)
         p = self.route.mixture
         if p is None:
-            raise RuntimeError("MixBN has no P_type outside AWNet's forward pass")
+            raise RuntimeError("MixBN has P_type only in AWNet's forward pass")
         return self._mixed(x, p)
 
     def _mixed(self, x: Tensor, p: Tensor) -> Tensor:
-        """The average of both outputs, as the one affine map per image that it is."""
+        """The average of both outputs, computed as one affine map per image."""
         scales, shifts = [], []
         for norm in (self.clean, self.adv):
             mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
@@ -370,18 +339,67 @@ class MixBatchNorm2d(nn.Module):
         out = torch.empty_like(x)
         for norm, rows in zip((self.clean, self.adv), self.route.rows, strict=True):
             part = x[rows]
-            if len(part):  # without images of a type its statistics stay as they are
+            if len(part):  # else the statistics of this type stay unchanged
                 out[rows] = norm(part)
         return out
 
 
+# ------------------------------------------------- OAT's batch-norm, conditioned on lambda [D]
+
+
+class Knob(Route):
+    """A route that also gives the layers OAT's lambda, ``(N, 1)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition: Tensor | None = None
+
+    @contextmanager
+    def turned(self, condition: Tensor) -> Iterator[None]:
+        """Set lambda for one pass and clear it afterwards, even after an exception."""
+        self.condition = condition
+        try:
+            yield
+        finally:
+            self.condition = None
+
+
+class FiLMBatchNorm2d(nn.Module):
+    r"""Two batch-norms, then :math:`(1 + \gamma(\lambda)) h + \beta(\lambda)` by channel.
+
+    gamma and beta come from two layers. The last one starts at zero, so that the network starts as
+    one with two batch-norms [D].
+
+    Args:
+        norm: Initial state of both batch-norms.
+        route: Gives lambda.
+        hidden: Units between the two layers.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, route: Knob, hidden: int) -> None:
+        super().__init__()
+        self.norm = MixBatchNorm2d(norm, route)
+        last = signal_head(hidden, 2 * norm.num_features)
+        self.film = nn.Sequential(nn.Linear(1, hidden), nn.LeakyReLU(), last)
+        self.route = route
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised and modulated maps, ``(N, C, H, W)``."""
+        gamma, beta = torch.chunk(self.film(self.route.condition), 2, dim=1)
+        out: Tensor = self.norm(x) * (1 + gamma[:, :, None, None]) + beta[:, :, None, None]
+        return out
+
+
+# ------------------------------------------------------------------------------ outputs and P_type
+
+
 class Outputs(NamedTuple):
-    """What AW-Net makes of images.
+    """The outputs of AW-Net.
 
     Attributes:
         logits: Of the classes, ``(N, K)``.
         type_logits: u, ``(N, 2)``.
-        p: P_type as it was used, ``(N, 2)``.
+        p: P_type as used, ``(N, 2)``.
         signals: All omega_j, ``(N, S_j)``.
     """
 
@@ -405,7 +423,7 @@ def check_probabilities(p: Tensor, count: int) -> Tensor:
         count: N.
 
     Raises:
-        ConfigurationError: If they are no distributions over the two types.
+        ConfigurationError: If they are not distributions over the two types.
     """
     if p.ndim == 1:
         p = p.expand(count, -1)

@@ -1,4 +1,4 @@
-"""How AW-Net meets training: teachers found, and what an attacker climbs."""
+"""The classifier: loads teachers before training and defines the adaptive attacks."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,10 +11,9 @@ from torch import Tensor
 from common.attacks.losses import cross_entropy
 from common.classifier import RobustClassifier
 from common.objectives import Batch, InnerLoss, differentiable
-from paper_awnet import oat
 from paper_awnet.method import ADVERSARIAL, CLEAN
-from paper_awnet.networks import AWNet
-from paper_awnet.objectives import PairedObjective, dynamic_network, forced
+from paper_awnet.networks import AWNet, OATNet, forced, require_network
+from paper_awnet.objectives import LAMBDAS, PairedObjective, at_lambda
 
 WEIGHTS = (0.1, 1, 10)
 """lambda of the joint attacks."""
@@ -24,7 +23,7 @@ class AWNetClassifier(RobustClassifier):
     """A classifier whose network may be an AW-Net and whose objective may have teachers."""
 
     def setup(self, stage: str) -> None:
-        """Besides the usual: read the teachers, where there are any, before anything is trained."""
+        """Also read the teachers, if there are any, before training."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and isinstance(self.objective, PairedObjective) and data is not None:
@@ -32,17 +31,17 @@ class AWNetClassifier(RobustClassifier):
                 teacher.load(Path(self.trainer.default_root_dir), data.shape, data.num_classes)
 
     def adaptive_losses(self) -> dict[str, InnerLoss]:
-        """Beside the usual ones, for an AW-Net, those that know of the router [D].
+        """The common losses and, for an AW-Net, those that know the router [D].
 
         ``ce_routerdetached``: the router follows the image and takes no part in the gradient (A1).
         ``ce_routerfrozen``: signals and P_type stay those of the clean image (A2).
         ``joint_clean_<w>``, ``joint_adv_<w>``: cross-entropy minus w times that of the type head
-        with a type, so misclassified while looking clean or adversarial (A3).
+        with a type: misclassified while looking clean or adversarial (A3).
         ``ce_branchclean``, ``ce_branchadv``: the network with P_type forced (A4).
         ``misroute``: away from the type of a clean image alone (A5).
 
-        For OAT, ``ce_knob_<lambda>``: the network at another lambda. Whatever is climbed, success
-        is judged on the deployed network.
+        For OAT, ``ce_knob_<lambda>``: the network at another lambda. Success is always judged on
+        the deployed network.
         """
         losses = super().adaptive_losses()
         if isinstance(self.net, AWNet):
@@ -52,8 +51,8 @@ class AWNetClassifier(RobustClassifier):
                     losses[f"joint_{name}_{weight}"] = partial(joint, kind, weight)
                 losses[f"ce_branch{name}"] = partial(forced_branch, kind)
             losses["misroute"] = misroute
-        if isinstance(self.net, oat.OATNet):
-            losses |= oat.adaptive_losses()
+        if isinstance(self.net, OATNet):
+            losses |= {f"ce_knob_{lam:g}": partial(at_lambda, lam) for lam in LAMBDAS}
         return losses
 
     def log_histograms(self, add: Callable[[str, Tensor], None], batch: Batch) -> None:
@@ -73,7 +72,7 @@ class AWNetClassifier(RobustClassifier):
 
 def router_detached(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
     """X' -> cross-entropy; signals and P_type of x' are constants to the gradient (A1)."""
-    net, y = _network(model), differentiable(batch["y"])
+    net, y = require_network(model, AWNet), differentiable(batch["y"])
 
     def loss(x: Tensor) -> Tensor:
         routing = _routing(net, x)
@@ -84,7 +83,7 @@ def router_detached(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
 
 def router_frozen(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
     """X' -> cross-entropy with signals and P_type of the clean image (A2)."""
-    net, y = _network(model), differentiable(batch["y"])
+    net, y = require_network(model, AWNet), differentiable(batch["y"])
     with torch.inference_mode(False):
         routing = _routing(net, differentiable(batch["x"]))
     return lambda x: cross_entropy(net.outputs(x, **routing).logits, y)
@@ -92,7 +91,7 @@ def router_frozen(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
 
 def joint(kind: int, weight: float, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
     """X' -> CE(f(x'), y) - weight CE(u(x'), kind): wrong, and of that type (A3)."""
-    net, y = _network(model), differentiable(batch["y"])
+    net, y = require_network(model, AWNet), differentiable(batch["y"])
 
     def loss(x: Tensor) -> Tensor:
         outputs = net.outputs(x)
@@ -103,22 +102,15 @@ def joint(kind: int, weight: float, model: Any, batch: Batch) -> Callable[[Tenso
 
 
 def forced_branch(kind: int, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-    """X' -> cross-entropy of the network that takes every image for one type (A4)."""
-    branch, y = forced(_network(model), kind), differentiable(batch["y"])
+    """X' -> cross-entropy of the network with P_type forced to one type (A4)."""
+    branch, y = forced(require_network(model, AWNet), kind), differentiable(batch["y"])
     return lambda x: cross_entropy(branch(x), y)
 
 
 def misroute(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
     """X' -> CE(u(x'), clean), which has nothing to do with the class (A5)."""
-    net, y = _network(model), batch["y"]
+    net, y = require_network(model, AWNet), batch["y"]
     return lambda x: cross_entropy(net.router.read(x)[1], torch.full_like(y, CLEAN))
-
-
-def _network(model: Any) -> AWNet:
-    net = dynamic_network(model)
-    if net is None:
-        raise TypeError(f"{type(model).__name__} holds no AWNet, so it has no router to attack")
-    return net
 
 
 @torch.no_grad()

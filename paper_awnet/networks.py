@@ -1,20 +1,25 @@
-"""AW-Net itself: any residual backbone of ``common.networks`` under the direction of a router.
+"""Networks: AW-Net on any residual backbone, OAT's network, frozen teachers, and backbones.
 
 Tags as in :mod:`paper_awnet.method`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import ConfigurationError, check_choice
+from common.checkpoints import checkpoint_beside, load_weights
+from common.errors import CheckpointError, ConfigurationError, check_choice
+from common.modes import network_of, try_out
 from common.networks.normalize import Normalize
 from common.networks.resnet import Initialize, ResNet, kaiming
-from common.weights import check_weights_fit
 from paper_awnet.method import (
     DynamicConv2d,
+    FiLMBatchNorm2d,
+    Knob,
     MixBatchNorm2d,
     Outputs,
     Route,
@@ -28,20 +33,20 @@ from paper_awnet.method import (
 MakeSideNetwork = Callable[[int, Sequence[int]], SideNetwork]
 """Makes a side network from the images' channels and the S_j of all blocks."""
 
+Network = TypeVar("Network", bound=nn.Module)
 Scope = Literal["block", "last_conv"]
 Mixing = Literal["soft", "hard", "clean", "adv"]
 
 
 class AWNet(nn.Module):
-    """A network whose filters and batch-norms follow a router.
+    """A network whose filters and batch-norms are set per image by a router.
 
-    The backbone's weights stay where they were: ``arch`` has the same modules with the same names,
-    every batch-norm has become two (``bn1.clean``, ``bn1.adv``), and convolutions of the residual
-    branches scale their output. Stem, shortcuts, head and linear layer have static filters [D].
+    The modules of ``arch`` keep their names and weights; every batch-norm becomes two
+    (``bn1.clean``, ``bn1.adv``), and convolutions of the residual branches scale their output.
+    Stem, shortcuts, head and linear layer have static filters [D].
 
     Args:
-        arch: A backbone of ``common.networks`` whose stages are made of residual blocks; it is
-            changed in place.
+        arch: A backbone of ``common.networks`` with residual blocks; it is changed in place.
         router: The side network: :class:`~paper_awnet.method.Router` or
             :class:`~paper_awnet.method.Detector`, with their settings.
         dynamic: Whether filters are scaled; without, omega is 1 and there are no signal heads.
@@ -49,8 +54,8 @@ class AWNet(nn.Module):
             ``last_conv``, the literal reading of the figure.
         mixbn: Whether there are two batch-norms; ``None`` is yes with a router and no with a
             detector [A][F].
-        mixing: How they are mixed in evaluation mode: ``soft`` by P_type [F]; ``hard``, by its
-            larger part, with the gradient of the soft one so that attacks are not misled [D]; or
+        mixing: How they are mixed in evaluation mode: ``soft`` by P_type [F]; ``hard`` by its
+            argmax, with the gradient of the soft mixture so that attacks are not misled [D]; or
             always ``clean`` or ``adv``.
 
     Raises:
@@ -81,9 +86,7 @@ class AWNet(nn.Module):
         for position, (name, conv) in enumerate(pair for branch in branches for pair in branch):
             replace(arch, name, DynamicConv2d(conv, self.route, position))
         if self.has_mixbn:
-            norms = [(n, m) for n, m in arch.named_modules() if isinstance(m, nn.BatchNorm2d)]
-            for name, norm in norms:
-                replace(arch, name, MixBatchNorm2d(norm, self.route))
+            replace_norms(arch, lambda norm: MixBatchNorm2d(norm, self.route))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1], in evaluation mode."""
@@ -96,19 +99,19 @@ class AWNet(nn.Module):
         p: Tensor | None = None,
         signals: Sequence[Tensor] | None = None,
     ) -> Outputs:
-        """Everything the network has to say about images.
+        """Logits, type logits, P_type and signals of images.
 
         Args:
             x: Images in [0, 1], ``(N, C, H, W)``.
-            types: 0 clean or 1 adversarial, ``(N,)``; read by two batch-norms in training mode and
-                by nothing else.
+            types: 0 clean or 1 adversarial, ``(N,)``; only the two batch-norms in training mode
+                read them.
             p: P_type instead of the network's own, ``(2,)`` or ``(N, 2)``: for the mixture of
                 batch-norms, and for a detector's signals, which follow it.
             signals: All omega_j ``(N, S_j)`` instead of the network's own.
 
         Raises:
-            ConfigurationError: If types are missing in training mode, ``p`` is no distribution or
-                signals have other shapes.
+            ConfigurationError: If types are missing in training mode, ``p`` is not a distribution
+                or signals have other shapes.
         """
         rows = None
         if self.training and self.has_mixbn:
@@ -150,20 +153,6 @@ class AWNet(nn.Module):
                 f"{[tuple(omega.shape) for omega in signals]}"
             )
 
-    def load_static(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy a static network of the same backbone; each of two batch-norms gets its own copy.
-
-        Args:
-            weights: State dict of the backbone.
-
-        Raises:
-            CheckpointError: If they belong to another network.
-        """
-        own = self.arch.state_dict()
-        plain = {name: name.replace(".clean.", ".").replace(".adv.", ".") for name in own}
-        check_weights_fit({plain[name]: own[name] for name in own}, weights, "the static network")
-        self.arch.load_state_dict({name: weights[plain[name]] for name in own})
-
     def extra_repr(self) -> str:
         """Settings, for ``print(net)``."""
         return f"mixbn={self.has_mixbn}, mixing={self.mixing}, blocks={len(self.widths)}"
@@ -198,9 +187,189 @@ def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, n
 
 
 def replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another."""
+    """Replace the submodule of the given name."""
     parent, _, last = name.rpartition(".")
     setattr(root.get_submodule(parent), last, module)
+
+
+def replace_norms(root: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
+    """Replace every batch-norm by what ``make`` returns for it."""
+    norms = [(name, m) for name, m in root.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    for name, norm in norms:
+        replace(root, name, make(norm))
+
+
+def network_as(model: Any, kind: type[Network]) -> Network | None:
+    """The network that a classifier holds or that the model is, if it is of this class."""
+    net = network_of(model)
+    return net if isinstance(net, kind) else None
+
+
+def require_network(model: Any, kind: type[Network]) -> Network:
+    """The network that a classifier holds or that the model is.
+
+    Raises:
+        ConfigurationError: If it is of another class.
+    """
+    net = network_as(model, kind)
+    if net is None:
+        raise ConfigurationError(
+            f"this needs a paper_awnet.networks.{kind.__name__}, got "
+            f"{type(network_of(model)).__name__}; wrap the backbone in one"
+        )
+    return net
+
+
+def forced(net: AWNet, kind: int) -> Callable[[Tensor], Tensor]:
+    """Images to logits, with P_type forced to one type for every image."""
+    return lambda x: net.outputs(x, p=torch.eye(2, device=x.device)[kind]).logits
+
+
+class OATNet(nn.Module):
+    """A backbone all of whose batch-norms depend on lambda; a baseline, reconstructed [D].
+
+    Wang et al. 2020, "Once-for-All Adversarial Training": one network for all trade-offs. A number
+    lambda, drawn for each image in training and set by hand in testing, modulates the output of
+    every batch-norm, and there are two batch-norms, for lambda = 0 and for lambda > 0.
+
+    Args:
+        arch: A backbone of ``common.networks``; it is changed in place.
+        knob: lambda of the deployed network, in [0, 1].
+        hidden: Hidden units of the modulating layers [D].
+
+    Raises:
+        ConfigurationError: If lambda is outside [0, 1].
+    """
+
+    def __init__(self, arch: nn.Module, knob: float = 0.2, hidden: int = 64) -> None:
+        super().__init__()
+        if not 0.0 <= knob <= 1.0:
+            raise ConfigurationError(
+                f"knob is OAT's lambda in [0, 1], got {knob}; 0 asks for clean accuracy alone"
+            )
+        self.knob = knob
+        self.route = Knob()
+        self.arch = arch
+        replace_norms(arch, lambda norm: FiLMBatchNorm2d(norm, self.route, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, K)`` at the deployed lambda, in evaluation mode."""
+        return self.at(x, self.knob)
+
+    def at(self, x: Tensor, lam: float | Tensor, types: Tensor | None = None) -> Tensor:
+        """Logits ``(N, K)`` at any lambda.
+
+        Args:
+            x: Images, ``(N, C, H, W)``.
+            lam: lambda of all images, or of each ``(N,)``.
+            types: 0 clean or 1 adversarial, ``(N,)``, which selects the batch-norm in training
+                mode; in evaluation mode lambda selects it.
+
+        Raises:
+            ConfigurationError: If types are missing in training mode.
+        """
+        rows = None
+        if self.training:
+            if types is None:
+                raise ConfigurationError(
+                    "in training mode OAT needs types beside lambda: train it with "
+                    "paper_awnet.objectives.OAT and adversary.mode: eval"
+                )
+            rows = rows_by_type(types)
+        each = lam.to(x) if isinstance(lam, Tensor) else x.new_full((len(x),), lam)
+        is_adversarial = (each > 0).to(x)
+        mixture = torch.stack([1 - is_adversarial, is_adversarial], dim=1)
+        with self.route.told((), mixture, rows), self.route.turned(each[:, None]):
+            logits: Tensor = self.arch(x)
+        return logits
+
+
+@dataclass(eq=False)
+class Teacher:
+    """A frozen network in evaluation mode, evaluated without gradient.
+
+    It is not a module on purpose: an objective that holds it neither trains it, nor saves its
+    weights, nor switches its mode; and copies of the objective share it.
+
+    Args:
+        net: Images in [0, 1] to logits ``(N, K)``, with the classes of the student.
+        experiment: The experiment that trained it; its run directory with the same seed is looked
+            up beside the student's.
+        checkpoint: Which of its checkpoints: ``last`` or ``selected``.
+        path: A file with its weights; takes precedence over ``experiment``.
+        as_it_is: Whether ``net`` already has its weights; then no file is read.
+
+    Raises:
+        ConfigurationError: If the source of the weights is missing.
+    """
+
+    net: nn.Module
+    experiment: str | None = None
+    checkpoint: str = "last"
+    path: str | None = None
+    as_it_is: bool = False
+
+    def __post_init__(self) -> None:
+        if self.experiment is None and self.path is None and not self.as_it_is:
+            raise ConfigurationError(
+                "a teacher needs weights, got experiment=None, path=None and as_it_is=False; name "
+                "the experiment that trains it or a file, or set as_it_is"
+            )
+        self.net.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: Any) -> "Teacher":
+        return self
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits ``(N, K)``, constant."""
+        parameter = next(self.net.parameters(), None)
+        if parameter is not None and (parameter.device, parameter.dtype) != (x.device, x.dtype):
+            self.net.to(x.device, x.dtype)
+        logits: Tensor = self.net(x)
+        return logits
+
+    def load(self, run: str | Path, shape: Sequence[int], num_classes: int) -> None:
+        """Read the weights and run the network on a blank image.
+
+        Args:
+            run: The student's run directory.
+            shape: Of an image, ``(C, H, W)``.
+            num_classes: K of the student.
+
+        Raises:
+            CheckpointError: If there is no such file, or it belongs to another network.
+            ConfigurationError: If the network does not fit images or classes.
+        """
+        if not self.as_it_is:
+            load_weights(self.net, self._find(Path(run)))
+        remedy = "give the network it was trained with"
+        scores = try_out(self.net, shape, remedy, what=f"the teacher {self._name}").shape[1:]
+        if tuple(scores) != (num_classes,):
+            raise ConfigurationError(
+                f"the teacher {self._name} has {tuple(scores)} classes and the data have "
+                f"{num_classes}; choose a teacher that was trained on these data"
+            )
+
+    @property
+    def _name(self) -> str:
+        if self.as_it_is:
+            return type(self.net).__name__
+        return str(self.path or self.experiment)
+
+    def _find(self, run: Path) -> Path:
+        if self.path is not None:
+            return Path(self.path)
+        path = checkpoint_beside(run, str(self.experiment), self.checkpoint)
+        if not path.is_file():
+            seed = path.parents[1].name.removeprefix("seed")
+            raise CheckpointError(
+                f"the teacher {self.experiment} has not been trained: {path} does not exist; train "
+                f"it first with python -m paper_awnet fit --config "
+                f"paper_awnet/configs/{self.experiment}.yaml --seed_everything {seed}, or give a "
+                "file with its weights as path"
+            )
+        return path
 
 
 class DigitsStudent(ResNet):

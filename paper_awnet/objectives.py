@@ -1,6 +1,6 @@
-"""What AW-Net and its static counterparts minimise: distillation from two teachers, and the rest.
+"""Training losses of AW-Net, of its static counterparts, and of OAT, in the order of the equations.
 
-All of these see clean and adversarial images. An :class:`~paper_awnet.networks.AWNet` has them in
+All of them see clean and adversarial images. An :class:`~paper_awnet.networks.AWNet` gets both in
 one concatenated pass [D] and learns their types too; a static network has two passes, the
 adversarial one first [M], and no types. Tags as in :mod:`paper_awnet.method`.
 """
@@ -8,51 +8,97 @@ adversarial one first [M], and no types. Tags as in :mod:`paper_awnet.method`.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.attacks.losses import classify, cross_entropy, full_precision, kl_divergence
+from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.errors import ConfigurationError, check_choice
-from common.modes import network_of
-from common.objectives import (
-    Batch,
-    Objective,
-    adversarial_images,
-    check_weight,
-    differentiable,
-)
-from paper_awnet.losses import (
-    Scale,
-    balanced,
-    distillation,
-    mean_over_ranks,
-    negative_entropy,
-    signal_statistics,
-    type_loss,
-)
-from paper_awnet.method import ADVERSARIAL, Outputs
-from paper_awnet.networks import AWNet
-from paper_awnet.teachers import Teacher
+from common.objectives import Batch, Objective, adversarial_images, check_weight, differentiable
+from paper_awnet.method import ADVERSARIAL
+from paper_awnet.networks import AWNet, OATNet, Teacher, forced, network_as, require_network
 
+Scale = Literal["classmean", "batchmean"]
 Branch = Literal["soft", "adv"]
 
+LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)
+"""Values of OAT's lambda."""
 
-# -------------------------------------------------------------------------------- shared by all
+
+# -------------------------------------------------------------------------------- the equations
+
+
+def distillation(teacher_logits: Tensor, logits: Tensor, scale: Scale = "classmean") -> Tensor:
+    r"""KL(q, s), the mean of :math:`q_k \log(q_k + 10^{-5}) - q_k \log s_k` [M].
+
+    ``classmean`` is the code's form: the mean over classes as well as images, times K/10, so that
+    its size does not depend on K. ``batchmean`` sums over classes, which is ten times as much, for
+    short training [D].
+
+    Both logits are ``(N, K)``, those of the teacher constant. Returns a scalar.
+    """
+    q = full_precision(teacher_logits).detach().softmax(dim=1)
+    log_s = full_precision(logits).log_softmax(dim=1)
+    terms = q * torch.log(q + 1e-5) - q * log_s
+    if scale == "batchmean":
+        return terms.sum(dim=1).mean()
+    return terms.mean() * (logits.shape[1] / 10)
+
+
+def type_loss(type_logits: Tensor, types: Tensor) -> Tensor:
+    """L_type, the mean cross-entropy of u ``(N, 2)`` with the types ``(N,)`` [F][D]."""
+    return cross_entropy(type_logits, types).mean()
+
+
+def balanced(w_nat: Tensor, losses: Tensor, initial: Tensor, eta: float, beta: float) -> Tensor:
+    r"""The next weight of the clean loss [M].
+
+    .. math:: r_i = (L_i / L_i(0))^\beta, \quad
+              w_{nat} \leftarrow w_{nat} - \eta (w_{nat} - r_{nat} / (r_{nat} + r_{adv}))
+
+    ``losses`` and ``initial`` are (L_nat, L_adv) of this step and of the first one.
+    """
+    tiny = torch.finfo(losses.dtype).tiny
+    r = (losses.clamp_min(tiny) / initial.clamp_min(tiny)) ** beta
+    return w_nat - eta * (w_nat - r[0] / r.sum())
+
+
+def negative_entropy(probabilities: Tensor) -> Tensor:
+    """h, the mean over images and classes of q log(q + 1e-5) [M]; nearer to 0 is more certain."""
+    return (probabilities * torch.log(probabilities + 1e-5)).mean()
+
+
+def signal_statistics(clean: Tensor, adversarial: Tensor) -> dict[str, Tensor]:
+    """Whether the filters of one block move: from omega_j ``(N, S_j)`` of images of both types.
+
+    ``mean``; ``std`` over the images of both types, mean over filters; ``shift``, the absolute
+    difference between the means of the two types, mean over filters.
+    """
+    both = torch.cat([clean, adversarial])
+    return {
+        "mean": both.mean(),
+        "std": both.std(dim=0, correction=0).mean(),
+        "shift": (adversarial.mean(dim=0) - clean.mean(dim=0)).abs().mean(),
+    }
+
+
+# --------------------------------------------------------------------------------- the objectives
 
 
 class PairedObjective(Objective, nn.Module, ABC):
-    """A classification loss on clean and adversarial images, plus lambda_type L_type.
+    """A classification loss on both kinds of images, plus lambda_type L_type.
 
-    A module, so that what it remembers from step to step is saved with the network.
+    A module, so that its buffers are saved with the network.
 
     Args:
         lambda_type: Weight of the type loss [D]; without effect on static networks.
         concat: Whether both kinds of images share one pass [D]; with two passes the router's own
             batch-norms see each kind apart, which they do not in evaluation.
-        branch: What the training attack sees: the deployed ``soft`` mixture [D], or every image
-            through the ``adv`` batch-norms.
+        branch: The function that the training attack sees: the deployed ``soft`` mixture [D], or
+            every image through the ``adv`` batch-norms.
 
     Raises:
         ConfigurationError: If the weight is negative or the branch unknown.
@@ -75,11 +121,9 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     def attacked(self, model: Any) -> Callable[[Tensor], Tensor]:
         """The function that the training attack sees: images to logits."""
-        net = dynamic_network(model)
-        if self.branch == "soft" or net is None:
-            deployed: Callable[[Tensor], Tensor] = model
-            return deployed
-        return forced(net, ADVERSARIAL)
+        net = network_as(model, AWNet) if self.branch == "adv" else None
+        deployed: Callable[[Tensor], Tensor] = model
+        return deployed if net is None else forced(net, ADVERSARIAL)
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Cross-entropy with the label."""
@@ -87,8 +131,7 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """The classification loss and the weighted type loss; a scalar."""
-        x_adv = adversarial_images(batch)
-        net = dynamic_network(model)
+        x_adv, net = adversarial_images(batch), network_as(model, AWNet)
         if net is None:
             logits_adv: Tensor = model(x_adv)
             logits: Tensor = model(batch["x"])
@@ -104,56 +147,33 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     def _routed(self, net: AWNet, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of both kinds and the type loss, in one pass or two."""
-        types = torch.arange(2, device=x.device).repeat_interleave(len(x))
+        n = len(x)
+        types = torch.arange(2, device=x.device).repeat_interleave(n)
         if self.concat:
-            both = net.outputs(torch.cat([x, x_adv]), types)
+            logits, u, _, signals = net.outputs(torch.cat([x, x_adv]), types)
         else:
-            adv = net.outputs(x_adv, types[len(x) :])
-            clean = net.outputs(x, types[: len(x)])
-            both = joined(clean, adv)
-        penalty = type_loss(both.type_logits, types)
-        is_right = classify(both.type_logits.detach()) == types
-        self.report = {"loss_type": penalty.detach(), "type_acc": is_right.float().mean()}
-        self.report |= signal_statistics(both.signals, types)
-        logits, logits_adv = torch.split(both.logits, len(x))
-        return logits, logits_adv, penalty
-
-
-def joined(first: Outputs, second: Outputs) -> Outputs:
-    """Outputs of two batches as those of one."""
-    signals = [torch.cat(pair) for pair in zip(first.signals, second.signals, strict=True)]
-    logits, type_logits, p = map(torch.cat, zip(first[:3], second[:3], strict=True))
-    return Outputs(logits, type_logits, p, signals)
-
-
-def dynamic_network(model: Any) -> AWNet | None:
-    """The AW-Net that a classifier holds as ``net`` or that the model is; ``None`` otherwise."""
-    net = network_of(model)
-    return net if isinstance(net, AWNet) else None
-
-
-def forced(net: AWNet, kind: int) -> Callable[[Tensor], Tensor]:
-    """Images to logits, every image treated as one of the given type."""
-
-    def logits(x: Tensor) -> Tensor:
-        p = torch.eye(2, device=x.device)[kind]
-        return net.outputs(x, p=p).logits
-
-    return logits
-
-
-# ---------------------------------------------------------------------------------- objectives
+            adv = net.outputs(x_adv, types[n:])
+            clean = net.outputs(x, types[:n])
+            logits, u = (torch.cat(pair) for pair in zip(clean[:2], adv[:2], strict=True))
+            signals = [torch.cat(pair) for pair in zip(clean.signals, adv.signals, strict=True)]
+        penalty = type_loss(u, types)
+        type_acc = (classify(u.detach()) == types).float().mean()
+        self.report = {"loss_type": penalty.detach(), "type_acc": type_acc}
+        for j, omega in enumerate(signals, 1):
+            statistics = signal_statistics(omega[:n].detach(), omega[n:].detach())
+            self.report |= {f"omega{j}_{name}": value for name, value in statistics.items()}
+        return logits[:n], logits[n:], penalty
 
 
 class MTARD(PairedObjective):
-    r"""Two teachers, one for each kind of image, weighted by how far each has come [M].
+    r"""Two teachers, one for each kind of image, weighted by the progress of their losses [M].
 
     .. math:: w_{nat} L_{nat} + w_{adv} L_{adv} + \lambda_{type} L_{type}
 
     with :math:`L_{nat} = KL(T_{nat}(x), f(x))` and :math:`L_{adv} = KL(T_{adv}(x'), f(x'))`.
 
-    The weights move before the backward pass, by the losses of the batch over all processes, and
-    once per optimiser step: :meth:`advance` ends it. Where gradients are accumulated, each batch is
+    The weights are updated once per optimiser step, before the backward pass, by the losses over
+    all processes; :meth:`advance` ends the step. Where gradients are accumulated, each batch is
     weighted by the losses so far, and the step ends with the mean over its examples.
 
     Args:
@@ -162,11 +182,9 @@ class MTARD(PairedObjective):
         scale: See :func:`distillation`.
         eta_w: Rate of the weights.
         beta: Exponent of the relative losses.
-        milestones: Epochs, from 0, from which the rates are a tenth of what they were, each time;
-            those of the learning rate.
-        lambda_type: See :class:`PairedObjective`, and so are the following.
-        concat: One pass or two.
-        branch: What the training attack sees.
+        milestones: Epochs, from 0, at each of which the rates are multiplied by 0.1; those of the
+            learning rate.
+        **kwargs: Of :class:`PairedObjective`.
 
     Raises:
         ConfigurationError: If a setting is out of range.
@@ -184,11 +202,9 @@ class MTARD(PairedObjective):
         eta_w: float = 0.025,
         beta: float = 1.0,
         milestones: Sequence[int] = (),
-        lambda_type: float = 1.0,
-        concat: bool = True,
-        branch: Branch = "soft",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(lambda_type, concat, branch)
+        super().__init__(**kwargs)
         if not 0.0 <= eta_w <= 1.0:
             raise ConfigurationError(f"eta_w is a rate in [0, 1], got {eta_w}; 0 keeps 0.5 each")
         if not (math.isfinite(beta) and beta > 0):
@@ -204,8 +220,10 @@ class MTARD(PairedObjective):
         self.eta_w, self.beta = eta_w, beta
         self.milestones = tuple(milestones)
         self.decay = 1.0
-        self._before: _Seen | None = None  # of the batches of this step that are done
-        self._with_this: _Seen | None = None  # and of the one under way
+        # Sums of the statistics, and the number of examples, of this optimiser step: without and
+        # with the current batch.
+        self._before: Tensor | None = None
+        self._with_this: Tensor | None = None
         self.register_buffer("w_nat", torch.tensor(0.5))
         self.register_buffer("initial", torch.zeros(2))
         self.register_buffer("has_begun", torch.tensor(False))
@@ -216,7 +234,7 @@ class MTARD(PairedObjective):
         return {"clean": self.clean, "robust": self.robust}
 
     def set_epoch(self, epoch: int) -> None:
-        """The factor of the rates follows from the epoch alone, so a resumed run goes on."""
+        """Set the factor of the rates."""
         self.decay = 0.1 ** sum(milestone <= epoch for milestone in self.milestones)
 
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
@@ -238,7 +256,7 @@ class MTARD(PairedObjective):
 
     @torch.no_grad()
     def advance(self, is_step_over: bool = True) -> None:
-        """Keep what the batch showed; where the step is over, the weights move for good."""
+        """Keep the statistics of the batch; at the end of a step, update the weights."""
         if self._with_this is None:
             return
         self._before, self._with_this = self._with_this, None
@@ -252,62 +270,43 @@ class MTARD(PairedObjective):
 
     @staticmethod
     def _statistics(losses: Tensor, clean: Tensor, robust: Tensor) -> Tensor:
-        """What is to be known of a batch: L_nat, L_adv."""
+        """Per-batch means that the update reads: L_nat, L_adv."""
         return losses
 
     @torch.no_grad()
-    def _observed(self, statistics: Tensor, count: int) -> "_Seen":
-        """Those of this step's batches so far, of all processes."""
-        this = _Seen(*mean_over_ranks(statistics, count))
-        return this if self._before is None else self._before.joined(this)
+    def _observed(self, statistics: Tensor, count: int) -> Tensor:
+        """Sums, and last the number of examples, of this step so far, over all processes."""
+        total = count * F.pad(statistics.double(), (0, 1), value=1.0)  # float64: sums are exact
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        return total if self._before is None else self._before + total
 
     @torch.no_grad()
-    def _moved(self, seen: "_Seen") -> tuple[Tensor, Tensor]:
-        """w_nat after a step with these losses, and those of the first step."""
-        losses = seen.mean[:2].to(self.initial)
+    def _moved(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """w_nat after a step with these losses, and the losses of the first step."""
+        losses = (seen[:2] / seen[-1]).to(self.initial)
         initial = torch.where(self.has_begun, self.initial, losses)
         return balanced(self.w_nat, losses, initial, self.eta_w * self.decay, self.beta), initial
 
-    def _remember(self, seen: "_Seen") -> None:
+    def _remember(self, seen: Tensor) -> None:
         self.w_nat, self.initial = self._moved(seen)
         self.has_begun = torch.ones_like(self.has_begun)
 
 
-class _Seen(NamedTuple):
-    """Statistics of the batches of one optimiser step: means over so many examples."""
-
-    mean: Tensor
-    examples: Tensor | int
-
-    def joined(self, other: "_Seen") -> "_Seen":
-        examples = self.examples + other.examples
-        total = self.mean * self.examples + other.mean * other.examples
-        return _Seen(total / examples, examples)
-
-
 class BMTARD(MTARD):
-    """MTARD with teachers' temperatures that make both equally certain [M].
+    """MTARD with temperatures that make both teachers equally certain [M].
 
     Each teacher's logits are divided by a temperature in [1, 10]; after each step (:meth:`advance`)
-    the more certain teacher's grows by ``rate`` and the other's falls. The code compares the
-    quotient of the two entropies with 1; here their difference is compared with 0, which is the
-    same as long as both are positive and does not turn around where a teacher is so certain that
-    the constant in the logarithm makes its entropy negative.
+    that of the more certain teacher grows by ``rate`` and the other falls. The code compares the
+    quotient of the two entropies with 1. Here their difference is compared with 0, which is the
+    same as long as both are positive; where a teacher is so certain that the constant in the
+    logarithm makes its entropy negative, the quotient would give the wrong sign.
 
     Args:
         clean: T_nat.
         robust: T_adv.
         rate: Step of the temperatures; decays with the milestones.
-        scale: See :class:`MTARD`, and so are the following.
-        eta_w: Rate of the weights.
-        beta: Exponent of the relative losses.
-        milestones: When the rates decay.
-        lambda_type: Weight of the type loss.
-        concat: One pass or two.
-        branch: What the training attack sees.
-
-    Raises:
-        ConfigurationError: If a setting is out of range.
+        **kwargs: Of :class:`MTARD`.
     """
 
     temperatures: Tensor  # (clean, robust)
@@ -317,23 +316,17 @@ class BMTARD(MTARD):
         clean: Teacher,
         robust: Teacher,
         rate: float = 0.001,
-        scale: Scale = "classmean",
-        eta_w: float = 0.025,
-        beta: float = 1.0,
-        milestones: Sequence[int] = (),
-        lambda_type: float = 1.0,
-        concat: bool = True,
-        branch: Branch = "soft",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(clean, robust, scale, eta_w, beta, milestones, lambda_type, concat, branch)
+        super().__init__(clean, robust, **kwargs)
         self.rate = check_weight("rate", rate)
         self.register_buffer("temperatures", torch.ones(2))
 
     def targets(self, clean: Tensor, robust: Tensor) -> tuple[Tensor, Tensor]:
         """The teachers' logits over their temperatures."""
-        self.report["temperature_nat"] = self.temperatures[0].clone()
-        self.report["temperature_adv"] = self.temperatures[1].clone()
-        return clean / self.temperatures[0], robust / self.temperatures[1]
+        nat, adv = self.temperatures
+        self.report |= {"temperature_nat": nat.clone(), "temperature_adv": adv.clone()}
+        return clean / nat, robust / adv
 
     @staticmethod
     @torch.no_grad()
@@ -342,9 +335,9 @@ class BMTARD(MTARD):
         h = [negative_entropy(full_precision(z).softmax(dim=1)) for z in (clean, robust)]
         return torch.cat([losses, torch.stack(h)])
 
-    def _remember(self, seen: _Seen) -> None:
+    def _remember(self, seen: Tensor) -> None:
         super()._remember(seen)
-        h = seen.mean[2:]
+        h = seen[2:-1] / seen[-1]
         sign = torch.sign(h - h.flip(0)).to(self.temperatures)
         self.temperatures = (self.temperatures + self.rate * self.decay * sign).clamp(1.0, 10.0)
 
@@ -363,19 +356,11 @@ class RoutedTRADES(PairedObjective):
 
     Args:
         beta: Weight of the divergence.
-        lambda_type: See :class:`PairedObjective`, and so are the following.
-        concat: One pass or two.
-        branch: What the training attack sees.
+        **kwargs: Of :class:`PairedObjective`.
     """
 
-    def __init__(
-        self,
-        beta: float = 6.0,
-        lambda_type: float = 1.0,
-        concat: bool = True,
-        branch: Branch = "soft",
-    ) -> None:
-        super().__init__(lambda_type, concat, branch)
+    def __init__(self, beta: float = 6.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.beta = check_weight("beta", beta)
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
@@ -392,25 +377,16 @@ class RoutedTRADES(PairedObjective):
 
 
 class RSLAD(PairedObjective):
-    """Robust soft label distillation (Zi et al. 2021): one robust teacher, asked on clean images.
+    """Robust soft label distillation (Zi et al. 2021): one robust teacher, which sees clean images.
 
     Args:
         robust: T_adv.
         scale: See :func:`distillation`.
-        lambda_type: See :class:`PairedObjective`, and so are the following.
-        concat: One pass or two.
-        branch: What the training attack sees.
+        **kwargs: Of :class:`PairedObjective`.
     """
 
-    def __init__(
-        self,
-        robust: Teacher,
-        scale: Scale = "classmean",
-        lambda_type: float = 1.0,
-        concat: bool = True,
-        branch: Branch = "soft",
-    ) -> None:
-        super().__init__(lambda_type, concat, branch)
+    def __init__(self, robust: Teacher, scale: Scale = "classmean", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.robust = robust
         check_choice("scale", scale, Scale)
         self.scale: Scale = scale
@@ -431,3 +407,41 @@ class RSLAD(PairedObjective):
         soft = self.robust(batch["x"])
         robust = distillation(soft, logits_adv, self.scale)
         return (5 * robust + distillation(soft, logits, self.scale)) / 6
+
+
+class OAT(Objective):
+    """(1 - lambda) CE(f(x), y) + lambda CE(f(x_adv), y), lambda drawn for each image and epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw new values of lambda for this epoch."""
+        self.epoch = epoch
+
+    def drawn(self, index: Tensor) -> Tensor:
+        """Lambda of images by their positions ``(N,)``, the same in attack and loss."""
+        random = ExampleRandom(run_seed(), self.epoch, index, Stream.CONDITION)
+        which = random.integers(len(LAMBDAS), ())
+        return torch.tensor(LAMBDAS, device=index.device)[which]
+
+    def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """Cross-entropy at the drawn lambda."""
+        return at_lambda(self.drawn(batch["index"]), model, batch)
+
+    def outer(self, model: Any, batch: Batch) -> Tensor:
+        """Both cross-entropies by lambda, from one pass; batch mean."""
+        x_adv, x, y = adversarial_images(batch), batch["x"], batch["y"]
+        lam = self.drawn(batch["index"])
+        types = torch.arange(2, device=x.device).repeat_interleave(len(x))
+        net = require_network(model, OATNet)
+        both = net.at(torch.cat([x, x_adv]), torch.cat([lam, lam]), types)
+        clean, adv = torch.split(both, len(x))
+        loss: Tensor = ((1 - lam) * cross_entropy(clean, y) + lam * cross_entropy(adv, y)).mean()
+        return loss
+
+
+def at_lambda(lam: float | Tensor, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> cross-entropy of an OATNet at a given lambda, for all images or for each ``(N,)``."""
+    net, y = require_network(model, OATNet), differentiable(batch["y"])
+    return lambda x: cross_entropy(net.at(x, lam), y)

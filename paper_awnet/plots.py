@@ -16,7 +16,7 @@ from common.evaluation.drawing import (
     put_legend_above,
     tidy_axes,
 )
-from paper_awnet.distributions import Filters, histograms
+from paper_awnet.measures import Filters, histograms
 
 
 def weight_histograms(

@@ -50,7 +50,7 @@ def global_average(z: Tensor) -> Tensor:
 
 
 class Probe(nn.Module, ABC):
-    """A small classifier on the pooled feature, whose prediction says which channels matter."""
+    """A small classifier on the pooled feature; its prediction gives the channels' relevance."""
 
     output: nn.Linear
 
@@ -66,7 +66,7 @@ class Probe(nn.Module, ABC):
             = \partial \tilde p_j / \partial v_c
 
         The sum over positions cancels the 1/(HW) of the average pooling, so no inner autograd call
-        is needed [C]: the mask works in inference mode, compiles, and costs no double backward.
+        is needed [C]: the mask works in inference mode, compiles, and needs no double backward.
         :func:`relevance_by_autograd` is the definition.
 
         Args:
@@ -131,8 +131,8 @@ class NonlinearProbe(Probe):
 def relevance_by_autograd(probe: Probe, z: Tensor, selected: Tensor) -> Tensor:
     """:meth:`Probe.relevance` by its definition, as the official code computes it [R].
 
-    Slow, for tests and as documentation: one backward pass per selected class, a graph kept for
-    the second derivative, and unusable in inference mode.
+    The reference for tests: slow, with one backward pass per selected class and a graph for the
+    second derivative, and unusable in inference mode.
 
     Args:
         probe: Any probe.
@@ -157,16 +157,16 @@ def select_classes(
 ) -> Tensor:
     """The k classes whose logits the relevance explains.
 
-    Without a label, as in eval mode, the k largest logits. With it, as in training, the label takes
-    rank 1 and ranks 2 to k stay as they are [R]: where the label was among these it counts twice
-    and the strongest class is ignored.
+    Without a label, as in eval mode, the k largest logits. With a label, as in training, the label
+    takes rank 1 and ranks 2 to k are unchanged [R]: a label among these counts twice, and the
+    strongest class is ignored.
 
     Args:
         p: Raw logits, ``(N, K)``.
         k: How many classes, at most K; 2 in the main results.
         y: Labels, ``(N,)``.
-        dedupe_label: Give the duplicate's place to the strongest class instead [C], so that each
-            class counts once.
+        dedupe_label: Replace the duplicate by the strongest class [C], so that each class counts
+            once.
 
     Returns:
         Classes, ``(N, k)``.
@@ -191,8 +191,8 @@ def _settings(module: nn.Module) -> str:
 class ImportanceMask(nn.Module, ABC):
     """Importance mask generating function (IMGF): from relevance to non-negative multipliers.
 
-    Most read the summed relevance g and define :meth:`importance`; one that needs the classes apart
-    overrides :meth:`forward`.
+    Most are a function of the summed relevance g, :meth:`importance`; one that needs the relevance
+    of each class overrides :meth:`forward`.
     """
 
     def forward(self, relevance: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class SummedSoftmaxMask(SoftmaxMask):
 
 
 class MagnitudeMask(SoftmaxMask):
-    """m = s softmax_c(|g| / T), the control that forgets the sign of the relevance [B].
+    """m = s softmax_c(|g| / T), the control that ignores the sign of the relevance [B].
 
     Args:
         scale: s, positive.
@@ -327,11 +327,11 @@ def autocast_off(z: Tensor) -> AbstractContextManager[Any]:
 
 
 class ChannelSelection(nn.Module, ABC):
-    """Multiplies the channels of a feature by what a probe on it says about them.
+    """Multiplies the channels of a feature by multipliers from a probe on it.
 
-    Masked activations are about C times smaller than before, with variances near batch-norm's eps,
-    so the module leaves mixed precision: it computes in the precision of its weights, and the
-    networks below run what reads its output without autocast too.
+    Masked activations are about C times smaller, with variances near batch-norm's eps, so the
+    module computes in the precision of its weights, without autocast, and the networks below also
+    run the modules that read its output without autocast.
 
     Args:
         probe: Gives the raw logits.
@@ -460,7 +460,7 @@ class CAS(ChannelSelection):
 
 @contextmanager
 def undetached(model: nn.Module) -> Iterator[None]:
-    """Let gradients run through the masks of every CIFS module; afterwards all is as before.
+    """Let gradients run through the masks of every CIFS module, until the context ends.
 
     Forward passes made inside keep the full graph when they are differentiated later.
     """
@@ -485,16 +485,16 @@ class SelectiveNetwork(nn.Module):
     """A backbone's stem, stages and head, with channel selections between its modules.
 
     ``net(x, y)`` returns the final logits f ``(N, K)`` and the list of raw logits in forward order.
-    Weights have the names they have in the backbone, so a plain state dict loads with
-    ``strict=False``; what the selections add is called ``selections.<position>``.
+    Weights have the names of the backbone, so a plain state dict loads with ``strict=False``; the
+    names of added weights start with ``selections.<position>``.
 
     A position is a module of the backbone whose output is masked. It is written with underscores,
     ``stages_3_0`` for ``stages.3.0``, since dots separate levels on the command line.
 
     Args:
-        backbone: Taken apart; not kept.
+        backbone: Its modules are used; the object is not kept.
         positions: Channels at every legal position, in forward order.
-        selections: What to insert where; ``None`` means the paper's choice.
+        selections: Position -> selection; ``None`` means the paper's choice.
         num_classes: Number of classes K.
         hidden: Hidden width of the paper's choice: a nonlinear probe at the last legal position
             but one, a linear one at the last.
@@ -518,7 +518,7 @@ class SelectiveNetwork(nn.Module):
             if len(positions) < 2:
                 raise ConfigurationError(
                     "CIFS sits at the last two positions, and this backbone has only "
-                    f"{', '.join(positions)}; say what to insert with selections"
+                    f"{', '.join(positions)}; set selections"
                 )
             kinds = partial(CIFS, probe="nonlinear", hidden=hidden), partial(CIFS, probe="linear")
             selections = dict(zip(list(positions)[-2:], kinds, strict=True))
@@ -539,7 +539,7 @@ class SelectiveNetwork(nn.Module):
     def select(
         self, position: str, z: Tensor, y: Tensor | None, logits: list[Tensor]
     ) -> tuple[Tensor, bool]:
-        """Mask ``z`` if there is a selection here and append its raw logits; tell whether."""
+        """``z``, masked if there is a selection here (which appends its logits), and whether."""
         if position not in self.selections:
             return z, False
         z, p = self.selections[position](z, y)
@@ -752,26 +752,19 @@ class JointCrossEntropy(Objective):
         return AdaptiveLoss(beta=self.attack_beta)(model, batch)
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
-        """Factor times L_beta of the adversarial images, batch mean."""
-        f, probes = joint_logits(model, adversarial_images(batch), batch["y"])
+        """Factor times L_beta of the images trained on, batch mean."""
+        x = adversarial_images(batch) if self.needs_x_adv else batch["x"]
+        f, probes = joint_logits(model, x, batch["y"])
         return self.factor * joint_loss(f, probes, batch["y"], self.beta).mean()
 
 
 class NaturalJointCrossEntropy(JointCrossEntropy):
     """The joint loss on clean images: natural training and the warm start of adversarial training.
 
-    Args:
-        beta: Weight of the probes.
-        attack_beta: Weight of the probes in ``inner``, which only evaluation uses.
-        rescale: Multiply by :func:`training_factor`.
+    Only evaluation uses ``inner`` and ``attack_beta``.
     """
 
     needs_x_adv = False
-
-    def outer(self, model: Any, batch: Batch) -> Tensor:
-        """Factor times L_beta of the clean images, batch mean."""
-        f, probes = joint_logits(model, batch["x"], batch["y"])
-        return self.factor * joint_loss(f, probes, batch["y"], self.beta).mean()
 
 
 class JointTRADES(Objective):
@@ -824,7 +817,7 @@ class JointTRADES(Objective):
 
 @dataclass(frozen=True)
 class AdaptiveLoss:
-    """What an attacker who knows the defence maximises; has the shape of ``Objective.inner``.
+    """What an attacker who knows the defence maximises; callable like ``Objective.inner``.
 
     Attributes:
         base: Per-example loss of one set of logits.
@@ -854,8 +847,8 @@ class AdaptiveLoss:
                 f, probes = joint_logits(model, x, y)
             if self.probe is not None and self.probe > len(probes):
                 raise ConfigurationError(
-                    f"probe {self.probe} is to be attacked and the network has {len(probes)}; they "
-                    "are counted from 1"
+                    f"probe {self.probe} is to be attacked and the network has {len(probes)}; "
+                    "probes are counted from 1"
                 )
             if self.probe is not None:
                 return self.base(probes[self.probe - 1], y)

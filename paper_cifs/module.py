@@ -1,4 +1,4 @@
-"""How CIFS meets training: logits for everybody, probes for the losses, masks for TensorBoard."""
+"""The classifier: final logits for attacks and metrics, adaptive losses, masks for TensorBoard."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ class CIFSClassifier(RobustClassifier):
 
         def watch(name: str, selection: ChannelSelection) -> RemovableHandle:
             def hook(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-                p = output[1]  # masked by feature would say nothing of channels that are 0
+                p = output[1]  # masked / unmasked feature would be undefined where channels are 0
                 with autocast_off(p):
                     masks[name] = selection.multiplier(args[0].to(p.dtype), p, None)
 

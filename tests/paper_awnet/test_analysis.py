@@ -14,7 +14,7 @@ from common.results.store import merge_result, result_path
 from paper_awnet import analysis
 from paper_awnet.analysis import analyse, compare_weights, curves_of, plane, without_tensors
 from paper_awnet.claims import evaluate_expectations, roles_of, w_robust
-from paper_awnet.distributions import Filters
+from paper_awnet.measures import Filters
 from paper_awnet.method import Router
 from paper_awnet.module import AWNetClassifier
 from paper_awnet.networks import AWNet, DigitsStudent

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from common.errors import ConfigurationError
 from paper_awnet.method import (
@@ -15,9 +16,7 @@ from paper_awnet.method import (
     Route,
     Router,
     check_probabilities,
-    grouped_convolution,
     rows_by_type,
-    scaled_output,
     straight_through,
 )
 
@@ -82,12 +81,12 @@ def test_activations() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"activation": "relu"}, "activation must be one of two_sigmoid.*got 'relu'"),
-        ({"init": "ones"}, "init must be one of zero, normal, got 'ones'"),
-        ({"init": "normal", "init_std": 0.0}, "above 0, got 0.0.*init: zero"),
-        ({"widths": (4, 0, 4)}, r"widths\[1\] must be at least 1, got 0"),
-        ({"widths": (4, 4)}, "one stride for each width"),
-        ({"type_hidden": 0}, "type_hidden must be at least 1"),
+        ({"activation": "relu"}, "two_sigmoid.*relu"),
+        ({"init": "ones"}, "zero, normal.*ones"),
+        ({"init": "normal", "init_std": 0.0}, "0.0.*init: zero"),
+        ({"widths": (4, 0, 4)}, r"widths\[1\].*0"),
+        ({"widths": (4, 4)}, r"\[4, 4\].*\[1, 2, 2\]"),
+        ({"type_hidden": 0}, "type_hidden.*0"),
     ],
 )
 def test_bad_settings_of_the_router(settings, message) -> None:
@@ -98,40 +97,43 @@ def test_bad_settings_of_the_router(settings, message) -> None:
 # ----------------------------------------------------------------------- dynamic convolution
 
 
+def grouped_convolution(x: Tensor, conv: nn.Conv2d, omega: Tensor) -> Tensor:
+    """The literal form: separate weights for every image, as one grouped pass."""
+    n, channels, *size = x.shape
+    weight = (omega[:, :, None, None, None] * conv.weight).flatten(0, 1)
+    x = x.reshape(1, n * channels, *size)
+    out = F.conv2d(x, weight, None, conv.stride, conv.padding, groups=n * conv.groups)
+    return out.reshape(n, -1, *out.shape[2:])
+
+
 @pytest.mark.parametrize(
     ("inside", "outside", "groups", "stride"), [(3, 5, 1, 1), (4, 6, 1, 2), (6, 6, 6, 2)]
 )
-def test_scaled_output_is_the_grouped_convolution(inside, outside, groups, stride) -> None:
+def test_a_dynamic_convolution_is_the_grouped_one(inside, outside, groups, stride) -> None:
     """Invariant 3, values and all gradients, in float64; depthwise too."""
+    route = Route()
     conv = nn.Conv2d(
         inside, outside, 3, stride, padding=1, groups=groups, bias=False, dtype=torch.float64
     )
     x = torch.randn(4, inside, 7, 7, dtype=torch.float64, requires_grad=True)
     omega = torch.rand(4, outside, dtype=torch.float64, requires_grad=True)
-    fast = scaled_output(conv(x), omega)
+    with route.told([torch.zeros(4, 3), omega], None):
+        fast = DynamicConv2d(conv, route, 1)(x)
     slow = grouped_convolution(x, conv, omega)
     assert (fast - slow).abs().max() < 1e-12
-    weights = torch.randn_like(fast)
-    inputs = (conv.weight, omega, x)
-    for a, b in zip(
-        torch.autograd.grad((fast * weights).sum(), inputs),
-        torch.autograd.grad((slow * weights).sum(), inputs),
-        strict=True,
-    ):
-        assert (a - b).abs().max() < 1e-11
+    weights, inputs = torch.randn_like(fast), (conv.weight, omega, x)
+    a, b = (torch.autograd.grad((out * weights).sum(), inputs) for out in (fast, slow))
+    assert all((one - other).abs().max() < 1e-11 for one, other in zip(a, b, strict=True))
 
 
-def test_a_dynamic_convolution_keeps_weight_and_settings() -> None:
-    route, conv = Route(), nn.Conv2d(4, 6, 3, 2, padding=1, bias=False)
-    dynamic = DynamicConv2d(conv, route, 1)
+def test_a_dynamic_convolution_needs_signals_and_no_bias() -> None:
+    conv = nn.Conv2d(4, 6, 3, 2, padding=1, bias=False)
+    dynamic = DynamicConv2d(conv, Route(), 0)
     assert dynamic.weight is conv.weight
-    x, omega = torch.rand(2, 4, 8, 8), torch.rand(2, 6)
-    with route.told([torch.zeros(2, 3), omega], None):
-        assert torch.equal(dynamic(x), conv(x) * omega[:, :, None, None])
-    with pytest.raises(RuntimeError, match="no signals outside"):
-        dynamic(x)
-    with pytest.raises(ConfigurationError, match="has a bias"):
-        DynamicConv2d(nn.Conv2d(4, 6, 3), route, 0)
+    with pytest.raises(RuntimeError, match="signals"):
+        dynamic(torch.rand(2, 4, 8, 8))
+    with pytest.raises(ConfigurationError, match="bias=False"):
+        DynamicConv2d(nn.Conv2d(4, 6, 3), Route(), 0)
 
 
 # ------------------------------------------------------------------------------------- MixBN
@@ -141,22 +143,13 @@ def mixed(channels: int = 5) -> tuple[MixBatchNorm2d, Route]:
     """Two batch-norms that have seen different things."""
     route = Route()
     mix = MixBatchNorm2d(nn.BatchNorm2d(channels), route)
+    assert mix.clean.weight.data_ptr() != mix.adv.weight.data_ptr()
     for norm in (mix.clean, mix.adv):
         nn.init.uniform_(norm.weight, 0.5, 2.0)
         nn.init.normal_(norm.bias)
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 3.0)
     return mix, route
-
-
-def test_both_batch_norms_start_alike_and_share_nothing() -> None:
-    norm = nn.BatchNorm2d(3)
-    nn.init.uniform_(norm.weight)
-    norm.running_mean.fill_(0.3)
-    mix = MixBatchNorm2d(norm, Route())
-    for name, value in mix.clean.state_dict().items():
-        assert torch.equal(value, mix.adv.state_dict()[name])
-        assert value.data_ptr() != mix.adv.state_dict()[name].data_ptr()
 
 
 def test_evaluation_is_linear_in_p_and_equals_the_two_batch_norms() -> None:
@@ -176,8 +169,13 @@ def test_evaluation_is_linear_in_p_and_equals_the_two_batch_norms() -> None:
     torch.testing.assert_close(adv, mix.adv(x))
     a, b = p[:, :1, None, None], p[:, 1:, None, None]
     torch.testing.assert_close(out(p), a * clean + b * adv)
-    with pytest.raises(RuntimeError, match="no P_type outside"):
+    with pytest.raises(RuntimeError, match="P_type"):
         mix(x)
+    with route.told([torch.ones(1, 1)], p):
+        assert mix(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ZeroDivisionError), route.told([torch.ones(1, 1)], p):
+        raise ZeroDivisionError
+    assert (route.signals, route.mixture, route.rows) == ((), None, None)
 
 
 def test_training_is_two_batch_norms_on_two_batches() -> None:
@@ -213,25 +211,12 @@ def test_images_of_one_type_leave_the_other_batch_norm_as_it_is(kind) -> None:
     assert (mix.clean, mix.adv)[kind].num_batches_tracked == 1
 
 
-def test_half_precision_maps_stay_half() -> None:
-    mix, route = mixed()
-    with route.told((), torch.tensor([[0.25, 0.75]])):
-        assert mix.eval()(torch.randn(1, 5, 2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
-def test_a_route_forgets_even_after_an_error() -> None:
-    route = Route()
-    with pytest.raises(ZeroDivisionError), route.told([torch.ones(1, 1)], torch.ones(1, 2)):
-        raise ZeroDivisionError
-    assert (route.signals, route.mixture, route.rows) == ((), None, None)
-
-
 def test_rows_by_type() -> None:
     assert rows_by_type(torch.tensor([0, 0, 1])) == (slice(0, 2), slice(2, 3))
     clean, adv = rows_by_type(torch.tensor([1, 0, 1]))
     assert clean.tolist() == [1]
     assert adv.tolist() == [0, 2]
-    with pytest.raises(ConfigurationError, match=r"0 \(clean\) or 1 \(adversarial\).*\[0, 2\]"):
+    with pytest.raises(ConfigurationError, match=r"\[0, 2\]"):
         rows_by_type(torch.tensor([0, 2]))
 
 
@@ -252,9 +237,6 @@ def test_straight_through_has_hard_values_and_soft_gradients() -> None:
 
 @pytest.mark.parametrize("p", [[0.5, 0.6], [-0.1, 1.1], [[0.5, 0.5]] * 3, [1.0, 0.0, 0.0]], ids=str)
 def test_what_is_no_distribution_is_refused(p) -> None:
-    with pytest.raises(ConfigurationError, match=r"distribution over \(clean, adversarial\)"):
+    with pytest.raises(ConfigurationError, match=r"\(clean, adversarial\)"):
         check_probabilities(torch.tensor(p), 2)
-
-
-def test_one_distribution_serves_all_images() -> None:
     assert check_probabilities(torch.tensor([0.0, 1.0]), 3).tolist() == [[0.0, 1.0]] * 3

@@ -1,7 +1,6 @@
 """The classifier: adaptive attacks, attacks that leave no trace, teachers at fit."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,9 @@ from common.evaluation.suite import resolve_losses
 from common.modes import frozen
 from common.networks.resnet import ResNet
 from common.objectives import Natural
-from paper_awnet.method import Router
 from paper_awnet.module import AWNetClassifier
-from paper_awnet.networks import AWNet, DigitsStudent
-from paper_awnet.oat import OATNet
-from paper_awnet.objectives import HybridCE, forced
+from paper_awnet.networks import OATNet, forced
+from paper_awnet.objectives import LAMBDAS, HybridCE
 
 CONFIGS = Path(__file__).parents[2] / "paper_awnet/configs"
 KNOWS = {
@@ -32,37 +29,23 @@ KNOWS = {
 }
 
 
-def network(**settings) -> AWNet:
-    router = partial(Router, widths=(4, 6, 8), type_hidden=5, init="normal")
-    net = AWNet(DigitsStudent(widths=(4, 6, 8)), router, **settings)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.bias, std=0.5)
-            module.running_mean.normal_(std=0.1)
-    return net
-
-
 @pytest.fixture
-def model() -> AWNetClassifier:
-    torch.manual_seed(0)
-    return AWNetClassifier(network(), HybridCE(), torch.optim.SGD).eval()
+def model(student, shake) -> AWNetClassifier:
+    return AWNetClassifier(shake(student()), HybridCE(), torch.optim.SGD).eval()
 
 
-@pytest.fixture
-def digits() -> dict[str, torch.Tensor]:
-    return {
-        "x": torch.rand(6, 1, 8, 8),
-        "y": torch.randint(10, (6,)),
-        "index": torch.arange(6),
-    }
-
-
-def test_which_attacks_there_are(model) -> None:
+def test_which_attacks_there_are(model, digits) -> None:
     assert set(model.adaptive_losses()) == {"ce_f", "cw_f"} | KNOWS
     plain = AWNetClassifier(ResNet((1,), (4,), (1,)), Natural(), torch.optim.SGD)
     assert set(plain.adaptive_losses()) == {"ce_f", "cw_f"}
-    oat = AWNetClassifier(OATNet(ResNet((1,), (4,), (1,))), Natural(), torch.optim.SGD)
-    assert "ce_knob_0.4" in oat.adaptive_losses()
+    oat = OATNet(ResNet((1,), (4,), (1,), in_channels=1), 0.2)
+    nn.init.normal_(oat.arch.stem.bn.film[2].weight)
+    oat = AWNetClassifier(oat, Natural(), torch.optim.SGD).eval()
+    knobs = oat.adaptive_losses()
+    assert set(knobs) == {"ce_f", "cw_f", *(f"ce_knob_{v:g}" for v in LAMBDAS)}
+    for lam, is_deployed in ((0.2, True), (1.0, False)):
+        loss = knobs[f"ce_knob_{lam:g}"](oat, digits)(digits["x"])
+        assert torch.allclose(loss, knobs["ce_f"](oat, digits)(digits["x"])) == is_deployed
     patterns = ["ce_router*", "joint_*", "ce_branch*", "misroute"]
     assert set(resolve_losses(patterns, model)) == KNOWS
 
@@ -146,7 +129,8 @@ def test_an_attack_leaves_no_trace(model, digits) -> None:
 def test_histograms_of_the_route(model, digits) -> None:
     added = {}
     model.log_histograms(lambda name, values: added.update({name: values}), digits)
-    assert set(added) == {"p_adv/x", "omega1/x", "omega2/x", "omega3/x"}
+    names = ("p_adv", "omega1", "omega2", "omega3")
+    assert set(added) == {f"{name}/{kind}" for name in names for kind in ("x", "x_adv")}
 
 
 # ------------------------------------------------------------------------- the whole command line

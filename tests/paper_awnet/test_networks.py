@@ -1,4 +1,4 @@
-"""Dynamic networks made of the common backbones: counts, static equivalence, routes, refusals."""
+"""AW-Net and OAT on the common backbones: counts, static equivalence, routes; teachers."""
 
 import copy
 from functools import partial
@@ -14,10 +14,12 @@ from common.networks.resnet import ResNet, ResNet18
 from common.networks.vgg import VGG
 from common.networks.wide_resnet import SamePaddingBlock, WideResNet
 from paper_awnet.method import Detector, DynamicConv2d, MixBatchNorm2d, Router
-from paper_awnet.networks import AWNet, DigitsStudent, ResNet34, ResNet56
+from paper_awnet.networks import AWNet, DigitsStudent, OATNet, ResNet34, ResNet56, Teacher
+from paper_awnet.objectives import LAMBDAS, MTARD
 
 SMALL = partial(Router, widths=(4, 6, 8), type_hidden=5)
 WILD = partial(SMALL, init="normal")
+SILU_WRN = partial(WideResNet, activation=nn.SiLU, block=SamePaddingBlock)
 STATIC = {
     "resnet": partial(ResNet, depths=(1, 2), widths=(4, 6), strides=(1, 2)),
     "wide": partial(WideResNet, depths=(1, 2), widths=(4, 6), strides=(1, 2), stem_width=4),
@@ -28,17 +30,6 @@ STATIC = {
 
 def small(name: str = "resnet", router=SMALL, **settings) -> AWNet:
     return AWNet(STATIC[name](in_channels=1), router, **settings)
-
-
-def shaken(net: AWNet) -> AWNet:
-    """Different statistics and weights in every batch-norm."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            module.running_mean.normal_(std=0.3)
-            module.running_var.uniform_(0.5, 2.0)
-    return net
 
 
 @pytest.mark.parametrize(
@@ -57,32 +48,14 @@ def shaken(net: AWNet) -> AWNet:
         (partial(ResNet56, num_classes=100), 861_620),
         (ResNet34, 21_282_122),
         (DigitsStudent, 19_810),
+        (partial(SILU_WRN, 22, 6, 100), 9_693_108),
+        (partial(SILU_WRN, 70, 16, 100), 266_888_756),
     ],
 )
 def test_parameters(make, parameters) -> None:
     """Invariant 2."""
     with torch.device("meta"):
         assert sum(p.numel() for p in make().parameters()) == parameters
-
-
-@pytest.mark.parametrize(
-    ("backbone", "blocks", "signals"),
-    [
-        (ResNet18, 8, 3_840),
-        (MobileNetV2, 17, 15_776),
-        (partial(WideResNet, 34, 8), 15, 8_960),
-        (partial(WideResNet, 34, 10), 15, 11_200),
-    ],
-)
-def test_signals_of_the_backbones(backbone, blocks, signals) -> None:
-    with torch.device("meta"):
-        net = AWNet(backbone())
-        doubled = sum(p.numel() for p in net.arch.parameters())
-        plain = sum(p.numel() for p in backbone().parameters())
-    assert len(net.widths) == blocks
-    assert sum(map(sum, net.widths)) == signals
-    extra = {8: 9_600, 17: 35_088, 15: {8_960: 17_952, 11_200: 22_432}.get(signals)}[blocks]
-    assert doubled - plain == extra
 
 
 def test_signals_of_resnet18_by_block() -> None:
@@ -110,7 +83,7 @@ def test_outputs(name) -> None:
 
 @pytest.mark.parametrize("name", STATIC)
 def test_with_static_weights_it_is_the_static_network(name) -> None:
-    """Invariant 4: for any P, any mixing; and again after copying weights into another one."""
+    """Invariant 4, for any P."""
     torch.manual_seed(3)
     static = STATIC[name](in_channels=1)
     for module in static.modules():
@@ -118,17 +91,13 @@ def test_with_static_weights_it_is_the_static_network(name) -> None:
             module.running_mean.normal_(std=0.2)
             module.running_var.uniform_(0.5, 2.0)
     static.eval()
-    net = small(name)
-    net.load_static(static.state_dict())
-    net.eval()
+    net = AWNet(copy.deepcopy(static), SMALL).eval()
     x = torch.rand(6, 1, 8, 8)
     expected = static(x)
     torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-4)
     for p in ([1.0, 0.0], [0.2, 0.8]):
         out = net.outputs(x, p=torch.tensor(p)).logits
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(CheckpointError, match="the static network holds the weights of another"):
-        net.load_static({k: v for k, v in static.state_dict().items() if "stem" not in k})
 
 
 @pytest.mark.parametrize("mixbn", [True, False])
@@ -137,6 +106,11 @@ def test_the_four_combinations_train(kind, mixbn) -> None:
     make = partial(kind, widths=(4, 6, 8), type_hidden=5, init="normal")
     net = small(router=make, mixbn=mixbn)
     assert any(isinstance(m, MixBatchNorm2d) for m in net.modules()) == mixbn
+    assert small(router=make).has_mixbn == (kind is Router), "the default"
+    static = small(router=make, mixbn=mixbn, dynamic=False)
+    assert len(static.router.signal_heads) == 0
+    assert not any(isinstance(m, DynamicConv2d) for m in static.modules())
+    assert static.eval().outputs(torch.rand(2, 1, 8, 8)).signals == []
     types = torch.tensor([0, 0, 0, 1, 1, 1])
     out = net.outputs(torch.rand(6, 1, 8, 8), types)
     (out.logits.square().sum() + out.type_logits.square().sum()).backward()
@@ -144,14 +118,9 @@ def test_the_four_combinations_train(kind, mixbn) -> None:
     assert all(p.grad is not None for p in net.router.parameters())
 
 
-def test_two_batch_norms_are_the_routers_default() -> None:
-    assert small().has_mixbn
-    assert not small(router=partial(Detector, widths=(4, 6, 8), type_hidden=5)).has_mixbn
-
-
-def test_given_p_and_signals_reproduce_what_was_not_given() -> None:
+def test_given_p_and_signals_reproduce_what_was_not_given(shake) -> None:
     """Invariant 15, and that they matter."""
-    net, x = shaken(small(router=WILD)).eval(), torch.rand(5, 1, 8, 8)
+    net, x = shake(small(router=WILD)).eval(), torch.rand(5, 1, 8, 8)
     own = net.outputs(x)
     again = net.outputs(x, p=own.p, signals=own.signals)
     torch.testing.assert_close(again.logits, own.logits)
@@ -170,8 +139,8 @@ def test_a_forced_type_moves_a_detectors_signals_and_not_a_routers() -> None:
         assert same != moves
 
 
-def test_mixing_modes() -> None:
-    net, x = shaken(small(router=WILD)).eval(), torch.rand(6, 1, 8, 8)
+def test_mixing_modes(shake) -> None:
+    net, x = shake(small(router=WILD)).eval(), torch.rand(6, 1, 8, 8)
     p = net.outputs(x).p
     hard = nn.functional.one_hot(p.argmax(1), 2).float()
     expected = {
@@ -185,9 +154,9 @@ def test_mixing_modes() -> None:
         torch.testing.assert_close(net(x), net.outputs(x, p=mixture).logits)
 
 
-def test_hard_mixing_does_not_hide_the_router_from_attacks() -> None:
+def test_hard_mixing_does_not_hide_the_router_from_attacks(shake) -> None:
     """The gradient through P_type is the soft one's, so it is there."""
-    net = shaken(small(mixing="hard")).eval()
+    net = shake(small(mixing="hard")).eval()
     x = torch.rand(4, 1, 8, 8, requires_grad=True)
     (live,) = torch.autograd.grad(net(x).square().sum(), x)
     p = net.mixture(net.outputs(x).p).detach()
@@ -203,8 +172,8 @@ def test_training_mode_without_types_is_refused() -> None:
     assert one(torch.rand(2, 1, 8, 8)).shape == (2, 10), "one batch-norm asks for no types"
 
 
-def test_nothing_is_kept_from_a_pass_and_copies_are_independent() -> None:
-    net, x = shaken(small(router=WILD)).eval(), torch.rand(3, 1, 8, 8)
+def test_nothing_is_kept_from_a_pass_and_copies_are_independent(shake) -> None:
+    net, x = shake(small(router=WILD)).eval(), torch.rand(3, 1, 8, 8)
     before = net(x)
     twin = copy.deepcopy(net)
     assert (net.route.signals, net.route.mixture, net.route.rows) == ((), None, None)
@@ -219,8 +188,8 @@ def test_nothing_is_kept_from_a_pass_and_copies_are_independent() -> None:
 
 
 @pytest.mark.slow
-def test_it_compiles() -> None:
-    net, x = shaken(small(router=WILD)).eval(), torch.rand(3, 1, 8, 8)
+def test_it_compiles(shake) -> None:
+    net, x = shake(small(router=WILD)).eval(), torch.rand(3, 1, 8, 8)
     expected = net(x)
     net.compile(backend="eager")
     torch.testing.assert_close(net(x), expected)
@@ -228,17 +197,9 @@ def test_it_compiles() -> None:
     torch._dynamo.reset()
 
 
-def test_without_dynamic_filters_there_are_no_signals() -> None:
-    net = small(dynamic=False)
-    assert net.widths == []
-    assert len(net.router.signal_heads) == 0
-    assert not any(isinstance(m, DynamicConv2d) for m in net.modules())
-    assert net.eval().outputs(torch.rand(2, 1, 8, 8)).signals == []
-
-
-def test_scale_cancellation() -> None:
+def test_scale_cancellation(shake) -> None:
     """Invariant 7: a scale by type and filter is inert in training mode, not in evaluation."""
-    net = shaken(small()).double()
+    net = shake(small()).double()
     x = torch.rand(8, 1, 8, 8, dtype=torch.float64)
     types = torch.arange(2).repeat_interleave(4)
     own = [torch.ones(8, sum(w), dtype=torch.float64) for w in net.widths]
@@ -255,52 +216,103 @@ def test_scale_cancellation() -> None:
     assert (c - d).abs().max() > 1e-2
 
 
-def test_gradients_of_signals_of_one_type_cancel() -> None:
-    """Section 2.8.2: sum over images of one type of omega dL/d omega is about zero."""
-    net = shaken(small()).double()
-    x = torch.rand(8, 1, 8, 8, dtype=torch.float64)
-    types = torch.arange(2).repeat_interleave(4)
-    signals = [
-        torch.empty(8, sum(w), dtype=torch.float64).uniform_(0.5, 1.5).requires_grad_()
-        for w in net.widths
-    ]
-    loss = net.outputs(x, types, signals=signals).logits.square().sum()
-    for omega, gradient in zip(signals, torch.autograd.grad(loss, signals), strict=True):
-        product = omega.detach() * gradient
-        for kind in (0, 1):
-            total = product[types == kind].sum(dim=0).abs()
-            assert total.max() < 1e-2 * product.abs().sum()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"scope": "all"}, "scope must be one of block, last_conv, got 'all'"),
-        ({"mixing": "mean"}, "mixing must be one of soft, hard, clean, adv, got 'mean'"),
-    ],
-)
-def test_bad_settings(settings, message) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        small(**settings)
-
-
-def test_a_network_without_residual_blocks_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"VGG has no residual blocks.*dynamic: false"):
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"VGG.*dynamic: false"):
         AWNet(VGG(), SMALL)
+    with pytest.raises(ConfigurationError, match=r"block, last_conv.*all"):
+        small(scope="all")
+    with pytest.raises(ConfigurationError, match=r"soft, hard, clean, adv.*mean"):
+        small(mixing="mean")
+    with pytest.raises(ConfigurationError, match=r"signals.*\(2, 3\)"):
+        small().eval().outputs(torch.rand(2, 1, 8, 8), signals=[torch.ones(2, 3)])
 
 
-def test_signals_of_another_shape_are_refused() -> None:
-    net = small().eval()
-    with pytest.raises(ConfigurationError, match="signals must have the shapes"):
-        net.outputs(torch.rand(2, 1, 8, 8), signals=[torch.ones(2, 3)])
+# ---------------------------------------------------------------------------------------- OAT
 
 
-@pytest.mark.parametrize(
-    ("depth", "factor", "classes", "parameters"),
-    [(22, 6, 100, 9_693_108), (70, 16, 100, 266_888_756), (70, 16, 10, 266_796_506)],
-)
-def test_teachers_of_cifar100(depth, factor, classes, parameters) -> None:
-    with torch.device("meta"):
-        net = WideResNet(depth, factor, classes, activation=nn.SiLU, block=SamePaddingBlock)
-        assert sum(p.numel() for p in net.parameters()) == parameters
-        assert net(torch.rand(1, 3, 32, 32)).shape == (1, classes)
+def test_oat_starts_as_a_network_with_two_batch_norms() -> None:
+    static = ResNet((1, 1), (4, 6), (1, 2), in_channels=1).eval()
+    x = torch.rand(3, 1, 8, 8)
+    expected = static(x)
+    net = OATNet(static, 0.3).eval()
+    for lam in LAMBDAS:
+        torch.testing.assert_close(net.at(x, lam), expected)
+
+
+def test_each_image_has_its_lambda_and_the_knob_sets_that_of_deployment(shake) -> None:
+    net = shake(OATNet(DigitsStudent(widths=(4, 6, 8)), 0.4, hidden=3)).eval()
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.3)
+    x, lam = torch.rand(3, 1, 8, 8), torch.tensor([0.0, 0.4, 1.0])
+    found = net.at(x, lam)
+    for i in range(3):
+        torch.testing.assert_close(found[i : i + 1], net.at(x[i : i + 1], lam[i : i + 1]))
+    torch.testing.assert_close(net(x)[1], found[1])
+    assert not torch.allclose(net(x)[0], found[0])
+    assert net.route.condition is None
+    with pytest.raises(ConfigurationError, match="types beside lambda"):
+        net.train()(x)
+    with pytest.raises(ConfigurationError, match=r"knob.*1\.5"):
+        OATNet(DigitsStudent(), 1.5)
+
+
+# ----------------------------------------------------------------------------------- teachers
+
+SHAPE = (1, 8, 8)
+
+
+def save(path, net: nn.Module) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {f"net.{k}": v for k, v in net.state_dict().items()}}, path)
+
+
+def test_found_beside_the_students_run_by_seed(tmp_path) -> None:
+    wanted = DigitsStudent()
+    path = tmp_path / "runs/paper/teach/seed3/checkpoints/last.ckpt"
+    save(path, wanted)
+    teacher = Teacher(DigitsStudent(), experiment="teach")
+    x = torch.rand(2, *SHAPE)
+    assert not torch.allclose(teacher(x), wanted.eval()(x))
+    teacher.load(tmp_path / "runs/paper/student/seed3-v2", SHAPE, 10)
+    assert torch.equal(teacher(x), wanted(x))
+    Teacher(DigitsStudent(), "nowhere", path=str(path)).load(tmp_path, SHAPE, 10)
+    with pytest.raises(CheckpointError, match=r"teach.*seed4.*--seed_every"):
+        teacher.load(tmp_path / "runs/paper/student/seed4", SHAPE, 10)
+    with pytest.raises(CheckpointError, match=r"selected\.ckpt"):
+        Teacher(DigitsStudent(), "teach", "selected").load(
+            tmp_path / "runs/paper/student/seed3", SHAPE, 10
+        )
+
+
+def test_a_teacher_is_frozen_in_evaluation_mode_and_follows_the_precision_of_images() -> None:
+    teacher = Teacher(DigitsStudent(), as_it_is=True)
+    assert not teacher.net.training
+    assert not any(p.requires_grad for p in teacher.net.parameters())
+    assert not teacher(torch.rand(2, *SHAPE, requires_grad=True)).requires_grad
+    assert teacher(torch.rand(2, *SHAPE, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_whoever_holds_it_neither_trains_nor_saves_nor_switches_it() -> None:
+    teacher = Teacher(DigitsStudent(), as_it_is=True)
+    student = DigitsStudent()
+    holder = nn.ModuleDict({"net": student})
+    holder.objective = MTARD(teacher, teacher)
+    holder.train()
+    assert not teacher.net.training
+    assert {id(p) for p in holder.parameters()} == {id(p) for p in student.parameters()}
+    state = holder.state_dict()
+    assert sum(v.numel() for k, v in state.items() if k.startswith("objective")) == 4
+    assert copy.deepcopy(holder).objective.clean is teacher
+
+
+def test_a_teacher_with_other_classes_or_for_other_images(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match=r"\(7,\).*10"):
+        Teacher(DigitsStudent(num_classes=7), as_it_is=True).load(tmp_path, SHAPE, 10)
+    with pytest.raises(ConfigurationError, match="3x8x8"):
+        Teacher(DigitsStudent(), as_it_is=True).load(tmp_path, (3, 8, 8), 10)
+    save(tmp_path / "seven.ckpt", DigitsStudent(num_classes=7))
+    with pytest.raises(CheckpointError, match="another network"):
+        Teacher(DigitsStudent(), path=str(tmp_path / "seven.ckpt")).load(tmp_path, SHAPE, 10)
+    with pytest.raises(ConfigurationError, match="as_it_is"):
+        Teacher(DigitsStudent())

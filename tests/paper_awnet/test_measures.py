@@ -1,31 +1,122 @@
-"""Histograms, distances and shapes against plain Python; which batch-norm reads what."""
+"""Numbers of trained networks, on cases with known answers and against numpy."""
 
-import math
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kurtosis, wasserstein_distance
+from scipy.spatial.distance import jensenshannon
 from torch import nn
 
+from common.attacks.pgd import PGD
+from common.attacks.randomness import ExampleRandom
 from common.networks.preact_resnet import PreActResNet
 from common.networks.resnet import ResNet
-from paper_awnet.distributions import (
-    Filters,
+from paper_awnet.measures import (
+    KnobAccuracy,
+    Routing,
     distances,
     filters,
+    forced_accuracies,
     histograms,
     js_divergence,
     mean_scales,
-    quantile,
+    routing,
     shape_of,
+    signal_summary,
+    smoothness,
     wasserstein,
 )
 from paper_awnet.method import Router
-from paper_awnet.networks import AWNet
+from paper_awnet.module import AWNetClassifier
+from paper_awnet.networks import AWNet, DigitsStudent, OATNet
+from paper_awnet.objectives import LAMBDAS, OAT, HybridCE
 
 IMAGE = torch.rand(1, 8, 8)
+
+
+@pytest.fixture
+def model(student) -> AWNetClassifier:
+    return AWNetClassifier(student(), HybridCE(), torch.optim.SGD).eval()
+
+
+def test_routing_of_each_kind(model) -> None:
+    images = {"clean": torch.rand(20, 1, 8, 8), "pgd": torch.rand(20, 1, 8, 8).round()}
+    found = routing(model.net, images)
+    for name, x in images.items():
+        p = model.net.outputs(x).p[:, 1]
+        assert torch.equal(found[name]["p_adv"], p)
+        is_adv = (p > 0.5).float().mean().item()
+        expected = is_adv if name == "pgd" else 1 - is_adv
+        assert found[name]["type_acc"] == pytest.approx(expected)
+    assert "auroc" not in found["clean"]
+    low, high = found["clean"]["p_adv"], found["pgd"]["p_adv"]
+    share = (high[:, None] > low).float().mean().item()
+    assert found["pgd"]["auroc"] == pytest.approx(share)
+
+
+def test_forced_accuracies(model) -> None:
+    nn.init.normal_(model.net.arch.stem.bn.adv.bias)
+    x = torch.rand(30, 1, 8, 8)
+    y = model.net.outputs(x, p=torch.tensor([0.0, 1.0])).logits.argmax(1)
+    found = forced_accuracies(model.net, {"clean": x}, y)["clean"]
+    assert found["adv"] == 1.0
+    other = model.net.outputs(x, p=torch.tensor([1.0, 0.0])).logits.argmax(1)
+    assert found["clean"] == pytest.approx((other == y).float().mean().item())
+    assert found["soft"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+
+
+def test_signals_by_type(model) -> None:
+    a, b = torch.rand(6, 1, 8, 8), torch.rand(4, 1, 8, 8)
+    found = signal_summary(model.net, a, b)
+    assert [len(block["mean_clean"]) for block in found] == [8, 12, 16]
+    one, other = (model.net.outputs(x).signals[1] for x in (a, b))
+    torch.testing.assert_close(found[1]["mean_adv"], other.mean(0).detach())
+    expected = (other.mean(0) - one.mean(0)).abs().mean().item()
+    assert found[1]["shift"] == pytest.approx(expected)
+    assert signal_summary(model.net, a, a)[0]["shift"] == 0.0
+
+
+def test_a_linear_models_distance_to_the_boundary_is_exact() -> None:
+    """Margin over the l1 norm of its gradient."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    x = torch.full((5, 1, 4, 4), 0.5) + 0.01 * torch.randn(5, 1, 4, 4)
+    y = net(x).argmax(1)
+    found = smoothness(net, x, y, 0.01)
+    w = net[1].weight
+    normal = (w[0] - w[1]).abs().sum()
+    gap = (net(x)[:, 0] - net(x)[:, 1]).abs()
+    torch.testing.assert_close(found["reach"], (gap / normal).detach())
+    # Convex in the image, so a real step gains at least its first order (invariant 13).
+    assert (found["rise"] >= found["predicted"] - 1e-6).all()
+    assert (found["predicted"] > 0).all()
+
+
+def test_the_measure_of_routing(model, digits) -> None:
+    random = ExampleRandom(0, 0, digits["index"])
+    found = Routing(PGD(0.3, 0.1, 3))(model, digits, random)
+    p = model.net.outputs(digits["x"]).p
+    assert torch.equal(found["type_clean"], (p[:, 0] > 0.5).float())
+    assert (found["omega_shift"] > 0).all()
+    still = Routing(PGD(0.0, 0.0, 1, start="zero"))(model, digits, random)
+    assert not still["omega_shift"].any()
+    assert torch.equal(still["type_adv"], 1 - still["type_clean"])
+
+
+def test_accuracy_at_every_lambda(digits) -> None:
+    net = OATNet(DigitsStudent(widths=(4, 6, 8)), hidden=3)
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.3)
+    model = AWNetClassifier(net, OAT(), torch.optim.SGD).eval()
+    random = ExampleRandom(0, 0, digits["index"])
+    found = KnobAccuracy(PGD(0.1, 0.05, 2))(model, digits, random)
+    assert set(found) == {f"knob_{v:g}_{kind}" for v in LAMBDAS for kind in ("clean", "pgd")}
+    right = net.at(digits["x"], 0.3).argmax(1) == digits["y"]
+    assert torch.equal(found["knob_0.3_clean"], right.float())
+
+
+# ------------------------------------------------------------------------------------- filters
 
 
 def backbone() -> ResNet:
@@ -69,38 +160,26 @@ def test_negated_weights_have_the_mirrored_histogram() -> None:
     assert torch.equal(p, q.flip(0))
     p, q, bound = histograms(torch.zeros(5), torch.zeros(5), bins=3)
     assert (p.tolist(), q.tolist(), bound) == ([0, 1, 0], [0, 1, 0], 1.0)
-    with pytest.raises(ValueError, match="bins must be odd"):
+    with pytest.raises(ValueError, match=r"odd.*40"):
         histograms(w, w, bins=40)
 
 
-def test_quantiles_interpolate() -> None:
-    values = torch.rand(777, dtype=torch.float64)
-    for q in (0.0, 0.3, 0.999, 1.0):
-        assert quantile(values, q).item() == pytest.approx(np.quantile(values.numpy(), q))
-
-
-def test_js_divergence() -> None:
-    p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 0.5, 0.5])
-    assert js_divergence(p, p) == 0.0
-    assert js_divergence(p, q) == pytest.approx(js_divergence(q, p))
-    assert js_divergence(p, q) == pytest.approx(0.5 * math.log(2))
-    one, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    assert js_divergence(one, other) == pytest.approx(math.log(2))
-
-
-def test_wasserstein_is_scipys() -> None:
-    a, b = torch.randn(300), torch.randn(300) * 2 + 1
-    assert wasserstein(a, b) == pytest.approx(wasserstein_distance(a.numpy(), b.numpy()), rel=1e-5)
+def test_distances_of_weights() -> None:
+    p, q, _ = histograms(torch.randn(300), torch.randn(300) * 2 + 1)
+    assert js_divergence(p, q) == pytest.approx(jensenshannon(p, q) ** 2)
+    assert js_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])) == pytest.approx(
+        np.log(2)
+    )
+    a = torch.randn(300, requires_grad=True)
     assert wasserstein(a, a + 0.5) == pytest.approx(0.5, abs=1e-6)
-    with pytest.raises(ValueError, match="300 and 10 weights"):
-        wasserstein(a, b[:10])
 
 
 def test_shapes() -> None:
     w = torch.randn(6, 3, 3, 3) ** 3
     found = shape_of(w)
     flat = w.flatten().numpy().astype(float)
-    assert found.kurtosis == pytest.approx(kurtosis(flat), rel=1e-5)
+    z = (flat - flat.mean()) / flat.std()
+    assert found.kurtosis == pytest.approx((z**4).mean() - 3, rel=1e-5)
     assert found.std == pytest.approx(flat.std(), rel=1e-5)
     assert found.mean_abs == pytest.approx(np.abs(flat).mean(), rel=1e-5)
     assert found.sparsity == pytest.approx((np.abs(flat) < 0.01 * np.abs(flat).max()).mean())
@@ -140,13 +219,14 @@ def test_convolutions_before_a_sum_are_not_folded() -> None:
     found = filters(PreActResNet((1, 1), (4, 6), (1, 2), in_channels=1).eval(), IMAGE)
     assert found["stages.0.0.conv1"].folded is not None
     assert found["stages.0.0.conv2"].folded is None
+    assert distances(found, found)["stem"] == {"wasserstein": 0.0, "js": 0.0}
     # A first block's batch-norm reads the stem; its shortcut, which does so too, is left aside.
     assert set(distances(found, found)) == {"stem", "stages.0.0.conv1", "stages.1.0.conv1"}
     assert "stages.0.0.conv2" in distances(found, found, folded=False)
 
 
 def test_an_awnet_is_folded_with_either_batch_norm_and_scaled_by_mean_signals() -> None:
-    router = partial(Router, widths=(4, 6, 8), type_hidden=5, init="normal")
+    router = partial(Router, widths=(4, 6, 8), init="normal")
     net = AWNet(backbone(), router).eval()
     nn.init.constant_(net.arch.stages[0][0].bn1.adv.weight, 3.0)
     signals = net.outputs(torch.rand(5, 1, 8, 8)).signals
@@ -165,8 +245,3 @@ def test_an_awnet_is_folded_with_either_batch_norm_and_scaled_by_mean_signals() 
     gain = (3.0 / (norm.running_var + 1e-5).sqrt())[:, None, None, None]
     torch.testing.assert_close(adv[name].folded, scaled * gain)
     assert distances(clean, adv)[name]["wasserstein"] > 0
-
-
-def test_distance_of_a_network_from_itself() -> None:
-    one = {"a": Filters(torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 3))}
-    assert distances(one, one) == {"a": {"wasserstein": 0.0, "js": 0.0}}
