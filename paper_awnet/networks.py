@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.checkpoints import checkpoint_beside, load_weights
 from common.errors import CheckpointError, ConfigurationError, check_choice
 from common.modes import network_of, try_out
-from common.networks.normalize import Normalize
+from common.networks.backbone import Backbone
 from common.networks.resnet import Initialize, ResNet, kaiming
 from paper_awnet.method import (
     DynamicConv2d,
@@ -79,8 +79,7 @@ class AWNet(nn.Module):
         self.arch = arch
         branches = branch_convolutions(arch, scope) if dynamic else []
         self.widths = [[conv.out_channels for _, conv in branch] for branch in branches]
-        normalize = getattr(arch, "normalize", None)
-        channels = normalize.in_channels if isinstance(normalize, Normalize) else 3
+        channels = arch.normalize.in_channels if isinstance(arch, Backbone) else 3
         self.router = router(channels, [sum(widths) for widths in self.widths])
         self.has_mixbn = self.router.splits_batch_norm if mixbn is None else mixbn
         for position, (name, conv) in enumerate(pair for branch in branches for pair in branch):
@@ -166,8 +165,7 @@ def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, n
     """
     check_choice("scope", scope, Scope)
     branches = []
-    stages: Any = getattr(arch, "stages", ())
-    for i, stage in enumerate(stages):
+    for i, stage in enumerate(arch.stages if isinstance(arch, Backbone) else ()):
         blocks = stage if isinstance(stage, nn.Sequential) else ()
         for j, block in enumerate(blocks):
             found = [
