@@ -6,7 +6,6 @@ steps of cross-entropy, CW-inf is the margin, an adaptive attack is the defence'
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
@@ -44,16 +43,13 @@ Of = Callable[[Tensor], tuple[LossFn, Verdict | None]]
 class PGD(Settings):
     r"""Projected gradient descent on the negative loss (Madry et al. 2018, Section 2.1).
 
-    Each step moves to :math:`\Pi(x' + \alpha\, d)`, where the direction d is the steepest one of
-    the norm: the gradient's sign (linf), the normalised gradient (l2), or the sign on the few
-    coordinates with the largest gradient (l1). Every example takes all steps.
+    Each step moves to :math:`\Pi(x' + \alpha\, d)`, where d is the steepest direction of the norm
+    (:func:`~common.attacks.geometry.steepest`). Every example takes all steps.
 
-    A gradient entry that is not finite leaves its pixel where it is: the sign of NaN would poison
-    the image, and whether the loss itself is finite is for the caller to check. After a call
-    ``lost`` says which examples had, at some step, a gradient without a direction because its
-    entries were not finite, and ``unmoved`` which had a zero gradient at every step: a float that
-    underflows looks like that, and so does a loss that is flat. Both are bool ``(N,)`` and stay on
-    the device.
+    A gradient entry that is not finite leaves its pixel where it is. After a call ``lost`` says
+    which examples had, at some step, no direction because entries were not finite, and ``unmoved``
+    which had a zero gradient at every step (a flat loss, or underflow). Both are bool ``(N,)`` and
+    stay on the device; ``None`` without a step.
 
     Args:
         eps: Radius of the ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
@@ -68,9 +64,8 @@ class PGD(Settings):
         restarts: Independent runs, of which each example keeps its best (see ``__call__``).
         start_scale: Standard deviation of the ``gaussian`` start.
         l1_density: Fraction of the coordinates an l1 step moves, at least one.
-        project_start: Whether the start is brought into ball and box before the first gradient.
-            The official TRADES code and those that follow it do so only after the first step;
-            ``False`` reproduces them. What comes back is in ball and box either way.
+        project_start: Whether the start is brought into ball and box before the first gradient, and
+            not only after the first step, as the official TRADES code does.
 
     Raises:
         ConfigurationError: If a setting is out of range or restarts would repeat each other.
@@ -139,39 +134,19 @@ class PGD(Settings):
             loss_fn: x' ``(N, ...)`` -> loss ``(N,)``, differentiable in x'; an example's loss may
                 depend on no other example.
             x: Images in [0, 1], ``(N, ...)``.
-            generator: Where the noise of start and restarts comes from; ``None`` is torch's global
-                one. An :class:`ExampleRandom` makes an example's noise independent of its batch.
+            generator: Of all noise; ``None`` is torch's global one. An :class:`ExampleRandom` makes
+                an example's noise independent of its batch.
             is_adversarial: x' -> whether each example is misclassified, bool ``(N,)``. With it, a
-                restart that is adversarial is kept over one that is not, whatever their losses.
+                restart that is adversarial is kept over one that is not.
 
         Returns:
             x' of the same shape, detached, in [0, 1] and in the ball around x up to rounding;
-            float32, or float64 if x is. With several restarts each example's x' is the one with
-            the highest loss.
+            float32, or float64 if x is. Of several restarts, the x' with the highest loss.
 
         Raises:
-            ValueError: If ``loss_fn`` returns another shape or a loss without gradient, or x is not
-                floating point.
+            ValueError: If ``loss_fn`` returns another shape or no gradient, or x is no float.
         """
-        with torch.inference_mode(False), torch.enable_grad():
-            x = as_pixels(x)
-            self._begin(x)
-            rows = torch.arange(len(x), device=x.device)
-            climb = partial(self._climb, lambda _: (loss_fn, is_adversarial), x, rows, generator)
-            x_adv, _ = climb()
-            if self.restarts == 1:
-                return x_adv
-            best = _score(loss_fn, is_adversarial, x_adv)
-            for _ in range(self.restarts - 1):
-                other, _ = climb()
-                score = _score(loss_fn, is_adversarial, other)
-                better = (score[0] > best[0]) | ((score[0] == best[0]) & (score[1] > best[1]))
-                x_adv = torch.where(per_example(better, x), other, x_adv)
-                best = (
-                    torch.where(better, score[0], best[0]),
-                    torch.where(better, score[1], best[1]),
-                )
-            return x_adv
+        return self._ascent(lambda _: (loss_fn, is_adversarial), x, generator)
 
     @property
     def cost(self) -> int:
@@ -185,10 +160,7 @@ class PGD(Settings):
 
     @property
     def idle(self) -> Tensor | None:
-        """Which examples of the last call some step had no direction for or all had none for.
-
-        Bool ``(N,)``; ``None`` without a step.
-        """
+        """``lost`` or ``unmoved``, bool ``(N,)``; ``None`` without a step."""
         if self.lost is None or self.unmoved is None:
             return None
         return self.lost | self.unmoved
@@ -200,55 +172,63 @@ class PGD(Settings):
         """The settings that make two attacks differ, radii in 1/255."""
         parts = [f"eps={in_255(self.eps)}", f"step_size={in_255(self.step_size)}"]
         parts += [f"steps={self.steps}", f"start={self.start!r}", f"norm={self.norm!r}"]
-        if self.start == "gaussian":
-            parts.append(f"start_scale={self.start_scale:g}")
-        if self.momentum is not None:
-            parts.append(f"momentum={self.momentum:g}")
-        if self.restarts > 1:
-            parts.append(f"restarts={self.restarts}")
+        for name, is_told in (
+            ("start_scale", self.start == "gaussian"),
+            ("momentum", self.momentum is not None),
+            ("restarts", self.restarts > 1),
+        ):
+            parts += [f"{name}={getattr(self, name):g}"] if is_told else []
         if not self.project_start:
             parts.append("project_start=False")
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    def _begin(self, x: Tensor) -> None:
-        is_last = self.steps == 0
-        blank = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.lost, self.unmoved = (None, None) if is_last else (blank, ~blank)
+    def _ascent(self, of: Of, x: Tensor, generator: Random, leaves: bool = False) -> Tensor:
+        """The best end of all restarts; ``leaves``: examples found wrong take no further step."""
+        with torch.inference_mode(False), torch.enable_grad():
+            x = as_pixels(x)
+            rows = torch.arange(len(x), device=x.device)
+            none = torch.zeros_like(rows, dtype=torch.bool)
+            self.lost, self.unmoved = (none, ~none) if self.steps > 0 else (None, None)
+            for restart in range(self.restarts):
+                ends, at = self._climb(of, x[rows], rows, generator, leaves)
+                if self.restarts == 1:
+                    return ends
+                success, loss = _score(*of(rows), ends, at)
+                if restart == 0:
+                    x_adv, won, highest = ends, success, loss
+                better = (success > won[rows]) | ((success == won[rows]) & (loss > highest[rows]))
+                x_adv[rows] = torch.where(per_example(better, x), ends, x_adv[rows])
+                won[rows] = torch.where(better, success, won[rows])
+                highest[rows] = torch.where(better, loss, highest[rows])
+                if leaves and isinstance(generator, ExampleRandom):
+                    standing = success == 0
+                    rows, generator = rows[standing], generator.of(standing)
+                    if len(rows) == 0:
+                        break
+            return x_adv
 
     def _climb(
-        self,
-        of: Of,
-        x: Tensor,
-        rows: Tensor,
-        generator: Random,
-        checked_after: frozenset[int] = frozenset(),
+        self, of: Of, x: Tensor, rows: Tensor, generator: Random, leaves: bool
     ) -> tuple[Tensor, Tensor]:
-        """One ascent from one start: x', and which examples still climbed at its end.
-
-        Args:
-            of: Makes loss and verdict of some rows of the batch.
-            x: Images of ``rows``.
-            rows: Where they stand in the batch.
-            generator: Of the start's and the steps' noise.
-            checked_after: Steps, from 1, after which misclassified examples keep their point and
-                leave the ascent.
-        """
+        """One ascent of some rows from one start: x', and which of them climbed to the end."""
         loss_fn, is_adversarial = of(rows)
         project = projection(x, self.eps, self.norm)
         x_adv = self._start(x, project, generator)
         velocity = torch.zeros_like(x) if self.momentum is not None else None
         patience = self._patience(x, is_adversarial)
         ends, at = torch.empty_like(x), torch.arange(len(x), device=x.device)
+        points = check_points(self.steps) if leaves else set()
         for step in range(1, self.steps + 1):
             if patience is not None and is_adversarial is not None:
                 with torch.no_grad():
                     patience = patience - is_adversarial(x_adv).to(patience.dtype)
             direction, velocity = self._direction(loss_fn, x_adv, velocity, rows[at])
             moved = self._disturbed(x_adv.add(direction, alpha=self.step_size), generator)
-            moved = project(moved)
-            is_moving = None if patience is None else per_example(patience >= 0, x)
-            x_adv = moved if is_moving is None else torch.where(is_moving, moved, x_adv)
-            if step not in checked_after or is_adversarial is None:
+            if patience is None:
+                x_adv = project(moved)
+            else:
+                x_adv = torch.where(per_example(patience >= 0, x), project(moved), x_adv)
+            if step not in points or is_adversarial is None:
                 continue
             kept = ~is_adversarial(x_adv)
             if kept.all():
@@ -268,18 +248,16 @@ class PGD(Settings):
         return None
 
     def _disturbed(self, moved: Tensor, generator: Random) -> Tensor:
-        """A step's end before it is projected."""
         return moved
 
     def _start(self, x: Tensor, project: Callable[[Tensor], Tensor], generator: Random) -> Tensor:
         if self.start == "zero":
             return x
         if self.start == "gaussian":
-            noise = normal(generator, x) * self.start_scale
+            x_adv = x + normal(generator, x) * self.start_scale
         else:
-            noise = uniform_in_ball(generator, x, self.eps, self.norm)
-        is_last = self.steps == 0  # no step will bring it back
-        return project(x + noise) if self.project_start or is_last else x + noise
+            x_adv = x + uniform_in_ball(generator, x, self.eps, self.norm)
+        return project(x_adv) if self.project_start or self.steps == 0 else x_adv
 
     def _direction(
         self, loss_fn: LossFn, x_adv: Tensor, velocity: Tensor | None, rows: Tensor
@@ -287,20 +265,15 @@ class PGD(Settings):
         """The next step's direction, of length one in ``norm``, and the accumulated gradient."""
         raw = input_gradient(loss_fn, x_adv)
         gradient = raw.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        self._note(raw, gradient, rows)
+        is_zero = gradient.flatten(1).abs().amax(dim=1) == 0.0
+        is_bad = ~torch.isfinite(raw.flatten(1).sum(dim=1))  # where all else is zero, exactly
+        if self.lost is not None and self.unmoved is not None:  # noted without a host sync
+            self.lost[rows] |= is_zero & is_bad
+            self.unmoved[rows] &= is_zero & ~is_bad
         if velocity is not None and self.momentum is not None:
             velocity = velocity * self.momentum + normalised(gradient, 1)
             gradient = velocity
         return steepest(gradient, x_adv, self.norm, self.l1_density), velocity
-
-    def _note(self, raw: Tensor, gradient: Tensor, rows: Tensor) -> None:
-        """Remember which examples were given no direction, without waiting for the device."""
-        if self.lost is None or self.unmoved is None:
-            return
-        is_zero = gradient.flatten(1).abs().amax(dim=1) == 0.0
-        is_bad = ~torch.isfinite(raw.flatten(1).sum(dim=1))  # where all else is zero, exactly
-        self.lost[rows] |= is_zero & is_bad
-        self.unmoved[rows] &= is_zero & ~is_bad
 
 
 class FGSM(PGD):
@@ -344,27 +317,21 @@ class MIM(PGD):
 class FriendlyPGD(PGD):
     """Early-stopped PGD of friendly adversarial training (Zhang et al. 2020, Algorithm 1).
 
-    Before each step every example is classified. An example found wrong for the (tau + 1)-th time
-    stops and keeps that point; until then it moves on. With tau = 0 it stops at the first
-    misclassified point, with tau at least ``steps`` this is :class:`PGD`.
-
-    The official code drops stopped examples from the batch and returns it in another order; here
-    the order stays and stopped examples are carried along unchanged.
+    Before each step every example is classified. One found wrong for the (tau + 1)-th time stops at
+    that point. With tau at least ``steps`` this is :class:`PGD`.
 
     Args:
         eps: As in :class:`PGD`, and so are the following.
         step_size: Length of a step.
         steps: The most steps an example takes.
-        start: Where to begin.
+        start: Of the ascent.
         norm: Of ball and step.
         start_scale: Standard deviation of the ``gaussian`` start.
         tau: How many times an example may be found wrong and still move: a number, or a schedule
             ``{first epoch: number}`` such as ``{0: 0, 50: 1, 90: 2}``.
-        noise: Size of the noise in every step, before projecting (omega; 0.001 in the official
-            code).
-        noise_form: ``added`` is Gaussian noise of that standard deviation beside the step, as in
-            the official code. ``scaled`` is uniform noise in [0, omega) inside it, times the step
-            size, as some public code has it (MTandHJ/rcm).
+        noise: Size of the noise in every step, before projecting (omega; officially 0.001).
+        noise_form: ``added`` is Gaussian noise of that standard deviation beside the step [code].
+            ``scaled`` is uniform in [0, omega) times the step size, as in MTandHJ/rcm.
 
     Raises:
         ConfigurationError: If a setting is out of range or the schedule says nothing of epoch 0.
@@ -385,7 +352,7 @@ class FriendlyPGD(PGD):
         super().__init__(eps, step_size, steps, start, norm, start_scale=start_scale)
         schedule = tau if isinstance(tau, dict) else {0: tau}
         self.tau = {
-            check_count("tau's epochs", k, 0): check_count("tau", schedule[k], 0) for k in schedule
+            check_count("tau's epochs", k, 0): check_count("tau", n, 0) for k, n in schedule.items()
         }
         self.noise = parse_radius(noise, "l2", "noise")
         check_choice("noise_form", noise_form, StepNoise)
@@ -421,47 +388,22 @@ class FriendlyPGD(PGD):
 def climb_until_broken(attack: PGD, of: Of, x: Tensor, random: ExampleRandom) -> Tensor:
     """Attack every example until it is misclassified or all steps and restarts are taken.
 
-    Examples are classified now and then on the way. Those found wrong keep that point and leave
-    the batch; the others take exactly the steps of :class:`PGD`. So an example that PGD breaks is
-    broken here too, and so are some that PGD breaks on the way and loses again.
+    Examples found wrong after a step of :func:`check_points` keep that point and leave the batch;
+    the others take the steps of :class:`PGD`. So what PGD breaks is broken here too.
 
     Args:
         attack: Any ascent but :class:`FriendlyPGD`, which has another rule to stop.
         of: Makes loss and verdict of some rows; an example's loss depends on no other example.
-        x: Images in [0, 1], ``(N, C, H, W)``.
+        x: Images in [0, 1], ``(N, C, H, W)``; what is returned is as in :meth:`PGD.__call__`.
         random: Made from the indices of all rows.
-
-    Returns:
-        x', detached, in box and ball: the first point found wrong, or what PGD gives.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        x = as_pixels(x)
-        out = x.clone()
-        best = torch.full((len(x),), -torch.inf, device=x.device)
-        standing = torch.arange(len(x), device=x.device)
-        attack._begin(x)
-        points = frozenset(check_points(attack.steps))
-        for _ in range(attack.restarts):
-            if len(standing) == 0:
-                break
-            ends, at = attack._climb(of, x[standing], standing, random, points)
-            if attack.restarts == 1:
-                return ends
-            loss_fn, is_adversarial = of(standing)
-            success, loss = _score(loss_fn, is_adversarial, ends)
-            is_broken = torch.ones(len(standing), dtype=torch.bool, device=x.device)
-            is_broken[at] = success[at].bool()
-            better = is_broken | best[standing].isneginf() | (loss > best[standing])
-            out[standing[better]] = ends[better]
-            best[standing[better]] = loss[better].to(best.dtype)
-            random, standing = random.of(~is_broken), standing[~is_broken]
-        return out
+    return attack._ascent(of, x, random, leaves=True)
 
 
 def check_points(steps: int) -> set[int]:
     """After which steps examples are classified: 1, 2, 3, 4, 6, 9, 13, ..., before the last.
 
-    Half as many steps again lie between two of them: eleven more forward passes in a hundred steps.
+    That is eleven more forward passes in a hundred steps.
     """
     points, at = set(), 1
     while at < steps:
@@ -483,7 +425,7 @@ def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
         loss = loss_fn(x)
         if loss.shape != x.shape[:1]:
             raise ValueError(
-                f"an attack needs one loss per example, shape ({len(x)},), got "
+                f"loss_fn must return shape ({len(x)},), one loss per example, got "
                 f"{tuple(loss.shape)}; leave the loss unreduced"
             )
         if not loss.requires_grad:
@@ -495,9 +437,13 @@ def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
     return gradient
 
 
-def _score(loss_fn: LossFn, is_adversarial: Verdict | None, x_adv: Tensor) -> tuple[Tensor, Tensor]:
-    """What restarts compete by: success first, where it is known, then loss; both ``(N,)``."""
+def _score(
+    loss_fn: LossFn, is_adversarial: Verdict | None, x_adv: Tensor, at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What restarts compete by, ``(N,)``: success (all that is not in ``at``), then loss."""
     with torch.no_grad():
         loss = loss_fn(x_adv)
-        success = torch.zeros_like(loss) if is_adversarial is None else is_adversarial(x_adv)
-    return success.to(torch.int8), loss.nan_to_num(nan=-torch.inf, posinf=torch.inf)
+        found = torch.zeros_like(loss) if is_adversarial is None else is_adversarial(x_adv)
+    success = torch.ones_like(found, dtype=torch.int8)
+    success[at] = found[at].to(torch.int8)
+    return success, loss.nan_to_num(nan=-torch.inf, posinf=torch.inf)
