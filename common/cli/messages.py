@@ -18,7 +18,7 @@ from common.files import is_full, read_sealed_json
 
 def reports(trainer: RunTrainer) -> list[str]:
     """What ``test`` found, as tables, one for each checkpoint."""
-    found = [c.reports for c in trainer.callbacks if isinstance(c, RobustEvaluation)]  # type: ignore[attr-defined]
+    found = [c.reports for c in trainer.callbacks if isinstance(c, RobustEvaluation)]
     return [report for each in found for report in each]
 
 
