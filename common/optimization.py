@@ -15,6 +15,9 @@ from common.errors import ConfigurationError, UserError, is_out_of_memory
 
 _TRIED = 10_000  # epochs
 
+Rates = list[list[float]]
+"""Learning rate of every parameter group, by step of the schedule."""
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -124,25 +127,50 @@ def scheduler_of(module: Any, optimizer: Optimizer) -> dict[str, Any]:
             metric that does not go with it.
     """
     epochs = 1 if module._trainer is None else module.trainer.max_epochs or 1
-    steps, epoch = min(epochs - 1, _TRIED) if module.scheduler_interval == "epoch" else 1, 0
     try:
-        trial = module.scheduler(optimizer_of(module))
-        if not isinstance(trial, ReduceLROnPlateau):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the optimiser takes no step
-                for _ in range(steps):
-                    epoch += 1
-                    trial.step()
+        scheduler = module.scheduler(optimizer)
     except Exception as error:
         raise ConfigurationError(
-            f"model.scheduler fails {f'after epoch {epoch - 1}' if epoch else 'at the start'}: "
-            f"{_words(error)}; give it arguments for this run of {epochs} epochs"
+            f"model.scheduler fails at the start: {_words(error)}; give it arguments for this run "
+            f"of {epochs} epochs"
         ) from error
-    scheduler = module.scheduler(optimizer)
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        is_by_epoch = module.scheduler_interval == "epoch"
+        simulate(module, module.scheduler, min(epochs - 1, _TRIED) if is_by_epoch else 1)
     described = {"scheduler": scheduler, "interval": module.scheduler_interval}
     if isinstance(scheduler, ReduceLROnPlateau):
         described |= {"monitor": _monitor_of(scheduler, module), "strict": False}
     return described
+
+
+def simulate(module: Any, make: Any, steps: int) -> tuple[Rates, dict[str, Any] | None]:
+    """Learning rates at steps 0 to ``steps`` of a schedule, and its state there.
+
+    Args:
+        module: The classifier whose optimiser is scheduled; it is not touched.
+        make: Optimiser -> scheduler; ``None`` for constant rates.
+        steps: How often the schedule is stepped.
+
+    Raises:
+        ConfigurationError: If the schedule fails, or depends on more than the number of steps.
+    """
+    optimizer = optimizer_of(module)
+    scheduler = None if make is None else make(optimizer)
+    rates: Rates = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the optimiser takes no step
+        for step in range(steps + 1):
+            rates.append([float(group["lr"]) for group in optimizer.param_groups])
+            if scheduler is None or step == steps:
+                continue
+            try:
+                scheduler.step()
+            except Exception as error:
+                raise ConfigurationError(
+                    f"model.scheduler fails after {module.scheduler_interval} {step}: "
+                    f"{_words(error)}; give it arguments for the whole run"
+                ) from error
+    return rates, None if scheduler is None else scheduler.state_dict()
 
 
 def _monitor_of(scheduler: ReduceLROnPlateau, module: Any) -> str:

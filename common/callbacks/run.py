@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch import Callback
 
 
 @dataclass
@@ -24,6 +25,9 @@ class Run:
 
 class RunTrainer(pl.Trainer):
     """A trainer that says which run it is."""
+
+    callbacks: list[Callback]  # connectors of Lightning set these two
+    fast_dev_run: bool | int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -7,15 +7,11 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable
-from torch.optim import Optimizer
 
 from common.errors import ConfigurationError
-from common.optimization import grouped_optimizer
+from common.optimization import simulate
 from common.parsing import build
 from common.results.identity import Settings, scheduler_of
-
-Rates = list[list[float]]
-"""Learning rate of every parameter group, by step of the schedule."""
 
 
 def continue_schedule(
@@ -85,34 +81,6 @@ def check_horizon(trainer: Trainer, module: Any, made: Settings | None) -> None:
                 f"after {before} steps, where the checkpoint's run ended; it was made for that "
                 "length. Begin a new run with a longer schedule: fit without --ckpt_path"
             )
-
-
-def simulate(module: Any, make: Any, steps: int) -> tuple[Rates, dict[str, Any] | None]:
-    """Learning rates at steps 0 to ``steps`` of a schedule, and its state there.
-
-    Args:
-        module: The classifier whose optimiser is scheduled; it is not touched.
-        make: Optimiser -> scheduler; ``None`` for constant rates.
-        steps: How often the schedule is stepped.
-
-    Raises:
-        ConfigurationError: If the schedule depends on more than the number of steps.
-    """
-    optimizer: Optimizer = grouped_optimizer(module.optimizer, module, module.groups)
-    scheduler = None if make is None else make(optimizer)
-    rates: Rates = []
-    try:
-        for step in range(steps + 1):
-            rates.append([float(group["lr"]) for group in optimizer.param_groups])
-            if scheduler is not None and step < steps:
-                optimizer.step()  # without gradients it changes nothing
-                scheduler.step()
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"model.scheduler {type(scheduler).__name__} cannot be compared with that of the "
-            f"checkpoint ({str(error).splitlines()[0]}); give the schedule of the run"
-        ) from error
-    return rates, None if scheduler is None else scheduler.state_dict()
 
 
 def _callable(node: Any) -> Any:

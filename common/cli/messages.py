@@ -18,7 +18,7 @@ from common.files import is_full, read_sealed_json
 
 def reports(trainer: RunTrainer) -> list[str]:
     """What ``test`` found, as tables, one for each checkpoint."""
-    found = [c.reports for c in trainer.callbacks if isinstance(c, RobustEvaluation)]  # type: ignore[attr-defined]
+    found = [c.reports for c in trainer.callbacks if isinstance(c, RobustEvaluation)]
     return [report for each in found for report in each]
 
 
@@ -28,7 +28,7 @@ def confirmed(trainer: RunTrainer, subcommand: str) -> str:
     Raises:
         RunDirectoryError: If the result is not where it should be.
     """
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+    if trainer.fast_dev_run:
         return "finished: a trial run, which keeps nothing"
     paths = _results(trainer, subcommand)
     if lost := [path for path in paths if not path.is_file()]:
@@ -51,7 +51,7 @@ def _results(trainer: RunTrainer, subcommand: str) -> list[Path]:
     paths: list[Path] = []
     if subcommand not in ("fit", "reproduce") and trainer.ckpt_path:
         paths.append(Path(trainer.ckpt_path))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+    for callback in trainer.callbacks:
         if subcommand in ("test", "reproduce") and isinstance(callback, RobustEvaluation):
             paths.insert(0, callback.results_path(trainer))
         if subcommand in ("fit", "reproduce") and isinstance(callback, LastCheckpoint):

@@ -73,7 +73,7 @@ class Trainer(RunTrainer):
                 "not supported, because attacks and robust accuracy need more; use bf16-mixed or "
                 "32-true"
             )
-        self.callbacks[:0] = [Resuming(), FiniteGuard()]  # type: ignore[attr-defined]  # a connector sets it
+        self.callbacks[:0] = [Resuming(), FiniteGuard()]
         self._signal_connector = self._connector = SignalConnector(self)
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = EpochLoop(self, loop.min_steps, loop.max_steps)
@@ -192,6 +192,6 @@ class Trainer(RunTrainer):
 
         Right after ``fit`` Lightning's averaging callback would swap in the raw ones.
         """
-        for callback in self.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        for callback in self.callbacks:
             if isinstance(callback, WeightAveraging):
                 callback._average_model = None
