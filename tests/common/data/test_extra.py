@@ -1,3 +1,4 @@
+import math
 import os
 import pickle
 from collections import Counter
@@ -69,6 +70,8 @@ def module(
         global_rank=rank,
         current_epoch=0,
         training=True,
+        accumulate_grad_batches=1,
+        num_training_batches=math.inf,
         precision="32-true",
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         fit_loop=SimpleNamespace(
