@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +315,7 @@ def tiny(
     monkeypatch.chdir(tmp_path)
     return Tiny(tmp_path, capsys)
 
-class UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.CSafeLoader):
     """YAML in which a key that occurs twice is an error; usually the last one counts."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -341,7 +341,7 @@ class Paper:
         self.folder = Path(__file__).parents[1] / name
         self.paths = {path.stem: path for path in sorted(self.folder.glob("configs/*.yaml"))}
 
-    @property
+    @cached_property
     def reference(self) -> Reference:
         return read_reference(self.folder / "reference.yaml")
 

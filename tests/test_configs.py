@@ -51,6 +51,9 @@ FAKES = {
     "tiny": "fake_tiny_imagenet",
 }
 
+TRIED: set[str] = set()
+"""Networks, and the shape of their images, that have made logits."""
+
 
 @pytest.fixture(params=PAPERS)
 def paper(request, paper_of):
@@ -163,8 +166,11 @@ def test_everything_in_a_config_can_be_made(path, paper_of) -> None:
     fill_from_data(config)
     with torch.device("meta"), torch.inference_mode():
         made = parser_of(package).instantiate(config)
-        logits = made.model.eval()(torch.rand(1, *made.data.shape))
-    assert logits.shape == (1, made.data.num_classes)
+        key = json.dumps([config.model.init_args.net, made.data.shape], default=str)
+        if key not in TRIED:
+            logits = made.model.eval()(torch.rand(1, *made.data.shape))
+            assert logits.shape == (1, made.data.num_classes)
+            TRIED.add(key)
     assert (made.adversary.attack is not None) == made.model.objective.needs_x_adv
     check_suite(made.evaluation.suite, made.model)
     steps = steps_of(made.evaluation.suite, made.model, made.data.num_classes, seed=0)
@@ -186,19 +192,20 @@ def test_everything_in_a_config_can_be_made(path, paper_of) -> None:
 # ------------------------------------------------------------------------------------ what is run
 
 
+@cache
+def read(path: Path) -> Any:
+    return yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
+
+
 def kind(path: Path) -> tuple[Any, ...]:
     """Classes of network, objective and adversary, and the shape of the data."""
-    config = yaml.safe_load(path.read_text())
-    folder = path.parent
-
-    def whole(value: Any) -> Any:
-        return yaml.safe_load((folder / value).read_text()) if isinstance(value, str) else value
-
-    model = config["model"]["init_args"]
-    attack = whole(config["adversary"])["attack"] or {}
-    source = whole(config["data"])["source"]
+    config = read(path)
+    model, adversary = config["model"]["init_args"], config["adversary"]
+    if isinstance(adversary, str):
+        adversary = read(path.parent / adversary)
+    source = read(path.parent / config["data"])["source"]
     shape = load_named(source["class_path"])(**source.get("init_args", {})).spec.shape
-    parts = (model["net"], model["objective"], attack)
+    parts = (model["net"], model["objective"], adversary["attack"] or {})
     return (*(part.get("class_path") for part in parts), shape)
 
 
