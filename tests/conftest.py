@@ -315,6 +315,7 @@ def tiny(
     monkeypatch.chdir(tmp_path)
     return Tiny(tmp_path, capsys)
 
+
 class UniqueKeys(yaml.CSafeLoader):
     """YAML in which a key that occurs twice is an error; usually the last one counts."""
 
