@@ -19,8 +19,6 @@ from sklearn.datasets import load_digits
 
 from common import files
 from common.data import downloads
-from common.data.base import ImageSource
-from common.data.downloads import DownloadedSource
 from common.data.sources import (
     CIFAR10,
     CIFAR100,
@@ -53,7 +51,7 @@ def error_of(call: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize("cls", ALL)
-def test_specification_needs_no_file(cls: type[ImageSource], tmp_path: Path) -> None:
+def test_specification_needs_no_file(cls, tmp_path) -> None:
     source = cls() if cls is Digits else cls(root=str(tmp_path / "nothing"))
     spec = source.spec
     assert len(spec.class_names) == len(set(spec.class_names)) == spec.num_classes
@@ -144,7 +142,7 @@ def test_split_gives_each_class_its_share() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 7, 33, 61])
-def test_split_has_the_size_asked_for_and_is_proportional(count: int) -> None:
+def test_split_has_the_size_asked_for_and_is_proportional(count) -> None:
     y = torch.arange(90) % 7
     rest, part = stratified_split(y, count, seed=3)
     assert len(part) == count
@@ -169,7 +167,7 @@ def test_split_leaves_out_no_region() -> None:
 
 
 @pytest.mark.parametrize(("labels", "count"), [([0, 0, 1, 1], 4), ([0, 0, 0, 1], 3), ([0, 1], 9)])
-def test_split_refuses_to_empty_a_class(labels: list[int], count: int) -> None:
+def test_split_refuses_to_empty_a_class(labels, count) -> None:
     with pytest.raises(ConfigurationError, match="hold out fewer"):
         stratified_split(torch.tensor(labels), count, seed=0)
 
@@ -178,7 +176,7 @@ def test_split_refuses_to_empty_a_class(labels: list[int], count: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_cifar10_pixels_and_order(fake_cifar10: Path, protocol: int) -> None:
+def test_cifar10_pixels_and_order(fake_cifar10, protocol) -> None:
     folder = fake_cifar10 / "cifar-10-batches-py"
     images, labels = [], []
     for i in range(1, 6):
@@ -197,9 +195,7 @@ def test_cifar10_pixels_and_order(fake_cifar10: Path, protocol: int) -> None:
     assert x_test.shape == (20, 3, 32, 32)
 
 
-def test_cifar10_agrees_with_torchvision(
-    fake_cifar10: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar10_agrees_with_torchvision(fake_cifar10, monkeypatch) -> None:
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_load_meta", lambda self: None)
     for split in ("train", "test"):
         peer = torchvision.datasets.CIFAR10(fake_cifar10, train=split == "train")
@@ -208,7 +204,7 @@ def test_cifar10_agrees_with_torchvision(
         assert y.tolist() == peer.targets
 
 
-def test_cifar100_uses_fine_labels(fake_cifar100: Path) -> None:
+def test_cifar100_uses_fine_labels(fake_cifar100) -> None:
     entry = pickle.loads((fake_cifar100 / "cifar-100-python" / "train").read_bytes())
     x, y = CIFAR100(root=str(fake_cifar100)).load("train")
     assert y.tolist() == entry["fine_labels"]
@@ -216,7 +212,7 @@ def test_cifar100_uses_fine_labels(fake_cifar100: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_svhn_agrees_with_torchvision(fake_svhn: Path, split: str) -> None:
+def test_svhn_agrees_with_torchvision(fake_svhn, split) -> None:
     peer = torchvision.datasets.SVHN(fake_svhn, split=split)
     x, y = SVHN(root=str(fake_svhn)).load(split)
     assert np.array_equal(x.numpy(), peer.data)
@@ -226,9 +222,7 @@ def test_svhn_agrees_with_torchvision(fake_svhn: Path, split: str) -> None:
 
 @pytest.mark.parametrize("cls", [MNIST, FashionMNIST])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_mnist_agrees_with_torchvision(
-    cls: type[MNIST], split: str, request: pytest.FixtureRequest
-) -> None:
+def test_mnist_agrees_with_torchvision(cls, split, request) -> None:
     root = request.getfixturevalue(FAKES[cls])
     x, y = cls(root=str(root)).load(split)
     peer = getattr(torchvision.datasets, cls.__name__)(root, train=split == "train", download=True)
@@ -237,9 +231,7 @@ def test_mnist_agrees_with_torchvision(
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_complete_files_need_no_network_and_are_not_touched(
-    cls: type[ImageSource], request: pytest.FixtureRequest, no_network: list[str]
-) -> None:
+def test_complete_files_need_no_network_and_are_not_touched(cls, request, no_network) -> None:
     root = request.getfixturevalue(FAKES[cls])
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     source = cls(root=str(root))
@@ -252,7 +244,7 @@ def test_complete_files_need_no_network_and_are_not_touched(
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_files_are_hashed_once(fake_cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_hashed_once(fake_cifar10, monkeypatch) -> None:
     hashed, original = [], downloads.md5_of
     monkeypatch.setattr(downloads, "md5_of", lambda path: hashed.append(path) or original(path))
     source = CIFAR10(root=str(fake_cifar10))
@@ -262,9 +254,7 @@ def test_files_are_hashed_once(fake_cifar10: Path, monkeypatch: pytest.MonkeyPat
     assert len(hashed) == 6
 
 
-def test_relative_root_is_kept_when_the_process_moves(
-    fake_cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_root_is_kept_when_the_process_moves(fake_cifar10, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(fake_cifar10.parent)
     source = CIFAR10(root="data")
     monkeypatch.chdir(Path("/"))
@@ -275,9 +265,7 @@ def test_relative_root_is_kept_when_the_process_moves(
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_without_files_and_network_one_line_says_what_to_do(
-    cls: type[ImageSource], tmp_path: Path, no_network: list[str]
-) -> None:
+def test_without_files_and_network_one_line_says_what_to_do(cls, tmp_path, no_network) -> None:
     root = tmp_path / "data"
     message = error_of(cls(root=str(root)).prepare)
     assert no_network  # it did try
@@ -289,9 +277,7 @@ def test_without_files_and_network_one_line_says_what_to_do(
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_without_files_and_download(
-    cls: type[ImageSource], tmp_path: Path, no_network: list[str]
-) -> None:
+def test_without_files_and_download(cls, tmp_path, no_network) -> None:
     source = cls(root=str(tmp_path), download=False)
     for call in (source.prepare, lambda: source.load("train")):
         message = error_of(call)
@@ -302,9 +288,7 @@ def test_without_files_and_download(
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_altered_file_is_named_with_both_remedies(
-    cls: type[ImageSource], request: pytest.FixtureRequest, no_network: list[str]
-) -> None:
+def test_altered_file_is_named_with_both_remedies(cls, request, no_network) -> None:
     root = request.getfixturevalue(FAKES[cls])
     path = sorted(p for p in root.rglob("*") if p.is_file())[0]
     content = bytearray(path.read_bytes())
@@ -321,9 +305,7 @@ def test_altered_file_is_named_with_both_remedies(
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
 @pytest.mark.parametrize("verify", [True, False])
-def test_truncated_files_are_refused_even_unverified(
-    cls: type[ImageSource], verify: bool, request: pytest.FixtureRequest
-) -> None:
+def test_truncated_files_are_refused_even_unverified(cls, verify, request) -> None:
     root = request.getfixturevalue(FAKES[cls])
     for path in [p for p in root.rglob("*") if p.is_file()]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -335,7 +317,7 @@ def test_truncated_files_are_refused_even_unverified(
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
 def test_one_missing_file_of_an_own_set_is_not_mixed_with_official_ones(
-    cls: type[ImageSource], request: pytest.FixtureRequest, no_network: list[str]
+    cls, request, no_network
 ) -> None:
     root = request.getfixturevalue(FAKES[cls])
     path = sorted(p for p in root.rglob("*") if p.is_file())[-1]
@@ -345,9 +327,7 @@ def test_one_missing_file_of_an_own_set_is_not_mixed_with_official_ones(
     assert no_network == []
 
 
-def test_own_subset_is_refused_with_the_flag_and_read_with_it(
-    tmp_path: Path, write_cifar10: Callable[..., Path]
-) -> None:
+def test_own_subset_is_refused_with_the_flag_and_read_with_it(tmp_path, write_cifar10) -> None:
     root = write_cifar10(tmp_path / "data", per_batch=7)
     assert "--data.source.verify false" in error_of(CIFAR10(root=str(root)).prepare)
     source = CIFAR10(root=str(root), verify=False)
@@ -371,15 +351,13 @@ def rewrite(root: Path, **changes: object) -> None:
         ({"data": np.zeros((20, 100), dtype=np.uint8)}, "cannot be read"),
     ],
 )
-def test_content_that_does_not_fit_is_refused(
-    fake_cifar10: Path, changes: dict[str, object], reason: str
-) -> None:
+def test_content_that_does_not_fit_is_refused(fake_cifar10, changes, reason) -> None:
     rewrite(fake_cifar10, **changes)
     source = CIFAR10(root=str(fake_cifar10), verify=False)
     assert reason in error_of(lambda: source.load("train"))
 
 
-def test_keys_as_bytes_are_understood(fake_cifar10: Path) -> None:
+def test_keys_as_bytes_are_understood(fake_cifar10) -> None:
     expected = CIFAR10(root=str(fake_cifar10)).load("train")
     path = fake_cifar10 / "cifar-10-batches-py" / "data_batch_1"
     entry = {k.encode(): v for k, v in pickle.loads(path.read_bytes()).items()}
@@ -394,7 +372,7 @@ class Harmful:
         return exec, ("import builtins; builtins.harm_was_done = True",)
 
 
-def test_pickles_cannot_run_code(fake_cifar10: Path) -> None:
+def test_pickles_cannot_run_code(fake_cifar10) -> None:
     rewrite(fake_cifar10, filenames=Harmful())
     source = CIFAR10(root=str(fake_cifar10), verify=False)
     assert "exec has no place" in error_of(lambda: source.load("train"))
@@ -403,16 +381,14 @@ def test_pickles_cannot_run_code(fake_cifar10: Path) -> None:
     assert not hasattr(builtins, "harm_was_done")
 
 
-def test_idx_file_of_another_type_is_refused(fake_mnist: Path) -> None:
+def test_idx_file_of_another_type_is_refused(fake_mnist) -> None:
     path = fake_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(struct.pack(">BBBBI", 0, 0, 0x0D, 1, 1) + b"\0" * 4))
     source = MNIST(root=str(fake_mnist), verify=False)
     assert "no IDX file of bytes" in error_of(lambda: source.load("train"))
 
 
-def test_folder_that_cannot_be_made_is_an_error_of_the_data(
-    tmp_path: Path, no_network: list[str]
-) -> None:
+def test_folder_that_cannot_be_made_is_an_error_of_the_data(tmp_path, no_network) -> None:
     (tmp_path / "data").write_text("a file is in the way")
     assert str(tmp_path / "data") in error_of(CIFAR10(root=str(tmp_path / "data")).prepare)
 
@@ -438,9 +414,7 @@ def archived_cifar10(
     return archive, root
 
 
-def test_archive_put_there_by_hand_replaces_the_network(
-    archived_cifar10: tuple[Path, Path], no_network: list[str]
-) -> None:
+def test_archive_put_there_by_hand_replaces_the_network(archived_cifar10, no_network) -> None:
     archive, root = archived_cifar10
     shutil.copy(archive, root)
     source = CIFAR10(root=str(root))
@@ -454,9 +428,7 @@ def test_archive_put_there_by_hand_replaces_the_network(
     assert not list(root.glob(".download-*"))
 
 
-def test_download_is_fetched_beside_and_moved_in_place(
-    archived_cifar10: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_is_fetched_beside_and_moved_in_place(archived_cifar10, monkeypatch) -> None:
     archive, root = archived_cifar10
     timeouts = []
 
@@ -476,9 +448,7 @@ def test_download_is_fetched_beside_and_moved_in_place(
     assert len(timeouts) == 1
 
 
-def test_interrupted_download_leaves_nothing_behind(
-    archived_cifar10: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_download_leaves_nothing_behind(archived_cifar10, monkeypatch) -> None:
     archive, root = archived_cifar10
 
     def fetch(url: str, fpath: str) -> None:
@@ -492,9 +462,7 @@ def test_interrupted_download_leaves_nothing_behind(
     assert {p.name for p in root.iterdir()} <= {".download.lock"}
 
 
-def test_download_cut_short_is_an_error_of_the_data(
-    archived_cifar10: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_cut_short_is_an_error_of_the_data(archived_cifar10, monkeypatch) -> None:
     archive, root = archived_cifar10
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
     monkeypatch.setattr(
@@ -507,7 +475,7 @@ def test_download_cut_short_is_an_error_of_the_data(
 # -------------------------------------------------------------------------------- Tiny-ImageNet
 
 
-def test_tiny_imagenet_reads_the_folder(fake_tiny_imagenet: Path) -> None:
+def test_tiny_imagenet_reads_the_folder(fake_tiny_imagenet) -> None:
     source = TinyImageNet(root=str(fake_tiny_imagenet), verify=False)
     source.prepare()
     x, y = source.load("train")
@@ -525,9 +493,7 @@ def test_tiny_imagenet_reads_the_folder(fake_tiny_imagenet: Path) -> None:
     assert torch.equal(x[:, 0], x[:, 1])
 
 
-def test_tiny_imagenet_decodes_once(
-    fake_tiny_imagenet: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiny_imagenet_decodes_once(fake_tiny_imagenet, monkeypatch) -> None:
     source = TinyImageNet(root=str(fake_tiny_imagenet), verify=False)
     first = source.load("train")
     monkeypatch.setattr(TinyImageNet, "_decode", lambda *_: pytest.fail("decoded again"))
@@ -538,7 +504,7 @@ def test_tiny_imagenet_decodes_once(
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None])
-def test_tiny_imagenet_mends_its_cache(fake_tiny_imagenet: Path, content: bytes | None) -> None:
+def test_tiny_imagenet_mends_its_cache(fake_tiny_imagenet, content) -> None:
     source = TinyImageNet(root=str(fake_tiny_imagenet), verify=False)
     expected = source.load("train")[0]
     cache = fake_tiny_imagenet / ".tiny-imagenet-200.train.decoded.pt"
@@ -547,7 +513,7 @@ def test_tiny_imagenet_mends_its_cache(fake_tiny_imagenet: Path, content: bytes 
     assert torch.equal(torch.load(cache)["x"], expected)
 
 
-def test_tiny_imagenet_sees_a_changed_folder(fake_tiny_imagenet: Path) -> None:
+def test_tiny_imagenet_sees_a_changed_folder(fake_tiny_imagenet) -> None:
     source = TinyImageNet(root=str(fake_tiny_imagenet), verify=False)
     before = source.load("train")[0]
     images = fake_tiny_imagenet / "tiny-imagenet-200" / "train" / "n01443537" / "images"
@@ -558,9 +524,7 @@ def test_tiny_imagenet_sees_a_changed_folder(fake_tiny_imagenet: Path) -> None:
     assert len(source.load("train")[0]) == 11
 
 
-def test_tiny_imagenet_works_where_nothing_can_be_written(
-    fake_tiny_imagenet: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiny_imagenet_works_where_nothing_can_be_written(fake_tiny_imagenet, monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only file system")
 
@@ -570,20 +534,20 @@ def test_tiny_imagenet_works_where_nothing_can_be_written(
     assert len(x) == 12
 
 
-def test_tiny_imagenet_missing_folder(tmp_path: Path) -> None:
+def test_tiny_imagenet_missing_folder(tmp_path) -> None:
     message = error_of(TinyImageNet(root=str(tmp_path)).prepare)
     assert str(tmp_path / "tiny-imagenet-200") in message
     assert "tiny-imagenet-200.zip" in message
 
 
-def test_tiny_imagenet_incomplete_folder(fake_tiny_imagenet: Path) -> None:
+def test_tiny_imagenet_incomplete_folder(fake_tiny_imagenet) -> None:
     message = error_of(TinyImageNet(root=str(fake_tiny_imagenet)).prepare)
     assert "12 images of the train split, expected 100,000" in message
     assert "--data.source.verify false" in message
 
 
 @pytest.mark.parametrize("damage", ["truncated", "size", "class", "annotation", "absent"])
-def test_tiny_imagenet_names_damage(fake_tiny_imagenet: Path, damage: str) -> None:
+def test_tiny_imagenet_names_damage(fake_tiny_imagenet, damage) -> None:
     from PIL import Image
 
     folder = fake_tiny_imagenet / "tiny-imagenet-200"
@@ -632,7 +596,7 @@ def public() -> Iterator[Path]:
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("content", [b"", b"garbage" * 99, b"<html>quota exceeded</html>", None])
 def test_a_damaged_archive_is_not_called_absent(
-    tmp_path: Path, no_network: list[str], content: bytes | None, download: bool, verify: bool
+    tmp_path, no_network, content, download, verify
 ) -> None:
     path = tmp_path / "cifar-100-python.tar.gz"
     path.mkdir() if content is None else path.write_bytes(content)
@@ -642,9 +606,7 @@ def test_a_damaged_archive_is_not_called_absent(
     assert no_network == []
 
 
-def test_an_archive_is_unpacked_without_downloading(
-    archived_cifar10: tuple[Path, Path], no_network: list[str]
-) -> None:
+def test_an_archive_is_unpacked_without_downloading(archived_cifar10, no_network) -> None:
     archive, root = archived_cifar10
     shutil.copy(archive, root)
     source = CIFAR10(str(root), download=False)
@@ -654,9 +616,7 @@ def test_an_archive_is_unpacked_without_downloading(
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
 @pytest.mark.parametrize("verify", [True, False])
-def test_root_may_name_the_inner_folders(
-    cls: type[DownloadedSource], verify: bool, request: pytest.FixtureRequest
-) -> None:
+def test_root_may_name_the_inner_folders(cls, verify, request) -> None:
     root = request.getfixturevalue(FAKES[cls])
     expected = cls(str(root)).load("test")
     inner = root
@@ -668,16 +628,14 @@ def test_root_may_name_the_inner_folders(
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_a_set_one_folder_below_is_named(
-    cls: type[ImageSource], request: pytest.FixtureRequest, no_network: list[str]
-) -> None:
+def test_a_set_one_folder_below_is_named(cls, request, no_network) -> None:
     root = request.getfixturevalue(FAKES[cls])
     message = error_of(cls(str(root.parent), download=False).prepare)
     assert f"it is in {root}: set --data.source.root {root}" in message
 
 
 @pytest.mark.parametrize("cls", [*DOWNLOADED, TinyImageNet])
-def test_a_root_that_is_a_file_is_called_that(cls: type[ImageSource], tmp_path: Path) -> None:
+def test_a_root_that_is_a_file_is_called_that(cls, tmp_path) -> None:
     path = tmp_path / "data"
     path.write_text("a file")
     for call in (cls(str(path)).prepare, lambda: cls(str(path)).load("test")):
@@ -685,9 +643,7 @@ def test_a_root_that_is_a_file_is_called_that(cls: type[ImageSource], tmp_path: 
 
 
 @pytest.mark.parametrize("cls", [CIFAR10, MNIST, TinyImageNet])
-def test_folders_that_may_not_be_read_are_called_that(
-    cls: type[ImageSource], public: Path, stranger: None
-) -> None:
+def test_folders_that_may_not_be_read_are_called_that(cls, public, stranger) -> None:
     root = public / "data"
     root.mkdir(mode=0)
     assert f"{root} is not readable (Permission denied)" in error_of(cls(str(root)).prepare)
@@ -695,7 +651,7 @@ def test_folders_that_may_not_be_read_are_called_that(
 
 
 def test_files_that_may_not_be_read_are_called_that(
-    public: Path, write_cifar10: Callable[..., Path], stranger: None, no_network: list[str]
+    public, write_cifar10, stranger, no_network
 ) -> None:
     path = write_cifar10(public / "data") / "cifar-10-batches-py" / "data_batch_2"
     path.chmod(0)
@@ -703,9 +659,7 @@ def test_files_that_may_not_be_read_are_called_that(
     assert f"{path}, a file of CIFAR-10, is there but it is not readable" in message
 
 
-def test_a_folder_that_may_not_be_written(
-    public: Path, write_cifar10: Callable[..., Path], stranger: None, no_network: list[str]
-) -> None:
+def test_a_folder_that_may_not_be_written(public, write_cifar10, stranger, no_network) -> None:
     root = write_cifar10(public / "data")
     for path in (root, root / "cifar-10-batches-py"):
         path.chmod(0o555)
@@ -734,12 +688,7 @@ def test_a_folder_that_may_not_be_written(
     ],
 )
 def test_a_file_that_is_something_else_is_called_that(
-    cls: type[ImageSource],
-    verify: bool,
-    content: bytes | None,
-    word: str,
-    request: pytest.FixtureRequest,
-    no_network: list[str],
+    cls, verify, content, word, request, no_network
 ) -> None:
     root = request.getfixturevalue(FAKES[cls])
     path = sorted(p for p in root.rglob("*") if p.is_file())[-1]
@@ -752,9 +701,7 @@ def test_a_file_that_is_something_else_is_called_that(
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_a_half_copied_set_is_incomplete_and_not_absent(
-    cls: type[DownloadedSource], request: pytest.FixtureRequest, no_network: list[str]
-) -> None:
+def test_a_half_copied_set_is_incomplete_and_not_absent(cls, request, no_network) -> None:
     root = request.getfixturevalue(FAKES[cls])
     files = sorted(p for p in root.rglob("*") if p.is_file())
     files[-1].unlink()
@@ -767,14 +714,14 @@ def test_a_half_copied_set_is_incomplete_and_not_absent(
 
 
 @pytest.mark.parametrize("cls", [CIFAR10, TinyImageNet])
-def test_a_root_that_leads_nowhere(cls: type[ImageSource], tmp_path: Path) -> None:
+def test_a_root_that_leads_nowhere(cls, tmp_path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "unmounted")
     assert "is not readable (No such file" in error_of(cls(str(tmp_path / "link")).prepare)
     (tmp_path / "file").touch()
     assert "is below a file" in error_of(cls(str(tmp_path / "file" / "data")).prepare)
 
 
-def test_names_of_packed_files_may_lie(fake_fashion_mnist: Path) -> None:
+def test_names_of_packed_files_may_lie(fake_fashion_mnist) -> None:
     expected = FashionMNIST(str(fake_fashion_mnist)).load("test")[0]
     one, other = sorted((fake_fashion_mnist / FashionMNIST.folder).glob("t10k*"))
     one.write_bytes(gzip.decompress(one.read_bytes()))  # as some browsers do
@@ -792,7 +739,7 @@ def unpack(path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("spelling", ["{}-idx{}", "{}.idx{}", "{}-idx{}/{}-idx{}"])
 def test_unpacked_files_are_read_and_verified_where_their_content_is_known(
-    fake_mnist: Path, fake_fashion_mnist: Path, spelling: str
+    fake_mnist, fake_fashion_mnist, spelling
 ) -> None:
     for cls, root in ((MNIST, fake_mnist), (FashionMNIST, fake_fashion_mnist)):
         expected = cls(str(root)).load("test")
@@ -812,9 +759,7 @@ def test_unpacked_files_are_read_and_verified_where_their_content_is_known(
     assert "SHA-256" in error_of(FashionMNIST(str(fake_fashion_mnist)).prepare)
 
 
-def test_fashion_mnist_comes_from_the_system_package(
-    fake_fashion_mnist: Path, no_network: list[str]
-) -> None:
+def test_fashion_mnist_comes_from_the_system_package(fake_fashion_mnist, no_network) -> None:
     source = FashionMNIST(str(fake_fashion_mnist))
     expected = source.load("train")
     raw, system = fake_fashion_mnist / FashionMNIST.folder, Path(FashionMNIST.elsewhere[0])
@@ -834,7 +779,7 @@ def test_fashion_mnist_comes_from_the_system_package(
     not Path("/usr/share/datasets/fashion-mnist").is_dir(),
     reason="the Debian package dataset-fashion-mnist is not installed",
 )
-def test_the_package_is_official(tmp_path: Path) -> None:
+def test_the_package_is_official(tmp_path) -> None:
     source = FashionMNIST(str(tmp_path), download=False)
     source.prepare()
     x, y = source.load("train")
@@ -843,9 +788,7 @@ def test_the_package_is_official(tmp_path: Path) -> None:
     assert FashionMNIST.spec.mean[0] == pytest.approx(x.double().mean().item() / 255, abs=5e-5)
 
 
-def test_packed_files_that_unpack_to_far_more_are_refused(
-    fake_mnist: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_files_that_unpack_to_far_more_are_refused(fake_mnist, monkeypatch) -> None:
     monkeypatch.setattr(files, "_ROOM", 2**16)
     path = fake_mnist / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(struct.pack(">II", 2049, 10) + bytes(2**18)))
@@ -853,9 +796,7 @@ def test_packed_files_that_unpack_to_far_more_are_refused(
     assert "more than 50 times as many" in error_of(lambda: source.load("test"))
 
 
-def test_matlab_files_that_unpack_to_far_more_are_refused(
-    fake_svhn: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_matlab_files_that_unpack_to_far_more_are_refused(fake_svhn, monkeypatch) -> None:
     monkeypatch.setattr(files, "_ROOM", 2**16)
     from scipy.io import savemat
 
@@ -865,7 +806,7 @@ def test_matlab_files_that_unpack_to_far_more_are_refused(
     assert "more than 50 times as many" in error_of(lambda: svhn.load("test"))
 
 
-def test_labels_are_whole_numbers_in_a_flat_list(fake_cifar10: Path) -> None:
+def test_labels_are_whole_numbers_in_a_flat_list(fake_cifar10) -> None:
     nested: list[object] = [1]
     for _ in range(40):  # 2^40 numbers for whoever unfolds it
         nested = [nested, nested]
@@ -875,7 +816,7 @@ def test_labels_are_whole_numbers_in_a_flat_list(fake_cifar10: Path) -> None:
         assert "whole numbers" in error_of(lambda source=source: source.load("train"))
 
 
-def test_matlab_files_of_another_kind(fake_svhn: Path) -> None:
+def test_matlab_files_of_another_kind(fake_svhn) -> None:
     from scipy.io import savemat
 
     path = fake_svhn / "test_32x32.mat"
@@ -902,7 +843,7 @@ def sort_validation(root: Path, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["nested", "flat"])
 @pytest.mark.parametrize("annotations", ["kept", "empty", "removed"])
 def test_tiny_imagenet_with_sorted_validation_images(
-    fake_tiny_imagenet: Path, layout: str, annotations: str
+    fake_tiny_imagenet, layout, annotations
 ) -> None:
     expected = TinyImageNet(str(fake_tiny_imagenet), verify=False).load("test")
     sort_validation(fake_tiny_imagenet, layout)
@@ -918,7 +859,7 @@ def test_tiny_imagenet_with_sorted_validation_images(
     assert torch.equal(found[1], expected[1])
 
 
-def test_tiny_imagenet_with_flat_classes_and_other_files(fake_tiny_imagenet: Path) -> None:
+def test_tiny_imagenet_with_flat_classes_and_other_files(fake_tiny_imagenet) -> None:
     expected = TinyImageNet(str(fake_tiny_imagenet), verify=False).load("train")
     train = fake_tiny_imagenet / "tiny-imagenet-200" / "train"
     (train / ".ipynb_checkpoints").mkdir()
@@ -934,7 +875,7 @@ def test_tiny_imagenet_with_flat_classes_and_other_files(fake_tiny_imagenet: Pat
 
 
 @pytest.mark.parametrize("place", ["inner", "renamed", "twice"])
-def test_tiny_imagenet_one_folder_deeper(fake_tiny_imagenet: Path, place: str) -> None:
+def test_tiny_imagenet_one_folder_deeper(fake_tiny_imagenet, place) -> None:
     expected = TinyImageNet(str(fake_tiny_imagenet), verify=False).load("test")[0]
     folder = fake_tiny_imagenet / "tiny-imagenet-200"
     root = folder if place == "inner" else fake_tiny_imagenet
@@ -947,7 +888,7 @@ def test_tiny_imagenet_one_folder_deeper(fake_tiny_imagenet: Path, place: str) -
     assert torch.equal(TinyImageNet(str(root), verify=False).load("test")[0], expected)
 
 
-def test_tiny_imagenet_without_labels_or_unpacked(fake_tiny_imagenet: Path, tmp_path: Path) -> None:
+def test_tiny_imagenet_without_labels_or_unpacked(fake_tiny_imagenet, tmp_path) -> None:
     path = fake_tiny_imagenet / "tiny-imagenet-200" / "val" / "val_annotations.txt"
     source = TinyImageNet(str(fake_tiny_imagenet), verify=False)
     path.write_text("")
@@ -966,7 +907,7 @@ def test_tiny_imagenet_without_labels_or_unpacked(fake_tiny_imagenet: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["../../../secret.JPEG", "/etc/passwd", "..", "a/b.JPEG", ""])
-def test_annotations_name_files_inside_the_folder(fake_tiny_imagenet: Path, name: str) -> None:
+def test_annotations_name_files_inside_the_folder(fake_tiny_imagenet, name) -> None:
     from PIL import Image
 
     Image.new("RGB", (64, 64)).save(fake_tiny_imagenet / "secret.JPEG")
@@ -980,9 +921,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpa
 
 
 @pytest.mark.parametrize("kind", ["eps", "png", "large", "huge", "empty", "lfs"])
-def test_only_jpegs_of_the_right_size_are_decoded(
-    fake_tiny_imagenet: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_jpegs_of_the_right_size_are_decoded(fake_tiny_imagenet, kind, monkeypatch) -> None:
     from PIL import EpsImagePlugin, Image
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it ran"))
