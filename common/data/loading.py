@@ -21,7 +21,7 @@ class ImageDataset(Dataset[Batch]):
         rows: Which of them this data set has, ``(N,)``.
 
     Attributes:
-        remarks: What a reader of figures about it should know.
+        remarks: Sentences that belong to results on this data set.
     """
 
     def __init__(self, x: Tensor, y: Tensor, rows: Tensor) -> None:
