@@ -1,6 +1,9 @@
 """Shared by tests of the data modules: a stand-in for a trainer, and a model that takes notes."""
 
 import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+
+from common.errors import DataUnavailableError
 
 
 def _stub_trainer(
@@ -95,3 +100,35 @@ def Recorder() -> Any:  # noqa: N802
 @pytest.fixture
 def InterruptAt() -> Any:  # noqa: N802
     return _InterruptAt
+
+
+def _error_of(call: Callable[[], object]) -> str:
+    """The message of the DataUnavailableError that the call raises: always a single line."""
+    with pytest.raises(DataUnavailableError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def error_of() -> Callable[[Callable[[], object]], str]:
+    return _error_of
+
+
+@pytest.fixture
+def stranger() -> Iterator[None]:
+    """The test runs without the permissions of root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    if user == 0:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that anybody may list and write."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
