@@ -31,7 +31,7 @@ SUITE = {
 def compare(seeds: int, epochs: int) -> dict[str, Any]:
     """Clean and worst-case accuracy over seeds, by the engine of the training attack.
 
-    The evaluation attacks the plain float32 network, whatever trained it.
+    The evaluation attacks the plain float32 network, for every training engine.
     """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
     for seed in range(seeds):

@@ -101,7 +101,7 @@ def one_graph(task: Task, engine: AttackEngine) -> Attack:
 
 @dataclass
 class Candidate:
-    """A training step of its own on a copy of the task's network."""
+    """A training step on a copy of the task's network."""
 
     task: Task
     attack: Attack

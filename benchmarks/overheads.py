@@ -22,7 +22,8 @@ from common.callbacks.adversarial_training import AdversarialTraining
 from common.classifier import RobustClassifier
 from common.cli.trainer import Trainer
 from common.data.base import ImageSource, ImageSpec
-from common.data.images import Batch, ImageDataModule, ImageDataset
+from common.data.images import ImageDataModule
+from common.data.loading import Batch, ImageDataset
 from common.networks.resnet import ResNet, ResNet18
 from common.objectives import AT
 

@@ -59,7 +59,7 @@ def peaks(device: str, batch: int) -> dict[str, float]:
 
 
 def flops_of(net: nn.Module, x: Tensor, passes: Passes) -> float:
-    """Floating-point operations of so many passes over a batch, as if every one were needed.
+    """Floating-point operations of ``passes`` over a batch, as if every one were needed.
 
     Those of convolutions and matrix products; a backward pass to the images and one to the weights
     cost as many as a forward pass each.
@@ -102,7 +102,7 @@ class _Alive(TorchDispatchMode):
 
 
 def memory_of(step: Callable[[], object], *alive: Tensor) -> int:
-    """Most bytes of tensors alive at once in a step; those ``alive`` beforehand count.
+    """Most bytes of tensors alive at once in a step, those ``alive`` before it included.
 
     Counted tensor by tensor, so without an allocator's or a convolution's workspace. With those
     alive on a GPU it is what the allocator hands out beyond what others hold.

@@ -1,5 +1,6 @@
 """A fixed seed, one thread, tiny batches, and small sets of images in their real file formats."""
 
+import copy
 import gzip
 import hashlib
 import json
@@ -9,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from common.data.sources import FashionMNIST
 from common.evaluation.presets import load_suite
+from common.results.reference import Reference, read_reference
 
 torch.set_num_threads(1)
 
@@ -311,3 +314,55 @@ def tiny(
     """A small experiment, run in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     return Tiny(tmp_path, capsys)
+
+
+class UniqueKeys(yaml.CSafeLoader):
+    """YAML in which a key that occurs twice is an error; usually the last one counts."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"{sorted(keys)} {node.start_mark}"
+        return super().construct_mapping(node, deep=True)
+
+
+@cache
+def _read(path: Path) -> Any:
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
+
+
+class Paper:
+    """The experiments of a paper.
+
+    Attributes:
+        folder: Of the paper.
+        paths: Configuration files, by stem.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.folder = Path(__file__).parents[1] / name
+        self.paths = {path.stem: path for path in sorted(self.folder.glob("configs/*.yaml"))}
+
+    @cached_property
+    def reference(self) -> Reference:
+        return read_reference(self.folder / "reference.yaml")
+
+    def read(self, file: str) -> Any:
+        """What a file of the paper says, without a key that occurs twice."""
+        return copy.deepcopy(_read(self.folder / file))
+
+    def config(self, stem: str) -> Any:
+        """An experiment, with the contents of the files that it refers to."""
+        return self._whole(_read(self.paths[stem]), self.paths[stem].parent)
+
+    def _whole(self, value: Any, folder: Path) -> Any:
+        if isinstance(value, str) and value.endswith(".yaml"):
+            return self._whole(_read(folder / value), (folder / value).parent)
+        if isinstance(value, dict):
+            return {key: self._whole(part, folder) for key, part in value.items()}
+        return [self._whole(part, folder) for part in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="session")
+def paper_of() -> Callable[[str], Paper]:
+    """``paper_of("paper_cifs")``: the paper's experiments, read once."""
+    return cache(Paper)

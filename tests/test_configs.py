@@ -1,19 +1,33 @@
-"""Every configuration of every paper, through the real command line."""
+"""Every configuration of every paper: what it says, what it builds, and that it trains.
 
+The parser of the command line parses each distinct section once: a command line for each experiment
+would take minutes. One experiment of each kind goes through ``main``, all of them in slow tests.
+"""
+
+import copy
+import json
 import pickle
+import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
 from common.cli.main import RobustCLI, main
-from common.evaluation.suite import steps_of
+from common.cli.parser import fill_from_data
+from common.cli.rows import Row
+from common.evaluation.suite import check_suite, steps_of
+from common.parsing import ArgumentParser, load_named
+from common.results.tables import render_table
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("paper_*/configs/*.yaml"))
-DIGITS = [path for path in CONFIGS if path.stem.startswith("digits")]
+PAPERS = sorted({path.parents[1].name for path in CONFIGS})
 # Two images and short attacks: what a full-size network costs on a CPU here is its imports.
 SMALL = {
     "data.batch_size": 2,
@@ -22,36 +36,28 @@ SMALL = {
     "data.train_limit": 20,
     "data.test_limit": 2,
     "adversary.attack.steps": 1,
+    "warm_start.experiment": "null",
     "trainer.fast_dev_run": "true",
     "trainer.accelerator": "cpu",
     "trainer.enable_progress_bar": "false",
     "trainer.enable_model_summary": "false",
 }
+FAKES = {
+    "cifar10": "fake_cifar10",
+    "cifar100": "fake_cifar100",
+    "svhn": "fake_svhn",
+    "mnist": "fake_mnist",
+    "fashion": "fake_fashion_mnist",
+    "tiny": "fake_tiny_imagenet",
+}
+
+BUILT: dict[str, torch.nn.Module] = {}
+"""Networks that have made logits, by their settings."""
 
 
-def name(path: Path) -> str:
-    return path.stem
-
-
-def kind(path: Path) -> tuple[str, ...]:
-    """What a configuration is made of: classes and shared files, without their numbers."""
-
-    def classes(value: object) -> list[str]:
-        if isinstance(value, dict):
-            own = [value["class_path"]] if "class_path" in value else []
-            return own + [c for part in value.values() for c in classes(part)]
-        if isinstance(value, list):
-            return [c for part in value for c in classes(part)]
-        return [value] if isinstance(value, str) and value.endswith(".yaml") else []
-
-    return (path.parents[1].name, *classes(yaml.safe_load(path.read_text())))
-
-
-# One of each kind is made by default, all of them by the slow tests.
-def mostly_slow(paths: list[Path]) -> list[object]:
-    first = {kind(path): path for path in reversed(paths)}.values()
-    marks = {path: () if path in first else pytest.mark.slow for path in paths}
-    return [pytest.param(path, id=path.stem, marks=marks[path]) for path in paths]
+@pytest.fixture(params=PAPERS)
+def paper(request, paper_of):
+    return paper_of(request.param)
 
 
 def predecessors(config: dict) -> dict[str, str]:
@@ -64,86 +70,179 @@ def predecessors(config: dict) -> dict[str, str]:
     }
 
 
-def options(path: Path, **more: object) -> list[str]:
-    settings = SMALL | more
-    config = yaml.safe_load(path.read_text())
-    if config["adversary"].get("attack") is None:
-        settings = {k: v for k, v in settings.items() if not k.startswith("adversary")}
+# ------------------------------------------------------------------------------------ what is said
+
+
+def test_nothing_is_written_twice(paper) -> None:
+    for path in [paper.folder / "reference.yaml", *paper.folder.rglob("configs/**/*.yaml")]:
+        paper.read(str(path.relative_to(paper.folder)))
+    for path in ROOT.glob("common/configs/*.yaml"):
+        paper.read(str(path))
+
+
+def test_every_experiment_has_a_row_and_every_group_has_rows(paper) -> None:
+    reference = paper.reference
+    assert set(paper.paths) == set(reference.rows)
+    filled = {group for row in reference.rows.values() for group in row.groups}
+    assert filled == {group.id for group in reference.groups}
+    tags = paper.read("reference.yaml").get("tags", {})
+    assert {row.source for row in reference.rows.values()} <= {*tags, None}
+    markdown = render_table(paper.folder.name).markdown
+    assert all(f"### {group.title}" in markdown for group in reference.groups)
+
+
+def test_an_experiment_says_which_row_it_is_and_what_it_needs(paper) -> None:
+    for stem, path in paper.paths.items():
+        text, config = path.read_text(), paper.config(stem)
+        assert text.startswith("# "), "the first line says which row this is"
+        assert not re.search("num_classes|in_channels|image_shape", text), "the data decide these"
+        assert {"model", "data", "adversary", "evaluation", "trainer"} <= set(config)
+        has_attack = config["adversary"]["attack"] is not None
+        objective = load_named(config["model"]["init_args"]["objective"]["class_path"])
+        assert objective.needs_x_adv == has_attack, stem
+        starts = [config["warm_start"]["experiment"]] if "warm_start" in config else []
+        assert {*starts, *predecessors(config).values()} <= set(paper.paths)
+
+
+def test_a_change_in_a_shared_file_is_a_change_of_the_row(paper) -> None:
+    for stem, path in paper.paths.items():
+        row = Row(paper.folder.name, stem, 0, ())
+        named = set(re.findall(r"[\w./-]+\.yaml\b", re.sub("#.*", "", path.read_text())))
+        assert {part.resolve() for part in row.parts} == {
+            (path.parent / name).resolve() for name in named
+        }, stem
+
+
+# ----------------------------------------------------------------------------------- what is built
+
+
+@cache
+def parser_of(package: str) -> ArgumentParser:
+    """The parser of the command line, the same for all experiments of a paper."""
+    first = next(path for path in CONFIGS if path.parents[1].name == package)
+    with torch.device("meta"):
+        parser = RobustCLI(package, ["--config", str(first)], run=False).parser
+    parser.exit_on_error = False
+    return parser
+
+
+@cache
+def parsed(package: str, section: str, text: str) -> Any:
+    """A section, without the defaults of what it does not state: they make parsing slow."""
+    settings = {section: json.loads(text)}
+    return parser_of(package).parse_object(settings, defaults=False, _skip_required=True)[section]
+
+
+@cache
+def from_data(class_path: str) -> dict[str, Any]:
+    """The arguments of a network that the command line takes from the data, with their defaults."""
+    parser, made = ArgumentParser(exit_on_error=False), load_named(class_path)
+    add = parser.add_class_arguments if isinstance(made, type) else parser.add_function_arguments
+    add(made, "made", fail_untyped=False)
+    known = vars(parser.get_defaults().get("made", Namespace()))
+    names = ("num_classes", "in_channels", "image_shape")
+    return {name: known[name] for name in names if name in known}
+
+
+def fill_networks(value: Any) -> None:
+    """Give all networks below a section the arguments that the data decide."""
+    items = value.items() if isinstance(value, dict) else vars(value).items()
+    for key, part in list(items):
+        if isinstance(part, Namespace | dict):
+            if key in ("net", "arch"):
+                given = vars(part.get("init_args") or Namespace())
+                part["init_args"] = Namespace(**{**from_data(part["class_path"]), **given})
+            fill_networks(part)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_everything_in_a_config_can_be_made(path, paper_of) -> None:
+    """Networks are tried out without weights: shapes and counts need none."""
+    paper, package, stem = paper_of(path.parents[1].name), path.parents[1].name, path.stem
+    sections = paper.config(stem).items()
+    config = Namespace(**{key: parsed(package, key, json.dumps(part)) for key, part in sections})
+    config.model = copy.deepcopy(config.model)
+    fill_networks(config.model)
+    fill_from_data(config)
+    arguments = config.model.init_args
+    key = json.dumps([arguments.net, config.data.source], default=str)
+    arguments.net = BUILT.get(key, arguments.net)
+    with torch.device("meta"), torch.inference_mode():
+        made = parser_of(package).instantiate(config)
+        if key not in BUILT:
+            logits = made.model.eval()(torch.rand(1, *made.data.shape))
+            assert logits.shape == (1, made.data.num_classes)
+            BUILT[key] = made.model.net
+    assert (made.adversary.attack is not None) == made.model.objective.needs_x_adv
+    check_suite(made.evaluation.suite, made.model)
+    steps = steps_of(made.evaluation.suite, made.model, made.data.num_classes, seed=0)
+    assert all(s.kind == "noise" or s.threat is None or s.threat.radius >= 0 for s in steps)
+    weights = made.model.net.named_parameters()
+    count = sum(p.numel() for name, p in weights if "auxiliary" not in name)
+    assert count > 5_000
+    # The size of the network stands in the header and, where it was published, among the results.
+    said = re.search(r"^# ([\d.,]+)( M)? parameters", path.read_text(), re.MULTILINE)
+    if said is not None:
+        number = said[1].replace(",", "")
+        exact = count / 1e6 if said[2] else count
+        assert float(number) == round(exact, len(number.partition(".")[2]))
+    row = paper.reference.rows[stem]
+    if (known := row.last.get("parameters")) is not None:
+        assert known == round(count / 1e6, 3)
+
+
+# ------------------------------------------------------------------------------------ what is run
+
+
+@cache
+def read(path: Path) -> Any:
+    return yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
+
+
+def kind(path: Path) -> tuple[Any, ...]:
+    """Classes of network, objective and adversary, and the shape of the data."""
+    config = read(path)
+    model, adversary = config["model"]["init_args"], config["adversary"]
+    if isinstance(adversary, str):
+        adversary = read(path.parent / adversary)
+    source = read(path.parent / config["data"])["source"]
+    shape = load_named(source["class_path"])(**source.get("init_args", {})).spec.shape
+    parts = (model["net"], model["objective"], adversary["attack"] or {})
+    return (*(part.get("class_path") for part in parts), shape)
+
+
+def one_of_each_kind() -> list[Any]:
+    """All experiments; but the first on the digits of each kind, they are slow tests."""
+    first = {kind(path): path for path in reversed(CONFIGS)}.values()
+    return [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=() if path in first and path.stem.startswith("digits") else pytest.mark.slow,
+        )
+        for path in CONFIGS
+    ]
+
+
+@pytest.mark.parametrize("path", one_of_each_kind())
+def test_an_experiment_survives_fit(path, tmp_path, monkeypatch, request, paper_of) -> None:
+    package, dataset = path.parents[1].name, path.stem.partition("_")[0]
+    config = paper_of(package).config(path.stem)
+    settings: dict[str, Any] = dict(SMALL)
+    if dataset != "digits":
+        root = request.getfixturevalue(FAKES[dataset])
+        settings["data.source.root"] = root
+        if dataset == "tiny":  # twelve images of three classes; one of each is held out
+            settings |= {"data.val_size": 3, "data.source.verify": "false"}
+        if "500k" in path.stem:
+            settings["data.extra.root"] = root
+            images = np.zeros((8, 32, 32, 3), dtype=np.uint8)
+            extra = {"data": images, "extrapolated_targets": np.arange(8)}
+            (Path(root) / "ti_500K_pseudo_labeled.pickle").write_bytes(pickle.dumps(extra))
+    if config["adversary"]["attack"] is None:
+        del settings["adversary.attack.steps"]
     for key in predecessors(config):  # networks that other runs train are taken as they are
         settings[f"{key}.as_it_is"] = "true"
-    flat = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
-    return ["--config", str(path), *flat]
-
-
-def test_there_are_configs() -> None:
-    assert len(CONFIGS) > 50
-    assert len(DIGITS) >= 8
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=name)
-def test_a_config_describes_one_known_experiment(path) -> None:
-    reference = yaml.safe_load((path.parents[1] / "reference.yaml").read_text())
-    assert path.stem in reference["rows"]
-    assert path.read_text().startswith("# "), "the first line says which row this is"
-    config = yaml.safe_load(path.read_text())
-    assert {"model", "data", "adversary", "evaluation", "trainer"} <= set(config)
-    if start := config.get("warm_start"):
-        assert (path.parent / f"{start['experiment']}.yaml").exists()
-    for experiment in predecessors(config).values():
-        assert (path.parent / f"{experiment}.yaml").exists()
-
-
-@pytest.mark.parametrize("path", mostly_slow(CONFIGS))
-def test_a_config_parses_and_everything_in_it_can_be_made(path) -> None:
-    """Large networks without weights: shapes and counts need none."""
-    arguments = [*options(path), "--trainer.logger", "false"]
-    with torch.device("cpu" if path in DIGITS else "meta"), torch.inference_mode():
-        cli = RobustCLI(path.parents[1].name, arguments, run=False)
-        net = cli.model.net
-        shape = cli.datamodule.shape
-        logits = cli.model.eval()(torch.rand(1, *shape))
-    assert logits.shape == (1, cli.datamodule.num_classes)
-    assert sum(p.numel() for p in net.parameters()) > 5_000
-    needs_attack = cli.model.objective.needs_x_adv
-    adversary = cli.config_init["adversary"]
-    assert (adversary.attack is not None) == needs_attack
-    suite = cli.config_init["evaluation"].suite
-    for step in steps_of(suite, cli.model, cli.datamodule.num_classes, seed=0):
-        assert step.kind == "noise" or step.threat is None or step.threat.radius >= 0
-    assert suite
-
-
-@pytest.mark.parametrize("path", mostly_slow(DIGITS))
-def test_a_digits_config_survives_fit(path, tmp_path, monkeypatch) -> None:
+    options = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
     monkeypatch.chdir(tmp_path)
-    main(["fit", *options(path), "--warm_start.experiment", "null"], package=path.parents[1].name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in CONFIGS if p not in DIGITS], ids=name)
-def test_every_config_survives_fit(path, tmp_path, monkeypatch, request) -> None:
-    dataset = path.stem.partition("_")[0]
-    fixture = {
-        "cifar10": "fake_cifar10",
-        "cifar100": "fake_cifar100",
-        "svhn": "fake_svhn",
-        "mnist": "fake_mnist",
-        "fashion": "fake_fashion_mnist",
-        "tiny": "fake_tiny_imagenet",
-    }
-    root = request.getfixturevalue(fixture[dataset])
-    monkeypatch.chdir(tmp_path)
-    more = {"data.source.root": root, "data.val_limit": 2}
-    if dataset == "tiny":
-        # Twelve images of three classes; one of each is held out.
-        more |= {"data.val_size": 3, "data.source.verify": "false"}
-    if "500k" in path.stem:
-        more["data.extra.root"] = root
-        images = np.zeros((8, 32, 32, 3), dtype=np.uint8)
-        extra = {"data": images, "extrapolated_targets": np.arange(8)}
-        (Path(root) / "ti_500K_pseudo_labeled.pickle").write_bytes(pickle.dumps(extra))
-    arguments = options(path, **more)
-    main(
-        ["fit", *arguments, "--warm_start.experiment", "null"],
-        package=path.parents[1].name,
-    )
+    main(["fit", "--config", str(path), *options], package=package)

@@ -19,6 +19,7 @@ Authors. *Title*. Venue, year, arXiv number.
 The claim in two or three sentences.
 """
 ''',
+    "paper_$name/py.typed": "",
     "paper_$name/__main__.py": '''\
 """``python -m paper_$name fit|validate|test|predict|reproduce``."""
 

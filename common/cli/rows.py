@@ -90,8 +90,8 @@ class Row:
         Raises:
             ConfigurationError: If one is missing, or has an unusual name.
         """
-        values = self.settings.values() if isinstance(self.settings, Mapping) else []
-        names = [value for value in values if isinstance(value, str) and value.endswith(".yaml")]
+        texts = [text for _, text in _texts(self.settings, set())]
+        names = dict.fromkeys(text for text in texts if text.endswith(".yaml"))
         for name in names:
             if not SAFE.fullmatch(name) or not (self.config.parent / name).is_file():
                 raise ConfigurationError(
@@ -103,7 +103,8 @@ class Row:
     @cached_property
     def needs(self) -> list["Row"]:
         """The rows whose weights this one starts or learns from: every ``experiment:`` it names."""
-        named = dict.fromkeys(_experiments(self.settings, set()))
+        named = {text for key, text in _texts(self.settings, set()) if key == "experiment"}
+        named = {name for name in named if SAFE.fullmatch(name) and "/" not in name}
         found = [Row(self.package, stem, self.seed, self.options) for stem in sorted(named)]
         return [row for row in found if row.stem != self.stem and row.config.is_file()]
 
@@ -135,17 +136,15 @@ class Row:
             return False
 
 
-def _experiments(value: Any, seen: set[int]) -> Iterator[str]:
-    """Every plain name that stands under a key ``experiment``."""
+def _texts(value: Any, seen: set[int]) -> Iterator[tuple[str, str]]:
+    """Every text in settings, with the key it stands under; in a list, none."""
     if id(value) in seen or not isinstance(value, Mapping | list):
         return
     seen.add(id(value))
-    if isinstance(value, Mapping):
-        name = value.get("experiment")
-        if isinstance(name, str) and SAFE.fullmatch(name) and "/" not in name:
-            yield name
-    for part in value.values() if isinstance(value, Mapping) else value:
-        yield from _experiments(part, seen)
+    for key, part in value.items() if isinstance(value, Mapping) else (("", one) for one in value):
+        if isinstance(part, str):
+            yield key, part
+        yield from _texts(part, seen)
 
 
 def rows_of(package: str, on: str, seeds: Sequence[int], options: Sequence[str] = ()) -> list[Row]:

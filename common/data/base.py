@@ -1,4 +1,4 @@
-"""What every source of images is and says: its specification, and two splits as uint8 tensors."""
+"""Interface of image sources: a specification, and two splits as uint8 tensors."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

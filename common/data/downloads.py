@@ -18,7 +18,7 @@ from common.data.reading import check_folder, listed, md5_of, one_line
 from common.errors import DataUnavailableError, check_choice
 from common.files import strangeness_of
 
-_NETWORK_TIMEOUT = 15.0  # seconds without an answer; torchvision itself would wait for ever
+_NETWORK_TIMEOUT = 15.0  # seconds without an answer; torchvision sets no limit
 _OWN = "if it is your own or a subset, set --data.source.verify false"
 
 
@@ -127,7 +127,7 @@ class DownloadedSource(ImageSource):
             raise DataUnavailableError(
                 f"the {split} split of {self.spec.name} in {folder} is there but cannot be read "
                 f"({one_line(error)}): delete {listed(self._checksums())} there to have "
-                "the official files downloaded anew, or mend your own"
+                "the official files downloaded again, or correct your own"
             ) from error
 
     # ------------------------------------------------------------------------- what is there
@@ -175,12 +175,12 @@ class DownloadedSource(ImageSource):
             if strangeness:
                 raise DataUnavailableError(
                     f"{path}, a file of {self.spec.name}, is there but it is {strangeness}: put "
-                    "the official file there, or delete it to have it downloaded anew"
+                    "the official file there, or delete it to have it downloaded again"
                 )
             if self.verify and (problem := self._problem(path, name)):
                 raise DataUnavailableError(
                     f"{path} is there but not the official {self.spec.name} file ({problem}): if "
-                    f"it is truncated or damaged, delete it to have it downloaded anew; {_OWN}"
+                    f"it is truncated or damaged, delete it to have it downloaded again; {_OWN}"
                 )
         missing = [name for name in self._checksums() if name not in found]
         if not missing:
@@ -199,7 +199,7 @@ class DownloadedSource(ImageSource):
             raise DataUnavailableError(
                 f"{path} is there but damaged, or not the official archive of {self.spec.name} "
                 f"({size}, expected the MD5 {official[name]}): delete it to have it downloaded "
-                f"anew; if it holds your own images, unpack it in {self.root} and set "
+                f"again; if it holds your own images, unpack it in {self.root} and set "
                 "--data.source.verify false"
             )
         return bool(official) and len(there) == len(official)

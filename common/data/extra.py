@@ -24,7 +24,7 @@ class ExtraImages:
     as the 500 K images that Carmon et al. 2019 found for CIFAR-10; or an npz file with ``image``
     and ``label``, as generated images are published (Rebuffi et al. 2021, Wang et al. 2023). They
     are read without running anything that a pickle could run. The 500 K images come from 80 Million
-    Tiny Images, which its authors withdrew in 2020; the file cannot be made anew from there.
+    Tiny Images, which its authors withdrew in 2020; the file cannot be made again from there.
 
     Args:
         root: Folder that has the file.

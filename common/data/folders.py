@@ -25,13 +25,13 @@ Listing = tuple[list[Path], list[int]]
 class FolderSource(ImageSource):
     """Images ``train/<class>/images/*.JPEG`` and ``val/images/*.JPEG`` with their annotations.
 
-    Images may lie straight in their class's folder; those for validation, which are the test split,
+    Images may be directly in their class's folder; those for validation, the test split,
     may be sorted into such folders, and need no ``val_annotations.txt`` then. Training images are
     ordered by their rank within the class, so that the first n hold all classes alike; those for
     validation as annotated, or else by the number in their names, which is the same order.
 
-    Decoding takes about a minute, once: the pixels are kept as ``<folder>.<split>.pt`` beside the
-    folder. Delete these files after editing an image in place.
+    Decoding takes about a minute, once: the pixels are kept beside the folder as
+    ``.<folder>.<split>.decoded.pt``. Delete these files after editing an image in place.
 
     Args:
         root: Folder that has the data set's folder in it, or this folder itself.
@@ -76,9 +76,7 @@ class FolderSource(ImageSource):
             for path, y in zip(files, labels, strict=True)
         )
         digest = hashlib.sha256(names.encode()).hexdigest()
-        cache = folder.with_name(
-            f".{folder.name}.{split}.decoded.pt"
-        )  # a name of nobody else's file
+        cache = folder.with_name(f".{folder.name}.{split}.decoded.pt")
         x = self._cached(cache, digest, len(files))
         if x is None:
             x = self._decode(files)
@@ -188,7 +186,7 @@ class FolderSource(ImageSource):
             is_fit = x.shape == (count, *self.spec.shape) and x.dtype == torch.uint8
             if content["digest"] == digest and is_fit:
                 return x
-        except Exception as error:  # whatever is wrong with it, decoding anew puts it right
+        except Exception as error:  # the images are decoded again in any case
             warnings.warn(
                 f"{cache} is damaged ({one_line(error)}); the images are decoded again",
                 stacklevel=2,

@@ -1,4 +1,4 @@
-"""Readers of files from strangers: they run nothing, fill no memory and say what is wrong."""
+"""Readers of untrusted files: they run no code, bound the memory and say what is wrong."""
 
 import gzip
 import hashlib
@@ -42,7 +42,7 @@ def one_line(error: BaseException) -> str:
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:
-    """At most so many names, then how many more."""
+    """The first ``most`` names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -92,7 +92,7 @@ def whole_numbers(values: Any) -> NDArray[Any]:
 
 
 def read_unpacked(path: Path) -> bytes:
-    """Content of a file, unpacked if gzip packed it, whatever its name says.
+    """Content of a file, unpacked if it is a gzip file by content.
 
     Raises:
         ValueError: If it unpacks to far more than images would.

@@ -27,7 +27,7 @@ from common.errors import ConfigurationError, check_choice
 def stratified_split(y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Splits positions so that both parts have the classes in equal proportions.
 
-    Each class gives its share of ``count`` rounded down; what is left goes to the largest
+    Each class gives its share of ``count`` rounded down; the rest goes to the largest
     remainders. Which of its examples a class gives is decided by hashing their positions, so the
     split is the same on every machine and for every version of every library.
 
@@ -285,11 +285,8 @@ class FashionMNIST(MNIST):
         shape=(1, 28, 28),
         mean=(0.2860,),
         std=(0.3530,),
-        class_names=(
-            "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-        ),
-    )  # fmt: skip
+        class_names=tuple(torchvision.datasets.FashionMNIST.classes),
+    )
 
 
 _TINY_IMAGENET_CLASSES = """

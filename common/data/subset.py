@@ -1,4 +1,4 @@
-"""A few examples that stand for all: stratified by class, the same for every model and seed."""
+"""Stratified subsets of a data set, the same for every model and seed."""
 
 import torch
 from torch import Tensor

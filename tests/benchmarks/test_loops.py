@@ -105,7 +105,7 @@ def test_between_steps_weights_gradients_and_momentum_are_alive(task) -> None:
     ids=["AT", "TRADES", "MART", "ALP"],
 )
 @pytest.mark.parametrize("engine", [None, AttackEngine()], ids=["plain", "engine"])
-def test_lightning_adds_no_pass(objective, expected: Passes, engine) -> None:
+def test_lightning_adds_no_pass(objective, expected, engine) -> None:
     """Three steps of attack, clean and adversarial images once each, clean logits before it."""
     from common.attacks.pgd import PGD
 

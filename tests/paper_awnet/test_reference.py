@@ -1,4 +1,4 @@
-"""A row for every experiment, nothing invented, and recipes as they were decided."""
+"""Nothing invented in the reference, and recipes as they were decided."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,8 @@ import yaml
 
 from common.cli.main import RobustCLI
 from common.evaluation.suite import check_suite, resolve_losses, steps_of
-from common.results.tables import Reference, read_reference, render_table
 
 PAPER = Path(__file__).parents[2] / "paper_awnet"
-CONFIGS = {path.stem: path for path in (PAPER / "configs").glob("*.yaml")}
-REAL = sorted(stem for stem in CONFIGS if not stem.startswith("digits"))
-STUDENTS = sorted(stem for stem in REAL if "mtard" in stem)
 BACKBONES = {
     "cifar10_resnet18": 11.174,
     "cifar100_resnet18": 11.220,
@@ -31,19 +27,18 @@ BACKBONES = {
 SHORT = ("st", "at", "trades", "mart", "oat", "clean", "robust")
 
 
-def load(path: Path) -> Any:
-    return yaml.safe_load(path.read_text())
+@pytest.fixture(scope="module")
+def paper(paper_of):
+    return paper_of("paper_awnet")
 
 
 @pytest.fixture(scope="module")
-def reference() -> Reference:
-    return read_reference(PAPER / "reference.yaml")
+def reference(paper):
+    return paper.reference
 
 
-def test_every_experiment_has_a_row_and_every_row_an_experiment(reference) -> None:
-    assert set(CONFIGS) == set(reference.rows)
+def test_the_ten_experiments_have_rows(reference) -> None:
     filled = {group for row in reference.rows.values() for group in row.groups}
-    assert filled == {group.id for group in reference.groups}
     assert {f"E{i}" for i in range(1, 11)} < filled
 
 
@@ -59,10 +54,9 @@ def test_no_number_but_counted_parameters(reference) -> None:
             assert not known
 
 
-def test_sources_are_in_the_legend(reference) -> None:
-    tags = load(PAPER / "reference.yaml")["tags"]
-    assert {row.source for row in reference.rows.values()} <= set(tags)
-    for group in reference.groups:
+def test_tags_of_the_notes_are_in_the_legend(paper) -> None:
+    tags = paper.read("reference.yaml")["tags"]
+    for group in paper.reference.groups:
         assert set(re.findall(r"\[([A-Z])\]", group.note)) <= set(tags)
 
 
@@ -75,71 +69,48 @@ def test_w_robust_stands_beside_every_attack_of_the_main_tables(reference) -> No
             assert {key for m in weighted for key in m} == attacks | {"clean_acc"}
 
 
-def test_the_tables_render(reference) -> None:
-    markdown = render_table("paper_awnet").markdown
-    for group in reference.groups:
-        assert f"### {group.title}" in markdown
+def test_the_recipe(paper) -> None:
+    for stem in (stem for stem in paper.paths if not stem.startswith("digits")):
+        config = paper.config(stem)
+        model, trainer = config["model"]["init_args"], config["trainer"]
+        rate = {"lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4}
+        assert model["optimizer"]["init_args"] == rate
+        is_short = stem.rpartition("_")[2] in SHORT and "awnet" not in stem
+        epochs, milestones = (120, [90, 108]) if is_short else (300, [215, 260, 285])
+        assert trainer["max_epochs"] == epochs, stem
+        assert model["scheduler"]["init_args"] == {"milestones": milestones, "gamma": 0.1}
+        assert config["checkpoint"]["monitor"] == "val/mean_acc"
+        objective = model["objective"]
+        if objective["class_path"].endswith("MTARD"):
+            assert objective["init_args"]["milestones"] == milestones
+            for kind in ("clean", "robust"):
+                teacher = f"{stem.partition('_')[0]}_teacher_{kind}"
+                asked = objective["init_args"][kind]
+                assert asked["experiment"] == teacher
+                assert asked["net"] == paper.config(teacher)["model"]["init_args"]["net"]
+        if not objective["class_path"].endswith("Natural"):
+            steps = 7 if stem.endswith("oat") else 10
+            assert config["adversary"]["mode"] == "eval"
+            assert config["adversary"]["attack"]["init_args"] == {
+                "eps": "8/255", "step_size": "2/255", "steps": steps, "start": "gaussian",
+                "project_start": False,
+            }, stem  # fmt: skip
+        # A network with a router is attacked through it.
+        net = model["net"]["class_path"].rpartition(".")[2]
+        suites = {"AWNet": "evaluation_dynamic", "OATNet": "evaluation_oat"}
+        suite = f"configs/shared/{suites.get(net, 'evaluation')}.yaml"
+        assert config["evaluation"] == paper.read(suite), stem
 
 
-@pytest.mark.parametrize(
-    "stem", [*STUDENTS[::16], "cifar10_resnet18_oat", "cifar10_resnet18_st", "tiny_teacher_clean"]
-)
-def test_the_header_says_how_large_the_network_is(stem, reference) -> None:
-    arguments = ["--config", str(CONFIGS[stem]), "--trainer.logger", "false"]
-    with torch.device("meta"):
-        net = RobustCLI("paper_awnet", arguments, run=False).model.net
-    count = sum(p.numel() for p in net.parameters()) / 1e6
-    said = re.search(r"^# ([\d.]+) M parameters", CONFIGS[stem].read_text(), re.MULTILINE)
-    assert said is not None
-    assert float(said[1]) == round(count, 2)
-    if (known := reference.rows[stem].last.get("parameters")) is not None:
-        assert known == round(count, 3)
-
-
-@pytest.mark.parametrize("stem", REAL)
-def test_the_recipe(stem) -> None:
-    config = load(CONFIGS[stem])
-    model, trainer = config["model"]["init_args"], config["trainer"]
-    assert model["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4}
-    is_short = stem.rpartition("_")[2] in SHORT and "awnet" not in stem
-    epochs, milestones = (120, [90, 108]) if is_short else (300, [215, 260, 285])
-    assert trainer["max_epochs"] == epochs
-    assert model["scheduler"]["init_args"] == {"milestones": milestones, "gamma": 0.1}
-    assert config["checkpoint"]["monitor"] == "val/mean_acc"
-    objective = model["objective"]
-    if objective["class_path"].endswith("MTARD"):
-        assert objective["init_args"]["milestones"] == milestones
-        dataset = stem.partition("_")[0]
-        for kind in ("clean", "robust"):
-            assert objective["init_args"][kind]["experiment"] == f"{dataset}_teacher_{kind}"
-            teacher = load(CONFIGS[f"{dataset}_teacher_{kind}"])["model"]["init_args"]
-            assert objective["init_args"][kind]["net"] == teacher["net"]
-    attack = config["adversary"].get("attack")
-    if objective["class_path"].endswith("Natural"):
-        assert attack is None
-    else:
-        assert attack["init_args"] == {
-            "eps": "8/255",
-            "step_size": "2/255",
-            "steps": 7 if stem.endswith("oat") else 10,
-            "start": "gaussian",
-            "project_start": False,
-        }
-        assert config["adversary"]["mode"] == "eval"
-    # A network with a router is attacked through it.
-    net = model["net"]["class_path"].rpartition(".")[2]
-    suites = {"AWNet": "evaluation_dynamic", "OATNet": "evaluation_oat"}
-    assert config["evaluation"] == f"shared/{suites.get(net, 'evaluation')}.yaml"
-
-
-def test_the_digits_differ_in_the_network_alone() -> None:
-    students = {s: load(p) for s, p in CONFIGS.items() if s.startswith("digits") and "mtard" in s}
+def test_the_digits_differ_in_the_network_alone(paper) -> None:
+    students = {s: paper.config(s) for s in paper.paths if s.startswith("digits") and "mtard" in s}
     assert len(students) == 5
     nets = {s: c["model"]["init_args"].pop("net") for s, c in students.items()}
     static = students.pop("digits_static_mtard")
-    assert static.pop("evaluation") == "shared/evaluation_digits.yaml"
+    assert static.pop("evaluation") == paper.read("configs/shared/evaluation_digits.yaml")
+    suite = paper.read("configs/shared/evaluation_digits_dynamic.yaml")
     for config in students.values():
-        assert config.pop("evaluation") == "shared/evaluation_digits_dynamic.yaml"
+        assert config.pop("evaluation") == suite
         assert config == static
     mixed = {s: (n["init_args"].get("dynamic", True), n["init_args"].get("mixbn"))
              for s, n in nets.items() if "static" not in s}  # fmt: skip
@@ -150,6 +121,11 @@ def test_the_digits_differ_in_the_network_alone() -> None:
         "digits_detector_mtard": (True, None),
     }
     assert static["trainer"]["max_epochs"] * 800 / 100 == pytest.approx(330, rel=0.02)
+
+
+def command_line(stem: str, *options: str) -> RobustCLI:
+    path = f"{PAPER}/configs/{stem}.yaml"
+    return RobustCLI("paper_awnet", ["--config", path, *options], run=False)
 
 
 def runs_of_pgd(suite: dict[str, Any], model: Any) -> int:
@@ -167,9 +143,8 @@ def runs_of_pgd(suite: dict[str, Any], model: Any) -> int:
              "cifar10_resnet18_at", "tiny_resnet18_awnet_mtard"]
 )  # fmt: skip
 def test_every_network_meets_as_many_attacks(stem) -> None:
-    arguments = ["--config", str(CONFIGS[stem]), "--trainer.logger", "false"]
     with torch.device("meta"):
-        cli = RobustCLI("paper_awnet", arguments, run=False)
+        cli = command_line(stem)
     suite = cli.config_init["evaluation"].suite
     check_suite(suite, cli.model)
     assert runs_of_pgd(suite, cli.model) == 16
@@ -180,11 +155,9 @@ def test_the_longer_suites_begin_with_the_usual_one(name, monkeypatch) -> None:
     from common.evaluation.transfer import Transfer
 
     monkeypatch.setattr(Transfer, "network", torch.nn.Linear(1, 1))
-    stem = "cifar10_resnet18_awnet_mtard"
-    arguments = ["--config", str(CONFIGS[stem]), "--trainer.logger", "false"]
-    arguments += ["--evaluation", str(PAPER / f"configs/shared/{name}.yaml")]
+    suite_file = str(PAPER / f"configs/shared/{name}.yaml")
     with torch.device("meta"):
-        cli = RobustCLI("paper_awnet", arguments, run=False)
+        cli = command_line("cifar10_resnet18_awnet_mtard", "--evaluation", suite_file)
     suite = cli.config_init["evaluation"].suite
     check_suite(suite, cli.model)
     steps = [step.key for step in steps_of(suite, cli.model, 10, 0)]
@@ -195,26 +168,25 @@ def test_the_longer_suites_begin_with_the_usual_one(name, monkeypatch) -> None:
     assert wanted <= set(steps)
 
 
-def test_the_attacks_are_those_of_the_overlay_for_any_model(entries_of) -> None:
-    shared = load(PAPER / "configs/shared/evaluation.yaml")["suite"]
-    overlay = load(PAPER.parent / "common/configs/paper-awnet.yaml")["evaluation"]["suite"]
+def test_the_attacks_are_those_of_the_overlay_for_any_model(paper, entries_of) -> None:
+    shared = paper.read("configs/shared/evaluation.yaml")["suite"]
+    overlay = paper.read("../common/configs/paper-awnet.yaml")["evaluation"]["suite"]
     own = {name: entry for name, entry in shared.items() if name in overlay}
     assert entries_of(overlay, "8/255") == entries_of(own, "8/255")
 
 
 def made(stem: str, *options: str) -> Any:
-    arguments = ["--config", str(CONFIGS[stem]), "--trainer.logger", "false", *options]
-    return RobustCLI("paper_awnet", arguments, run=False).model
+    return command_line(stem, *options).model
 
 
-def test_signal_heads_may_learn_at_a_rate_of_their_own() -> None:
+def test_signal_heads_may_learn_at_a_rate_of_their_own(paper) -> None:
     groups = '[{"parameters": ["net.router.signal_heads.*"], "lr_mult": 10}]'
     model = made("digits_awnet_mtard", "--model.groups", groups)
     rest, heads = model.configure_optimizers()["optimizer"].param_groups
     assert heads["lr"] == pytest.approx(10 * rest["lr"])
     count = sum(p.numel() for p in model.net.router.signal_heads.parameters())
     assert sum(p.numel() for p in heads["params"]) == count
-    lr10 = load(CONFIGS["cifar10_resnet18_awnet_mtard_signallr10"])["model"]["init_args"]
+    lr10 = paper.config("cifar10_resnet18_awnet_mtard_signallr10")["model"]["init_args"]
     assert lr10["groups"] == yaml.safe_load(groups)
 
 

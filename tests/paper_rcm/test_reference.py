@@ -1,23 +1,17 @@
-"""The anchors, typed a second time; a row for every experiment; the official recipes."""
+"""The anchors, typed a second time; names and sizes of networks; the official recipes."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from common.cli.main import RobustCLI
 from common.evaluation.measures import cost
 from common.evaluation.suite import check_suite, steps_of
 from common.parsing import load_named
-from common.results.tables import Reference, read_reference, render_table
 from paper_rcm.method import EnlargedNetwork, parse_strides
 
-PAPER = Path(__file__).parents[2] / "paper_rcm"
-CONFIGS = {path.stem: path for path in (PAPER / "configs").glob("*.yaml")}
-REAL = sorted(stem for stem in CONFIGS if not stem.startswith("digits"))
 DEFENCES = ("at", "alp", "trades", "mart", "fat", "fattrades", "atawp", "tradesawp", "dajat")
 SIZES = ("parameters", "macs")
 
@@ -93,26 +87,14 @@ BASES = {
 }  # fmt: skip
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that occurs twice is an error and not the last one's gain."""
-
-
-def _mapping(loader: UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [key.value for key, _ in node.value]
-    assert len(keys) == len(set(keys)), f"{sorted(map(str, keys))} {node.start_mark}"
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-UniqueKeys.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-
-def load(path: Path) -> Any:
-    return yaml.load(path.read_text(), Loader=UniqueKeys)
+@pytest.fixture(scope="module")
+def paper(paper_of):
+    return paper_of("paper_rcm")
 
 
 @pytest.fixture(scope="module")
-def reference() -> Reference:
-    return read_reference(PAPER / "reference.yaml")
+def reference(paper):
+    return paper.reference
 
 
 def defence_of(stem: str) -> str:
@@ -126,25 +108,18 @@ def anchored(stem: str) -> bool:
 # --------------------------------------------------------------------------------------- reference
 
 
-def test_every_experiment_has_a_row_and_every_row_an_experiment(reference: Reference) -> None:
-    assert set(CONFIGS) == set(reference.rows)
-    filled = {group for row in reference.rows.values() for group in row.groups}
-    assert filled == {group.id for group in reference.groups}
-
-
-@pytest.mark.parametrize("defence", ANCHORS)
-def test_anchors(reference: Reference, defence: str) -> None:
-    row = reference.rows[f"cifar10_resnet18_1222_{defence}"]
-    last, selected = ANCHORS[defence]
-    assert (row.last["clean_acc"], row.last["aa"]) == last
-    assert (row.selected.get("clean_acc"), row.selected.get("aa")) == selected
-    assert row.source == "author-fw"
+def test_anchors(reference) -> None:
     notes = {group.id: group.note for group in reference.groups}
-    for group in row.groups:
-        assert re.search(r"NOT (a cell|cells) of the paper", notes[group]), group
+    for defence, (last, selected) in ANCHORS.items():
+        row = reference.rows[f"cifar10_resnet18_1222_{defence}"]
+        assert (row.last["clean_acc"], row.last["aa"]) == last, defence
+        assert (row.selected.get("clean_acc"), row.selected.get("aa")) == selected, defence
+        assert row.source == "author-fw"
+        for group in row.groups:
+            assert re.search(r"NOT (a cell|cells) of the paper", notes[group]), group
 
 
-def test_no_cell_of_the_paper_was_found(reference: Reference) -> None:
+def test_no_cell_of_the_paper_was_found(reference) -> None:
     """Whatever accuracy is there is an anchor."""
     natural = {"fgsm/ce_f": 37.96, "pgd40/ce_f": 0.0, "deepfool": 2.03}
     for stem, row in reference.rows.items():
@@ -158,24 +133,19 @@ def test_no_cell_of_the_paper_was_found(reference: Reference) -> None:
                 assert rest == (natural if is_natural else {}), stem
             else:
                 assert not known, stem
-        if not stem.startswith("digits"):
+        if stem.startswith("digits"):
+            assert row.last == row.selected == {}
+        else:
             assert {"clean_acc", "pgd20/ce_f", "aa"} <= set(row.last), "not found is null"
 
 
-def test_nothing_is_written_twice() -> None:
-    assert load(PAPER / "reference.yaml")["arxiv"] == "2202.12435"
-    for path in (PAPER / "configs").rglob("*.yaml"):
-        load(path)
-
-
-def test_every_source_is_in_the_legend(reference: Reference) -> None:
-    tags = load(PAPER / "reference.yaml")["tags"]
-    assert {row.source for row in reference.rows.values()} <= set(tags)
-    for group in reference.groups:
+def test_tags_of_the_notes_are_in_the_legend(paper) -> None:
+    tags = paper.read("reference.yaml")["tags"]
+    for group in paper.reference.groups:
         assert set(re.findall(r"\[(\w[\w-]*)\]", group.note)) <= set(tags)
 
 
-def test_columns_have_their_units(reference: Reference) -> None:
+def test_columns_have_their_units(reference) -> None:
     for group in reference.groups:
         for metric in group.metrics:
             if metric.key.startswith("pooled_change") or metric.key == "step_time":
@@ -188,19 +158,7 @@ def test_columns_have_their_units(reference: Reference) -> None:
                 assert metric.unit == "percent"
 
 
-def test_digits_were_never_published(reference: Reference) -> None:
-    digits = [row for stem, row in reference.rows.items() if stem.startswith("digits_")]
-    assert len(digits) == 6
-    assert not any(row.last or row.selected for row in digits)
-
-
-def test_the_tables_render(reference: Reference) -> None:
-    markdown = render_table("paper_rcm").markdown
-    for group in reference.groups:
-        assert f"### {group.title}" in markdown
-
-
-def test_the_experiments_are_complete(reference: Reference) -> None:
+def test_the_experiments_are_complete(reference) -> None:
     members = {g.id: {s for s, r in reference.rows.items() if g.id in r.groups}
                for g in reference.groups}  # fmt: skip
     strings = [f"1{a}{b}{c}" for a in "12" for b in "12" for c in "12"]
@@ -234,148 +192,123 @@ def test_the_experiments_are_complete(reference: Reference) -> None:
 # ----------------------------------------------------------------------------------------- configs
 
 
-@pytest.mark.parametrize("stem", sorted(CONFIGS))
-def test_a_config_says_what_it_is_and_points_to_what_exists(stem: str) -> None:
-    path = CONFIGS[stem]
-    text, config = path.read_text(), load(path)
-    assert text.startswith("# RCM (TNNLS 2025)"), "which row, expected numbers, cost"
-    for section in ("data", "evaluation"):
-        assert (path.parent / config[section]).resolve().is_file()
-    is_natural = config["adversary"]["attack"] is None
-    objective = config["model"]["init_args"]["objective"]["class_path"]
-    assert load_named(objective).needs_x_adv != is_natural
-    assert ("_std" in stem) == is_natural
-    assert "num_classes" not in text
-    assert "in_channels" not in text
+def test_the_name_is_that_of_the_network(paper) -> None:
+    for stem, path in paper.paths.items():
+        settings = paper.config(stem)["model"]["init_args"]["net"]["init_args"]
+        arguments = dict(settings["arch"].get("init_args", {}))
+        parts = stem.split("_")
+        strides = [part for part in parts if part.isdigit() and len(part) > 2]
+        if strides:
+            assert tuple(arguments["strides"]) == parse_strides(strides[0])
+        factor = next((part for part in parts if re.match(r"m\d", part)), "m1")
+        number = re.match(r"m([\d.]+)(\w*)", factor)
+        assert number is not None
+        assert settings["scale_factor"] == float(number[1])
+        assert settings.get("mode", "nearest") == (number[2] or "nearest")
+        assert arguments.get("pool", "avg") == ("max" if "max" in parts else "avg")
+        if "init" in arguments:
+            arguments["init"] = load_named(arguments["init"])
+        side = {"digits": 8, "tiny": 64}.get(parts[0], 32)
+        classes = {"cifar100": 100, "tiny": 200}.get(parts[0], 10)
+        channels = 1 if parts[0] == "digits" else 3
+        with torch.device("meta"):
+            arch = load_named(settings["arch"]["class_path"])(
+                num_classes=classes, in_channels=channels, **arguments
+            )
+            net = EnlargedNetwork(arch, settings["scale_factor"], settings.get("mode", "nearest"))
+            macs = cost(net.eval(), torch.empty(channels, side, side))["macs"] / 1e6
+        said = re.search(r"parameters, ([\d.]+) M MACs", path.read_text())
+        assert said is not None
+        assert float(said[1]) == round(macs, 2 if parts[0] == "digits" else 1), stem
+        known = paper.reference.rows[stem].last.get("macs")
+        if (
+            known is not None and "vit" not in stem
+        ):  # official counts leave attention's products out
+            assert known == pytest.approx(macs, abs=0.6 if known == int(known) else 0.06), stem
 
 
-@pytest.mark.parametrize("stem", sorted(CONFIGS))
-def test_the_name_is_that_of_the_network(stem: str, reference: Reference) -> None:
-    settings = load(CONFIGS[stem])["model"]["init_args"]["net"]["init_args"]
-    arguments = dict(settings["arch"].get("init_args", {}))
-    parts = stem.split("_")
-    digits = [part for part in parts if part.isdigit() and len(part) > 2]
-    if digits:
-        assert tuple(arguments["strides"]) == parse_strides(digits[0])
-    factor = next((part for part in parts if re.match(r"m\d", part)), "m1")
-    number = re.match(r"m([\d.]+)(\w*)", factor)
-    assert number is not None
-    assert settings["scale_factor"] == float(number[1])
-    assert settings.get("mode", "nearest") == (number[2] or "nearest")
-    assert arguments.get("pool", "avg") == ("max" if "max" in parts else "avg")
-    if "init" in arguments:
-        arguments["init"] = load_named(arguments["init"])
-    data = parts[0]
-    side = {"digits": 8, "tiny": 64}.get(data, 32)
-    classes = {"cifar100": 100, "tiny": 200}.get(data, 10)
-    channels = 1 if data == "digits" else 3
-    with torch.device("meta"):
-        arch = load_named(settings["arch"]["class_path"])(
-            num_classes=classes, in_channels=channels, **arguments
-        )
-        net = EnlargedNetwork(arch, settings["scale_factor"], settings.get("mode", "nearest"))
-        counted = cost(net.eval(), torch.empty(channels, side, side))
-    parameters, macs = counted["parameters"], counted["macs"]
-    # What the header and the reference say of its size.
-    text = CONFIGS[stem].read_text()
-    unit = 1 if data == "digits" else 1e6
-    said = re.search(r"^# ([\d.,]+)(?: M)? parameters, ([\d.]+) M MACs", text, re.M)
-    assert said is not None
-    assert float(said[1].replace(",", "")) == round(parameters / unit, 2)
-    assert float(said[2]) == round(macs / 1e6, 2 if data == "digits" else 1)
-    row = reference.rows[stem]
-    if (known := row.last.get("parameters")) is not None:
-        assert known == round(parameters / 1e6, 3)
-    known = row.last.get("macs")
-    if known is not None and "vit" not in stem:  # official counts leave attention's products out
-        assert isinstance(known, float)
-        assert known == pytest.approx(macs / 1e6, abs=0.6 if known == int(known) else 0.06)
+def test_the_official_recipe(paper) -> None:
+    for stem in (stem for stem in paper.paths if not stem.startswith("digits")):
+        config, defence = paper.config(stem), defence_of(stem)
+        model, trainer, data = config["model"]["init_args"], config["trainer"], config["data"]
+        name, arguments = OBJECTIVES[defence]
+        if stem.startswith("cifar100") and defence == "dajat":
+            arguments = {**arguments, "label_smoothing": 0.1}
+        assert model["objective"]["class_path"].endswith(f".{name}"), stem
+        assert model["objective"].get("init_args", {}) == arguments, stem
+        attack = config["adversary"]["attack"]
+        assert (attack and attack["init_args"]) == ATTACKS[defence], stem
+        assert config["adversary"].get("mode", "eval") == "eval"
+        assert config.get("weight_perturbation") == AWP.get(defence), stem
+        optimizer, schedule = model["optimizer"]["init_args"], model["scheduler"]["init_args"]
+        normalises = {"mean", "std"} & set(model["net"]["init_args"])
+        if defence == "dajat":
+            assert trainer["max_epochs"] == schedule["T_max"] == 200
+            assert optimizer == {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}
+            (averaging,) = trainer["callbacks"]
+            assert averaging["init_args"] == {"decay": 0.9996, "from_epoch": 149}
+            assert not normalises
+            assert "crop_padding_mode" not in data
+            assert data["views"]["init_args"] == {"count": 2}
+        else:
+            epochs, rate, decay, factors = RECIPES[defence]
+            assert trainer == {"max_epochs": epochs}, stem
+            assert optimizer == {"lr": rate, "momentum": 0.9, "weight_decay": decay}, stem
+            if "milestones" in schedule:
+                assert schedule["gamma"] == 0.1
+                schedule = {
+                    "factors": {e: 0.1 ** (i + 1) for i, e in enumerate(schedule["milestones"])}
+                }
+            assert schedule["factors"] == pytest.approx(factors), stem
+            assert normalises
+            assert (data["crop_padding_mode"], data["validate_on"]) == ("reflect", "test")
+        assert (data["batch_size"], data["crop_padding"], data["flip"]) == (128, 4, True)
+        assert data.get("drop_last", False) is False
+        names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "tiny": "TinyImageNet"}
+        source = names[stem.partition("_")[0]]
+        assert data["source"]["class_path"].endswith(f".{source}")
 
 
-@pytest.mark.parametrize("stem", REAL)
-def test_the_official_recipe(stem: str) -> None:
-    config, defence = load(CONFIGS[stem]), defence_of(stem)
-    model, trainer = config["model"]["init_args"], config["trainer"]
-    name, arguments = OBJECTIVES[defence]
-    if stem.startswith("cifar100") and defence == "dajat":
-        arguments = {**arguments, "label_smoothing": 0.1}
-    assert model["objective"]["class_path"].endswith(f".{name}")
-    assert model["objective"].get("init_args", {}) == arguments
-    attack = config["adversary"]["attack"]
-    assert (attack and attack["init_args"]) == ATTACKS[defence]
-    assert config["adversary"].get("mode", "eval") == "eval"
-    assert config.get("weight_perturbation") == AWP.get(defence)
-    optimizer, schedule = model["optimizer"]["init_args"], model["scheduler"]["init_args"]
-    normalises = {"mean", "std"} & set(model["net"]["init_args"])
-    if defence == "dajat":
-        assert trainer["max_epochs"] == schedule["T_max"] == 200
-        assert optimizer == {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}
-        (averaging,) = trainer["callbacks"]
-        assert averaging["init_args"] == {"decay": 0.9996, "from_epoch": 149}
-        assert not normalises
-    else:
-        epochs, rate, decay, factors = RECIPES[defence]
-        assert trainer == {"max_epochs": epochs}
-        assert optimizer == {"lr": rate, "momentum": 0.9, "weight_decay": decay}
-        if "milestones" in schedule:
-            assert schedule["gamma"] == 0.1
-            schedule = {
-                "factors": {e: 0.1 ** (i + 1) for i, e in enumerate(schedule["milestones"])}
-            }
-        assert schedule["factors"] == pytest.approx(factors)
-        assert normalises
-    data = load(CONFIGS[stem].parent / config["data"])
-    assert (data["batch_size"], data["crop_padding"], data["flip"]) == (128, 4, True)
-    assert data.get("drop_last", False) is False
-    if defence == "dajat":
-        assert "crop_padding_mode" not in data
-        assert data["views"]["init_args"] == {"count": 2}
-    else:
-        assert (data["crop_padding_mode"], data["validate_on"]) == ("reflect", "test")
-    source = data["source"]["class_path"]
-    names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "tiny": "TinyImageNet"}
-    assert source.endswith(f".{names[stem.partition('_')[0]]}")
-
-
-@pytest.mark.parametrize("stem", [stem for stem in REAL if "_1222_" in stem])
-def test_nothing_but_the_strides_changes_from_base_to_shrunk(stem: str) -> None:
+def test_nothing_but_the_strides_changes_from_base_to_shrunk(paper) -> None:
     """Never retune."""
-    shrunk = stem.replace("_1222_", "_1122_")
-    if shrunk not in CONFIGS:
-        assert re.search(r"_m\d", stem)
-        return
-    one, other = load(CONFIGS[stem]), load(CONFIGS[shrunk])
-    for config, strides in ((one, [1, 2, 2, 2]), (other, [1, 1, 2, 2])):
-        arch = config["model"]["init_args"]["net"]["init_args"]["arch"]["init_args"]
-        assert arch.pop("strides") == strides
-    assert one == other
+    for stem in (stem for stem in paper.paths if "_1222_" in stem):
+        shrunk = stem.replace("_1222_", "_1122_")
+        if shrunk not in paper.paths:
+            assert re.search(r"_m\d", stem)
+            continue
+        one, other = paper.config(stem), paper.config(shrunk)
+        for config, strides in ((one, [1, 2, 2, 2]), (other, [1, 1, 2, 2])):
+            arch = config["model"]["init_args"]["net"]["init_args"]["arch"]["init_args"]
+            assert arch.pop("strides") == strides
+        assert one == other, stem
 
 
-def test_the_recipe_on_digits() -> None:
-    digits = [load(path) for stem, path in CONFIGS.items() if stem.startswith("digits")]
-    nets = [config.pop("model")["init_args"] for config in digits]
+def test_the_recipe_on_digits(paper) -> None:
+    digits = [paper.config(stem) for stem in paper.paths if stem.startswith("digits")]
+    assert len(digits) == 6
+    models = [config.pop("model")["init_args"] for config in digits]
     assert all(config == digits[0] for config in digits)
     attack = digits[0]["adversary"]["attack"]["init_args"]
     assert attack == {"eps": 0.15, "step_size": "eps/3", "steps": 4, "start": "uniform"}
-    for net in nets:
-        optimizer = net["optimizer"]["init_args"]
+    epochs = digits[0]["trainer"]["max_epochs"]
+    milestones = [round(0.75 * epochs), round(0.9 * epochs)]
+    for model in models:
+        optimizer = model["optimizer"]["init_args"]
         assert optimizer == {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
-        epochs = digits[0]["trainer"]["max_epochs"]
-        milestones = [round(0.75 * epochs), round(0.9 * epochs)]
-        assert net["scheduler"]["init_args"] == {"milestones": milestones, "gamma": 0.1}
-        assert net["net"]["init_args"]["mean"] == [0.3]
-        assert net["net"]["init_args"]["std"] == [0.37]
+        assert model["scheduler"]["init_args"] == {"milestones": milestones, "gamma": 0.1}
+        assert (model["net"]["init_args"]["mean"], model["net"]["init_args"]["std"]) == (
+            [0.3], [0.37],
+        )  # fmt: skip
     # In time for the order of strides, which short training reverses.
-    assert digits[0]["trainer"]["max_epochs"] * 800 / 50 > 600
+    assert epochs * 800 / 50 > 600
 
 
-def test_the_suite_is_that_of_the_tables_and_the_longer_one_begins_with_it(entries_of) -> None:
-    shared = PAPER / "configs/shared"
-    tables = yaml.safe_load((shared / "evaluation_cifar.yaml").read_text())
-    masking = yaml.safe_load((shared / "evaluation_masking.yaml").read_text())
-    overlay = yaml.safe_load(
-        (PAPER.parent / "common/configs/paper-rcm.yaml").read_text()
-    )["evaluation"]["suite"]  # fmt: skip
+def test_the_suite_is_that_of_the_tables_and_the_longer_one_begins_with_it(
+    paper, entries_of
+) -> None:
+    tables = paper.read("configs/shared/evaluation_cifar.yaml")
+    masking = paper.read("configs/shared/evaluation_masking.yaml")
+    overlay = paper.read("../common/configs/paper-rcm.yaml")["evaluation"]["suite"]
     assert list(tables["suite"]) == ["fgsm", "pgd20", "pgd40", "cw20", "deepfool", "aa"]
     assert all(masking["suite"][name] == entry for name, entry in tables["suite"].items())
     assert list(masking["suite"])[:6] == list(tables["suite"])
@@ -387,10 +320,10 @@ def test_the_suite_is_that_of_the_tables_and_the_longer_one_begins_with_it(entri
     assert validation == {"eps": "8/255", "step_size": "2/255", "steps": 10, "start": "uniform"}
 
 
-def test_the_longer_suite_can_be_made_of_any_resnet() -> None:
-    arguments = ["--config", str(CONFIGS["cifar10_resnet18_1122_at"]), "--trainer.logger", "false"]
-    arguments += ["--evaluation", str(PAPER / "configs/shared/evaluation_masking.yaml")]
-    cli = RobustCLI("paper_rcm", arguments, run=False)
+def test_the_longer_suite_can_be_made_of_any_resnet(paper) -> None:
+    arguments = ["--config", str(paper.paths["cifar10_resnet18_1122_at"])]
+    suite = paper.folder / "configs/shared/evaluation_masking.yaml"
+    cli = RobustCLI("paper_rcm", [*arguments, "--evaluation", str(suite)], run=False)
     suite = cli.config_init["evaluation"].suite
     check_suite(suite, cli.model)
     steps = [step.key for step in steps_of(suite, cli.model, 10, 0)]

@@ -219,8 +219,8 @@ def test_counts_reach_networks_that_pass_keywords_on(tiny) -> None:
     tiny.config.write_text(yaml.safe_dump(settings))
     cli = RobustCLI("paper_tiny", ["--config", str(tiny.config)], run=False)
     assert cli.model.net.stem.conv.in_channels == 1
-    assert cli.model.net.normalize.mean.item() == pytest.approx(cli.datamodule.mean[0])
-    assert cli.model.net.normalize.std.item() == pytest.approx(cli.datamodule.std[0])
+    assert cli.model.net.normalize.mean.item() == pytest.approx(cli.datamodule.source.spec.mean[0])
+    assert cli.model.net.normalize.std.item() == pytest.approx(cli.datamodule.source.spec.std[0])
 
 
 LOGGERS = "lightning.pytorch.loggers."

@@ -54,7 +54,7 @@ def test_the_names_are_those_of_the_published_files() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 100])
-def test_batches_are_the_file_in_its_order(write: Callable[..., Path], size: int) -> None:
+def test_batches_are_the_file_in_its_order(write, size) -> None:
     root = write(("fog",))
     stored = np.load(root / "CIFAR-10-C" / "fog.npy")
     parts = list(CIFAR10C(root, verify=False).batches("fog", size))
@@ -67,7 +67,7 @@ def test_batches_are_the_file_in_its_order(write: Callable[..., Path], size: int
     assert all(len(labels) <= size for _, labels in parts)
 
 
-def test_a_severity_is_a_block(write: Callable[..., Path]) -> None:
+def test_a_severity_is_a_block(write) -> None:
     data = CIFAR10C(write(("snow",)), verify=False)
     whole = torch.cat([x for x, _ in data.batches("snow")])
     for severity in range(1, 6):
@@ -77,7 +77,7 @@ def test_a_severity_is_a_block(write: Callable[..., Path]) -> None:
         assert torch.cat([y for _, y in parts]).tolist() == [0, 1, 2, 3]
 
 
-def test_check_opens_all_and_counts(write: Callable[..., Path]) -> None:
+def test_check_opens_all_and_counts(write) -> None:
     root = write()
     data = CIFAR10C(root, verify=False)
     assert data.check() == 20
@@ -87,7 +87,7 @@ def test_check_opens_all_and_counts(write: Callable[..., Path]) -> None:
     assert data.check(("fog",)) == 20
 
 
-def test_missing_files_say_what_from_where_and_whereto(tmp_path: Path) -> None:
+def test_missing_files_say_what_from_where_and_whereto(tmp_path) -> None:
     with pytest.raises(DataUnavailableError) as caught:
         CIFAR10C(tmp_path).check()
     text = str(caught.value)
@@ -97,7 +97,7 @@ def test_missing_files_say_what_from_where_and_whereto(tmp_path: Path) -> None:
     assert "\n" not in text
 
 
-def test_a_subset_has_to_be_asked_for(write: Callable[..., Path]) -> None:
+def test_a_subset_has_to_be_asked_for(write) -> None:
     with pytest.raises(DataUnavailableError, match="expected 50,000 whole numbers"):
         CIFAR10C(write(("fog",))).check(("fog",))
 
@@ -112,16 +112,14 @@ def test_a_subset_has_to_be_asked_for(write: Callable[..., Path]) -> None:
         (np.array([{}], dtype=object), "cannot be read"),
     ],
 )
-def test_other_files_are_refused(
-    write: Callable[..., Path], array: np.ndarray, message: str
-) -> None:
+def test_other_files_are_refused(write, array, message) -> None:
     root = write(("fog",))
     np.save(root / "CIFAR-10-C" / "fog.npy", array, allow_pickle=True)
     with pytest.raises(DataUnavailableError, match=message):
         CIFAR10C(root, verify=False).check(("fog",))
 
 
-def test_a_truncated_file_is_refused(write: Callable[..., Path]) -> None:
+def test_a_truncated_file_is_refused(write) -> None:
     path = write(("fog",)) / "CIFAR-10-C" / "fog.npy"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DataUnavailableError, match=r"fog\.npy cannot be read"):
@@ -129,14 +127,14 @@ def test_a_truncated_file_is_refused(write: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("labels", [np.arange(20), np.zeros(20), np.zeros(12, np.uint8)])
-def test_labels_are_classes_of_five_blocks(write: Callable[..., Path], labels: np.ndarray) -> None:
+def test_labels_are_classes_of_five_blocks(write, labels) -> None:
     root = write(("fog",))
     np.save(root / "CIFAR-10-C" / "labels.npy", labels)
     with pytest.raises(DataUnavailableError, match=r"labels\.npy"):
         CIFAR10C(root, verify=False).check(("fog",))
 
 
-def test_settings_out_of_range(write: Callable[..., Path]) -> None:
+def test_settings_out_of_range(write) -> None:
     data = CIFAR10C(write(("fog",)), verify=False)
     with pytest.raises(ConfigurationError, match="no corruption 'rain'; there are gaussian_noise"):
         list(data.batches("rain"))
@@ -146,12 +144,12 @@ def test_settings_out_of_range(write: Callable[..., Path]) -> None:
         list(data.batches("fog", 0))
 
 
-def test_root_may_name_the_folder_itself(write: Callable[..., Path]) -> None:
+def test_root_may_name_the_folder_itself(write) -> None:
     root = write(("fog",))
     assert CIFAR10C(root / "CIFAR-10-C", verify=False).check(("fog",)) == 20
 
 
-def test_an_archive_that_is_there_is_to_be_unpacked(tmp_path: Path) -> None:
+def test_an_archive_that_is_there_is_to_be_unpacked(tmp_path) -> None:
     archive = tmp_path / "CIFAR-10-C.tar"
     archive.touch()
     with pytest.raises(DataUnavailableError, match=rf"{archive} is there: unpack it in {tmp_path}"):
@@ -161,7 +159,7 @@ def test_an_archive_that_is_there_is_to_be_unpacked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["npz", "empty", "folder", "page", "header"])
-def test_a_file_of_another_kind_is_called_that(write: Callable[..., Path], kind: str) -> None:
+def test_a_file_of_another_kind_is_called_that(write, kind) -> None:
     root = write(("fog",))
     path = root / "CIFAR-10-C" / "fog.npy"
     path.unlink()

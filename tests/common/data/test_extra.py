@@ -1,17 +1,16 @@
+import contextlib
 import os
 import pickle
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from common import files
@@ -37,6 +36,9 @@ def write_extra(root: Path, n: int = 60, classes: int = 10, size: int = 32, **ch
     return root
 
 
+OPTIONS = {"batch_size": 16, "validate_on": "test", "crop_padding": 2, "flip": True, "seed": 1}
+
+
 class Odd(ImageSource):
     """Labelled images with odd pixels."""
 
@@ -58,26 +60,15 @@ def extra(tmp_path: Path) -> ExtraImages:
     return ExtraImages(str(write_extra(tmp_path / "extra", size=8)))
 
 
-def module(
-    extra: ExtraImages, n: int = 100, world_size: int = 1, rank: int = 0, **kwargs: Any
-) -> ImageDataModule:
-    options = {"batch_size": 16, "validate_on": "test", "crop_padding": 2, "flip": True, "seed": 1}
-    data = ImageDataModule(Odd(n), extra=extra, **(options | kwargs))
-    progress = SimpleNamespace(current=SimpleNamespace(ready=0))
-    data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        world_size=world_size,
-        global_rank=rank,
-        current_epoch=0,
-        training=True,
-        precision="32-true",
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        fit_loop=SimpleNamespace(
-            epoch_loop=SimpleNamespace(restarting=False, batch_progress=progress)
-        ),
-        _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
-    )
-    data.setup()
-    return data
+@pytest.fixture
+def module(extra: ExtraImages, stub_trainer: Any) -> Callable[..., ImageDataModule]:
+    def module(n: int = 100, world_size: int = 1, rank: int = 0, **kwargs: Any) -> ImageDataModule:
+        data = ImageDataModule(Odd(n), **(OPTIONS | {"extra": extra} | kwargs))
+        data.trainer = stub_trainer(world_size, rank, training=True)
+        data.setup()
+        return data
+
+    return module
 
 
 def batches_of(data: ImageDataModule, epoch: int = 0) -> list[dict[str, Tensor]]:
@@ -93,7 +84,7 @@ def order_of(data: ImageDataModule, epoch: int = 0) -> list[list[int]]:
 # ---------------------------------------------------------------------------------- the file
 
 
-def test_images_and_labels_come_out_of_the_file(tmp_path: Path) -> None:
+def test_images_and_labels_come_out_of_the_file(tmp_path) -> None:
     root = write_extra(tmp_path, n=7)
     x, y = ExtraImages(str(root)).load(CIFAR10.spec)
     content = pickle.loads((root / NAME).read_bytes())
@@ -104,12 +95,12 @@ def test_images_and_labels_come_out_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [list(range(7)), np.arange(7, dtype=np.uint8)])
-def test_labels_of_any_whole_type(tmp_path: Path, labels: Any) -> None:
+def test_labels_of_any_whole_type(tmp_path, labels) -> None:
     root = write_extra(tmp_path, n=7, extrapolated_targets=labels)
     assert ExtraImages(str(root)).load(CIFAR10.spec)[1].tolist() == list(range(7))
 
 
-def test_a_missing_file_says_what_it_is_and_where_to_get_it(tmp_path: Path) -> None:
+def test_a_missing_file_says_what_it_is_and_where_to_get_it(tmp_path) -> None:
     with pytest.raises(DataUnavailableError) as raised:
         ExtraImages(str(tmp_path)).load(CIFAR10.spec)
     for word in (str(tmp_path / NAME), "pseudo-labelled", "yaircarmon/semisup-adv", "withdrawn",
@@ -122,7 +113,7 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-def test_a_pickle_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_runs_no_code(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     root = write_extra(tmp_path, n=7, more=Bomb())
     with pytest.raises(DataUnavailableError, match="mkdir has no place in a set of images"):
@@ -140,15 +131,13 @@ def test_a_pickle_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"data": None}, "AttributeError"),
     ],
 )
-def test_a_file_that_does_not_fit_says_why(
-    tmp_path: Path, changes: dict[str, Any], reason: str
-) -> None:
+def test_a_file_that_does_not_fit_says_why(tmp_path, changes, reason) -> None:
     root = write_extra(tmp_path, **changes)
     with pytest.raises(DataUnavailableError, match=reason):
         ExtraImages(str(root)).load(CIFAR10.spec)
 
 
-def test_a_truncated_file_says_so(tmp_path: Path) -> None:
+def test_a_truncated_file_says_so(tmp_path) -> None:
     path = write_extra(tmp_path) / NAME
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DataUnavailableError, match=r"fetch it again"):
@@ -156,7 +145,7 @@ def test_a_truncated_file_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_generated_images_as_they_are_published(tmp_path: Path, save: Any) -> None:
+def test_generated_images_as_they_are_published(tmp_path, save) -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
     save(tmp_path / "1m.npz", image=images, label=np.arange(30) % 10)
     x, y = ExtraImages(str(tmp_path), "1m.npz").load(CIFAR10.spec)
@@ -165,9 +154,7 @@ def test_generated_images_as_they_are_published(tmp_path: Path, save: Any) -> No
 
 
 @pytest.mark.parametrize("kind", ["keys", "object", "bomb", "page", "packed", "folder"])
-def test_other_files_are_called_what_they_are(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_files_are_called_what_they_are(tmp_path, kind, monkeypatch) -> None:
     monkeypatch.setattr(files, "_ROOM", 2**16)
     path = tmp_path / "1m.npz"
     if kind == "folder":
@@ -246,7 +233,7 @@ def test_seeds_and_epochs_do_not_meet() -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "fraction"), [(1, 0.5), (4, 0.05), (4, 0.95)])
-def test_a_batch_needs_both_kinds(batch_size: int, fraction: float) -> None:
+def test_a_batch_needs_both_kinds(batch_size, fraction) -> None:
     with pytest.raises(ConfigurationError, match=rf"extra_fraction {fraction} leaves a batch"):
         MixedSampler(100, 50, batch_size, fraction, seed=0)
 
@@ -254,8 +241,8 @@ def test_a_batch_needs_both_kinds(batch_size: int, fraction: float) -> None:
 # -------------------------------------------------------------------------------- the batches
 
 
-def test_batches_hold_both_kinds_under_indices_that_never_meet(extra: ExtraImages) -> None:
-    data = module(extra, n=100)
+def test_batches_hold_both_kinds_under_indices_that_never_meet(extra, module) -> None:
+    data = module(n=100)
     labelled, pseudo = Odd().load("train"), extra.load(Odd().spec)
     batches = batches_of(data)
     assert len(batches) == len(data.train_dataloader()) == 7  # ceil(100 / 16)
@@ -276,38 +263,38 @@ def test_batches_hold_both_kinds_under_indices_that_never_meet(extra: ExtraImage
         )
 
 
-def test_evaluation_knows_nothing_of_extra_images(extra: ExtraImages) -> None:
-    data = module(extra)
+def test_evaluation_knows_nothing_of_extra_images(extra, module) -> None:
+    data = module()
     for loader in (data.val_dataloader(), data.test_dataloader()):
         index = torch.cat([batch["index"] for batch in loader])
         assert sorted(index.tolist()) == list(range(100))
 
 
-def test_limits_and_held_out_examples_move_the_first_extra_index(extra: ExtraImages) -> None:
-    held_out = module(extra, validate_on="held-out", val_size=20)
+def test_limits_and_held_out_examples_move_the_first_extra_index(extra, module) -> None:
+    held_out = module(validate_on="held-out", val_size=20)
     index = torch.cat([batch["index"] for batch in batches_of(held_out)])
     assert len(held_out.train_set) == 80
     assert int(index.max()) > 80
     assert len(index) == 80
     assert int((index < 80).sum()) == 40
-    assert len(order_of(module(extra, train_limit=30))) == 2
+    assert len(order_of(module(train_limit=30))) == 2
     # Every batch is full, so there is nothing to drop.
-    assert len(order_of(module(extra, train_limit=10, drop_last=True))) == 1
+    assert len(order_of(module(train_limit=10, drop_last=True))) == 1
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("n", [100, 17])
-def test_processes_share_the_batches_of_one(extra: ExtraImages, world_size: int, n: int) -> None:
+def test_processes_share_the_batches_of_one(extra, world_size, n, module) -> None:
     for epoch in (0, 3):
-        alone = order_of(module(extra, n), epoch)
-        shares = [order_of(module(extra, n, world_size, rank), epoch) for rank in range(world_size)]
+        alone = order_of(module(n), epoch)
+        shares = [order_of(module(n, world_size, rank), epoch) for rank in range(world_size)]
         assert [len(share) for share in shares] == [len(alone)] * world_size
         for b, batch in enumerate(alone):
             assert {len(share[b]) for share in shares} == {16 // world_size}
             assert sorted(i for share in shares for i in share[b]) == sorted(batch)
 
 
-def test_missing_files_stop_fit_and_not_test(tmp_path: Path) -> None:
+def test_missing_files_stop_fit_and_not_test(tmp_path) -> None:
     data = ImageDataModule(Odd(), extra=ExtraImages(str(tmp_path)))
     data.prepare_data()
     data.setup("test")
@@ -316,7 +303,7 @@ def test_missing_files_stop_fit_and_not_test(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
-def test_a_fraction_out_of_range(extra: ExtraImages, fraction: float) -> None:
+def test_a_fraction_out_of_range(extra, fraction) -> None:
     with pytest.raises(ConfigurationError, match=rf"data\.extra_fraction must be .*{fraction}"):
         ImageDataModule(Odd(), extra=extra, extra_fraction=fraction)
 
@@ -324,74 +311,34 @@ def test_a_fraction_out_of_range(extra: ExtraImages, fraction: float) -> None:
 # ------------------------------------------------------------------------- with a real trainer
 
 
-class Recorder(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.steps: list[tuple[int, list[int], Tensor]] = []
-
-    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        self.steps.append((self.current_epoch, batch["index"].tolist(), batch["x"]))
-        return self.weight * batch["x"].mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class InterruptAt(ModelCheckpoint):
-    def __init__(self, folder: Path, step: int) -> None:
-        super().__init__(dirpath=folder, save_last=True, every_n_train_steps=1)
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        super().on_train_batch_end(trainer, *args)
-        if trainer.global_step == self.step:
-            raise InterruptionError
-
-
-def train(
-    folder: Path, recorder: Recorder, extra: ExtraImages, *callbacks: Any, **options: Any
-) -> None:
-    data = ImageDataModule(
-        Odd(), batch_size=16, validate_on="test", crop_padding=2, flip=True, seed=1, extra=extra
-    )
-    Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=bool(callbacks),
-        callbacks=list(callbacks),
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        default_root_dir=folder,
-    ).fit(recorder, data, **options)
-
-
 @pytest.mark.parametrize("step", [3, 7, 10])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    tmp_path: Path, extra: ExtraImages, step: int
+    tmp_path, extra, step, module, Recorder, InterruptAt
 ) -> None:
-    whole, first, second = Recorder(), Recorder(), Recorder()
-    train(tmp_path, whole, extra)
-    with pytest.raises(InterruptionError):
-        train(tmp_path, first, extra, InterruptAt(tmp_path, step))
-    train(tmp_path, second, extra, ckpt_path=str(tmp_path / "last.ckpt"))
-    joined = first.steps + second.steps
-    assert [s[:2] for s in joined] == [s[:2] for s in whole.steps]
-    assert all(torch.equal(a[2], b[2]) for a, b in zip(joined, whole.steps, strict=True))
-    assert [s[1] for s in whole.steps if s[0] == 2] == order_of(module(extra), 2)
+    def train(*callbacks: Any, **options: Any) -> list[Any]:
+        recorder = Recorder()
+        trainer = Trainer(
+            max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=bool(callbacks),
+            callbacks=list(callbacks), use_distributed_sampler=False, limit_val_batches=0,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+        with contextlib.suppress(InterruptAt.Stopped):
+            trainer.fit(recorder, ImageDataModule(Odd(), extra=extra, **OPTIONS), **options)
+        return recorder.steps
+
+    whole, first = train(), train(InterruptAt(tmp_path, step))
+    assert len(first) == step
+    joined = first + train(ckpt_path=str(tmp_path / "last.ckpt"))
+    assert [s[:3] for s in joined] == [s[:3] for s in whole]
+    assert all(torch.equal(a[3], b[3]) for a, b in zip(joined, whole, strict=True))
+    assert [s[2] for s in whole if s[1] == 2] == order_of(module(), 2)
 
 
 # ------------------------------------------------------------------------------------- configs
 
 
-def test_the_config_builds_its_data(tmp_path: Path, write_cifar10: Callable[..., Path]) -> None:
+def test_the_config_builds_its_data(tmp_path, write_cifar10) -> None:
     root = write_extra(write_cifar10(tmp_path))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")

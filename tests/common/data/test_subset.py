@@ -11,7 +11,7 @@ UNEVEN = torch.tensor([0] * 70 + [1] * 20 + [2] * 9 + [3])
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 70))
-def test_subsets_are_nested_ascending_and_in_proportion(labels: list[int], n: int) -> None:
+def test_subsets_are_nested_ascending_and_in_proportion(labels, n) -> None:
     y = torch.tensor(labels)
     chosen = subset(y, n)
     assert len(chosen) == min(n, len(y))
@@ -47,7 +47,7 @@ def test_the_numbers_are_fixed() -> None:
 
 
 @pytest.mark.parametrize(("n", "lost"), [(3, "7 of the 10"), (40, ""), (1, "9 of the 10")])
-def test_lacking_classes_are_named(n: int, lost: str) -> None:
+def test_lacking_classes_are_named(n, lost) -> None:
     y = torch.arange(1000) % 10
     said = lacking_classes(y, subset(y, n))
     assert (lost in said) if lost else said == ""
