@@ -61,7 +61,7 @@ def measure_runs(found: Found) -> None:
 
 
 def claims(found: Found) -> list[Claim]:
-    """The five expectations of the small-scale run."""
+    """The five claims of the small-scale run."""
     summaries = found.kept["summaries"]
     seeds = found.seeds
 
