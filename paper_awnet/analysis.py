@@ -1,41 +1,29 @@
-"""The paper's figures and claims, from what has finished: ``python -m paper_awnet.analysis``.
+"""The paper's claims, measures and figures: ``python -m paper_awnet.analysis``.
 
 - C1, figure F1: filter weights of a standard against a robust network, and of two seeds.
 - C2, C6: W-Robust of AW-Net and of its parts against the static network with the same loss.
 - C5: the same under adaptive attacks.
 - Figures F3 to F5 and those of section "gradients": signals, the router, the plane of trade-offs,
-  gradient regularisation, and how training went.
+  gradient regularisation, and the course of training.
 
-The verdicts of the scaled-down run go to ``analysis.json``. Tags as in ``method.py``.
+Tags as in ``method.py``.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis.report import (
-    Load,
-    load_last,
-    load_runs,
-    load_test_split,
-    plain_values,
-    run_analysis,
-)
+from common.analysis.claims import BySeed, Claim, by_seed, combined, judge, minus
+from common.analysis.report import Analysis, Found
 from common.attacks.pgd import PGD
 from common.data.subset import subset
 from common.errors import ConfigurationError
-from common.evaluation.drawing import save_figure
-from common.files import write_sealed_json
-from common.results.bases import comparable, last_of
-from common.results.store import load_results
-from paper_awnet import plots
-from paper_awnet.claims import JOINT, Roles, evaluate_expectations, roles_of
+from paper_awnet import figures as pictures
 from paper_awnet.measures import (
     Filters,
     attacked,
@@ -51,17 +39,42 @@ from paper_awnet.measures import (
 from paper_awnet.networks import AWNet
 
 IMAGES = 350
-"""So many test images are attacked here, of all classes in proportion."""
+"""Number of test images that are attacked here, of all classes in proportion."""
 
-# ----------------------------------------------------------------------------- from checkpoints
-
-
-Runs = Mapping[tuple[str, int], tuple[Any, Any]]
+JOINT = ("joint_clean_0.1", "joint_clean_1", "joint_clean_10")
+"""Attacks on class and type at once, in which the router is to be misled."""
 
 
-def weights(runs: Runs, names: Sequence[str], image: Tensor) -> dict[tuple[str, int], Any]:
-    """The filters of every network of the given names."""
-    return {key: filters(model.net, image) for key, (model, _) in runs.items() if key[0] in names}
+class Roles(NamedTuple):
+    """Which experiments play which part, by what stands after the common beginning."""
+
+    base: str
+    standard: str
+    robust: str
+    static: str
+    full: str
+    pgd: str
+    eps: float
+
+
+def roles_of(on: str) -> Roles:
+    """On the digits the two teachers are compared, elsewhere ST and TRADES of one backbone."""
+    if on.partition("_")[0] == "digits":
+        names = ("teacher_clean", "teacher_robust", "static_mtard", "awnet_mtard")
+        return Roles("digits", *names, "pgd20/ce_f", 0.3)
+    return Roles(on, "st", "trades", "mtard", "awnet_mtard", "pgd_trades/ce_f", 8 / 255)
+
+
+def w_robust(metrics: Mapping[str, float], attack: str, w: float = 0.5) -> float:
+    """Weighted robust accuracy, w A_nat + (1 - w) A_adv [M][S], both of the attack's examples.
+
+    Raises:
+        ConfigurationError: If w is no weight in [0, 1].
+    """
+    if not 0.0 <= w <= 1.0:
+        raise ConfigurationError(f"w weighs the clean accuracy and lies in [0, 1], got {w}")
+    clean = metrics.get(f"{attack.partition('/')[0]}_clean", metrics["clean_acc"])
+    return w * clean + (1 - w) * metrics[attack]
 
 
 def compare_weights(
@@ -141,103 +154,201 @@ def curves_of(run: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-# ------------------------------------------------------------------------------------ the command
+def without_tensors(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without what is only drawn."""
+    return {
+        key: without_tensors(value) if isinstance(value, Mapping) else value
+        for key, value in entry.items()
+        if not isinstance(value, Tensor)
+    }
 
 
-def analyse(
-    runs: Path,
-    results: Path,
-    on: str,
-    seeds: Sequence[int],
-    device: str = "cpu",
-    load: Load = load_last,
-) -> dict[str, Any]:
-    """Draw what can be drawn and judge what can be judged.
-
-    Args:
-        runs: Run directories.
-        results: Where the result files are and the output goes.
-        on: ``digits``, or with what the stems of one backbone begin: ``cifar10_resnet18``.
-        seeds: Which.
-        device: Of the computations.
-        load: Run directory to (classifier, data).
-
-    Returns:
-        What was written, with ``figures`` and ``path`` added.
-
-    Raises:
-        ConfigurationError: If there is neither a result nor a run to work on.
-    """
-    roles = roles_of(on)
-    found_results = [result for result in load_results(results) if result["seed"] in seeds]
-    metrics, left_out = comparable(last_of(found_results, f"{roles.base}_"))
-    names = (roles.standard, roles.robust, roles.full)
-    loaded, missing = load_runs(runs, names, roles.base, seeds, load)
-    missing += left_out
-    if not metrics and not loaded:
-        raise ConfigurationError(
-            f"nothing to analyse: neither a result {results}/{roles.base}_*-seed*.json nor a run "
-            f"in {runs}; run make reproduce-awnet ON={on}"
-        )
-    pictures: dict[str, Figure] = {}
+def measure(found: Found) -> None:
+    """Filters, smoothness, and what an AW-Net does with clean and adversarial images."""
+    roles = roles_of(found.on)
     compared: dict[int, dict[str, Any]] = {}
     examined: dict[int, dict[str, Any]] = {}
-    reach: dict[tuple[str, int], dict[str, float]] = {}
-    if loaded:
-        x, y = load_test_split(next(iter(loaded.values()))[1])
-        rows = subset(y, IMAGES)
-        x, y = x[rows].to(device), y[rows].to(device)
-        for model, _ in loaded.values():
-            model.to(device).eval()
-        found = weights(loaded, (roles.standard, roles.robust), x[0])
-        compared = compare_weights(found, roles, seeds)
-        smooth = {key: smoothness(model, x, y, roles.eps) for key, (model, _) in loaded.items()}
-        reach = {key: {"reach": float(s["reach"].median())} for key, s in smooth.items()}
+    smooth: dict[tuple[str, int], Mapping[str, Tensor]] = {}
+    weights: dict[tuple[str, int], Any] = {}
+    blocks: dict[int, list[dict[str, Any]]] = {}
+    loaded = found.load_runs((roles.standard, roles.robust, roles.full))
+    images = found.test_split(next(iter(loaded.values()))[1]) if loaded else None
+    if images is not None:
+        rows = subset(images[1], IMAGES)
+        x, y = images[0][rows], images[1][rows]
         for (name, seed), (model, _) in loaded.items():
+            smooth[name, seed] = smoothness(model, x, y, roles.eps)
             if name == roles.full:
-                examined[seed], blocks = examine(model, x, y, seed, roles.eps)
-                if len(examined) == 1:
-                    pictures |= full_figures(examined[seed], blocks, runs, roles, seed)
-        pictures |= weight_figures(found, compared, examined, roles)
-        first = min(seed for _, seed in loaded)
-        shown = {n: s for (n, seed), s in smooth.items() if seed == first}
-        pictures["gradients"] = plots.gradient_figure(shown)
-    if points := plane(metrics, roles):
-        pictures["trade_off"] = plots.trade_off(points)
-    is_digits = roles.base == "digits"
-    judged = evaluate_expectations(metrics, compared, examined, reach, seeds) if is_digits else []
-    report: dict[str, Any] = {
-        "on": on,
-        "seeds": list(seeds),
-        "expectations": [plain_values(asdict(one)) for one in judged],
-        "weights": plain_values(compared),
-        "router": plain_values({seed: without_tensors(e) for seed, e in examined.items()}),
-        "reach": {f"{n} seed {s}": plain_values(r["reach"]) for (n, s), r in reach.items()},
-        "missing": missing,
+                examined[seed], blocks[seed] = examine(model, x, y, seed, roles.eps)
+            else:
+                weights[name, seed] = filters(model.net, x[0])
+        compared = compare_weights(weights, roles, found.seeds)
+    reach = {key: {"reach": float(one["reach"].median())} for key, one in smooth.items()}
+    found.kept |= {"compared": compared, "examined": examined, "smooth": smooth}
+    found.kept |= {"weights": weights, "blocks": blocks, "reach": reach}
+    found.measured |= {
+        "weights": compared,
+        "router": {seed: without_tensors(entry) for seed, entry in examined.items()},
+        "reach": {f"{n} seed {s}": numbers["reach"] for (n, s), numbers in reach.items()},
     }
-    path = results / ("analysis.json" if is_digits else f"analysis_{on}.json")
-    write_sealed_json(path, report)
-    saved = [
-        save_figure(figure, results / "figures" / f"{roles.base}_{name}.png")
-        for name, figure in pictures.items()
+
+
+def claims(found: Found) -> list[Claim]:
+    """C1, C2, C5, C6, F4 and two of the follow-up, as far as the scaled-down run can judge them."""
+    if not found.is_digits:
+        return []
+    return [*accuracy_claims(found), *router_claims(found), *network_claims(found)]
+
+
+def accuracy_claims(found: Found) -> list[Claim]:
+    """C2, C5 and C6: AW-Net and its parts against the static network, in points."""
+    roles = roles_of(found.on)
+
+    def gain(name: str, attack: str) -> BySeed:
+        weighted = {
+            key: {"w": w_robust(numbers, attack)}
+            for key, numbers in found.metrics.items()
+            if attack in numbers and "clean_acc" in numbers
+        }
+        return minus(by_seed(weighted, name, "w"), by_seed(weighted, roles.static, "w"), 100.0)
+
+    parts = (
+        ("C2", roles.full, "AW-Net"),
+        ("C6a", "mixbn_mtard", "MixBN alone"),
+        ("C6b", "dynamic_mtard", "dynamic filters alone"),
+        ("C6c", "detector_mtard", "the detector of versions 1 and 2"),
+    )
+    verdicts = [
+        judge(
+            id,
+            f"{what} against the static network, both MTARD: W-Robust (PGD-20) more than 2 points "
+            "higher",
+            gain(name, roles.pgd),
+            found.seeds,
+            above=2.0,
+            beside={"in the worst case": gain(name, "worst")},
+        )
+        for id, name, what in parts
     ]
-    return {**report, "figures": [str(figure) for figure in saved], "path": str(path)}
+    text = (
+        "AW-Net against the static network in the worst case over adaptive attacks and equal "
+        "numbers of restarts: robust accuracy higher"
+    )
+    values = found.gain(roles.full, roles.static, "worst")
+    return [*verdicts, judge("C5", text, values, found.seeds, above=0.0)]
 
 
-def full_figures(
-    found: Mapping[str, Any],
-    blocks: Sequence[Mapping[str, Any]],
-    runs: Path,
-    roles: Roles,
-    seed: int,
-) -> dict[str, Figure]:
-    """Those about one AW-Net: router, signals, training."""
-    pictures = {"router": plots.router_histograms(found["routing"])}
-    if blocks:
-        pictures["signals"] = plots.signal_means(blocks)
-    if curves := curves_of(runs / f"{roles.base}_{roles.full}" / f"seed{seed}"):
-        pictures["training"] = plots.training_curves(curves)
-    return pictures
+def router_claims(found: Found) -> list[Claim]:
+    """F4: the router's types, and both forced types."""
+    examined = {("", seed): entry for seed, entry in found.kept["examined"].items()}
+
+    def points(*keys: str) -> BySeed:
+        return {seed: 100 * value for seed, value in by_seed(examined, "", *keys).items()}
+
+    types = [points("routing", kind, "type_acc") for kind in ("clean", "pgd")]
+    return [
+        judge(
+            "F4a",
+            "the router finds the type of clean and of PGD images: accuracy of the worse above 95",
+            combined(types[0], types[1], min),
+            found.seeds,
+            above=95.0,
+            beside={name: points("routing", name, "type_acc") for name in JOINT},
+        ),
+        judge(
+            "F4b",
+            "P_type forced to clean: accuracy on PGD images of the deployed network below 10",
+            points("forced", "pgd", "clean"),
+            found.seeds,
+            below=10.0,
+            beside={
+                "clean accuracy": points("forced", "clean", "clean"),
+                "attacked by itself": points("forced", "pgd_clean", "clean"),
+            },
+        ),
+        judge(
+            "F4c",
+            "P_type forced to adversarial: clean accuracy lost, in points, is above 2",
+            minus(points("forced", "clean", "soft"), points("forced", "clean", "adv")),
+            found.seeds,
+            above=2.0,
+            beside={
+                "PGD accuracy": points("forced", "pgd", "adv"),
+                "attacked by itself": points("forced", "pgd_adv", "adv"),
+                "PGD accuracy, soft": points("forced", "pgd", "soft"),
+            },
+        ),
+        judge(
+            "2.8",
+            "signals hardly move beside two batch-norms: shift between types below 0.05",
+            by_seed(examined, "", "omega_shift"),
+            found.seeds,
+            below=0.05,
+            beside={"std over images": by_seed(examined, "", "omega_std")},
+        ),
+    ]
+
+
+def network_claims(found: Found) -> list[Claim]:
+    """C1 and 7.5: filters of, and distances to the boundary of, the two teachers."""
+    roles = roles_of(found.on)
+    compared, reach = found.kept["compared"], found.kept["reach"]
+
+    def count(key: str) -> BySeed:
+        return {seed: float(entry[key]) for seed, entry in compared.items() if key in entry}
+
+    standard, robust = (by_seed(reach, n, "reach") for n in (roles.standard, roles.robust))
+    return [
+        judge(
+            "C1a",
+            "layers of 9 whose folded weights are further from clean to robust teacher than "
+            "between two seeds of the clean one: more than 6",
+            count("further"),
+            found.seeds,
+            above=6.0,
+        ),
+        judge(
+            "C1b",
+            "layers of 9 with smaller filters (l1, folded) in the robust teacher: more than 7",
+            count("smaller_l1"),
+            found.seeds,
+            above=7.0,
+            beside={"layers with larger kurtosis (raw)": count("larger_kurtosis")},
+        ),
+        judge(
+            "7.5",
+            "median first-order distance to the boundary: the robust teacher's over the clean "
+            "one's is above 1",
+            combined(robust, standard, lambda a, b: a / b),
+            found.seeds,
+            above=1.0,
+            beside={"clean teacher": standard, "robust teacher": robust},
+        ),
+    ]
+
+
+def figures(found: Found) -> dict[str, Figure | None]:
+    """Weights, signals, router, training, gradients and the plane of trade-offs."""
+    roles = roles_of(found.on)
+    examined, compared, smooth = (found.kept[k] for k in ("examined", "compared", "smooth"))
+    drawn: dict[str, Figure | None] = {}
+    if examined:
+        seed = min(examined)
+        run = found.runs / f"{found.prefix}{roles.full}" / f"seed{seed}"
+        drawn["router"] = pictures.router_histograms(examined[seed]["routing"])
+        if found.kept["blocks"][seed]:
+            drawn["signals"] = pictures.signal_means(found.kept["blocks"][seed])
+        if curves := curves_of(run):
+            drawn["training"] = pictures.training_curves(curves)
+    if compared:
+        drawn |= weight_figures(found.kept["weights"], compared, examined, roles)
+    if smooth:
+        first = min(seed for _, seed in smooth)
+        shown = {name: one for (name, seed), one in smooth.items() if seed == first}
+        drawn["gradients"] = pictures.gradient_figure(shown)
+    if points := plane(found.metrics, roles):
+        drawn["trade_off"] = pictures.trade_off(points)
+    return drawn
 
 
 def weight_figures(
@@ -245,10 +356,8 @@ def weight_figures(
     compared: Mapping[int, Mapping[str, Any]],
     examined: Mapping[int, Mapping[str, Any]],
     roles: Roles,
-) -> dict[str, Figure]:
+) -> dict[str, Figure | None]:
     """Those about filters: histograms, and distances by layer."""
-    if not compared:
-        return {}
     seed = min(compared)
     layers = list(compared[seed]["between"])
     shown = sorted({0, len(layers) // 2, len(layers) - 1})
@@ -265,8 +374,8 @@ def weight_figures(
     if seed in examined:
         by_layer["AW-Net: clean / adversarial"] = examined[seed]["effective"]
     return {
-        "weights": plots.weight_histograms(pair, [layers[i] for i in shown]),
-        "distances": plots.layer_distances(by_layer),
+        "weights": pictures.weight_histograms(pair, [layers[i] for i in shown]),
+        "distances": pictures.layer_distances(by_layer),
     }
 
 
@@ -284,19 +393,23 @@ def plane(
     return points
 
 
-def without_tensors(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without what is only drawn."""
-    return {
-        key: without_tensors(value) if isinstance(value, Mapping) else value
-        for key, value in entry.items()
-        if not isinstance(value, Tensor)
-    }
+def scope(on: str) -> tuple[str, str]:
+    """What stems begin with: the digits, or the data set and backbone as asked for."""
+    base = roles_of(on).base
+    return base, f"{base}_"
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; 0 whichever way the expectations turn out, 2 where nothing can be done."""
-    return run_analysis("paper_awnet", analyse, args)
-
+ANALYSIS = Analysis(
+    package="paper_awnet",
+    claims=claims,
+    measure=measure,
+    figures=figures,
+    scope=scope,
+    baseline="static_mtard",
+    accuracy="worst",
+    accuracy_label="worst-case accuracy",
+    compared=lambda method: method.endswith("_mtard"),
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ANALYSIS.main())

@@ -3,8 +3,8 @@
 Everything here draws numbers it is given; ``analysis.py`` finds them.
 """
 
-from collections.abc import Mapping
-from statistics import fmean
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -69,14 +69,16 @@ def accuracy_figure(metrics: Mapping[tuple[str, int], Mapping[str, float]], imag
     for i, (key, label) in enumerate(
         (("clean_acc", "natural"), ("consistency", "consistency"), (AR, "robust"))
     ):
-        values = [_mean(metrics, name, key) for name in names]
-        at = [n for n, value in enumerate(values) if value is not None]
-        shown = [100 * value for value in values if value is not None]
-        style: dict[str, Any] = {"color": CYCLE[i], "marker": MARKERS[i], "markersize": 6}
-        ax.plot(at, shown, linestyle="", label=label, **style)
+        values = {n: _values(metrics, name, key) for n, name in enumerate(names)}
+        shown = {n: [100 * one for one in found] for n, found in values.items() if found}
+        # Side by side, since consistency and robust accuracy are nearly equal.
+        at = [n + 0.12 * (i - 1) for n in shown]
+        style: dict[str, Any] = {"color": CYCLE[i], "marker": MARKERS[i], "markersize": 5}
+        middle, spread = [fmean(v) for v in shown.values()], [_spread(v) for v in shown.values()]
+        ax.errorbar(at, middle, spread, linestyle="", capsize=2, label=label, **style)
     sides = [f"{name}\n{map_side(name, image):.0f}x{map_side(name, image):.0f}" for name in names]
     ax.set_xticks(range(len(names)), sides, fontsize=FONT - 1)
-    ax.set_ylabel("accuracy (%)", fontsize=FONT)
+    ax.set_ylabel("accuracy (%), ± sd over seeds", fontsize=FONT)
     tidy_axes(ax)
     put_legend_above(fig, ax)
     return fig
@@ -91,18 +93,21 @@ def movement_figure(
     drawn = False
     for ax, (key, title) in zip(fig.subplots(1, 2), keys.items(), strict=True):
         for i, pool in enumerate(("avg", "max")):
-            points: dict[float, float] = {}
+            points: dict[float, list[float]] = {}
             for name in {m for m, _ in metrics}:
-                value = _mean(metrics, name, key)
-                if network_of(name)[1] == pool and network_of(name)[2] == 1 and value is not None:
-                    points[map_side(name, image)] = value
+                values = _values(metrics, name, key)
+                if network_of(name)[1] == pool and network_of(name)[2] == 1 and values:
+                    points[map_side(name, image)] = values
             if points:
                 drawn = True
-                line = sorted(points.items())
+                sides = sorted(points)
                 style: dict[str, Any] = {"color": CYCLE[i], "marker": MARKERS[i], "markersize": 5}
-                ax.plot(*zip(*line, strict=True), label=f"{pool} pooling", **style)
+                middle = [fmean(points[side]) for side in sides]
+                spread = [_spread(points[side]) for side in sides]
+                ax.errorbar(sides, middle, spread, capsize=2, label=f"{pool} pooling", **style)
         ax.set_xlabel(f"side of the last map ({title})", fontsize=FONT)
-        ax.set_ylabel("movement (l2)", fontsize=FONT)
+        ax.set_ylabel("movement (l2), ± sd over seeds", fontsize=FONT)
+        ax.set_ylim(bottom=0)
         tidy_axes(ax)
     if not drawn:
         return None
@@ -110,13 +115,14 @@ def movement_figure(
     return fig
 
 
-def _mean(
+def _values(
     metrics: Mapping[tuple[str, int], Mapping[str, float]], name: str, key: str
-) -> float | None:
-    values = [
-        found[key] for (method, _), found in metrics.items() if method == name and key in found
-    ]
-    return fmean(values) if values else None
+) -> list[float]:
+    return [found[key] for (method, _), found in metrics.items() if method == name and key in found]
+
+
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def budget_figure(metrics: Mapping[tuple[str, int], Mapping[str, float]]) -> Figure | None:
@@ -126,7 +132,7 @@ def budget_figure(metrics: Mapping[tuple[str, int], Mapping[str, float]]) -> Fig
         for key in sorted({k for (m, _), found in metrics.items() if m == name for k in found}):
             radius = key.removeprefix(BUDGET)
             if key.startswith(BUDGET) and radius.replace(".", "", 1).isdigit():
-                lines.setdefault(name, {})[float(radius)] = _mean(metrics, name, key) or 0.0
+                lines.setdefault(name, {})[float(radius)] = fmean(_values(metrics, name, key))
     radii = sorted({radius for line in lines.values() for radius in line})
     if not radii:
         return None

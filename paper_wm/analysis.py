@@ -1,302 +1,375 @@
 """Claims, amplification and adaptive checks: ``python -m paper_wm.analysis``.
 
-- E4: gains of the maps of trained networks, beside frozen and shuffled maps, and theory (C6).
-- E6: stronger attacks, attacks past the map, and images of the base network, beside PGD-20.
-- The verdicts on C1 to C7, and the figures.
-
-Everything goes to ``analysis.json``, from which the tables of the README are rendered. Tags as in
-``method.py``.
+The claims of the abstract, C1 to C7, are judged by one rule for each variant [D]. A gain counts at
+a noise level or radius where the paired t-test over seeds against the network without maps is
+significant. A claim of robustness is supported with two or more such levels up and fewer than two
+down, contradicted the other way round, and not decided otherwise. Comparable clean accuracy is a
+loss significantly below 1.5 points. A gain under attack that any check for gradient masking speaks
+against is not decided, however large it is. Tags as in ``method.py``.
 """
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
 
-import torch
-import torchvision
-from matplotlib.figure import Figure
-from torch import nn
-
-from common.analysis.report import (
+from common.analysis.claims import (
     BySeed,
-    Load,
+    Claim,
+    Difference,
+    Judgement,
+    Metrics,
+    Verdict,
     by_seed,
-    load_last,
-    plain_values,
-    run_analysis,
-    verdict_table,
+    mean,
+    minus,
+    paired_difference,
+    t_test,
 )
-from common.errors import ConfigurationError, check_choice
-from common.evaluation.drawing import save_figure
-from common.files import write_sealed_json
-from common.networks.alexnet import AlexNet
-from common.networks.preact_resnet import PreActResNet18
-from common.networks.resnet import ResNet18
-from common.networks.vgg import VGG
-from common.networks.wide_resnet import WideResNet
-from paper_wm.figures import (
-    Point,
-    attack_figure,
-    histogram_figure,
-    map_figure,
-    noise_figure,
-    scatter_figure,
-)
-from paper_wm.gathered import LABELS, Found, base_of
-from paper_wm.measures import spearman
-from paper_wm.method import Variant, insert_weight_maps
-from paper_wm.networks import SmallCNN
-from paper_wm.verdicts import LEVELS, Metrics, judge_claims
+from common.analysis.report import Analysis, Found
+from paper_wm.figures import figures
+from paper_wm.gathered import Gathered, base_of, gather, label_of, try_insertions
+from paper_wm.method import Variant
+from paper_wm.tables import amplification_table, checks_table
+
+VARIANTS = {
+    "smoothing": "smoothing",
+    "unsharp": "unsharp, lam 1",
+    "subtract_summed": "summed map subtracted (unverified reading of unsharp)",
+}
+"""Methods that are judged, with what the table calls them."""
 
 JUDGED: tuple[Variant, ...] = ("smoothing", "unsharp", "subtract_summed")
-CURVES = ("base", "smoothing", "smoothing_frozen", "unsharp", "unsharp_frozen", "unsharp_lam-0.5")
-SCATTER = {"uniform/level=0.4": "uniform noise of 0.4", "uniform/level=0.1": "uniform noise of 0.1"}
+SCALED_UP = ("resnet18", "wrn16_4", "wrn28_10")
+CLEAN_LOSS = 1.5  # points
+LEVELS = 2  # how many levels or radii make a claim
+MASKING_GAP = 5.0  # points that a stronger attack may take beyond PGD-20
+
+Audits = Mapping[tuple[str, int], Sequence[str]]
+"""(method, seed) -> the checks for gradient masking that failed."""
+
+Transferred = Mapping[tuple[str, int], float]
+"""(method, seed) -> accuracy under images made on the base network, in [0, 1]."""
+
+Summaries = Mapping[tuple[str, int], Mapping[str, float | None]]
+"""(method, seed) -> numbers of :func:`paper_wm.measures.summarise`."""
+
+_NOISE = re.compile(r"(uniform|gaussian|saltpepper)/level=[\d.e-]+")
+_ATTACK = re.compile(r"(fgsm|bim10|mim10|pgd20|pgd100)/eps=([\d.e-]+)")
 
 
-# ---------------------------------------------------------------------- C1: into which networks
+# ------------------------------------------------------------------------------------- differences
 
 
-ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
-    "small CNN": (SmallCNN, (1, 28, 28)),
-    "ResNet-18": (ResNet18, (3, 32, 32)),
-    "PreActResNet-18": (PreActResNet18, (3, 32, 32)),
-    "WRN-16-4": (lambda: WideResNet(16, 4), (3, 32, 32)),
-    "VGG-16": (VGG, (3, 32, 32)),
-    "AlexNet": (AlexNet, (3, 32, 32)),
-    "torchvision ResNet-18": (lambda: torchvision.models.resnet18(), (3, 224, 224)),
-    "torchvision MobileNetV2": (lambda: torchvision.models.mobilenet_v2(), (3, 224, 224)),
-}
-
-
-def try_insertions(variant: Variant) -> dict[str, bool]:
-    """Whether one call puts a map behind the first convolution of each kind of network.
-
-    It has worked if the logits keep their shape and no key of the base network's state dict is
-    lost. On the meta device: shapes need no weights.
-    """
-    check_choice("variant", variant, Variant)
-    found = {}
-    for name, (make, shape) in ZOO.items():
-        with torch.device("meta"):
-            net, images = make().eval(), torch.empty(2, *shape)
-            keys, before = set(net.state_dict()), net(images).shape
-            convolutions = (n for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
-            insert_weight_maps(net, [next(convolutions)], shape, variant)
-            added = set(net.state_dict()) - keys
-            kept = keys <= set(net.state_dict()) and len(added) == 1
-            found[name] = kept and net(images).shape == before
-    return found
-
-
-# --------------------------------------------------------------------------------------- tables
-
-
-def spread(values: BySeed, digits: int = 2, scale: float = 1.0) -> str:
-    """Mean ± standard deviation over seeds; empty where there is none."""
-    found = [scale * value for value in values.values()]
-    if not found:
-        return ""
-    error = f" ± {stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{fmean(found):.{digits}f}{error}"
-
-
-AMPLIFICATION = {
-    "signal_gain": "signal gain (v2)",
-    "noise_gain": "noise gain (v1)",
-    "ratio": "ratio",
-    "signal_spread": "spread of log signal gain",
-    "snr_in": "SNR in",
-    "snr_out": "SNR out",
-    "spearman_variance_gain": "variance, gain",
-    "spearman_variance_map": "variance, map",
-    "spearman_map_sensitivity": "map, gradient",
-    "map_sd": "sd of the map",
-    "white_noise_theory": "white noise, theory",
-    "white_noise_measured": "measured",
-}
-
-
-def amplification_table(found: Found) -> dict[str, Any]:
-    """E4: gains of the first map, with frozen and shuffled maps as controls."""
-    lines = []
-    for method, label in found.methods.items():
-        for name, title in ((method, label), (f"{method}_shuffled", f"{label}, values shuffled")):
-            if not by_seed(found.summaries, name, "signal_gain"):
-                continue
-            cells = [by_seed(found.summaries, name, key) for key in AMPLIFICATION]
-            lines.append([title, *(spread(cell) for cell in cells)])
-    note = (
-        "Of trained networks, their first map. Gains are variances at the output over variances "
-        "at the input, of clean test images (signal) and of what uniform noise of 0.2 changes "
-        "(noise); medians over units off the border. SNR: clean variance over noise variance, all "
-        "units. Rank correlations over units of input variance with gain (confounded: read it "
-        "against the frozen map), of input variance with the map, of the map's magnitude with the "
-        "gradient at its input. Before batch-norm the scale of a channel is undone, so absolute "
-        "gains say little there. White noise: mean gain over units, by the closed form and put "
-        "through the layer."
+def noise_differences(metrics: Metrics, method: str, control: str) -> dict[str, Difference]:
+    """Accuracy of a method minus that of its control, in points, at every noise level."""
+    keys = {key for found in metrics.values() for key in found if _NOISE.fullmatch(key)}
+    return _differences(
+        {key: (by_seed(metrics, method, key), by_seed(metrics, control, key)) for key in keys}
     )
-    noise = noise_key(found.metrics)
-    points = scatter_points(found.metrics, found.summaries, noise)
-    if len(points) > 2:
-        ratios = torch.tensor([p.gains[2] for p in points])
-        link = spearman(ratios, torch.tensor([p.accuracy for p in points]))
-        if link is not None:
-            note += (
-                f" Across {len(points)} networks, the rank correlation of signal gain over noise "
-                f"gain with accuracy under {SCATTER[noise]} is {link:+.2f}."
-            )
-    header = ["map", *AMPLIFICATION.values()]
-    return {"title": "E4: amplification", "note": note, "header": header, "lines": lines}
 
 
-def checks_table(found: Found) -> dict[str, Any]:
-    """E6: whether the accuracy under PGD-20 survives what should break masked gradients."""
-    columns = {
-        "bypass/ce_f": "PGD-20",
-        "pgd100": "PGD-100x3",
-        "bypass/ce_bypass": "past the map",
-        "aa": "AutoAttack",
-        "deepfool": "DeepFool",
-    }
-    lines = []
-    for method, label in found.methods.items():
-        cells = [spread(by_seed(found.metrics, method, key), 1, 100.0) for key in columns]
-        here = {seed: a for (owner, seed), a in found.transferred.items() if owner == method}
-        failed = {seed: ids for (owner, seed), ids in found.audits.items() if owner == method}
-        words = "; ".join(f"seed {s}: {', '.join(ids)}" for s, ids in failed.items() if ids)
-        checked = words or ("none" if failed else "")
-        lines.append([label, *cells, spread(here, 1, 100.0), checked])
-    note = (
-        "Accuracy in percent on the same examples of the test split, all at the radius of the "
-        "threat model. Honest gradients: more steps and restarts, and AutoAttack, take little "
-        "beyond PGD-20; gradients past the map and images made on the base network of the same "
-        "seed attack worse. The last column: checks of the audit that failed."
-    )
-    header = ["network", *columns.values(), "transfer from base", "failed checks"]
-    return {"title": "E6: adaptive checks", "note": note, "header": header, "lines": lines}
+def attack_differences(metrics: Metrics, method: str, control: str) -> dict[str, Difference]:
+    """The same at every radius, where accuracy is the lowest over the attacks at that radius."""
+    radii: dict[str, list[str]] = {}
+    for key in {key for found in metrics.values() for key in found}:
+        if match := _ATTACK.fullmatch(key):
+            radii.setdefault(match[2], []).append(key)
 
-
-# -------------------------------------------------------------------------------------- figures
-
-
-def draw(found: Found) -> dict[str, Figure]:
-    """Figures (1) to (5), as far as there is something to draw."""
-    pictures: dict[str, Figure] = {}
-    shown = {method: LABELS[method] for method in CURVES if method in found.methods}
-    if shown:
-        pictures["1_noise"] = noise_figure(found.metrics, shown)
-        pictures["2_attacks"] = attack_figure(found.metrics, shown)
-    seed = min((s for _, s in found.maps), default=None)
-    learned = [m for m in ("smoothing", "unsharp") if (m, seed) in found.maps]
-    if learned and seed is not None:
-        firsts = {LABELS[m]: found.maps[m, seed] for m in learned}
-        pictures["3_maps"] = map_figure(firsts, start=1.0)
-        every = {
-            LABELS[m]: torch.cat([v.flatten() for (n, _), v in found.maps.items() if n == m])
-            for m in learned
+    def lowest(name: str, keys: Sequence[str]) -> BySeed:
+        return {
+            seed: min(found[key] for key in keys if key in found)
+            for (owner, seed), found in metrics.items()
+            if owner == name and any(key in found for key in keys)
         }
-        pictures["4_histogram"] = histogram_figure(every, start=1.0)
-    noise = noise_key(found.metrics)
-    points = scatter_points(found.metrics, found.summaries, noise)
-    if points:
-        labels = {m: LABELS[m] for m in found.methods if any(p.method == m for p in points)}
-        pictures["5_scatter"] = scatter_figure(points, labels, SCATTER[noise])
-    return pictures
+
+    return _differences(
+        {f"eps={r}": (lowest(method, keys), lowest(control, keys)) for r, keys in radii.items()}
+    )
 
 
-def noise_key(metrics: Metrics) -> str:
-    """The noise of the scatter plot: the strongest of the usual ones that was measured."""
-    return next((k for k in SCATTER if any(k in found for found in metrics.values())), "")
+def _differences(pairs: Mapping[str, tuple[BySeed, BySeed]]) -> dict[str, Difference]:
+    """In points, by name, where there are any."""
+    named = {name: paired_difference(*pairs[name], scale=100.0) for name in sorted(pairs)}
+    return {name: found for name, found in named.items() if found is not None}
 
 
-def scatter_points(
-    metrics: Metrics, summaries: Mapping[tuple[str, int], Mapping[str, float | None]], noise: str
-) -> list[Point]:
-    """One for every trained network with a map and a result."""
-    points = []
-    for (method, seed), numbers in summaries.items():
-        accuracy = metrics.get((method, seed), {}).get(noise)
-        signal, noisy = numbers["signal_gain"], numbers["noise_gain"]
-        if accuracy is not None and signal is not None and noisy is not None:
-            points.append(Point(method, signal, noisy, accuracy))
-    return points
+def direction(differences: Mapping[str, Difference]) -> Verdict:
+    """The rule: two or more levels one way, fewer than two the other."""
+    up = sum(one.is_up for one in differences.values())
+    down = sum(one.is_down for one in differences.values())
+    if up >= LEVELS > down:
+        return "supported"
+    return "contradicted" if down >= LEVELS > up else "not decided"
 
 
-# ---------------------------------------------------------------------------------- the command
+def counted(differences: Mapping[str, Difference], what: str) -> str:
+    """How many levels are up and down, and the two that move most."""
+    up = sum(one.is_up for one in differences.values())
+    down = sum(one.is_down for one in differences.values())
+    largest = sorted(differences, key=lambda name: -abs(differences[name].mean))[:2]
+    shown = ", ".join(f"{name} {differences[name].text()}" for name in sorted(largest))
+    return f"up at {up}, down at {down} of {len(differences)} {what}; {shown}"
 
 
-def analyse(
-    runs: Path,
-    results: Path,
-    on: str,
-    seeds: Sequence[int],
-    device: str = "cpu",
-    load: Load = load_last,
-) -> dict[str, Any]:
-    """Draw what can be drawn and judge what can be judged.
+def beside(
+    differences: Callable[[Metrics, str, str], Mapping[str, Difference]],
+    metrics: Metrics,
+    method: str,
+    control: str,
+) -> str:
+    """The same count for the controls that must accompany a result, where there are any."""
+    parts = []
+    for name in (f"{method}_frozen", "scale", "wide"):
+        found = differences(metrics, name, control)
+        if found:
+            up = sum(one.is_up for one in found.values())
+            down = sum(one.is_down for one in found.values())
+            parts.append(f"{name.rpartition('_')[2]} {up} up, {down} down")
+    return f"; controls: {', '.join(parts)}" if parts else ""
+
+
+# ---------------------------------------------------------------------------------------- C1 to C7
+
+
+def judge_insertion(inserted: Mapping[str, bool], trained: Sequence[str]) -> Judgement:
+    """C1: one call puts maps into networks of many kinds, and their weights still load.
 
     Args:
-        runs: Where the run directories ``<stem>/seed<k>`` are.
-        results: Where the result files are and the output goes.
-        on: A data set, whose small network is analysed, or data set and network.
-        seeds: Which.
-        device: Where the networks run.
-        load: How a run is loaded.
-
-    Returns:
-        What was written, with ``figures`` and ``path`` added.
-
-    Raises:
-        ConfigurationError: If there is no result to work on.
+        inserted: Network -> whether that worked.
+        trained: Of which networks with maps there are results.
     """
-    base = base_of(on)
-    found = Found(base, seeds)
-    found.read_results(results)
-    if not found.metrics:
-        raise ConfigurationError(
-            f"nothing to analyse: no result {results}/{base}_*-seed*.json for seeds "
-            f"{', '.join(map(str, seeds))}; run make reproduce-wm ON={base}"
-        )
-    found.measure_runs(runs, device, load)
-    inserted = {str(variant): try_insertions(variant) for variant in JUDGED}
-    claims = judge_claims(
-        base, found.by_base, found.audits, found.transferred, found.summaries, inserted
-    )
-    note = (
-        f"On {base}, by one rule: a level counts where the mean paired difference to base over "
-        f"seeds exceeds two standard errors; {LEVELS} or more levels up and fewer down support a "
-        "claim, the reverse contradicts it. Differences are in points, ± standard error; with "
-        "three seeds two standard errors are a weak test, and levels are not independent. Controls "
-        "are held against base too. What is tested is this reconstruction: a contradicted claim "
-        "may be its fault."
-    )
-    report: dict[str, Any] = {
-        "on": base,
-        "seeds": list(seeds),
-        "expectations": [],
-        "claims": [asdict(claim) for claim in claims],
-        "tables": [verdict_table(claims, note), amplification_table(found), checks_table(found)],
-        "amplification": plain_values(found.layers),
-        "inserted": inserted,
-        "missing": found.missing,
-    }
-    is_digits = base == "digits_cnn3"
-    path = results / ("analysis.json" if is_digits else f"analysis_{base}.json")
-    write_sealed_json(path, report)
-    figures = [
-        save_figure(figure, results / "figures" / f"{base}_{name}.png")
-        for name, figure in draw(found).items()
+    worked = sum(inserted.values())
+    evidence = f"inserted into {worked} of {len(inserted)} networks ({', '.join(inserted)})"
+    evidence += f"; trained in {', '.join(trained)}" if trained else "; trained in none"
+    if not trained:
+        return Judgement("not run", evidence)
+    return Judgement("supported" if worked == len(inserted) else "contradicted", evidence)
+
+
+def judge_noise(metrics: Metrics, method: str, control: str = "base") -> Judgement:
+    """C2: more accurate under noise than the network without maps."""
+    found = noise_differences(metrics, method, control)
+    if not found:
+        return _untested(method)
+    evidence = counted(found, "noise levels") + beside(noise_differences, metrics, method, control)
+    return Judgement(direction(found), evidence)
+
+
+def judge_attacks(
+    metrics: Metrics,
+    method: str,
+    audits: Audits | None = None,
+    transferred: Transferred | None = None,
+    control: str = "base",
+) -> Judgement:
+    """C3: more accurate under attack, and not by masking gradients."""
+    found = attack_differences(metrics, method, control)
+    if not found:
+        return _untested(method)
+    verdict = direction(found)
+    evidence = counted(found, "radii") + beside(attack_differences, metrics, method, control)
+    signs = masking_signs(metrics, method, audits or {}, transferred or {})
+    evidence += f"; signs of masking: {'; '.join(signs) if signs else 'none'}"
+    return Judgement("not decided" if signs and verdict == "supported" else verdict, evidence)
+
+
+def masking_signs(
+    metrics: Metrics, method: str, audits: Audits, transferred: Transferred
+) -> list[str]:
+    """What speaks for masked gradients: failed checks, and attacks that should be weaker."""
+    signs = [
+        f"seed {seed} fails {', '.join(failed)}"
+        for (owner, seed), failed in audits.items()
+        if owner == method and failed
     ]
-    return {**report, "figures": [str(figure) for figure in figures], "path": str(path)}
+    white_box = by_seed(metrics, method, "bypass/ce_f")
+    stronger = {
+        "PGD-100 with restarts": by_seed(metrics, method, "pgd100"),
+        "gradients past the map": by_seed(metrics, method, "bypass/ce_bypass"),
+        "AutoAttack": by_seed(metrics, method, "aa"),
+        "transfer from base": {s: a for (owner, s), a in transferred.items() if owner == method},
+    }
+    for name, accuracy in stronger.items():
+        gap = paired_difference(white_box, accuracy, scale=100.0)
+        if gap is not None and gap.mean > MASKING_GAP:
+            signs.append(f"{name} takes {gap.mean:.1f} points more than PGD-20")
+    return signs
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; 0 whichever way the verdicts turn out, 2 where nothing can be done."""
-    return run_analysis("paper_wm", analyse, args)
+def judge_clean(found: Mapping[str, Difference]) -> Judgement:
+    """C4: comparable clean accuracy, on every data set there is.
 
+    Args:
+        found: Data set and network -> :func:`clean_difference`.
+    """
+    if not found:
+        return Judgement("not run", "no results")
+    evidence = ", ".join(f"{name} {one.text()}" for name, one in found.items())
+    evidence += f"; allowed -{CLEAN_LOSS:g}" + ("; one data set alone" if len(found) == 1 else "")
+    if all(one.is_up for one in found.values()):
+        return Judgement("supported", evidence)
+    lost = any(one.is_down for one in found.values())
+    return Judgement("contradicted" if lost else "not decided", evidence)
+
+
+def judge_both(noise: Judgement, attacks: Judgement) -> Judgement:
+    """C5: this variant is more robust to noise and to attacks."""
+    verdicts = (noise.verdict, attacks.verdict)
+    evidence = f"C2 {noise.verdict}, C3 {attacks.verdict}"
+    for verdict in ("not run", "contradicted"):
+        if verdict in verdicts:
+            return Judgement(verdict, evidence)
+    is_supported = verdicts == ("supported", "supported")
+    return Judgement("supported" if is_supported else "not decided", evidence)
+
+
+def judge_amplification(metrics: Metrics, summaries: Summaries, method: str) -> Judgement:
+    """C6: the layer amplifies variance, adaptively, and that is why it is robust.
+
+    Three conditions: the median signal gain is above 1 in every seed; the correlation over units of
+    input variance and gain differs from that of the frozen control; and the learned map is more
+    robust to noise than the frozen one. Contradicted if the gain is below 1 in every seed, or the
+    learned map is less robust than the frozen one.
+    """
+    frozen = f"{method}_frozen"
+    gains = by_seed(summaries, method, "signal_gain")
+    if not gains:
+        return _untested(method)
+    noise_gain = mean(by_seed(summaries, method, "noise_gain"))
+    key = "spearman_variance_gain"
+    adaptive = paired_difference(by_seed(summaries, method, key), by_seed(summaries, frozen, key))
+    robust = noise_differences(metrics, method, frozen)
+    evidence = f"median signal gain {mean(gains):.2f}, noise gain {noise_gain:.2f}"
+    if adaptive is None or not robust:
+        return Judgement("not decided", f"{evidence}; no frozen control")
+    evidence += (
+        f"; learned minus frozen: rank correlation of variance and gain {adaptive.text(3)}, "
+        f"accuracy {counted(robust, 'noise levels')}"
+    )
+    amplifies = all(gain > 1.0 for gain in gains.values())
+    if all(gain < 1.0 for gain in gains.values()) or direction(robust) == "contradicted":
+        return Judgement("contradicted", evidence)
+    is_adaptive = adaptive.is_up or adaptive.is_down
+    is_whole = amplifies and is_adaptive and direction(robust) == "supported"
+    return Judgement("supported" if is_whole else "not decided", evidence)
+
+
+def judge_scaled_up(by_base: Mapping[str, Metrics], method: str) -> Judgement:
+    """C7: C2 to C4 on every scaled-up network there is."""
+    found: dict[str, Verdict] = {}
+    for base, metrics in by_base.items():
+        if base.partition("_")[2] not in SCALED_UP or not by_seed(metrics, method, "clean_acc"):
+            continue
+        clean = clean_difference(metrics, method)
+        parts = [
+            judge_noise(metrics, method).verdict,
+            judge_attacks(metrics, method).verdict,
+            judge_clean({} if clean is None else {base: clean}).verdict,
+        ]
+        order: tuple[Verdict, ...] = ("not run", "contradicted", "not decided")
+        found[base] = next((one for one in order if one in parts), "supported")
+    if not found:
+        return Judgement("not run", "no results of scaled-up networks")
+    evidence = ", ".join(f"{base} {verdict}" for base, verdict in found.items())
+    for verdict in ("contradicted", "not decided", "not run"):
+        if verdict in found.values():
+            return Judgement(verdict, evidence)
+    return Judgement("supported", evidence)
+
+
+def clean_difference(metrics: Metrics, method: str) -> Difference | None:
+    """Clean accuracy of a method minus that of base, in points, tested against the loss allowed."""
+    ours, theirs = (by_seed(metrics, name, "clean_acc") for name in (method, "base"))
+    return t_test(minus(ours, theirs, 100.0), -CLEAN_LOSS)
+
+
+def _untested(method: str) -> Judgement:
+    return Judgement("not run", f"no results of {method} beside its control")
+
+
+def judge_claims(
+    base: str,
+    by_base: Mapping[str, Metrics],
+    audits: Audits,
+    transferred: Transferred,
+    summaries: Summaries,
+    inserted: Mapping[str, Mapping[str, bool]],
+) -> list[Claim]:
+    """All seven claims for every variant that has results.
+
+    Args:
+        base: Data set and network that C2, C3, C5 and C6 are judged on, ``digits_cnn3``.
+        by_base: Data set and network -> metrics.
+        audits: Of ``base``.
+        transferred: Of ``base``.
+        summaries: Of ``base``.
+        inserted: Method -> network -> whether its maps could be inserted.
+    """
+    metrics = by_base.get(base, {})
+    judged: dict[str, dict[str, Judgement]] = {f"C{i}": {} for i in range(1, 8)}
+    for method, name in VARIANTS.items():
+        having = {b: m for b, m in by_base.items() if by_seed(m, method, "clean_acc")}
+        if method not in ("smoothing", "unsharp") and base not in having:
+            continue
+        noise = judge_noise(metrics, method)
+        attacks = judge_attacks(metrics, method, audits, transferred)
+        clean = {b: d for b, m in having.items() if (d := clean_difference(m, method))}
+        judged["C1"][name] = judge_insertion(inserted.get(method, {}), list(having))
+        judged["C2"][name] = noise
+        judged["C3"][name] = attacks
+        judged["C4"][name] = judge_clean(clean)
+        judged["C5"][name] = judge_both(noise, attacks)
+        judged["C6"][name] = judge_amplification(metrics, summaries, method)
+        judged["C7"][name] = judge_scaled_up(by_base, method)
+    return [Claim(id, text, judged[id]) for id, text in CLAIMS.items()]
+
+
+CLAIMS = {
+    "C1": "a generic architectural addition [P1] [P2]",
+    "C2": "more robust to noise than the same network without it [P1] [P2]",
+    "C3": "more robust to adversarial attacks [P1] [P2]",
+    "C4": "at the same or similar [P1], comparable across data sets [P2], clean accuracy",
+    "C5": "two variants, both more robust [P1] [P2]",
+    "C6": "because of adaptive amplification of the variance of noise [P1], of activations [P2]",
+    "C7": "also in scaled-up models [P1] [P2]",
+}
+
+NOTE = (
+    "By one rule: a level counts where the paired t-test over seeds against base is significant "
+    f"(two-sided, 5 %); {LEVELS} or more levels up and fewer down support a claim, the reverse "
+    "contradicts it. Differences are in points, with 95 % intervals. With three seeds the test has "
+    "little power, levels are not independent, and p values are not corrected. Controls are "
+    "compared with base too. What is tested is this reconstruction: a contradicted claim may be "
+    "its fault."
+)
+
+
+def claims(found: Found) -> list[Claim]:
+    """The seven claims of what was found."""
+    got: Gathered = found.kept["gathered"]
+    inserted = {str(variant): try_insertions(variant) for variant in JUDGED}
+    found.measured["inserted"] = inserted
+    return judge_claims(found.on, got.by_base, got.audits, got.transferred, got.summaries, inserted)
+
+
+def scope(on: str) -> tuple[str, str]:
+    """Data set and network, and the prefix of the methods."""
+    return base_of(on), f"{base_of(on)}_"
+
+
+ANALYSIS = Analysis(
+    package="paper_wm",
+    claims=claims,
+    measure=gather,
+    figures=figures,
+    tables=lambda found: [amplification_table(found), checks_table(found)],
+    scope=scope,
+    baseline="base",
+    accuracy="worst",
+    accuracy_label="worst-case accuracy",
+    label=label_of,
+    note=NOTE,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ANALYSIS.main())

@@ -7,12 +7,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis.report import by_seed
+from common.analysis.claims import Metrics, by_seed
+from common.analysis.report import Found
 from common.evaluation.drawing import (
     CYCLE,
     FONT,
@@ -21,8 +23,10 @@ from common.evaluation.drawing import (
     put_legend_above,
     tidy_axes,
 )
-from paper_wm.verdicts import Metrics
+from paper_wm.gathered import LABELS, Gathered, methods_of
 
+CURVES = ("base", "smoothing", "smoothing_frozen", "unsharp", "unsharp_frozen", "unsharp_lam-0.5")
+SCATTER = {"uniform/level=0.4": "uniform noise of 0.4", "uniform/level=0.1": "uniform noise of 0.1"}
 NOISES = {
     "uniform": "uniform noise, half width",
     "gaussian": "Gaussian noise, standard deviation",
@@ -200,3 +204,48 @@ def scatter_figure(points: Sequence[Point], labels: Mapping[str, str], noise: st
     axes[0].set_ylabel(f"accuracy under {noise} (%)", fontsize=FONT)
     put_legend_above(fig, axes[0])
     return fig
+
+
+def figures(found: Found) -> dict[str, Figure | None]:
+    """Figures (1) to (5), as far as there is something to draw."""
+    got: Gathered = found.kept["gathered"]
+    pictures: dict[str, Figure | None] = {}
+    methods = methods_of(found)
+    shown = {method: LABELS[method] for method in CURVES if method in methods}
+    if shown:
+        pictures["1_noise"] = noise_figure(found.metrics, shown)
+        pictures["2_attacks"] = attack_figure(found.metrics, shown)
+    seed = min((s for _, s in got.maps), default=None)
+    learned = [m for m in ("smoothing", "unsharp") if (m, seed) in got.maps]
+    if learned and seed is not None:
+        firsts = {LABELS[m]: got.maps[m, seed] for m in learned}
+        pictures["3_maps"] = map_figure(firsts, start=1.0)
+        every = {
+            LABELS[m]: torch.cat([v.flatten() for (n, _), v in got.maps.items() if n == m])
+            for m in learned
+        }
+        pictures["4_histogram"] = histogram_figure(every, start=1.0)
+    noise = noise_key(found.metrics)
+    points = scatter_points(found.metrics, got.summaries, noise)
+    if points:
+        labels = {m: LABELS[m] for m in methods if any(p.method == m for p in points)}
+        pictures["5_scatter"] = scatter_figure(points, labels, SCATTER[noise])
+    return pictures
+
+
+def noise_key(metrics: Metrics) -> str:
+    """The noise of the scatter plot: the strongest of the usual ones that was measured."""
+    return next((k for k in SCATTER if any(k in found for found in metrics.values())), "")
+
+
+def scatter_points(
+    metrics: Metrics, summaries: Mapping[tuple[str, int], Mapping[str, float | None]], noise: str
+) -> list[Point]:
+    """One for every trained network with a map and a result."""
+    points = []
+    for (method, seed), numbers in summaries.items():
+        accuracy = metrics.get((method, seed), {}).get(noise)
+        signal, noisy = numbers["signal_gain"], numbers["noise_gain"]
+        if accuracy is not None and signal is not None and noisy is not None:
+            points.append(Point(method, signal, noisy, accuracy))
+    return points

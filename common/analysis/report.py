@@ -1,190 +1,39 @@
-"""What the analyses of papers share: runs and results found, claims held against them.
+"""The frame of every analysis: ``python -m paper_X.analysis``.
 
-A paper's ``analysis.py`` has a function ``analyse`` that draws figures and judges the paper's
-claims on what there is, and leaves ``analysis.json`` beside the results, from which tables show the
-verdicts. Whatever is missing is named there, and the rest is done without it. A claim with one
-number is an ``Expectation``; one with several variants is a ``Claim``, and goes with whatever else
-an analysis has to show into ``tables``: a list of title, note, header and lines of text.
+A paper's ``analysis.py`` declares an :class:`Analysis`: its claims, measures and figures. The frame
+reads the results, keeps the rows that can be compared, draws the figures, writes ``analysis.json``
+beside the results, from which tables show the verdicts, and prints. What is missing is named, and
+the rest is done without it.
 """
 
 import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.errors import UserError, check_choice
+from common.analysis.claims import (
+    BySeed,
+    Claim,
+    by_seed,
+    minus,
+    paired_difference,
+    verdict_table,
+)
+from common.analysis.figures import forest_plot
+from common.errors import ConfigurationError, UserError
+from common.evaluation.drawing import save_figure
 from common.evaluation.models import load_run
-from common.results.bases import comparable
-from common.results.store import CheckpointResult, read_result, result_path
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """A claim, what was measured, and whether the claim holds.
-
-    Attributes:
-        id: A letter.
-        claim: In words.
-        value: Mean over the seeds there are; ``None`` where there is none.
-        threshold: What ``value`` is compared with.
-        holds: The verdict; ``None`` unless every seed asked for was there.
-        per_seed: ``value`` of each seed.
-        beside: Means of other quantities that belong to an honest reading.
-    """
-
-    id: str
-    claim: str
-    value: float | None
-    threshold: float
-    holds: bool | None
-    per_seed: dict[int, float]
-    beside: dict[str, float | None]
-
-
-BySeed = dict[int, float]
-
-
-def by_seed(found: Mapping[tuple[str, int], Mapping[str, Any]], name: str, *keys: str) -> BySeed:
-    """What lies under ``keys`` in each entry of ``name``; seeds that lack it are left out."""
-    values: BySeed = {}
-    for (owner, seed), entry in found.items():
-        value: Any = entry if owner == name else None
-        for key in keys:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None and math.isfinite(value):
-            values[seed] = float(value)
-    return values
-
-
-def combined(first: BySeed, second: BySeed, how: Callable[[float, float], float]) -> BySeed:
-    """``how`` of two numbers, for the seeds that have both."""
-    return {seed: how(first[seed], second[seed]) for seed in first if seed in second}
-
-
-def mean(values: BySeed) -> float | None:
-    """Mean over seeds; ``None`` if there is none."""
-    return sum(values.values()) / len(values) if values else None
-
-
-def conclude(
-    id: str,
-    claim: str,
-    values: BySeed,
-    seeds: Sequence[int],
-    holds: Callable[[float], bool],
-    threshold: float,
-    beside: Mapping[str, BySeed] | None = None,
-) -> Expectation:
-    """An expectation whose verdict is ``holds(mean)`` once every seed is there."""
-    value = mean(values)
-    verdict = holds(value) if value is not None and set(values) >= set(seeds) else None
-    others = {name: mean(numbers) for name, numbers in (beside or {}).items()}
-    return Expectation(id, claim, value, threshold, verdict, values, others)
-
-
-# --------------------------------------------------------------- claims about several variants
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences over seeds, and its standard error.
-
-    Attributes:
-        mean: In whatever the numbers are in.
-        error: Standard error of the mean; infinite with fewer than two seeds.
-        seeds: How many.
-    """
-
-    mean: float
-    error: float
-    seeds: int
-
-    @property
-    def is_up(self) -> bool:
-        """Whether the mean is above zero by more than two standard errors."""
-        return self.mean > 2.0 * self.error
-
-    @property
-    def is_down(self) -> bool:
-        """Whether the mean is below zero by more than two standard errors."""
-        return self.mean < -2.0 * self.error
-
-    def text(self, digits: int = 1) -> str:
-        """Mean ± standard error, to so many decimals; the mean alone where there is no error."""
-        error = f" ± {self.error:.{digits}f}" if math.isfinite(self.error) else ""
-        return f"{self.mean:+.{digits}f}{error}"
-
-
-def paired_difference(first: BySeed, second: BySeed, scale: float = 1.0) -> Difference | None:
-    """``first`` minus ``second`` over the seeds that have both; ``None`` if there is none."""
-    values = [scale * value for value in combined(first, second, lambda a, b: a - b).values()]
-    if not values:
-        return None
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return Difference(fmean(values), error, len(values))
-
-
-Verdict = Literal["supported", "contradicted", "undecided", "not testable here"]
-
-VERDICTS: dict[Verdict, str] = {
-    "supported": "supported",
-    "contradicted": "not supported: contradicted",
-    "undecided": "not supported: undecided",
-    "not testable here": "not testable here",
-}
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the results say about a claim, for one variant of a method.
-
-    Attributes:
-        verdict: One of four.
-        evidence: The numbers behind it, in words.
-    """
-
-    verdict: Verdict
-    evidence: str
-
-    def __post_init__(self) -> None:
-        check_choice("verdict", self.verdict, Verdict)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of a paper and its judgement for every variant, by the variant's name."""
-
-    id: str
-    claim: str
-    judgements: Mapping[str, Judgement]
-
-
-def verdict_table(claims: Sequence[Claim], note: str = "") -> dict[str, Any]:
-    """Claims as an entry of ``tables`` in ``analysis.json``, a line for each variant."""
-    lines = [
-        [
-            claim.id if i == 0 else "",
-            claim.claim if i == 0 else "",
-            variant,
-            VERDICTS[judgement.verdict],
-            judgement.evidence,
-        ]
-        for claim in claims
-        for i, (variant, judgement) in enumerate(claim.judgements.items())
-    ]
-    header = ["", "claim", "variant", "verdict", "numbers"]
-    return {"title": "Verdicts", "note": note, "header": header, "lines": lines}
-
-
-# ------------------------------------------------------------------------ runs and results
-
+from common.files import write_sealed_json
+from common.results.bases import comparable, last_of
+from common.results.reference import select
+from common.results.store import Result, read_result
 
 Load = Callable[[Path], tuple[Any, Any]]
 """Run directory -> (classifier, data module)."""
@@ -205,71 +54,238 @@ def load_test_split(datamodule: Any) -> tuple[Tensor, Tensor]:
     return torch.cat([b["x"] for b in batches]), torch.cat([b["y"] for b in batches])
 
 
-def read_metrics(
-    folder: Path, methods: Mapping[str, Sequence[str]], base: str, seeds: Sequence[int]
-) -> tuple[dict[tuple[str, int], dict[str, float]], list[str]]:
-    """The last checkpoint's metrics from every result file there is.
+@dataclass
+class Found:
+    """What an analysis works on.
 
-    Args:
-        folder: Where the files are.
-        methods: What stands after ``base`` in the stems, with the metrics that are needed of it.
-        base: With what the stems begin.
-        seeds: Which.
-
-    Returns:
-        Metrics by (method, seed), and what is missing, in words.
+    Attributes:
+        on: The rows that are analysed: with what their stems begin.
+        prefix: What the frame takes off a stem to get the method's name.
+        seeds: Those asked for.
+        runs: Where the run directories ``<stem>/seed<k>`` are.
+        folder: Where the result files are.
+        device: Where networks run.
+        load: How a run is loaded.
+        everything: All results of the seeds, of other rows too.
+        results: Those of ``on``.
+        metrics: Of the last checkpoints in ``results``, by (method, seed), comparable ones alone.
+        missing: In words.
+        measured: Sections of ``analysis.json``, filled by the paper's ``measure``.
+        kept: What its ``measure`` leaves for claims and figures alone.
     """
-    last: dict[tuple[str, int], CheckpointResult] = {}
-    lacking: list[str] = []
-    for method in methods:
-        for seed in seeds:
-            path = result_path(folder, f"{base}_{method}", seed)
-            if not path.is_file():
-                lacking.append(f"result {path}")
-                continue
+
+    on: str
+    prefix: str
+    seeds: Sequence[int]
+    runs: Path
+    folder: Path
+    device: str = "cpu"
+    load: Load = load_last
+    everything: list[Result] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    metrics: dict[tuple[str, int], dict[str, float]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_digits(self) -> bool:
+        """Whether this is the scaled-down run."""
+        return self.prefix.startswith("digits_")
+
+    def of(self, method: str, metric: str) -> BySeed:
+        """A metric of a method by seed."""
+        return by_seed(self.metrics, method, metric)
+
+    def gain(self, first: str, second: str, metric: str) -> BySeed:
+        """Metric of the first method minus that of the second by seed, in points."""
+        return minus(self.of(first, metric), self.of(second, metric), 100.0)
+
+    def read_results(self, needed: Mapping[str, Sequence[str]]) -> None:
+        """Read every result file; name the damaged ones and the metrics that are missing."""
+        for path in sorted(self.folder.glob("*-seed*.json")):
             try:
-                checkpoints = read_result(path)["checkpoints"]
+                result = read_result(path)
             except UserError as error:
-                lacking.append(f"result {error}")
+                self.missing.append(f"result {error}")
                 continue
-            if "last" in checkpoints:
-                last[method, seed] = checkpoints["last"]
-            lacking += [
-                f"metric {name} of the last checkpoint in {path}"
-                for name in methods[method]
-                if "last" not in checkpoints or name not in checkpoints["last"]["metrics"]
-            ]
-    metrics, left_out = comparable(last)
-    return metrics, lacking + left_out
+            if result["seed"] in self.seeds:
+                self.everything.append(result)
+        self.results = [r for r in self.everything if select([r["experiment"]], self.on)]
+        self.metrics, left_out = comparable(last_of(self.results, self.prefix))
+        self.missing += left_out + [
+            f"{name} of {self.prefix}{method}, seed {seed}"
+            for method, names in needed.items()
+            for seed in self.seeds
+            for name in names
+            if name not in self.metrics.get((method, seed), {})
+        ]
+
+    def load_runs(self, methods: Sequence[str]) -> dict[tuple[str, int], tuple[Any, Any]]:
+        """Classifier, on the device, and data of every run there is, at its last checkpoint."""
+        found: dict[tuple[str, int], tuple[Any, Any]] = {}
+        for method in methods:
+            for seed in self.seeds:
+                run = self.runs / f"{self.prefix}{method}" / f"seed{seed}"
+                checkpoint = run / "checkpoints" / "last.ckpt"
+                if not checkpoint.is_file():
+                    self.missing.append(f"checkpoint {checkpoint}")
+                    continue
+                try:
+                    model, data = self.load(run)
+                    found[method, seed] = model.to(self.device).eval(), data
+                except (UserError, RuntimeError, OSError) as error:
+                    self.missing.append(f"checkpoint {checkpoint}: {error}")
+                except SystemExit:  # how the option parser refuses a file, after it has said why
+                    self.missing.append(
+                        f"checkpoint {checkpoint}: {run / 'config.yaml'} is refused"
+                    )
+        return found
+
+    def test_split(self, data: Any) -> tuple[Tensor, Tensor] | None:
+        """Test images and labels on the device; ``None``, and named, where they cannot be had."""
+        try:
+            x, y = load_test_split(data)
+        except (UserError, RuntimeError, OSError) as error:
+            self.missing.append(f"test images of {self.on}: {error}")
+            return None
+        return x.to(self.device), y.to(self.device)
 
 
-def load_runs(
-    runs: Path, methods: Sequence[str], base: str, seeds: Sequence[int], load: "Load"
-) -> tuple[dict[tuple[str, int], tuple[Any, Any]], list[str]]:
-    """Classifier and data of every run there is, at its last checkpoint.
+def _no_figures(found: Found) -> dict[str, Figure | None]:
+    return {}
 
-    Returns:
-        Both by (method, seed), and what is missing, in words.
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a paper declares.
+
+    Attributes:
+        package: Of the paper.
+        claims: Results and measures to claims with verdicts.
+        baseline: Method that the forest plot shows differences to.
+        accuracy: Metric of the forest plot.
+        accuracy_label: The same in words.
+        scope: ``--on`` to what stems begin with, and the prefix before the methods' names.
+        measure: Takes the measures of trained networks and puts them into ``found``.
+        figures: Figures by name; ``None`` where there is nothing to draw.
+        tables: More tables under the verdicts.
+        needed: Metrics by method whose absence is named.
+        label: A method in words.
+        compared: Whether a method belongs into the forest plot.
+        note: Under the verdicts, where the rule is not the usual one.
     """
-    found: dict[tuple[str, int], tuple[Any, Any]] = {}
-    missing: list[str] = []
-    for method in methods:
-        for seed in seeds:
-            run = runs / f"{base}_{method}" / f"seed{seed}"
-            checkpoint = run / "checkpoints" / "last.ckpt"
-            if not checkpoint.is_file():
-                missing.append(f"checkpoint {checkpoint}")
-                continue
-            try:
-                found[method, seed] = load(run)
-            except (UserError, RuntimeError, OSError) as error:
-                missing.append(f"checkpoint {checkpoint}: {error}")
-            except SystemExit:  # how the option parser refuses a file, after it has said why
-                missing.append(f"checkpoint {checkpoint}: {run / 'config.yaml'} is refused")
-    return found, missing
 
+    package: str
+    claims: Callable[[Found], Sequence[Claim]]
+    baseline: str
+    accuracy: str
+    accuracy_label: str
+    scope: Callable[[str], tuple[str, str]] = lambda on: (on, f"{on.partition('_')[0]}_")
+    measure: Callable[[Found], None] = lambda found: None
+    figures: Callable[[Found], Mapping[str, Figure | None]] = _no_figures
+    tables: Callable[[Found], list[dict[str, Any]]] = lambda found: []
+    needed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    label: Callable[[str], str] = lambda method: method.replace("_", " ")
+    compared: Callable[[str], bool] = lambda method: True
+    note: str = ""
 
-# ------------------------------------------------------------------------------ the command
+    def analyse(
+        self,
+        runs: Path,
+        results: Path,
+        on: str,
+        seeds: Sequence[int],
+        device: str = "cpu",
+        load: Load = load_last,
+    ) -> dict[str, Any]:
+        """Draw and judge what can be drawn and judged.
+
+        Args:
+            runs: Where the run directories ``<stem>/seed<k>`` are.
+            results: Where the result files are and the output goes.
+            on: With what the stems begin.
+            seeds: Which.
+            device: Where networks run.
+            load: How a run is loaded.
+
+        Returns:
+            What was written, with ``figures`` and ``path`` added.
+
+        Raises:
+            ConfigurationError: If there is neither a result nor a measure to work on.
+        """
+        rows, prefix = self.scope(on)
+        found = Found(rows, prefix, seeds, runs, results, device, load)
+        found.read_results(self.needed)
+        self.measure(found)
+        if not found.metrics and not any(found.measured.values()):
+            raise ConfigurationError(
+                f"nothing to analyse: no usable result {results}/{rows}*-seed*.json and no usable "
+                f"checkpoint below {runs}/{rows}* for seeds {', '.join(map(str, seeds))}; run make "
+                f"reproduce-{self.package.removeprefix('paper_')} ON={rows}"
+            )
+        claims = self.claims(found)
+        report: dict[str, Any] = {
+            "on": rows,
+            "seeds": list(seeds),
+            "claims": plain_values([asdict(claim) for claim in claims]),
+            "tables": [
+                *([verdict_table(claims, self.note)] if claims else []),
+                *self.tables(found),
+            ],
+            **plain_values(found.measured),
+            "missing": found.missing,
+        }
+        path = results / ("analysis.json" if found.is_digits else f"analysis_{rows}.json")
+        write_sealed_json(path, report)
+        start = prefix if found.is_digits else f"{rows}_"
+        pictures = {"differences": self.forest(found), **self.figures(found)}
+        figures = [
+            str(save_figure(figure, results / "figures" / f"{start}{name}.png"))
+            for name, figure in pictures.items()
+            if figure is not None
+        ]
+        return {**report, "figures": figures, "path": str(path)}
+
+    def forest(self, found: Found) -> Figure | None:
+        """Differences of all rows to the baseline; ``None`` where there is no other row."""
+        base = found.of(self.baseline, self.accuracy)
+        methods = sorted({method for method, _ in found.metrics} - {self.baseline})
+        differences = {
+            self.label(method): difference
+            for method in methods
+            if self.compared(method)
+            and (difference := paired_difference(found.of(method, self.accuracy), base, 100.0))
+        }
+        if not differences:
+            return None
+        ordered = dict(sorted(differences.items(), key=lambda item: -item[1].mean))
+        return forest_plot(ordered, self.label(self.baseline), self.accuracy_label)
+
+    def main(self, args: Sequence[str] | None = None) -> int:
+        """Run the command.
+
+        Returns:
+            0 for every outcome of the verdicts, 2 where nothing can be done.
+        """
+        parser = argparse.ArgumentParser(
+            prog=f"python -m {self.package}.analysis",
+            description="Figures, and verdicts on claims, from checkpoints and results.",
+        )
+        parser.add_argument("--runs", type=Path, default=Path("runs") / self.package)
+        parser.add_argument("--results", type=Path, default=Path(self.package) / "results")
+        parser.add_argument("--on", default="digits", help="with what the stems begin")
+        parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        o = parser.parse_args(args)
+        try:
+            report = self.analyse(o.runs, o.results, o.on, o.seeds, o.device)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        print(describe(report))
+        return 0
 
 
 def plain_values(value: Any) -> Any:
@@ -286,52 +302,10 @@ def plain_values(value: Any) -> Any:
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """A report as text: verdicts, numbers beside them, and what was missing."""
-    words = {True: "holds", False: "DOES NOT HOLD", None: "undecided"}
-
-    def number(value: float | None) -> str:
-        return "missing" if value is None else f"{value:.3f}"
-
+    """A report as text: the tables, what was missing, and the files written."""
     lines = []
-    for entry in report["expectations"]:
-        seeds = "; ".join(f"seed {seed}: {number(v)}" for seed, v in entry["per_seed"].items())
-        lines.append(f"({entry['id']}) {words[entry['holds']]}: {entry['claim']}")
-        lines.append(
-            f"    measured {number(entry['value'])} against {number(entry['threshold'])}"
-            + (f" ({seeds})" if seeds else "")
-        )
-        lines += [f"    {name}: {number(value)}" for name, value in entry["beside"].items()]
-    for table in report.get("tables", []):
+    for table in report["tables"]:
         lines += [table["title"], *("    " + " | ".join(line) for line in table["lines"])]
     lines += [f"missing: {what}" for what in report["missing"]]
     lines += [f"wrote {path}" for path in (report["path"], *report["figures"])]
     return "\n".join(lines)
-
-
-Analyse = Callable[[Path, Path, str, Sequence[int], str], dict[str, Any]]
-"""(runs, results, on, seeds, device) -> the report that :func:`describe` shows."""
-
-
-def run_analysis(package: str, analyse: Analyse, args: Sequence[str] | None = None) -> int:
-    """Run ``python -m <package>.analysis``.
-
-    Returns:
-        0 whichever way the expectations turn out, 2 where nothing can be done.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {package}.analysis",
-        description="Figures, and verdicts on the paper's claims, from checkpoints and results.",
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs") / package)
-    parser.add_argument("--results", type=Path, default=Path(package) / "results")
-    parser.add_argument("--on", default="digits", help="with what the stems begin")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    o = parser.parse_args(args)
-    try:
-        report = analyse(o.runs, o.results, o.on, o.seeds, o.device)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(describe(report))
-    return 0

@@ -26,7 +26,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -346,41 +345,21 @@ def _gap(
 
 
 def _analysis(path: Path) -> list[Sheet]:
-    """What the paper's analysis left in ``analysis[_<what>].json``: expectations and tables."""
-    verdicts = {True: "holds", False: "does not hold", None: "undecided"}
+    """The tables that the paper's analysis left in ``analysis[_<what>].json``, verdicts first."""
     what = path.stem.removeprefix("analysis").replace("_", " ")
     suffix = f"{what and ','}{what}"
     try:
         report = read_sealed_json(path)
-        tables = [
+        report["claims"]  # a file of an older format has none, or others
+        return [
             Sheet(f"{t['title']}{suffix}", t["note"], t["header"], t["lines"])
-            for t in report.get("tables", [])
-        ]
-        if tables and not report["expectations"]:
-            return tables
-        lines = [
-            [
-                str(entry["id"]),
-                str(entry["claim"]),
-                _value(entry["value"]),
-                str(entry["threshold"]),
-                verdicts[entry["holds"]],
-            ]
-            for entry in report["expectations"]
+            for t in report["tables"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({type(error).__name__}: {error}); delete it and run the "
             "analysis again"
         ) from error
-    header = ["", "claim", "value", "threshold", "verdict"]
-    return [Sheet(f"Expectations{suffix}", header=header, lines=lines), *tables]
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ------------------------------------------------------------------------------------ command line

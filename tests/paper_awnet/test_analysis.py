@@ -1,10 +1,12 @@
 """Verdicts either way, W-Robust, and the whole analysis on small runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from common.analysis.report import Found
 from common.attacks import pgd
 from common.errors import ConfigurationError
 from common.evaluation.steps import Line, Outcomes, Threat
@@ -12,8 +14,16 @@ from common.results.outcomes import checkpoint_entry
 from common.results.reference import Metric
 from common.results.store import merge_result, result_path
 from paper_awnet import analysis
-from paper_awnet.analysis import analyse, compare_weights, curves_of, plane, without_tensors
-from paper_awnet.claims import evaluate_expectations, roles_of, w_robust
+from paper_awnet.analysis import (
+    ANALYSIS,
+    claims,
+    compare_weights,
+    curves_of,
+    plane,
+    roles_of,
+    w_robust,
+    without_tensors,
+)
 from paper_awnet.measures import Filters
 from paper_awnet.method import Router
 from paper_awnet.module import AWNetClassifier
@@ -43,7 +53,7 @@ def test_roles() -> None:
     assert (real.base, real.robust, real.pgd) == ("cifar10_resnet18", "trades", "pgd_trades/ce_f")
 
 
-def verdicts(good: bool, seeds=(0, 1)) -> dict[str, bool | None]:
+def verdicts(good: bool, seeds=(0, 1)) -> dict[str, str]:
     accuracies = {"static_mtard": 0.2, "mixbn_mtard": 0.3, "dynamic_mtard": 0.21}
     accuracies |= {"awnet_mtard": 0.3 if good else 0.22}
     metrics = {
@@ -70,19 +80,20 @@ def verdicts(good: bool, seeds=(0, 1)) -> dict[str, bool | None]:
     compared = {s: {"further": count, "smaller_l1": count, "larger_kurtosis": count} for s in seeds}
     reach = {("teacher_clean", s): {"reach": 0.1} for s in seeds}
     reach |= {("teacher_robust", s): {"reach": 0.3 if good else 0.05} for s in seeds}
-    found = evaluate_expectations(metrics, compared, examined, reach, [0, 1])
-    return {one.id: one.holds for one in found}
+    found = Found("digits", "digits_", [0, 1], Path(), Path(), metrics=metrics)
+    found.kept |= {"compared": compared, "examined": examined, "reach": reach}
+    return {one.id: one.verdict for one in claims(found)}
 
 
 def test_verdicts_turn_out_either_way() -> None:
     good, bad = verdicts(True), verdicts(False)
-    assert good.pop("C6b") is False, "half a point is not two"
-    assert good.pop("C6c") is bad.pop("C6c") is None, "there is no detector's result"
-    assert bad.pop("C6a") is good.pop("C6a") is True
+    assert good.pop("C6b") == "contradicted", "half a point is not two"
+    assert good.pop("C6c") == bad.pop("C6c") == "not run", "there is no detector's result"
+    assert bad.pop("C6a") == good.pop("C6a") == "supported"
     bad.pop("C6b")
-    assert set(good.values()) == {True}
-    assert set(bad.values()) == {False}
-    assert set(verdicts(True, seeds=(0,)).values()) == {None}, "a seed is missing"
+    assert set(good.values()) == {"supported"}
+    assert set(bad.values()) == {"contradicted"}
+    assert set(verdicts(True, seeds=(0,)).values()) == {"not run"}, "a seed is missing"
 
 
 def test_weights_are_compared_with_the_next_seeds() -> None:
@@ -160,12 +171,12 @@ def test_the_whole_analysis(tmp_path, monkeypatch) -> None:
             path = runs / f"digits_{name}/seed{seed}/checkpoints/last.ckpt"
             path.parent.mkdir(parents=True)
             path.touch()
-    report = analyse(runs, results, "digits", [0, 1], load=load)
+    report = ANALYSIS.analyse(runs, results, "digits", [0, 1], load=load)
     assert report["missing"] == []
-    holds = {e["id"]: e["holds"] for e in report["expectations"]}
-    assert holds["C2"] is True
-    assert holds["C6a"] is None
-    assert isinstance(holds["C1a"], bool)
+    verdict = {line[0]: line[2] for line in report["tables"][0]["lines"]}
+    assert verdict["C2"] == "supported"
+    assert verdict["C6a"] == "not run"
+    assert verdict["C1a"] != "not run"
     saved = json.loads((results / "analysis.json").read_text())
     assert set(saved["router"]) == {"0", "1"}
     forced = saved["router"]["0"]["forced"]
@@ -174,7 +185,16 @@ def test_the_whole_analysis(tmp_path, monkeypatch) -> None:
     assert len(saved["weights"]["0"]["between"]) == 9
     names = {path.rpartition("/digits_")[2] for path in report["figures"]}
     assert names == {
-        f"{n}.png" for n in ("router", "signals", "weights", "distances", "gradients", "trade_off")
+        f"{n}.png"
+        for n in (
+            "router",
+            "signals",
+            "weights",
+            "distances",
+            "gradients",
+            "trade_off",
+            "differences",
+        )
     }
 
 
@@ -186,17 +206,20 @@ def test_results_alone_are_enough_for_some_verdicts(tmp_path) -> None:
     for seed in (0, 1):
         put_result(tmp_path, "static_mtard", seed, 10)
         put_result(tmp_path, "awnet_mtard", seed, 10)
-    report = analyse(tmp_path / "runs", tmp_path, "digits", [0, 1])
-    holds = {e["id"]: e["holds"] for e in report["expectations"]}
-    assert holds["C2"] is False
-    assert holds["F4a"] is None
+    report = ANALYSIS.analyse(tmp_path / "runs", tmp_path, "digits", [0, 1])
+    verdict = {line[0]: line[2] for line in report["tables"][0]["lines"]}
+    assert verdict["C2"] == "contradicted"
+    assert verdict["F4a"] == "not run"
     assert len(report["missing"]) == 6
-    assert [p.rpartition("/")[2] for p in report["figures"]] == ["digits_trade_off.png"]
+    assert {p.rpartition("/")[2] for p in report["figures"]} == {
+        "digits_differences.png",
+        "digits_trade_off.png",
+    }
 
 
 def test_nothing_to_analyse(tmp_path) -> None:
     with pytest.raises(ConfigurationError, match=r"nothing to analyse.*make reproduce-awnet"):
-        analyse(tmp_path, tmp_path, "digits", [0])
+        ANALYSIS.analyse(tmp_path, tmp_path, "digits", [0])
 
 
 def test_what_training_logged_is_read_back(tmp_path) -> None:

@@ -1,14 +1,17 @@
 """Names of networks, verdicts either way, figures from what there is."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from common.analysis.report import Found
 from common.errors import ConfigurationError
 from common.evaluation.steps import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.store import merge_result, result_path
 from paper_rcm import analysis
-from paper_rcm.analysis import analyse, evaluate_expectations
+from paper_rcm.analysis import ANALYSIS, claims
 from paper_rcm.figures import BUDGET, budget_figure, cost_figure, map_side, network_of
 
 AR = "pgd20/ce_f"
@@ -18,7 +21,7 @@ AR = "pgd20/ce_f"
 def _small_simulation(monkeypatch) -> None:
     monkeypatch.setattr(analysis, "SIDES", (4, 16))
     monkeypatch.setattr(analysis, "STRIDES", (1, 4))
-    monkeypatch.setattr(analysis, "_measure_digits", lambda stems, results: None)
+    monkeypatch.setattr(analysis, "measure_digits", lambda stems, results: None)
 
 
 def test_names_tell_strides_pooling_and_factor() -> None:
@@ -31,10 +34,9 @@ def test_names_tell_strides_pooling_and_factor() -> None:
     assert map_side("resnet18_1122_at", 32) == 8
 
 
-def verdicts(
-    m2: float, moved: float, apart: float = 0.1, left: float = 0.0
-) -> dict[str, bool | None]:
-    metrics = {}
+def verdicts(m2: float, moved: float, apart: float = 0.1, left: float = 0.0) -> dict[str, str]:
+    found = Found("digits", "digits_", [0, 1], Path(), Path())
+    metrics = found.metrics
     accuracies = {"222_avg": 0.8, "122_avg": 0.81, "112_avg": 0.812, "222_m2_avg": m2}
     for seed in (0, 1):
         for name, value in accuracies.items():
@@ -46,19 +48,19 @@ def verdicts(
     for seed in (0, 1):
         separated["222_avg", seed] = {"silhouette PGD-20": 0.2}
         separated["122_avg", seed] = {"silhouette PGD-20": 0.2 + apart}
-    found = evaluate_expectations(metrics, simulated, [0, 1], separated)
-    return {e.id: e.holds for e in found}
+    found.measured["simulation"], found.kept["separated"] = simulated, separated
+    return {claim.id: claim.verdict for claim in claims(found)}
 
 
 def test_verdicts_turn_out_either_way() -> None:
     good = verdicts(0.84, 0.5)
-    held = [name for name, holds in good.items() if holds]
+    held = [name for name, verdict in good.items() if verdict == "supported"]
     assert held == ["R1", "R2", "R3", "R4", "R5", "E6", "E8", "E14"]
-    assert good["R6"] is False
-    assert good["R7"] is None
+    assert good["R6"] == "contradicted"
+    assert good["R7"] == "not run"
     bad = verdicts(0.79, 1.5, apart=-0.1, left=0.01)
-    assert (bad["R4"], bad["R6"], bad["E6"]) == (False, True, False)
-    assert (bad["E8"], bad["E14"]) == (False, False)
+    assert (bad["R4"], bad["R6"], bad["E6"]) == ("contradicted", "supported", "contradicted")
+    assert (bad["E8"], bad["E14"]) == ("contradicted", "contradicted")
 
 
 def test_a_budget_is_drawn_from_sweeps_and_nothing_else() -> None:
@@ -106,13 +108,15 @@ def test_the_whole_analysis(tmp_path) -> None:
                 entry=checkpoint_entry(outcomes, measures=change),
                 provenance={"config_digest": "x"},
             )
-    report = analyse(tmp_path, tmp_path, "digits", [0, 1])
-    verdict = {e["id"]: e["holds"] for e in report["expectations"]}
-    assert verdict["R1"] is True
-    assert verdict["R3"] is True
-    assert verdict["R4"] is None
+    report = ANALYSIS.analyse(tmp_path, tmp_path, "digits", [0, 1])
+    verdict = {line[0]: line[2] for line in report["tables"][0]["lines"]}
+    assert verdict["R1"] == "supported"
+    assert verdict["R3"] == "supported"
+    assert verdict["R4"] == "not run"
     names = {path.rpartition("/")[2] for path in report["figures"]}
-    assert names == {f"digits_{n}.png" for n in ("simulation", "accuracies", "movement")}
+    assert names == {
+        f"digits_{n}.png" for n in ("differences", "simulation", "accuracies", "movement")
+    }
     assert any("digits_222_avg" in what for what in report["missing"]), "no checkpoints: it says so"
     with pytest.raises(ConfigurationError, match="nothing to analyse"):
-        analyse(tmp_path, tmp_path, "cifar10", [0])
+        ANALYSIS.analyse(tmp_path, tmp_path, "cifar10", [0])

@@ -1,21 +1,17 @@
 """Figures from whatever has finished, and verdicts that can turn out either way."""
 
-import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from common.analysis.report import Found
 from common.errors import ConfigurationError
 from common.evaluation.steps import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.store import merge_result, result_path
-from paper_robustwrn.analysis import (
-    analyse,
-    evaluate_expectations,
-    networks_of,
-    shape_of,
-    stage_curves,
-)
+from paper_robustwrn.analysis import ANALYSIS, claims
+from paper_robustwrn.figures import networks_of, shape_of, stage_curves
 
 PGD = "pgd20/ce_f"
 
@@ -57,13 +53,13 @@ def test_sweep_figures_come_from_whatever_has_finished(tmp_path) -> None:
         ("cifar10_grid_w10-10-10", 0.52, 46e6),
     ):
         write(tmp_path, stem, accuracy, size)
-    report = analyse(tmp_path, tmp_path, "cifar10_grid", [0])
+    report = ANALYSIS.analyse(tmp_path, tmp_path, "cifar10_grid", [0])
     names = {path.rpartition("/")[2] for path in report["figures"]}
     prefix = "cifar10_grid_"
     assert names == {prefix + n for n in ("parameters.png", "macs.png", "stage_widths.png")}
-    assert report["expectations"] == []
+    assert report["claims"] == []
     with pytest.raises(ConfigurationError, match="nothing to analyse"):
-        analyse(tmp_path, tmp_path, "svhn", [0])
+        ANALYSIS.analyse(tmp_path, tmp_path, "svhn", [0])
 
 
 def test_a_stage_curve_needs_networks_that_differ_in_one_stage(tmp_path) -> None:
@@ -74,33 +70,35 @@ def test_a_stage_curve_needs_networks_that_differ_in_one_stage(tmp_path) -> None
     assert stage_curves(networks_of(load_results(tmp_path)), "w") is None
     write(tmp_path, "cifar10_grid_w10-10-4", 0.4, 3e6)
     figure = stage_curves(networks_of(load_results(tmp_path)), "w")
-    (line,) = figure.axes[0].lines
-    assert line.get_xdata().tolist() == [4, 8]
-    assert line.get_ydata().tolist() == pytest.approx([40, 50])
+    line, *_ = figure.axes[0].lines
+    assert list(line.get_xdata()) == [4, 8]
+    assert list(line.get_ydata()) == pytest.approx([40, 50])
 
 
-def verdicts(early: float, late: float, natural: float, share: float) -> dict[str, bool | None]:
-    metrics = {}
+def verdicts(early: float, late: float, natural: float, share: float) -> dict[str, str]:
+    found = Found("digits", "digits_", [0, 1], Path(), Path())
     for seed in (0, 1):
         for name, value in (("d3-1-1_sat", early), ("d1-1-3_sat", late)):
             smooth = {"lipschitz": 40 + value, "stability": value, "parameters": 1.0}
-            metrics[name, seed] = {PGD: value, "clean_acc": 0.98, **smooth}
+            found.metrics[name, seed] = {PGD: value, "clean_acc": 0.98, **smooth}
         for name in ("d3-1-1_natural", "d1-1-3_natural"):
-            metrics[name, seed] = {PGD: natural}
-    lipschitz = {("d3-1-1_sat", seed): {"largest": share, "bound": 1.0} for seed in (0, 1)}
-    return {e.id: e.holds for e in evaluate_expectations(metrics, lipschitz, [0, 1])}
+            found.metrics[name, seed] = {PGD: natural}
+    found.kept["lipschitz"] = {
+        ("d3-1-1_sat", seed): {"largest": share, "bound": 1.0} for seed in (0, 1)
+    }
+    return {claim.id: claim.verdict for claim in claims(found)}
 
 
 def test_verdicts_turn_out_either_way() -> None:
     good = verdicts(0.77, 0.76, 0.02, 0.5)
-    assert [name for name, holds in good.items() if holds] == ["a", "b", "c", "d", "f"]
+    assert [name for name, verdict in good.items() if verdict == "supported"] == list("abcdf")
     bad = verdicts(0.70, 0.76, 0.5, 1.5)
-    assert [name for name, holds in bad.items() if holds] == ["b", "e"]
+    assert [name for name, verdict in bad.items() if verdict == "supported"] == ["b", "e"]
+    assert set(good.values()) == set(bad.values()) == {"supported", "contradicted"}
 
 
 def test_a_missing_seed_leaves_the_verdict_open(tmp_path) -> None:
     write(tmp_path, "digits_d3-1-1_sat", 0.7, 48e3, lipschitz=40.0, stability=0.8)
-    report = analyse(tmp_path / "no_runs", tmp_path, "digits", [0, 1])
-    assert {e["holds"] for e in report["expectations"]} == {None}
+    report = ANALYSIS.analyse(tmp_path / "no_runs", tmp_path, "digits", [0, 1])
+    assert {line[2] for line in report["tables"][0]["lines"]} == {"not run"}
     assert any("checkpoint" in what for what in report["missing"])
-    assert json.loads((tmp_path / "analysis.json").read_text())["on"] == "digits"

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from common.analysis.report import Found
 from common.errors import ConfigurationError
 from common.evaluation.steps import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.store import merge_result, result_path
 from common.results.tables import render_table
 from paper_wm import analysis
-from paper_wm.analysis import analyse, scatter_points, try_insertions
-from paper_wm.figures import curve
-from paper_wm.gathered import Found, base_of, split_stem, transfer
+from paper_wm.analysis import ANALYSIS
+from paper_wm.figures import curve, scatter_points
+from paper_wm.gathered import base_of, methods_of, split_stem, transfer, try_insertions
 from paper_wm.method import weight_maps
 from paper_wm.networks import SmallCNN, with_weight_maps
 
@@ -137,7 +138,7 @@ def test_maps_go_into_every_kind_of_network(variant) -> None:
 
 def test_the_whole_analysis(results, runs, monkeypatch) -> None:
     monkeypatch.setattr(analysis, "try_insertions", lambda variant: {"a": True})
-    report = analyse(runs, results, "digits", [0, 1, 2], load=load)
+    report = ANALYSIS.analyse(runs, results, "digits", [0, 1, 2], load=load)
     assert report["on"] == "digits_cnn3"
     verdicts = {
         claim["id"]: {name: one["verdict"] for name, one in claim["judgements"].items()}
@@ -145,9 +146,9 @@ def test_the_whole_analysis(results, runs, monkeypatch) -> None:
     }
     assert verdicts["C2"] == {"smoothing": "supported", "unsharp, lam 1": "contradicted"}
     assert verdicts["C1"]["smoothing"] == "supported"
-    assert verdicts["C7"]["smoothing"] == "not testable here"
+    assert verdicts["C7"]["smoothing"] == "not run"
     names = {Path(path).name for path in report["figures"]}
-    parts = ("1_noise", "2_attacks", "3_maps", "4_histogram", "5_scatter")
+    parts = ("differences", "1_noise", "2_attacks", "3_maps", "4_histogram", "5_scatter")
     assert names == {f"digits_cnn3_{part}.png" for part in parts}
     missing = [what for what in report["missing"] if "digits_cnn3_scale" in what]
     assert len(missing) == len(report["missing"]) == 3, "results without runs are named"
@@ -165,24 +166,27 @@ def test_the_whole_analysis(results, runs, monkeypatch) -> None:
     assert checks["base"][-2] == "", "base is the source of the transferred images"
     layers = report["amplification"]["digits_cnn3_smoothing"]["seed1"]
     assert set(layers) == {"blocks.0.conv"}
-    assert json.loads((results / "analysis.json").read_text())["claims"] == report["claims"]
+    assert json.loads((results / "analysis.json").read_text())["claims"] == json.loads(
+        json.dumps(report["claims"])
+    )
 
 
 def test_results_alone_are_enough_for_verdicts(results, monkeypatch) -> None:
     monkeypatch.setattr(analysis, "try_insertions", lambda variant: {"a": True})
-    report = analyse(results / "nowhere", results, "digits", [0, 1, 2], load=load)
+    report = ANALYSIS.analyse(results / "nowhere", results, "digits", [0, 1, 2], load=load)
     by_id = {claim["id"]: claim["judgements"]["smoothing"] for claim in report["claims"]}
     assert by_id["C2"]["verdict"] == "supported"
-    assert by_id["C6"]["verdict"] == "not testable here"
+    assert by_id["C6"]["verdict"] == "not run"
     assert {Path(path).name for path in report["figures"]} == {
+        "digits_cnn3_differences.png",
         "digits_cnn3_1_noise.png",
         "digits_cnn3_2_attacks.png",
     }
 
 
 def test_nothing_to_work_on_is_told(tmp_path) -> None:
-    with pytest.raises(ConfigurationError, match=r"no result .*mnist_cnn3_.*ON=mnist_cnn3"):
-        analyse(tmp_path, tmp_path, "mnist", [0])
+    with pytest.raises(ConfigurationError, match=r"no usable result .*mnist_cnn3.*ON=mnist_cnn3"):
+        ANALYSIS.analyse(tmp_path, tmp_path, "mnist", [0])
 
 
 def test_transfer_is_the_accuracy_under_images_of_another_network() -> None:
@@ -201,10 +205,10 @@ def test_transfer_is_the_accuracy_under_images_of_another_network() -> None:
 
 
 def test_methods_without_a_label_of_their_own_are_found_too() -> None:
-    found = Found("mnist_cnn3", [0])
-    found.by_base["mnist_cnn3"] = {("smoothing_k5", 0): {}, ("unsharp", 0): {}, ("base", 0): {}}
+    found = Found("mnist_cnn3", "mnist_cnn3_", [0], Path(), Path())
+    found.metrics = {("smoothing_k5", 0): {}, ("unsharp", 0): {}, ("base", 0): {}}
     expected = {"base": "base", "unsharp": "unsharp", "smoothing_k5": "smoothing, k5"}
-    assert list(found.methods.items()) == list(expected.items())
+    assert list(methods_of(found).items()) == list(expected.items())
 
 
 def test_curves_begin_at_clean_accuracy() -> None:

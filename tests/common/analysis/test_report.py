@@ -1,63 +1,129 @@
-"""Differences over seeds, and claims with several variants on their way to a table."""
+"""The frame: results and runs that are there, what is missing, files and the command."""
 
+import json
 import math
-from statistics import stdev
 
 import pytest
+import torch
+from torch import nn
 
-from common.analysis.report import (
-    VERDICTS,
-    Claim,
-    Judgement,
-    describe,
-    paired_difference,
-    verdict_table,
-)
+from common.analysis.claims import judge
+from common.analysis.report import Analysis, plain_values
+from common.errors import CheckpointError, ConfigurationError
+from common.evaluation.steps import Line, Outcomes, Threat
+from common.files import read_sealed_json
+from common.results.outcomes import checkpoint_entry
+from common.results.store import merge_result, result_path
 
-
-def test_a_difference_is_paired_and_its_error_that_of_the_mean() -> None:
-    found = paired_difference({0: 0.5, 1: 0.7, 2: 0.9, 7: 0.0}, {0: 0.4, 1: 0.5, 2: 0.6}, 100.0)
-    assert found is not None
-    assert found.mean == pytest.approx(20.0)
-    assert found.error == pytest.approx(stdev([10.0, 20.0, 30.0]) / math.sqrt(3))
-    assert found.seeds == 3
-    assert found.text() == "+20.0 ± 5.8"
-    assert found.text(0) == "+20 ± 6"
-    assert (found.is_up, found.is_down) == (True, False)
-    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+PGD = "pgd20/ce_f"
 
 
-def test_two_errors_make_a_difference() -> None:
-    up = paired_difference({0: 1.0, 1: 3.0}, {0: 0.0, 1: 0.0})  # mean 2, error 1
-    assert up is not None
-    assert (up.is_up, up.is_down) == (False, False)
-    down = paired_difference({0: -1.0, 1: -2.0}, {0: 0.0, 1: 0.0})  # mean -1.5, error 0.5
-    assert down is not None
-    assert (down.is_up, down.is_down) == (False, True)
+def write(folder, stem: str, seed: int, held: int, label: str = "last") -> None:
+    right = torch.ones(50, dtype=torch.bool)
+    outcomes = Outcomes(
+        torch.zeros(50, dtype=torch.int64),
+        {"clean": right, PGD: torch.arange(50) < held},
+        {PGD: right},
+        {PGD: Line("pgd20", norm="linf", eps=0.3)},
+        threat=Threat("linf", 0.3),
+    )
+    merge_result(
+        result_path(folder, stem, seed),
+        paper="paper_toy",
+        experiment=stem,
+        seed=seed,
+        label=label,
+        entry=checkpoint_entry(outcomes),
+        provenance={"config_digest": "x"},
+    )
 
 
-def test_one_seed_has_no_error_and_says_nothing() -> None:
-    alone = paired_difference({3: 0.9}, {3: 0.1})
-    assert alone is not None
-    assert alone.error == math.inf
-    assert (alone.is_up, alone.is_down) == (False, False)
-    assert alone.text() == "+0.8"
+def measure(found) -> None:
+    found.measured["runs"] = {f"{m} {s}": 1.0 for m, s in found.load_runs(["ours"])}
 
 
-def test_claims_become_a_line_for_each_variant() -> None:
-    claims = [
-        Claim("C1", "more", {"a": Judgement("supported", "1"), "b": Judgement("undecided", "2")}),
-        Claim("C2", "less", {"a": Judgement("contradicted", "3")}),
-    ]
-    table = verdict_table(claims, "A note.")
-    assert table["lines"] == [
-        ["C1", "more", "a", "supported", "1"],
-        ["", "", "b", "not supported: undecided", "2"],
-        ["C2", "less", "a", "not supported: contradicted", "3"],
-    ]
-    assert all(len(line) == len(table["header"]) for line in table["lines"])
-    assert len(set(VERDICTS.values())) == 4
-    report = {"expectations": [], "missing": [], "path": "p", "figures": [], "tables": [table]}
-    text = describe(report)
-    assert "Verdicts\n    C1 | more | a | supported | 1" in text
-    assert text.endswith("wrote p")
+def toy(**changes) -> Analysis:
+    arguments = {
+        "package": "paper_toy",
+        "claims": lambda found: [
+            judge("a", "more", found.gain("ours", "base", PGD), found.seeds, above=0.0)
+        ],
+        "measure": measure,
+        "baseline": "base",
+        "accuracy": PGD,
+        "accuracy_label": "PGD-20 accuracy",
+        "needed": {"base": (PGD,)},
+    }
+    return Analysis(**(arguments | changes))
+
+
+def load(run):
+    if run.name == "seed1":
+        raise CheckpointError("weights of another network")
+    if run.name == "seed2":
+        raise SystemExit(2)
+    return nn.Linear(1, 1), None
+
+
+@pytest.fixture
+def results(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path, "digits_base", seed, 20 + seed)
+        write(tmp_path, "digits_ours", seed, 30 + seed)
+    return tmp_path
+
+
+def test_from_results_to_a_file_a_figure_and_a_verdict(results) -> None:
+    report = toy().analyse(results / "runs", results, "digits", [0, 1])
+    assert [line[2] for line in report["tables"][0]["lines"]] == ["supported"]
+    written = read_sealed_json(results / "analysis.json")
+    assert written["claims"][0]["judgements"][""]["per_seed"] == {"0": 20.0, "1": 20.0}
+    assert len(written["missing"]) == 2, "the runs"
+    assert report["figures"] == [str(results / "figures/digits_differences.png")]
+    first = (results / "analysis.json").read_bytes()
+    toy().analyse(results / "runs", results, "digits", [0, 1])
+    assert (results / "analysis.json").read_bytes() == first
+
+
+def test_what_is_missing_is_named_and_the_rest_done(results) -> None:
+    (results / "digits_base-seed2.json").write_text("{")
+    for seed in (0, 1, 2):
+        checkpoint = results / f"runs/digits_ours/seed{seed}/checkpoints/last.ckpt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+    report = toy().analyse(results / "runs", results, "digits", [0, 1, 2], load=load)
+    missing = "\n".join(report["missing"])
+    assert "digits_base-seed2.json" in missing
+    assert f"{PGD} of digits_base, seed 2" in missing
+    assert "digits_ours/seed1/checkpoints/last.ckpt: weights of another network" in missing
+    assert "digits_ours/seed2/config.yaml is refused" in missing
+    assert report["runs"] == {"ours 0": 1.0}
+    assert [line[2] for line in report["tables"][0]["lines"]] == ["not run"]
+
+
+def test_other_rows_have_another_file(results) -> None:
+    write(results, "cifar10_grid_a", 0, 3)
+    report = toy(measure=lambda found: None).analyse(results, results, "cifar10_grid", [0])
+    assert report["path"] == str(results / "analysis_cifar10_grid.json")
+    assert report["figures"] == [], "nothing to compare"
+
+
+def test_the_command_fails_only_where_there_is_nothing(results, capsys) -> None:
+    arguments = ["--results", str(results), "--runs", str(results / "runs"), "--seeds"]
+    assert toy().main([*arguments, "0", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "a | more | supported" in output
+    assert "missing: checkpoint" in output
+    assert "analysis.json" in output
+    assert toy().main([*arguments, "4"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: nothing to analyse")
+    assert "make reproduce-toy ON=digits" in message
+    with pytest.raises(ConfigurationError, match="svhn"):
+        toy().analyse(results, results, "svhn", [0])
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    values = {"a": torch.tensor([1.0, math.nan]), 3: [math.inf, True, None, "x"]}
+    assert plain_values(values) == {"a": [1.0, None], "3": [None, True, None, "x"]}
+    assert json.dumps(plain_values(values))

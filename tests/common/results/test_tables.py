@@ -393,42 +393,22 @@ def test_the_terminal_shows_the_same_cells(paper: Path) -> None:
         assert cell in text
 
 
-def test_verdicts_follow_the_tables(paper: Path) -> None:
-    (paper / "results").mkdir()
-    entries = [
-        {"id": "a", "claim": "x > y", "value": 2.912345, "threshold": "> 0", "holds": True},
-        {"id": "b", "claim": "z", "value": -1, "threshold": "> 0", "holds": False},
-        {"id": "c", "claim": "no runs", "value": None, "threshold": "> 0", "holds": None},
-    ]
-    (paper / "results" / "analysis.json").write_text(json.dumps({"expectations": entries}))
-    rows = tables(render_table("paper_toy").markdown)["Expectations"]
-    assert [(row["value"], row["verdict"]) for row in rows] == [
-        ("2.912", "holds"),
-        ("-1", "does not hold"),
-        ("", "undecided"),
-    ]
-    (paper / "results" / "analysis.json").write_text('{"expectations": [{"id": "a"}]}')
-    with pytest.raises(ConfigurationError, match=r"analysis\.json cannot be read.*claim"):
-        render_table("paper_toy")
-
-
-def test_tables_of_an_analysis_follow_its_expectations(paper: Path) -> None:
+def test_tables_of_an_analysis_follow_the_results(paper: Path) -> None:
     (paper / "results").mkdir()
     path = paper / "results" / "analysis_mnist.json"
-    entries = [{"id": "a", "claim": "x", "value": 1.5, "threshold": 1.0, "holds": True}]
-    extra = {"title": "Verdicts", "note": "By a rule.", "header": ["", "b"], "lines": [["x", "1"]]}
-    path.write_text(json.dumps({"expectations": entries, "tables": [extra]}))
-    markdown = render_table("paper_toy").markdown
-    assert markdown.index("### Expectations, mnist") < markdown.index("### Verdicts, mnist")
-    assert "By a rule." in markdown
-    assert tables(markdown)["Verdicts, mnist"] == [{"": "x", "b": "1"}]
-    path.write_text(json.dumps({"expectations": [], "tables": [extra]}))
+    table = {"title": "Verdicts", "note": "By a test.", "header": ["", "b"], "lines": [["x", "1"]]}
+    path.write_text(json.dumps({"claims": [], "tables": [table]}))
     markdown = render_table("paper_toy").markdown
     assert "### Verdicts, mnist" in markdown
-    assert "Expectations" not in markdown
-    path.write_text(json.dumps({"expectations": [], "tables": [{"title": "Verdicts"}]}))
-    with pytest.raises(ConfigurationError, match=r"analysis_mnist\.json cannot be read.*note"):
-        render_table("paper_toy")
+    assert "By a test." in markdown
+    assert tables(markdown)["Verdicts, mnist"] == [{"": "x", "b": "1"}]
+    for content, lacking in (
+        ({"claims": [], "tables": [{"title": "Verdicts"}]}, "note"),
+        ({"expectations": [], "tables": [table]}, "claims"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ConfigurationError, match=rf"analysis_mnist\.json .*{lacking}.*again"):
+            render_table("paper_toy")
 
 
 def test_a_paper_may_select_nothing(paper: Path) -> None:

@@ -1,5 +1,6 @@
 """The figures of the analysis; what they show is computed elsewhere."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,11 +158,20 @@ def gradient_figure(found: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     return fig
 
 
+WORDS = {"w_nat": "weight of clean images", "type_acc": "type accuracy"}
+
+
+def in_words(name: str) -> str:
+    """A logged number as a label: ``omega1_shift`` is ``block 1``, ``loss_adv`` is ``loss adv``."""
+    found = re.fullmatch(r"omega(\d+)_(?:shift|std)", name)
+    return f"block {found[1]}" if found else WORDS.get(name, name.replace("_", " "))
+
+
 def training_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     """Losses, weights, type accuracy and signals against the step (7.6)."""
     panels = {
         "loss": [n for n in curves if n.startswith("loss")],
-        "w_nat, type accuracy": [n for n in curves if n in ("w_nat", "type_acc")],
+        "weight, type accuracy": [n for n in curves if n in ("w_nat", "type_acc")],
         "signals: shift between types": [n for n in curves if n.endswith("_shift")],
         "signals: std over images": [n for n in curves if n.endswith("_std")],
     }
@@ -172,7 +182,7 @@ def training_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure
     ):
         for i, name in enumerate(names):
             steps, values = zip(*curves[name], strict=True)
-            ax.plot(steps, values, color=CYCLE[i % len(CYCLE)], label=name, linewidth=1.2)
+            ax.plot(steps, values, color=CYCLE[i % len(CYCLE)], label=in_words(name), linewidth=1.2)
         ax.set_title(title, fontsize=FONT - 1)
         ax.set_xlabel("step", fontsize=FONT)
         ax.legend(frameon=False, fontsize=FONT - 2)

@@ -1,0 +1,236 @@
+"""Claims of papers and their verdicts, from one number per seed.
+
+A claim about one number is made by :func:`judge`: a paired t-test of the seeds' numbers against a
+threshold. A claim about several variants of a method has a :class:`Judgement` for each.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+from common.errors import check_choice
+
+LEVEL = 0.05
+"""Level of the tests behind verdicts, two-sided."""
+
+BySeed = dict[int, float]
+Metrics = Mapping[tuple[str, int], Mapping[str, float]]
+"""(method, seed) -> metrics of its result, accuracies in [0, 1]."""
+
+
+# ----------------------------------------------------------------------------- numbers by seed
+
+
+def by_seed(found: Mapping[tuple[str, int], Mapping[str, Any]], name: str, *keys: str) -> BySeed:
+    """The finite numbers under ``keys`` in the entries of ``name``, by seed."""
+    values: BySeed = {}
+    for (owner, seed), entry in found.items():
+        value: Any = entry if owner == name else None
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None and math.isfinite(value):
+            values[seed] = float(value)
+    return values
+
+
+def combined(first: BySeed, second: BySeed, how: Callable[[float, float], float]) -> BySeed:
+    """``how`` of two numbers, for the seeds that have both."""
+    return {seed: how(first[seed], second[seed]) for seed in first if seed in second}
+
+
+def minus(first: BySeed, second: BySeed, scale: float = 1.0) -> BySeed:
+    """``first`` minus ``second``, times ``scale``, for the seeds that have both."""
+    return combined(first, second, lambda a, b: scale * (a - b))
+
+
+def mean(values: BySeed) -> float | None:
+    """Mean over seeds; ``None`` if there is none."""
+    return fmean(values.values()) if values else None
+
+
+# ----------------------------------------------------------------------------------- the test
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences over seeds, with the paired t-test against a threshold.
+
+    Attributes:
+        mean: In the unit of the numbers.
+        low: Lower end of the 95 % t interval of the mean; minus infinity with one seed.
+        high: Upper end.
+        p: p value of the two-sided paired t-test; 1 with one seed.
+        seeds: Number of pairs.
+        threshold: Value of the mean under the null hypothesis.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+    threshold: float = 0.0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the mean is significantly above the threshold."""
+        return self.p < LEVEL and self.mean > self.threshold
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the mean is significantly below the threshold."""
+        return self.p < LEVEL and self.mean < self.threshold
+
+    def text(self, digits: int = 1) -> str:
+        """Mean and interval; the mean alone with one seed."""
+        middle = f"{self.mean:+.{digits}f}"
+        if not math.isfinite(self.low):
+            return middle
+        return f"{middle} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+
+def t_test(values: BySeed, threshold: float = 0.0) -> Difference | None:
+    """Two-sided t-test of per-seed values against a threshold; ``None`` without any value.
+
+    Of differences it is the paired t-test. Values that do not vary have the p value 1 at the
+    threshold and 0 elsewhere.
+    """
+    numbers = list(values.values())
+    if not numbers:
+        return None
+    n, middle = len(numbers), fmean(numbers)
+    if n == 1:
+        return Difference(middle, -math.inf, math.inf, 1.0, n, threshold)
+    if max(numbers) - min(numbers) <= 1e-9 * max(map(abs, numbers)):
+        p = 1.0 if math.isclose(middle, threshold, abs_tol=1e-12) else 0.0
+        return Difference(middle, middle, middle, p, n, threshold)
+    from scipy.stats import ttest_rel  # slow to import, and needed by analyses alone
+
+    found = ttest_rel(numbers, [threshold] * n)
+    low, high = found.confidence_interval(1.0 - LEVEL)
+    interval = (threshold + float(low), threshold + float(high))
+    return Difference(middle, *interval, float(found.pvalue), n, threshold)
+
+
+def paired_difference(first: BySeed, second: BySeed, scale: float = 1.0) -> Difference | None:
+    """``first`` minus ``second`` over the seeds that have both; ``None`` if there is none."""
+    return t_test(minus(first, second, scale))
+
+
+# ----------------------------------------------------------------------------------- verdicts
+
+
+Verdict = Literal["supported", "contradicted", "not decided", "not run"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the results say about a claim, for one variant of a method.
+
+    Attributes:
+        verdict: One of four.
+        reason: The numbers behind it, in a sentence.
+        per_seed: The number of each seed, where there is one.
+    """
+
+    verdict: Verdict
+    reason: str
+    per_seed: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("verdict", self.verdict, Verdict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper and its judgement for every variant, by the variant's name."""
+
+    id: str
+    claim: str
+    judgements: Mapping[str, Judgement]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of a claim without variants."""
+        (judgement,) = self.judgements.values()
+        return judgement.verdict
+
+
+def judge(
+    id: str,
+    claim: str,
+    values: BySeed,
+    seeds: Sequence[int],
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    every: bool = False,
+    beside: Mapping[str, BySeed] | None = None,
+) -> Claim:
+    """A claim that the mean of ``values`` lies above or below a threshold.
+
+    Supported if the t-test over seeds says so, contradicted if it says the opposite, not decided
+    if it is not significant, and not run if a seed lacks its number.
+
+    Args:
+        id: A letter or tag.
+        claim: In words.
+        values: The number of each seed.
+        seeds: All that a verdict needs.
+        above: The threshold, if the claim is that the number is above it.
+        below: The threshold, if the claim is that the number is below it.
+        every: The claim is about every single seed, the threshold included, and needs no test.
+        beside: Other quantities whose means belong in the reason.
+    """
+    threshold = above if above is not None else below
+    if threshold is None or None not in (above, below):
+        raise ValueError(f"claim {id} needs one of above and below, got {above} and {below}")
+    sign, word = (1.0, "above") if above is not None else (-1.0, "below")
+    limit = f"{'not below' if above is not None else 'not above'}" if every else word
+    test = t_test(values, threshold)
+    others = {name: mean(numbers) for name, numbers in (beside or {}).items()}
+    extra = "".join(f"; {name} {v:.4g}" for name, v in others.items() if v is not None)
+    lacking = [str(seed) for seed in seeds if seed not in values]
+    if test is None or lacking:
+        which = f"no number of seed {', '.join(lacking)}" if lacking else "no seed asked for"
+        measured = "" if test is None else f"; mean of the others {test.mean:.4g}"
+        return Claim(id, claim, {"": Judgement("not run", which + measured + extra, values)})
+    if every:
+        held = sum(sign * (value - threshold) >= 0 for value in values.values())
+        verdict: Verdict = "supported" if held == len(values) else "contradicted"
+        reason = f"mean {test.mean:.4g}, {limit} {threshold:.4g} in {held} of {len(values)} seeds"
+    else:
+        up, down = (test.is_up, test.is_down)[:: int(sign)]
+        verdict = "supported" if up else "contradicted" if down else "not decided"
+        interval = f" [{test.low:.4g}, {test.high:.4g}]" if math.isfinite(test.low) else ""
+        reason = f"mean {test.mean:.4g}{interval}, {limit} {threshold:.4g}: p = {test.p:.2g}"
+        if test.seeds == 1:
+            reason = f"{test.mean:.4g} of one seed, which no test decides"
+    return Claim(id, claim, {"": Judgement(verdict, reason + extra, values)})
+
+
+NOTE = (
+    "Two-sided paired t-test over seeds at the 5 % level, with 95 % intervals in brackets; claims "
+    "are not corrected for their number."
+)
+
+
+def verdict_table(claims: Sequence[Claim], note: str = "") -> dict[str, Any]:
+    """Claims as an entry of ``tables`` in ``analysis.json``, a line for each variant."""
+    lines = [
+        [
+            claim.id if i == 0 else "",
+            claim.claim if i == 0 else "",
+            variant,
+            judgement.verdict,
+            judgement.reason,
+        ]
+        for claim in claims
+        for i, (variant, judgement) in enumerate(claim.judgements.items())
+    ]
+    header = ["", "claim", "variant", "verdict", "reason"]
+    if not any(line[2] for line in lines):
+        header, lines = [*header[:2], *header[3:]], [[*line[:2], *line[3:]] for line in lines]
+    return {"title": "Verdicts", "note": note or NOTE, "header": header, "lines": lines}

@@ -1,0 +1,51 @@
+"""The forest plot that every paper has: differences to a baseline with their intervals."""
+
+import math
+from collections.abc import Mapping
+
+from matplotlib.figure import Figure
+
+from common.analysis.claims import Difference
+from common.evaluation.drawing import BLUE, FONT, GREY, blank_figure, tidy_axes
+
+
+def forest_plot(differences: Mapping[str, Difference], baseline: str, accuracy: str) -> Figure:
+    """Difference of each method to the baseline, in points, with its 95 % t interval.
+
+    A filled marker is a significant difference, an open one is not. The axis shows all means;
+    intervals that reach beyond it end in an arrow.
+
+    Args:
+        differences: By label, in the order from top to bottom.
+        baseline: What the differences are to, in words.
+        accuracy: Which accuracy, in words.
+
+    Raises:
+        ValueError: If there is no difference.
+    """
+    if not differences:
+        raise ValueError("a forest plot needs at least one difference, got none")
+    fig = blank_figure(7.2, 1.0 + 0.3 * len(differences))
+    ax = fig.subplots()
+    reach = 1.6 * max(1.0, *(abs(one.mean) for one in differences.values()))
+    for row, one in enumerate(differences.values()):
+        low, high = max(one.low, -reach), min(one.high, reach)
+        if math.isfinite(one.low):
+            ax.plot([low, high], [row, row], color=BLUE, linewidth=1.6, solid_capstyle="butt")
+            for end, full, mark in ((low, one.low, "<"), (high, one.high, ">")):
+                if end != full:
+                    ax.plot(end, row, mark, color=BLUE, markersize=4, clip_on=False)
+        is_clear = one.is_up or one.is_down
+        face = BLUE if is_clear else "white"
+        ax.plot(one.mean, row, "o", color=BLUE, markerfacecolor=face, markersize=6)
+        ax.text(
+            1.02, row, one.text(), transform=ax.get_yaxis_transform(), va="center", fontsize=FONT
+        )
+    ax.axvline(0.0, color=GREY, linewidth=0.9)
+    ax.set_xlim(-reach, reach)
+    ax.set_ylim(len(differences) - 0.5, -0.5)
+    ax.set_yticks(range(len(differences)), list(differences), fontsize=FONT)
+    ax.set_xlabel(f"{accuracy}: difference to {baseline} in points, 95 % t interval", fontsize=FONT)
+    tidy_axes(ax, grid=False)
+    ax.grid(axis="x", color="#e2e2e2", linewidth=0.6)
+    return fig
