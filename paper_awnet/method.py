@@ -51,6 +51,7 @@ def signal_head(features: int, size: int, init: SignalInit = "zero", std: float 
             [D]; or ``normal``, entries of A_j with standard deviation ``std`` and b_j = 0.
         std: Of ``normal``.
     """
+    check_choice("init", init, SignalInit)
     head = nn.Linear(features, size)
     nn.init.zeros_(head.bias)
     if init == "zero":

@@ -39,6 +39,7 @@ def distillation(teacher_logits: Tensor, logits: Tensor, scale: Scale = "classme
 
     Both logits are ``(N, K)``, those of the teacher constant. Returns a scalar.
     """
+    check_choice("scale", scale, Scale)
     q = full_precision(teacher_logits).detach().softmax(dim=1)
     log_s = full_precision(logits).log_softmax(dim=1)
     terms = q * torch.log(q + 1e-5) - q * log_s

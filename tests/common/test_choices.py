@@ -98,7 +98,7 @@ def call(item: Callable[..., Any], **given: Any) -> None:
         made.__enter__()
 
 
-@pytest.mark.parametrize(("item", "argument", "hint"), settings())
+@pytest.mark.parametrize(("item", "argument", "hint"), list(settings()))
 def test_a_word_that_is_no_choice_is_refused_in_one_line(item, argument, hint) -> None:
     with pytest.raises(ConfigurationError) as caught:
         call(item, **{argument: wrong(hint)})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from common.errors import check_choice
 from common.modes import network_of
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -18,6 +19,8 @@ class Compiled:
     """The model's network compiled for attacks, beside how it is otherwise called."""
 
     def __init__(self, model: nn.Module, mode: CompileMode | None) -> None:
+        if mode is not None:
+            check_choice("mode", mode, CompileMode)
         net = network_of(model)
         self._net = weakref.ref(net)
         self._call: Callable[..., Any] | None = None
