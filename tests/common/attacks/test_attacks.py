@@ -136,10 +136,12 @@ def test_the_result_is_the_same_in_any_gradient_mode(attack, task):
     assert result.is_inference() is isinstance(attack, Noise | DecisionBased)
 
 
-@every_attack
+@pytest.mark.parametrize(
+    "attack",
+    [a for a in ATTACKS.values() if not isinstance(a, AutoAttack)],  # its noise belongs to a batch
+    ids=lambda attack: type(attack).__name__,
+)
 def test_an_example_does_not_depend_on_its_batch(attack, task64):
-    if isinstance(attack, AutoAttack):
-        pytest.skip("its random numbers belong to a batch")
     together = run(attack, task64)
     assert together.dtype == torch.float64
     for rows in (torch.tensor([4, 1, 3]), torch.tensor([2])):
