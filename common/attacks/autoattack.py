@@ -1,9 +1,7 @@
-"""AutoAttack (Croce & Hein 2020) by its official package, one attack after the other.
+"""AutoAttack (Croce & Hein 2020) by its official package, one attack at a time.
 
-The attacks are the package's own. Around it: each attack sees only the examples that all earlier
-ones left standing (as the package does within one call), verdicts and times are kept per attack,
-and what the package does to its surroundings (random state, trace function, parameter gradients)
-is undone.
+The package's side effects (random state, trace function, parameter gradients, log lines) are
+undone.
 """
 
 import logging
@@ -19,7 +17,7 @@ from pyautoattack import checks
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from common.attacks.geometry import Norm, parse_radius
+from common.attacks.geometry import Norm, check_count, in_255, parse_radius
 from common.attacks.settings import Settings
 from common.attacks.square import AnyShapeSquare, SteeredPredict, finite_scores
 from common.errors import ConfigurationError, check_choice
@@ -28,7 +26,6 @@ AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 Version = Literal["standard", "plus", "rand", "custom"]
 Predict = Callable[[Tensor], Tensor]
 
-_LOG = logging.getLogger(__name__)
 _OFFICIAL_NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 # The targeted DLR loss needs the fourth largest logit, the untargeted one the third.
 _LEAST_CLASSES = {"apgd-t": 4, "apgd-dlr": 3}
@@ -43,12 +40,12 @@ class AutoAttack(Settings):
         version: ``standard`` is APGD-CE, targeted APGD-DLR, targeted FAB and Square; ``plus`` adds
             untargeted ones and restarts; ``rand`` averages gradients of randomised networks;
             ``custom`` runs ``attacks`` with the settings they have in ``standard``.
-        attacks: For ``custom`` alone: which, in this order.
-        batch_size: How many examples are attacked together; ``None`` takes that of the evaluation.
-            The package reseeds for every batch, so this changes random starts.
+        attacks: The attacks of ``custom``, in this order.
+        batch_size: Examples attacked together; ``None`` takes that of the evaluation. The package
+            reseeds for every batch, so this changes random starts.
         square_queries: Square's queries per example; ``None`` keeps the version's 5,000.
         apgd_restarts: Of untargeted APGD; ``None`` keeps the version's.
-        steps: Iterations of APGD and FAB, to try things out; ``None`` keeps the official 100.
+        steps: Iterations of APGD and FAB; ``None`` keeps the official 100.
 
     Raises:
         ConfigurationError: If a setting is out of range or contradicts another.
@@ -76,24 +73,16 @@ class AutoAttack(Settings):
             )
         if len(set(attacks or [])) < len(attacks or []):
             raise ConfigurationError(f"attacks must be different ones, got {attacks}")
-        for name, value in (
-            ("batch_size", batch_size),
-            ("square_queries", square_queries),
-            ("apgd_restarts", apgd_restarts),
-            ("steps", steps),
-        ):
-            if value is not None and value < 1:
-                raise ConfigurationError(f"{name} must be at least 1, got {value}")
         self.norm = norm
         self.version = version
         self.attacks = attacks
-        self.batch_size = batch_size
-        self.square_queries = square_queries
-        self.apgd_restarts = apgd_restarts
-        self.steps = steps
+        self.batch_size = _count("batch_size", batch_size)
+        self.square_queries = _count("square_queries", square_queries)
+        self.apgd_restarts = _count("apgd_restarts", apgd_restarts)
+        self.steps = _count("steps", steps)
 
     def planned(self, num_classes: int) -> list[str]:
-        """The attacks of this version that can run with so many classes, in their order."""
+        """The attacks of this version that can run with this many classes, in their order."""
         wanted = self.attacks
         if wanted is None:
             wanted = pyautoattack.AutoAttack(nn.Identity(), version=self.version).attacks_to_run
@@ -111,22 +100,22 @@ class AutoAttack(Settings):
     ) -> tuple[Tensor, Tensor]:
         """One attack of the ensemble on one batch of correctly classified examples.
 
-        The package itself goes attack by attack over batches of the examples that are still
-        correct, and reseeds for every batch: doing the same with this method gives its verdicts.
-        Warnings of the package become warnings of Python.
+        The package runs attack after attack over batches of the examples that are still correct,
+        and reseeds for every batch; doing so with this method gives the package's verdicts. Its
+        warnings become warnings of Python.
 
         Args:
             name: One of :meth:`planned`.
-            predict: Images to logits ``(N, K)``, in eval mode and float32, deterministic unless the
-                version is ``rand``. Not softmax outputs, and normalisation belongs inside.
-            x: Images in [0, 1], ``(N, C, H, W)``, of one batch.
+            predict: Images to logits ``(N, K)`` (not probabilities), in eval mode and float32,
+                deterministic unless the version is ``rand``; includes the normalisation.
+            x: Images in [0, 1], ``(N, C, H, W)``.
             y: Labels, ``(N,)``.
             seed: Of the random starts.
-            steered: Replaces the loss of ``apgd-ce`` and ``square`` by another function of x' and
-                y (an adaptive attack); its logits steer Square's margin and APGD's early stop. The
-                other attacks keep their loss, and ``predict`` alone decides about success.
-            skips_repeats: Square does not evaluate an image again that its proposal left as it was.
-                The same search up to rounding, since the network then sees other batches.
+            steered: Replaces the loss of ``apgd-ce`` and ``square`` (an adaptive attack); its
+                logits give Square's margin and APGD's early stop. ``predict`` alone decides about
+                success.
+            skips_repeats: Square does not evaluate images that its proposal left unchanged. The
+                result is the same up to rounding, since the network's batches differ.
 
         Returns:
             x' ``(N, C, H, W)``, and whether each example is still correct, bool ``(N,)``.
@@ -134,17 +123,18 @@ class AutoAttack(Settings):
         Raises:
             ConfigurationError: If no attack can run with this many classes.
         """
+        if len(x) == 0:
+            return x.detach().float(), torch.zeros(0, dtype=torch.bool, device=x.device)
         messages: list[str] = []
         with _isolated(x.device), _listening(messages):
             x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             y = y.detach().clone()
             official = self._prepared(predict, x, seed, steered, skips_repeats)
             official.attacks_to_run = [name]
-            # Counters of the package that would carry one model's findings to the next.
+            # Global counters of the package, which would carry findings from model to model.
             checks.funcs.update(dict.fromkeys(checks.funcs, 0))
             with _trace_kept():
-                size = max(len(x), 1)
-                x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=size)
+                x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=len(x))
         for message in dict.fromkeys(messages):
             warnings.warn(f"AutoAttack: {message}", stacklevel=2)
         return x_adv, y_adv == y
@@ -159,7 +149,7 @@ class AutoAttack(Settings):
     def __repr__(self) -> str:
         """Radius, norm and version or attacks."""
         what = self.version if self.attacks is None else self.attacks
-        return f"AutoAttack(eps={self.eps * 255.0:.6g}/255, norm={self.norm!r}, {what!r})"
+        return f"AutoAttack(eps={in_255(self.eps)}, norm={self.norm!r}, {what!r})"
 
     def _prepared(
         self,
@@ -174,7 +164,7 @@ class AutoAttack(Settings):
             _reaching_images_only(predict),
             norm=_OFFICIAL_NORM[self.norm],
             eps=self.eps,
-            # Its own custom version would leave 5 restarts of everything.
+            # The package's custom version runs 5 restarts of every attack.
             version="standard" if self.version == "custom" else self.version,
             seed=seed,
             device=x.device,
@@ -207,8 +197,12 @@ class AutoAttack(Settings):
         return official
 
 
+def _count(name: str, value: int | None) -> int | None:
+    return None if value is None else check_count(name, value, 1)
+
+
 class _SteeredAPGD(APGDAttack):  # type: ignore[misc]
-    """APGD whose loss comes with the forward pass; settings are those of ``official``."""
+    """APGD on the loss that ``steered`` returns, with the settings of ``official``."""
 
     def __init__(self, official: APGDAttack, steered: SteeredPredict) -> None:
         self.__dict__.update(vars(official))
@@ -240,14 +234,14 @@ class _SteeredAPGD(APGDAttack):  # type: ignore[misc]
         return finite_scores(logits)
 
     def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of the forward pass that has just given these logits."""
+        """The loss of the latest forward pass."""
         return self._loss
 
 
 class _ImageGradient(torch.autograd.Function):
     """The logits, with a backward pass that ends at the images.
 
-    FAB calls ``backward()``, which would add to the ``.grad`` of every parameter.
+    Otherwise FAB, which calls ``backward()``, adds to the ``.grad`` of every parameter.
     """
 
     @staticmethod
@@ -275,14 +269,14 @@ def _reaching_images_only(predict: Predict) -> Predict:
 
 
 def _finite(values: Tensor) -> Tensor:
-    """NaN would spread from one loss or gradient to the image and all later ones."""
+    """With zeros for NaN and infinity, which would spread to the image and later steps."""
     return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @contextmanager
 def _isolated(device: torch.device) -> Iterator[None]:
-    """Differentiable float32 arithmetic; the random state put back afterwards."""
-    # The package seeds every device; asking an idle one for its state would wake it up.
+    """Differentiable float32 arithmetic; restores the random state afterwards."""
+    # The package seeds every device; reading the state of an unused one would initialise it.
     in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     with (
         torch.random.fork_rng(devices=range(torch.cuda.device_count()) if in_use else ()),
@@ -295,7 +289,7 @@ def _isolated(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _trace_kept() -> Iterator[None]:
-    """The package's check for dynamic models switches tracing off, and coverage with it."""
+    """Restores the trace function, which the package's check for dynamic models removes."""
     trace = sys.gettrace()
     try:
         yield
@@ -305,15 +299,10 @@ def _trace_kept() -> Iterator[None]:
 
 @contextmanager
 def _listening(warnings: list[str]) -> Iterator[None]:
-    """Collect the package's warnings and print none of its lines."""
+    """Collects the package's warnings and prints none of its lines."""
     logger = logging.getLogger("auto-attack")
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno >= logging.WARNING:
-                warnings.append(record.getMessage())
-
-    listener = Listener()
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     level, propagate = logger.level, logger.propagate
     logger.addHandler(listener)
     logger.setLevel(logging.DEBUG)

@@ -1,7 +1,7 @@
-"""The smallest perturbation that changes a prediction, where PGD fills a ball of given radius.
+"""Attacks that look for the smallest perturbation that changes a prediction.
 
-One run gives each example its distance to the decision boundary (an upper bound on it), and with it
-robust accuracy at every radius: an example stands at eps if that distance is larger.
+One run gives an upper bound on each example's distance to the decision boundary, and so on robust
+accuracy at every radius.
 """
 
 import math
@@ -20,7 +20,7 @@ from common.attacks.geometry import (
     norm_of,
     parse_radius,
     per_example,
-    project_l2,
+    projection,
 )
 from common.attacks.losses import classify, full_precision, margin
 from common.attacks.settings import Settings
@@ -34,10 +34,9 @@ class MinimumNorm(Settings, ABC):
     """An attack that looks for the nearest image of another class.
 
     Args:
-        eps: Examples count as broken only if their perturbation is at most this, a number or a
-            fraction such as ``8/255``; ``None``: any perturbation counts. The search takes no
-            notice of it, and whoever evaluates the result is to judge.
-        norm: In which the perturbation is small.
+        eps: The largest perturbation that an evaluation counts as a success, a number or a fraction
+            such as ``8/255``; ``None`` for any. The search does not use it.
+        norm: Of the perturbation.
 
     Raises:
         ConfigurationError: If a setting is out of range.
@@ -53,13 +52,12 @@ class MinimumNorm(Settings, ABC):
     @property
     @abstractmethod
     def cost(self) -> int:
-        """Forward and backward passes per example, at most; they end once all are done."""
+        """Forward and backward passes per example, at most."""
 
     def __call__(self, predict: Predict, x: Tensor, y: Tensor) -> Tensor:
-        """Look for each example's nearest adversarial image.
+        """Look for each example's nearest adversarial image, without random numbers.
 
-        Gradients are taken with respect to the images alone, inside ``no_grad`` and inference mode
-        as well, and no random numbers are drawn.
+        Leaves ``.grad`` of the parameters alone; works inside ``no_grad`` and inference mode.
 
         Args:
             predict: Images in [0, 1] to logits; an example's logits may depend on no other example.
@@ -67,8 +65,8 @@ class MinimumNorm(Settings, ABC):
             y: Labels, ``(N,)``.
 
         Returns:
-            The nearest adversarial image found, or x itself where none was found or x is
-            misclassified as it is. Shaped like x, detached, in [0, 1]; float32, or float64 if x is.
+            The nearest adversarial image found; x where none was found or x is misclassified.
+            Shaped like x, detached, in [0, 1]; float32, or float64 if x is.
 
         Raises:
             ValueError: If x is not floating point or the logits carry no gradient.
@@ -103,21 +101,20 @@ class DeepFool(MinimumNorm):
     distance times :math:`w_k / \|w_k\|_2` (l2, q = 2) or :math:`\mathrm{sign}(w_k)` (linf, q = 1;
     Section 3.3). An example stops at its first misclassified point.
 
-    Beyond the paper, and as in foolbox 3: distances get 1e-4 added (the authors' code does so too),
-    the classes are the ones most likely at x, and each point is brought into [0, 1].
+    As in foolbox 3 and beyond the paper, 1e-4 is added to distances (also in the authors' code),
+    the classes are those most likely at x, and each point is clamped to [0, 1].
 
     Args:
         eps: As in :class:`MinimumNorm`.
         norm: ``linf`` or ``l2``.
         steps: The most steps an example takes.
-        overshoot: The summed steps are stretched by one plus this (eta), to get over the boundary.
-        candidates: How many classes are considered, the predicted one included; all if there are
-            fewer.
-        clip: Bring the result into the eps-ball around x, as foolbox does when given an epsilon.
-            What was adversarial need not stay so and has to be classified anew.
+        overshoot: The summed steps are multiplied by one plus this (eta).
+        candidates: Number of classes considered, including the predicted one.
+        clip: Project the result to the eps-ball around x, as foolbox does when given an epsilon.
+            Projected images may be classified correctly again.
 
     Raises:
-        ConfigurationError: If a setting is out of range, or ``clip`` has no radius to clip to.
+        ConfigurationError: If a setting is out of range, or ``clip`` is given without ``eps``.
     """
 
     def __init__(
@@ -136,13 +133,13 @@ class DeepFool(MinimumNorm):
         self.clip = clip
         if clip and self.eps is None:
             raise ConfigurationError(
-                "clip brings the result into the ball of radius eps, and eps is null; give eps or "
-                "leave clip false"
+                "clip projects to the ball of radius eps, and eps is null; give eps or leave clip "
+                "false"
             )
 
     @property
     def cost(self) -> int:
-        """One forward pass a step and one backward pass a candidate; few examples need them all."""
+        """Backward passes per example, at most; few examples need them all."""
         return self.steps * (self.candidates - 1)
 
     def _search(
@@ -163,24 +160,18 @@ class DeepFool(MinimumNorm):
             moved = (x + (1.0 + self.overshoot) * total).clamp(0.0, 1.0)
             x_adv = torch.where(per_example(done, x), x_adv, moved)
         if self.clip and self.eps is not None:
-            delta = x_adv - x
-            linf = self.norm == "linf"
-            delta = delta.clamp(-self.eps, self.eps) if linf else project_l2(delta, self.eps)
-            x_adv = (x + delta).clamp(0.0, 1.0)
+            x_adv = projection(x, self.eps, self.norm)(x_adv)
         return x_adv, done
 
     def _nearest(self, gaps: Tensor, point: Tensor) -> Tensor:
-        """The step from ``point`` to the nearest of the boundaries where one of ``gaps`` is zero.
-
-        One class after the other, so that memory does not grow with their number.
-        """
+        """The step from ``point`` to the nearest linearised boundary, where a gap is zero."""
         least = torch.full_like(gaps[:, 0], math.inf)
         direction = torch.zeros_like(point)
         last = gaps.shape[1] - 1
         for k in range(last + 1):
             (slope,) = torch.autograd.grad(gaps[:, k].sum(), point, retain_graph=k < last)
             slope = slope.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-            # Constants as in foolbox; a class whose slope is zero is far away and moves nothing.
+            # Constants as in foolbox; a class whose slope is zero is far away.
             dual = norm_of(slope, 1 if self.norm == "linf" else 2) + 1e-8
             distance = gaps[:, k].detach().abs() / dual.flatten()
             nearer = distance < least
@@ -197,24 +188,23 @@ class CarliniWagner(MinimumNorm):
 
     .. math:: \|x'(w) - x\|_2^2 + c\, \max(z_y(x') - \max_{j \ne y} z_j(x') + \kappa,\, 0),
 
-    and a binary search finds each example's least c that succeeds: tenfold until it does, halving
-    the interval after that. The nearest adversarial point of all searches is returned. Descent
-    pushes whichever rival leads, so it can miss a nearer boundary of another class.
+    and a binary search finds each example's least c that succeeds: c grows tenfold until it does,
+    then the interval is halved. The nearest adversarial point of all searches is returned. Descent
+    follows the leading wrong class, so it can miss a nearer boundary of another one.
 
-    Foolbox stops a whole batch when the batch's total loss stalls, so there an example's result
-    depends on its neighbours; here each example stops by its own loss. One example at a time, the
-    two agree, except that foolbox returns a black image where nothing was found.
+    Foolbox ends a batch when its total loss stalls, so that an example's result depends on the
+    others; here each example stops by its own loss. For single examples the two agree, except that
+    foolbox returns a black image where nothing was found.
 
     Args:
         eps: As in :class:`MinimumNorm`.
         confidence: By how much a wrong logit must lead (kappa).
         steps: Adam steps per search.
-        step_size: Adam's.
-        binary_search_steps: Searches; from 10 on the last one repeats the least constant that
-            succeeded.
+        step_size: Of Adam.
+        binary_search_steps: Searches; from 10 on the last one repeats the least c that succeeded.
         initial_const: The first c.
-        abort_early: A search ends for an example whose loss, compared ten times, fell by less than
-            a ten-thousandth.
+        abort_early: End a search for an example whose loss fell by less than a ten-thousandth since
+            the last of ten checks.
 
     Raises:
         ConfigurationError: If a setting is out of range.
@@ -242,13 +232,13 @@ class CarliniWagner(MinimumNorm):
 
     @property
     def cost(self) -> int:
-        """All searches to their end; ``abort_early`` usually spares most of it."""
+        """Passes per example without ``abort_early``, which usually saves most of them."""
         return self.binary_search_steps * self.steps
 
     def _search(
         self, predict: Predict, x: Tensor, y: Tensor, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # atanh has no value at 0 and 1; the best distance starts at infinity where work is to do.
+        # atanh is infinite at 0 and 1. A distance of 0 marks examples that are not attacked.
         origin = ((2.0 * x - 1.0) * 0.999999).atanh()
         distance = torch.where(classify(logits) == y, math.inf, 0.0).to(x)
         best = x
@@ -276,7 +266,7 @@ class CarliniWagner(MinimumNorm):
         """One search at ``const``: whether it found anything, and the best image and distance."""
         rounded = _to_box(origin)
         weight = const.to(x)
-        # Adam (Kingma & Ba 2015, Algorithm 1) by hand: an optimiser's state is nobody's example.
+        # Adam (Kingma & Ba 2015, Algorithm 1) by hand: examples must not share optimiser state.
         w, first, second = origin, torch.zeros_like(x), torch.zeros_like(x)
         active = distance > 0.0
         found = torch.zeros_like(active)
@@ -308,7 +298,7 @@ class CarliniWagner(MinimumNorm):
         return found, best, distance
 
     def _raised(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The true logit raised by ``confidence``: wrong in spite of it is wrong by that much."""
+        """The logits with ``confidence`` added to that of the true class."""
         lead = torch.full_like(logits[:, :1], self.confidence)
         return logits.scatter_add(1, y.unsqueeze(1), lead)
 
@@ -318,7 +308,7 @@ def _to_box(w: Tensor) -> Tensor:
 
 
 def _with_gradient(logits: Tensor) -> Tensor:
-    """The logits in full precision, if they can be differentiated."""
+    """The logits in full precision; an error if they cannot be differentiated."""
     if not logits.requires_grad:
         raise ValueError(
             "the logits carry no gradient to the images; compute them without no_grad, "

@@ -1,7 +1,7 @@
 """Square (Andriushchenko et al. 2020) of the official package, with three additions.
 
-It takes a loss of the defence's own, need not evaluate an image twice, and works on images of any
-size: the package's first perturbation in l2 and l1 is made for square images of some sizes.
+It climbs any loss, can skip unchanged images, and in l2 and l1 takes images of any size: the
+package's first perturbation there fits square images of some sizes only.
 """
 
 import math
@@ -23,22 +23,21 @@ SteeredPredict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def finite_scores(logits: Tensor) -> Tensor:
     """The logits, with zeros for every image that has a NaN or infinite score.
 
-    The package computes with them, where NaN would spread. Such an image is judged elsewhere.
+    NaN would spread in the package's arithmetic.
     """
     return torch.where(torch.isfinite(logits).all(dim=1, keepdim=True), logits, 0.0)
 
 
 class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
-    """Square with a loss of the defence's own, or without queries whose answer is known.
+    """Square on any loss, optionally without queries whose answer is known.
 
-    A square that is drawn where the image already stands on that side of the ball, or of [0, 1],
-    changes nothing: four queries in ten of a grey image, one in eight of a colour image. The
-    package asks the network again; here the loss is the one that is known.
+    A square drawn where the image already is at that side of the ball, or of [0, 1], changes
+    nothing: four in ten on a grey image, one in eight on a colour image.
 
     Args:
-        official: Where the settings come from.
-        steered: The loss, or ``None`` for the package's; Square minimises, so the sign turns.
-        skips_repeats: Whether images that a square left as they were are not evaluated again.
+        official: The package's attack, whose settings are taken.
+        steered: Logits and the loss to maximise; ``None`` for the package's loss.
+        skips_repeats: Use the known loss for images that a square left unchanged.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
         self._best: _Best | None = None
 
     def attack_single_run(self, x: Tensor, y: Tensor) -> Any:
-        """One run of all queries: their number, unused by the package, and x'."""
+        """One run of all queries: their number (which the package ignores) and x'."""
         self._best = None
         if self.norm == "Linf" or _is_tiled(*x.shape[2:]):
             return super().attack_single_run(x, y)
@@ -77,12 +76,12 @@ class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
         return best
 
     def _side(self, query: int, height: int, width: int) -> int:
-        """Of the square in this query: odd, at least 3, and inside the image."""
+        """Edge of this query's square: odd, at least 3, at most that of the image."""
         side = max(round(math.sqrt(self.p_selection(query) * height * width)), 3)
         return int(min(side + 1 - side % 2, height, width))
 
     def _tiles(self, x: Tensor) -> Tensor:
-        """The first perturbation: bumps side by side over as much of the image as they cover."""
+        """The first perturbation: a grid of bumps."""
         height, width = x.shape[2:]
         side = max(min(height, width) // 5, 1)
         delta = torch.zeros_like(x)
@@ -93,7 +92,7 @@ class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
         return delta
 
     def _proposed(self, delta: Tensor, side: int, order: int) -> Tensor:
-        """Perturbations whose mass in one window and what is left of eps moves to another."""
+        """Perturbations with the mass of one window, and the unused part of eps, in another."""
         height, width = delta.shape[2:]
         corners = [
             (int(self.random_int(0, height - side + 1)), int(self.random_int(0, width - side + 1)))
@@ -159,16 +158,16 @@ def _mass(delta: Tensor, order: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Best:
-    """What Square goes on from, by the rules of its own loop: images, margins, lowest losses."""
+    """Images, margins and lowest losses from which Square continues, by the package's rules."""
 
     x: Tensor
     margin: Tensor
     loss: Tensor
 
     def after(self, x: Tensor, margin: Tensor, loss: Tensor) -> "_Best":
-        """With these proposals taken where they are better, or misclassified.
+        """With the proposals that are better or misclassified.
 
-        By the package's sums, in which what is not finite spoils margin and loss.
+        By the package's sums, so that values that are not finite have the same effect.
         """
         is_better = (loss < self.loss).float()
         is_taken = torch.max(is_better, (margin <= 0).float())
@@ -180,6 +179,6 @@ class _Best:
         ).standing()
 
     def standing(self) -> "_Best":
-        """Of the examples that Square goes on with."""
+        """The examples that are not misclassified yet."""
         rows = self.margin > 0
         return _Best(self.x[rows], self.margin[rows], self.loss[rows])

@@ -8,13 +8,15 @@ import pyautoattack
 import pytest
 import torch
 import torch.nn.functional as F
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.losses import classify, cross_entropy, margin
-from common.attacks.pgd import PGD
 from common.errors import ConfigurationError
+from common.evaluation import SuiteEntry
+from common.evaluation.models import Victim
+from common.evaluation.runner import run_steps
+from common.evaluation.suite import steps_of
 
 STANDARD = ["apgd-ce", "apgd-t", "fab-t", "square"]
 STEPS, QUERIES = 6, 30
@@ -142,48 +144,22 @@ def test_outcome_is_consistent_in_several_batches():
     assert outcome.robust.sum() < outcome.correct["apgd-ce"].sum()  # later attacks add something
 
 
-def test_is_at_least_as_strong_as_pgd():
-    task = Task()
-    outcome = run(small(steps=20), task.net, task.x, task.y)
-    attack = PGD(eps_for("linf"), steps=20, start="zero")
-    x_adv = attack(lambda x: cross_entropy(task.net(x), task.y), task.x)
-    pgd = task.net(x_adv).argmax(1) == task.y
-    assert outcome.robust.sum() <= pgd.sum()
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_leaves_its_surroundings_alone(mode):
-    task = Task(5, 12)
-    for parameter in task.net.parameters():
-        parameter.grad = torch.full_like(parameter, 7.0)
-    state = {name: value.clone() for name, value in task.net.state_dict().items()}
-    logger = logging.getLogger("auto-attack")
+def test_puts_back_the_trace_function_and_the_logger():
+    task, logger = Task(5, 12), logging.getLogger("auto-attack")
     before = (logger.level, logger.propagate, list(logger.handlers))
-    rng, x = torch.get_rng_state(), task.x.clone()
-    calls: list[str] = []
 
     def trace(frame, event, argument):
-        calls.append(event)
+        pass
 
     usual = sys.gettrace()
     sys.settrace(trace)
     try:
-        with mode():
-            inside = task.x.clone(), task.y.clone()
-            outcome = run(small(version="plus", steps=3), task.net, *inside)
-            x_adv, _ = small(steps=3).step("apgd-ce", task.net, *inside)
+        small(steps=1).step("apgd-ce", task.net, task.x, task.y)
         kept = sys.gettrace()
     finally:
         sys.settrace(usual)
     assert kept is trace
-    assert torch.equal(rng, torch.get_rng_state())
-    assert torch.equal(x, task.x)
-    assert all((p.grad == 7.0).all() and p.requires_grad for p in task.net.parameters())
-    assert all(torch.equal(state[name], value) for name, value in task.net.state_dict().items())
     assert before == (logger.level, logger.propagate, list(logger.handlers))
-    assert not x_adv.is_inference()
-    expected = run(small(version="plus", steps=3), task.net, task.x, task.y)
-    assert torch.equal(outcome.robust, expected.robust)
 
 
 def test_seed_decides_random_starts():
@@ -204,12 +180,36 @@ def test_custom_runs_the_listed_attacks_with_standard_settings():
     assert torch.equal(first.robust, standard.correct["apgd-ce"])
 
 
-@pytest.mark.parametrize(("classes", "left_out"), [(4, ()), (3, ("apgd-t",)), (2, ("apgd-t",))])
-def test_few_classes_leave_out_what_cannot_run(classes, left_out):
+@pytest.mark.parametrize(("classes", "left_out"), [(4, []), (3, ["apgd-t"]), (2, ["apgd-t"])])
+def test_few_classes_leave_out_what_cannot_run(classes, left_out, caplog):
     task = Task(classes)
-    outcome = run(small(), task.net, task.x, task.y)
-    check(outcome, task, eps_for("linf"))
-    assert list(outcome.correct) == [name for name in STANDARD if name not in left_out]
+    names = [name for name in STANDARD if name not in left_out]
+    assert small().planned(classes) == names
+    steps = steps_of({"aa": SuiteEntry(small())}, Victim(task.net, classes), classes, seed=0)
+    assert [step.key for step in steps] == [f"aa/{name}" for name in names]
+    warned = f"leaves out apgd-t: its loss needs more than {classes} classes"
+    assert (warned in caplog.text) == bool(left_out)
+    check(run(small(), task.net, task.x, task.y), task, eps_for("linf"))
+
+
+def test_in_a_suite_each_attack_gets_what_those_before_left(monkeypatch):
+    task, attack, met = Task(), small(), {}
+    plain = AutoAttack.step
+
+    def recorded(self, name, predict, x, y, *rest, **settings):
+        met.setdefault(name, len(x))
+        return plain(self, name, predict, x, y, *rest, **settings)
+
+    monkeypatch.setattr(AutoAttack, "step", recorded)
+    model = Victim(task.net, 10)
+    examples = {"x": task.x, "y": task.y, "index": torch.arange(len(task.x))}
+    steps = steps_of({"aa": SuiteEntry(attack)}, model, 10, seed=3)
+    correct = [
+        verdict.sum() for verdict in run_steps(model, examples, steps, seed=0).correct.values()
+    ]
+    assert list(met) == STANDARD
+    assert list(met.values()) == correct[:-1]
+    assert correct[-1] < correct[1] < correct[0] == 22
 
 
 def test_nothing_left_to_run_is_an_error():
@@ -219,15 +219,14 @@ def test_nothing_left_to_run_is_an_error():
         attack.step("apgd-t", task.net, task.x, task.y)
 
 
-def test_works_without_survivors_with_one_and_with_no_example():
+@pytest.mark.parametrize("name", STANDARD)
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_batch_may_be_empty_or_one_example(name, n):
     task = Task()
-    wrong = (task.net(task.x).argmax(1) + 1) % 10
-    outcome = run(small(), task.net, task.x, wrong)
-    assert not outcome.robust.any()
-    assert torch.equal(outcome.x_adv, task.x)
-    assert list(outcome.correct) == STANDARD
-    one = run(small(), task.net, task.x[5:6], task.y[5:6])
-    assert one.robust.shape == (1,)
+    x_adv, correct = small(steps=2).step(name, task.net, task.x[5 : 5 + n], task.y[5 : 5 + n])
+    assert x_adv.shape == (n, 1, 8, 8)
+    assert correct.shape == (n,)
+    assert correct.dtype == torch.bool
 
 
 def warned(attack: AutoAttack, predict, task: Task) -> str:
@@ -257,32 +256,17 @@ def test_suspicious_networks_are_reported_and_findings_do_not_leak():
 # A loss of the defence's own
 
 
-def test_steering_by_cross_entropy_is_the_official_attack():
+@pytest.mark.parametrize(("name", "loss"), [("apgd-ce", cross_entropy), ("square", margin)])
+def test_steering_by_the_official_loss_is_the_official_attack(name, loss):
     task = Task()
-    attack = small(version="custom", attacks=["apgd-ce"], apgd_restarts=2)
+    attack = small(version="custom", attacks=[name], apgd_restarts=2, square_queries=100)
 
     def steered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = task.net(x)
-        return logits, F.cross_entropy(logits, y, reduction="none")
+        return logits, loss(logits, y)
 
     plain = run(attack, task.net, task.x, task.y)
     other = run(attack, task.net, task.x, task.y, steered=steered)
-    assert torch.equal(other.robust, plain.robust)
-    torch.testing.assert_close(other.x_adv, plain.x_adv, rtol=0, atol=1e-6)
-    assert plain.robust.sum() < plain.clean.sum()
-
-
-def test_steering_by_the_margin_is_the_official_square():
-    task = Task()
-    attack = small(version="custom", attacks=["square"], square_queries=200)
-    plain = run(attack, task.net, task.x, task.y)
-    other = run(
-        attack,
-        task.net,
-        task.x,
-        task.y,
-        steered=lambda x, y: (task.net(x), margin(task.net(x), y)),
-    )
     assert torch.equal(other.robust, plain.robust)
     torch.testing.assert_close(other.x_adv, plain.x_adv, rtol=0, atol=1e-6)
     assert plain.robust.sum() < plain.clean.sum()
@@ -292,7 +276,7 @@ def test_steering_by_the_margin_is_the_official_square():
 def test_steering_changes_the_path_and_not_the_judgement(name):
     """A loss that pulls away from the boundary weakens the attack; ``predict`` still judges."""
     task = Task()
-    attack = small(version="custom", attacks=[name], square_queries=300)
+    attack = small(version="custom", attacks=[name], square_queries=100)
     plain = run(attack, task.net, task.x, task.y)
 
     def steered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,51 +306,12 @@ def test_steering_helps_where_the_logits_hide_their_gradient():
     assert seeing.robust.sum() < blind.robust.sum()
 
 
-# Settings
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"eps": 8}, "did you mean '8/255'"),
-        ({"norm": "l3"}, "norm must be"),
-        ({"version": "full"}, "version must be"),
-        ({"version": "custom"}, "attacks are listed with version custom"),
-        ({"attacks": ["square"]}, "attacks are listed with version custom"),
-        ({"version": "custom", "attacks": ["pgd"]}, "each of attacks must be one of"),
-        ({"version": "custom", "attacks": ["fab", "fab"]}, "attacks must be different ones"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"square_queries": 0}, "square_queries must be at least 1"),
-    ],
-)
-def test_settings_that_contradict_are_refused(settings, message):
-    with pytest.raises(ConfigurationError, match=message):
-        AutoAttack(**{"eps": "8/255", **settings})
-
-
-def test_is_set_from_the_command_line():
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(AutoAttack, "attack")
-    config = parser.parse_args(
-        [
-            "--attack=common.attacks.autoattack.AutoAttack",
-            "--attack.eps=8/255",
-            "--attack.version=custom",
-            "--attack.attacks=[apgd-ce, square]",
-        ]
-    )
-    attack = parser.instantiate(config).attack
-    assert repr(attack) == "AutoAttack(eps=8/255, norm='linf', ['apgd-ce', 'square'])"
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("is_steered", [False, True])
 def test_square_skips_what_it_has_seen_and_finds_the_same(norm, is_steered):
-    task = Task(n=40)
+    task = Task(n=30)
     x, y = task.x[2:], task.y[2:]
-    attack = small(
-        norm, square_queries=1500 if norm == "linf" else 200
-    )  # of one pixel from 1000 on
+    attack = small(norm, square_queries=700 if norm == "linf" else 60)
     found, evaluated = {}, {}
 
     def predict(z: Tensor) -> Tensor:
@@ -384,9 +329,9 @@ def test_square_skips_what_it_has_seen_and_finds_the_same(norm, is_steered):
         )
     assert torch.equal(found[True][1], found[False][1])
     torch.testing.assert_close(found[True][0], found[False][0], rtol=0, atol=1e-6)
-    assert 5 < found[True][1].sum() < 35  # otherwise nothing was tested
+    assert 2 < found[True][1].sum() < 28  # otherwise nothing was tested
     if norm == "linf":  # in the others no square leaves an image as it is
-        assert evaluated[True] < 0.9 * evaluated[False]
+        assert evaluated[True] < 0.95 * evaluated[False]
     else:
         assert evaluated[True] <= evaluated[False]
 

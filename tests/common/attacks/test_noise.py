@@ -1,8 +1,7 @@
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 
-from common.attacks.noise import GaussianNoise, Noise, SaltAndPepperNoise, UniformNoise
+from common.attacks.noise import GaussianNoise, SaltAndPepperNoise, UniformNoise
 from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
 
@@ -54,36 +53,13 @@ def test_channels_of_the_other_kinds_are_independent():
 
 
 @every_kind
-def test_noise_belongs_to_the_example(kind):
-    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    noise = kind([0.2])
-    together = noise.apply(x, 0.2, random(range(6)))
-    rows = torch.tensor([4, 1])
-    assert torch.equal(noise.apply(x[rows], 0.2, random(rows)), together[rows])
-    assert not torch.equal(noise.apply(x, 0.2, random(range(6), step=1)), together)
-    same = noise.apply(x[:1].expand_as(x), 0.2, random(range(6)))
-    assert not torch.equal(same[0], same[1])
-
-
-@every_kind
-def test_a_second_draw_is_a_fresh_one(kind):
-    x, numbers = torch.full((2, 1, 8, 8), 0.5), random(range(2))
-    noise = kind([0.5])
-    assert not torch.equal(noise.apply(x, 0.5, numbers), noise.apply(x, 0.5, numbers))
-
-
-@every_kind
-def test_images_stay_images_and_nothing_else_changes(kind):
-    x = (torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
-    before, state = x.clone(), torch.get_rng_state()
-    noisy = kind([1.0]).apply(x.requires_grad_(), 1.0, random(range(6)))
-    assert noisy.min() >= 0
-    assert noisy.max() <= 1
-    assert noisy.dtype == torch.float32
-    assert not noisy.requires_grad
-    assert torch.equal(x, before)
-    assert torch.equal(state, torch.get_rng_state())
-    assert kind([1.0]).apply(before.double(), 1.0, random(range(6))).dtype == torch.float64
+def test_numbers_belong_to_the_example_and_every_draw_is_fresh(kind):
+    x, noise, numbers = torch.full((2, 1, 8, 8), 0.5), kind([0.5]), random(range(2))
+    first = noise.apply(x, 0.5, numbers)
+    assert torch.equal(noise.apply(x, 0.5, random(range(2))), first)
+    assert not torch.equal(noise.apply(x, 0.5, random(range(2), step=1)), first)
+    assert not torch.equal(noise.apply(x, 0.5, numbers), first)
+    assert not torch.equal(first[0], first[1])
 
 
 @every_kind
@@ -131,17 +107,3 @@ def test_other_examples_and_other_types_are_refused(kind):
         kind([0.1]).apply(torch.zeros(2, 1, 4, 4), 0.1, random(range(3)))
     with pytest.raises(ValueError, match="floating-point pixels"):
         kind([0.1]).apply(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), 0.1, random(range(2)))
-
-
-@every_kind
-def test_noise_is_set_from_the_command_line(kind):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Noise, "noise")
-    name = f"common.attacks.noise.{kind.__name__}"
-    config = parser.parse_args(
-        [f"--noise={name}", "--noise.levels=[8/255, 0.1]", "--noise.draws=3"]
-    )
-    noise = parser.instantiate(config).noise
-    assert type(noise) is kind
-    assert noise.levels == pytest.approx([8 / 255, 0.1])
-    assert repr(noise).endswith("draws=3)")

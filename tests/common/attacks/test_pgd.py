@@ -4,140 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsonargparse import ArgumentParser
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.attacks.geometry import parse_radius, project_l1
 from common.attacks.losses import cross_entropy, margin
-from common.attacks.pgd import FGSM, MIM, PGD, FriendlyPGD, input_gradient
+from common.attacks.pgd import MIM, PGD, FriendlyPGD, input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.errors import ConfigurationError
 
-ATTACKS = {
-    "pgd": PGD("8/255", "2/255", 4),
-    "pgd-gaussian": PGD("8/255", "2/255", 4, "gaussian", start_scale="16/255"),
-    "pgd-restarts": PGD(0.1, 0.04, 3, restarts=3),
-    "pgd-l2": PGD(0.6, 0.2, 4, norm="l2"),
-    "pgd-l2-zero": PGD(0.6, 0.2, 4, "zero", "l2"),
-    "pgd-l1": PGD(3.0, 1.0, 4, norm="l1", l1_density=0.05),
-    "pgd-momentum": PGD(0.1, 0.04, 3, momentum=0.7),
-    "fgsm": FGSM("8/255"),
-    "fgsm-l2": FGSM(0.5, "l2"),
-    "mim": MIM("8/255"),
-    "mim-l2": MIM(0.6, norm="l2"),
-    "pgd-unprojected": PGD("8/255", "2/255", 4, "gaussian", start_scale=0.1, project_start=False),
-    "pgd-unprojected-l2": PGD(0.6, 0.2, 4, "gaussian", "l2", project_start=False),
-    "friendly": FriendlyPGD(0.2, 0.06, 5, tau=1),
-    "friendly-noise": FriendlyPGD(0.2, 0.06, 5, tau=1, noise=0.01),
-}
-every_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
 
 
 def distance(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
     return torch.linalg.vector_norm((x_adv - x).flatten(1), ORDER[norm], dim=1)
-
-
-class Task:
-    """A small network with batch-norm and dropout, images and labels."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        torch.manual_seed(0)
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Flatten(),
-            nn.Linear(256, 5),
-        ).to(dtype)
-        self.net.eval()
-        with torch.no_grad():
-            self.net[-1].weight *= 5
-        self.x = torch.rand(6, 3, 8, 8, dtype=dtype)
-        self.x[0] = (self.x[0] > 0.5).to(dtype)  # pixels in the corners of the box
-        self.y = self.net(self.x).argmax(dim=1)
-        self.index = torch.arange(6)
-
-    def loss(self, x: Tensor) -> Tensor:
-        return cross_entropy(self.net(x), self.y)
-
-    def is_adversarial(self, x: Tensor) -> Tensor:
-        return self.net(x).argmax(dim=1) != self.y
-
-    def run(self, attack: PGD, seed: int = 1) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return attack(self.loss, self.x, generator, is_adversarial=self.is_adversarial)
-
-
-@pytest.fixture
-def task() -> Task:
-    return Task()
-
-
-@every_attack
-def test_stays_in_ball_and_box_and_climbs(attack, task):
-    x_adv = task.run(attack)
-    assert x_adv.shape == task.x.shape
-    assert x_adv.dtype == torch.float32
-    assert not x_adv.requires_grad
-    assert x_adv.min() >= 0
-    assert x_adv.max() <= 1
-    assert distance(x_adv, task.x, attack.norm).max() <= attack.eps * (1 + 1e-5) + 1e-6
-    with torch.no_grad():
-        assert task.loss(x_adv).mean() > task.loss(task.x).mean()
-
-
-@every_attack
-def test_leaves_everything_else_alone(attack, task):
-    for parameter in task.net.parameters():
-        parameter.grad = torch.full_like(parameter, 7.0)
-    task.net[3].train()
-    modes = [module.training for module in task.net.modules()]
-    state = {name: value.clone() for name, value in task.net.state_dict().items()}
-    x, rng = task.x.clone(), torch.get_rng_state()
-    task.net[3].p = 0.0  # dropout draws from the global generator
-    task.run(attack)
-    assert torch.equal(rng, torch.get_rng_state())
-    assert torch.equal(x, task.x)
-    assert modes == [module.training for module in task.net.modules()]
-    assert all(torch.equal(state[name], value) for name, value in task.net.state_dict().items())
-    assert all((p.grad == 7.0).all() and p.requires_grad for p in task.net.parameters())
-
-
-@every_attack
-def test_is_the_same_for_the_same_generator_and_in_any_gradient_mode(attack, task):
-    expected = task.run(attack)
-    assert torch.equal(task.run(attack), expected)
-    with torch.no_grad():
-        assert torch.equal(task.run(attack), expected)
-    with torch.inference_mode():
-        inside = Task()
-        task.x = inside.x.clone()
-        assert task.x.is_inference()
-        result = task.run(attack)
-    assert torch.equal(result, expected)
-    assert not result.is_inference()
-
-
-@every_attack
-def test_an_example_does_not_depend_on_its_batch(attack):
-    task = Task(torch.float64)
-
-    def run(rows: Tensor) -> Tensor:
-        generator = ExampleRandom(3, 5, task.index[rows])
-        y = task.y[rows]
-        return attack(
-            lambda x: cross_entropy(task.net(x), y),
-            task.x[rows],
-            generator,
-            is_adversarial=lambda x: task.net(x).argmax(1) != y,
-        )
-
-    together = run(torch.arange(6))
-    assert together.dtype == torch.float64
-    order = torch.tensor([4, 1, 3])
-    torch.testing.assert_close(run(order), together[order])
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -265,14 +144,6 @@ def test_input_gradient_is_each_examples_own(task):
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
-def test_fgsm_is_one_step_of_pgd(task):
-    one = PGD("8/255", "8/255", 1, "zero")
-    assert torch.equal(FGSM("8/255")(task.loss, task.x), one(task.loss, task.x))
-    gradient = input_gradient(task.loss, task.x)
-    expected = (task.x + 8 / 255 * gradient.sign()).clamp(0, 1)
-    torch.testing.assert_close(FGSM("8/255")(task.loss, task.x), expected)
-
-
 def test_momentum_equals_a_rewrite_and_decay_zero_is_pgd(task):
     eps, steps, decay = 0.1, 5, 0.9
     x_adv, g = task.x, torch.zeros_like(task.x)
@@ -296,24 +167,16 @@ def test_tiny_gradients_do_not_underflow(task):
         assert distance(faint, task.x, attack.norm).min() > 0.05
 
 
-@every_attack
-def test_zero_gradients_and_zero_radius_move_nothing_beyond_the_start(attack, task):
-    flat = attack(
-        lambda z: 0.0 * z.flatten(1).sum(1),
-        task.x,
-        torch.Generator().manual_seed(0),
-        is_adversarial=task.is_adversarial,
-    )
-    assert torch.isfinite(flat).all()
-    if attack.start == "zero":
-        assert torch.equal(flat, task.x)
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-@pytest.mark.parametrize("start", ["zero", "uniform", "gaussian"])
-def test_radius_zero_returns_x(norm, start, task):
-    x_adv = PGD(0, 0.1, 3, start, norm)(task.loss, task.x, torch.Generator())
-    torch.testing.assert_close(x_adv, task.x, rtol=0, atol=1e-7)
+def test_without_a_gradient_or_a_radius_nothing_moves(norm, task):
+    for attack in (PGD(0.2, 0.1, 3, "zero", norm), MIM(0.2, norm=norm)):
+        flat = attack(lambda z: 0.0 * z.flatten(1).sum(1), task.x)
+        assert torch.equal(flat, task.x)
+        assert attack.unmoved.all()
+        assert not attack.lost.any()
+    for start in ("zero", "uniform", "gaussian"):
+        x_adv = PGD(0, 0.1, 3, start, norm)(task.loss, task.x, torch.Generator())
+        torch.testing.assert_close(x_adv, task.x, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -391,15 +254,6 @@ def test_gaussian_start_has_its_scale(task):
         assert delta.std().item() == pytest.approx(0.01, rel=0.05)
 
 
-def test_without_a_generator_the_global_one_is_used(task):
-    torch.manual_seed(5)
-    first = PGD(0.1, 0.05, 1)(task.loss, task.x)
-    second = PGD(0.1, 0.05, 1)(task.loss, task.x)
-    torch.manual_seed(5)
-    assert torch.equal(PGD(0.1, 0.05, 1)(task.loss, task.x), first)
-    assert not torch.equal(first, second)
-
-
 @given(
     shape=st.tuples(*[st.integers(1, n) for n in (3, 3, 5, 5)]),
     eps=st.floats(0, 1),
@@ -410,7 +264,7 @@ def test_without_a_generator_the_global_one_is_used(task):
     friendly=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 def test_ball_and_box_hold_whatever_the_settings(
     shape, eps, step, steps, norm, start, friendly, seed
 ):
@@ -457,7 +311,7 @@ def test_l1_projection_is_the_nearest_point(size, eps, scale, seed):
 
 
 def friendly_rewrite(
-    task: Task, x: Tensor, y: int, start: Tensor, eps: float, step: float, steps: int, tau: int
+    task, x: Tensor, y: int, start: Tensor, eps: float, step: float, steps: int, tau: int
 ) -> Tensor:
     """One example at a time, leaving the loop as the official code does."""
     x_adv, control = start[None], tau
@@ -475,8 +329,8 @@ def friendly_rewrite(
 
 
 @pytest.mark.parametrize("tau", [0, 1, 2, 9])
-def test_friendly_equals_a_loop_over_examples(tau):
-    task = Task(torch.float64)
+def test_friendly_equals_a_loop_over_examples(tau, task64):
+    task = task64
     task.y[4] = (task.y[4] + 1) % 5  # wrong from the start
     eps, step, steps = 0.2, 0.01, 8
     start = PGD(eps, step, 0)(task.loss, task.x, ExampleRandom(0, 0, task.index))
@@ -484,7 +338,7 @@ def test_friendly_equals_a_loop_over_examples(tau):
         task.loss,
         task.x,
         ExampleRandom(0, 0, task.index),
-        is_adversarial=task.is_adversarial,
+        is_adversarial=task.wrong,
     )
     for i in range(6):
         expected = friendly_rewrite(
@@ -502,12 +356,12 @@ def test_friendly_follows_its_schedule_of_epochs(task):
     attack = FriendlyPGD(0.2, 0.01, 8, "zero", tau={0: 0, 50: 1, 90: 2})
 
     def run() -> Tensor:
-        return attack(task.loss, task.x, is_adversarial=task.is_adversarial)
+        return attack(task.loss, task.x, is_adversarial=task.wrong)
 
     by_tau = {}
     for tau in (0, 1, 2):
         fixed = FriendlyPGD(0.2, 0.01, 8, "zero", tau=tau)
-        by_tau[tau] = fixed(task.loss, task.x, is_adversarial=task.is_adversarial)
+        by_tau[tau] = fixed(task.loss, task.x, is_adversarial=task.wrong)
     assert not torch.equal(by_tau[0], by_tau[1])
     assert torch.equal(run(), by_tau[0])  # before any epoch has begun
     for epoch, tau in ((0, 0), (49, 0), (50, 1), (89, 1), (90, 2), (10**6, 2), (3, 0)):
@@ -515,9 +369,11 @@ def test_friendly_follows_its_schedule_of_epochs(task):
         assert torch.equal(run(), by_tau[tau])
 
 
-def test_friendly_noise_has_its_scale_and_spares_stopped_examples():
+@pytest.mark.parametrize("form", ["added", "scaled"])
+def test_friendly_noise_has_its_scale_and_spares_stopped_examples(form):
     x, stopped = torch.full((64, 1, 8, 8), 0.5), torch.arange(64) < 20
-    attack = FriendlyPGD(0.4, 0.1, 1, "zero", noise=0.02)
+    size = {"added": 0.02, "scaled": 0.2}[form]
+    attack = FriendlyPGD(0.4, 0.1, 1, "zero", noise=size, noise_form=form)
     x_adv = attack(
         lambda z: z.flatten(1).sum(1),
         x,
@@ -526,37 +382,17 @@ def test_friendly_noise_has_its_scale_and_spares_stopped_examples():
     )
     assert torch.equal(x_adv[stopped], x[stopped])
     noise = x_adv[~stopped] - 0.6
-    assert noise.std().item() == pytest.approx(0.02, rel=0.05)
-    assert noise.mean().item() == pytest.approx(0.0, abs=0.002)
-
-
-def test_friendly_noise_inside_the_step_is_uniform_and_scaled_by_it():
-    x, stopped = torch.full((64, 1, 8, 8), 0.5), torch.arange(64) < 20
-    attack = FriendlyPGD(0.4, 0.1, 1, "zero", noise=0.2, noise_form="scaled")
-    x_adv = attack(
-        lambda z: z.flatten(1).sum(1),
-        x,
-        torch.Generator().manual_seed(0),
-        is_adversarial=lambda _: stopped,
-    )
-    assert torch.equal(x_adv[stopped], x[stopped])
-    noise = x_adv[~stopped] - 0.6
-    assert noise.min() >= -1e-6
-    assert noise.max() <= 0.02 + 1e-6
-    assert noise.mean().item() == pytest.approx(0.01, rel=0.05)
-    with pytest.raises(ConfigurationError, match="noise_form must be one of added, scaled"):
-        FriendlyPGD(0.1, noise_form="inside")
+    if form == "added":  # normal
+        assert noise.std().item() == pytest.approx(0.02, rel=0.05)
+        assert noise.mean().item() == pytest.approx(0.0, abs=0.002)
+    else:  # uniform in [0, size * step_size)
+        assert -1e-6 <= noise.min() <= noise.max() <= 0.02 + 1e-6
+        assert noise.mean().item() == pytest.approx(0.01, rel=0.05)
 
 
 def test_friendly_needs_to_know_what_is_adversarial(task):
     with pytest.raises(ValueError, match="needs is_adversarial"):
         FriendlyPGD(0.1)(task.loss, task.x)
-
-
-@pytest.mark.parametrize("tau", [{}, {1: 0}, {0: -1}, {-1: 0, 0: 1}, -1])
-def test_friendly_refuses_schedules_with_gaps(tau):
-    with pytest.raises(ConfigurationError, match="tau"):
-        FriendlyPGD(0.1, tau=tau)
 
 
 # Settings
@@ -576,103 +412,15 @@ def test_radii_that_mean_nothing_are_refused(value):
         parse_radius(value)
 
 
-def test_a_radius_in_pixel_values_gets_a_hint():
-    expected = (
-        r"eps must lie in \[0, 1\] \(pixels are in \[0, 1\]\), got 8\.0; did you mean '8/255'\?"
-    )
-    with pytest.raises(ConfigurationError, match=expected):
-        PGD(8)
-    with pytest.raises(ConfigurationError, match=r"step_size .* '2/255'"):
-        PGD("8/255", 2)
-    assert PGD(12, norm="l1").eps == 12.0
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": -1}, "steps must be a whole number of at least 0, got -1"),
-        ({"steps": 2.5}, "steps must be"),
-        ({"restarts": 0}, "restarts must be"),
-        ({"restarts": 2, "start": "zero"}, "set start to uniform"),
-        ({"start": "random"}, "start must be one of zero, uniform, gaussian"),
-        ({"norm": "l3"}, "norm must be one of"),
-        ({"momentum": -1.0}, "momentum"),
-        ({"l1_density": 0.0}, "l1_density"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(ConfigurationError, match=message):
-        PGD(0.1, **settings)
-
-
 def test_losses_an_attack_cannot_climb_are_refused(task):
     attack = PGD(0.1, 0.05, 1)
-    with pytest.raises(ValueError, match="one loss per example"):
+    with pytest.raises(ValueError, match=r"\(6,\)"):
         attack(lambda z: task.loss(z).mean(), task.x)
-    with pytest.raises(ValueError, match="no gradient to x'"):
-        attack(lambda z: task.loss(z.detach()).detach(), task.x)
-    with pytest.raises(ValueError, match="floating-point pixels"):
-        attack(task.loss, (task.x * 255).to(torch.uint8))
     with pytest.raises(ValueError, match="made for 4 examples and the batch has 6"):
         attack(task.loss, task.x, ExampleRandom(0, 0, torch.arange(4)))
-
-
-def test_default_step_and_repr():
-    attack = PGD("8/255", steps=20)
-    assert attack.step_size == pytest.approx(1 / 255)
-    assert repr(attack) == (
-        "PGD(eps=8/255, step_size=1/255, steps=20, start='uniform', norm='linf')"
-    )
-    assert MIM("8/255", steps=4).step_size == pytest.approx(2 / 255)
-    assert "momentum=1" in repr(MIM("8/255"))
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("PGD", ["eps=8/255", "step_size=2/255", "steps=7", "start=gaussian"]),
-        ("FGSM", ["eps=8/255"]),
-        ("MIM", ["eps=8/255", "decay=0.5"]),
-        ("FriendlyPGD", ["eps=8/255", "tau={0: 0, 50: 1}"]),
-    ],
-)
-def test_attacks_are_set_from_the_command_line(name, settings):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(PGD, "attack")
-    config = parser.parse_args(
-        [f"--attack=common.attacks.pgd.{name}", *(f"--attack.{setting}" for setting in settings)]
-    )
-    attack = parser.instantiate(config).attack
-    assert type(attack).__name__ == name
-    assert attack.eps == pytest.approx(8 / 255)
 
 
 def test_margin_is_climbed_like_any_loss(task):
     """CW-inf is a setting."""
     x_adv = PGD(0.1, 0.02, 10, "zero")(lambda x: margin(task.net(x), task.y), task.x)
     assert (margin(task.net(x_adv), task.y) > margin(task.net(task.x), task.y)).all()
-
-
-def test_runs_under_autocast_with_float32_pixels(task):
-    with torch.autocast("cpu", torch.bfloat16):
-        x_adv = task.run(PGD(0.1, 0.05, 3))
-    assert x_adv.dtype == torch.float32
-    assert distance(x_adv, task.x, "linf").max() <= 0.1 + 1e-6
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@every_attack
-def test_gpu_equals_cpu(attack):
-    task = Task(torch.float64)
-    generator = ExampleRandom(0, 0, task.index)
-    expected = attack(task.loss, task.x, generator, is_adversarial=task.is_adversarial)
-    task.net.cuda()
-    task.x, task.y = task.x.cuda(), task.y.cuda()
-    result = attack(
-        task.loss,
-        task.x,
-        ExampleRandom(0, 0, task.index.cuda()),
-        is_adversarial=task.is_adversarial,
-    )
-    torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=1e-6)

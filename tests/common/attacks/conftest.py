@@ -1,0 +1,45 @@
+"""A small network, six images and the labels it gives them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.attacks.losses import cross_entropy
+
+
+class Task:
+    """A network with batch-norm and dropout; the first image has pixels in the box's corners."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Flatten(),
+            nn.Linear(256, 5),
+        ).to(dtype)
+        self.net.eval()
+        with torch.no_grad():
+            self.net[-1].weight *= 5
+        self.x = torch.rand(6, 3, 8, 8, dtype=dtype)
+        self.x[0] = (self.x[0] > 0.5).to(dtype)
+        self.y = self.net(self.x).argmax(dim=1)
+        self.index = torch.arange(6)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return cross_entropy(self.net(x), self.y)
+
+    def wrong(self, x: Tensor) -> Tensor:
+        return self.net(x).argmax(dim=1) != self.y
+
+
+@pytest.fixture
+def task() -> Task:
+    return Task()
+
+
+@pytest.fixture
+def task64() -> Task:
+    return Task(torch.float64)
