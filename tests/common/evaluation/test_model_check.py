@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.errors import ConfigurationError
-from common.evaluation.checks import Checked, check_model
 from common.evaluation.inputs import collect
+from common.evaluation.model_check import Checked, check_model
 from common.networks.normalize import Normalize
 
 

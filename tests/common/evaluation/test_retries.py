@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from common.attacks.autoattack import AutoAttack
 from common.attacks.pgd import FGSM, PGD
 from common.evaluation import SuiteEntry, evaluate
-from common.evaluation.saturation import seen_through
+from common.evaluation.retries import seen_through
 
 CLASSES, SIZE = 4, 36
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,8 +17,8 @@ from common.attacks.minimum_norm import CarliniWagner, DeepFool
 from common.attacks.pgd import FGSM, MIM, PGD
 from common.errors import ConfigurationError, RunDirectoryError
 from common.evaluation import Audit, Evaluation, SuiteEntry, evaluate
-from common.evaluation.checks import Checked, check_model
 from common.evaluation.inputs import collect
+from common.evaluation.model_check import Checked, check_model
 from common.results.store import read_result
 
 PIPELINE = importlib.import_module("common.evaluation.evaluate")
