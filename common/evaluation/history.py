@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 _INTERNAL = set(vars(nn.Module()))
 _LIBRARIES = ("torch", "torchvision", "lightning")
-_VALUES = list | dict | set | int | float | Tensor
+_VALUES = (list, dict, set, int, float, Tensor)
 DEPTH = 6
 """Levels of containers and objects within one attribute of a module that are compared."""
 
