@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.gama import GAMAPGD
@@ -16,7 +15,6 @@ from common.attacks.pgd import FGSM, MIM, PGD, FriendlyPGD
 from common.data.subset import subset
 from common.errors import ConfigurationError
 from common.evaluation import Audit, Evaluation, SuiteEntry, Transfer, evaluate
-from common.evaluation.inputs import collect
 
 K, D = 4, 64
 
@@ -170,36 +168,6 @@ def test_fewer_examples_than_classes_are_told(model, data) -> None:
     assert "have none of 2 of the 4 classes" in found.result["remarks"][0]
     entry = evaluated(model, data, suite={"pgd": limited(1)})
     assert "have none of 3 of the 4 classes" in entry.result["remarks"][0]
-
-
-class Stream(IterableDataset):
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
-
-    def __iter__(self) -> Any:
-        return iter(zip(self.x, self.y, strict=True))
-
-
-def test_data_of_every_form_give_the_same_examples(data) -> None:
-    x, y = data
-    rows = subset(y, 30)
-    whole = TensorDataset(x, y)
-    for given in (data, whole, DataLoader(whole, batch_size=7), list(DataLoader(whole, 9))):
-        batch = collect(given, 30)
-        assert batch["position"].tolist() == rows.tolist()
-        assert torch.equal(batch["x"], x[rows])
-        assert torch.equal(batch["y"], y[rows])
-        assert batch["index"].tolist() == list(range(30))
-
-
-def test_a_stream_gives_its_first_examples_and_says_so(data) -> None:
-    x, y = data
-    for given in (DataLoader(Stream(x, y), batch_size=7), iter(DataLoader(TensorDataset(x, y)))):
-        with pytest.warns(UserWarning, match="20 examples taken are the first of a stream.*0;"):
-            batch = collect(given, 20)
-        assert torch.equal(batch["x"], x[:20])
-    with pytest.warns(UserWarning, match="another order every time"):
-        collect(DataLoader(TensorDataset(x, y), shuffle=True), 30)
 
 
 # ------------------------------------------------------------------------------------ weak suites
