@@ -82,6 +82,37 @@ class Lab:
         return {check["id"]: check for check in report["checks"]}, outcomes
 
 
+class Linear(nn.Module):
+    """Four classes, linear in the pixels around 0.5: its robust accuracy is known exactly.
+
+    ``scale`` 0 leaves no gradient, large ones saturate the softmax.
+    """
+
+    def __init__(self, scale: float = 1.0, pixels: int = 64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, pixels, generator=generator))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) - 0.5) @ self.weight.T * self.scale
+
+    @torch.no_grad()
+    def exact(self, x: Tensor, y: Tensor, eps: float, norm: str = "linf") -> Tensor:
+        """Which images no perturbation of that size breaks, while none leaves the box."""
+        dual, rows = {"linf": 1, "l2": 2}[norm], torch.arange(len(y))
+        z = self(x) / self.scale
+        gap = z[rows, y][:, None] - z
+        length = (self.weight[y][:, None] - self.weight).norm(p=dual, dim=2)
+        gap[rows, y], length[rows, y] = 1.0, 0.0
+        return (gap > eps * length).all(dim=1)
+
+
+@pytest.fixture(scope="session")
+def linear() -> type[Linear]:
+    return Linear
+
+
 @pytest.fixture(scope="session")
 def lab() -> type[Lab]:
     return Lab
