@@ -7,8 +7,11 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from common.errors import ConfigurationError, UserError
 from common.parsing import MUST_NOT, load_named
 
 
@@ -68,6 +71,21 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.Literal", "one of ")
     reason = re.sub(r"^Expected an? (.*)\. Got value: (.*)$", r"expected \1, got \2", reason)
     return f"{where}: {reason or 'it cannot be read'}" if key else reason or message
+
+
+@contextmanager
+def explained(place: str | Path) -> Iterator[None]:
+    """Turn what a parser or a class refuses into one line that begins with the place.
+
+    Raises:
+        ConfigurationError: In place of any error that is none of ours.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse has no common type for what classes refuse
+        raise ConfigurationError(f"{place}: {explain(str(error))}") from error
 
 
 def _deepest(message: str) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ from scipy.stats import kurtosis, wasserstein_distance
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from common.attacks.losses import classify, cross_entropy, margin
+from common.attacks.losses import classify, label_loss, margin
 from common.attacks.pgd import FGSM, PGD, input_gradient
 from common.attacks.randomness import ExampleRandom, Stream
 from common.evaluation.measures import AttackMeasure
@@ -101,9 +101,7 @@ def smoothness(model: Any, x: Tensor, y: Tensor, eps: float) -> dict[str, Tensor
     distance to the decision boundary. ``rise`` is :math:`CE(x + \delta_{FGSM}) - CE(x)` and
     ``predicted`` its first order, :math:`\epsilon \|\nabla CE\|_1`.
     """
-
-    def loss(images: Tensor) -> Tensor:
-        return cross_entropy(model(images), y)
+    loss = label_loss(model, y)
 
     def lead(images: Tensor) -> Tensor:
         return -margin(model(images), y)

@@ -20,7 +20,7 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 
-from common.attacks.losses import classify, cross_entropy
+from common.attacks.losses import classify, label_loss
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.measures import AttackMeasure
@@ -43,7 +43,7 @@ class Consistency(AttackMeasure):
         with torch.no_grad():
             own = classify(model(x))
         x_adv = self.attack(
-            lambda images: cross_entropy(model(images), own.clamp_min(0)),
+            label_loss(model, own.clamp_min(0)),
             x,
             random,
             is_adversarial=lambda images: classify(model(images)) != own,
@@ -136,11 +136,7 @@ def attacked(
     with frozen(model):
         batches = (torch.split(x, batch_size), torch.split(y, batch_size))
         for images, labels in zip(*batches, strict=True):
-
-            def loss(z: Tensor, labels: Tensor = labels) -> Tensor:
-                return cross_entropy(model(z), labels)
-
-            found.append(attack(loss, images, generator))
+            found.append(attack(label_loss(model, labels), images, generator))
     return torch.cat(found)
 
 

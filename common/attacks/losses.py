@@ -4,6 +4,8 @@ Logits are unnormalised scores ``(N, K)``, labels integers ``(N,)`` in ``[0, K)`
 Half-precision logits are raised to float32 first: differences of large scores need its digits.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,11 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     The inner loss of Madry et al. 2018, Eq. (2.1).
     """
     return F.cross_entropy(full_precision(logits), y, reduction="none")
+
+
+def label_loss(model: Callable[[Tensor], Tensor], y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The loss of the plain attack: x' ``(N, C, H, W)`` -> cross-entropy with ``y``, ``(N,)``."""
+    return lambda x: cross_entropy(model(x), y)
 
 
 def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:

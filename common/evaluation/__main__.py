@@ -1,19 +1,20 @@
-"""Command line: attack anybody's model.
+"""Command line: attack any model.
 
 ``python -m common.evaluation --model package.module:factory --weights file --data cifar10``
 """
 
-import argparse
 import importlib
-import json
+import inspect
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
+from jsonargparse import ArgumentError
 from torch import nn
 
 from common.attacks.engine.network import AttackEngine
@@ -22,120 +23,121 @@ from common.checkpoints import load_weights
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
 from common.evaluation.evaluate import evaluate
+from common.evaluation.models import build_sections
 from common.evaluation.presets import CONFIGS, ready_suites
+from common.evaluation.report import Evaluation
 from common.evaluation.runner import Team
 from common.limits import read_yaml
-from common.parsing import ArgumentParser, check_named
+from common.parsing import ArgumentParser, load_named
 from common.settings import explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a model and print the table; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        torch.manual_seed(arguments.seed)  # of weights that no file gives
-        model = build_model(arguments.model, arguments.model_args)
-        if arguments.weights:
-            load_weights(model, arguments.weights, arguments.weights_key)
-        data = load_data(arguments.data, arguments.data_root)
-        test = data._dataset("test", None, None)
-        batch = test.__getitems__(list(range(len(test))))
-        evaluation = evaluate(
-            model.eval(),
-            (batch["x"].float() / 255.0, batch["y"]),
-            arguments.suite,
-            eps=arguments.eps,
-            norm=arguments.norm,
-            audit=arguments.audit,
-            engine=_engine(arguments.engine),
-            num_classes=data.num_classes,
-            examples=arguments.examples,
-            class_names=data.class_names,
-            output=arguments.output,
-            name=arguments.name or arguments.model.partition(":")[2],
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-            device=arguments.device,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+            if word.partition("=")[0] == "--config":  # pipes, devices and bombs are refused here
+                read_yaml(word.partition("=")[2] or following)
+        given = vars(_parser().parse_args(argv))
+        given.pop("config")
+        evaluation = attack(**given)
+    except (UserError, ArgumentError) as error:
+        text = str(error) if isinstance(error, UserError) else explain(str(error))
+        print(f"error: {text}", file=sys.stderr)
         return 2
     if Team.of_processes().rank == 0:
         print(evaluation)
-        if arguments.output:
-            print(f"written to {arguments.output}: results.json, figures")
+        if given["output"]:
+            print(f"written to {given['output']}: results.json, figures")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="python -m common.evaluation",
-        description="Attack a model: accuracy of every example in the worst case over a suite.",
-        allow_abbrev=False,
+        description="Attack a model: accuracy of every example in the worst case over a suite. "
+        f"Ready suites: {', '.join(ready_suites())}.",
+        exit_on_error=False,
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="PACKAGE.MODULE:FACTORY",
-        help="what makes the network: images in [0, 1] to logits, normalisation inside",
-    )
-    parser.add_argument("--model_args", metavar="JSON", default="{}", help="for the factory")
-    parser.add_argument("--weights", metavar="FILE", help="state dict or checkpoint to load")
-    parser.add_argument(
-        "--weights_key",
-        metavar="KEY",
-        help="which weights, if the file holds several sets, such as ema_state_dict",
-    )
-    parser.add_argument(
-        "--data",
-        default="cifar10",
-        help="test split of a data section of common/configs (cifar10, svhn, digits, ...), or a "
-        "YAML file of one",
-    )
-    parser.add_argument("--data_root", metavar="FOLDER", help="where its files are or go")
-    parser.add_argument(
-        "--suite",
-        default="quick",
-        help=f"{', '.join(ready_suites())}, or a YAML file with evaluation: {{suite: ...}}",
-    )
+    parser.add_argument("--config", action="config", help="a YAML file with these options")
     parser.add_argument("--audit", action="store_true", help="check for gradient masking too")
-    parser.add_argument(
-        "--engine",
-        choices=("fp32", "bf16"),
-        help="attack a network with batch-norm folded, in float32 or bfloat16; the plain float32 "
-        "network judges",
-    )
-    parser.add_argument(
-        "--eps", help="radius of the threat model; by default the suite's own, else 8/255"
-    )
-    parser.add_argument(
-        "--norm", choices=get_args(Norm), help="by default the suite's own, else linf"
-    )
-    parser.add_argument(
-        "--examples",
-        type=int,
-        metavar="N",
-        help="only so many of the test split, of all classes in proportion",
-    )
-    parser.add_argument("--batch_size", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--output",
-        metavar="FOLDER",
-        help="results.json, pictures, and outcomes from which a killed evaluation goes on",
-    )
-    parser.add_argument("--name", help="under which results are filed")
+    parser.add_function_arguments(attack, skip={"audit"}, as_group=False)
     return parser
 
 
-def _engine(precision: str | None) -> AttackEngine | None:
-    if precision is None:
-        return None
-    return AttackEngine(precision="bf16" if precision == "bf16" else "32")
+def attack(
+    model: str,
+    model_args: dict[str, Any] | None = None,
+    weights: str | None = None,
+    weights_key: str | None = None,
+    data: str = "cifar10",
+    data_root: str | None = None,
+    suite: str = "quick",
+    audit: bool = False,
+    engine: Literal["fp32", "bf16"] | None = None,
+    eps: float | str | None = None,
+    norm: Norm | None = None,
+    examples: int | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    device: str | None = None,
+    output: str | None = None,
+    name: str | None = None,
+) -> Evaluation:
+    """Build a model and its data by name and evaluate it.
+
+    Args:
+        model: PACKAGE.MODULE:FACTORY, which makes the network: images in [0, 1] to logits,
+            normalisation inside.
+        model_args: For the factory, as JSON.
+        weights: State dict or checkpoint to load.
+        weights_key: Which weights, if the file holds several sets, such as ema_state_dict.
+        data: Test split of a data section of common/configs (cifar10, svhn, digits, ...), or a
+            YAML file of one.
+        data_root: Folder of its files.
+        suite: A ready suite, or a YAML file with evaluation: {suite: ...}.
+        audit: Whether to check for gradient masking too.
+        engine: Attack a network with batch-norm folded, in float32 or bfloat16; the plain float32
+            network judges.
+        eps: Radius of the threat model; by default that of the suite, else 8/255.
+        norm: Norm of the threat model; by default that of the suite, else linf.
+        examples: Number of test examples, of all classes in proportion; by default all.
+        batch_size: Examples that are attacked together.
+        seed: Of the attacks.
+        device: By default cuda if available, else cpu.
+        output: Folder for results.json, pictures, and outcomes from which a killed evaluation
+            resumes.
+        name: Under which results are filed; by default that of the factory.
+    """
+    torch.manual_seed(seed)  # of weights that no file gives
+    network = build_model(model, model_args)
+    if weights:
+        load_weights(network, weights, weights_key)
+    images = load_data(data, data_root)
+    test = images._dataset("test", None, None)
+    batch = test.__getitems__(list(range(len(test))))
+    precision: Any = {"fp32": "32", "bf16": "bf16"}.get(engine or "")
+    return evaluate(
+        network.eval(),
+        (batch["x"].float() / 255.0, batch["y"]),
+        suite,
+        eps=eps,
+        norm=norm,
+        audit=audit,
+        engine=AttackEngine(precision=precision) if precision else None,
+        num_classes=images.num_classes,
+        examples=examples,
+        class_names=images.class_names,
+        output=output,
+        name=name or model.partition(":")[2],
+        seed=seed,
+        batch_size=batch_size,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
 
 
-def build_model(path: str, arguments: str = "{}") -> nn.Module:
+def build_model(path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """Call a factory named ``package.module:factory``.
 
     Raises:
@@ -152,8 +154,7 @@ def build_model(path: str, arguments: str = "{}") -> nn.Module:
     finally:
         sys.path.remove("")
     try:
-        given = json.loads(arguments)
-        model = factory(**given)
+        model = factory(**(arguments or {}))
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
             f"{path} cannot be made with --model_args {arguments}: {error}"
@@ -177,34 +178,28 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
             f"there are no data {name!r}; there are {', '.join(known)}, and any YAML file with a "
             "source"
         )
-    data = _build_data(path, root)
+    section = read_yaml(path)
+    if root is not None:
+        _set_root(section, root, path)
+    data: ImageDataModule = build_sections({"data": section}, path).data
     data.prepare_data()
     data.setup("test")
     return data
 
 
-def _build_data(path: Path, root: str | None) -> ImageDataModule:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ImageDataModule, "data")
-    section = read_yaml(path)
-    try:
-        if not isinstance(section, dict):
-            raise ValueError("it holds no settings by name")
-        config: Any = parser.parse_object({"data": section})
-        check_named(config)
-        if root is not None:
-            if "root" not in config.data.source.init_args:
-                raise ConfigurationError(
-                    f"--data_root is {root}, and the data {str(path)!r} have no files; drop "
-                    "--data_root"
-                )
-            config.data.source.init_args.root = root
-        data: ImageDataModule = parser.instantiate(config).data
-    except UserError:
-        raise
-    except Exception as error:  # jsonargparse has no common type for what classes refuse
-        raise ConfigurationError(f"{path}: {explain(str(error))}") from error
-    return data
+def _set_root(section: Any, root: str, path: Path) -> None:
+    """Put the folder of the files into the data section of a file."""
+    source = section.get("source") if isinstance(section, dict) else None
+    source = {"class_path": source} if isinstance(source, str) else source
+    if not isinstance(source, dict) or "root" not in _parameters(source["class_path"]):
+        raise ConfigurationError(
+            f"--data_root is {root}, and the data {str(path)!r} have no files; drop --data_root"
+        )
+    section["source"] = source | {"init_args": {**(source.get("init_args") or {}), "root": root}}
+
+
+def _parameters(class_path: str) -> Iterable[str]:
+    return inspect.signature(load_named(class_path)).parameters
 
 
 @contextmanager

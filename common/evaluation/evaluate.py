@@ -20,12 +20,12 @@ from common.attacks.geometry import Norm
 from common.attacks.randomness import seeded
 from common.errors import ConfigurationError, UserError
 from common.evaluation.audit.checks import Audit
-from common.evaluation.checks import Checked, check_model
 from common.evaluation.drawing import save_figure
 from common.evaluation.findings import with_findings
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means, measure_steps
+from common.evaluation.model_check import Checked, check_model
 from common.evaluation.models import as_module, as_victim
 from common.evaluation.pictures import draw
 from common.evaluation.presets import Suite, chosen_threat, load_suite
@@ -296,7 +296,9 @@ def run(
     found = None if audit is None else audit.report(outcomes, classes)
     result = checkpoint_entry(
         outcomes,
-        audit=with_findings(found, outcomes, checked),
+        audit=with_findings(
+            found, outcomes, state=checked.state, has_gradient=checked.has_gradient
+        ),
         measures={**means(outcomes, measures), **checked.cost},
         **(filing.at if filing is not None else {}),
     )

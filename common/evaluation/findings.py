@@ -1,28 +1,72 @@
-"""Findings about a model that fail an evaluation, beside those of an audit."""
+"""What an evaluation itself says against trusting its figures."""
 
-from common.evaluation.checks import Checked
+from collections.abc import Iterator
+
 from common.evaluation.steps import Outcomes
 from common.results.schema import AuditCheck, AuditResult
 
+FEW = 10
+"""With fewer images classified correctly it is no suspicion that none of them falls."""
+
+
+def suspicions(outcomes: Outcomes) -> list[str]:
+    """Reasons to doubt that the figures are those of the model, as sentences."""
+    return [*_without_gradient(outcomes), *_nothing_found(outcomes)]
+
+
+def _without_gradient(outcomes: Outcomes) -> Iterator[str]:
+    what = {
+        "unmoved": "gradients vanish or are not finite",
+        "distorted": "the scores are squashed at the end of the model, which distorts gradients",
+    }
+    for name, text in what.items():
+        counts = {
+            key: int(columns[name].sum())
+            for key, columns in outcomes.columns.items()
+            if name in columns
+        }
+        if found := [f"{key} for {count}" for key, count in counts.items() if count]:
+            yield (
+                f"{text}: an attack got no usable direction for examples that withstood it "
+                f"({', '.join(found)} of {len(outcomes.y)}). They were attacked again, through the "
+                "scores before squashing, through what the model cuts or rounds, and by labels "
+                "alone; an evaluation that lacks this overestimates the model's robustness"
+            )
+
+
+def _nothing_found(outcomes: Outcomes) -> list[str]:
+    within = [key for key, line in outcomes.lines.items() if line.counts and line.kind == "attack"]
+    is_right = outcomes.correct["clean"]
+    met = [int((is_right & outcomes.attacked[key]).sum()) for key in within]
+    if max(met, default=0) < FEW or any(
+        (is_right & ~outcomes.correct[key]).any() for key in within
+    ):
+        return []
+    return [
+        f"none of the attacks ({', '.join(within)}) found a single adversarial example among the "
+        f"{int(is_right.sum())} images classified correctly; this is suspicious in itself: the "
+        "radius may be too small to mean anything, or the attacks fail (gradient masking)"
+    ]
+
 
 def with_findings(
-    audit: AuditResult | None, outcomes: Outcomes, checked: Checked | None = None
+    audit: AuditResult | None, outcomes: Outcomes, *, state: str = "", has_gradient: bool = True
 ) -> AuditResult | None:
-    """An audit with what else makes the figures untrustworthy; without an audit that alone.
+    """An audit with failed checks for what else makes the figures untrustworthy.
 
     Args:
-        audit: What an audit found.
+        audit: What an audit found; without one the result has these checks alone, or is ``None``.
         outcomes: Of the evaluation.
-        checked: What was known of the model before it.
+        state: What in the model depends on earlier calls, as a sentence.
+        has_gradient: Whether the model can be differentiated by its images.
     """
-    state = checked.state if checked is not None else ""
     if not state and outcomes.depends_on_history:
         state = "the scores for the same images changed while the model was attacked"
     checks: list[AuditCheck] = []
     if state:
         question = "Predictions should not depend on earlier calls."
         checks.append(_failed("state", question, f"But {state}."))
-    if audit is not None and checked is not None and not checked.has_gradient:
+    if audit is not None and not has_gradient:
         detail = "It has none, so attacks that follow it say nothing about robustness."
         checks.append(_failed("gradient", "The model should have a gradient.", detail))
     if not checks:

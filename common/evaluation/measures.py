@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.attacks.losses import classify, cross_entropy
+from common.attacks.losses import classify, label_loss
 from common.attacks.pgd import PGD, input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
@@ -46,7 +46,7 @@ class AttackMeasure(Measure):
 
     def attacked(self, model: Any, batch: Batch, random: ExampleRandom) -> Tensor:
         """x', ``(N, C, H, W)``, from cross-entropy with the labels."""
-        return self.attack(lambda x: cross_entropy(model(x), batch["y"]), batch["x"], random)
+        return self.attack(label_loss(model, batch["y"]), batch["x"], random)
 
 
 class LocalSmoothness(AttackMeasure):
@@ -75,8 +75,7 @@ class LocalSmoothness(AttackMeasure):
             "lipschitz": moved / distance,
         }
         if self.attack.norm == "linf":
-            y = batch["y"]
-            g = input_gradient(lambda z: cross_entropy(model(z), y), x_adv).flatten(1)
+            g = input_gradient(label_loss(model, batch["y"]), x_adv).flatten(1)
             climbed = ((x_adv - x).flatten(1) * g).sum(dim=1)
             columns["fosc"] = self.attack.eps * g.abs().sum(dim=1) - climbed
         return columns

@@ -1,6 +1,6 @@
 """Any model in the form that attacks need, and the models of finished runs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, dlr, hinge_margin
 from common.checkpoints import load_checkpoint
-from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
+from common.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from common.files import yaml_damage_of
 from common.limits import read_yaml
 from common.objectives import InnerLoss, on_logits
 from common.parsing import ArgumentParser, check_named
 from common.results.identity import check_evaluated, check_package, decisive, settings_in
-from common.settings import class_paths, explain
+from common.settings import class_paths, explained
 
 if TYPE_CHECKING:  # Lightning is imported where a run is loaded, not before
     from common.classifier import RobustClassifier
@@ -154,9 +154,6 @@ def load_run(
         CheckpointError: If the checkpoint is missing, damaged or of other settings.
         ConfigurationError: If the configuration names what it must not name.
     """
-    from common.classifier import RobustClassifier
-    from common.data.images import ImageDataModule
-
     file = Path(run) / "config.yaml"
     if not file.is_file():
         raise RunDirectoryError(f"{run} holds no run (no config.yaml); train it first")
@@ -173,17 +170,32 @@ def load_run(
     check_package(made["package"], class_paths(config), [str(file)])
     given = {"package": made["package"], "experiment": config.get("experiment")}
     check_evaluated(made, given | decisive(config), path)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(RobustClassifier, "model", required=True)
-    parser.add_class_arguments(ImageDataModule, "data")
     # Initial weights are drawn and then replaced: the caller's random state stays.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-        try:
-            parsed = parser.parse_object({name: config[name] for name in ("model", "data")})
-            built = parser.instantiate(parsed)
-        except UserError:
-            raise
-        except Exception as error:  # jsonargparse has no common type for what classes refuse
-            raise ConfigurationError(f"{file}: {explain(str(error))}") from error
+        built = build_sections({name: config[name] for name in ("model", "data")}, file)
     built.model.load_state_dict(found["state_dict"])
     return built.model.eval(), built.data
+
+
+def build_sections(sections: Mapping[str, Any], file: Path) -> Any:
+    """Build the classifier ``model`` and the data module ``data`` from plain values.
+
+    Args:
+        sections: One or both.
+        file: Where they were read, for messages.
+
+    Raises:
+        ConfigurationError: If a value is of another kind, or names what it must not name.
+    """
+    from common.classifier import RobustClassifier
+    from common.data.images import ImageDataModule
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ImageDataModule, "data")
+    if "model" in sections:
+        parser.add_subclass_arguments(RobustClassifier, "model", required=True)
+    with explained(file):
+        check_named(sections)
+        if not all(isinstance(section, dict) for section in sections.values()):
+            raise ValueError("it holds no settings by name")
+        return parser.instantiate(parser.parse_object(dict(sections)))

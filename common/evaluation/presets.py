@@ -16,13 +16,13 @@ from typing import Any
 from jsonargparse import Namespace
 
 from common.attacks.geometry import Norm
-from common.errors import ConfigurationError, UserError, check_choice
+from common.errors import ConfigurationError, check_choice
 from common.evaluation.audit.checks import Audit
 from common.evaluation.steps import Threat
 from common.evaluation.suite import SuiteEntry
 from common.limits import read_yaml
 from common.parsing import build, check_named, load_named
-from common.settings import explain
+from common.settings import explained
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 _WORD = re.compile(r"threat(?:\s*([*/])\s*(\d+(?:\.\d+)?))?")
@@ -77,7 +77,7 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
             f"{path} sets evaluation.{min(map(str, unused))}, which has no use for a model that is "
             "passed in (suite, audit and threat have); remove it or pass it as an argument"
         )
-    try:
+    with explained(path):
         is_own = section.get("threat") or not _has_word(section.get("suite"))
         own = threat_of(section) if is_own else None
         if own is not None and norm is not None and norm != own.norm:
@@ -88,10 +88,6 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
         threat = chosen_threat(own, eps, norm)
         fill_threat(wanted, threat)
         made = build({"suite": dict[str, SuiteEntry], "audit": Audit | None}, wanted)
-    except UserError:
-        raise
-    except Exception as error:  # jsonargparse has no common type for what classes refuse
-        raise ConfigurationError(f"{path}: {explain(str(error))}") from error
     return Suite(made.suite or {}, threat, made.audit)
 
 

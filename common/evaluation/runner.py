@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from common.attacks.randomness import ExampleRandom, Stream, seeded
 from common.data.subset import lacking_classes, subset
+from common.evaluation.findings import suspicions
 from common.evaluation.journal import Journal
 from common.evaluation.models import adapted
-from common.evaluation.nonfinite import settled
+from common.evaluation.retries import settled
 from common.evaluation.signature import (
     PROBED,
     clean_step,
@@ -30,7 +31,6 @@ from common.evaluation.signature import (
     probe_step,
 )
 from common.evaluation.steps import Columns, Line, Outcomes, Step, Threat
-from common.evaluation.suspicions import suspicions
 from common.modes import frozen
 from common.objectives import Batch
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import label_loss
 from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.audit.gradients import anchored
+from common.evaluation.history import is_close
 from common.evaluation.steps import Columns, Step, Threat, judged
 from common.objectives import Batch
 
@@ -72,7 +73,7 @@ def _probe(
         for name, network in {"scores": model, **networks}.items():
             scores = [projected(network(point)) for point in points]
             columns[name] = torch.cat(scores, dim=1)
-    loss = anchored(lambda point: cross_entropy(model(point), y))
+    loss = anchored(label_loss(model, y))
     columns["gradient"] = projected(input_gradient(loss, points[0]))
     losses = dict(getattr(model, "adaptive_losses", dict)())
     if hasattr(model, "objective"):
@@ -93,8 +94,7 @@ def _perturbed(x: Tensor, threat: Threat | None) -> list[Tensor]:
     noise = torch.randn(x.shape[1:], generator=generator).sign().to(x)
     size = 0.03
     if threat is not None:
-        order = {"linf": 0.0, "l2": 0.5, "l1": 1.0}[threat.norm]
-        size = threat.radius / float(x[0].numel()) ** order
+        size = threat.per_pixel(x)
     factors = (size, -size, 4 * size, -4 * size, 0.3)
     return [(x + factor * noise).clamp(0.0, 1.0) for factor in factors]
 
@@ -105,14 +105,6 @@ def is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
         is_close(one[name], other[name], TOLERANCES.get(name.rpartition("/")[2], TOLERANCE))
         for name in set(one) & set(other)
     )
-
-
-def is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Whether tensors agree up to this share of the largest finite value; NaN equals NaN."""
-    if one.shape != other.shape:
-        return False
-    size = one.abs().nan_to_num(0.0, 0.0, 0.0).amax() if one.numel() else 0.0
-    return torch.allclose(one, other, rtol=0.0, atol=float(size) * tolerance, equal_nan=True)
 
 
 def networks_of(steps: Sequence[Step]) -> dict[str, nn.Module]:

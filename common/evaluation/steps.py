@@ -42,8 +42,16 @@ class Threat:
         """``eps`` as a number."""
         return float(self.eps)
 
+    def diameter(self, x: Tensor) -> float:
+        """Of the box of images like ``x``, ``(N, C, H, W)``, in this norm."""
+        return float(x[0].numel() ** {"linf": 0.0, "l2": 0.5, "l1": 1.0}[self.norm])
+
+    def per_pixel(self, x: Tensor) -> float:
+        """The change of each pixel where all change alike and together reach the radius."""
+        return self.radius / self.diameter(x)
+
     def covers(self, other: "Threat | None") -> bool:
-        """Whether whatever the other adversary may do, this one may do too."""
+        """Whether every perturbation of the other adversary is allowed to this one."""
         return (
             other is not None
             and other.norm == self.norm

@@ -24,7 +24,7 @@ from common.attacks.pgd import PGD, FriendlyPGD, LossFn, climb_until_broken
 from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
 from common.evaluation.confirm import attacked, autoattacked, part_of
-from common.evaluation.saturation import QUERIES, decided, persisted
+from common.evaluation.retries import QUERIES, decided, persisted
 from common.evaluation.steps import Columns, Step, Threat, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.limits import check_label

@@ -22,18 +22,21 @@ from common.attacks.pgd import FGSM, PGD, LossFn
 from common.attacks.randomness import ExampleRandom
 from common.errors import ConfigurationError
 from common.evaluation.audit import verdicts
-from common.evaluation.audit.distillation import DistilledTransfer
 from common.evaluation.audit.gradients import anchored, straight_through, undetached
-from common.evaluation.audit.memory import MemoryProbe
-from common.evaluation.audit.probes import DIRECTIONS, FINE_STEP, diameter, forward, gradients
-from common.evaluation.saturation import decided
+from common.evaluation.audit.probes import (
+    DIRECTIONS,
+    FINE_STEP,
+    MemoryProbe,
+    forward,
+    gradients,
+)
+from common.evaluation.retries import decided
 from common.evaluation.steps import Columns, Outcomes, Step, Threat, is_wrong, judged
 from common.evaluation.suite import resolve_losses
-from common.evaluation.transfer import Transfer
+from common.evaluation.transfer import DistilledTransfer, Transfer
 from common.objectives import Batch, InnerLoss
 from common.results.schema import AuditResult
 
-AuditReport = AuditResult
 Run = Callable[[Any, Batch, ExampleRandom], Columns]
 
 SCALES = {"scale=0.1": 0.1, "scale=1": 1.0, "margin=1": None}
@@ -178,7 +181,7 @@ class Audit:
             radii.append(min(max(2.0 * radii[-1], last / 2**20), last))
         return radii
 
-    def report(self, outcomes: Outcomes, num_classes: int) -> AuditReport:
+    def report(self, outcomes: Outcomes, num_classes: int) -> AuditResult:
         """Questions, numbers and verdicts.
 
         Args:
@@ -202,7 +205,7 @@ def _ascent(
 ) -> Columns:
     """The strongest of an ascent of each loss; ``ran`` is false where a path has no backward."""
     x, y = batch["x"], batch["y"]
-    whole = diameter(threat, x)
+    whole = threat.diameter(x)
     if attack.eps >= 2.0 * whole:  # half the radius has been the whole box already
         return judged(model, batch, x, threat)
     if attack.eps > whole:

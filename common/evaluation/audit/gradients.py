@@ -367,28 +367,3 @@ def cosine(predicted: Tensor, measured: Tensor) -> Tensor:
     is_flat = (measured == 0.0).all(dim=1)
     value = torch.where(is_flat, torch.nan, value.nan_to_num(0.0))
     return torch.where(is_predicted, value, 0.0)
-
-
-def directional_agreement(
-    loss_fn: LossFn,
-    x: Tensor,
-    random: ExampleRandom,
-    h: float,
-    directions: int = 16,
-    own: bool = False,
-) -> Tensor:
-    """How well the gradient predicts the loss at distance h: :func:`cosine`, ``(N,)``.
-
-    For a smooth loss and small h it is 1; part of the gradient missing, a random loss or a random
-    gradient lower it. Small steps need float64: see :func:`in_double`.
-
-    Args:
-        loss_fn: x' ``(N, ...)`` -> loss ``(N,)``.
-        x: Images in [0, 1].
-        random: Of these examples.
-        h: Step per pixel.
-        directions: How many random ones.
-        own: Whether the gradient's own is one more.
-    """
-    signs = random_signs(x, random, directions)
-    return cosine(*directional_derivatives(loss_fn, x, signs, h, own))

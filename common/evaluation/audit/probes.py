@@ -1,13 +1,12 @@
 """What an audit measures on a model, example by example, beside attacking it."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import label_loss
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.audit.gradients import (
     cosine,
@@ -16,17 +15,14 @@ from common.evaluation.audit.gradients import (
     in_double,
     random_signs,
 )
+from common.evaluation.history import changed, copied, state_of
 from common.evaluation.steps import Columns, Threat
 from common.objectives import Batch, InnerLoss
 
 FINE_STEP = 1e-4  # per pixel, for derivatives
 DIRECTIONS = 16
+REPEATS = 8  # pairs of calls between which the state of a model is compared
 RELEVANT = 0.5  # least agreement of a loss with the cross-entropy of the logits
-
-
-def diameter(threat: Threat, x: Tensor) -> float:
-    """Of the box of images in the norm of the threat."""
-    return float(x[0].numel() ** {"linf": 0.0, "l2": 0.5, "l1": 1.0}[threat.norm])
 
 
 def _in_double(model: Any, batch: Batch, measure: Callable[[Batch], Columns]) -> Columns:
@@ -59,7 +55,7 @@ def gradients(
     with torch.no_grad():
         aim = model(batch["x"]).topk(2, dim=1).indices[:, 1]
     signs = random_signs(batch["x"], random, DIRECTIONS)
-    coarse = threat.radius / diameter(threat, batch["x"]) / 4.0
+    coarse = threat.per_pixel(batch["x"]) / 4.0
     x = batch["x"]
     noise = coarse * random.uniform(x.shape[1:], -1.0, 1.0).to(x)
     is_inside = (x + noise >= 0.0) & (x + noise <= 1.0)
@@ -70,7 +66,7 @@ def gradients(
         columns = {}
         batch = batch | {"y": aim}
         for name, h in steps.items():
-            plain = partial(_on_logits, model, aim)
+            plain = label_loss(model, aim)
             reference = directional_derivatives(plain, batch["x"], signs, h)[1]
             found = []
             for inner in losses.values():
@@ -90,10 +86,6 @@ def gradients(
     return {"norm": torch.where(largest < 0.0, torch.nan, largest)} | found
 
 
-def _on_logits(model: Any, y: Tensor, x: Tensor) -> Tensor:
-    return cross_entropy(model(x), y)
-
-
 def forward(model: Any, batch: Batch, _: ExampleRandom) -> Columns:
     """Largest difference of probabilities between two passes, and to the image on its own."""
 
@@ -109,3 +101,66 @@ def forward(model: Any, batch: Batch, _: ExampleRandom) -> Columns:
         return {"difference": differences.amax(dim=(0, 2)).nan_to_num(1.0)}
 
     return _in_double(model, batch, measure)
+
+
+class MemoryProbe:
+    """Compares the model in use with a copy that was made before the attacks.
+
+    Copies of that copy score new images (mirrored ones with noise), with and without a call on
+    neighbouring images before. The values that the model holds are compared between calls too;
+    what changes in the first call alone, such as a table made once, is no memory.
+
+    Args:
+        model: Images to logits; copied now.
+        threat: The size of the perturbations.
+    """
+
+    def __init__(self, model: nn.Module, threat: Threat) -> None:
+        self.fresh = copied(model)
+        self.threat = threat
+
+    def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
+        """``memory``: the largest difference of probabilities, 1 where labels differ; ``moved``.
+
+        Both ``(N,)``; ``moved`` is 1 for every image if the state of the model moved.
+        """
+        x = batch["x"]
+        near = self._near(x, random)
+        unseen = self._near(x.flip(-1), random)
+        beside = self._near(unseen, random)
+        differences = [torch.zeros(len(x), device=x.device)]
+        with torch.no_grad():
+            model(x.clone())
+            before = state_of(model)
+            used = copied(self.fresh)
+            used(unseen.clone())  # copies, since a model may write into what it gets
+            differences.append(_difference(used(beside.clone()), self._first(beside)))
+            differences += [
+                _difference(model(images.clone()), self._first(images)) for images in (x, near)
+            ]
+            for _ in range(REPEATS):
+                model(unseen.clone())
+                model(beside.clone())
+            model(x.clone())  # features kept of the last images are no memory
+            is_moved = bool(changed(before, state_of(model)))
+        return {
+            "memory": torch.stack(differences).amax(dim=0),
+            "moved": torch.full_like(differences[0], float(is_moved)),
+        }
+
+    def _first(self, x: Tensor) -> Tensor:
+        """Scores of a fresh copy in its first call."""
+        scores: Tensor = copied(self.fresh)(x.clone())
+        return scores
+
+    def _near(self, x: Tensor, random: ExampleRandom) -> Tensor:
+        size = self.threat.per_pixel(x)
+        return (x + random.uniform(x.shape[1:], -size, size).to(x)).clamp(0.0, 1.0)
+
+
+def _difference(scores: Tensor, others: Tensor) -> Tensor:
+    """Largest difference of probabilities, ``(N,)``."""
+    other_label = scores.argmax(dim=1) != others.argmax(dim=1)
+    probabilities = (part.float().softmax(dim=1) for part in (scores, others))
+    gap = torch.sub(*probabilities).abs().amax(dim=1).nan_to_num(1.0)
+    return torch.where(other_label, 1.0, gap)

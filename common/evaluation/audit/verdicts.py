@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from common.evaluation.findings import FEW
 from common.evaluation.steps import Outcomes
-from common.evaluation.suspicions import FEW
 from common.results.schema import AuditCheck, AuditResult
 from common.results.statistics import wilson_interval
 

@@ -141,7 +141,7 @@ def test_a_model_that_hides_its_gradient_fails_the_audit(model, digits) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net((x * 8).round() / 8)
 
-    audit = Audit(examples=40)
+    audit = Audit(40, None, 10, 2, square_queries=20, random_samples=5, decision_queries=50)
     assert not evaluate(model, digits, {}, eps=0.1, audit=audit, progress=False).failed_checks
     found = evaluate(Hidden().eval(), digits, {}, eps=0.1, audit=audit, progress=False)
     assert found.failed_checks
@@ -194,6 +194,9 @@ def test_the_command_line(tmp_path, factory: str, capsys) -> None:
     weights = {name: value / 2 for name, value in net.state_dict().items()}
     torch.save({"ema": weights, "state_dict": net.state_dict()}, "two.pt")
     for mistake, match in (
+        (["--modle", "x"], "unknown option --modle"),
+        (["--batch_size", "x"], "batch_size: expected int, got x"),
+        (["--config", "/dev/zero"], "it is no regular file"),
         (["--model", "nowhere:make"], "expected package.module:factory"),
         (["--model_args", '{"depth": 3}'], "cannot be made with"),
         (["--data", "cifar"], "there are no data 'cifar'; there are cifar10"),
@@ -206,18 +209,26 @@ def test_the_command_line(tmp_path, factory: str, capsys) -> None:
         (["--weights", "two.pt", "--weights_key", "ema", "--suite", "strong"], "no suite 'strong'"),
     ):
         assert main([*arguments, *mistake]) == 2
-        assert match in capsys.readouterr().err
+        error = capsys.readouterr().err.splitlines()
+        assert match in error[-1]
 
 
 @pytest.mark.filterwarnings("ignore:.*about chance")
 def test_an_engine_from_the_command_line(tmp_path, factory: str) -> None:
-    arguments = ["--model", factory, "--data", "digits", "--eps", "0.02", "--examples", "60"]
+    options = {"model": factory, "data": "digits", "eps": 0.02, "examples": 60, "device": "cpu"}
+    pgd = {"class_path": "common.attacks.pgd.PGD", "init_args": {"eps": 0.02, "steps": 5}}
+    (tmp_path / "suite.yaml").write_text(
+        json.dumps({"evaluation": {"suite": {"p": {"attack": pgd}}}})
+    )
+    options["suite"] = str(tmp_path / "suite.yaml")
+    (tmp_path / "options.yaml").write_text(json.dumps(options))
+    arguments = ["--config", str(tmp_path / "options.yaml")]
     found = {}
     for engine in (None, "fp32", "bf16"):
         torch.manual_seed(1)  # the factory draws its weights
         more = [] if engine is None else ["--engine", engine]
         output = tmp_path / str(engine)
-        assert main([*arguments, *more, "--device", "cpu", "--output", str(output)]) == 0
+        assert main([*arguments, *more, "--output", str(output)]) == 0
         result = read_result(output / "results.json")
         (settings,) = result["provenance"].values()
         (found[engine],) = result["checkpoints"].values()

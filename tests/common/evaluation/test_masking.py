@@ -1,73 +1,25 @@
-"""Models that hide their weakness from gradients, with a known way to break each; honest ones.
+"""Models that hide their weakness from gradients: an audit raises an alarm on each.
 
-Every masked model has an attack that knows it and leaves next to nothing; every audit has to raise
-an alarm, and none on a network that hides nothing.
+Every one has an attack that knows it and leaves next to nothing.
 """
-
-from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import label_loss
 from common.attacks.pgd import PGD
-from common.data.sources import Digits
-from common.evaluation.audit.checks import Audit
-from common.evaluation.models import Victim
-from common.evaluation.runner import run_steps
-from common.evaluation.steps import Threat
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-THREAT = Threat("linf", 0.2)
-COST = {"steps": 10, "restarts": 2, "square_queries": 100, "random_samples": 30}
-AUDIT = Audit(50, **COST, decision_queries=500)
-AUDIT_OF_100 = Audit(100, **COST, decision_queries=500)
-
-
-@cache
-def images(split: str) -> tuple[Tensor, Tensor]:
-    x, y = Digits().load(split)
-    return x.float() / 255, y
-
-
-def cnn(act=nn.ReLU, pool=nn.MaxPool2d, norm=nn.BatchNorm2d) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(1, 8, 3, padding=1), norm(8), act(), pool(2)),
-        *(nn.Conv2d(8, 16, 3, padding=1), act(), nn.Flatten(), nn.Linear(256, 10)),
-    )
-
-
-def fitted(net: nn.Module, attack: PGD | None = None, epochs: int = 6, rows=slice(None)):
-    torch.manual_seed(0)
-    x, y = (part[rows] for part in images("train"))
-    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-    for _ in range(epochs):
-        for part in torch.randperm(len(y)).split(64):
-            x_in, target = x[part], y[part]
-            if attack is not None:
-                net.eval()
-                x_in = attack(lambda x, y=target: cross_entropy(net(x), y), x_in)
-            net.train()
-            optimizer.zero_grad()
-            cross_entropy(net(x_in), target).mean().backward()
-            optimizer.step()
-    return net.eval().requires_grad_(False)
-
-
-@cache
-def natural() -> nn.Module:
-    return fitted(cnn())
 
 
 class Around(nn.Module):
     """Something around the natural network; the decoy's gradient leads nowhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, lab) -> None:
         super().__init__()
-        self.net = natural()
+        self.net = lab.natural()
         torch.manual_seed(0)
         self.decoy = nn.Linear(64, 10).requires_grad_(False)
 
@@ -76,9 +28,6 @@ class Around(nn.Module):
 
     def hard(self, x: Tensor) -> Tensor:
         return 10 * F.one_hot(self.net(x).argmax(dim=1), 10).float()
-
-
-# ------------------------------------------------------------- scores that carry no information
 
 
 class HardWithDecoy(Around):
@@ -103,7 +52,7 @@ class ByNumpy(Around):
 
 
 class Thermometer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, lab) -> None:
         super().__init__()
         self.register_buffer("levels", torch.linspace(0.05, 0.95, 10).view(1, 10, 1, 1))
         torch.manual_seed(0)
@@ -118,31 +67,28 @@ class Thermometer(nn.Module):
 class Table(Thermometer):
     """Pixels look up a row of a table."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, lab) -> None:
+        super().__init__(lab)
         self.rows = nn.Embedding(17, 10)
 
     def forward(self, x):
         return self.net(self.rows((16 * x[:, 0]).long()).movedim(-1, 1))
 
 
-# ---------------------------------------------------------------------------------- hard routing
-
-
 class Routed(nn.Module):
     """The natural network chooses which of the linear experts answers; nothing is detached."""
 
-    def __init__(self, experts: int) -> None:
+    def __init__(self, lab, experts: int) -> None:
         super().__init__()
-        self.router = natural()
+        self.router = lab.natural()
         torch.manual_seed(0)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(experts)
         )
-        x, _ = images("train")
+        x, _ = lab.images("train")
         for i, expert in enumerate(self.experts):
             rows = (self.chosen(x) == i).nonzero().flatten()
-            fitted(expert, PGD(0.2, steps=2), 12, rows)
+            lab.fitted(expert, PGD(0.2, steps=2), 12, rows)
 
     def chosen(self, x):
         return self.router(x).argmax(dim=1) % len(self.experts)
@@ -164,14 +110,11 @@ class Dispatched(Routed):
         return out
 
 
-# ------------------------------------------------------------ answers that depend on the past
-
-
 class Remembers(Around):
     """Images near one that was seen get its scores."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, lab) -> None:
+        super().__init__(lab)
         self.images, self.scores = torch.zeros(0, 64), torch.zeros(0, 10)
 
     def forward(self, x):
@@ -199,8 +142,8 @@ class Counts(Around):
 
 
 class CountsInBuffer(Around):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, lab) -> None:
+        super().__init__(lab)
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
@@ -210,8 +153,8 @@ class CountsInBuffer(Around):
 
 
 class CountsInClosure(Around):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, lab) -> None:
+        super().__init__(lab)
         calls = [0]
 
         def is_odd() -> bool:
@@ -235,9 +178,6 @@ class GlobalCache(Around):
         scores = self.net(x).detach()
         known = [CACHE.setdefault(tuple(key), z) for key, z in zip(keys, scores, strict=True)]
         return torch.stack(known) + self.faint(x)
-
-
-# -------------------------------------------------------------------- some classes masked alone
 
 
 class AllButZero(Around):
@@ -267,11 +207,11 @@ MASKED = {
     "hard": Hard,
     "ranks": Ranks,
     "numpy": ByNumpy,
-    "thermometer": lambda: fitted(Thermometer()),
-    "table": lambda: fitted(Table()),
-    "routed by 5": lambda: Routed(5),
-    "routed by 10": lambda: Routed(10),
-    "dispatched": lambda: Dispatched(5),
+    "thermometer": lambda lab: lab.fitted(Thermometer(lab)),
+    "table": lambda lab: lab.fitted(Table(lab)),
+    "routed by 5": lambda lab: Routed(lab, 5),
+    "routed by 10": lambda lab: Routed(lab, 10),
+    "dispatched": lambda lab: Dispatched(lab, 5),
     "remembers": Remembers,
     "counts": Counts,
     "counts in a buffer": CountsInBuffer,
@@ -281,28 +221,18 @@ MASKED = {
     "all but zero, detached": AllButZeroDetached,
     "only three": OnlyThree,
 }
-QUICK = ("hard with decoy", "routed by 5", "counts", "all but zero")
+QUICK = ("hard with decoy", "counts", "all but zero")
 STATEFUL = ("remembers", "counts", "counts in a buffer", "counts in a closure", "global cache")
 BLACK_BOX = {"decision_based", "black_box", "transfer", "random_search"}
 
 
-def audited(model: nn.Module, audit: Audit = AUDIT, threat: Threat = THREAT):
-    """The checks that failed, and the outcomes."""
-    x, y = (part[:100] for part in images("test"))
-    examples = {"x": x, "y": y, "index": torch.arange(len(y))}
-    victim = Victim(model, 10).eval()
-    outcomes = run_steps(victim, examples, audit.steps(victim, threat, 10), seed=0, threat=threat)
-    checks = audit.report(outcomes, 10)["checks"]
-    return {check["id"] for check in checks if check["verdict"] == "fail"}, outcomes
-
-
-def known_attack(model: nn.Module) -> float:
+def known_attack(lab, model: nn.Module) -> float:
     """Accuracy under an attack that knows the model: on the network inside, as a fresh model."""
-    x, y = (part[:50] for part in images("test"))
+    x, y = (part[:50] for part in lab.images("test"))
     inside = getattr(model, "net", None) or model.router
     if isinstance(model, Thermometer):
-        inside = natural()
-    x_adv = PGD(0.2, steps=40)(lambda x: cross_entropy(inside(x), y), x)
+        inside = lab.natural()
+    x_adv = PGD(0.2, steps=40)(label_loss(inside, y), x)
     with torch.no_grad():
         return float((model(x_adv).argmax(dim=1) == y).float().mean())
 
@@ -311,13 +241,14 @@ def known_attack(model: nn.Module) -> float:
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MASKED],
 )
-def test_masked_models_raise_an_alarm(name) -> None:
+def test_masked_models_raise_an_alarm(lab, name) -> None:
     torch.manual_seed(0)
-    assert known_attack(MASKED[name]()) <= 0.5  # a transfer attack on some of them
+    assert known_attack(lab, MASKED[name](lab)) <= 0.5  # a transfer attack on some of them
     CACHE.clear()
     # A class of ten is five images of fifty: too few to be told from chance.
-    failed, outcomes = audited(MASKED[name](), AUDIT_OF_100 if name == "only three" else AUDIT)
+    checks, outcomes = lab.audited(MASKED[name](lab), examples=100 if name == "only three" else 50)
     CACHE.clear()
+    failed = {name for name, check in checks.items() if check["verdict"] == "fail"}
     if name in STATEFUL:
         assert "stateless" in failed
         return
@@ -328,83 +259,3 @@ def test_masked_models_raise_an_alarm(name) -> None:
     white = outcomes.correct["audit_restarts"][met]
     assert worst.float().mean() <= 0.1
     assert white.float().mean() > worst.float().mean()
-
-
-# ------------------------------------------------------------------------------- honest networks
-
-
-class TinyViT(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.patches = nn.Conv2d(1, 32, 2, 2)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 16, 32))
-        self.layer = nn.TransformerEncoderLayer(
-            32, 2, 64, dropout=0.0, batch_first=True, norm_first=True
-        )
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x):
-        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
-        return self.head(self.layer(tokens).mean(dim=1))
-
-
-class Scaled(nn.Module):
-    def __init__(self, net: nn.Module, function) -> None:
-        super().__init__()
-        self.net, self.function = net, function
-
-    def forward(self, x):
-        return self.function(self.net(x))
-
-
-def linear() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-
-def mlp() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-
-
-AT = PGD(0.2, steps=3)
-HONEST = {
-    "linear": lambda: fitted(linear()),
-    "linear, adversarially trained": lambda: fitted(linear(), AT),
-    "MLP": lambda: fitted(mlp()),
-    "CNN": natural,
-    "CNN, adversarially trained": lambda: fitted(cnn(), AT),
-    "max-pooling, no normalisation": lambda: fitted(cnn(norm=lambda _: nn.Identity()), AT),
-    "softplus": lambda: fitted(cnn(nn.Softplus, nn.AvgPool2d)),
-    "SiLU, adversarially trained": lambda: fitted(cnn(nn.SiLU, nn.AvgPool2d), AT),
-    "ViT": lambda: fitted(TinyViT()),
-    "temperature": lambda: Scaled(fitted(cnn(), AT), lambda z: z / 3),
-    "log-softmax": lambda: Scaled(natural(), lambda z: z.log_softmax(dim=1)),
-}
-SOME = ("linear", "CNN, adversarially trained")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in HONEST],
-)
-@pytest.mark.parametrize("eps", [0.05, pytest.param(0.2, marks=pytest.mark.slow)])
-def test_honest_networks_raise_none(name, eps) -> None:
-    failed, _ = audited(HONEST[name](), threat=Threat("linf", eps))
-    assert failed == set()
-
-
-@pytest.mark.slow
-def test_black_box_attacks_do_not_depend_on_the_batch_size() -> None:
-    """The surrogate is distilled in one batch, whatever the size of the others."""
-    x, y = (part[:50] for part in images("test"))
-    examples = {"x": x, "y": y, "index": torch.arange(50)}
-    victim = Victim(natural(), 10).eval()
-    keys = ("audit_transfer", "audit_decision")
-    found = []
-    for size in (50, 13):
-        steps = [step for step in AUDIT.steps(victim, THREAT, 10) if step.key in keys]
-        found.append(run_steps(victim, examples, steps, seed=0, batch_size=size, threat=THREAT))
-    for key in keys:
-        assert torch.equal(found[0].correct[key], found[1].correct[key])

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.gama import GAMAPGD
@@ -16,38 +15,25 @@ from common.attacks.pgd import FGSM, MIM, PGD, FriendlyPGD
 from common.data.subset import subset
 from common.errors import ConfigurationError
 from common.evaluation import Audit, Evaluation, SuiteEntry, Transfer, evaluate
-from common.evaluation.inputs import collect
 
-K, D = 4, 64
-
-
-class Linear(nn.Module):
-    """Logits of flattened pixels; ``scale`` 0 leaves no gradient, huge ones saturate softmax."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.fc = nn.Linear(D, K)
-        self.scale = scale
-        with torch.no_grad():
-            self.fc.weight.copy_(torch.randn(K, D, generator=generator))
-            self.fc.bias.copy_(-self.fc.weight @ torch.full((D,), 0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.flatten(1)) * self.scale
+K = 4
 
 
-class Rounded(Linear):
+class Rounded(nn.Module):
     """The same decisions, and a gradient that is exactly zero everywhere."""
 
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
     def forward(self, x: Tensor) -> Tensor:
-        z = super().forward(x)
+        z = self.net(x)
         return (z - z.detach()) * 0.0 + z.detach()
 
 
 @pytest.fixture
-def model() -> Linear:
-    return Linear().eval()
+def model(linear) -> nn.Module:
+    return linear().eval()
 
 
 @pytest.fixture
@@ -59,17 +45,6 @@ def data(model) -> tuple[Tensor, Tensor]:
     y = torch.where(torch.rand(200, generator=generator) < 0.1, (y + 1) % K, y)
     order = y.argsort(stable=True)
     return x[order], y[order]
-
-
-def exact(model: Linear, x: Tensor, y: Tensor, eps: float, norm: str = "linf") -> Tensor:
-    """Which examples no perturbation breaks: the distance to every other class exceeds eps."""
-    w, dual = model.fc.weight, {"linf": 1, "l2": 2}[norm]
-    z = model(x)
-    robust = torch.ones(len(y), dtype=torch.bool)
-    for i in range(len(y)):
-        for j in (j for j in range(K) if j != y[i]):
-            robust[i] &= z[i, y[i]] - z[i, j] > eps * (w[y[i]] - w[j]).norm(p=dual)
-    return robust
 
 
 EPS = 0.02
@@ -102,7 +77,7 @@ def test_the_worst_case_is_exact_on_the_examples_that_met_every_attack(model, da
     suite["fgsm"] = SuiteEntry(FGSM(EPS))
     found = evaluated(model, data, suite=suite)
     rows = subset(y, min(size or len(y) for size in sizes))
-    truth = exact(model, x, y, EPS)[rows]
+    truth = model.exact(x, y, EPS)[rows]
     assert found.robust_index.tolist() == rows.tolist()
     assert torch.equal(found.robust, truth)
     assert found.robust_acc == pytest.approx(truth.float().mean().item())
@@ -111,22 +86,22 @@ def test_the_worst_case_is_exact_on_the_examples_that_met_every_attack(model, da
 
 def test_the_audit_alone_calls_nobody_robust_that_it_did_not_meet(model, data) -> None:
     x, y = data
-    audit = Audit(examples=40, steps=10, restarts=2, square_queries=20, random_samples=10)
+    audit = Audit(40, None, 10, 2, square_queries=10, random_samples=5, decision_queries=50)
     found = evaluated(model, data, suite={}, audit=audit)
     rows = subset(y, 40)
     assert found.robust_index.tolist() == rows.tolist()
-    assert torch.equal(found.robust, exact(model, x, y, EPS)[rows])
+    assert torch.equal(found.robust, model.exact(x, y, EPS)[rows])
     beside = evaluated(model, data, suite={"pgd": STRONG}, audit=audit)
-    assert torch.equal(beside.robust, exact(model, x, y, EPS)), "it found no more than the suite"
+    assert torch.equal(beside.robust, model.exact(x, y, EPS)), "it found no more than the suite"
 
 
-def test_what_an_audit_finds_beyond_the_suite_enters(data) -> None:
+def test_what_an_audit_finds_beyond_the_suite_enters(linear, data) -> None:
     """Cross-entropy of nearly equal probabilities climbs towards all other classes at once."""
-    model = Linear(0.01).eval()
+    model = linear(0.01).eval()
     x, y = data
-    audit = Audit(examples=80, losses=["cw_f"], steps=10, restarts=2, square_queries=20)
+    audit = Audit(80, ["cw_f"], 10, 2, 10, random_samples=5, decision_queries=50)
     alone = evaluated(model, data, suite={"fgsm": SuiteEntry(FGSM(EPS))})
-    rows, truth = subset(y, 80), exact(model, x, y, EPS)
+    rows, truth = subset(y, 80), model.exact(x, y, EPS)
     assert (alone.robust[rows] & ~truth[rows]).any(), "the suite has to miss something"
     found = evaluated(model, data, suite={"fgsm": SuiteEntry(FGSM(EPS))}, audit=audit)
     assert found.robust_index.tolist() == rows.tolist()
@@ -148,7 +123,7 @@ def test_positions_are_those_in_the_data(model, data) -> None:
     x, y = data
     found = evaluated(model, data, suite={"pgd": limited(20)}, examples=80)
     assert set(found.robust_index.tolist()) <= set(subset(y, 80).tolist())
-    assert torch.equal(found.robust, exact(model, x, y, EPS)[found.robust_index])
+    assert torch.equal(found.robust, model.exact(x, y, EPS)[found.robust_index])
 
 
 # ---------------------------------------------------------------------------------------- subsets
@@ -158,7 +133,7 @@ def test_examples_of_sorted_data_are_of_all_classes(model, data) -> None:
     x, y = data
     found = evaluated(model, data, suite={"pgd": STRONG}, examples=60)
     rows = subset(y, 60)
-    assert found.robust_acc == pytest.approx(exact(model, x, y, EPS)[rows].float().mean().item())
+    assert found.robust_acc == pytest.approx(model.exact(x, y, EPS)[rows].float().mean().item())
     assert sorted(set(y[rows].tolist())) == [0, 1, 2, 3]
     assert found.warnings == []
 
@@ -170,36 +145,6 @@ def test_fewer_examples_than_classes_are_told(model, data) -> None:
     assert "have none of 2 of the 4 classes" in found.result["remarks"][0]
     entry = evaluated(model, data, suite={"pgd": limited(1)})
     assert "have none of 3 of the 4 classes" in entry.result["remarks"][0]
-
-
-class Stream(IterableDataset):
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
-
-    def __iter__(self) -> Any:
-        return iter(zip(self.x, self.y, strict=True))
-
-
-def test_data_of_every_form_give_the_same_examples(data) -> None:
-    x, y = data
-    rows = subset(y, 30)
-    whole = TensorDataset(x, y)
-    for given in (data, whole, DataLoader(whole, batch_size=7), list(DataLoader(whole, 9))):
-        batch = collect(given, 30)
-        assert batch["position"].tolist() == rows.tolist()
-        assert torch.equal(batch["x"], x[rows])
-        assert torch.equal(batch["y"], y[rows])
-        assert batch["index"].tolist() == list(range(30))
-
-
-def test_a_stream_gives_its_first_examples_and_says_so(data) -> None:
-    x, y = data
-    for given in (DataLoader(Stream(x, y), batch_size=7), iter(DataLoader(TensorDataset(x, y)))):
-        with pytest.warns(UserWarning, match="20 examples taken are the first of a stream.*0;"):
-            batch = collect(given, 20)
-        assert torch.equal(batch["x"], x[:20])
-    with pytest.warns(UserWarning, match="another order every time"):
-        collect(DataLoader(TensorDataset(x, y), shuffle=True), 30)
 
 
 # ------------------------------------------------------------------------------------ weak suites
@@ -227,7 +172,7 @@ def test_a_weak_suite_has_no_worst_case(model, data, name: str) -> None:
         with pytest.raises(ConfigurationError, match="there is no worst case: no attack used the"):
             getattr(found, ask)
     both = evaluated(model, data, suite={"weak": SuiteEntry(attack), "strong": STRONG})
-    assert torch.equal(both.robust, exact(model, *data, EPS))
+    assert torch.equal(both.robust, model.exact(*data, EPS))
     assert both.warnings == []
 
 
@@ -255,13 +200,14 @@ def test_a_threat_beyond_every_attack_has_no_worst_case(model, data) -> None:
     ],
     ids=lambda attack: f"{type(attack).__name__} {getattr(attack, 'start', '')}",
 )
-def test_without_a_gradient_an_attack_goes_on_by_other_means(data, attack) -> None:
-    model = Rounded().eval()
-    least = exact(Linear(), *data, EPS).float().mean()
+def test_without_a_gradient_an_attack_goes_on_by_other_means(linear, data, attack) -> None:
+    model = Rounded(linear()).eval()
+    data = [part[::4] for part in data]
+    least = linear().exact(*data, EPS).float().mean()
     for until_broken in (False, True) if type(attack) is PGD else (False,):
         entry = SuiteEntry(attack, until_broken=until_broken)
         found = evaluated(model, data, suite={"it": entry})
-        assert least <= found.robust_acc <= least + 0.02
+        assert least <= found.robust_acc <= least + 0.04
         assert "gradients vanish" in " ".join(str(found).split())
 
 
@@ -276,14 +222,16 @@ HONEST = {
     "clipped deepfool": DeepFool(EPS, "linf", clip=True),
     "autoattack": AutoAttack(EPS, version="custom", attacks=["apgd-ce", "fab-t"], steps=5),
     "square": AutoAttack(EPS, version="custom", attacks=["square"], square_queries=50),
-    "transfer": Transfer(PGD(EPS, EPS / 4, 10), Linear(scale=2.0).eval()),
 }
 
 
 @pytest.mark.parametrize("name", HONEST)
-def test_honest_attacks_have_a_worst_case(model, data, name: str) -> None:
-    found = evaluated(model, data, suite={"it": SuiteEntry(HONEST[name])})
-    assert found.robust_acc >= exact(model, *data, EPS).float().mean()
+def test_honest_attacks_have_a_worst_case(linear, model, data, name: str) -> None:
+    attack = HONEST[name]
+    if name == "transfer":
+        attack = Transfer(attack, linear(scale=2.0).eval())
+    found = evaluated(model, data, suite={"it": SuiteEntry(attack)})
+    assert found.robust_acc >= model.exact(*data, EPS).float().mean()
     assert found.robust.float().mean().item() == pytest.approx(found.robust_acc)
     assert len(found.robust_index) == len(data[1])
 
@@ -304,9 +252,9 @@ def test_a_radius_beyond_the_box_is_used_as_far_as_the_box_goes(model, data) -> 
     for norm, eps in (("linf", 1.0), ("l2", 50.0)):
         suite = {"pgd": SuiteEntry(PGD(eps, steps=10, norm=norm), ["cw_f"])}
         assert evaluated(model, data, suite=suite, eps=eps, norm=norm).robust_acc == 0.0
-    faithful = Linear().eval()
-    faithful.fc.weight.data.zero_()[0] = 1e-3
-    faithful.fc.bias.data = torch.tensor([9.0, 0.0, 0.0, 0.0])  # class 0 whatever the image
+    faithful = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    faithful[1].weight.data.zero_()[0] = 1e-3
+    faithful[1].bias.data = torch.tensor([9.0, 0.0, 0.0, 0.0])  # class 0 for any image
     x = torch.rand(20, 1, 8, 8)
     suite = {"pgd": SuiteEntry(PGD(50.0, steps=10, norm="l2"), ["cw_f"])}
     found = evaluated(faithful, (x, torch.zeros(20).long()), suite=suite, eps=50.0, norm="l2")
@@ -330,11 +278,11 @@ def test_nobody_right_without_an_attack_is_a_worst_case_of_0(model, data) -> Non
     assert found.robust_acc == found.clean_acc == 0.0
 
 
-def test_saturated_scores_are_no_evidence_for_the_cross_entropy(data) -> None:
-    model = Linear(scale=1e4).eval()
+def test_saturated_scores_are_no_evidence_for_the_cross_entropy(linear, data) -> None:
+    model = linear(scale=1e4).eval()
     assert hinge_margin(model(data[0]), data[1]).isfinite().all()
     found = evaluated(model, data, suite={"ce": SuiteEntry(PGD(EPS, EPS / 4, 20, start="zero"))})
-    assert found.robust_acc <= exact(Linear(), *data, EPS).float().mean() + 0.02
+    assert found.robust_acc <= linear().exact(*data, EPS).float().mean() + 0.02
     assert found.result["attacks"]["ce/ce_f"]["unmoved"] > 0
     suite = {"it": SuiteEntry(PGD(EPS, EPS / 4, 20, start="zero"), ["ce_f", "cw_f"])}
-    assert torch.equal(evaluated(model, data, suite=suite).robust, exact(Linear(), *data, EPS))
+    assert torch.equal(evaluated(model, data, suite=suite).robust, linear().exact(*data, EPS))

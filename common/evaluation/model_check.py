@@ -3,16 +3,12 @@
 Every pass is one of a copy, so that the model stays as it is.
 """
 
-import copy
 import math
-import random
 import warnings
-from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -21,8 +17,8 @@ from common.attacks.losses import classify
 from common.attacks.pgd import input_gradient
 from common.attacks.randomness import seeded
 from common.errors import ConfigurationError
+from common.evaluation.history import changed, copied, is_close, state_of
 from common.evaluation.measures import cost
-from common.evaluation.signature import is_close
 from common.modes import frozen
 from common.objectives import Batch
 
@@ -154,38 +150,13 @@ class _Trial:
     """A copy of a model in evaluation mode."""
 
     def __init__(self, model: nn.Module) -> None:
-        try:
-            self.model = copy.deepcopy(model)
-        except Exception:  # locks, tensors with a history, whatever foreign code refuses to copy
-            self.model = _cloned(model, {})
-        self.model.eval()
+        self.model = copied(model).eval()
 
     def __call__(self, x: Tensor, seed: int = 0) -> Any:
         """The scores of a pass with these random numbers."""
         with torch.no_grad(), seeded(seed, x.device):
             logits = self.model(x.clone())
         return logits.clone() if isinstance(logits, Tensor) else logits
-
-
-def _cloned(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of modules, tensors and plain containers; anything else is shared."""
-    if id(value) in memo:
-        return memo[id(value)]
-    if isinstance(value, nn.Module):
-        memo[id(value)] = module = type(value).__new__(type(value))
-        module.__dict__ = {key: _cloned(part, memo) for key, part in vars(value).items()}
-        return module
-    new = value
-    if isinstance(value, nn.Parameter):
-        new = nn.Parameter(value.detach().clone(), value.requires_grad)
-    elif isinstance(value, Tensor):
-        new = value.detach().clone()
-    elif type(value) in (dict, OrderedDict):
-        new = type(value)((key, _cloned(part, memo)) for key, part in value.items())
-    elif type(value) in (list, tuple, set, deque):
-        new = type(value)(_cloned(part, memo) for part in value)
-    memo[id(value)] = new
-    return new
 
 
 def _check_parameters(model: nn.Module) -> None:
@@ -230,60 +201,13 @@ def _repeats(model: nn.Module, used: _Trial, x: Tensor, first: Tensor) -> tuple[
     fresh = _Trial(model)
     if not _same(used(query), fresh(query)):
         return False, "the scores for an image depend on the images before it"
-    if place := _difference(used.model, fresh.model, "", set()):
-        return False, f"{place.removeprefix('.')} depends on how often the model was called"
+    if places := changed(state_of(used.model), state_of(fresh.model), TOLERANCE):
+        return False, f"{places[0]} depends on how often the model was called"
     return False, ""
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and is_close(one, other, TOLERANCE)
-
-
-def _difference(one: Any, other: Any, place: str, seen: set[int]) -> str:
-    """Where two copies of a model differ in what they hold; empty if they do not."""
-    if id(one) in seen:
-        return ""
-    seen.add(id(one))
-    if type(one) is not type(other):
-        return place
-    pairs: Mapping[Any, tuple[Any, Any]] = {}
-    if isinstance(one, Tensor):
-        return "" if _same(one.detach(), other.detach()) else place
-    if isinstance(one, np.ndarray):
-        return "" if np.array_equal(one, other) else place
-    if isinstance(one, bool | int | float | complex | str | bytes | set):
-        return "" if one == other or one != one else place
-    if isinstance(one, random.Random):
-        return "" if one.getstate() == other.getstate() else place
-    if isinstance(one, torch.Generator):
-        return "" if torch.equal(one.get_state(), other.get_state()) else place
-    if isinstance(one, Mapping):
-        if list(one) != list(other):
-            return place
-        pairs = {f"[{key!r}]": (one[key], other[key]) for key in one}
-    elif isinstance(one, list | tuple | deque):
-        if len(one) != len(other):
-            return place
-        pairs = {f"[{i}]": pair for i, pair in enumerate(zip(one, other, strict=True))}
-    elif _is_object(one):
-        if set(vars(one)) != set(vars(other)):
-            return place
-        pairs = {f".{key}": (value, vars(other)[key]) for key, value in vars(one).items()}
-    for name, (left, right) in pairs.items():
-        at = f"{place}{name}"
-        for inner in ("._modules['", "._buffers['", "._parameters['"):
-            at = at.replace(inner, ".")
-        if found := _difference(left, right, at.removesuffix("']"), seen):
-            return found
-    return ""
-
-
-def _is_object(value: Any) -> bool:
-    """Whether the attributes of an object may be a model's memory."""
-    if isinstance(value, nn.Module):
-        return True
-    package = type(value).__module__.partition(".")[0]
-    return hasattr(value, "__dict__") and package not in ("torch", "builtins", "functools", "types")
+    return is_close(one, other, TOLERANCE)
 
 
 def _check_alone(used: _Trial, x: Tensor, chunk: Tensor) -> None:

@@ -3,14 +3,15 @@
 import warnings
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from common.errors import ConfigurationError
-from common.evaluation.checks import Checked, check_model
 from common.evaluation.inputs import collect
+from common.evaluation.model_check import Checked, check_model
 from common.networks.normalize import Normalize
 
 
@@ -41,35 +42,70 @@ def test_an_ordinary_model_is_let_through(examples) -> None:
         assert check_model(net(model), examples, num_classes=10) == Checked(10)
 
 
+class Residual(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.net, self.layer = net(), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.layer(self.net(x))
+
+
+class OwnNoise(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z + torch.from_numpy(np.random.rand(*z.shape)).float() if self.training else z  # noqa: NPY002
+
+
+class Functional(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.net(x), 0.5, self.training)
+
+
 @pytest.mark.parametrize(
-    ("x", "match"),
+    ("make", "name"),
     [
-        (lambda x: (x - 0.5) / 0.2, r"look normalised.*Normalize\(mean="),
-        (lambda x: x * 255, "look like bytes: divide them by 255"),
-        (lambda x: (x * 255).byte(), "got torch.uint8; divide bytes by 255"),
-        (lambda x: x.log(), "finite|NaN"),
-        (lambda x: x[0], r"shape \(N, C, H, W\)"),
+        (lambda: Residual(torchvision.ops.StochasticDepth(0.5, "row")), "layer"),
+        (lambda: Residual(OwnNoise()), "layer"),
+        (lambda: Functional(nn.Identity()), "Functional"),
+        (lambda: net(nn.InstanceNorm2d(3, track_running_stats=True)), "0"),
+        (lambda: net(nn.BatchNorm2d(3), nn.Dropout(0.5)), "0, 1"),
     ],
 )
-def test_images_that_are_not_in_the_unit_box(batch, x, match: str) -> None:
-    batch["x"][0, 0, 0, 0] = 0.0
-    with pytest.raises(ConfigurationError, match=match):
-        collect((x(batch["x"]), batch["y"]))
+def test_whatever_acts_in_training_mode_is_refused(examples, make, name: str) -> None:
+    model = make().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ConfigurationError, match=rf"training mode \({name}\).*model.eval\(\)"):
+        check_model(model, examples)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert check_model(make().eval(), examples) == Checked(10)
 
 
-def test_labels_that_are_none(batch) -> None:
-    with pytest.raises(ConfigurationError, match="whole numbers"):
-        collect((batch["x"], batch["y"] + 0.5))
-    with pytest.raises(ConfigurationError, match="count from 0, found -1"):
-        collect((batch["x"], batch["y"] * 0 - 1))
+def test_training_mode_that_changes_nothing_is_left(examples) -> None:
+    model = Residual(nn.LayerNorm(10)).train()
+    assert check_model(model, examples) == Checked(10)
+    assert model.training
 
 
-def test_layers_in_training_mode_are_named(examples) -> None:
-    model = net(nn.BatchNorm2d(3), nn.Dropout(0.5))
-    model[0].train()
-    refused(examples, model, r"training mode \(0\).*call model.eval\(\)")
-    model.train()
-    refused(examples, model, r"training mode \(0, 1\)")
+@pytest.mark.parametrize(
+    "scores", [lambda z: z > 0, lambda z: z.to(torch.complex64), lambda z: z.to_sparse()]
+)
+def test_scores_that_are_no_dense_real_numbers_are_refused(examples, scores) -> None:
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return scores(x.flatten(1))
+
+    refused(examples, Other().eval(), "dense tensor of real numbers")
+
+
+def test_half_precision_is_refused_at_the_start(examples) -> None:
+    class Autocast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return nn.functional.linear(x.flatten(1), torch.ones(10, 192))
+
+    for model in (net().half(), net().bfloat16(), Autocast().eval()):
+        refused(examples, model, "measured in float32")
 
 
 def test_batch_statistics_that_couple_examples(examples) -> None:
@@ -119,19 +155,3 @@ def test_accuracy_at_chance_is_told() -> None:
     examples = collect((torch.rand(60, 3, 8, 8), torch.arange(60) % 10))
     with pytest.warns(UserWarning, match="about chance; does the model expect normalised images"):
         check_model(net(), examples)
-
-
-def test_data_of_every_usual_form(batch) -> None:
-    x, y = batch["x"], batch["y"]
-    data = TensorDataset(x, y)
-    dicts = [{"x": x[:2], "y": y[:2]}, {"x": x[2:], "y": y[2:]}]
-    for given in ((x, y), [x, y], data, DataLoader(data, batch_size=4), dicts):
-        found = collect(given)
-        assert torch.equal(found["x"], x)
-        assert torch.equal(found["y"], y)
-        assert torch.equal(found["index"], torch.arange(6))
-        assert len(collect(given, limit=3)["y"]) == 3
-    with pytest.raises(ConfigurationError, match="ToTensor"):
-        collect([("image", 3)])
-    with pytest.raises(ConfigurationError, match="no examples"):
-        collect([])

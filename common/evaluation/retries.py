@@ -1,9 +1,10 @@
-"""Attacks on networks that give no usable gradient: squashed scores, flat or cut functions.
+"""Second attempts at examples that withstood an attack for want of a gradient or of finite scores.
 
 Every gradient attack of a suite runs through :func:`persisted`. An example that withstood it
 without a usable gradient, or with one that squashing distorts, is attacked again: through the
-scores as they were before they were squashed, then through what the network cuts or rounds, and
-last by labels alone. Success is always that of the network itself.
+scores before squashing, then through what the network cuts or rounds, and last by labels alone.
+Every attack runs through :func:`settled`, which keeps images with scores that are not finite.
+Success is always that of the network itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.audit.gradients import anchored, eager, straight_through, undetached
 from common.evaluation.confirm import merged, part_of
-from common.evaluation.steps import Columns, Threat, judged, predict
+from common.evaluation.steps import Columns, Threat, in_ball, judged, predict
 from common.objectives import Batch, InnerLoss
 
 Run = Callable[[Any, Batch, ExampleRandom], Columns]
@@ -280,3 +281,61 @@ def _climbable(scores: Tensor, output: Tensor) -> Tensor:
         )
         shift = torch.zeros_like(scores).scatter_(1, chosen, lift)
     return (scores + shift) * (SPREAD / spread)
+
+
+# --------------------------------------------------------------------- scores that are not finite
+
+
+def settled(
+    model: nn.Module, batch: Batch, threat: Threat | None, attack: Callable[[], Columns]
+) -> Columns:
+    """What an attack finds, where any image with scores that are not finite is adversarial.
+
+    An attack moves on from such an image, or is stopped there by a gradient that is NaN. If there
+    were any in its forward passes, it runs a second time, which repeats it, and the first such
+    image inside the ball is kept for each example that withstood the first run.
+
+    Args:
+        model: Images to logits.
+        batch: The examples.
+        threat: The ball; without one nothing is kept.
+        attack: Runs it; the same forward passes every time.
+    """
+    seen = torch.zeros((), dtype=torch.bool, device=batch["x"].device)
+
+    def notice(_: nn.Module, args: tuple[Any, ...], logits: Any) -> None:
+        seen.logical_or_(~torch.isfinite(logits).all())  # nothing waits for the device here
+
+    with _hooked(model, notice):
+        columns = attack()
+    if threat is None or not bool(seen) or not bool(columns["correct"].any()):
+        return columns
+    images, found = batch["x"].clone(), ~columns["correct"]
+
+    def keep(_: nn.Module, args: tuple[Any, ...], logits: Any) -> None:
+        x = args[0].detach()[~torch.isfinite(logits.detach()).all(dim=1)]
+        if len(x) == 0 or x.shape[1:] != images.shape[1:]:
+            return
+        for row in (~found).nonzero().flatten().tolist():
+            inside = in_ball(x, batch["x"][row], threat)
+            if bool(inside.any()):
+                images[row], found[row] = x[inside][0], True
+
+    with _hooked(model, keep):
+        attack()
+    rows = (found & columns["correct"]).nonzero().flatten()
+    if len(rows) == 0:
+        return columns
+    others = judged(model, part_of(batch, rows), images[rows], threat)
+    broken = ~others["correct"]
+    judged_again = {name: columns[name] for name in others}
+    return columns | merged(judged_again, part_of(others, broken), rows[broken])
+
+
+@contextmanager
+def _hooked(model: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,118 @@
+"""Networks trained on the digits, and an audit of them small enough for tests."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.attacks.losses import cross_entropy, label_loss
+from common.attacks.pgd import PGD
+from common.data.sources import Digits
+from common.evaluation.audit.checks import Audit
+from common.evaluation.models import Victim
+from common.evaluation.runner import run_steps
+from common.evaluation.steps import Threat
+from common.results.validation import _check_audit
+
+THREAT = Threat("linf", 0.2)
+COST = {"steps": 10, "restarts": 2, "square_queries": 100, "random_samples": 30}
+COST |= {"decision_queries": 500}
+
+
+class Lab:
+    """The digits, a small network trained on them, and its audit."""
+
+    @staticmethod
+    @cache
+    def images(split: str) -> tuple[Tensor, Tensor]:
+        x, y = Digits().load(split)
+        return x.float() / 255, y
+
+    @staticmethod
+    def cnn(act=nn.ReLU, pool=nn.MaxPool2d, norm=nn.BatchNorm2d) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            *(nn.Conv2d(1, 8, 3, padding=1), norm(8), act(), pool(2)),
+            *(nn.Conv2d(8, 16, 3, padding=1), act(), nn.Flatten(), nn.Linear(256, 10)),
+        )
+
+    @staticmethod
+    def fitted(net: nn.Module, attack: PGD | None = None, epochs: int = 6, rows=slice(None)):
+        torch.manual_seed(0)
+        x, y = (part[rows] for part in Lab.images("train"))
+        optimizer = torch.optim.Adam(net.parameters(), 5e-3)
+        for _ in range(epochs):
+            for part in torch.randperm(len(y)).split(64):
+                x_in, target = x[part], y[part]
+                if attack is not None:
+                    net.eval()
+                    x_in = attack(label_loss(net, target), x_in)
+                net.train()
+                optimizer.zero_grad()
+                cross_entropy(net(x_in), target).mean().backward()
+                optimizer.step()
+        return net.eval().requires_grad_(False)
+
+    @staticmethod
+    @cache
+    def natural() -> nn.Module:
+        return Lab.fitted(Lab.cnn())
+
+    @staticmethod
+    @cache
+    def robust() -> nn.Module:
+        return Lab.fitted(Lab.cnn(), PGD(0.2, steps=3))
+
+    @staticmethod
+    def audited(net, threat=THREAT, data=None, classes=10, examples=50, **changes):
+        """Checks by id, and the outcomes."""
+        x, y = (part[: max(60, examples)] for part in data or Lab.images("test"))
+        audit = Audit(examples, **(COST | changes))
+        model = net if hasattr(net, "adaptive_losses") else Victim(net, classes).eval()
+        batch = {"x": x, "y": y, "index": torch.arange(len(y))}
+        outcomes = run_steps(
+            model, batch, audit.steps(model, threat, classes), seed=0, threat=threat
+        )
+        report = audit.report(outcomes, classes)
+        _check_audit(report, "audit.")
+        json.dumps(report, allow_nan=False)
+        assert report["examples"] == min(examples, len(y))
+        return {check["id"]: check for check in report["checks"]}, outcomes
+
+
+class Linear(nn.Module):
+    """Four classes, linear in the pixels around 0.5: its robust accuracy is known exactly.
+
+    ``scale`` 0 leaves no gradient, large ones saturate the softmax.
+    """
+
+    def __init__(self, scale: float = 1.0, pixels: int = 64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, pixels, generator=generator))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) - 0.5) @ self.weight.T * self.scale
+
+    @torch.no_grad()
+    def exact(self, x: Tensor, y: Tensor, eps: float, norm: str = "linf") -> Tensor:
+        """Which images no perturbation of that size breaks, while none leaves the box."""
+        dual, rows = {"linf": 1, "l2": 2}[norm], torch.arange(len(y))
+        z = self(x) / self.scale
+        gap = z[rows, y][:, None] - z
+        length = (self.weight[y][:, None] - self.weight).norm(p=dual, dim=2)
+        gap[rows, y], length[rows, y] = 1.0, 0.0
+        return (gap > eps * length).all(dim=1)
+
+
+@pytest.fixture(scope="session")
+def linear() -> type[Linear]:
+    return Linear
+
+
+@pytest.fixture(scope="session")
+def lab() -> type[Lab]:
+    return Lab
