@@ -183,7 +183,7 @@ def test_outcomes_are_those_of_the_official_package_alone(model, examples) -> No
     suite = {"aa": SuiteEntry(AutoAttack(0.01, batch_size=6, steps=4, square_queries=30))}
     ours = run(model, examples, suite)
     official = pyautoattack.AutoAttack(model, norm="Linf", eps=0.01, version="standard", seed=0)
-    ours_prepared, _, _ = suite["aa"].attack._prepared(model, examples["x"], 0, None, False)
+    ours_prepared = suite["aa"].attack._prepared(model, examples["x"], 0, None, False)
     for name in ("apgd", "apgd_targeted", "fab", "square"):
         theirs, mine = getattr(official, name), getattr(ours_prepared, name)
         theirs.__dict__.update({k: v for k, v in vars(mine).items() if "iter" in k or "n_" in k})
