@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = attack(**given)
     except (UserError, ArgumentError) as error:
         text = str(error) if isinstance(error, UserError) else explain(str(error))
-        print(f"error: {text}", file=sys.stderr)
+        if Team.of_processes().rank == 0:
+            print(f"error: {text}", file=sys.stderr)
         return 2
     if Team.of_processes().rank == 0:
         print(evaluation)
@@ -182,9 +183,22 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
     if root is not None:
         _set_root(section, root, path)
     data: ImageDataModule = build_sections({"data": section}, path).data
-    data.prepare_data()
+    _prepare(data)
     data.setup("test")
     return data
+
+
+def _prepare(data: ImageDataModule) -> None:
+    """Fetch the files in the first process; all processes raise its error."""
+    team, problem = Team.of_processes(), None
+    if team.rank == 0:
+        try:
+            data.prepare_data()
+        except UserError as error:
+            problem = error
+    for found in team.gather(problem):
+        if found is not None:
+            raise found
 
 
 def _set_root(section: Any, root: str, path: Path) -> None:
