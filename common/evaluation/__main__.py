@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = attack(**given)
     except (UserError, ArgumentError) as error:
         text = str(error) if isinstance(error, UserError) else explain(str(error))
-        if Team.of_processes().rank == 0:
-            print(f"error: {text}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         return 2
     if Team.of_processes().rank == 0:
         print(evaluation)
