@@ -145,8 +145,8 @@ def fill_threat(node: Any, threat: Threat | None, has_defaults: bool = False) ->
     Args:
         node: The configuration.
         threat: The threat model.
-        has_defaults: Whether a parser has filled in defaults: then a norm that is the default need
-            not be what somebody wrote, and follows the threat model.
+        has_defaults: Whether a parser has filled in defaults: then a norm that is the default was
+            not necessarily written, and follows the threat model.
 
     Raises:
         ConfigurationError: If it does and there is no threat model, or one of another norm.
