@@ -60,8 +60,7 @@ class SuiteEntry:
         sweep: Arguments of the attack with the values they take in turn, such as
             ``{eps: [2/255, 4/255, 8/255]}`` or ``{steps: [1, 10, 100]}``: a curve in the results.
         eot: Average losses over this number of forward passes (expectation over transformation,
-            Athalye, Carlini & Wagner 2018, Section 4.2); for projected ascents on networks that draw
-            random numbers.
+            Athalye, Carlini & Wagner 2018, Section 4.2); for projected ascents on random networks.
         until_broken: Take an example out as soon as it is found misclassified, instead of judging
             where it ends: faster, and never fewer examples are broken. For projected ascents on a
             deterministic network.

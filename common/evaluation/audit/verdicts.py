@@ -22,10 +22,7 @@ ZERO_GRADIENTS = 0.05  # share of examples
 MISSED = 0.01  # share of examples that random search may find and gradients miss
 LEAST_DROP = 0.03  # accuracy; smaller differences are not worth a warning
 MISSED_BY_GRADIENTS = 0.03  # share of examples that labels alone may break beyond all gradients
-MISSED_IN_CLASS, LEAST_IN_CLASS = (
-    0.25,
-    3,
-)  # the same share of one class, if it is at least the second number
+MISSED_IN_CLASS, LEAST_IN_CLASS = 0.25, 3  # the same of one class, as a share and a number
 RANDOMNESS, MEMORY = 1e-5, 1e-3  # differences of probabilities
 LOSS_TOLERANCE = 0.01  # relative
 
