@@ -1,5 +1,6 @@
 """Validation by one cheap attack, test by a whole suite, and the file the results go to."""
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -31,12 +32,6 @@ from common.objectives import Batch
 from common.optimization import refuse_half_precision
 from common.results.identity import SETTINGS, evaluated_digest
 from common.results.outcomes import logged
-
-OF_SUITES: dict[str, Any] = {
-    **{"survivors_only": False, "examples": None, "checkpoints": None, "sweep": None},
-    **{"eot": 1, "until_broken": False, "all_images": False},
-}
-"""Settings of an entry that validation does not know, and their defaults."""
 
 
 class RobustEvaluation(Callback):
@@ -107,9 +102,10 @@ class RobustEvaluation(Callback):
                 "into evaluation.suite"
             )
         unused = [
-            name
-            for name, value in OF_SUITES.items()
-            if validation is not None and getattr(validation, name) != value
+            field.name
+            for field in (fields(validation) if validation is not None else ())
+            if field.name not in ("attack", "losses")
+            and getattr(validation, field.name) != field.default
         ]
         if unused:
             raise ConfigurationError(

@@ -305,7 +305,7 @@ def test_a_model_without_a_gradient_is_attacked_by_what_needs_none(data, kind) -
             )
         ),
     }
-    audit = Audit(steps=2, restarts=2, random_samples=5, square_queries=20)
+    audit = Audit(12, None, 2, 2, square_queries=10, random_samples=5, decision_queries=50)
     found = robust(kind().eval(), data, suite, audit=audit)
     assert found.result["not_run"] == ["fgsm/ce_f", "aa/apgd-ce"]
     assert "fgsm/ce_f" not in found.metrics
