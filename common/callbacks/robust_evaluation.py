@@ -1,5 +1,6 @@
 """Validation by one cheap attack, test by a whole suite, and the file the results go to."""
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -32,22 +33,16 @@ from common.optimization import refuse_half_precision
 from common.results.identity import SETTINGS, evaluated_digest
 from common.results.outcomes import logged
 
-OF_SUITES: dict[str, Any] = {
-    **{"survivors_only": False, "examples": None, "checkpoints": None, "sweep": None},
-    **{"eot": 1, "until_broken": False, "all_images": False},
-}
-"""Settings of an entry that validation does not know, and their defaults."""
-
 
 class RobustEvaluation(Callback):
     """Measures robust accuracy: cheaply for model selection, thoroughly under ``test``.
 
-    Outcomes are kept in ``outcomes/`` beside the results as they come: a killed test goes on where
-    it was, weights that were tested already are not tested again, and a suite with one more attack
+    Outcomes are kept in ``outcomes/`` beside the results as they come: a killed test
+    resumes, weights that were tested already are not tested again, and a suite with one more attack
     runs that attack alone.
 
-    Everything runs in float32 and evaluation mode, with gradients available to the attacks whatever
-    the trainer's inference mode, and counts every example once on any number of devices.
+    Everything runs in float32 and evaluation mode, with gradients available to the attacks in
+    every inference mode of the trainer, and counts every example once on any number of devices.
 
     Args:
         suite: Attacks of ``test``, by the names their results carry, in the order they run.
@@ -57,7 +52,7 @@ class RobustEvaluation(Callback):
         audit: Checks for gradient masking; ``None`` for none.
         measures: What else to find out about the network: see :mod:`common.evaluation.measures`.
         engine: Computes the passes of the suite's attacks; their success is judged by the plain
-            float32 network whatever it is (:mod:`common.evaluation.confirm`). Validation, which
+            float32 network in any case (:mod:`common.evaluation.confirm`). Validation, which
             chooses a checkpoint, goes without.
         pictures: Whether to draw curves, bars and examples beside the results and in TensorBoard.
         results: The JSON file of results; ``None`` puts ``results.json`` into the run directory.
@@ -107,9 +102,10 @@ class RobustEvaluation(Callback):
                 "into evaluation.suite"
             )
         unused = [
-            name
-            for name, value in OF_SUITES.items()
-            if validation is not None and getattr(validation, name) != value
+            field.name
+            for field in (fields(validation) if validation is not None else ())
+            if field.name not in ("attack", "losses")
+            and getattr(validation, field.name) != field.default
         ]
         if unused:
             raise ConfigurationError(
@@ -121,7 +117,7 @@ class RobustEvaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find what would fail after hours before anything is computed."""
-        # Whoever reproduces a row trains it first, and is told before.
+        # A reproduction trains first, and should fail before that.
         is_to_test = stage == "test" or (stage == "fit" and run_of(trainer).is_reproducing)
         if trainer.precision == "64-true" and is_to_test:
             raise ConfigurationError(

@@ -31,7 +31,7 @@ def attacked(
     random: ExampleRandom,
     idle: Callable[[], Tensor | None] = lambda: None,
 ) -> Columns:
-    """What an attack amounts to, see :func:`common.evaluation.steps.judged`.
+    """What an attack achieves, see :func:`common.evaluation.steps.judged`.
 
     With an engine in float32 that is an attack on the same function up to rounding; an example that
     the engine's network takes for broken and the plain one does not is attacked through the plain
@@ -45,7 +45,7 @@ def attacked(
         model: Images to logits, in evaluation mode.
         batch: The examples.
         random: Their random numbers.
-        idle: Which examples the attack found no direction for, asked after it.
+        idle: Called after the attack: which examples it found no direction for.
     """
     if engine is None:
         x_adv = craft(model, batch, random)
@@ -83,7 +83,7 @@ def autoattacked(
         attack: The ensemble.
         part: Which of its attacks.
         seed: Of the package.
-        inner: A loss of the defence's own.
+        inner: A loss that the defence declares.
         engine: Computes its passes; ``None`` for the plain network.
         model: Images to logits, in evaluation mode.
         batch: The examples.

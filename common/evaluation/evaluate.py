@@ -6,7 +6,8 @@ process or many.
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,15 +137,15 @@ def evaluate(
             the checks themselves.
         num_classes: How many classes the data have, to compare with the model's.
         class_names: For the pictures in ``output``.
-        examples: Only so many, of all classes in proportion and the same for every model, see
+        examples: Only this number, of all classes in proportion and the same for every model, see
             :func:`common.data.subset.subset`.
         output: A folder for ``results.json``, pictures, and outcomes as they come, from which a
-            killed evaluation goes on; ``None`` writes nothing.
+            killed evaluation resumes; ``None`` writes nothing.
         name: Under which results are filed.
         seed: With an example's position, what random starts depend on.
         batch_size: How many examples are attacked together.
         device: Where to compute, and where the model is moved to; by default where it is.
-        progress: Whether to show how far it is, or who is to be told.
+        progress: Whether to show progress, or the object that receives it.
         engine: Computes the attacks' passes faster; the plain network judges.
         measures: Other numbers of the network, see :mod:`common.evaluation.measures`.
 
@@ -157,29 +158,16 @@ def evaluate(
     """
     model = as_module(model)
     check_label(name, "the name of the results")
-    for setting, count in (("batch_size", batch_size), ("examples", examples)):
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ConfigurationError(
-                f"{setting} must be at least 1, got {count!r}; give a whole number"
-            )
-    if not isinstance(seed, int):
-        raise ConfigurationError(f"seed must be a whole number, got {seed!r}")
+    _check_numbers(seed, batch_size=batch_size, examples=examples)
     if isinstance(suite, Mapping):
         check_entries(suite)
         ready = Suite(suite, chosen_threat(ball_of(suite), eps, norm))
     else:
         ready = load_suite(suite, eps, norm)
-    entries, threat = ready.entries, ready.threat
     checks = audit if isinstance(audit, Audit) else ready.audit or (Audit() if audit else None)
-    _check_unused(entries, engine)
+    _check_unused(ready.entries, engine)
     if device is not None:
-        try:
-            if torch.device(device).type == "meta":
-                raise RuntimeError("it has no memory, so weights moved there would be lost")
-            model = model.to(device)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigurationError(f"device {str(device)!r} cannot be used: {reason}") from error
+        model = _moved(model, device)
     filing = None
     if output is not None:
         filing = Filing(Path(output) / "results.json", name)
@@ -188,12 +176,11 @@ def evaluate(
         warnings.simplefilter("always")
         with seeded(seed, torch.device("cpu")):  # a shuffled loader has one order for all models
             batch = collect(data, examples)
-    known = [str(warning.message) for warning in caught]
     return run(
         model,
         batch,
-        entries,
-        threat,
+        ready.entries,
+        ready.threat,
         audit=checks,
         measures=measures,
         engine=engine,
@@ -203,7 +190,7 @@ def evaluate(
         class_names=class_names,
         filing=filing,
         progress=progress,
-        remarks=known,
+        remarks=[str(warning.message) for warning in caught],
     )
 
 
@@ -242,7 +229,7 @@ def run(
         num_classes: Of the data, where that is known.
         class_names: For pictures.
         filing: Where results go; ``None`` writes nothing.
-        progress: Whether the first process shows progress, or who is told.
+        progress: Whether the first process shows progress, or the object that receives it.
         remarks: What is known of the data.
 
     Raises:
@@ -251,49 +238,40 @@ def run(
     begun = time.perf_counter()
     team, measures = Team.of_processes(), measures or {}
     checked, suspicions = _checked(model, examples, suite, num_classes, batch_size)
-    classes = checked.classes
-    victim = as_victim(model, classes)
+    victim = as_victim(model, checked.classes)
     if suite or audit is None:
         check_suite(suite, victim)
-    steps = steps_of(suite, victim, classes, seed, engine)
+    steps = steps_of(suite, victim, checked.classes, seed, engine)
     known = list(remarks)
     left_out: list[str] = []
     if not checked.has_gradient:
-        steps, left_out = _without_gradient(steps, suite, threat, victim, classes, seed)
+        steps, left_out = _without_gradient(steps, suite, threat, victim, checked.classes, seed)
         known.append(_no_gradient(steps, left_out))
     _warn(team, [*known, *suspicions])
     if audit is not None and threat is not None:
-        steps += audit.steps(victim, threat, classes)
+        steps += audit.steps(victim, threat, checked.classes)
     steps += measure_steps(measures)
-    config = filing.config_digest if filing is not None else ""
     journal = Journal(None, {})
     if filing is not None:
-        journal = Journal(filing.outcomes, identity_of(victim, examples, seed, config))
-    with ConsoleProgress(len(steps) + 1) as bar:
-        told = progress if not isinstance(progress, bool) else bar if progress else None
-        told = told if team.rank == 0 else None
-        try:
-            outcomes = run_steps(
-                victim,
-                examples,
-                steps,
-                seed=seed,
-                batch_size=batch_size,
-                threat=threat,
-                has_gradient=checked.has_gradient,
-                journal=journal,
-                team=team,
-                progress=told,
-                remarks=known,
-            )
-        except (RuntimeError, ValueError, LookupError) as error:
-            if not checked.state or isinstance(error, UserError):
-                raise
-            raise ConfigurationError(
-                f"the model failed while it was attacked ({error!s:.200}), and {checked.state}"
-            ) from error
+        identity = identity_of(victim, examples, seed, filing.config_digest)
+        journal = Journal(filing.outcomes, identity)
+    with ConsoleProgress(len(steps) + 1) as bar, _blaming(checked.state):
+        shown = progress if not isinstance(progress, bool) else bar if progress else None
+        outcomes = run_steps(
+            victim,
+            examples,
+            steps,
+            seed=seed,
+            batch_size=batch_size,
+            threat=threat,
+            has_gradient=checked.has_gradient,
+            journal=journal,
+            team=team,
+            progress=shown if team.rank == 0 else None,
+            remarks=known,
+        )
     outcomes.depends_on_history &= not _is_random_expected(suite)
-    found = None if audit is None else audit.report(outcomes, classes)
+    found = None if audit is None else audit.report(outcomes, checked.classes)
     result = checkpoint_entry(
         outcomes,
         audit=with_findings(
@@ -308,30 +286,68 @@ def run(
     position = examples.get("position", torch.arange(len(outcomes.y)))
     evaluation = Evaluation(result, outcomes, [*suspicions, *result["remarks"]], position)
     if filing is not None and team.rank == 0:
-        merge_result(
-            filing.results,
-            paper=filing.paper,
-            experiment=filing.experiment,
-            seed=seed,
-            label=filing.label,
-            entry=result,
-            provenance=provenance.collect(
-                device=_device(model),
-                world_size=team.size,
-                precision="32-true",
-                state_dict=victim.state_dict(),
-                config_digest=config,
-                wall_time_s=time.perf_counter() - begun,
-                attack_seconds=outcomes.seconds,
-                engine=engine,
-            )
-            | dict(filing.provenance),
+        made_with = provenance.collect(
+            device=_device(model),
+            world_size=team.size,
+            precision="32-true",
+            state_dict=victim.state_dict(),
+            config_digest=filing.config_digest,
+            wall_time_s=time.perf_counter() - begun,
+            attack_seconds=outcomes.seconds,
+            engine=engine,
         )
+        _file(evaluation, filing, seed, made_with)
         if filing.pictures:
             evaluation.pictures = draw(result, outcomes, examples["x"], class_names)
             for title, figure in evaluation.pictures.items():
                 save_figure(figure, filing.figures / f"{filing.label}_{title}.png")
     return evaluation
+
+
+def _file(evaluation: Evaluation, filing: Filing, seed: int, made_with: dict[str, Any]) -> None:
+    """Merge the result into the file."""
+    merge_result(
+        filing.results,
+        paper=filing.paper,
+        experiment=filing.experiment,
+        seed=seed,
+        label=filing.label,
+        entry=evaluation.result,
+        provenance=made_with | dict(filing.provenance),
+    )
+
+
+@contextmanager
+def _blaming(state: str) -> Iterator[None]:
+    """Name what depends on earlier calls if a model with such a state fails under attack."""
+    try:
+        yield
+    except (RuntimeError, ValueError, LookupError) as error:
+        if not state or isinstance(error, UserError):
+            raise
+        raise ConfigurationError(
+            f"the model failed while it was attacked ({error!s:.200}), and {state}"
+        ) from error
+
+
+def _check_numbers(seed: Any, **counts: Any) -> None:
+    for setting, count in counts.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ConfigurationError(
+                f"{setting} must be at least 1, got {count!r}; give a whole number"
+            )
+    if not isinstance(seed, int):
+        raise ConfigurationError(f"seed must be a whole number, got {seed!r}")
+
+
+def _moved(model: nn.Module, device: torch.device | str) -> nn.Module:
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it has no memory, so weights moved there would be lost")
+        return model.to(device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"device {str(device)!r} cannot be used: {reason}") from error
 
 
 def _checked(

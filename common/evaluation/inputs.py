@@ -13,7 +13,7 @@ from common.errors import ConfigurationError, UserError
 from common.objectives import Batch
 
 ROUNDING = 1e-5
-"""Pixels this far outside [0, 1] are brought back without a word."""
+"""Pixels this far outside [0, 1] are clamped silently."""
 OVERSHOOT = 0.25
 """Bicubic and Lanczos resampling leave [0, 1] by less than this."""
 
@@ -24,7 +24,7 @@ def collect(data: Any, limit: int | None = None) -> Batch:
     Args:
         data: Tensors ``(x, y)`` or in a dict with ``x`` and ``y``, a data set of such examples, or
             a loader of such batches.
-        limit: Only so many, of all classes in proportion, see :func:`common.data.subset.subset`.
+        limit: This number, of all classes in proportion, see :func:`common.data.subset.subset`.
             Data with a length are passed through twice for it, so that no other images are kept;
             a stream gives its first ones.
 
@@ -123,7 +123,7 @@ def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _read(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches; an error of whatever reads them says that it is one."""
+    """The batches; an error while reading them becomes one line."""
     try:
         yield from batches
     except UserError:

@@ -1,4 +1,4 @@
-"""Outcomes kept as they come, so that a killed evaluation goes on where it was.
+"""Outcomes kept as they come, from which a killed evaluation resumes.
 
 One file for each step and chunk of examples, written under a temporary name and renamed. Files are
 found by what decides their content (weights, scores of the model, code of the attacks, data, seed,
@@ -144,7 +144,7 @@ def identity_of(model: nn.Module, examples: Batch, seed: int, settings: Any = No
         model: Its weights count; what else it computes with is up to its signature.
         examples: All of them.
         seed: Of the attacks.
-        settings: Whatever else may decide an outcome, such as its configuration.
+        settings: What else may decide an outcome, such as its configuration.
     """
     data = hashlib.sha256()
     for key in ("index", "y", "x"):

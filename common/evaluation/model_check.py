@@ -1,6 +1,6 @@
-"""What would falsify every figure of a model, found in a few passes at the start.
+"""The check of a model before an evaluation: what would falsify every figure.
 
-Every pass is one of a copy, so that the model stays as it is.
+It takes a few forward passes, of copies, so that the model stays as it is.
 """
 
 import math
@@ -190,7 +190,7 @@ def _repeats(model: nn.Module, used: _Trial, x: Tensor, first: Tensor) -> tuple[
             return True, ""
         return False, (
             "the scores for the same images change from one call to the next, by a memory or by a "
-            "random generator of the model's own"
+            "private random generator"
         )
     if not _same(again, other):
         return True, ""

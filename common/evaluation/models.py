@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # Lightning is imported where a run is loaded, not before
 
 
 class Victim(nn.Module):
-    """A network with the losses that anybody can climb who sees its logits.
+    """A network with the losses that an attacker with its logits can climb.
 
     Args:
         net: Images in [0, 1], ``(N, C, H, W)``, to logits ``(N, K)``.
@@ -116,7 +116,7 @@ def adapted(model: nn.Module, *, has_gradient: bool = True) -> Iterator[None]:
                 f"the model returned scores of shape {tuple(logits.shape)} for {len(args[0])} "
                 "images; every call has to answer about its own images"
             )
-        # A model may be asked in float64 on purpose: that is how the audit measures derivatives.
+        # The audit measures derivatives in float64.
         if args[0].dtype == logits.dtype == torch.float64:
             return logits if has_gradient else logits.clone()
         return logits.to(torch.float32, copy=not has_gradient)

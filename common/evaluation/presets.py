@@ -22,7 +22,7 @@ from common.evaluation.steps import Threat
 from common.evaluation.suite import SuiteEntry
 from common.limits import read_yaml
 from common.parsing import build, check_named, load_named
-from common.settings import explained
+from common.settings import explained, type_name
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 _WORD = re.compile(r"threat(?:\s*([*/])\s*(\d+(?:\.\d+)?))?")
@@ -145,18 +145,13 @@ def fill_threat(node: Any, threat: Threat | None, has_defaults: bool = False) ->
     Args:
         node: The configuration.
         threat: The threat model.
-        has_defaults: Whether a parser has filled in defaults: then a norm that is the default need
-            not be what somebody wrote, and follows the threat model.
+        has_defaults: Whether a parser has filled in defaults: then a norm that is the default was
+            not necessarily written, and follows the threat model.
 
     Raises:
         ConfigurationError: If it does and there is no threat model, or one of another norm.
     """
-    items: Any = ()
-    if isinstance(node, Namespace | Mapping):
-        items = list(vars(node).items() if isinstance(node, Namespace) else node.items())
-    elif isinstance(node, list):
-        items = list(enumerate(node))
-    for key, value in items:
+    for key, value in _items(node):
         if isinstance(value, str) and (found := _WORD.fullmatch(value.strip())):
             if threat is None:
                 raise ConfigurationError(
@@ -174,10 +169,18 @@ def fill_threat(node: Any, threat: Threat | None, has_defaults: bool = False) ->
             fill_threat(value, threat, has_defaults)
 
 
+def _items(node: Any) -> list[tuple[Any, Any]]:
+    """Keys and values of a mapping, or positions and values of a list."""
+    if isinstance(node, list):
+        return list(enumerate(node))
+    node = vars(node) if isinstance(node, Namespace) else node
+    return list(node.items()) if isinstance(node, Mapping) else []
+
+
 def _has_word(node: Any) -> bool:
-    if isinstance(node, Mapping | list):
-        return any(map(_has_word, node.values() if isinstance(node, Mapping) else node))
-    return isinstance(node, str) and _WORD.fullmatch(node.strip()) is not None
+    if isinstance(node, str):
+        return _WORD.fullmatch(node.strip()) is not None
+    return any(_has_word(value) for _, value in _items(node))
 
 
 def _follows(arguments: Any) -> bool:
@@ -186,27 +189,25 @@ def _follows(arguments: Any) -> bool:
 
 
 def _take_norm(class_path: str, arguments: Any, threat: Threat, has_defaults: bool) -> None:
-    """An attack in the ball of the threat model is in its norm too."""
-    kind = load_named(class_path)
-    parameter = inspect.signature(kind).parameters.get("norm")
-    own = arguments.get("norm") if parameter is not None else getattr(kind, "norm", None)
-    if parameter is not None and has_defaults and own == parameter.default:
-        own = None
-    if own not in (None, threat.norm):
+    """Put an attack in the ball of the threat model into its norm."""
+    has_choice, default = _norms_of(class_path)
+    given = arguments.get("norm") if has_choice else default
+    if given not in (None, threat.norm) and not (has_choice and has_defaults and given == default):
         raise ConfigurationError(
-            f"{kind.__name__} attacks in {own} with the radius of the threat model, which is in "
-            f"{threat.norm}; give norm {own}, or take it out of the suite"
+            f"{type_name(class_path)} attacks in {given} with the radius of the threat model, "
+            f"which is in {threat.norm}; give norm {given}, or take it out of the suite"
         )
-    if parameter is not None:
+    if has_choice:
         arguments["norm"] = threat.norm
 
 
-def _norm_of(kind: type, arguments: Any) -> Norm | None:
-    """The norm in which an attack keeps to its radius: given, by default, or its only one."""
+def _norms_of(class_path: str) -> tuple[bool, Norm | None]:
+    """Whether an attack takes a norm, and its default or its only one."""
+    kind = load_named(class_path)
     parameter = inspect.signature(kind).parameters.get("norm")
-    default = getattr(kind, "norm", None) if parameter is None else parameter.default
-    norm: Norm | None = arguments.get("norm") or default
-    return norm
+    if parameter is None:
+        return False, getattr(kind, "norm", None)
+    return True, parameter.default
 
 
 def threat_of(evaluation: Any, adversary: Any = None) -> Threat | None:
@@ -225,7 +226,7 @@ def threat_of(evaluation: Any, adversary: Any = None) -> Threat | None:
         eps = arguments.get("eps")
         if eps is None or _WORD.fullmatch(str(eps)):
             continue
-        norm = _norm_of(load_named(attack["class_path"]), arguments)
+        norm = arguments.get("norm") or _norms_of(attack["class_path"])[1]
         if norm is not None:
             return Threat(norm, eps)
     return None

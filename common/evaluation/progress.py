@@ -52,7 +52,7 @@ class ConsoleProgress:
             self._bar.stop()
 
     def begin(self, step: Step, examples: int, survivors: int) -> None:
-        """A step starts on so many examples."""
+        """A step starts."""
         self.number += 1
         of = f"/{self.total}" if self.total else ""
         self._name, self._done, self._survivors = f"[{self.number}{of}] {step.key}", 0, survivors
@@ -61,7 +61,7 @@ class ConsoleProgress:
             self._task = self._bar.add_task(self._name, total=examples, survivors=survivors)
 
     def advance(self, examples: int, survivors: int) -> None:
-        """So many more examples are done, and so many of all are still standing."""
+        """More examples are done."""
         self._done, self._survivors = self._done + examples, survivors
         if self._bar is not None:
             self._bar.update(self._task, advance=examples, survivors=survivors)

@@ -101,7 +101,7 @@ def _attacked_again(
             with seen_through(model, position, is_bridged):
                 found = plain(model, part, random.of(rows))
                 is_flat = ~_has_gradient(inner, model, part, found["x_adv"])
-        except Exception as error:  # whatever a foreign model raises that is run in another way
+        except Exception as error:  # foreign code fails in any way when it is run differently
             if not is_bridged or isinstance(error, torch.OutOfMemoryError):
                 raise
             break
@@ -118,7 +118,7 @@ def _by_labels(
     columns: Columns,
     unmoved: Tensor,
 ) -> Columns:
-    """The same after an attack by labels alone on what is left of the unmoved examples."""
+    """The columns after an attack by labels alone on unmoved examples that still stand."""
     rows = (unmoved & columns["correct"]).nonzero().flatten()
     if len(rows) == 0 or threat is None:
         return columns
@@ -135,13 +135,13 @@ def _improved(columns: Columns, found: Columns, rows: Tensor) -> Columns:
 
 
 def decided(attack: DecisionBased, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
-    """What a decision-based attack amounts to."""
+    """What a decision-based attack achieves."""
     x, threat = batch["x"], Threat(attack.norm, attack.eps)
     x_adv = attack(lambda x: predict(model, x), x, batch["y"], random)
     found = judged(model, batch, x_adv, threat)["correct"].logical_not()
     x_adv = torch.where(found.view(-1, *[1] * (x.ndim - 1)), x_adv, x)  # the nearest may be outside
     columns = judged(model, batch, x_adv, threat)
-    return columns | {"moved": torch.ones_like(columns["correct"])}  # it asked all over the ball
+    return columns | {"moved": torch.ones_like(columns["correct"])}  # it searched the whole ball
 
 
 # -------------------------------------------------------------------------------- what is usable
@@ -171,7 +171,7 @@ def _is_distorted(model: nn.Module, position: int, batch: Batch, x: Tensor) -> T
             else torch.zeros_like(x).flatten(1)
             for value in scores(x)
         ]
-    # Scaled first: the squares of what is left of a saturated gradient underflow.
+    # Scaled first: the squares of a saturated gradient underflow.
     squashed, raw = (F.normalize(g, torch.inf, eps=1e-45) for g in gradients)
     cosine = F.cosine_similarity(squashed, raw)
     return ~(cosine >= UNDISTORTED) & raw.any(dim=1)

@@ -2,7 +2,7 @@
 
 Examples are attacked in chunks of a fixed size, cut from the sorted list of those a step is to
 attack, and a chunk is the work of one process. So a chunk has the same examples, the same noise and
-the same arithmetic on one device or eight; survivors are packed anew before every step, as the
+the same arithmetic on one device or eight; survivors are packed again before every step, as the
 official AutoAttack packs them; and what is done is done for good, see
 :mod:`common.evaluation.journal`.
 """
@@ -35,7 +35,7 @@ from common.modes import frozen
 from common.objectives import Batch
 
 PICTURED = 16
-"""Adversarial images are kept for so many examples."""
+"""Number of examples whose adversarial images are kept."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Team:
 
 
 class Progress(Protocol):
-    """Who wants to know how far an evaluation is."""
+    """What receives the progress of an evaluation."""
 
     def begin(self, step: Step, examples: int, survivors: int) -> None:
-        """A step starts on so many examples."""
+        """A step starts on ``examples`` examples."""
 
     def advance(self, examples: int, survivors: int) -> None:
-        """So many examples are done, and so many of all are still standing."""
+        """``examples`` more are done, and ``survivors`` of all are still right."""
 
     def end(self) -> None:
         """The step is done."""
@@ -97,7 +97,7 @@ def run_steps(
     """Run every step and put the outcomes of all examples together.
 
     Args:
-        model: Images to logits; put into evaluation mode for the time being.
+        model: Images to logits; put into evaluation mode during the call.
         examples: All of them, in every process alike: ``x`` in [0, 1], ``y``, ``index``.
         steps: In the order they run.
         seed: With an example's index, what random starts depend on.
@@ -106,7 +106,7 @@ def run_steps(
         has_gradient: Whether the model can be differentiated by its images.
         journal: Where outcomes are kept.
         team: The processes that share the work.
-        progress: Told how far it is.
+        progress: Receives progress.
         remarks: What is known already that a reader of the figures should know.
 
     Returns:
@@ -123,13 +123,13 @@ def run_steps(
         model, examples, seed, batch_size, journal or Journal(None, {}), team or Team(), progress
     )
     run.pictured = pictured
-    everybody = torch.ones(len(y), dtype=torch.bool)
+    everything = torch.ones(len(y), dtype=torch.bool)
     parts = {
-        size: torch.zeros_like(everybody).index_fill(0, subset(y, size), True)
+        size: torch.zeros_like(everything).index_fill(0, subset(y, size), True)
         for size in {step.examples for step in steps}
     }
     with frozen(model, "eval"), adapted(model, has_gradient=has_gradient):
-        clean = run.columns(clean_step(), everybody, {})
+        clean = run.columns(clean_step(), everything, {})
         probe = partial(run.silent, probe_step(threat, networks_of(steps)))
         signature = {"clean": clean.pop("scores")} | probe()
         run.open_journal(signature)
@@ -138,12 +138,12 @@ def run_steps(
         outcomes = Outcomes(y, {"clean": is_right}, {}, columns={"clean": clean}, threat=threat)
         outcomes.pictured = pictured
         run.outcomes, run.standing = outcomes, is_right
-        met = everybody  # by every step so far that counts
+        met = everything  # by every step so far that counts
         for step in steps:
             within = parts[step.examples]
             if step.scope == "standing":
                 within = within & met  # what others had not met is not cumulative
-            before = {"all": everybody, "clean": is_right, "standing": run.standing}[step.scope]
+            before = {"all": everything, "clean": is_right, "standing": run.standing}[step.scope]
             if step.cumulative:
                 for key, line in outcomes.lines.items():
                     if line.entry == step.entry:

@@ -21,7 +21,7 @@ from common.evaluation.steps import Columns, Step, Threat, judged
 from common.objectives import Batch
 
 PROBED = 32
-"""So many examples, spread over all, are also perturbed."""
+"""Number of examples, spread over all, that are also perturbed."""
 DIRECTIONS = 4
 TOLERANCES = {"gradient": 1e-3}
 """Largest difference in relation to the largest value; a gradient jumps where a ReLU turns."""

@@ -73,8 +73,8 @@ class Step:
             have withstood every step of the threat model so far.
         cumulative: Run only on what earlier steps of the same entry left standing, and count what
             those broke as broken.
-        examples: Only so many of the split, see :func:`common.data.subset.subset`.
-        batch_size: Of its own, where its random numbers depend on it.
+        examples: Only this number of the split, see :func:`common.data.subset.subset`.
+        batch_size: Where its random numbers depend on it; ``None`` for that of the evaluation.
         threat: What the attack kept to; ``None`` where it is not an attack within a ball.
         kind: ``attack``, ``noise`` (random, not adversarial) or ``probe`` (measures, breaks
             nothing).
@@ -123,18 +123,18 @@ def judged(
     correct: Tensor | None = None,
     idle: Tensor | None = None,
 ) -> Columns:
-    """What perturbed images amount to, in float32.
+    """Judge perturbed images, in float32.
 
     Scores that are not finite are no prediction (-1), so such an image counts as misclassified. A
     misclassified image outside the box or the ball is no adversarial example and counts as
-    withstood, whatever attack it comes from.
+    withstood, for every attack.
 
     Args:
         model: Images to logits, in evaluation mode.
         batch: The clean images and labels.
         x_adv: The perturbed images ``(N, C, H, W)``.
         threat: The ball they have to be in; ``None`` asks for the box alone.
-        correct: The verdict ``(N,)``, where the attack has one of its own (the official
+        correct: The verdict ``(N,)``, where the attack gives one itself (the official
             AutoAttack); everything else is classified here.
         idle: Which examples an attack found no direction for, ``(N,)``; a random start moves
             those too.

@@ -1,4 +1,4 @@
-"""Suites: the attacks of an evaluation by name, and the steps they amount to."""
+"""Suites: the attacks of an evaluation by name, and their steps."""
 
 import itertools
 import logging
@@ -33,7 +33,7 @@ from common.objectives import Batch, InnerLoss, on_logits
 Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | DecisionBased | Noise | Transfer
 
 MARGIN = on_logits(margin)
-"""What attacks that bring their own loss on logits are taken to climb."""
+"""The loss by which gradients of an attack with a loss on logits are judged."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,22 +47,20 @@ class SuiteEntry:
         losses: Patterns (``ce_f``, ``ce_*``, ``cw_joint*``) over the losses that the model
             declares in ``adaptive_losses``, and ``model`` for the inner loss it was trained with.
             AutoAttack takes one: ``ce_f`` leaves it as it is, another steers APGD-CE and Square.
-            DeepFool, C&W, GAMA, transfer, noise and decision-based attacks have losses of their own
-            or none and take none.
+            DeepFool, C&W, GAMA, transfer, noise and decision-based attacks take none.
         survivors_only: Attack only what every earlier entry left standing. Outcomes are then
             cumulative: cheaper, the same worst case, but no figure of this attack alone.
         all_images: Attack the images that are wrong without an attack too, and count them as right
             where the attack makes them so: what a code reports that attacks whole batches. No such
             image is robust: they stay wrong in the worst case.
-        examples: Attack so many of the split only, of all classes in proportion and the same for
-            every model, see :func:`common.data.subset.subset`; ``None`` means all.
+        examples: Attack only this number, of all classes in proportion and the same for every
+            model, see :func:`common.data.subset.subset`; ``None`` means all.
         checkpoints: Run for checkpoints of these names only (``last``, ``selected``); ``None``
-            means whatever is tested.
+            means all.
         sweep: Arguments of the attack with the values they take in turn, such as
             ``{eps: [2/255, 4/255, 8/255]}`` or ``{steps: [1, 10, 100]}``: a curve in the results.
-        eot: Average losses over so many forward passes (expectation over transformation, Athalye,
-            Carlini & Wagner 2018, Section 4.2); for projected ascents on networks that draw random
-            numbers.
+        eot: Average losses over this number of forward passes (expectation over transformation,
+            Athalye, Carlini & Wagner 2018, Section 4.2); for projected ascents on random networks.
         until_broken: Take an example out as soon as it is found misclassified, instead of judging
             where it ends: faster, and never fewer examples are broken. For projected ascents on a
             deterministic network.
@@ -107,7 +105,7 @@ class SuiteEntry:
                 )
 
     def _check_unused(self) -> None:
-        """Refuse settings that the attack would not take notice of."""
+        """Refuse settings that the attack does not use."""
         attack, kind = self.attack, type(self.attack).__name__
         if self.eot > 1 and not isinstance(attack, PGD):
             raise ConfigurationError(
@@ -190,8 +188,8 @@ def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
         check_label(name, "the name of a suite entry")
         if name in ("clean", "worst") or name.startswith("audit"):
             raise ConfigurationError(
-                f"the suite entry {name!r} cannot be called so: clean, worst and audit are results "
-                "of their own; rename it"
+                f"the suite entry {name!r} has the name of another result (clean, worst, "
+                "audit); rename it"
             )
 
 
@@ -199,7 +197,7 @@ def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
     """Find everything that would stop the suite, before the first attack.
 
     Raises:
-        ConfigurationError: For a suite without entries, or a loss nobody declares.
+        ConfigurationError: For a suite without entries, or a loss that the model does not declare.
     """
     if not suite:
         raise ConfigurationError(
@@ -247,107 +245,122 @@ def steps_of(
         step
         for name, entry in suite.items()
         for attack, at in entry.variants()
-        for step in _steps(name, entry, attack, at, model, num_classes, seed, engine)
+        for step in _Planned(name, entry, attack, at, model, num_classes, seed, engine).steps()
     ]
 
 
-def _steps(
-    name: str,
-    entry: SuiteEntry,
-    attack: Any,
-    at: dict[str, float],
-    model: Any,
-    num_classes: int,
-    seed: int,
-    engine: AttackEngine | None,
-) -> Iterator[Step]:
-    def step(run: Any, part: str = "", at: Mapping[str, float] = at, **fields: Any) -> Step:
-        point = [f"{axis}={value:.6g}" for axis, value in at.items()]
-        settings = {"attack": attack.settings(), "part": part, "eot": entry.eot, "at": dict(at)}
-        settings = fields.pop("settings", settings) | {"last_resort": QUERIES}
-        if entry.until_broken:
-            settings["until_broken"] = True
-        if engine is not None and entry.uses_engine:
-            settings["engine"] = engine.settings()
-        key = "/".join([name, *filter(None, [part]), *point])
-        given = common | {"settings": settings, "at": dict(at)} | fields
-        return Step(key=key, entry=name, run=run, **given)
+class _Planned:
+    """An attack at one point of a sweep, as steps."""
 
-    if engine is not None and isinstance(attack, AutoAttack | MinimumNorm):
+    def __init__(
+        self,
+        name: str,
+        entry: SuiteEntry,
+        attack: Any,
+        at: dict[str, float],
+        model: Any,
+        num_classes: int,
+        seed: int,
+        engine: AttackEngine | None,
+    ) -> None:
+        self.name, self.entry, self.attack, self.at = name, entry, attack, at
+        self.model, self.num_classes, self.seed = model, num_classes, seed
         # Reduced precision finds other distances, and nothing tells which are the shorter ones.
         # AutoAttack is mostly spent on what no precision breaks: attacking that twice takes longer.
-        engine = engine.in_float32()
+        is_exact = isinstance(attack, AutoAttack | MinimumNorm)
+        self.engine = engine.in_float32() if engine is not None and is_exact else engine
+        # The unprojected form of GAMA leaves the ball: reported as its authors would, not counted.
+        eps = getattr(attack, "eps", None) if getattr(attack, "project", True) else None
+        self.threat = None if eps is None else Threat(attack.norm, eps)
 
-    def crafted(craft: Any, threat: Threat | None, loss: InnerLoss = MARGIN) -> Any:
-        idle = partial(getattr, attack, "idle", None)
-        run = partial(attacked, craft, threat, engine, idle=idle)
-        plain = partial(attacked, craft, threat, None, idle=idle)
-        return partial(persisted, run, plain, loss, threat)
+    def steps(self) -> Iterator[Step]:
+        """All of them."""
+        attack = self.attack
+        if isinstance(attack, Noise):
+            yield from self._noise(attack)
+        elif isinstance(attack, AutoAttack):
+            yield from self._autoattack(attack)
+        elif isinstance(attack, GAMAPGD):
+            yield self._step(self._crafted(partial(_on_logits, attack)), needs_gradient=True)
+        elif isinstance(attack, MinimumNorm):
+            yield self._step(self._crafted(partial(_minimum_norm, attack)), needs_gradient=True)
+        elif isinstance(attack, DecisionBased):
+            yield self._step(partial(decided, attack))
+        elif isinstance(attack, Transfer):
+            yield self._step(attack.run, networks=(attack.network,))
+        else:
+            for name, inner in resolve_losses(self.entry.losses, self.model).items():
+                craft = partial(_ascent, attack, inner, self.entry.eot)
+                if self.entry.until_broken:
+                    craft = partial(_compacted, attack, inner)
+                yield self._step(self._crafted(craft, inner), name, needs_gradient=True)
 
-    # The unprojected form of GAMA leaves the ball: reported as its authors would, not counted.
-    is_bounded = getattr(attack, "project", True)
-    eps = getattr(attack, "eps", None) if is_bounded else None
-    common: dict[str, Any] = {
-        "scope": ("standing" if entry.survivors_only else "all" if entry.all_images else "clean"),
-        "cumulative": entry.survivors_only,
-        "examples": entry.examples,
-        "threat": None if eps is None else Threat(attack.norm, eps),
-        "reach": getattr(attack, "reach", math.inf),
-    }
-    if isinstance(attack, Noise):
-        for level in attack.levels:
-            for draw in range(attack.draws):
-                point = {"level": level} | ({"draw": float(draw)} if attack.draws > 1 else {})
-                yield step(
-                    partial(_noisy, attack, level, draw),
-                    at=point,
-                    kind="noise",
-                    scope="all",
-                    cumulative=False,
-                )
-    elif isinstance(attack, AutoAttack):
-        ((loss_name, inner),) = resolve_losses(entry.losses, model).items()
-        adaptive = None if loss_name == "ce_f" else inner
-        planned = attack.planned(num_classes)
-        wanted = attack.planned(num_classes=10**6)
-        if left_out := [part for part in wanted if part not in planned]:
+    def _noise(self, noise: Noise) -> Iterator[Step]:
+        for level in noise.levels:
+            for draw in range(noise.draws):
+                at = {"level": level} | ({"draw": float(draw)} if noise.draws > 1 else {})
+                run = partial(_noisy, noise, level, draw)
+                yield self._step(run, at=at, kind="noise", scope="all", cumulative=False)
+
+    def _autoattack(self, attack: AutoAttack) -> Iterator[Step]:
+        ((name, inner),) = resolve_losses(self.entry.losses, self.model).items()
+        adaptive = None if name == "ce_f" else inner
+        planned = attack.planned(self.num_classes)
+        left_out = [part for part in attack.planned(num_classes=10**6) if part not in planned]
+        if left_out:
             _LOG.warning(
                 "AutoAttack leaves out %s: its loss needs more than %d classes; the remaining "
                 "attacks are %s",
-                *(", ".join(left_out), num_classes, ", ".join(planned)),
+                *(", ".join(left_out), self.num_classes, ", ".join(planned)),
             )
         for part in planned:
-            run = partial(autoattacked, attack, part, seed, adaptive, engine)
-            settings = {"attack": attack.settings(), "part": part, "loss": loss_name}
+            run = partial(autoattacked, attack, part, self.seed, adaptive, self.engine)
             if part != "square":
-                plain = partial(autoattacked, attack, part, seed, adaptive, None)
+                plain = partial(autoattacked, attack, part, self.seed, adaptive, None)
                 loss = adaptive or (on_logits(cross_entropy) if part == "apgd-ce" else MARGIN)
-                run = partial(persisted, run, plain, loss, Threat(attack.norm, attack.eps))
-            yield step(
+                run = partial(persisted, run, plain, loss, self.threat)
+            yield self._step(
                 run,
                 part,
-                settings=settings,
+                settings={"attack": attack.settings(), "part": part, "loss": name},
                 cumulative=True,
                 batch_size=attack.batch_size,
                 needs_gradient=part != "square",
             )
-    elif isinstance(attack, GAMAPGD):
-        ball = Threat("linf", attack.eps) if attack.project else None
-        yield step(crafted(partial(_on_logits, attack), ball), needs_gradient=True)
-    elif isinstance(attack, MinimumNorm):
-        threat = None if attack.eps is None else Threat(attack.norm, attack.eps)
-        yield step(crafted(partial(_minimum_norm, attack), threat), needs_gradient=True)
-    elif isinstance(attack, DecisionBased):
-        yield step(partial(decided, attack))
-    elif isinstance(attack, Transfer):
-        yield step(attack.run, networks=(attack.network,))
-    else:
-        for loss_name, inner in resolve_losses(entry.losses, model).items():
-            craft = partial(_ascent, attack, inner, entry.eot)
-            if entry.until_broken:
-                craft = partial(_compacted, attack, inner)
-            ball = Threat(attack.norm, attack.eps)
-            yield step(crafted(craft, ball, inner), loss_name, needs_gradient=True)
+
+    def _crafted(self, craft: Any, loss: InnerLoss = MARGIN) -> Any:
+        """Make images, by the engine if there is one, and judge them."""
+        idle = partial(getattr, self.attack, "idle", None)
+        run = partial(attacked, craft, self.threat, self.engine, idle=idle)
+        plain = partial(attacked, craft, self.threat, None, idle=idle)
+        return partial(persisted, run, plain, loss, self.threat)
+
+    def _step(
+        self, run: Any, part: str = "", at: Mapping[str, float] | None = None, **fields: Any
+    ) -> Step:
+        entry, attack, at = self.entry, self.attack, dict(self.at if at is None else at)
+        settings = {"attack": attack.settings(), "part": part, "eot": entry.eot, "at": at}
+        settings = fields.pop("settings", settings) | {"last_resort": QUERIES}
+        if entry.until_broken:
+            settings["until_broken"] = True
+        if self.engine is not None and entry.uses_engine:
+            settings["engine"] = self.engine.settings()
+        point = [f"{axis}={value:.6g}" for axis, value in at.items()]
+        given: dict[str, Any] = {
+            "scope": "standing" if entry.survivors_only else "all" if entry.all_images else "clean",
+            "cumulative": entry.survivors_only,
+            "examples": entry.examples,
+            "threat": self.threat,
+            "reach": getattr(attack, "reach", math.inf),
+        }
+        return Step(
+            key="/".join([self.name, *filter(None, [part]), *point]),
+            entry=self.name,
+            run=run,
+            settings=settings,
+            at=at,
+            **(given | fields),
+        )
 
 
 # ------------------------------------------------------------------------------ what a step runs
@@ -372,7 +385,7 @@ def _compacted(
 
 
 def averaged(loss: Callable[[Tensor], Tensor], times: int) -> Callable[[Tensor], Tensor]:
-    """The mean of a random loss over so many evaluations."""
+    """The mean of a random loss over a number of evaluations."""
     if times == 1:
         return loss
     return lambda x: torch.stack([loss(x) for _ in range(times)]).mean(dim=0)

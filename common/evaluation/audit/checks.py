@@ -52,7 +52,7 @@ class Audit:
     small network twenty to thirty seconds on one core, for a ResNet a few minutes on a GPU.
 
     Args:
-        examples: So many of the split, of all classes in proportion.
+        examples: Number of examples, of all classes in proportion.
         losses: Patterns over the losses that the model declares; by default ``ce_*``.
         steps: Of the attacks that others are compared with.
         restarts: How many are many.
@@ -219,7 +219,7 @@ def _ascent(
         try:
             found.append(attack(loss, x, random, is_adversarial=wrong))
             idle &= attack.idle if attack.idle is not None else idle
-        except Exception as error:  # whatever a foreign model raises that is run in another way
+        except Exception as error:  # foreign code fails in any way when it is run differently
             if path == "default" or isinstance(error, torch.OutOfMemoryError):
                 raise
             ran[:] = False
@@ -237,9 +237,9 @@ def _restarted(
     batch: Batch,
     random: ExampleRandom,
 ) -> Columns:
-    """Ascents from so many starts; ``restart`` is the number of the first that succeeded, from 1.
+    """Ascents from ``restarts`` starts; ``restart`` is the first that succeeded, from 1.
 
-    An example that none has broken has the number ``restarts + 1``.
+    It is ``restarts + 1`` for an example that none has broken.
     """
     x, y = batch["x"], batch["y"]
     first = torch.full((len(y),), restarts + 1.0, device=x.device)

@@ -294,7 +294,7 @@ def straight_through(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_double(model: Any) -> Iterator[None]:
-    """Parameters and buffers in float64 for the time being; afterwards the very same as before."""
+    """Parameters and buffers in float64 inside the block; afterwards the same tensors as before."""
     tensors: list[Tensor] = []
     if isinstance(model, nn.Module):
         every = itertools.chain(model.parameters(), model.buffers())
@@ -358,7 +358,7 @@ def cosine(predicted: Tensor, measured: Tensor) -> Tensor:
     """Agreement of predicted with measured derivatives: their cosine ``(N,)``, in [-1, 1].
 
     It is 0 without a prediction (no gradient, or none that is finite), and NaN where a prediction
-    meets a loss that stands still: a step function may still have a gradient worth following.
+    is compared with a constant loss: a step function may still have a gradient worth following.
     """
     scale = torch.finfo(predicted.dtype).tiny
     p, m = (t / t.abs().amax(dim=1, keepdim=True).clamp_min(scale) for t in (predicted, measured))

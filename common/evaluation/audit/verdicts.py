@@ -22,7 +22,7 @@ ZERO_GRADIENTS = 0.05  # share of examples
 MISSED = 0.01  # share of examples that random search may find and gradients miss
 LEAST_DROP = 0.03  # accuracy; smaller differences are not worth a warning
 MISSED_BY_GRADIENTS = 0.03  # share of examples that labels alone may break beyond all gradients
-MISSED_IN_CLASS, LEAST_IN_CLASS = 0.25, 3  # the same share of one class, if it is at least so many
+MISSED_IN_CLASS, LEAST_IN_CLASS = 0.25, 3  # the same of one class, as a share and a number
 RANDOMNESS, MEMORY = 1e-5, 1e-3  # differences of probabilities
 LOSS_TOLERANCE = 0.01  # relative
 
@@ -44,10 +44,10 @@ def report(outcomes: Outcomes, num_classes: int, restarts: int) -> AuditResult:
 def _check(
     name: str,
     question: str,
-    value: float | None,
-    threshold: float | None,
-    is_passed: bool | None,
     detail: str,
+    value: float | None = None,
+    threshold: float | None = None,
+    is_passed: bool | None = None,
 ) -> AuditCheck:
     """An entry of the report; ``None`` for ``is_passed`` means not applicable."""
     numbers = [None if n is None or not math.isfinite(n) else n for n in (value, threshold)]
@@ -169,7 +169,7 @@ class _Reading:
         """Whether any of some attacks leaves less than the interval under others allows."""
         ran = [key for key in after if self._ran(key)]
         if not ran:
-            return _check(name, question, None, None, None, "This attack could not be run.")
+            return _check(name, question, "This attack could not be run.")
         expected = self.accuracy(*before)
         allowed = self._allowed(int(self.robust(*before).sum()))
         found = {key: self.accuracy(key) for key in ran}
@@ -180,11 +180,11 @@ class _Reading:
         return _check(
             name,
             question,
+            f"Accuracy is {_percent(expected)} under the usual attack, {', '.join(parts)}; "
+            f"{int(missed.sum())} of {self.n} examples fell only now{_mostly(label)}.",
             expected - min(found.values()),
             allowed,
             expected - min(found.values()) <= allowed and label is None,
-            f"Accuracy is {_percent(expected)} under the usual attack, {', '.join(parts)}; "
-            f"{int(missed.sum())} of {self.n} examples fell only now{_mostly(label)}.",
         )
 
     def _ran(self, key: str) -> bool:
@@ -203,11 +203,11 @@ class _Reading:
         return _check(
             "decision_based",
             "An attack that sees labels alone should find little that gradients missed.",
+            f"It broke {int(missed.sum())} of {int(is_run.sum())} examples that had withstood all "
+            f"other attacks{_mostly(label)}.",
             value,
             threshold,
             value <= threshold and label is None,
-            f"It broke {int(missed.sum())} of {int(is_run.sum())} examples that had withstood all "
-            f"other attacks{_mostly(label)}.",
         )
 
     def some_success(self) -> AuditCheck:
@@ -217,7 +217,7 @@ class _Reading:
         within = [key for key, line in lines.items() if line.counts and line.kind == "attack"]
         broken = ~self.robust("clean", *within) & self.clean
         if int(self.clean.sum()) < FEW:
-            return _check("some_success", question, None, None, None, "Too few images are right.")
+            return _check("some_success", question, "Too few images are right.")
         value, detail = float(broken.sum()) / self.n, f"They broke {int(broken.sum())} examples"
         if value == 0.0:
             radius = self.outcomes.threat.radius if self.outcomes.threat else 0.0
@@ -228,7 +228,7 @@ class _Reading:
                 f"No attack broke a single one of {int(self.clean.sum())} examples, which is "
                 f"suspicious in itself; up to four times the radius {_percent(value)} fall"
             )
-        return _check("some_success", question, value, 0.0, value > 0.0, f"{detail}.")
+        return _check("some_success", question, f"{detail}.", value, 0.0, value > 0.0)
 
     def eps_to_chance(self) -> AuditCheck:
         """Unbounded attacks reach 100 % (Athalye et al. 2018, Section 3)."""
@@ -241,10 +241,10 @@ class _Reading:
         return _check(
             "eps_to_chance",
             "Accuracy should fall to chance when any perturbation is allowed.",
+            f"Accuracy is {path}.",
             value,
             self.chance,
             low <= self.chance,
-            f"Accuracy is {path}.",
         )
 
     def more_steps(self) -> AuditCheck:
@@ -261,11 +261,11 @@ class _Reading:
         return _check(
             "more_steps",
             "More steps should not weaken the attack, and one step should not beat many.",
+            f"Accuracy is {_percent(self.accuracy('audit_fgsm'))} under FGSM, {', '.join(path)} "
+            "steps.",
             value,
             threshold,
             value <= threshold,
-            f"Accuracy is {_percent(self.accuracy('audit_fgsm'))} under FGSM, {', '.join(path)} "
-            "steps.",
         )
 
     def loss_rises(self) -> AuditCheck:
@@ -276,7 +276,7 @@ class _Reading:
             for key in self.counts
         ]
         if len(losses) < 2 or len(losses[0]) < 2:
-            return _check("loss_rises", question, None, None, None, "Nothing to compare.")
+            return _check("loss_rises", question, "Nothing to compare.")
         falls = []
         for fewer, more in itertools.pairwise(losses):
             fall = (fewer - more).double()
@@ -288,10 +288,10 @@ class _Reading:
         return _check(
             "loss_rises",
             question,
+            f"The mean loss is {path} after {steps} steps.",
             value,
             threshold,
             value <= threshold,
-            f"The mean loss is {path} after {steps} steps.",
         )
 
     def more_restarts(self) -> AuditCheck:
@@ -299,7 +299,7 @@ class _Reading:
         question = "Twice as many random restarts should change little."
         column = self.outcomes.columns["audit_restarts"].get("restart")
         if column is None or self.restarts < 2:
-            return _check("restarts", question, None, None, None, "Nothing to compare.")
+            return _check("restarts", question, "Nothing to compare.")
         first = column[self.within]
         half = self.restarts // 2
         standing = {n: self.clean & (first > n) for n in sorted({1, half, self.restarts})}
@@ -308,7 +308,7 @@ class _Reading:
         threshold = self._allowed(right[half])
         path = ", ".join(f"{_percent(right[n] / self.n)} after {n}" for n in right)
         detail = f"Accuracy is {path} restarts."
-        return _check("restarts", question, value, threshold, value <= threshold, detail)
+        return _check("restarts", question, detail, value, threshold, value <= threshold)
 
     def agreement(self, name: str, column: str, least: float, question: str) -> AuditCheck:
         """Median over the examples whose loss moves at all."""
@@ -317,10 +317,10 @@ class _Reading:
         value = float(moving.median()) if len(moving) else math.nan
         if 2 * len(moving) <= self.n:
             detail = f"The loss is a step function on {self.n - len(moving)} of {self.n} images."
-            return _check(name, question, value, least, None, detail)
+            return _check(name, question, detail, value, least)
         share = float((moving < least).float().mean())
         detail = f"The median cosine is {value:.3f}; {_percent(share)} of the images are below."
-        return _check(name, question, value, least, value >= least, detail)
+        return _check(name, question, detail, value, least, value >= least)
 
     def zero_gradients(self) -> AuditCheck:
         """Vanishing and infinite gradients stop an ascent (Carlini et al. 2019, Section 5)."""
@@ -330,10 +330,10 @@ class _Reading:
         return _check(
             "zero_gradients",
             "Hardly any image should have a vanishing gradient.",
+            f"{zero} of {self.n} gradients are exactly zero, {bad} are not finite.",
             value,
             ZERO_GRADIENTS,
             value <= ZERO_GRADIENTS,
-            f"{zero} of {self.n} gradients are exactly zero, {bad} are not finite.",
         )
 
     def random_search(self) -> AuditCheck:
@@ -343,10 +343,10 @@ class _Reading:
         return _check(
             "random_search",
             "Random points of the ball should find nothing that gradients missed.",
+            f"They found {missed} more of {self.n} examples.",
             missed / self.n,
             threshold,
             missed / self.n <= threshold,
-            f"They found {missed} more of {self.n} examples.",
         )
 
     def deterministic(self) -> AuditCheck:
@@ -356,10 +356,10 @@ class _Reading:
         return _check(
             "deterministic",
             "The same image should get the same prediction, alone and in a batch.",
+            f"Probabilities differ by up to {value:.2g}.",
             value,
             RANDOMNESS,
             value <= RANDOMNESS,
-            f"Probabilities differ by up to {value:.2g}.",
         )
 
     def stateless(self) -> AuditCheck:
@@ -371,9 +371,9 @@ class _Reading:
         return _check(
             "stateless",
             "Answers should not depend on earlier questions.",
+            f"Probabilities differ from those of a fresh copy by up to {value:.2g}; the state of "
+            f"the model {moved}.",
             value,
             MEMORY,
             value <= MEMORY and not is_moved,
-            f"Probabilities differ from those of a fresh copy by up to {value:.2g}; the state of "
-            f"the model {moved}.",
         )

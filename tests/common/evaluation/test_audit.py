@@ -347,7 +347,7 @@ def test_black_box_attacks_do_not_depend_on_the_batch_size(lab) -> None:
     for size in (50, 13):
         steps = [
             step
-            for step in Audit(50, 10, decision_queries=500).steps(victim, THREAT, 10)
+            for step in Audit(50, steps=10, decision_queries=500).steps(victim, THREAT, 10)
             if step.key in keys
         ]
         found.append(run_steps(victim, examples, steps, seed=0, batch_size=size, threat=THREAT))

@@ -38,7 +38,7 @@ def test_the_callback_and_the_function_report_the_same(tmp_path) -> None:
         "noise": SuiteEntry(GaussianNoise(levels=[0.2])),
         "pgd": SuiteEntry(PGD(0.02, 0.01, 3), survivors_only=True),
     }
-    audit = Audit(examples=9, square_queries=5)
+    audit = Audit(9, None, 4, 2, square_queries=5, random_samples=5, decision_queries=20)
     measures = {"smooth": LocalSmoothness(PGD(0.02, 0.01, 2))}
     data = ImageDataModule(Digits(), test_limit=40, eval_batch_size=16)
     trainer = Trainer(
@@ -95,6 +95,7 @@ def command(folder: Path, *launcher: str) -> dict:
     return json.loads((folder / f"of{len(launcher)}/results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_command_on_two_processes_gives_the_result_of_one(tmp_path) -> None:
     (tmp_path / "suite.yaml").write_text(
         "evaluation: {suite: {pgd: {attack: {class_path: common.attacks.pgd.PGD, init_args: "
