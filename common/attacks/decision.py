@@ -1,7 +1,4 @@
-"""Decision-based attacks: they ask the model for labels and for nothing else.
-
-No gradient and no score is used, so nothing that hides either protects a model from them.
-"""
+"""Decision-based attacks: they use predicted labels only, no gradients and no scores."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -35,23 +32,23 @@ HALVINGS = 6
 
 
 class DecisionBased(Settings):
-    """The nearest image with another label, by labels alone.
+    """Looks for the nearest image with another label, by labels alone.
 
-    In linf this is RayS (Chen & Gu 2020): directions in {-1, 1}^d, changed block by block in blocks
-    that are halved from the whole image to single pixels; a change is kept if the radius at which
-    the label changes gets smaller. Here that radius is searched for from the last one downwards in
-    growing steps, which takes fewer queries than bisection from zero. In l2 and l1 a quarter of the
-    queries goes to RayS, and HopSkipJump (Chen, Jordan & Wainwright 2020) starts from its result:
-    it estimates the normal of the boundary from labels. In l1 it moves the pixels of the largest
-    entries of that normal.
+    In linf this is RayS (Chen & Gu 2020): directions in {-1, 1}^d whose signs are flipped block by
+    block, from the whole image down to single pixels; a flip is kept if the radius at which the
+    label changes gets smaller. That radius is searched downwards from the last one in growing
+    steps, which takes fewer queries than bisection from zero. In l2 and l1 RayS takes a quarter of
+    the queries and HopSkipJump (Chen, Jordan & Wainwright 2020), which estimates the normal of the
+    boundary from labels, starts from its result. In l1 it moves the pixels with the largest entries
+    of that normal.
 
-    An example takes no more queries once it has an adversarial image within ``eps``. Outcomes do
-    not depend on the batch.
+    An example stops once it has an adversarial image within ``eps``. Outcomes do not depend on the
+    batch.
 
     Args:
         eps: Radius of the ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
         norm: ``linf``, ``l2`` or ``l1``.
-        queries: The most labels asked for per example.
+        queries: The most labels queried per example.
 
     Raises:
         ConfigurationError: If a setting is out of range.
@@ -79,11 +76,11 @@ class DecisionBased(Settings):
             labels: Images in [0, 1] to classes; an example's may depend on no other example.
             x: Images in [0, 1], ``(N, ...)``, classified as y.
             y: Labels, ``(N,)``.
-            random: Of these examples; drawn from in l2 and l1.
+            random: Of these examples; used in l2 and l1.
 
         Returns:
-            The nearest image found that is not classified as y, or x where none was found. Shaped
-            like x, in [0, 1], and not necessarily in the ball.
+            The nearest image found that is not classified as y, or x. Shaped like x, in [0, 1], not
+            necessarily in the ball.
         """
         best = _Best(x.detach().clone(), x, torch.full_like(y, torch.inf, dtype=x.dtype), self.norm)
         first = self.queries if self.norm == "linf" else max(self.queries // 4, 1)
@@ -97,7 +94,7 @@ class DecisionBased(Settings):
         rays = _Rays.of_images(x)
         for query in range(1, queries + 1):
             rays.tell(labels(rays.points(x[rows])) != y[rows])
-            if query % 10 == 0 or query == queries:  # rarely, since it waits for the device
+            if query % 10 == 0 or query == queries:  # rarely: it synchronises with the device
                 best.update(rows, rays.found(x[rows]), torch.isfinite(rays.radius))
                 standing = best.distance[rows] > self.eps
                 rows, rays = rows[standing], rays.at(standing)
@@ -154,15 +151,15 @@ class _Best:
 
 @dataclass
 class _Rays:
-    """One ray per image and the change to it that is being tried; all ``(n,)`` but ``sign``.
+    """One ray per image and the flip being tried; all ``(n,)`` but ``sign``.
 
     Args:
         sign: Direction, entries 1 and -1, ``(n, d)``.
-        radius: Where it meets another label; infinite before one was found.
+        radius: Where the label changes; infinite before a change was found.
         level: Blocks are a 2^level-th of the image.
-        block: Which of them is turned.
-        low: Where the turned ray still has the true label; negative if that was not seen yet.
-        high: Where it has another one; infinite if that was not seen yet.
+        block: The block that is flipped.
+        low: Radius at which the flipped ray has the true label; negative if unknown.
+        high: Radius at which it has another one; infinite if unknown.
         step: The next step downwards from ``high``.
     """
 
@@ -190,20 +187,20 @@ class _Rays:
         return self._on(self.sign, self.radius, x)
 
     def points(self, x: Tensor) -> Tensor:
-        """Which images' labels are wanted next."""
-        return self._on(self._turned(), self._asked(), x)
+        """The images to query next."""
+        return self._on(self._flipped(), self._asked(), x)
 
     def tell(self, hit: Tensor) -> None:
-        """Take in whether those have another label than the true one."""
+        """Update by whether the images queried have another label than the true one."""
         asked = self._asked()
         self.high = torch.where(hit, asked, self.high)
         self.low = torch.where(hit, self.low, asked)
         self.step = torch.where(hit & (self.low < 0.0), 2.0 * self.step, self.step)
         is_better = torch.isfinite(self.high)
         is_done = ~is_better | (self.high - self.low.clamp_min(0.0) <= self._tolerance(self.high))
-        # Before a ray has met another label turns are kept, so that many patterns are tried.
+        # Until a ray has found another label all flips are kept, to try many patterns.
         is_kept = is_done & (is_better | torch.isinf(self.radius))
-        self.sign = torch.where(is_kept[:, None], self._turned(), self.sign)
+        self.sign = torch.where(is_kept[:, None], self._flipped(), self.sign)
         self.radius = torch.where(is_done & is_better, self.high, self.radius)
         self._advance(is_done)
 
@@ -212,7 +209,7 @@ class _Rays:
         return (x + (radius[:, None] * sign).view_as(x)).clamp(0.0, 1.0)
 
     def _tolerance(self, radius: Tensor) -> Tensor:
-        """A turned block changes the radius by about its share of the image."""
+        """A flipped block changes the radius by about its share of the image."""
         return radius * (0.5 / 2.0**self.level).clamp_max(0.01)
 
     def _asked(self) -> Tensor:
@@ -223,7 +220,7 @@ class _Rays:
         later = torch.where(self.low < 0.0, down, (self.low + self.high) / 2.0)
         return torch.where(torch.isinf(self.high), first, later)
 
-    def _turned(self) -> Tensor:
+    def _flipped(self) -> Tensor:
         """The direction with the block's signs changed."""
         size = self.sign.shape[1]
         width = -(-size // 2**self.level)
@@ -233,7 +230,7 @@ class _Rays:
         return torch.where(inside, -self.sign, self.sign)
 
     def _advance(self, is_done: Tensor) -> None:
-        """To the next block, and after the last one to smaller ones; after pixels all over."""
+        """To the next block, after the last one to the next level, after pixels to the first."""
         size = self.sign.shape[1]
         width = -(-size // 2**self.level)
         block = self.block + is_done
@@ -251,7 +248,7 @@ class _Rays:
 
 
 def _schedule(queries: int) -> Iterator[tuple[int, int]]:
-    """Numbers of steps, from 1, and how many labels each spends on its normal."""
+    """Steps, from 1, and the number of labels each uses for its normal."""
     step = 1
     while (draws := int(30 * math.sqrt(step))) + 2 * BISECTIONS + HALVINGS + 2 <= queries:
         yield step, draws
@@ -260,7 +257,7 @@ def _schedule(queries: int) -> Iterator[tuple[int, int]]:
 
 
 def _bisected(hits: _Hits, x: Tensor, far: Tensor) -> Tensor:
-    """The point on the segment from an adversarial image to x that is just before the boundary."""
+    """The adversarial point on the segment to x that is closest to the boundary."""
     low = torch.zeros(len(x), device=x.device, dtype=x.dtype)
     high = torch.ones_like(low)
     for _ in range(BISECTIONS):
@@ -280,13 +277,13 @@ def _normal_at(hits: _Hits, x: Tensor, point: Tensor, random: ExampleRandom, dra
         vote = 2.0 * hits((point + radius * direction).clamp(0.0, 1.0)).to(x.dtype) - 1.0
         total, plain = total + per_example(vote, x) * direction, plain + direction
         votes = votes + vote
-    mean = votes / draws  # subtracted to lower the variance, unless all agree
+    mean = votes / draws  # a control variate, unless all votes agree
     mean = torch.where(mean.abs() == 1.0, 0.0, mean)
     return total - per_example(mean, x) * plain
 
 
 def _jumped(hits: _Hits, x: Tensor, point: Tensor, normal: Tensor, norm: Norm, step: int) -> Tensor:
-    """The farthest adversarial point along the normal; the point itself where there is none."""
+    """The farthest adversarial point along the normal, or the point itself."""
     if norm == "l2":
         direction, order = normalised(normal, 2), 2.0
     else:

@@ -1,4 +1,4 @@
-"""GAMA-PGD: a margin attack on probabilities that first runs away from a reference prediction."""
+"""GAMA-PGD: a margin attack on probabilities, first guided away from a reference prediction."""
 
 import math
 
@@ -33,20 +33,20 @@ class GAMAPGD(Settings):
     :math:`x' \leftarrow \Pi(\mathrm{clip}_{[0,1]}(x' + \eta\, \mathrm{sign} \nabla))`. The corner
     itself is not brought into the box; every later point is.
 
-    The paper guides by the prediction for the clean image. P is that of the start here, which is
-    what the code of Huang et al. 2021 (RobustWRN) computes, and the authors' own code as well; so
-    the first step climbs the margin alone.
+    In the paper P is the prediction for the clean image. Here it is that for the start, as in the
+    authors' code and that of Huang et al. 2021 (RobustWRN), so the first step climbs the margin
+    alone.
 
     Args:
         eps: Radius of the linf ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
-        step_size: The first eta; ``None`` is ``2 * eps``, across the whole cube.
+        step_size: The first eta; ``None`` is ``2 * eps``.
         steps: Number of steps.
         decay_at: The steps, from 0, before which eta is divided by 10.
         weight: The first lambda.
-        relaxed_steps: The step at which lambda has reached 0; with 0 it is 0 throughout.
-        project: Whether the last point is projected to the ball, as all before it. The RobustWRN
-            code classifies the last point before its projection, a defect: the point may leave the
-            ball by the last eta, so its robust accuracies are too low. ``False`` reproduces it.
+        relaxed_steps: The step at which lambda reaches 0; with 0 it is 0 throughout.
+        project: Whether the last point is projected to the ball. The RobustWRN code does not, a
+            defect: the point may leave the ball by the last eta, so its robust accuracies are too
+            low. ``False`` reproduces it.
 
     Raises:
         ConfigurationError: If a setting is out of range.
@@ -79,7 +79,7 @@ class GAMAPGD(Settings):
             )
 
     idle: Tensor | None = None
-    """Which examples of the last call no step had a direction for, bool ``(N,)``."""
+    """Examples of the last call whose gradient was zero at every step, bool ``(N,)``."""
 
     @property
     def cost(self) -> int:
@@ -88,12 +88,12 @@ class GAMAPGD(Settings):
 
     @property
     def reach(self) -> float:
-        """How far from its start the steps can move an image, in linf."""
-        sizes, size = [], self.step_size
+        """The largest linf distance from its start that the steps can move an image."""
+        total, size = 0.0, self.step_size
         for step in range(self.steps):
             size /= 10.0 ** self.decay_at.count(step)
-            sizes.append(size)
-        return sum(sizes)
+            total += size
+        return total
 
     def weight_at(self, step: int) -> float:
         """The lambda of a step, from 0."""
@@ -104,20 +104,18 @@ class GAMAPGD(Settings):
     def __call__(self, predict: Predict, x: Tensor, y: Tensor, generator: Random = None) -> Tensor:
         """Attack every example.
 
-        Gradients are taken with respect to x' alone, so ``.grad`` of the parameters is left alone,
-        and inside ``no_grad`` and inference mode as well.
+        Leaves ``.grad`` of the parameters alone; works inside ``no_grad`` and inference mode.
 
         Args:
             predict: Images to logits ``(N, K)``; an example's logits may depend on no other
                 example. The start may lie outside [0, 1] by eps.
             x: Images in [0, 1], ``(N, ...)``.
             y: Labels, ``(N,)``.
-            generator: Where the start comes from; ``None`` is torch's global one. An
-                :class:`ExampleRandom` makes an example's start independent of its batch.
+            generator: Of the start, as in :class:`~common.attacks.pgd.PGD`.
 
         Returns:
-            x' shaped like x, detached, in [0, 1] and, unless ``project`` is off, in the ball up to
-            rounding; float32, or float64 if x is.
+            x' shaped like x, detached, in [0, 1] and, with ``project``, in the ball up to rounding;
+            float32, or float64 if x is.
 
         Raises:
             ValueError: If x is not floating point or the logits carry no gradient.

@@ -1,4 +1,4 @@
-"""Projected gradient ascent on any per-example loss; what it attacks it does not know.
+"""Projected gradient ascent on any per-example loss.
 
 A loss maps images x' ``(N, ...)`` to numbers ``(N,)``. Named attacks are settings: PGD-20 is 20
 steps of cross-entropy, CW-inf is the margin, an adaptive attack is the defence's own inner loss.
@@ -127,8 +127,7 @@ class PGD(Settings):
     ) -> Tensor:
         """Climb the loss from a start in the ball around x.
 
-        Gradients are taken with respect to x' alone, so ``.grad`` of the parameters is left alone,
-        and inside ``no_grad`` and inference mode as well.
+        Leaves ``.grad`` of the parameters alone; works inside ``no_grad`` and inference mode.
 
         Args:
             loss_fn: x' ``(N, ...)`` -> loss ``(N,)``, differentiable in x'; an example's loss may
@@ -155,7 +154,7 @@ class PGD(Settings):
 
     @property
     def reach(self) -> float:
-        """How far from its start the steps of one run can move an image, in ``norm``."""
+        """The largest distance from its start that one run can move an image, in ``norm``."""
         return self.steps * self.step_size
 
     @property
@@ -166,7 +165,7 @@ class PGD(Settings):
         return self.lost | self.unmoved
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell an attack that changes during training which epoch (from 0) this is."""
+        """Set the epoch (from 0), for attacks that change during training."""
 
     def __repr__(self) -> str:
         """The settings that make two attacks differ, radii in 1/255."""
@@ -244,7 +243,7 @@ class PGD(Settings):
         return ends, at
 
     def _patience(self, x: Tensor, is_adversarial: Verdict | None) -> Tensor | None:
-        """How many times each example may be found wrong and still move; ``None``: always."""
+        """How often each example may be found wrong and still move; ``None`` for no limit."""
         return None
 
     def _disturbed(self, moved: Tensor, generator: Random) -> Tensor:
@@ -318,7 +317,8 @@ class FriendlyPGD(PGD):
     """Early-stopped PGD of friendly adversarial training (Zhang et al. 2020, Algorithm 1).
 
     Before each step every example is classified. One found wrong for the (tau + 1)-th time stops at
-    that point. With tau at least ``steps`` this is :class:`PGD`.
+    that point. With tau at least ``steps`` this is :class:`PGD`. The official code also reorders
+    the batch, stopped examples first; here examples keep their places.
 
     Args:
         eps: As in :class:`PGD`, and so are the following.
@@ -334,7 +334,7 @@ class FriendlyPGD(PGD):
             ``scaled`` is uniform in [0, omega) times the step size, as in MTandHJ/rcm.
 
     Raises:
-        ConfigurationError: If a setting is out of range or the schedule says nothing of epoch 0.
+        ConfigurationError: If a setting is out of range or the schedule has no epoch 0.
     """
 
     def __init__(
@@ -359,8 +359,7 @@ class FriendlyPGD(PGD):
         self.noise_form: StepNoise = noise_form
         if 0 not in self.tau:
             raise ConfigurationError(
-                f"tau says nothing of the epochs before {min(self.tau, default='any')}: {tau}; add "
-                "an entry for epoch 0, as in {0: 0, 50: 1, 90: 2}"
+                f"tau must have an entry for epoch 0, as in {{0: 0, 50: 1, 90: 2}}, got {tau}"
             )
         self.set_epoch(0)
 
@@ -389,12 +388,12 @@ def climb_until_broken(attack: PGD, of: Of, x: Tensor, random: ExampleRandom) ->
     """Attack every example until it is misclassified or all steps and restarts are taken.
 
     Examples found wrong after a step of :func:`check_points` keep that point and leave the batch;
-    the others take the steps of :class:`PGD`. So what PGD breaks is broken here too.
+    the others take the steps of :class:`PGD`. So it breaks all that PGD breaks.
 
     Args:
-        attack: Any ascent but :class:`FriendlyPGD`, which has another rule to stop.
-        of: Makes loss and verdict of some rows; an example's loss depends on no other example.
-        x: Images in [0, 1], ``(N, C, H, W)``; what is returned is as in :meth:`PGD.__call__`.
+        attack: Any ascent but :class:`FriendlyPGD`, which stops by another rule.
+        of: Loss and verdict of some rows; an example's loss depends on no other example.
+        x: Images in [0, 1], ``(N, C, H, W)``; the result is that of :meth:`PGD.__call__`.
         random: Made from the indices of all rows.
     """
     return attack._ascent(of, x, random, leaves=True)

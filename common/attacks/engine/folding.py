@@ -1,8 +1,8 @@
-"""Which convolutions of a network carry their batch-norm, and the weights that stand in for both.
+"""Finds the convolutions of a network that batch-norm can be folded into, and folds the weights.
 
-In eval mode batch-norm is an affine map per channel, so a convolution followed by it is one
-convolution with other weights. Whether it *is* followed by it, and by nothing else, is read off the
-forward methods by :mod:`torch.fx`, class by class; what cannot be read stays as it is.
+In eval mode batch-norm is an affine map per channel, so it and the convolution before it are one
+convolution. Which convolution feeds a norm, and nothing else, is found by tracing the forward
+methods with :mod:`torch.fx`; modules that cannot be traced are not folded.
 """
 
 import logging
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a module hangs: its parent and its name there."""
+    """A module's parent and its name there."""
 
     parent: nn.Module
     name: str
@@ -34,12 +34,11 @@ class Place(NamedTuple):
 def foldable(model: nn.Module) -> list[Pair]:
     """All pairs of a model, found in the forward methods of its modules.
 
-    A pair counts where both hang in one place of the model alone, are called once by the method
-    that calls them, have exactly PyTorch's own classes (a subclass may compute something else) and
-    no hooks (which would see another output).
+    Both modules of a pair have one parent, are called once, are exactly of PyTorch's classes (a
+    subclass may compute something else) and have no hooks (which would see another output).
 
     Args:
-        model: Any module; it is not called.
+        model: Any module. It is traced, not called.
     """
     hung = Counter(
         id(child) for module in model.modules() for child in module._modules.values() if child
@@ -53,8 +52,8 @@ def foldable(model: nn.Module) -> list[Pair]:
         tracer = _OneLevel()
         try:
             graph = tracer.trace(module)
-        except Exception as error:  # whatever a forward method does with what is not a tensor
-            _LOG.debug("%s is read part by part: %s", type(module).__name__, error)
+        except Exception as error:  # a forward method may fail on a proxy in any way
+            _LOG.debug("%s cannot be traced as a whole: %s", type(module).__name__, error)
             continue
         inlined |= tracer.inlined
         calls = [node for node in graph.nodes if node.op == "call_module"]
@@ -68,7 +67,7 @@ def foldable(model: nn.Module) -> list[Pair]:
 
 
 def places(model: nn.Module, wanted: Iterable[nn.Module]) -> dict[int, list[Place]]:
-    """Where modules hang, by their identity: shared ones in several places."""
+    """The places of modules, by their identity; shared ones have several."""
     found: dict[int, list[Place]] = {id(module): [] for module in wanted}
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -78,13 +77,13 @@ def places(model: nn.Module, wanted: Iterable[nn.Module]) -> dict[int, list[Plac
 
 
 def folded_weights(pair: Pair) -> tuple[Tensor, Tensor]:
-    r"""Weight and bias of the convolution that does both.
+    r"""Weight and bias of the convolution that replaces both.
 
     .. math:: W' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} W, \qquad
               b' = \beta + \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} (b - \mu)
     """
     conv = pair.conv
-    norm: Any = pair.norm  # its running statistics are there, or it were no pair
+    norm: Any = pair.norm  # pairs have running statistics
     scale: Tensor = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -94,7 +93,7 @@ def folded_weights(pair: Pair) -> tuple[Tensor, Tensor]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody listens to the calls of a module."""
+    """Whether a module has forward or backward hooks."""
     return any(
         getattr(module, name)
         for name in (
@@ -107,7 +106,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class _OneLevel(fx.Tracer):
-    """Reads one forward method; sequences inside are looked into, other modules are calls."""
+    """Traces one forward method; ``nn.Sequential`` is inlined, other modules are calls."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,8 @@
-"""The attack-side network: the same function as the model's, cheaper to differentiate by x.
+"""The attack-side network: the model's function, cheaper to differentiate by x.
 
-Nine tenths of adversarial training are forward and backward passes of a network that does not
-change meanwhile. For as long as an attack lasts, its convolutions are replaced by stand-ins with
-weights of their own: batch-norm folded in, another memory layout, or bfloat16. Everything else, the
-parameters, the modules' own methods and what the model's losses read of them, is left in place, and
-afterwards the model is what it was.
+Most of the time of adversarial training goes to passes of a network with fixed weights. During an
+attack its convolutions are replaced by stand-ins with batch-norm folded in, another memory layout,
+or bfloat16 weights. Parameters and other modules stay in place; afterwards the model is restored.
 """
 
 import copy
@@ -35,22 +33,21 @@ class AttackEngine(Settings):
     """How the forward and backward passes of an attack are computed.
 
     In float32 the results are those of the plain network up to rounding. In ``bf16`` some gradient
-    signs differ, one in twenty-five on an untrained ResNet-18: training follows another path, and
-    an evaluation has to confirm what it finds (:mod:`common.evaluation.confirm` does).
+    signs differ (4 % on an untrained ResNet-18): training gives other weights, and an evaluation
+    has to confirm successes (:mod:`common.evaluation.confirm`).
 
     Args:
         fold: Fold eval-mode batch-norm into the convolution before it, wherever the network's code
-            shows that this convolution feeds nothing else; the rest keeps its exact path.
+            shows that this convolution feeds nothing else.
         channels_last: Keep the stand-ins' weights, and so the activations, in the layout ``NHWC``.
-        precision: ``32`` computes as the network would, in its own type or that of the trainer's
-            autocast; ``bf16`` keeps weights and activations
-            of the attack in bfloat16, pixels and losses in float32. It pays where the processor
-            has units for it.
-        compile: Compile the attack's passes in this mode; ``None`` does not. The first step then
-            takes from half a minute to several.
-        winograd: On a CPU, in float32 and float64, compute 3x3 convolutions of many channels with a
-            fraction of the multiplications (:mod:`common.attacks.engine.winograd`). It rounds up
-            to six times as much as a convolution does.
+        precision: ``32`` uses the network's type or that of the surrounding autocast; ``bf16``
+            keeps weights and activations in bfloat16, pixels and losses in float32, which is faster
+            on hardware with bfloat16 units.
+        compile: Mode in which the attack's passes are compiled; ``None`` for none. The first step
+            then takes from half a minute to several.
+        winograd: On a CPU, in float32 and float64, compute wide 3x3 convolutions with fewer
+            multiplications (:mod:`common.attacks.engine.winograd`) and up to six times the rounding
+            error.
 
     Raises:
         ConfigurationError: For an unknown precision or mode.
@@ -76,11 +73,11 @@ class AttackEngine(Settings):
 
     @property
     def is_reduced(self) -> bool:
-        """Whether what it finds has to be confirmed in float32."""
+        """Whether results have to be confirmed in float32."""
         return self.precision != "32"
 
     def in_float32(self) -> "AttackEngine":
-        """The same engine with nothing reduced; itself if nothing is."""
+        """The same engine in float32; itself if it is not reduced."""
         if not self.is_reduced:
             return self
         if self._plans.full is None:
@@ -91,14 +88,13 @@ class AttackEngine(Settings):
     def applied(self, model: nn.Module, x: Tensor) -> Iterator[None]:
         """Let the model compute by the attack-side network until the end of the block.
 
-        Only input gradients are meant: parameters of the stand-ins have none.
+        Parameters of the stand-ins have no gradients.
 
         Args:
-            model: Images to logits, in eval mode, parameters not requiring gradients. Its own
-                forward and every method that goes through its modules becomes fast. What lies
-                between a folded convolution and its batch-norm is scaled and shifted already,
-                and large 3x3 convolutions may have no ``weight`` to read.
-            x: Some images ``(N, C, H, W)``; the first two try out a network that is new.
+            model: Images to logits, in eval mode, parameters not requiring gradients. Outputs of
+                folded convolutions are scaled and shifted already, and large 3x3 convolutions may
+                have no ``weight``.
+            x: Images ``(N, C, H, W)``; the first two are used to test a new network.
 
         Raises:
             ValueError: If a batch-norm to be folded is in training mode.
@@ -109,9 +105,9 @@ class AttackEngine(Settings):
             yield
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function computed in this engine's precision, with float32 results.
+        """The function in this engine's precision, with float32 results.
 
-        For code inside :meth:`applied` that switches autocast off, as AutoAttack's does.
+        For use inside :meth:`applied` where autocast is off, as in AutoAttack.
         """
         if not self.is_reduced:
             return function
@@ -153,7 +149,7 @@ class AttackEngine(Settings):
 
 
 class _Plans:
-    """Stand-ins by model: scratch memory that no copy and no file of an engine takes along."""
+    """Stand-ins by model, which are neither copied nor pickled with the engine."""
 
     def __init__(self) -> None:
         self.of: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
@@ -205,7 +201,7 @@ class _Plan:
             self._slots.append((weakref.ref(parent), name, original, stand_in))
 
     def fits(self) -> bool:
-        """Whether the model still has the modules it had, and these their settings and hooks."""
+        """Whether the model's modules, their settings and hooks are unchanged."""
         is_there = all(
             (parent := ref()) is not None and parent._modules.get(name) is original
             for ref, name, original, _ in self._slots
@@ -216,10 +212,10 @@ class _Plan:
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the stand-ins' weights up to date, in place.
+        """Update the stand-ins' weights in place.
 
-        Always: what is written through ``.data``, by weight perturbation or averaging, leaves no
-        trace in a tensor's version, and the price is a fraction of a pass.
+        Always: writes through ``.data`` (weight perturbation, averaging) do not change a tensor's
+        version. It costs a fraction of a pass.
         """
         for source, conv in zip(self._sources, self._convs, strict=True):
             weight, bias = _weights(source)
@@ -229,7 +225,7 @@ class _Plan:
             self._put(conv, "factors", factors)
 
     def _put(self, conv: nn.Module, name: str, value: Tensor | None) -> None:
-        kept = conv._parameters.get(name)  # the update of the weights needs its memory in between
+        kept = conv._parameters.get(name)
         if value is None:
             conv._parameters[name] = None
             return
@@ -243,7 +239,7 @@ class _Plan:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Hang the stand-ins in, and take them out again whatever happens."""
+        """Put the stand-ins in place, and restore the originals at the end."""
         try:
             for ref, name, _, stand_in in self._slots:
                 ref()._modules[name] = stand_in  # type: ignore[union-attr]  # checked by fits
@@ -253,13 +249,13 @@ class _Plan:
             for ref, name, original, _ in self._slots:
                 if (parent := ref()) is not None:
                     parent._modules[name] = original
-            if not self._compiled.is_used:  # whose graphs want the same memory every time
+            if not self._compiled.is_used:  # compiled graphs need the same memory every time
                 for conv in self._convs:
                     conv._parameters.clear()
 
 
 class _PassThrough(nn.Identity):
-    """In the place of a folded norm, whose parameters and statistics can still be read."""
+    """Replaces a folded norm, whose parameters and statistics can still be read."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -274,7 +270,7 @@ class _PassThrough(nn.Identity):
 
 
 def _settings(model: nn.Module) -> list[Any]:
-    """What decides about the function of the modules, beside their tensors: flags, sizes, hooks."""
+    """Everything but tensors that determines the modules' function: flags, sizes, hooks."""
     found: list[Any] = []
     for module in model.modules():
         plain = [
@@ -309,7 +305,7 @@ def _weights(source: Pair | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
 
 
 def _factors(conv: WinogradConv2d, weight: Tensor) -> Tensor | None:
-    """Of Winograd's convolution, where it is to be used."""
+    """Factors for Winograd's convolution, or ``None`` where it is not used."""
     is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
     if not is_there or torch.is_autocast_enabled("cpu"):
         return None
@@ -317,7 +313,7 @@ def _factors(conv: WinogradConv2d, weight: Tensor) -> Tensor | None:
 
 
 def _stand_in(source: Pair | nn.Conv2d, engine: AttackEngine, tiles: dict[int, int]) -> nn.Conv2d:
-    """A convolution of the same geometry with weights to come."""
+    """A convolution of the same geometry, without weights."""
     conv = source.conv if isinstance(source, Pair) else source
     made = copy.copy(conv)
     made._parameters = {}
@@ -333,10 +329,9 @@ def _widened(found: Any) -> Any:
 
 
 def _tried_out(model: nn.Module, x: Tensor) -> list[Pair]:
-    """The pairs that can be folded; none where the logits then differ.
+    """The pairs that can be folded; none if the logits then differ.
 
-    Forward methods are read by calling them with what is no tensor, which may leave traces in a
-    module and draw random numbers: so a copy is read, and another one is tried out.
+    Tracing and testing use copies, since forward methods may change a module.
     """
     if not any(isinstance(module, NORMS) for module in model.modules()):
         return []
@@ -358,7 +353,7 @@ def _tried_out(model: nn.Module, x: Tensor) -> list[Pair]:
 
 
 def _pair_names(model: nn.Module) -> list[tuple[str, str]]:
-    """The names of convolutions and their norms, read off a copy."""
+    """The names of convolutions and their norms, from tracing a copy."""
     read = copy.deepcopy(model)
     names = {id(module): name for name, module in read.named_modules()}
     return [(names[id(conv)], names[id(norm)]) for conv, norm in foldable(read)]
@@ -370,10 +365,9 @@ def _pairs(model: nn.Module, names: list[tuple[str, str]]) -> list[Pair]:
 
 
 def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool:
-    """Whether folding leaves what the network returns as it is, tried out on a copy.
+    """Whether folding leaves the network's outputs unchanged, tested on a copy.
 
-    Statistics and scales of a fresh network are zeros and ones, which would hide an error, so the
-    copy's are other numbers. Forward passes that draw must draw the same.
+    The copy gets random statistics and scales: zeros and ones would hide an error.
     """
     kind = type(model).__name__
     try:
@@ -406,7 +400,7 @@ def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool
 
 
 def _tensors(found: Any) -> list[Tensor]:
-    """Those in what a network returns: logits, or a structure of logits and features."""
+    """The tensors in a network's output, logits or a structure with logits."""
     return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
 

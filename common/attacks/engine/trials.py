@@ -1,4 +1,4 @@
-"""Trying out a network on a copy, so that nothing is seen of it afterwards."""
+"""The context in which copies of a network are tested."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
-    """Without gradients, autocast or inference mode, and random numbers are put back."""
+    """No gradients, autocast or inference mode; restores the random state."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),

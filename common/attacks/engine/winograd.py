@@ -1,14 +1,11 @@
 r"""3x3 convolutions with fewer multiplications: Winograd's :math:`F(m \times m, 3 \times 3)`.
 
-A tile of sixteen outputs of a 3x3 filter takes 144 multiplications a channel, and 36 where filter
-and image are transformed first; a tile of four takes 36, and 16 so (Winograd 1980; for networks
-Lavin and Gray, arXiv 1509.09308, section 4). Libraries for GPUs do it by themselves. On a CPU the
-multiplications become 36 or 16 products of matrices, which are worth their transforms where there
-are many channels; and an attack goes through the same filters again and again, which are
-transformed once.
+16 outputs of a 3x3 filter take 144 multiplications per channel, or 36 after transforming filter and
+image; 4 outputs take 36, or 16 (Winograd 1980; for networks Lavin and Gray, arXiv 1509.09308,
+section 4). GPU libraries do this already. On a CPU it is faster for many channels, the more so as
+an attack transforms its filters once.
 
-Everything here is a product with a matrix, so derivatives, of any order, come by themselves, and
-nothing of the image is kept for them.
+All steps are linear in the image: autograd gives derivatives of any order and stores no image.
 """
 
 import copy
@@ -35,7 +32,7 @@ _MEMORY = 8 * 2**20  # bytes of transformed images at a time: what stays in a pr
 
 
 def is_usual_3x3(conv: nn.Conv2d) -> bool:
-    """Whether outputs see the 3x3 pixels around them, all channels, and zeros beyond the edge."""
+    """Whether it is a plain 3x3 convolution: stride 1, padding 1 with zeros, one group."""
     return (
         conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
@@ -47,14 +44,14 @@ def is_usual_3x3(conv: nn.Conv2d) -> bool:
 
 
 def tile_of(conv: nn.Conv2d, size: tuple[int, int]) -> int | None:
-    """The edge of the tiles for a convolution, ``None`` for one that gains nothing or is another.
+    """The edge of the tiles for a convolution, ``None`` if it would not be faster.
 
-    Tiles of 4 keep four times the memory of the weights, those of 2 not quite twice.
+    Tiles of 4 take four times the memory of the weights, those of 2 almost twice.
 
     Args:
         conv: Any convolution.
-        size: Height and width of its maps. Maps that hardly fill their tiles gain nothing, nor do
-            those of so many tiles that the transforms weigh as much as the products.
+        size: Height and width of its maps. Maps that do not fill their tiles are not faster, nor
+            large maps, whose transforms cost as much as the products.
     """
     least = min(conv.in_channels, conv.out_channels)
     if not is_usual_3x3(conv) or least < _LEAST_CHANNELS or max(size) > least / 4:
@@ -66,13 +63,14 @@ def tile_of(conv: nn.Conv2d, size: tuple[int, int]) -> int | None:
 
 
 def tiles_of(model: nn.Module, x: Tensor) -> dict[int, int]:
-    """The tiles of those convolutions of a model that gain on all their maps, by their identity.
+    """The tiles of the convolutions that become faster, by their identity.
 
-    The maps are seen by trying out a copy. Convolutions with hooks are left out.
+    The sizes of the maps are those in a forward pass of a copy. Convolutions with hooks are left
+    out, and those called with maps that need different tiles.
 
     Args:
         model: Images to anything.
-        x: Images ``(N, C, H, W)``, of which the first two are tried.
+        x: Images ``(N, C, H, W)``; the first two are used.
     """
     large = {
         name: conv
@@ -131,16 +129,15 @@ def convolve(x: Tensor, factors: Tensor, tile: int) -> Tensor:
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A stand-in for a convolution that keeps ``factors`` in the place of a weight.
+    """A convolution with ``factors`` instead of a weight; a plain one without ``factors``.
 
-    Without ``factors`` it is a convolution. Autocast does not reach the products: its few digits
-    would not survive the transforms.
+    The products are never computed in reduced precision, which is too coarse for the transforms.
     """
 
     tile: int
     factors: Tensor
     is_contiguous = False
-    """Whether what comes out is brought into the usual layout, which costs a copy."""
+    """Whether the output is copied to the contiguous layout."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Images ``(N, in, H, W)`` to ``(N, out, H, W)``; without ``N`` as well."""
@@ -158,7 +155,7 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def _convolve(x: Tensor, factors: Tensor, tile: int) -> Tensor:
-    """``(H, W, N, C)`` to ``(H, W, N, out)``, by products with matrices alone."""
+    """``(H, W, N, C)`` to ``(H, W, N, out)``."""
     height, width, n, channels = x.shape
     points, out = tile + 2, factors.shape[1]
     into_rows, out_of_rows = _maps(tile, height, x)
@@ -175,7 +172,7 @@ def _convolve(x: Tensor, factors: Tensor, tile: int) -> Tensor:
 
 
 def _maps(tile: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """From an axis of the image to the points of its tiles, and from their products back."""
+    """The matrices from an axis of the image to its tiles' points, and back to the output."""
     if type(like) is Tensor and not torch.compiler.is_compiling():
         return _kept(tile, length, like.dtype)
     return _made(tile, length, like.dtype)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import ConfigurationError
-from common.networks.mobilenet_v2 import CIFAR_STAGES, InvertedResidual, MobileNetV2
+from common.networks.mobilenet_v2 import InvertedResidual, MobileNetV2
 
 
 @pytest.mark.parametrize(("classes", "parameters"), [(10, 2_296_922), (100, 2_412_212)])
@@ -39,16 +38,3 @@ def test_shortcuts(channels, stride, kind) -> None:
     block = InvertedResidual(*channels, stride)
     assert isinstance(block.shortcut, kind)
     assert block(torch.rand(2, 4, 7, 7)).shape[-1] == -(-7 // stride)
-
-
-def test_every_parameter_gets_a_gradient() -> None:
-    net = MobileNetV2(((1, 4, 1, 1), (2, 6, 2, 2)), 4, 8, in_channels=1)
-    net(torch.rand(4, 1, 8, 8)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-
-
-def test_bad_counts() -> None:
-    with pytest.raises(ConfigurationError, match="depth must be at least 1, got 0"):
-        MobileNetV2(((1, 4, 0, 1),))
-    with pytest.raises(ConfigurationError, match="head_width must be at least 1"):
-        MobileNetV2(CIFAR_STAGES, head_width=0)

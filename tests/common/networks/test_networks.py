@@ -1,0 +1,219 @@
+"""What holds of every network: published sizes, gradients, compiling, configurations, refusals."""
+
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from common.errors import ConfigurationError
+from common.networks.alexnet import AlexNet
+from common.networks.mobilenet_v2 import MobileNetV2
+from common.networks.preact_resnet import PreActResNet, PreActResNet18
+from common.networks.resnet import CifarResNet, ResNet, ResNet10, ResNet18
+from common.networks.vgg import VGG, VGG11, VGG13, VGG16, VGG19
+from common.networks.vit import ViT, ViTBase, ViTSmall, ViTTiny
+from common.networks.wide_resnet import WideResNet
+
+M = "M"
+VGG16_CONFIG = [64, 64, M, 128, 128, M, *[256] * 3, M, *[512] * 3, M, *[512] * 3, M]
+resnet = partial(ResNet, depths=(1, 2), widths=(4, 6), strides=(1, 2))
+preact = partial(PreActResNet, depths=(1, 1, 2), widths=(4, 4, 6), strides=(1, 2, 2))
+wide = partial(WideResNet, depths=(1, 1, 2), widths=(4, 4, 6), stem_width=4)
+vgg = partial(VGG, depths=(1, 2), widths=(4, 6), strides=(2, 2))
+alexnet = partial(AlexNet, widths=(4, 6, 8, 6, 5), hidden=(7, 9), drop_rate=0.0)
+vit = partial(ViT, 6, 3, dim=6, depth=2, heads=2, head_dim=4, mlp_dim=5)
+mobilenet = partial(MobileNetV2, ((1, 4, 1, 1), (2, 6, 2, 2)), 4, 8)
+TINY = {
+    "resnet": (resnet, 8),
+    "preact": (preact, 8),
+    "wide": (wide, 8),
+    "vgg": (vgg, 8),
+    "alexnet": (alexnet, 16),
+    "vit": (vit, 6),
+    "vit-small": (partial(vit, shifted=True, local=True), 6),
+    "mobilenet": (mobilenet, 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [
+        (ResNet18, 11_173_962),
+        (partial(ResNet18, num_classes=100), 11_220_132),
+        (partial(ResNet18, num_classes=200), 11_271_432),
+        (partial(ResNet18, strides=(1, 1, 2, 2)), 11_173_962),
+        (partial(ResNet18, strides=(2, 2, 2, 2)), 11_178_186),
+        (partial(ResNet10, in_channels=1), 4_902_090),
+        (partial(CifarResNet, 8), 77_850),
+        (partial(CifarResNet, 20), 272_282),
+        (partial(CifarResNet, 32), 466_714),
+        (partial(CifarResNet, 44), 661_146),
+        (partial(CifarResNet, 56), 855_578),
+        (partial(CifarResNet, 110), 1_730_522),
+        (partial(CifarResNet, 110, strides=(1, 1, 2)), 1_730_522),
+        (PreActResNet18, 11_172_170),
+        (partial(PreActResNet18, num_classes=100), 11_218_340),
+        (partial(PreActResNet18, strides=(1, 1, 1, 1)), 11_172_170),
+        (WideResNet, 36_479_194),
+        (partial(WideResNet, 34), 46_160_474),
+        (partial(WideResNet, 34, 12), 66_457_818),
+        (partial(WideResNet, 34, 20), 184_531_674),
+        (partial(WideResNet, strides=(1, 1, 2)), 36_479_194),
+        (partial(WideResNet, 34, 1), 466_714),
+        (partial(WideResNet, 34, widths=(320, 640, 512)), 68_116_698),
+        (partial(WideResNet, 34, num_classes=100), 46_218_164),
+        # equal widths with a stride: the shortcut is a projection all the same
+        (partial(WideResNet, 34, widths=(320, 320, 256)), 23_812_570),
+        (partial(WideResNet, depths=(5, 3, 5)), 42_471_514),
+        (VGG11, 9_231_114),
+        (VGG13, 9_416_010),
+        (VGG16, 14_728_266),
+        (VGG19, 20_040_522),
+        (partial(VGG, config=VGG16_CONFIG), 14_728_266),
+        (partial(VGG16, widths=(64, 128, 256, 512, 204)), 9_333_646),
+        (partial(VGG16, widths=(26, 128, 256, 512, 512)), 14_652_456),
+        # the classifier of torchvision's kind, two hidden layers
+        (partial(VGG16, hidden=(256, 256)), 14_922_826),
+        (partial(VGG11, hidden=(256, 256)), 9_425_674),
+        (partial(VGG13, hidden=(256, 256)), 9_610_570),
+        (partial(VGG19, hidden=(256, 256)), 20_235_082),
+        (partial(VGG16, hidden=(256, 256), num_classes=100), 14_945_956),
+        (partial(VGG16, hidden=(256, 256), norm=False), 14_914_378),
+        (AlexNet, 2_850_634),
+        (partial(AlexNet, num_classes=100), 2_896_804),
+        (partial(AlexNet, strides=(1, 1, 2, 2)), 2_850_634),
+        (ViTBase, 9_523_722),
+        (partial(ViTBase, image_size=64), 9_622_026),
+        (ViTSmall, 9_622_512),
+        (partial(ViTSmall, image_size=64), 9_720_816),
+        (ViTTiny, 4_371_438),
+        (partial(ViTTiny, image_size=64), 4_469_742),
+    ],
+)
+def test_parameters_as_published(make, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in make().parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("make", "buffers"),
+    [(ResNet18, 9_620), (partial(ResNet18, strides=(2, 2, 2, 2)), 9_749), (WideResNet, 17_977)],
+)
+def test_buffers_as_published(make, buffers):
+    with torch.device("meta"):
+        assert sum(b.numel() for b in make().buffers()) == buffers
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (partial(PreActResNet18, strides=(1, 2, 2, 2)), (512, 4, 4)),
+        (partial(PreActResNet18, strides=(1, 1, 2, 2)), (512, 8, 8)),
+        (partial(WideResNet, 10, 1, strides=(1, 2, 2)), (64, 8, 8)),
+        (partial(WideResNet, 10, 1, strides=(1, 1, 2)), (64, 16, 16)),
+        (partial(VGG16, strides=(2, 2, 2, 2, 2)), (512, 1, 1)),
+        (partial(VGG16, strides=(1, 1, 2, 2, 2)), (512, 4, 4)),
+        (partial(VGG16, strides=(1, 1, 1, 1, 2)), (512, 16, 16)),
+        (partial(AlexNet, (2, 2, 2, 2)), (256, 2, 2)),
+        (partial(AlexNet, (1, 1, 2, 2)), (256, 7, 7)),
+        (partial(AlexNet, (1, 1, 1, 1)), (256, 29, 29)),
+        (ViTTiny, (65, 512)),
+    ],
+)
+def test_features_of_images_of_32_pixels(make, shape):
+    with torch.device("meta"):
+        net, x = make(), torch.rand(2, 3, 32, 32)
+        assert net.features(x).shape == (2, *shape)
+        assert net(x).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_backward_reaches_every_parameter(name):
+    make, size = TINY[name]
+    net = make()
+    net(torch.rand(4, 3, size, size)).square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    if name != "vgg":  # batch-norm takes a convolution's bias away again
+        assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet", "preact", "wide", "vit-small"])
+def test_compiles_in_one_graph_and_pickles(name):
+    make, size = TINY[name]
+    net = pickle.loads(pickle.dumps(make().eval()))
+    x = torch.rand(2, 3, size, size)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "size"),
+    [
+        ("resnet.DigitsResNet", {"in_channels": 3, "activation": "torch.nn.SiLU"}, 8),
+        ("resnet.DigitsResNet", {"in_channels": 3, "init": "common.networks.resnet.kaiming"}, 8),
+        ("preact_resnet.PreActResNet", {"depths": [1], "widths": [4], "strides": [1]}, 8),
+        ("alexnet.AlexNet", {"strides": [1, 1, 2, 2], "widths": [4] * 5, "pool": "max"}, 16),
+        ("vit.ViTTiny", {"image_size": 8, "dim": 4, "head_dim": 2}, 8),
+        ("vgg.VGG", {"config": [4, M, 6], "init": "common.networks.vgg.kaiming"}, 8),
+    ],
+)
+def test_is_made_from_a_configuration_file(name, settings, size):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--net", type=nn.Module)
+    given = {"class_path": f"common.networks.{name}", "init_args": settings | {"num_classes": 7}}
+    net = parser.instantiate(parser.parse_object({"net": given})).net
+    assert type(net).__name__ == name.split(".")[1]
+    assert net(torch.rand(2, 3, size, size)).shape == (2, 7)
+    kinds = {type(module) for module in net.modules()}
+    assert (nn.SiLU in kinds) == ("activation" in settings)
+    assert (nn.AdaptiveMaxPool2d in kinds) == ("pool" in settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        *(
+            (make, {"num_classes": 0}, "num_classes")
+            for make in (resnet, preact, wide, vgg, alexnet)
+        ),
+        *((make, {"pool": "mean"}, "'mean'") for make in (resnet, preact, wide, vgg, alexnet)),
+        *((make, {"depths": (1,)}, "each stage") for make in (resnet, preact, wide)),
+        *((make, {"drop_rate": 1.0}, "drop.rate") for make in (wide, vgg, alexnet, vit)),
+        (resnet, {"depths": (), "widths": (), "strides": ()}, "each stage"),
+        (resnet, {"widths": (4, 0)}, "at least 1"),
+        (resnet, {"strides": (0, 1)}, "at least 1"),
+        (resnet, {"in_channels": 0}, "in_channels"),
+        (CifarResNet, {"depth": 2}, "depth=2"),
+        (CifarResNet, {"depth": 18}, "depth=18"),
+        (CifarResNet, {"depth": 0}, "depth=0"),
+        *((WideResNet, {"depth": depth}, f"depth={depth}") for depth in (4, 3, 29, 33)),
+        (wide, {"drop_rates": (0.0, 0.0, -0.1)}, "drop_rate"),
+        (wide, {"drop_rates": (0.0, 0.0)}, "drop_rates .* 3 .* 2"),
+        (wide, {"activations": [nn.ReLU] * 4}, "activations"),
+        (wide, {"stem_width": 0}, "stem_width"),
+        (vgg, {"strides": (2, 2, 2)}, "each stage"),
+        (vgg, {"depths": (0, 1)}, "pool"),
+        (vgg, {"config": [4, "P"]}, "'P'"),
+        (vgg, {"config": [4, 0]}, "got 0"),
+        (vgg, {"config": [4, M, M]}, '"M"'),
+        (vgg, {"config": []}, '"M"'),
+        (vgg, {"hidden": (0,)}, r"hidden\[0\]"),
+        (alexnet, {"strides": (1, 2, 2)}, "strides .* 4"),
+        (alexnet, {"strides": (1, 0, 2, 2)}, r"strides\[1\]"),
+        (alexnet, {"widths": (4, 4, 4, 4)}, "widths .* 5"),
+        (alexnet, {"hidden": (4, 0)}, r"hidden\[1\]"),
+        (vit, {"heads": 0}, "heads"),
+        (vit, {"mlp_dim": 0}, "mlp_dim"),
+        (vit, {"embedding_drop_rate": -0.1}, "drop rates"),
+        (ViTTiny, {"image_size": 7}, "tile 7"),
+        (MobileNetV2, {"head_width": 0}, "head_width"),
+        (MobileNetV2, {"stages": ((1, 4, 0, 1),)}, "depth .* got 0"),
+    ],
+)
+def test_refuses_settings_that_do_not_fit(make, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make(**settings)
