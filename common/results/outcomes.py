@@ -19,7 +19,7 @@ from common.results.statistics import wilson_interval
 if TYPE_CHECKING:  # tables are rendered without waiting for torch
     from torch import Tensor
 
-    from common.evaluation.steps import Line, Outcomes
+    from common.results.lines import Line, Outcomes
 
 CONFIDENCE = 0.95
 """Of the intervals."""
@@ -402,7 +402,7 @@ def _nonfinite(columns: "Mapping[str, Tensor]", within: Sequence[bool]) -> int:
 
 
 def _line(outcomes: "Outcomes", name: str) -> "Line":
-    from common.evaluation.steps import Line
+    from common.results.lines import Line
 
     entry = name.partition("/")[0]
     line = outcomes.lines.get(name) or Line(entry=entry)

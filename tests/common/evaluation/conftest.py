@@ -13,7 +13,7 @@ from common.data.sources import Digits
 from common.evaluation.audit.checks import Audit
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
-from common.evaluation.steps import Threat
+from common.results.lines import Threat
 from common.results.validation import _check_audit
 
 THREAT = Threat("linf", 0.2)

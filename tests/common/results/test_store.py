@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ConfigurationError, RunDirectoryError
-from common.evaluation.steps import Line, Outcomes, Threat
+from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import logged, positions
 from common.results.statistics import wilson_interval
 from common.results.store import (

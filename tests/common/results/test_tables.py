@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from common.errors import ConfigurationError
-from common.evaluation.steps import Line, Outcomes
+from common.results.lines import Line, Outcomes
 from common.results.statistics import mcnemar_exact, welch_t_test, wilson_interval
 from common.results.store import checkpoint_entry, merge_result, result_path
 from common.results.tables import (
