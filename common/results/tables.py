@@ -38,8 +38,9 @@ from common.results.comparison import audit_notes, comparison_sheet
 from common.results.outcomes import metrics_of
 from common.results.readme import BEGIN, END, is_current, write_readme
 from common.results.reference import UNITS, Group, Metric, Reference, Row, read_reference, select
+from common.results.schema import Result
 from common.results.sheets import Sheet, escape
-from common.results.store import LABELS, Result, load_results, read_costs
+from common.results.store import LABELS, load_results, read_costs
 
 __all__ = [
     "BEGIN",

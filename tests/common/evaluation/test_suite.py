@@ -28,7 +28,8 @@ from common.evaluation.suite import averaged, steps_of
 from common.networks.resnet import ResNet
 from common.objectives import AT, on_logits
 from common.results.lines import Threat
-from common.results.outcomes import checkpoint_entry, unpack_outcomes
+from common.results.outcomes import checkpoint_entry
+from common.results.packing import unpack_outcomes
 from common.results.store import read_result
 
 

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from common.errors import ConfigurationError
 from common.results.lines import Line, Outcomes
+from common.results.outcomes import checkpoint_entry
 from common.results.statistics import mcnemar_exact, welch_t_test, wilson_interval
-from common.results.store import checkpoint_entry, merge_result, result_path
+from common.results.store import merge_result, result_path
 from common.results.tables import (
     BEGIN,
     END,
