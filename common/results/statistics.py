@@ -75,3 +75,25 @@ def welch_t_test(first: Sequence[float], second: Sequence[float]) -> float | Non
     from scipy.stats import ttest_ind
 
     return float(ttest_ind(first, second, equal_var=False).pvalue)
+
+
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
+    """95 % t interval of the mean of ``first - second``, paired by run.
+
+    Args:
+        first: A number per run.
+        second: The same for the other method, in the same order of runs.
+
+    Returns:
+        Both ends; ``None`` with fewer than two runs. Where the differences agree, they are both
+        ends.
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    if len(differences) < 2:
+        return None
+    if max(differences) - min(differences) < 1e-12:
+        return differences[0], differences[0]
+    from scipy.stats import ttest_rel
+
+    low, high = ttest_rel(first, second).confidence_interval(0.95)
+    return float(low), float(high)

@@ -15,17 +15,12 @@ from rich.console import Console
 
 from common.errors import ConfigurationError
 from common.results.lines import Line, Outcomes
+from common.results.markdown import BEGIN, END, write_readme
 from common.results.outcomes import checkpoint_entry
+from common.results.reference import read_reference
 from common.results.statistics import mcnemar_exact, welch_t_test, wilson_interval
 from common.results.store import merge_result, result_path
-from common.results.tables import (
-    BEGIN,
-    END,
-    main,
-    read_reference,
-    render_table,
-    write_readme,
-)
+from common.results.tables import main, render_table
 
 N = 200
 REFERENCE: dict[str, Any] = {
