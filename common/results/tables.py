@@ -254,7 +254,7 @@ def _report(package: str, on: str, seeds: list[int] | None, check: bool) -> int:
         write_front(folder.parent / "README.md")
         return 0
     if is_out_of_date := not is_current(readme, markdown):
-        console.print(Text(f"{readme} is out of date: run make results"))
+        print(f"{readme} is out of date: run make results")
     return int(is_out_of_date or bool(on and shown.missing))
 
 
