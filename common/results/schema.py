@@ -8,7 +8,7 @@ evaluated again; times, places and versions are under ``provenance``. Figures (`
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Final, Literal, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from common.files import write_json_atomically
 from common.results.packing import packed_bits
 
-SCHEMA = 3
+SCHEMA: Final = 3
 """Version of the files that are written and read."""
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
