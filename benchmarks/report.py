@@ -12,7 +12,7 @@ from benchmarks import goals
 from common.analysis.profiling import device_name
 from common.files import write_json_atomically, write_text_atomically
 from common.limits import read_json
-from common.results.readme import write_readme
+from common.results.markdown import write_readme
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (

@@ -19,8 +19,8 @@ from common.attacks.losses import classify, label_loss, margin
 from common.attacks.pgd import FGSM, PGD, input_gradient
 from common.attacks.randomness import ExampleRandom, Stream
 from common.evaluation.measures import AttackMeasure
-from common.evaluation.steps import Columns
 from common.objectives import Batch, InnerLoss
+from common.results.lines import Columns
 from paper_awnet.method import ADVERSARIAL, CLEAN, DynamicConv2d, MixBatchNorm2d
 from paper_awnet.networks import AWNet, OATNet, forced, require_network
 from paper_awnet.objectives import LAMBDAS, at_lambda, signal_statistics

@@ -24,9 +24,9 @@ from common.attacks.losses import classify, label_loss
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.measures import AttackMeasure
-from common.evaluation.steps import Columns
 from common.modes import frozen, network_of
 from common.objectives import Batch
+from common.results.lines import Columns
 
 # ----------------------------------------------------------------------- during an evaluation, E6
 

@@ -18,7 +18,7 @@ from common.evaluation.drawing import (
     tidy_axes,
 )
 from common.results.bases import comparable
-from common.results.store import Result
+from common.results.schema import Result
 
 METRIC = "pgd20/ce_f"
 LABELLED = {"cifar10": (50.0, 52.5)}

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from common.attacks.randomness import ExampleRandom
 from common.errors import ConfigurationError
 from common.evaluation.measures import AttackMeasure
-from common.evaluation.steps import Columns
 from common.networks.wide_resnet import WideBlock, WideResNet
 from common.objectives import Batch
+from common.results.lines import Columns
 
 SLACK = 1e-4
 """Relative; power iteration approaches an operator norm from below."""

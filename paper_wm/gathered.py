@@ -22,7 +22,7 @@ from common.networks.vgg import VGG
 from common.networks.wide_resnet import WideResNet
 from common.results.bases import bases, comparable
 from common.results.outcomes import positions
-from common.results.store import CheckpointResult
+from common.results.schema import CheckpointResult
 from paper_wm.measures import measure_layer, shuffled, summarise, white_noise_check
 from paper_wm.method import Variant, insert_weight_maps, weight_maps
 from paper_wm.networks import SmallCNN

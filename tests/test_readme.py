@@ -8,24 +8,27 @@ import torch
 import torchvision
 from torch import nn
 
-from common.results import tables
+from common.results import front, tables
+from common.results.markdown import is_current
 
 ROOT = Path(__file__).parents[1]
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("paper_*/README.md"))]
+PAPERS = sorted(ROOT.glob("paper_*/README.md"))
+COMMON = sorted(ROOT.glob("common/**/README.md"))
+READMES = [ROOT / "README.md", *COMMON, *PAPERS]
 
 
 def python_blocks(readme: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
 
 
-def test_a_torchvision_model_is_evaluated_as_the_front_page_says(
-    tmp_path, monkeypatch, capsys
-) -> None:
-    block = python_blocks(ROOT / "README.md")[0]
+@pytest.mark.parametrize("readme", ["README.md", "common/evaluation/README.md"])
+def test_a_model_is_evaluated_as_a_readme_says(readme, tmp_path, monkeypatch, capsys) -> None:
+    block = python_blocks(ROOT / readme)[0]
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=10)
     torch.save(net.state_dict(), "weights.pt")
+    torch.jit.trace(net.eval(), torch.rand(1, 3, 32, 32)).save("model.pt")
     data = torch.utils.data.TensorDataset(torch.rand(4, 3, 32, 32), torch.arange(4))
     exec(block.replace("audit=True, ", ""), {"dataset": data})
     printed = capsys.readouterr().out
@@ -34,30 +37,38 @@ def test_a_torchvision_model_is_evaluated_as_the_front_page_says(
     assert (tmp_path / "evaluation" / "results.json").is_file()
 
 
-def test_the_python_of_the_front_page_runs(capsys, monkeypatch) -> None:
-    blocks = python_blocks(ROOT / "README.md")
-    assert len(blocks) == 4
-    monkeypatch.chdir(ROOT)
-    names = {}
-    exec(blocks[1], names)
-    assert len(names["survivors"]) == len(names["images"]) == 100
-    blocks = blocks[2:]
+def test_a_method_runs_in_another_model_as_the_front_page_says() -> None:
+    _, block = python_blocks(ROOT / "README.md")
     torch.manual_seed(0)
-    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
     names = {
         "backbone": nn.Sequential(nn.Conv2d(3, 256, 3, stride=4), nn.ReLU()),
         "head": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10)),
-        "x_adv": x,
-        "y": y,
+        "x_adv": torch.rand(4, 3, 8, 8),
+        "y": torch.arange(4),
     }
-    exec(blocks[0], names)
+    exec(block, names)
     names["loss"].backward()
     assert names["backbone"][0].weight.grad.abs().sum() > 0
 
-    names = {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), "x": x, "y": y}
-    names["y"] = names["model"](x).argmax(1)
-    exec(blocks[1].replace('AutoAttack(eps="8/255")', "AutoAttack('8/255', steps=2)"), names)
-    assert "PGD-20" in capsys.readouterr().out
+
+def test_two_rows_are_compared_as_the_readme_of_results_says(capsys, monkeypatch) -> None:
+    (block,) = python_blocks(ROOT / "common/results/README.md")
+    monkeypatch.chdir(ROOT)
+    exec(block, {})
+    assert "p = " in capsys.readouterr().out
+
+
+def test_the_front_page_is_short_and_up_to_date(monkeypatch) -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    wanted = {}
+    monkeypatch.setattr(
+        front, "write_readme", lambda path, *parts: wanted.update({parts[1]: parts})
+    )
+    front.write_front(ROOT / "README.md")
+    assert set(wanted) == {"<!-- summary -->", "<!-- coverage -->"}
+    for markdown, begin, end in wanted.values():
+        assert is_current(ROOT / "README.md", markdown, begin, end), begin
 
 
 def test_a_torchvision_network_takes_a_weight_map_in_one_line() -> None:
@@ -72,7 +83,7 @@ def test_a_torchvision_network_takes_a_weight_map_in_one_line() -> None:
     assert names["net"].conv1.weight_map.map.shape == (64, 112, 112)
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.parent.relative_to(ROOT)))
 def test_files_and_targets_a_readme_names_exist(readme) -> None:
     text = readme.read_text()
     targets = set(re.findall(r"(?:`|^    )make ([a-z][a-z-]*)", text, flags=re.MULTILINE))
@@ -82,11 +93,11 @@ def test_files_and_targets_a_readme_names_exist(readme) -> None:
         assert is_row or re.search(rf"^{target}:", rules, flags=re.MULTILINE), target
     for path in re.findall(r"\b((?:common|paper_[a-z]+)/[\w./]+\.(?:py|yaml))\b", text):
         assert (ROOT / path).exists(), path
-    for link in re.findall(r"\]\(([\w./]+)\)", text):
+    for link in re.findall(r"\]\(([\w./]+)(?:#[\w-]+)?\)", text):
         assert (readme.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("readme", READMES[1:], ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("readme", PAPERS, ids=lambda path: path.parent.name)
 def test_the_tables_of_a_paper_are_those_of_its_results(readme: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     assert tables.main([readme.parent.name, "--check"]) == 0, capsys.readouterr().out[-300:]

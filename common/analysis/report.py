@@ -33,7 +33,8 @@ from common.evaluation.models import load_run
 from common.files import write_sealed_json
 from common.results.bases import comparable, last_of
 from common.results.reference import select
-from common.results.store import Result, read_result
+from common.results.schema import Result
+from common.results.store import read_result
 
 Load = Callable[[Path], tuple[Any, Any]]
 """Run directory -> (classifier, data module)."""

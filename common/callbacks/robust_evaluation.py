@@ -24,13 +24,14 @@ from common.evaluation.audit.checks import Audit
 from common.evaluation.evaluate import Filing, run
 from common.evaluation.measures import Measure
 from common.evaluation.runner import Team, in_order
-from common.evaluation.steps import Threat, is_wrong, predict
+from common.evaluation.steps import is_wrong, predict
 from common.evaluation.suite import SuiteEntry, ball_of, check_suite, resolve_losses
 from common.evaluation.transfer import Transfer
 from common.modes import frozen
 from common.objectives import Batch
 from common.optimization import refuse_half_precision
 from common.results.identity import SETTINGS, evaluated_digest
+from common.results.lines import Threat
 from common.results.outcomes import logged
 
 

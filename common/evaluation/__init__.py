@@ -3,9 +3,10 @@
 from common.evaluation.audit.checks import Audit
 from common.evaluation.evaluate import evaluate
 from common.evaluation.report import Evaluation
-from common.evaluation.steps import Outcomes, Threat, is_wrong, predict
+from common.evaluation.steps import is_wrong, predict
 from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses
 from common.evaluation.transfer import Transfer
+from common.results.lines import Outcomes, Threat
 
 __all__ = [
     "Audit",

@@ -15,8 +15,9 @@ from torch import Tensor
 from common.attacks.autoattack import AutoAttack
 from common.attacks.engine.network import AttackEngine
 from common.attacks.randomness import ExampleRandom
-from common.evaluation.steps import Columns, Threat, is_wrong, judged
+from common.evaluation.steps import is_wrong, judged
 from common.objectives import Batch, InnerLoss
+from common.results.lines import Columns, Threat
 
 Craft = Callable[[Any, Batch, ExampleRandom], Tensor]
 """(model, batch, random numbers of its examples) -> x' ``(N, C, H, W)``."""

@@ -33,12 +33,13 @@ from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress
 from common.evaluation.report import Evaluation
 from common.evaluation.runner import Progress, Team, run_steps
-from common.evaluation.steps import Step, Threat
+from common.evaluation.steps import Step
 from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_suite, steps_of
 from common.files import check_writable
 from common.limits import check_label
 from common.objectives import Batch
 from common.results import provenance
+from common.results.lines import Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.store import check_mergeable, merge_result
 

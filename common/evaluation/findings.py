@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from common.evaluation.steps import Outcomes
+from common.results.lines import Outcomes
 from common.results.schema import AuditCheck, AuditResult
 
 FEW = 10

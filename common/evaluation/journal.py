@@ -27,9 +27,10 @@ import common.attacks
 import common.evaluation
 from common.errors import RunDirectoryError
 from common.evaluation.signature import is_same
-from common.evaluation.steps import Columns, Step
+from common.evaluation.steps import Step
 from common.files import damage_of, write_sealed, write_text_atomically
 from common.objectives import Batch
+from common.results.lines import Columns
 from common.results.provenance import weights_digest
 
 _FUNCTION = "function"

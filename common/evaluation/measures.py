@@ -16,8 +16,9 @@ from common.attacks.losses import classify, label_loss
 from common.attacks.pgd import PGD, input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
-from common.evaluation.steps import Columns, Outcomes, Step
+from common.evaluation.steps import Step
 from common.objectives import Batch
+from common.results.lines import Columns, Outcomes
 
 
 class Measure(Settings, ABC):

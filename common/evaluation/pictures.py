@@ -13,7 +13,7 @@ from common.evaluation.drawing import (
     per_class_bars,
 )
 from common.evaluation.models import class_names
-from common.evaluation.steps import Outcomes
+from common.results.lines import Outcomes
 from common.results.outcomes import counts_as_attack, positions
 from common.results.schema import AttackResult, CheckpointResult
 

@@ -18,10 +18,10 @@ from jsonargparse import Namespace
 from common.attacks.geometry import Norm
 from common.errors import ConfigurationError, check_choice
 from common.evaluation.audit.checks import Audit
-from common.evaluation.steps import Threat
 from common.evaluation.suite import SuiteEntry
 from common.limits import read_yaml
 from common.parsing import build, check_named, load_named
+from common.results.lines import Threat
 from common.settings import explained, type_name
 
 CONFIGS = Path(__file__).parent.parent / "configs"

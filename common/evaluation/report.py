@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from common.errors import ConfigurationError
-from common.evaluation.steps import Outcomes
+from common.results.lines import Outcomes
 from common.results.outcomes import missing_worst, outcome_bits, positions
 from common.results.schema import CheckpointResult
 

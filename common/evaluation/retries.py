@@ -22,8 +22,9 @@ from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.audit.gradients import anchored, eager, straight_through, undetached
 from common.evaluation.confirm import merged, part_of
-from common.evaluation.steps import Columns, Threat, in_ball, judged, predict
+from common.evaluation.steps import in_ball, judged, predict
 from common.objectives import Batch, InnerLoss
+from common.results.lines import Columns, Threat
 
 Run = Callable[[Any, Batch, ExampleRandom], Columns]
 

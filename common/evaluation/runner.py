@@ -30,9 +30,10 @@ from common.evaluation.signature import (
     networks_of,
     probe_step,
 )
-from common.evaluation.steps import Columns, Line, Outcomes, Step, Threat
+from common.evaluation.steps import Step
 from common.modes import frozen
 from common.objectives import Batch
+from common.results.lines import Columns, Line, Outcomes, Threat
 
 PICTURED = 16
 """Number of examples whose adversarial images are kept."""

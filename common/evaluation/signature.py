@@ -17,8 +17,9 @@ from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.audit.gradients import anchored
 from common.evaluation.history import is_close
-from common.evaluation.steps import Columns, Step, Threat, judged
+from common.evaluation.steps import Step, judged
 from common.objectives import Batch
+from common.results.lines import Columns, Threat
 
 PROBED = 32
 """Number of examples, spread over all, that are also perturbed."""

@@ -25,10 +25,11 @@ from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
 from common.evaluation.confirm import attacked, autoattacked, part_of
 from common.evaluation.retries import QUERIES, decided, persisted
-from common.evaluation.steps import Columns, Step, Threat, is_wrong, judged
+from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.limits import check_label
 from common.objectives import Batch, InnerLoss, on_logits
+from common.results.lines import Columns, Threat
 
 Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | DecisionBased | Noise | Transfer
 

@@ -12,9 +12,10 @@ from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Settings
 from common.errors import CheckpointError, ConfigurationError, check_choice
 from common.evaluation.models import load_run
-from common.evaluation.steps import Columns, Threat, judged, predict
+from common.evaluation.steps import judged, predict
 from common.modes import frozen
 from common.objectives import Batch
+from common.results.lines import Columns, Threat
 from common.results.provenance import weights_digest
 
 TransferLoss = Literal["cross_entropy", "margin"]

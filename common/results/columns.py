@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from common.results.bases import Basis, bases, counted_attacks, shared_basis, usual
 from common.results.reference import Group, Metric
-from common.results.schema import CheckpointResult
-from common.results.store import LABELS, Result
+from common.results.schema import CheckpointResult, Result
+from common.results.store import LABELS
 
 Results = Mapping[str, Sequence[Result]]
 """By experiment."""

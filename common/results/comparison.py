@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from common.results.bases import bases
+from common.results.markdown import Sheet
 from common.results.outcomes import group_of, outcome_bits
 from common.results.reference import Group, Row
 from common.results.schema import AuditCheck, CheckpointResult, Result
-from common.results.sheets import Sheet
 from common.results.statistics import mcnemar_exact, welch_t_test
 
 Results = Mapping[str, Sequence[Result]]

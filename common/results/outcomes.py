@@ -1,8 +1,7 @@
 """Outcomes of every example, and the figures that follow from them.
 
-What a result file says about one checkpoint is made here, as plain JSON values, and so is
-everything that can be worked out from it again: metrics, their intervals, and the examples behind
-a metric.
+:func:`checkpoint_entry` computes what a result file says about one checkpoint, figures included.
+They are stored, and not computed again when results are merged or read.
 """
 
 import math
@@ -13,57 +12,23 @@ from operator import and_
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from common.results.schema import AttackResult, AuditResult, CheckpointResult, CleanResult
+from common.results.packing import as_list, listed, pack_outcomes, packed_bits
+from common.results.schema import (
+    AttackResult,
+    AuditResult,
+    CheckpointResult,
+    CleanResult,
+    examples_in,
+)
 from common.results.statistics import wilson_interval
 
 if TYPE_CHECKING:  # tables are rendered without waiting for torch
     from torch import Tensor
 
-    from common.evaluation.steps import Line, Outcomes
-
-CONFIDENCE = 0.95
-"""Of the intervals."""
+    from common.results.lines import Line, Outcomes
 
 DIGITS = 6
 """Intervals and distances are rounded, so that they are the same text on every machine."""
-
-
-# ----------------------------------------------------------------------------------------- packing
-
-
-def pack_outcomes(outcomes: "Iterable[bool] | Tensor") -> str:
-    """Booleans as hexadecimal digits: the first is the highest bit, zeros fill the last byte."""
-    bits = "".join("1" if outcome else "0" for outcome in _as_list(outcomes))
-    padded = bits + "0" * (-len(bits) % 8)
-    return f"{int(padded, 2):0{len(padded) // 4}x}" if padded else ""
-
-
-def unpack_outcomes(text: str, n: int) -> list[bool]:
-    """The ``n`` booleans that :func:`pack_outcomes` packed.
-
-    Raises:
-        ValueError: If the text is not ``n`` packed booleans.
-    """
-    return _listed(packed_bits(text, n), n)
-
-
-def packed_bits(text: str, n: int) -> int:
-    """Packed booleans as an ``n``-bit integer whose highest bit is the first.
-
-    Raises:
-        ValueError: If the text is not ``n`` packed booleans.
-    """
-    padding = -n % 8
-    if len(text) != (n + padding) // 4:
-        raise ValueError(f"{len(text)} hexadecimal digits do not hold {n} outcomes")
-    value = int(text or "0", 16)
-    if value & ((1 << padding) - 1):
-        raise ValueError(f"there are outcomes beyond the first {n}")
-    return value >> padding
-
-
-def _listed(bits: int, n: int) -> list[bool]:
-    return [bit == "1" for bit in f"{bits:0{n}b}"] if n else []
 
 
 def mask_of(attack: AttackResult, total: int) -> int:
@@ -76,8 +41,8 @@ def _outcomes_of(attack: AttackResult, total: int, mask: int) -> int:
     bits = packed_bits(attack["outcomes"], attack["examples"])
     if attack["examples"] == total:
         return bits
-    found = iter(_listed(bits, attack["examples"]))
-    return int("".join("01"[next(found)] if is_in else "0" for is_in in _listed(mask, total)), 2)
+    found = iter(listed(bits, attack["examples"]))
+    return int("".join("01"[next(found)] if is_in else "0" for is_in in listed(mask, total)), 2)
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -146,16 +111,12 @@ def figures(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str
       and under all of them (see :func:`worst_over`); ``worst_clean`` as above. Absent for the
       reasons of :func:`missing_worst`.
     """
-    total = examples_in(clean["per_class"])
-    clean_bits = packed_bits(clean["outcomes"], total)
-    every = (1 << total) - 1
-    found = {"clean_acc": _share(clean_bits, every)}
+    steps = _steps(clean, attacks)
+    found = dict(steps)
+    clean_bits, every = cast(int, steps["clean_acc"].bits), steps["clean_acc"].mask
     groups: dict[str, list[str]] = {}
     for name, attack in attacks.items():
-        mask = mask_of(attack, total)
-        found[name] = _share(_outcomes_of(attack, total, mask), mask)
         groups.setdefault(group_of(name, attack), []).append(name)
-    steps = dict(found)
     for group, names in groups.items():
         mask = steps[names[0]].mask
         kinds = {attacks[name]["kind"] for name in names}
@@ -169,11 +130,9 @@ def figures(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str
             found[f"{group}_union"] = _share(reduce(and_, outcomes), mask)
         if mask != every:
             found[f"{group}_clean"] = _share(clean_bits & mask, mask)
-    if counted := worst_over(clean, attacks):
-        mask = reduce(and_, (steps[name].mask for name in counted))
-        right = reduce(and_, (cast(int, steps[name].bits) for name in counted), clean_bits)
-        found["worst"] = _share(right, mask)
-        if mask != every:
+    if counted := _worst_over(steps, attacks):
+        found["worst"] = _together(steps, counted)
+        if (mask := found["worst"].mask) != every:
             found["worst_clean"] = _share(clean_bits & mask, mask)
     return found
 
@@ -184,33 +143,45 @@ def worst_over(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> list[
     Attacks of an audit are made on a part of the examples. They enter if one of them breaks an
     example that the suite did not, or if the suite alone has no worst case.
     """
+    return _worst_over(_steps(clean, attacks), attacks)
+
+
+def _steps(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str, Figure]:
+    """The figures of ``clean_acc`` and of every step."""
     total = examples_in(clean["per_class"])
-    every, clean_bits = (1 << total) - 1, packed_bits(clean["outcomes"], total)
+    found = {"clean_acc": _share(packed_bits(clean["outcomes"], total), (1 << total) - 1)}
+    for name, attack in attacks.items():
+        mask = mask_of(attack, total)
+        found[name] = _share(_outcomes_of(attack, total, mask), mask)
+    return found
 
-    def outcome(names: Sequence[str]) -> tuple[int, int]:
-        """Which examples met all of the attacks, and which withstood them."""
-        masks = [mask_of(attacks[name], total) for name in names]
-        bits = [_outcomes_of(attacks[name], total, m) for name, m in zip(names, masks, strict=True)]
-        mask = reduce(and_, masks, every)
-        return mask, reduce(and_, bits, clean_bits & mask)
 
+def _together(steps: Mapping[str, Figure], names: Sequence[str]) -> Figure:
+    """Of the examples that met all of these steps, those that are right clean and under all."""
+    chosen = [steps["clean_acc"], *(steps[name] for name in names)]
+    mask = reduce(and_, (step.mask for step in chosen))
+    return _share(reduce(and_, (cast(int, step.bits) for step in chosen), mask), mask)
+
+
+def _worst_over(steps: Mapping[str, Figure], attacks: Mapping[str, AttackResult]) -> list[str]:
     def is_evidence(names: Sequence[str]) -> bool:
-        mask, right = outcome(names)
         strong = any(not attacks[name].get("weakness") for name in names)
-        return bool(names) and mask != 0 and (strong or right == 0)
+        found = _together(steps, names)
+        return bool(names) and found.mask != 0 and (strong or found.correct == 0)
 
     counted = [name for name, attack in attacks.items() if counts_as_attack(attack)]
     suite = [name for name in counted if not is_audit(name)]
     if is_evidence(suite):
-        (_, right), (mask, rest) = outcome(suite), outcome(counted)
-        if not right & mask & ~rest:
+        alone, with_audit = _together(steps, suite), _together(steps, counted)
+        if not cast(int, alone.bits) & with_audit.mask & ~cast(int, with_audit.bits):
             return suite
     return counted if is_evidence(counted) else []
 
 
 def _share(bits: int, mask: int) -> Figure:
     correct = bits.bit_count()
-    return Figure(correct / mask.bit_count(), mask, correct, bits)
+    size = mask.bit_count()
+    return Figure(correct / size if size else math.nan, mask, correct, bits)
 
 
 def _combined(outcomes: list[int], mask: int, is_noise: bool) -> Figure:
@@ -248,11 +219,6 @@ def missing_worst(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> st
     )
 
 
-def summarise(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str, float]:
-    """Accuracies in [0, 1], see :func:`figures`."""
-    return {name: figure.value for name, figure in figures(clean, attacks).items()}
-
-
 def sizes(found: Mapping[str, Figure]) -> dict[str, int]:
     """How many examples a figure is about, where those are not all."""
     total = found["clean_acc"].size
@@ -284,7 +250,7 @@ def outcome_bits(checkpoint: CheckpointResult, metric: str) -> list[bool] | None
     if figure is None or figure.bits is None:
         return None
     total = checkpoint["examples"]
-    return list(compress(_listed(figure.bits, total), _listed(figure.mask, total)))
+    return list(compress(listed(figure.bits, total), listed(figure.mask, total)))
 
 
 def positions(checkpoint: CheckpointResult, metric: str) -> list[int]:
@@ -295,7 +261,7 @@ def positions(checkpoint: CheckpointResult, metric: str) -> list[int]:
     """
     figure = figures(checkpoint["clean"], checkpoint["attacks"])[metric]
     total = checkpoint["examples"]
-    return list(compress(range(total), _listed(figure.mask, total)))
+    return list(compress(range(total), listed(figure.mask, total)))
 
 
 def logged(checkpoint: CheckpointResult) -> dict[str, float]:
@@ -327,8 +293,8 @@ def checkpoint_entry(
         ValueError: If a measure has the name of a metric, or a step has a name that does not begin
             with its entry.
     """
-    y = _as_list(outcomes.y)
-    is_right = _as_list(outcomes.correct["clean"])
+    y = as_list(outcomes.y)
+    is_right = as_list(outcomes.correct["clean"])
     clean: CleanResult = {
         "correct": sum(is_right),
         "per_class": _per_class(is_right, y, max(y) + 1),
@@ -363,8 +329,8 @@ def _attack_entry(
     outcomes: "Outcomes", name: str, is_right: Sequence[bool], y: Sequence[int]
 ) -> AttackResult:
     line = _line(outcomes, name)
-    within = _as_list(outcomes.attacked[name])
-    correct = list(compress(_as_list(outcomes.correct[name]), within))
+    within = as_list(outcomes.attacked[name])
+    correct = list(compress(as_list(outcomes.correct[name]), within))
     entry: AttackResult = {
         "kind": line.kind,
         "norm": line.norm,
@@ -385,24 +351,24 @@ def _attack_entry(
     if nonfinite := _nonfinite(columns, within):
         entry["nonfinite"] = nonfinite
     if "unmoved" in columns:
-        entry["unmoved"] = sum(_as_list(columns["unmoved"]))
+        entry["unmoved"] = sum(as_list(columns["unmoved"]))
     if norms := [norm for norm in ("linf", "l2") if norm in columns]:
-        withstood = _as_list(columns.get("correct", outcomes.correct[name]))
+        withstood = as_list(columns.get("correct", outcomes.correct[name]))
         broken = [a and b and not c for a, b, c in zip(is_right, within, withstood, strict=True)]
         entry["distances"] = {
-            norm: _median(compress(_as_list(columns[norm]), broken)) for norm in norms
+            norm: _median(compress(as_list(columns[norm]), broken)) for norm in norms
         }
     return entry
 
 
 def _nonfinite(columns: "Mapping[str, Tensor]", within: Sequence[bool]) -> int:
     """For how many of these examples the scores were NaN or infinite."""
-    predicted = _as_list(columns["predicted"]) if "predicted" in columns else []
+    predicted = as_list(columns["predicted"]) if "predicted" in columns else []
     return sum(label < 0 for label in compress(predicted, within))
 
 
 def _line(outcomes: "Outcomes", name: str) -> "Line":
-    from common.evaluation.steps import Line
+    from common.results.lines import Line
 
     entry = name.partition("/")[0]
     line = outcomes.lines.get(name) or Line(entry=entry)
@@ -419,11 +385,6 @@ def _median(distances: Iterable[float]) -> float | None:
     return float(f"{median(known):.{DIGITS}g}") if known else None
 
 
-def _as_list(values: "Iterable[Any] | Tensor") -> list[Any]:
-    listed = values.tolist() if hasattr(values, "tolist") else list(values)
-    return cast(list[Any], listed)
-
-
 def _per_class(correct: Sequence[bool], y: Sequence[int], classes: int) -> list[list[int]]:
     """``[correct, total]`` of each class."""
     counts = [[0, 0] for _ in range(classes)]
@@ -431,8 +392,3 @@ def _per_class(correct: Sequence[bool], y: Sequence[int], classes: int) -> list[
         counts[label][0] += outcome
         counts[label][1] += 1
     return counts
-
-
-def examples_in(per_class: list[list[int]]) -> int:
-    """How many examples the classes have together."""
-    return sum(total for _, total in per_class)

@@ -21,6 +21,9 @@ UNITS: dict[Unit, float] = {
 }
 """What a measured figure is multiplied by in a table."""
 
+WIDEST = 8
+"""Most columns of numbers that a table shows at once."""
+
 Number = float | list[float] | None
 
 
@@ -77,6 +80,8 @@ class Group:
         note: Text under the heading.
         layout: ``wide`` has paper and ours side by side; ``stacked`` has them in lines below each
             other, which suits many metrics.
+        first: Keys of the columns of the first table, at most eight; the others follow in a
+            second, folded table. By default the first eight.
         baseline: Stem of the row that the others are compared with, example by example.
         compare: Keys of the metrics to compare; by default the group's own ones that are ``worst``
             or about a single loss.
@@ -87,13 +92,27 @@ class Group:
     metrics: list[Metric]
     note: str = ""
     layout: Layout = "wide"
+    first: list[str] | None = None
     baseline: str | None = None
     compare: list[str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("layout", self.layout, Layout)
+        known = {metric.key for metric in self.metrics}
+        if self.first is not None and (len(self.first) > WIDEST or set(self.first) - known):
+            raise TypeError(
+                f"first of {self.id!r} names at most {WIDEST} of its columns, got {self.first}"
+            )
         if isinstance(self.compare, str):
             raise TypeError(f"compare must be a list of metrics, got {self.compare!r}")
+
+    @property
+    def shown(self) -> list[Metric]:
+        """The columns of the first table."""
+        if self.first is None:
+            return self.metrics[:WIDEST]
+        by_key = {metric.key: metric for metric in self.metrics}
+        return [by_key[key] for key in self.first]
 
 
 @dataclass(frozen=True)
@@ -127,6 +146,10 @@ class Reference:
     rows: dict[str, Row]
     checkpoints: tuple[str, ...] = ("last", "selected")
     """What a complete result has; ``[last]`` where nothing is selected."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Sources of numbers, by the tag that rows name."""
+    summary: dict[str, str | list[str]] = field(default_factory=dict)
+    """What the root README shows: ``group``, ``metrics``, and the metric of ``difference``."""
 
 
 def select(stems: Iterable[str], on: str) -> list[str]:
@@ -166,8 +189,8 @@ def read_reference(path: str | Path) -> Reference:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); it "
-            "needs groups (a list of id, title, metrics, note, layout, baseline, compare) and rows "
-            "(by stem: groups, label, source, last, selected, baseline)"
+            "needs groups (a list of id, title, metrics, note, layout, first, baseline, compare) "
+            "and rows (by stem: groups, label, source, last, selected, baseline)"
         ) from error
     if not checkpoints or set(checkpoints) - set(Reference.checkpoints):
         raise ConfigurationError(
@@ -202,4 +225,4 @@ def read_reference(path: str | Path) -> Reference:
                 f"{path}: {row.stem} has a number for {hidden[0]!r}, which none of its groups "
                 f"{row.groups} shows; add the metric to one of them"
             )
-    return Reference(groups, rows, checkpoints)
+    return Reference(groups, rows, checkpoints, data.get("tags") or {}, data.get("summary") or {})

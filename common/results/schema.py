@@ -1,113 +1,84 @@
-"""The format of result files.
+"""What a result file holds: its types, which pydantic checks, and its JSON Schema.
 
-A file is called ``<experiment>-seed<seed>.json`` and looks like this; lists are shortened::
+A file is called ``<experiment>-seed<seed>.json``. It says the same whenever the same checkpoint is
+evaluated again; times, places and versions are under ``provenance``. Figures (``metrics``,
+``intervals``, ``sizes``) are computed once, when the outcomes are filed, and stored.
 
-    {
-      "schema": 3,
-      "paper": "paper_x",
-      "experiment": "digits_net_plain",
-      "seed": 0,
-      "checkpoints": {
-        "last": {
-          "epoch": 29, "global_step": 240, "examples": 700,
-          "threat": {"norm": "linf", "eps": 0.2},
-          "clean": {"correct": 690, "per_class": [[69, 70], ...], "outcomes": "ffef..."},
-          "attacks": {
-            "pgd20/ce_f": {
-              "kind": "attack", "norm": "linf", "eps": 0.2, "counts": true, "at": {},
-              "correct": 500, "examples": 700, "survivors_only": false,
-              "per_class": [[50, 70], ...], "outcomes": "7fe3...",
-              "distances": {"linf": 0.2, "l2": 0.81}
-            },
-            "aa/apgd-ce": {..., "correct": 70, "examples": 100, "outcomes": "ffe3...",
-              "subset": "0810..."},
-            "eps_sweep/ce_f/eps=0.3": {..., "eps": 0.3, "counts": false, "at": {"eps": 0.3}},
-            "uniform/level=0.2/draw=1": {"kind": "noise", ..., "at": {"level": 0.2, "draw": 1}}
-          },
-          "metrics": {"clean_acc": 0.9857, "pgd20": 0.7143, "worst": 0.69, ...},
-          "intervals": {"clean_acc": [0.9739, 0.9922], "pgd20": [0.6797, 0.7465], ...},
-          "sizes": {"aa": 100, "worst": 100, ...},
-          "remarks": [],
-          "audit": {"examples": 100, "checks": [
-            {"id": "steps", "question": "...?", "value": 0.4, "threshold": 1.0,
-             "verdict": "pass", "detail": ""}
-          ]}
-        },
-        "selected": {...}
-      },
-      "provenance": {"last": {"config_digest": "79ab...", ...}, "selected": {...}},
-      "digest": "5d41..."
-    }
-
-:class:`Result` and the classes it is made of say what each key means. Everything under
-``checkpoints`` follows from a checkpoint and the configuration, so a repeated evaluation writes the
-same text; times, places and versions are under ``provenance``. Reading checks a file: counts,
-outcomes, metrics and intervals have to agree.
+``python -m common.results.schema`` writes ``result.schema.json``.
 """
 
-from typing import Literal, NotRequired, TypedDict
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NotRequired
 
-SCHEMA = 3
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from common.files import write_json_atomically
+from common.results.packing import packed_bits
+
+SCHEMA: Final = 3
 """Version of the files that are written and read."""
 
+SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
 
+_described = with_config(
+    ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+)
+_Count = Annotated[int, Field(ge=0)]
+_Size = Annotated[int, Field(ge=1, le=10**6)]
+
+
+@_described
 class CleanResult(TypedDict):
-    """Outcomes on clean images.
+    """Outcomes on clean images."""
 
-    Keys:
-        correct: Number of examples classified correctly.
-        per_class: ``[correct, total]`` for each class.
-        outcomes: One bit per example in the order of the split, packed by
-            :func:`~common.results.outcomes.pack_outcomes`.
-        nonfinite: Number of examples whose scores are NaN or infinite, which counts as wrong;
-            absent if there are none.
-    """
-
-    correct: int
-    per_class: list[list[int]]
+    correct: _Count
+    """Number of examples classified correctly."""
+    per_class: list[Annotated[list[_Count], Field(min_length=2, max_length=2)]]
+    """``[correct, total]`` of each class."""
     outcomes: str
-    nonfinite: NotRequired[int]
+    """One bit per example in the order of the split, in hexadecimal digits (packing.py)."""
+    nonfinite: NotRequired[_Count]
+    """For how many examples the scores were NaN or infinite, which counts as wrong."""
 
 
+@_described
 class AttackResult(TypedDict):
-    """Outcomes of one step of the suite, on ``examples`` examples of the split.
-
-    Keys:
-        kind: ``attack``, or ``noise``: random, not adversarial.
-        norm: Of the ball it kept to; null where there is none.
-        eps: Radius of the ball, for pixels in [0, 1]; null where there is none.
-        counts: Whether it enters the worst case, because it kept to the threat model.
-        at: The point of a sweep, such as ``{"eps": 0.1}`` or ``{"level": 0.2, "draw": 0}``.
-        correct, per_class, outcomes, nonfinite: As in :class:`CleanResult`, of its examples alone.
-        examples: Number of examples.
-        subset: Which they are, one bit per example of the split; absent if they are all.
-        weakness: Why withstanding it is no evidence for the threat model, as a sentence: its radius
-            or steps are too small, or it did not move the images. Absent if it is evidence.
-        survivors_only: It met only what all earlier attacks had left standing, and the outcome of
-            any other example is its earlier one, so ``correct`` is cumulative.
-        distances: Median ``linf`` and ``l2`` distance from the clean image over the examples that
-            it broke; null if it broke none. Absent where distances were not recorded.
-        unmoved: How many examples withstood the attack while its loss had no usable gradient, and
-            were attacked again by other means. Absent for attacks that follow no gradient.
-    """
+    """Outcomes of one step of the suite."""
 
     kind: Literal["attack", "noise"]
+    """Noise is random, not adversarial."""
     norm: str | None
+    """Of the ball it kept to; null where there is none."""
     eps: float | None
+    """Radius of the ball, for pixels in [0, 1]; null where there is none."""
     counts: bool
+    """Whether it enters the worst case, because it kept to the threat model."""
     at: dict[str, float]
-    correct: int
-    examples: int
+    """The point of a sweep, such as ``{"eps": 0.1}`` or ``{"level": 0.2, "draw": 0}``."""
+    correct: _Count
+    """Number of its examples classified correctly."""
+    examples: _Size
+    """Number of examples it was run on."""
     survivors_only: bool
-    per_class: list[list[int]]
+    """It met only what all earlier attacks had left, so ``correct`` is cumulative."""
+    per_class: list[Annotated[list[_Count], Field(min_length=2, max_length=2)]]
+    """``[correct, total]`` of each class, of its examples."""
     outcomes: str
+    """One bit for each of its examples."""
     subset: NotRequired[str]
+    """Which examples of the split they are, one bit each; absent if they are all."""
     weakness: NotRequired[str]
+    """Why withstanding it is no evidence for the threat model; absent if it is."""
     distances: NotRequired[dict[str, float | None]]
-    nonfinite: NotRequired[int]
-    unmoved: NotRequired[int]
+    """Median ``linf`` and ``l2`` distance over the examples it broke; null if it broke none."""
+    nonfinite: NotRequired[_Count]
+    """As of the clean images."""
+    unmoved: NotRequired[_Count]
+    """How many examples withstood it without a usable gradient, and were attacked again."""
 
 
+@_described
 class ThreatResult(TypedDict):
     """The adversary of the worst case: perturbations of at most ``eps`` in ``norm``."""
 
@@ -115,106 +86,164 @@ class ThreatResult(TypedDict):
     eps: float
 
 
+@_described
 class AuditCheck(TypedDict):
-    """One question that an audit of the evaluation asks, and its answer.
-
-    Keys:
-        id: Short name.
-        question: What was asked; ``pass`` is the answer that lets the figures stand.
-        value: What was measured; null where it is not a number.
-        threshold: What the value was held against; null where there is none.
-        verdict: ``pass``, ``fail`` or ``not applicable``.
-        detail: More for the reader; may be empty.
-    """
+    """One check of the evaluation."""
 
     id: str
+    """Short name."""
     question: str
+    """What was asked; ``pass`` is the answer that supports the figures."""
     value: float | None
+    """What was measured; null where it is not a number."""
     threshold: float | None
+    """What the value was compared with; null where there is none."""
     verdict: Literal["pass", "fail", "not applicable"]
     detail: str
+    """More for the reader; may be empty."""
 
 
+@_described
 class AuditResult(TypedDict):
-    """Checks of the evaluation itself, made on ``examples`` examples."""
+    """Checks of the evaluation itself."""
 
     examples: int
+    """On how many examples they were made."""
     checks: list[AuditCheck]
 
 
+@_described
 class CheckpointResult(TypedDict):
-    """One checkpoint on ``examples`` examples.
-
-    Keys:
-        epoch: From 0.
-        global_step: Optimiser steps behind the checkpoint.
-        examples: Size of the split.
-        threat: The adversary of the worst case; null where there is none.
-        clean: Outcomes without an attack.
-        attacks: The steps of the suite, in their order, by key: ``entry``, ``entry/loss``,
-            ``entry/loss/eps=0.1``, ``entry/level=0.2/draw=1``.
-        metrics: Accuracies in [0, 1], see :func:`~common.results.outcomes.figures`, and other
-            measures in their own units: ``parameters``, ``macs``, ``lipschitz``.
-        intervals: ``[low, high]`` of every metric that is a share of examples.
-        sizes: How many examples an accuracy is about, where those are not all.
-        remarks: What a reader of the figures should know, in sentences.
-        audit: Checks of the evaluation; absent where it was not audited.
-        not_run: Steps of the suite that were left out because they need a gradient and the model
-            has none; absent if there are none.
-    """
+    """What was measured of one checkpoint."""
 
     epoch: int
+    """From 0."""
     global_step: int
-    examples: int
+    """Optimiser steps behind the checkpoint."""
+    examples: _Size
+    """Size of the split."""
     threat: ThreatResult | None
+    """The adversary of the worst case; null where there is none."""
     clean: CleanResult
     attacks: dict[str, AttackResult]
+    """Steps of the suite in their order: ``entry``, ``entry/loss``, ``entry/level=0.2/draw=1``."""
     metrics: dict[str, float]
-    intervals: dict[str, list[float]]
+    """Accuracies in [0, 1], and measures in their own units: ``parameters``, ``lipschitz``."""
+    intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]]
+    """95 % Wilson interval of every metric that is a share of examples."""
     sizes: dict[str, int]
+    """How many examples an accuracy is about, where those are not all."""
     remarks: list[str]
+    """What a reader of the figures should know, in sentences."""
     audit: NotRequired[AuditResult]
+    """Absent where the evaluation was not audited."""
     not_run: NotRequired[list[str]]
+    """Steps left out because they need a gradient and the model has none."""
 
 
+@with_config(ConfigDict(strict=True, extra="allow", use_attribute_docstrings=True))
 class Provenance(TypedDict):
-    """Where the figures of a checkpoint come from; other keys may be added for the reader.
-
-    Keys:
-        config_digest: Of the settings behind the checkpoint; entries of other settings are not
-            kept beside it.
-        protocol: Digest of what was measured, and on which data; entries of other protocols are
-            not kept beside it.
-        weights: Which weights the checkpoint holds: ``raw``, or by what they are averaged.
-        checkpoint_digest: Of the weights.
-        date: When it was measured, ISO 8601.
-    """
+    """Where the figures of a checkpoint come from; other keys are for the reader."""
 
     config_digest: str
+    """Of the settings; entries of other settings are not kept beside it."""
     protocol: NotRequired[str]
+    """Digest of what was measured, and on which data; others are not kept beside it."""
     weights: NotRequired[str | None]
+    """``raw``, or by what they are averaged."""
     checkpoint_digest: NotRequired[str]
+    """Of the weights."""
     date: NotRequired[str]
+    """When it was measured, ISO 8601."""
 
 
+def _with_counts(checkpoint: CheckpointResult) -> CheckpointResult:
+    """Compare counts, classes and bits of all steps with each other."""
+    total = checkpoint["examples"]
+    _check_counts(checkpoint["clean"], total, "clean")
+    for name, attack in checkpoint["attacks"].items():
+        chosen = total
+        if "subset" in attack:
+            chosen = packed_bits(attack["subset"], total).bit_count()
+        if chosen != attack["examples"]:
+            raise ValueError(
+                f"attacks.{name}.examples is {attack['examples']}, its subset has {chosen}"
+            )
+        _check_counts(attack, chosen, f"attacks.{name}")
+    return checkpoint
+
+
+def _check_counts(step: CleanResult | AttackResult, total: int, place: str) -> None:
+    if (counted := examples_in(step["per_class"])) != total:
+        raise ValueError(f"{place}.per_class has {counted} examples, not {total}")
+    found = {
+        "outcomes": packed_bits(step["outcomes"], total).bit_count(),
+        "per_class": sum(correct for correct, _ in step["per_class"]),
+    }
+    for what, value in found.items():
+        if value != step["correct"]:
+            raise ValueError(f"{place}.correct is {step['correct']}, {what} gives {value}")
+
+
+def examples_in(per_class: list[list[int]]) -> int:
+    """How many examples the classes have together."""
+    return sum(total for _, total in per_class)
+
+
+def _with_origins(result: "Result") -> "Result":
+    """Compare the keys of checkpoints and provenance."""
+    if (origins := sorted(result["provenance"])) != (known := sorted(result["checkpoints"])):
+        raise ValueError(f"provenance is about {origins}, checkpoints about {known}")
+    return result
+
+
+@_described
 class Result(TypedDict):
-    """A result file.
+    """A result file: what was measured with one experiment and seed."""
 
-    Keys:
-        schema: Version of the format, :data:`SCHEMA`.
-        paper: Package of the experiment.
-        experiment: Its name, the stem of its configuration.
-        seed: Of the run.
-        checkpoints: What was measured, by checkpoint: ``last``, ``selected`` or a file's stem.
-        provenance: Where it comes from; the same keys.
-        digest: SHA-256 of the values of all other keys, whatever their order; older files have
-            none. Take it out after editing a file by hand.
-    """
-
-    schema: int
+    schema: Literal[3]
+    """Version of the format."""
     paper: str
+    """Package of the experiment."""
     experiment: str
+    """The stem of its configuration."""
     seed: int
-    checkpoints: dict[str, CheckpointResult]
+    checkpoints: Annotated[
+        dict[str, Annotated[CheckpointResult, AfterValidator(_with_counts)]], Field(min_length=1)
+    ]
+    """By name: ``last``, ``selected`` or a file's stem."""
     provenance: dict[str, Provenance]
+    """Where each checkpoint's figures come from; the same keys."""
     digest: NotRequired[str]
+    """SHA-256 of all other keys; absent after an edit by hand, and figures are then compared."""
+
+
+_RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, AfterValidator(_with_origins)])
+
+
+def problem_of(data: Any) -> str:
+    """The first reason why ``data`` is no :class:`Result`, in one line; empty if it is one."""
+    try:
+        _RESULT.validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        if first["type"] == "missing":
+            return f"{place} is missing"
+        if first["type"] == "value_error":
+            return f"{place}: {first['ctx']['error']}"
+        if first["type"] == "extra_forbidden":
+            return f"{place} is no key of a result"
+        found = repr(first["input"])
+        found = found if len(found) <= 60 else f"{found[:60]}..."
+        return f"{place} is {found}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return ""
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of result files."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_RESULT.json_schema()}
+
+
+if __name__ == "__main__":
+    write_json_atomically(SCHEMA_FILE, json_schema())

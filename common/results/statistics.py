@@ -1,8 +1,6 @@
-"""What finite test sets and few seeds leave open: intervals and comparisons."""
+"""Intervals of accuracies and tests between rows; scipy is imported where it is needed."""
 
-import math
 from collections.abc import Sequence
-from statistics import NormalDist, fmean, variance
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -26,12 +24,10 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
         raise ValueError(f"expected 0 <= successes <= n and n >= 1, got {successes} of {n}")
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    middle = successes + z * z / 2
-    half = z * math.sqrt(successes * (n - successes) / n + z * z / 4)
-    low = (middle - half) / (n + z * z) if successes > 0 else 0.0
-    high = (middle + half) / (n + z * z) if successes < n else 1.0
-    return low, high
+    from scipy.stats import binomtest
+
+    low, high = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(low), float(high)
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
@@ -52,12 +48,10 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     """
     if min(only_a, only_b) < 0:
         raise ValueError(f"counts must not be negative, got {only_a} and {only_b}")
+    from scipy.stats import binomtest
+
     n = only_a + only_b
-    ways = tail = 1  # of getting 0 of n; whole numbers, so that no tail is rounded away
-    for i in range(min(only_a, only_b)):
-        ways = ways * (n - i) // (i + 1)
-        tail += ways
-    return min(1.0, 2 * tail / (1 << n))
+    return float(binomtest(only_a, n).pvalue) if n else 1.0
 
 
 def welch_t_test(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -76,12 +70,30 @@ def welch_t_test(first: Sequence[float], second: Sequence[float]) -> float | Non
     """
     if min(len(first), len(second)) < 2:
         return None
-    spread = [variance(sample) / len(sample) for sample in (first, second)]
-    if not any(spread):
-        return 1.0 if fmean(first) == fmean(second) else 0.0
-    from scipy.stats import t  # takes a second, which tables without comparisons need not wait
+    if len(set(first)) == len(set(second)) == 1:
+        return 1.0 if first[0] == second[0] else 0.0
+    from scipy.stats import ttest_ind
 
-    freedom = sum(spread) ** 2 / sum(
-        part**2 / (len(sample) - 1) for part, sample in zip(spread, (first, second), strict=True)
-    )
-    return float(2.0 * t.sf(abs(fmean(first) - fmean(second)) / math.sqrt(sum(spread)), freedom))
+    return float(ttest_ind(first, second, equal_var=False).pvalue)
+
+
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
+    """95 % t interval of the mean of ``first - second``, paired by run.
+
+    Args:
+        first: A number per run.
+        second: The same for the other method, in the same order of runs.
+
+    Returns:
+        Both ends; ``None`` with fewer than two runs. Where the differences agree, they are both
+        ends.
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    if len(differences) < 2:
+        return None
+    if max(differences) - min(differences) < 1e-12:
+        return differences[0], differences[0]
+    from scipy.stats import ttest_rel
+
+    low, high = ttest_rel(first, second).confidence_interval(0.95)
+    return float(low), float(high)

@@ -11,47 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from common.errors import ConfigurationError
-from common.files import (
-    check_writable,
-    content_digest,
-    read_sealed_json,
-    write_json_atomically,
-    write_text_atomically,
-)
-from common.limits import read_json
-from common.results.outcomes import (
-    checkpoint_entry,
-    outcome_bits,
-    pack_outcomes,
-    summarise,
-    unpack_outcomes,
-)
-from common.results.schema import SCHEMA, CheckpointResult, Provenance, Result
-from common.results.validation import problem_of
+import numpy as np
 
-__all__ = [
-    "LABELS",
-    "SCHEMA",
-    "CheckpointResult",
-    "Provenance",
-    "Result",
-    "check_writable",
-    "checkpoint_entry",
-    "load_results",
-    "merge_result",
-    "outcome_bits",
-    "pack_outcomes",
-    "read_result",
-    "result_path",
-    "summarise",
-    "unpack_outcomes",
-    "write_json_atomically",
-    "write_text_atomically",
-]
+from common.errors import ConfigurationError
+from common.files import content_digest, read_sealed_json, write_json_atomically
+from common.limits import read_json
+from common.results.outcomes import figures, intervals, missing_worst, sizes
+from common.results.schema import SCHEMA, CheckpointResult, Provenance, Result, problem_of
 
 LABELS = ("last", "selected")
 """The checkpoints tables show, in this order."""
+
+
+TOLERANCE = 2e-6
+"""Of figures in a file that was edited by hand."""
 
 
 def result_path(folder: str | Path, experiment: str, seed: int) -> Path:
@@ -88,8 +61,7 @@ def merge_result(
         provenance: Where it comes from; ``config_digest`` must be there.
 
     Raises:
-        ConfigurationError: If the entry contradicts itself, or the file is no result, or another
-            experiment's.
+        ConfigurationError: If the entry is none, or the file is no result, or another experiment's.
         RunDirectoryError: If the file cannot be written.
     """
     path = Path(path)
@@ -116,7 +88,7 @@ def merge_result(
         "provenance": {name: origins[name] for name in order},
     }
     if problem := problem_of(merged):
-        raise ConfigurationError(f"the result for {path} contradicts itself: {problem}")
+        raise ConfigurationError(f"the result for {path} cannot be written: {problem}")
     merged["digest"] = content_digest(merged)
     write_json_atomically(path, merged)
     return merged
@@ -208,9 +180,9 @@ def read_result(path: str | Path) -> Result:
     """Read a result file and check it.
 
     Raises:
-        ConfigurationError: If the file is missing, is of another schema, is no result, is not what
-            was written (by its digest, where it has one), or contradicts itself (counts, outcomes,
-            metrics, intervals and sizes are compared); the message says where.
+        ConfigurationError: If the file is missing, is of another schema, is no result, or is not
+            what was written: its digest differs, or, in a file without a digest, its figures are
+            not those of its outcomes.
     """
     path = Path(path)
     remedy = (
@@ -223,17 +195,49 @@ def read_result(path: str | Path) -> Result:
         raise ConfigurationError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
-        raise ConfigurationError(
-            f"{path} has schema {schema} and this code reads up to {SCHEMA}; update the code, or "
-            "keep this file elsewhere"
-        )
-    if isinstance(schema, int) and not isinstance(schema, bool) and 1 <= schema < SCHEMA:
-        raise ConfigurationError(
-            f"{path} has schema {schema}, which does not say what schema {SCHEMA} has to; {remedy}"
-        )
-    if problem := problem_of(data):
+        remedy = "update the code, or keep this file elsewhere"
+    if isinstance(schema, int) and schema != SCHEMA:
+        raise ConfigurationError(f"{path} has schema {schema}, expected {SCHEMA}; {remedy}")
+    if problem := problem_of(data) or _edit_in(data):
         raise ConfigurationError(f"{path} is no result of schema {SCHEMA}: {problem}; {remedy}")
     return cast(Result, data)
+
+
+def _edit_in(result: Result) -> str:
+    """What does not agree with the digest, or without one with the outcomes; empty if all does."""
+    if "digest" in result:
+        content = {key: value for key, value in result.items() if key != "digest"}
+        if (found := content_digest(content)) == result["digest"]:
+            return ""
+        return (
+            f"its digest is {result['digest'][:12]}..., its content has {found[:12]}...: it was "
+            "damaged, or edited without taking the digest out"
+        )
+    for label, checkpoint in result["checkpoints"].items():
+        known = figures(checkpoint["clean"], checkpoint["attacks"])
+        metrics = {name: figure.value for name, figure in known.items()}
+        stored: dict[str, Mapping[str, Any]] = {
+            "metrics": metrics,
+            "intervals": intervals(known),
+            "sizes": sizes(known),
+        }
+        for key, derived in stored.items():
+            of = cast(Mapping[str, Any], checkpoint)[key]
+            for name, value in derived.items():
+                if of.get(name) is None or max(_differences(of[name], value)) > TOLERANCE:
+                    return (
+                        f"checkpoints.{label}.{key}.{name} is {of.get(name)}, the outcomes give "
+                        f"{value}"
+                    )
+        if "worst" in checkpoint["metrics"] and "worst" not in known:
+            reason = missing_worst(checkpoint["clean"], checkpoint["attacks"])
+            return f"checkpoints.{label}.metrics.worst is there, but {reason or 'no attack counts'}"
+    return ""
+
+
+def _differences(one: float | list[float], other: float | list[float]) -> list[float]:
+    pairs = zip(np.atleast_1d(one), np.atleast_1d(other), strict=True)
+    return [abs(float(a - b)) for a, b in pairs]
 
 
 def load_results(folder: str | Path) -> list[Result]:

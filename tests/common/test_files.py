@@ -21,12 +21,13 @@ from common.files import (
     read_sealed_json,
     remove_leftovers,
     write_bytes_atomically,
+    write_json_atomically,
     write_sealed,
     write_sealed_json,
     write_sealed_yaml,
     yaml_damage_of,
 )
-from common.results.store import read_result, write_json_atomically
+from common.results.store import read_result
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import torch
 from common.analysis.report import Found
 from common.attacks import pgd
 from common.errors import ConfigurationError
-from common.evaluation.steps import Line, Outcomes, Threat
+from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.reference import Metric
 from common.results.store import merge_result, result_path

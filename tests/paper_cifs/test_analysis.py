@@ -13,7 +13,8 @@ from common.evaluation import Outcomes
 from common.files import read_sealed_json
 from common.networks.resnet import ResNet
 from common.objectives import AT
-from common.results.store import checkpoint_entry, merge_result, result_path
+from common.results.outcomes import checkpoint_entry
+from common.results.store import merge_result, result_path
 from paper_cifs.analysis import ANALYSIS, claims, experiment_of
 from paper_cifs.measures import measure
 from paper_cifs.method import CIFSResNet

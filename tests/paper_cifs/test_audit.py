@@ -9,7 +9,7 @@ from common.attacks.pgd import PGD
 from common.data.sources import Digits
 from common.evaluation.audit.checks import Audit
 from common.evaluation.runner import run_steps
-from common.evaluation.steps import Threat
+from common.results.lines import Threat
 from paper_cifs.method import CIFSDigitsResNet, JointCrossEntropy
 from paper_cifs.module import CIFSClassifier
 

@@ -85,7 +85,7 @@ def test_the_lowest_number_is_the_lowest_of_its_losses(paper) -> None:
 
 
 def test_two_losses_of_one_attack_share_a_cell() -> None:
-    assert "| 48.20 / 48.10 | 46.20 / 46.10 |" in render_table("paper_cifs").markdown
+    assert "| 48.20 / 48.10 [R0] | 46.20 / 46.10 [R0] |" in render_table("paper_cifs").markdown
 
 
 # ----------------------------------------------------------------------------------------- configs

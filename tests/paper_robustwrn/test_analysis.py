@@ -7,7 +7,7 @@ import torch
 
 from common.analysis.report import Found
 from common.errors import ConfigurationError
-from common.evaluation.steps import Line, Outcomes, Threat
+from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.store import merge_result, result_path
 from paper_robustwrn.analysis import ANALYSIS, claims

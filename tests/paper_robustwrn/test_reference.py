@@ -126,7 +126,7 @@ def test_columns_of_sizes_have_their_units(paper) -> None:
 
 
 def test_the_tables_show_the_published_numbers() -> None:
-    assert "| 85.80 | 57.35 |" in render_table("paper_robustwrn").markdown
+    assert "| 85.80 [F] | 57.35 [F] |" in render_table("paper_robustwrn").markdown
 
 
 # ----------------------------------------------------------------------------------------- configs

@@ -11,7 +11,7 @@ from torch import nn
 
 from common.analysis.report import Found
 from common.errors import ConfigurationError
-from common.evaluation.steps import Line, Outcomes, Threat
+from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.store import merge_result, result_path
 from common.results.tables import render_table

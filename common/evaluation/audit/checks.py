@@ -31,10 +31,11 @@ from common.evaluation.audit.probes import (
     gradients,
 )
 from common.evaluation.retries import decided
-from common.evaluation.steps import Columns, Outcomes, Step, Threat, is_wrong, judged
+from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.suite import resolve_losses
 from common.evaluation.transfer import DistilledTransfer, Transfer
 from common.objectives import Batch, InnerLoss
+from common.results.lines import Columns, Outcomes, Threat
 from common.results.schema import AuditResult
 
 Run = Callable[[Any, Batch, ExampleRandom], Columns]

@@ -16,8 +16,8 @@ from common.evaluation.audit.gradients import (
     random_signs,
 )
 from common.evaluation.history import changed, copied, state_of
-from common.evaluation.steps import Columns, Threat
 from common.objectives import Batch, InnerLoss
+from common.results.lines import Columns, Threat
 
 FINE_STEP = 1e-4  # per pixel, for derivatives
 DIRECTIONS = 16

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.evaluation.findings import FEW
-from common.evaluation.steps import Outcomes
+from common.results.lines import Outcomes
 from common.results.schema import AuditCheck, AuditResult
 from common.results.statistics import wilson_interval
 

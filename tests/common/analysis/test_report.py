@@ -10,8 +10,8 @@ from torch import nn
 from common.analysis.claims import judge
 from common.analysis.report import Analysis, plain_values
 from common.errors import CheckpointError, ConfigurationError
-from common.evaluation.steps import Line, Outcomes, Threat
 from common.files import read_sealed_json
+from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.store import merge_result, result_path
 

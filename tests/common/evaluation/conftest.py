@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from common.results.validation import _check_audit
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, label_loss
@@ -13,8 +14,7 @@ from common.data.sources import Digits
 from common.evaluation.audit.checks import Audit
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
-from common.evaluation.steps import Threat
-from common.results.validation import _check_audit
+from common.results.lines import Threat
 
 THREAT = Threat("linf", 0.2)
 COST = {"steps": 10, "restarts": 2, "square_queries": 100, "random_samples": 30}

@@ -13,7 +13,7 @@ from common.errors import ConfigurationError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
-from common.evaluation.steps import Outcomes, Threat
+from common.results.lines import Outcomes, Threat
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 THREAT = Threat("linf", 0.2)

@@ -20,9 +20,9 @@ from common.evaluation import SuiteEntry, evaluate
 from common.evaluation.confirm import attacked, autoattacked, part_of
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
-from common.evaluation.steps import Outcomes, Threat
 from common.evaluation.suite import steps_of
 from common.modes import frozen
+from common.results.lines import Outcomes, Threat
 
 FAST = AttackEngine()
 BF16 = AttackEngine(precision="bf16")

@@ -17,8 +17,8 @@ from common.evaluation import SuiteEntry
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.models import Victim
 from common.evaluation.runner import Team, run_steps
-from common.evaluation.steps import Outcomes, Threat
 from common.evaluation.suite import steps_of
+from common.results.lines import Outcomes, Threat
 
 
 @pytest.fixture

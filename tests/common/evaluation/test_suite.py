@@ -23,11 +23,13 @@ from common.data.subset import subset
 from common.errors import ConfigurationError
 from common.evaluation import SuiteEntry, Transfer, check_suite, resolve_losses
 from common.evaluation.runner import run_steps
-from common.evaluation.steps import Threat, judged
+from common.evaluation.steps import judged
 from common.evaluation.suite import averaged, steps_of
 from common.networks.resnet import ResNet
 from common.objectives import AT, on_logits
-from common.results.outcomes import checkpoint_entry, unpack_outcomes
+from common.results.lines import Threat
+from common.results.outcomes import checkpoint_entry
+from common.results.packing import unpack_outcomes
 from common.results.store import read_result
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from common.evaluation.steps import Outcomes
 from common.results.bases import bases, comparable, last_of, shared_basis
+from common.results.lines import Outcomes
 from common.results.outcomes import checkpoint_entry
 
 N = 20

@@ -1,7 +1,6 @@
 """Tables: which cells there are, what is in them, and how they get into a README."""
 
 import copy
-import io
 import json
 import subprocess
 import sys
@@ -11,24 +10,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
 from common.errors import ConfigurationError
-from common.evaluation.steps import Line, Outcomes
+from common.results.front import write_front
+from common.results.lines import Line, Outcomes
+from common.results.markdown import BEGIN, END, write_readme
+from common.results.outcomes import checkpoint_entry
+from common.results.reference import read_reference
 from common.results.statistics import mcnemar_exact, welch_t_test, wilson_interval
-from common.results.store import checkpoint_entry, merge_result, result_path
-from common.results.tables import (
-    BEGIN,
-    END,
-    main,
-    read_reference,
-    render_table,
-    write_readme,
-)
+from common.results.store import merge_result, result_path
+from common.results.tables import main, render_table
 
 N = 200
 REFERENCE: dict[str, Any] = {
     "title": "A paper",
+    "tags": {"R": "the repository", "C": "a choice"},
     "groups": [
         {
             "id": "E1",
@@ -169,11 +165,14 @@ def test_without_results_only_the_paper_speaks(paper: Path) -> None:
     (plain,) = tables(report.markdown)["E1: main"]
     assert plain == {
         "experiment": "plain |g| (`toy_net_plain`)",
-        "Natural paper": "84.56",
-        "Natural paper, selected": "82.80",
-        "PGD-20 paper": "46.00 / 47.00",
+        "Natural published": "84.56 [R]",
+        "Natural published, selected": "82.80 [R]",
+        "PGD-20 published": "46.00 / 47.00 [R]",
         "seeds": "",
     }
+    assert "Sources of published numbers: [R] the repository." in report.markdown
+    assert "Tables whose rows have not been run: 4" in report.markdown
+    assert report.compact is None
     assert tables(report.markdown)["E7: none"] == []
     assert "Neither published nor measured yet: `toy_net_ours`, `toy_net_never`" in report.markdown
     assert "Rows without our result: 4 of 4" in report.markdown
@@ -183,22 +182,15 @@ def test_without_results_only_the_paper_speaks(paper: Path) -> None:
 def test_one_seed_and_the_difference_to_the_mean_of_repeats(paper: Path) -> None:
     put(paper, "toy_net_plain", clean=0.8, robust=0.5)
     put(paper, "toy_net_plain", label="selected", clean=0.85, robust=0.55)
-    (row,) = tables(render_table("paper_toy").markdown)["E1: main"]
-    assert row == {
-        "experiment": "plain |g| (`toy_net_plain`)",
-        "Natural paper": "84.56",
-        "Natural last": one(80),
-        "Natural last − paper": "-4.56",
-        "Natural paper, selected": "82.80",
-        "Natural selected": one(85),
-        "PGD-20 paper": "46.00 / 47.00",
-        "PGD-20 last": one(50),
-        "PGD-20 last − paper": "+3.50",
-        "PGD-20 selected": one(55),
-        "AA†‡ last": one(24, N // 4),
-        "AA†‡ selected": one(24, N // 4),
-        "seeds": "0",
-    }
+    rows = tables(render_table("paper_toy").markdown)["E1: main"]  # stacked: too wide otherwise
+    assert [list(row.values()) for row in rows] == [
+        ["plain |g| (`toy_net_plain`)", "published", "84.56 [R]", "46.00 / 47.00 [R]", "", "0"],
+        ["", "last", one(80), one(50), one(24, N // 4), "0"],
+        ["", "last − published", "-4.56", "+3.50", "", "0"],
+        ["", "published, selected", "82.80 [R]", "", "", "0"],
+        ["", "selected", one(85), one(55), one(24, N // 4), "0"],
+    ]
+    assert list(rows[0]) == ["experiment", "", "Natural", "PGD-20", "AA†‡", "seeds"]
 
 
 def test_one_seed_by_hand(paper: Path) -> None:
@@ -287,9 +279,9 @@ def test_stacked_tables_have_a_line_per_kind(paper: Path) -> None:
     assert [(row["experiment"], row[""], row["f"], row["p1"]) for row in rows] == [
         ("ours (`toy_net_ours`)", "last", one(50), one(60)),
         ("", "selected", one(60), one(70)),
-        ("other (`other_net_plain`)", "paper", "50.00", ""),
+        ("other (`other_net_plain`)", "published", "50.00 [R]", ""),
         ("", "last", one(40), one(50)),
-        ("", "last − paper", "-10.00", ""),
+        ("", "last − published", "-10.00", ""),
     ]
 
 
@@ -380,17 +372,56 @@ def test_a_result_nobody_asked_for_is_mentioned(paper: Path) -> None:
     assert "without a row in reference.yaml: toy_net_mine" in render_table("paper_toy").markdown
 
 
-def test_the_terminal_shows_the_same_cells(paper: Path) -> None:
+def test_the_terminal_shows_one_small_table(
+    paper: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     put(paper, "toy_net_plain", clean=0.8)
-    report = render_table("paper_toy")
-    console = Console(width=250, file=io.StringIO())
-    for table in report.tables:
-        console.print(table)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "E7: none" in text
-    assert "Neither published nor measured yet: `toy_net_never`" in text
-    for cell in ("E1: main", "plain |g| (`toy_net_plain`)", "80.00", "46.00 / 47.00", "24.00", "†"):
-        assert cell in text
+    put(paper, "toy_net_plain", seed=1, clean=0.9)
+    assert main(["paper_toy"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "E1: main" in lines[0]
+    (row,) = (line.split() for line in lines if "toy_net_plain" in line)
+    assert row == ["toy_net_plain", "85.00", "50.00", "24.00", "2"]
+    assert "paper_toy/README.md" in " ".join(lines)
+
+
+def test_further_columns_are_folded(paper: Path) -> None:
+    group = {**REFERENCE["groups"][0], "first": ["pgd20"]}
+    write_reference(paper, {**REFERENCE, "groups": [group, *REFERENCE["groups"][1:]]})
+    put(paper)
+    markdown = render_table("paper_toy", groups=["E1"]).markdown
+    first, _, rest = markdown.partition("<details><summary>More columns</summary>")
+    assert "PGD-20 last" in first
+    assert "Natural last" not in first
+    assert "Natural last" in rest.partition("</details>")[0]
+    for wrong in (["absent"], ["pgd20"] * 9):
+        write_reference(
+            paper,
+            {**REFERENCE, "groups": [{**group, "first": wrong}, *REFERENCE["groups"][1:]]},
+        )
+        with pytest.raises(ConfigurationError, match="first of 'E1' names at most 8"):
+            render_table("paper_toy")
+
+
+def test_the_front_page_has_a_summary_and_the_coverage(paper: Path) -> None:
+    wanted = {"group": "E6", "metrics": ["pgd20/ce_f"], "difference": "pgd20/ce_f"}
+    groups = copy.deepcopy(REFERENCE["groups"])
+    groups[1]["baseline"] = "other_net_plain"
+    write_reference(paper, {**REFERENCE, "groups": groups, "summary": wanted})
+    front = paper.parent / "README.md"
+    front.write_text("<!-- summary -->\n<!-- /summary -->\n<!-- coverage -->\n<!-- /coverage -->\n")
+    for seed, robust in enumerate((0.5, 0.6)):
+        put(paper, "other_net_plain", seed, robust=robust)
+        put(paper, "toy_net_ours", seed, robust=robust + 0.1)
+    main(["paper_toy"])
+    text = front.read_text()
+    assert "| ours | 65.00 ± 7.07 | +10.0 [+10.0, +10.0] | 2 |" in text
+    assert "| other | 55.00 ± 7.07 |  | 2 |" in text
+    assert "| `paper_toy` | 2 / 4 | toy (1), other (1) | toy (2) |" in text
+    write_reference(paper, {**REFERENCE, "summary": {**wanted, "difference": "absent"}})
+    with pytest.raises(ConfigurationError, match="among the columns"):
+        write_front(front)
 
 
 def test_tables_of_an_analysis_follow_the_results(paper: Path) -> None:
@@ -569,9 +600,6 @@ def test_failed_audits_are_shouted_and_passed_ones_counted(paper: Path) -> None:
     )
     assert "number of checks passed and none failed: `toy_net_plain` (2)\n\n" in report.markdown
     assert report.markdown.count("⚠") == 1
-    console = Console(width=250, file=io.StringIO())
-    console.print(report.tables[0])
-    assert "⚠ audit: `toy_net_ours`" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_remarks_of_results_stand_under_the_table(paper: Path) -> None:

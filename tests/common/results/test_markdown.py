@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.results.readme import BEGIN, END, write_readme
-from common.results.sheets import Sheet
+from common.results.markdown import BEGIN, END, Sheet, write_readme
 
 HOSTILE = [
     "<script>alert(1)</script>",

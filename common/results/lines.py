@@ -1,0 +1,125 @@
+"""What an evaluation found: the outcomes of a split, and the nature of each step behind them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.attacks.geometry import Norm, parse_radius
+from common.errors import check_choice
+
+Columns = dict[str, Tensor]
+"""What a step found, one entry per example along the first axis."""
+
+Counted = Literal["attack", "noise"]
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What an adversary may do: perturb by at most ``eps`` in ``norm``, pixels in [0, 1].
+
+    Args:
+        norm: ``linf``, ``l2`` or ``l1``.
+        eps: A number or a fraction such as ``8/255``.
+    """
+
+    norm: Norm
+    eps: float | str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eps", parse_radius(self.eps, self.norm))
+
+    @property
+    def radius(self) -> float:
+        """``eps`` as a number."""
+        return float(self.eps)
+
+    def diameter(self, x: Tensor) -> float:
+        """Of the box of images like ``x``, ``(N, C, H, W)``, in this norm."""
+        return float(x[0].numel() ** {"linf": 0.0, "l2": 0.5, "l1": 1.0}[self.norm])
+
+    def per_pixel(self, x: Tensor) -> float:
+        """The change of each pixel where all change alike and together reach the radius."""
+        return self.radius / self.diameter(x)
+
+    def covers(self, other: "Threat | None") -> bool:
+        """Whether every perturbation of the other adversary is allowed to this one."""
+        return (
+            other is not None
+            and other.norm == self.norm
+            and other.radius <= self.radius * (1 + 1e-6)
+        )
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a result file says about the nature of a step.
+
+    Args:
+        entry: The suite entry.
+        kind: ``attack`` or ``noise``.
+        norm: Of the ball; ``None`` where there is none.
+        eps: Its radius.
+        survivors_only: Whether it met only what had withstood everything before.
+        counts: Whether its outcomes enter the worst case: it kept to the threat model.
+        at: The point of a sweep, such as ``{"eps": 0.1}``, ``{"level": 0.2, "draw": 0}``.
+        weakness: Why withstanding it is no evidence for the threat model: it did not use the whole
+            radius, or did not move. Empty if it is evidence.
+    """
+
+    entry: str
+    kind: Counted = "attack"
+    norm: str | None = None
+    eps: float | None = None
+    survivors_only: bool = False
+    counts: bool = True
+    at: Mapping[str, float] = field(default_factory=dict)
+    weakness: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, Counted)
+
+
+@dataclass
+class Outcomes:
+    """Outcomes of a whole split in the order of its examples.
+
+    Args:
+        y: Labels ``(N,)``.
+        correct: Per step (and ``clean``), whether each example is still right, ``(N,)`` bool.
+        attacked: Per step, which examples the figure is about, ``(N,)`` bool.
+        lines: Per step, its nature.
+        columns: Per step (and ``clean``), what else is known of each example, ``(N, ...)``: see
+            :func:`common.evaluation.steps.judged`; NaN distances where it was not run.
+        threat: The adversary of the worst case.
+        seconds: Per step, computing time over all devices.
+        remarks: What a reader of the figures should know, in sentences.
+        pictured: Which examples ``x_adv`` in the columns is about.
+        depends_on_history: Whether the model's scores for the same images and random numbers
+            changed while it was attacked.
+    """
+
+    y: Tensor
+    correct: dict[str, Tensor]
+    attacked: dict[str, Tensor]
+    lines: dict[str, Line] = field(default_factory=dict)
+    columns: dict[str, Columns] = field(default_factory=dict)
+    threat: Threat | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    pictured: Tensor = field(default_factory=lambda: torch.arange(0))
+    depends_on_history: bool = False
+
+    def nonfinite(self) -> str:
+        """For how many images the scores were not finite, as a sentence; empty if for none."""
+        everywhere = torch.ones_like(self.y, dtype=torch.bool)
+        counts = {
+            key: int((self.columns[key]["predicted"][within] < 0).sum())
+            for key, within in {"clean": everywhere, **self.attacked}.items()
+        }
+        if not any(counts.values()):
+            return ""
+        found = ", ".join(f"{count} ({key})" for key, count in counts.items() if count)
+        return f"scores are NaN or infinite, which counts as misclassified, for images: {found}"
