@@ -27,7 +27,8 @@ DEPTH = 6
 def copied(model: nn.Module) -> nn.Module:
     """A copy that shares nothing with the model that can be copied."""
     try:
-        return copy.deepcopy(model)
+        with torch.no_grad():  # copies of TorchScript's weights would have a history
+            return copy.deepcopy(model)
     except Exception:  # locks, tensors with a history: foreign code refuses copies in many ways
         clone: nn.Module = _cloned(model, {})
         return clone
