@@ -76,7 +76,6 @@ class Lab:
             model, batch, audit.steps(model, threat, classes), seed=0, threat=threat
         )
         report = audit.report(outcomes, classes)
-        _check_audit(report, "audit.")
         json.dumps(report, allow_nan=False)
         assert report["examples"] == min(examples, len(y))
         return {check["id"]: check for check in report["checks"]}, outcomes
