@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from common.results.validation import _check_audit
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, label_loss
