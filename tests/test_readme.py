@@ -28,7 +28,6 @@ def test_a_model_is_evaluated_as_a_readme_says(readme, tmp_path, monkeypatch, ca
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=10)
     torch.save(net.state_dict(), "weights.pt")
-    torch.jit.trace(net.eval(), torch.rand(1, 3, 32, 32)).save("model.pt")
     data = torch.utils.data.TensorDataset(torch.rand(4, 3, 32, 32), torch.arange(4))
     exec(block.replace("audit=True, ", ""), {"dataset": data})
     printed = capsys.readouterr().out

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.results.statistics import (
@@ -14,6 +14,7 @@ from common.results.statistics import (
 )
 
 
+@settings(deadline=None)  # the first example imports scipy
 @given(st.integers(1, 3000), st.floats(0, 1))
 def test_the_ends_of_an_interval_solve_the_score_equation(n: int, share: float) -> None:
     successes = round(share * n)
