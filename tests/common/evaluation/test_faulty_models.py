@@ -344,6 +344,12 @@ def test_a_plain_function_is_a_model(data) -> None:
             robust(wrong, data)
 
 
+def test_a_torchscript_model_is_a_model(data) -> None:
+    net = Linear().eval()
+    traced = torch.jit.trace(net, data[0][:2])
+    assert robust(traced, data).robust_acc == robust(net, data).robust_acc
+
+
 def test_a_folder_of_other_results_is_refused_at_the_start(tmp_path, data, monkeypatch) -> None:
     robust(Linear().eval(), data, output=tmp_path)
     before = (tmp_path / "results.json").read_bytes()
