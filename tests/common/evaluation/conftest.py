@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from common.results.validation import _check_audit
+from common.results.schema import AuditResult
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, label_loss
@@ -76,7 +76,7 @@ class Lab:
             model, batch, audit.steps(model, threat, classes), seed=0, threat=threat
         )
         report = audit.report(outcomes, classes)
-        _check_audit(report, "audit.")
+        TypeAdapter(AuditResult).validate_python(report)
         json.dumps(report, allow_nan=False)
         assert report["examples"] == min(examples, len(y))
         return {check["id"]: check for check in report["checks"]}, outcomes
