@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from common.results.schema import AuditResult
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, label_loss
@@ -15,6 +15,7 @@ from common.evaluation.audit.checks import Audit
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
 from common.results.lines import Threat
+from common.results.schema import AuditResult
 
 THREAT = Threat("linf", 0.2)
 COST = {"steps": 10, "restarts": 2, "square_queries": 100, "random_samples": 30}
