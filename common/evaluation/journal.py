@@ -30,6 +30,7 @@ from common.evaluation.signature import is_same
 from common.evaluation.steps import Step
 from common.files import damage_of, write_sealed, write_text_atomically
 from common.objectives import Batch
+from common.results import lines
 from common.results.lines import Columns
 from common.results.provenance import weights_digest
 
@@ -178,9 +179,10 @@ def _arrays(path: Path) -> Columns:
 
 @cache
 def _code_digest() -> str:
-    """Digest of the source files of the attacks and of their judgement."""
+    """Digest of the source files of the attacks, of their judgement and of its description."""
     folders = [*common.attacks.__path__, *common.evaluation.__path__]
     files = sorted(path for folder in folders for path in Path(folder).rglob("*.py"))
+    files.append(Path(lines.__file__))
     return _digest("".join(path.read_text(encoding="utf-8") for path in files))
 
 

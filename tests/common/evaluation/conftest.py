@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy, label_loss
@@ -14,6 +15,7 @@ from common.evaluation.audit.checks import Audit
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
 from common.results.lines import Threat
+from common.results.schema import AuditResult
 
 THREAT = Threat("linf", 0.2)
 COST = {"steps": 10, "restarts": 2, "square_queries": 100, "random_samples": 30}
@@ -75,6 +77,7 @@ class Lab:
             model, batch, audit.steps(model, threat, classes), seed=0, threat=threat
         )
         report = audit.report(outcomes, classes)
+        TypeAdapter(AuditResult).validate_python(report)
         json.dumps(report, allow_nan=False)
         assert report["examples"] == min(examples, len(y))
         return {check["id"]: check for check in report["checks"]}, outcomes
