@@ -166,6 +166,8 @@ def evaluate(
     else:
         ready = load_suite(suite, eps, norm)
     checks = audit if isinstance(audit, Audit) else ready.audit or (Audit() if audit else None)
+    if checks is None and not ready.entries:
+        check_suite(ready.entries, model)
     _check_unused(ready.entries, engine)
     if device is not None:
         model = _moved(model, device)
@@ -240,7 +242,7 @@ def run(
     team, measures = Team.of_processes(), measures or {}
     checked, suspicions = _checked(model, examples, suite, num_classes, batch_size)
     victim = as_victim(model, checked.classes)
-    if suite or audit is None:
+    if suite:  # a checkpoint that no entry names is measured without an attack
         check_suite(suite, victim)
     steps = steps_of(suite, victim, checked.classes, seed, engine)
     known = list(remarks)

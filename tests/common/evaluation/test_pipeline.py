@@ -79,6 +79,23 @@ def test_the_callback_and_the_function_report_the_same(tmp_path) -> None:
     }  # fmt: skip
 
 
+def test_a_checkpoint_that_no_attack_names_is_measured_without_one(tmp_path) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+        callbacks=[RobustEvaluation({"fgsm": SuiteEntry(FGSM(0.02), checkpoints=["last"])})],
+    )
+    data = ImageDataModule(Digits(), test_limit=40)
+    with pytest.warns(UserWarning, match="about chance"):
+        trainer.test(module(), datamodule=data, verbose=False)
+    entry = read_result(tmp_path / "results.json")["checkpoints"]["untrained"]
+    assert entry["attacks"] == {}
+    assert {"clean_acc", "parameters", "macs"} == set(entry["metrics"])
+
+
 def command(folder: Path, *launcher: str) -> dict:
     call = [
         *(sys.executable, "-m", *launcher, "common.evaluation"),
