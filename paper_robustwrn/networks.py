@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
+from common.networks.backbone import Backbone
 from common.networks.normalize import Normalize, Statistics
 from common.networks.resnet import check_positive, conv1x1, conv3x3, named_sequence
 from paper_robustwrn.cells import DARTS_V2, NASNET, Cell, Genotype
@@ -37,7 +38,7 @@ class Bottleneck(nn.Module):
         return torch.cat([self.new(x), x], dim=1)
 
 
-class DenseNet(nn.Module):
+class DenseNet(Backbone):
     """DenseNet for small images, by default DenseNet-121, with the width of each stage free [C].
 
     A transition BN - ReLU - conv1x1 - average pool leads from stage to stage and sets the width of
@@ -66,14 +67,13 @@ class DenseNet(nn.Module):
         mean: Statistics = None,
         std: Statistics = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, mean, std)
         check_positive(num_classes=num_classes, growth_rate=growth_rate)
         given = f"depths={list(depths)}, channels={list(channels)}"
         if not len(depths) == len(channels) >= 1 or min(*depths, *channels) < 1:
             raise ConfigurationError(
                 f"depths and channels need one value of at least 1 for each stage, got {given}"
             )
-        self.normalize = Normalize(in_channels, mean, std)
         self.stem = conv3x3(in_channels, channels[0])
         self.stages = nn.Sequential()
         width = channels[0]
@@ -99,16 +99,6 @@ class DenseNet(nn.Module):
             flatten=nn.Flatten(),
             linear=nn.Linear(width, num_classes),
         )
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the head reads, before its norm and activation."""
-        z: Tensor = self.stages(self.stem(self.normalize(x)))
-        return z
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits
 
 
 class TwoByTwo(nn.Module):

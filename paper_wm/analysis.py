@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from common.analysis.claims import (
     BySeed,
     Claim,
-    Difference,
     Judgement,
     Metrics,
     Verdict,
@@ -26,6 +25,7 @@ from common.analysis.claims import (
     t_test,
 )
 from common.analysis.report import Analysis, Found
+from common.results.statistics import Difference
 from paper_wm.figures import figures
 from paper_wm.gathered import Gathered, base_of, gather, label_of, try_insertions
 from paper_wm.method import Variant

@@ -11,9 +11,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from common.errors import check_choice
-
-LEVEL = 0.05
-"""Level of the tests behind verdicts, two-sided."""
+from common.results.statistics import Difference, paired_t_test
 
 BySeed = dict[int, float]
 Metrics = Mapping[tuple[str, int], Mapping[str, float]]
@@ -53,65 +51,9 @@ def mean(values: BySeed) -> float | None:
 # ----------------------------------------------------------------------------------- the test
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean of paired differences over seeds, with the paired t-test against a threshold.
-
-    Attributes:
-        mean: In the unit of the numbers.
-        low: Lower end of the 95 % t interval of the mean; minus infinity with one seed.
-        high: Upper end.
-        p: p value of the two-sided paired t-test; 1 with one seed.
-        seeds: Number of pairs.
-        threshold: Value of the mean under the null hypothesis.
-    """
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    seeds: int
-    threshold: float = 0.0
-
-    @property
-    def is_up(self) -> bool:
-        """Whether the mean is significantly above the threshold."""
-        return self.p < LEVEL and self.mean > self.threshold
-
-    @property
-    def is_down(self) -> bool:
-        """Whether the mean is significantly below the threshold."""
-        return self.p < LEVEL and self.mean < self.threshold
-
-    def text(self, digits: int = 1) -> str:
-        """Mean and interval; the mean alone with one seed."""
-        middle = f"{self.mean:+.{digits}f}"
-        if not math.isfinite(self.low):
-            return middle
-        return f"{middle} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
-
-
 def t_test(values: BySeed, threshold: float = 0.0) -> Difference | None:
-    """Two-sided t-test of per-seed values against a threshold; ``None`` without any value.
-
-    Of differences it is the paired t-test. Values that do not vary have the p value 1 at the
-    threshold and 0 elsewhere.
-    """
-    numbers = list(values.values())
-    if not numbers:
-        return None
-    n, middle = len(numbers), fmean(numbers)
-    if n == 1:
-        return Difference(middle, -math.inf, math.inf, 1.0, n, threshold)
-    if max(numbers) - min(numbers) <= 1e-9 * max(map(abs, numbers)):
-        p = 1.0 if math.isclose(middle, threshold, abs_tol=1e-12) else 0.0
-        return Difference(middle, middle, middle, p, n, threshold)
-    from scipy.stats import ttest_rel  # slow to import, and needed by analyses alone
-
-    found = ttest_rel(numbers, [threshold] * n)
-    low, high = found.confidence_interval(1.0 - LEVEL)
-    interval = (threshold + float(low), threshold + float(high))
-    return Difference(middle, *interval, float(found.pvalue), n, threshold)
+    """Two-sided t-test of per-seed values against a threshold; ``None`` without any value."""
+    return paired_t_test(list(values.values()), threshold)
 
 
 def paired_difference(first: BySeed, second: BySeed, scale: float = 1.0) -> Difference | None:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from common.analysis.claims import Difference
 from common.evaluation.drawing import BLUE, FONT, GREY, blank_figure, tidy_axes
+from common.results.statistics import Difference
 
 
 def forest_plot(differences: Mapping[str, Difference], baseline: str, accuracy: str) -> Figure:

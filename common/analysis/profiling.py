@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import label_loss
 from common.attacks.pgd import PGD
 from common.errors import ConfigurationError
 from common.modes import frozen
@@ -147,7 +147,7 @@ def adversarial_training_step(
 
     def step() -> None:
         with frozen(trained):
-            x_adv = attack(lambda images: cross_entropy(trained(images), y), x, generator)
+            x_adv = attack(label_loss(trained, y), x, generator)
         optimizer.zero_grad()
         F.cross_entropy(trained(x_adv), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -76,7 +76,7 @@ class Evaluation:
 
     def _check_worst(self) -> None:
         if "worst" not in self.metrics:
-            reason = missing_worst(self.result["clean"], self.result["attacks"])
+            reason = missing_worst(self.result["attacks"])
             raise ConfigurationError(reason or "there is no worst case: nothing was attacked")
 
     @property

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from common.errors import ConfigurationError
 from common.results.cells import spread_of
@@ -11,7 +10,7 @@ from common.results.columns import Columns
 from common.results.markdown import Sheet, write_readme
 from common.results.reference import Reference, Row, read_reference
 from common.results.schema import Result
-from common.results.statistics import paired_interval
+from common.results.statistics import paired_t_test
 from common.results.store import load_results
 
 Results = Mapping[str, Sequence[Result]]
@@ -87,11 +86,8 @@ def summary(reference: Reference, results: Results) -> Sheet:
 
 
 def _difference(ours: list[float], theirs: list[float]) -> str:
-    if not ours:
-        return ""
-    middle = f"{fmean(ours) - fmean(theirs):+.1f}"
-    ends = paired_interval(ours, theirs)
-    return middle if ends is None else f"{middle} [{ends[0]:+.1f}, {ends[1]:+.1f}]"
+    found = paired_t_test([a - b for a, b in zip(ours, theirs, strict=True)])
+    return "" if found is None else found.text()
 
 
 def coverage(papers: Mapping[str, tuple[Reference, Results]]) -> Sheet:

@@ -194,10 +194,10 @@ def _combined(outcomes: list[int], mask: int, is_noise: bool) -> Figure:
     return Figure(min(counts) / mask.bit_count(), mask, min(counts), None)
 
 
-def missing_worst(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> str:
-    """Why there is no ``worst``, as a sentence; empty if there is one, or nothing was attacked."""
+def missing_worst(attacks: Mapping[str, AttackResult]) -> str:
+    """Why these steps give no ``worst``, as a sentence; empty if nothing was attacked."""
     counted = {name: attack for name, attack in attacks.items() if counts_as_attack(attack)}
-    if not attacks or "worst" in figures(clean, attacks):
+    if not attacks:
         return ""
     if not counted:
         what = ", ".join(sorted({name.partition("/")[0] for name in attacks}))
@@ -308,6 +308,7 @@ def checkpoint_entry(
     metrics = {name: figure.value for name, figure in found.items()}
     if taken := set(metrics) & set(measures or ()):
         raise ValueError(f"{min(taken)} is a measure and an accuracy; rename one of them")
+    reason = "" if "worst" in found else missing_worst(attacks)
     entry: CheckpointResult = {
         "epoch": epoch,
         "global_step": global_step,
@@ -318,7 +319,7 @@ def checkpoint_entry(
         "metrics": metrics | dict(measures or {}),
         "intervals": intervals(found),
         "sizes": sizes(found),
-        "remarks": [*outcomes.remarks, *filter(None, [missing_worst(clean, attacks)])],
+        "remarks": [*outcomes.remarks, *filter(None, [reason])],
     }
     if audit is not None:
         entry["audit"] = cast(AuditResult, dict(audit))

@@ -14,15 +14,6 @@ def pack_outcomes(outcomes: "Iterable[bool] | Tensor") -> str:
     return np.packbits(np.asarray(as_list(outcomes), dtype=bool)).tobytes().hex()
 
 
-def unpack_outcomes(text: str, n: int) -> list[bool]:
-    """The ``n`` booleans that :func:`pack_outcomes` packed.
-
-    Raises:
-        ValueError: If the text is not ``n`` packed booleans.
-    """
-    return listed(packed_bits(text, n), n)
-
-
 def packed_bits(text: str, n: int) -> int:
     """Packed booleans as an ``n``-bit integer whose highest bit is the first.
 

@@ -1,6 +1,12 @@
 """Intervals of accuracies and tests between rows; scipy is imported where it is needed."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+LEVEL = 0.05
+"""Level of two-sided tests and of their intervals."""
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -77,23 +83,64 @@ def welch_t_test(first: Sequence[float], second: Sequence[float]) -> float | Non
     return float(ttest_ind(first, second, equal_var=False).pvalue)
 
 
-def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
-    """95 % t interval of the mean of ``first - second``, paired by run.
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences over seeds, with the paired t-test against a threshold.
+
+    Attributes:
+        mean: In the unit of the numbers.
+        low: Lower end of the 95 % t interval of the mean; minus infinity with one seed.
+        high: Upper end.
+        p: p value of the two-sided paired t-test; 1 with one seed.
+        seeds: Number of pairs.
+        threshold: Value of the mean under the null hypothesis.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+    threshold: float = 0.0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the mean is significantly above the threshold."""
+        return self.p < LEVEL and self.mean > self.threshold
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the mean is significantly below the threshold."""
+        return self.p < LEVEL and self.mean < self.threshold
+
+    def text(self, digits: int = 1) -> str:
+        """Mean and interval; the mean alone with one seed."""
+        middle = f"{self.mean:+.{digits}f}"
+        if not math.isfinite(self.low):
+            return middle
+        return f"{middle} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+
+def paired_t_test(numbers: Sequence[float], threshold: float = 0.0) -> Difference | None:
+    """Two-sided t-test of the differences of pairs of runs; ``None`` without any.
+
+    Differences that do not vary have the p value 1 at the threshold and 0 elsewhere.
 
     Args:
-        first: A number per run.
-        second: The same for the other method, in the same order of runs.
-
-    Returns:
-        Both ends; ``None`` with fewer than two runs. Where the differences agree, they are both
-        ends.
+        numbers: One difference per pair.
+        threshold: The mean under the null hypothesis.
     """
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    if len(differences) < 2:
+    if not numbers:
         return None
-    if max(differences) - min(differences) < 1e-12:
-        return differences[0], differences[0]
-    from scipy.stats import ttest_rel
+    n, middle = len(numbers), fmean(numbers)
+    if n == 1:
+        return Difference(middle, -math.inf, math.inf, 1.0, n, threshold)
+    if max(numbers) - min(numbers) <= 1e-9 * max(map(abs, numbers)):
+        p = 1.0 if math.isclose(middle, threshold, abs_tol=1e-12) else 0.0
+        return Difference(middle, middle, middle, p, n, threshold)
+    from scipy.stats import ttest_rel  # slow to import
 
-    low, high = ttest_rel(first, second).confidence_interval(0.95)
-    return float(low), float(high)
+    found = ttest_rel(numbers, [threshold] * n)
+    low, high = found.confidence_interval(1.0 - LEVEL)
+    interval = (threshold + float(low), threshold + float(high))
+    return Difference(middle, *interval, float(found.pvalue), n, threshold)

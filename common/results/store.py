@@ -230,7 +230,7 @@ def _edit_in(result: Result) -> str:
                         f"{value}"
                     )
         if "worst" in checkpoint["metrics"] and "worst" not in known:
-            reason = missing_worst(checkpoint["clean"], checkpoint["attacks"])
+            reason = missing_worst(checkpoint["attacks"])
             return f"checkpoints.{label}.metrics.worst is there, but {reason or 'no attack counts'}"
     return ""
 
