@@ -11,40 +11,14 @@ from common.analysis.report import Found
 from common.classifier import RobustClassifier
 from common.evaluation import Outcomes
 from common.files import read_sealed_json
-from common.networks.resnet import ResNet
 from common.objectives import AT
 from common.results.outcomes import checkpoint_entry
 from common.results.store import merge_result, result_path
 from paper_cifs.analysis import ANALYSIS, claims, experiment_of
 from paper_cifs.measures import measure
-from paper_cifs.method import CIFSResNet
 
 K, EPS = 3, 0.1
 NAMES = ("zero", "one", "two")
-SETTINGS = {
-    "depths": (1, 1),
-    "widths": (4, 8),
-    "strides": (1, 2),
-    "num_classes": K,
-    "in_channels": 1,
-}
-
-
-def plain_network(seed=0):
-    torch.manual_seed(seed)
-    return ResNet(**SETTINGS).eval()
-
-
-def cifs_network(seed=0, **settings):
-    torch.manual_seed(seed)
-    return CIFSResNet(**SETTINGS, hidden=5, **settings).eval()
-
-
-def images(n=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(n, 1, 8, 8, generator=generator)
-    return x, torch.arange(n) % K
-
 
 # --------------------------------------------------------------------------------------- claims
 
@@ -163,8 +137,8 @@ class Images:
 
     num_classes, class_names = K, NAMES
 
-    def __init__(self):
-        x, self.y = images(24)
+    def __init__(self, x, y):
+        self.y = y
         self.x = (255 * x).to(torch.uint8)
         self.calls = []
 
@@ -185,10 +159,14 @@ class Images:
         return batch | {"x": batch["x"].float() / 255}
 
 
-def load(run):
-    seed = int(run.name.removeprefix("seed"))
-    make = cifs_network if run.parent.name.endswith("cifs") else plain_network
-    return RobustClassifier(make(seed), AT()), Images()
+@pytest.fixture
+def load(plain_network, cifs_network, images):
+    def load_run(run):
+        seed = int(run.name.removeprefix("seed"))
+        make = cifs_network if run.parent.name.endswith("cifs") else plain_network
+        return RobustClassifier(make(seed), AT()), Images(*images(24))
+
+    return load_run
 
 
 def write_checkpoints(runs, stems, seeds):
@@ -229,7 +207,7 @@ def write_results(folder, seeds, methods=("plain", "cifs", "aux", "cas")):
 STEMS = ("digits_resnet_plain_natural", "digits_resnet_plain", "digits_resnet_cifs")
 
 
-def test_the_whole_analysis(tmp_path):
+def test_the_whole_analysis(tmp_path, plain_network, images, load):
     runs, results = tmp_path / "runs", tmp_path / "results"
     write_checkpoints(runs, STEMS, (0, 1))
     write_results(results, (0, 1))
@@ -240,7 +218,7 @@ def test_the_whole_analysis(tmp_path):
     assert (verdict["a"], verdict["d"]) == ("supported", "supported")
 
     assert set(written["channels"]) == set(STEMS)
-    data = Images()
+    data = Images(*images(24))
     found = measure(plain_network(1), data.x.float() / 255, data.y, K, 0.2)
     entry = written["channels"]["digits_resnet_plain"]["seed1"]
     cosine = found.channels["penultimate"].cosine()
@@ -263,7 +241,7 @@ def test_the_whole_analysis(tmp_path):
             assert np.asarray(picture.convert("L")).std() > 10
 
 
-def test_cifs_alone_gives_the_fourth_figure_and_the_same_files_each_time(tmp_path):
+def test_cifs_alone_gives_the_fourth_figure_and_the_same_files_each_time(tmp_path, load):
     write_checkpoints(tmp_path / "runs", STEMS[2:], (3,))
     written = []
     for name in ("first", "second"):
@@ -277,12 +255,14 @@ def test_cifs_alone_gives_the_fourth_figure_and_the_same_files_each_time(tmp_pat
     assert written[0] == written[1]
 
 
-def test_results_of_other_data_do_not_overwrite_those_of_digits(tmp_path):
+def test_results_of_other_data_do_not_overwrite_those_of_digits(
+    tmp_path, plain_network, images, load
+):
     write_checkpoints(tmp_path / "runs", ["cifar10_resnet18_plain"], (0,))
     report = ANALYSIS.analyse(tmp_path / "runs", tmp_path, "cifar10", [0], load=load)
     assert report["path"] == str(tmp_path / "analysis_cifar10_resnet18.json")
     entry = report["channels"]["cifar10_resnet18_plain"]["seed0"]
-    data = Images()
+    data = Images(*images(24))
     found = measure(plain_network(), data.x.float() / 255, data.y, K, "8/255")
     alignment = found.channels["penultimate"].cosine().mean()
     assert entry["features"]["penultimate"]["cosine"] == pytest.approx(float(alignment), abs=1e-4)

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from common.evaluation.drawing import blank_figure, save_figure
-from common.networks.resnet import ResNet
 from paper_cifs.figures import (
     draw_channels,
     figure_f1,
@@ -15,42 +14,10 @@ from paper_cifs.figures import (
     shown_classes,
     smoothed,
 )
-from paper_cifs.measures import Channels, Measurement, correlation, measure
-from paper_cifs.method import CIFSResNet
+from paper_cifs.measures import Measurement, correlation, measure
 
 K, EPS = 3, 0.1
 NAMES = ("zero", "one", "two")
-SETTINGS = {
-    "depths": (1, 1),
-    "widths": (4, 8),
-    "strides": (1, 2),
-    "num_classes": K,
-    "in_channels": 1,
-}
-
-
-def plain_network(seed=0):
-    torch.manual_seed(seed)
-    return ResNet(**SETTINGS).eval()
-
-
-def cifs_network(seed=0, **settings):
-    torch.manual_seed(seed)
-    return CIFSResNet(**SETTINGS, hidden=5, **settings).eval()
-
-
-def images(n=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(n, 1, 8, 8, generator=generator)
-    return x, torch.arange(n) % K
-
-
-def random_channels(classes=K, channels=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    nat, adv = torch.rand(2, classes, channels, generator=generator, dtype=torch.float64)
-    relevance = torch.randn(classes, channels, generator=generator, dtype=torch.float64)
-    return Channels(nat, adv, relevance)
-
 
 # ---------------------------------------------------------------------------------------- figures
 
@@ -78,7 +45,7 @@ def heights(filled):
     return [max((y for x, y in corners if x == step), key=abs) for step in steps]
 
 
-def test_a_panel_sorts_by_relevance_and_scales_by_the_common_maximum():
+def test_a_panel_sorts_by_relevance_and_scales_by_the_common_maximum(random_channels):
     channels = random_channels()
     fig = blank_figure(3, 3)
     top, bottom = fig.subplots(2, 1)
@@ -96,7 +63,7 @@ def test_a_panel_sorts_by_relevance_and_scales_by_the_common_maximum():
     assert x == pytest.approx((relevance >= 0).sum() - 0.5)
 
 
-def test_f1_compares_the_trainings(tmp_path):
+def test_f1_compares_the_trainings(tmp_path, plain_network, images):
     found = measure(plain_network(), *images(), K, EPS)
     fig = figure_f1({"plain_natural": found, "plain": found}, (0, 2), NAMES)
     titles = [ax.get_title() for ax in fig.axes if ax.get_title()]
@@ -113,7 +80,7 @@ def test_f1_compares_the_trainings(tmp_path):
     assert pixels.std() > 10
 
 
-def test_f2_orders_classes_and_averages_seeds():
+def test_f2_orders_classes_and_averages_seeds(random_channels):
     channels = {"penultimate": random_channels()}
     seeds = [
         Measurement(torch.ones(K), torch.tensor(robust), channels)
@@ -130,7 +97,7 @@ def test_f2_orders_classes_and_averages_seeds():
     assert ", ".join(f"{link:+.2f}" for link in links) in bottom.get_title()
 
 
-def test_f4_shows_four_features(tmp_path):
+def test_f4_shows_four_features(tmp_path, cifs_network, images):
     found = measure(cifs_network(), *images(), K, EPS)
     fig = figure_f4(found, (1, 2), NAMES)
     titles = [ax.get_title().splitlines()[0] for ax in fig.axes if ax.get_title()]

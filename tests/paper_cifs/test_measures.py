@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.classifier import RobustClassifier
-from common.networks.resnet import ResNet
 from common.objectives import AT
 from paper_cifs import measures
 from paper_cifs.measures import (
@@ -21,41 +20,10 @@ from paper_cifs.measures import (
     measure,
     record,
 )
-from paper_cifs.method import CAS, CIFSResNet, global_average, relevance_by_autograd
+from paper_cifs.method import CAS, global_average, relevance_by_autograd
 
 K, EPS = 3, 0.1
 NAMES = ("zero", "one", "two")
-SETTINGS = {
-    "depths": (1, 1),
-    "widths": (4, 8),
-    "strides": (1, 2),
-    "num_classes": K,
-    "in_channels": 1,
-}
-
-
-def plain_network(seed=0):
-    torch.manual_seed(seed)
-    return ResNet(**SETTINGS).eval()
-
-
-def cifs_network(seed=0, **settings):
-    torch.manual_seed(seed)
-    return CIFSResNet(**SETTINGS, hidden=5, **settings).eval()
-
-
-def images(n=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(n, 1, 8, 8, generator=generator)
-    return x, torch.arange(n) % K
-
-
-def random_channels(classes=K, channels=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    nat, adv = torch.rand(2, classes, channels, generator=generator, dtype=torch.float64)
-    relevance = torch.randn(classes, channels, generator=generator, dtype=torch.float64)
-    return Channels(nat, adv, relevance)
-
 
 # ---------------------------------------------------------------------------------------- numbers
 
@@ -78,7 +46,7 @@ def test_correlation_agrees_with_numpy():
     assert torch.isnan(correlation(torch.ones(9), b[0]))
 
 
-def test_numbers_agree_with_a_slow_rewrite():
+def test_numbers_agree_with_a_slow_rewrite(random_channels):
     channels = random_channels()
     numbers = channels.numbers()
     for c in range(K):
@@ -102,7 +70,7 @@ def test_numbers_agree_with_a_slow_rewrite():
             assert float(numbers[name][c]) == pytest.approx(value, abs=1e-9), name
 
 
-def test_an_attack_that_changes_nothing():
+def test_an_attack_that_changes_nothing(random_channels):
     channels = random_channels()
     same = Channels(channels.natural, channels.natural, channels.relevance)
     assert torch.allclose(same.cosine(), torch.ones(K, dtype=torch.float64))
@@ -132,9 +100,9 @@ def test_alignment_and_shares_of_planted_channels():
 # ------------------------------------------------------------------------------------- recordings
 
 
-@pytest.mark.parametrize("make", [plain_network, cifs_network])
-def test_the_penultimate_feature_gives_the_logits(make):
-    net, (x, y) = make(), images()
+@pytest.mark.parametrize("make", ["plain_network", "cifs_network"])
+def test_the_penultimate_feature_gives_the_logits(make, request, images):
+    net, (x, y) = request.getfixturevalue(make)(), images()
     found, linear = record(net, x, y), final_linear(net)
     assert linear is net.head.linear
     assert found.features["penultimate"].shape == (12, 8)
@@ -142,7 +110,7 @@ def test_the_penultimate_feature_gives_the_logits(make):
     assert torch.allclose(found.logits, logits, atol=1e-6)
 
 
-def test_recordings_hold_both_sides_of_each_mask_and_its_relevance():
+def test_recordings_hold_both_sides_of_each_mask_and_its_relevance(cifs_network, images):
     net, (x, y) = cifs_network(), images()
     found = record(net, x, y)
     # A slow rewrite of the network's forward pass, with relevance by its definition.
@@ -163,7 +131,7 @@ def test_recordings_hold_both_sides_of_each_mask_and_its_relevance():
     assert torch.allclose(found.features["module2_masked"], found.features["penultimate"])
 
 
-def test_recording_reads_labels_for_the_relevance_alone():
+def test_recording_reads_labels_for_the_relevance_alone(cifs_network, images):
     net, (x, y) = cifs_network(), images()
     first, second = record(net, x, y), record(net.train(), x, (y + 1) % K)
     assert torch.equal(first.logits, second.logits)
@@ -173,7 +141,7 @@ def test_recording_reads_labels_for_the_relevance_alone():
     )
 
 
-def test_recording_leaves_nothing_behind():
+def test_recording_leaves_nothing_behind(cifs_network, images):
     net, (x, y) = cifs_network(), images()
     state = {name: value.clone() for name, value in net.state_dict().items()}
     record(net, x, y)
@@ -211,9 +179,9 @@ def slow_pgd20(net, x, y, eps):
     return x_adv
 
 
-@pytest.mark.parametrize("make", [plain_network, cifs_network])
-def test_measurements_are_of_images_attacked_with_pgd20(make):
-    net, (x, y) = make(), images()
+@pytest.mark.parametrize("make", ["plain_network", "cifs_network"])
+def test_measurements_are_of_images_attacked_with_pgd20(make, request, images):
+    net, (x, y) = request.getfixturevalue(make)(), images()
     x_adv = slow_pgd20(net, x, y, EPS)
     nat, adv = record(net, x, y), record(net, x_adv, y)
     found = measure(net, x, y, K, EPS, batch_size=5)
@@ -230,7 +198,9 @@ def test_measurements_are_of_images_attacked_with_pgd20(make):
         assert float(found.robust[c]) == pytest.approx(float(both))
 
 
-def test_an_image_that_was_wrong_before_the_attack_is_not_robust(monkeypatch):
+def test_an_image_that_was_wrong_before_the_attack_is_not_robust(
+    monkeypatch, plain_network, images
+):
     y = torch.tensor([0, 0, 1, 1, 2, 2])
     predicted = iter([torch.tensor([0, 1, 1, 2, 2, 2]), torch.tensor([0, 0, 0, 2, 2, 1])])
 
@@ -244,7 +214,7 @@ def test_an_image_that_was_wrong_before_the_attack_is_not_robust(monkeypatch):
     assert found.robust.tolist() == [0.5, 0.0, 0.5]
 
 
-def test_relevances_of_a_measurement():
+def test_relevances_of_a_measurement(cifs_network, images):
     net, (x, y) = cifs_network(), images()
     nat, found = record(net, x, y), measure(net, x, y, K, EPS).channels
     assert set(found) == {
@@ -263,7 +233,7 @@ def test_relevances_of_a_measurement():
     assert torch.allclose(found["module2_masked_by_class"].relevance, weight.double())
 
 
-def test_without_a_radius_nothing_changes():
+def test_without_a_radius_nothing_changes(cifs_network, images):
     found = measure(cifs_network(), *images(), K, 0.0)
     assert torch.equal(found.clean, found.robust)
     for channels in found.channels.values():
@@ -271,7 +241,7 @@ def test_without_a_radius_nothing_changes():
         assert torch.equal(channels.natural, channels.adversarial)
 
 
-def test_classifiers_are_measured_as_their_networks_are():
+def test_classifiers_are_measured_as_their_networks_are(plain_network, images):
     net, (x, y) = plain_network(), images()
     classifier = RobustClassifier(net, AT())
     assert torch.equal(
@@ -281,12 +251,12 @@ def test_classifiers_are_measured_as_their_networks_are():
     assert not any(p.grad is not None for p in net.parameters())
 
 
-def test_cas_modules_have_no_relevance_to_record():
+def test_cas_modules_have_no_relevance_to_record(cifs_network, images):
     net = cifs_network(selections={"stages_0_0": CAS, "stages_1_0": CAS})
     assert set(measure(net, *images(), K, EPS).channels) == {"penultimate"}
 
 
-def test_summaries_are_means_over_classes():
+def test_summaries_are_means_over_classes(cifs_network, images):
     found = measure(cifs_network(), *images(), K, EPS)
     summary = found.summary()
     penultimate = summary["features"]["penultimate"]

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from common.data.sources import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from common.errors import DataUnavailableError
 
 
@@ -132,3 +133,19 @@ def public() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         yield Path(folder)
+
+
+FAKES = {
+    CIFAR10: "fake_cifar10",
+    CIFAR100: "fake_cifar100",
+    SVHN: "fake_svhn",
+    MNIST: "fake_mnist",
+    FashionMNIST: "fake_fashion_mnist",
+}
+
+
+@pytest.fixture
+def root(request: pytest.FixtureRequest) -> Path:
+    """The folder of a small set in the format of the data set ``cls`` of the test."""
+    folder: Path = request.getfixturevalue(FAKES[request.getfixturevalue("cls")])
+    return folder

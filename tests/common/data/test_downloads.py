@@ -20,20 +20,11 @@ from common.data.sources import (
     CIFAR100,
     MNIST,
     SVHN,
-    Digits,
     FashionMNIST,
     TinyImageNet,
 )
 
-ALL = [Digits, CIFAR10, CIFAR100, SVHN, MNIST, FashionMNIST, TinyImageNet]
 DOWNLOADED = [CIFAR10, CIFAR100, SVHN, MNIST, FashionMNIST]
-FAKES = {
-    CIFAR10: "fake_cifar10",
-    CIFAR100: "fake_cifar100",
-    SVHN: "fake_svhn",
-    MNIST: "fake_mnist",
-    FashionMNIST: "fake_fashion_mnist",
-}
 
 
 # ------------------------------------------------------------------------------------ bad files
@@ -65,8 +56,7 @@ def test_without_files_and_download(cls, tmp_path, no_network, error_of) -> None
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_altered_file_is_named_with_both_remedies(cls, request, no_network, error_of) -> None:
-    root = request.getfixturevalue(FAKES[cls])
+def test_altered_file_is_named_with_both_remedies(cls, root, no_network, error_of) -> None:
     path = sorted(p for p in root.rglob("*") if p.is_file())[0]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -82,8 +72,7 @@ def test_altered_file_is_named_with_both_remedies(cls, request, no_network, erro
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
 @pytest.mark.parametrize("verify", [True, False])
-def test_truncated_files_are_refused_even_unverified(cls, verify, request, error_of) -> None:
-    root = request.getfixturevalue(FAKES[cls])
+def test_truncated_files_are_refused_even_unverified(cls, verify, root, error_of) -> None:
     for path in [p for p in root.rglob("*") if p.is_file()]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     source = cls(root=str(root), verify=verify)
@@ -94,9 +83,8 @@ def test_truncated_files_are_refused_even_unverified(cls, verify, request, error
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
 def test_one_missing_file_of_an_own_set_is_not_mixed_with_official_ones(
-    cls, request, no_network, error_of
+    cls, root, no_network, error_of
 ) -> None:
-    root = request.getfixturevalue(FAKES[cls])
     path = sorted(p for p in root.rglob("*") if p.is_file())[-1]
     path.unlink()
     message = error_of(cls(root=str(root), verify=False).prepare)
@@ -275,8 +263,7 @@ def test_a_damaged_archive_is_not_called_absent(
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
 @pytest.mark.parametrize("verify", [True, False])
-def test_root_may_name_the_inner_folders(cls, verify, request) -> None:
-    root = request.getfixturevalue(FAKES[cls])
+def test_root_may_name_the_inner_folders(cls, verify, root) -> None:
     expected = cls(str(root)).load("test")
     inner = root
     for part in Path(cls.folder).parts:
@@ -287,8 +274,7 @@ def test_root_may_name_the_inner_folders(cls, verify, request) -> None:
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_a_set_one_folder_below_is_named(cls, request, no_network, error_of) -> None:
-    root = request.getfixturevalue(FAKES[cls])
+def test_a_set_one_folder_below_is_named(cls, root, no_network, error_of) -> None:
     message = error_of(cls(str(root.parent), download=False).prepare)
     assert f"it is in {root}: set --data.source.root {root}" in message
 
@@ -349,9 +335,8 @@ def test_a_folder_that_may_not_be_written(
     ],
 )
 def test_a_file_that_is_something_else_is_called_that(
-    cls, verify, content, word, request, no_network, error_of
+    cls, verify, content, word, root, no_network, error_of
 ) -> None:
-    root = request.getfixturevalue(FAKES[cls])
     path = sorted(p for p in root.rglob("*") if p.is_file())[-1]
     path.unlink()
     path.mkdir() if content is None else path.write_bytes(content)
@@ -362,8 +347,7 @@ def test_a_file_that_is_something_else_is_called_that(
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_a_half_copied_set_is_incomplete_and_not_absent(cls, request, no_network, error_of) -> None:
-    root = request.getfixturevalue(FAKES[cls])
+def test_a_half_copied_set_is_incomplete_and_not_absent(cls, root, no_network, error_of) -> None:
     files = sorted(p for p in root.rglob("*") if p.is_file())
     files[-1].unlink()
     count = f"{len(files) - 1} of {len(files)} files are there"

@@ -10,25 +10,8 @@ import pytest
 import torch
 
 from common.data.sources import (
-    CIFAR10,
-    CIFAR100,
-    MNIST,
-    SVHN,
-    Digits,
-    FashionMNIST,
     TinyImageNet,
 )
-
-ALL = [Digits, CIFAR10, CIFAR100, SVHN, MNIST, FashionMNIST, TinyImageNet]
-DOWNLOADED = [CIFAR10, CIFAR100, SVHN, MNIST, FashionMNIST]
-FAKES = {
-    CIFAR10: "fake_cifar10",
-    CIFAR100: "fake_cifar100",
-    SVHN: "fake_svhn",
-    MNIST: "fake_mnist",
-    FashionMNIST: "fake_fashion_mnist",
-}
-
 
 # -------------------------------------------------------------------------------- Tiny-ImageNet
 

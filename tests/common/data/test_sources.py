@@ -25,13 +25,6 @@ from common.errors import ConfigurationError
 
 ALL = [Digits, CIFAR10, CIFAR100, SVHN, MNIST, FashionMNIST, TinyImageNet]
 DOWNLOADED = [CIFAR10, CIFAR100, SVHN, MNIST, FashionMNIST]
-FAKES = {
-    CIFAR10: "fake_cifar10",
-    CIFAR100: "fake_cifar100",
-    SVHN: "fake_svhn",
-    MNIST: "fake_mnist",
-    FashionMNIST: "fake_fashion_mnist",
-}
 
 
 @pytest.mark.parametrize("cls", ALL)
@@ -204,8 +197,7 @@ def test_svhn_agrees_with_torchvision(fake_svhn, split) -> None:
 
 @pytest.mark.parametrize("cls", [MNIST, FashionMNIST])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_mnist_agrees_with_torchvision(cls, split, request) -> None:
-    root = request.getfixturevalue(FAKES[cls])
+def test_mnist_agrees_with_torchvision(cls, split, root) -> None:
     x, y = cls(root=str(root)).load(split)
     peer = getattr(torchvision.datasets, cls.__name__)(root, train=split == "train", download=True)
     assert torch.equal(x[:, 0], peer.data)
@@ -213,8 +205,7 @@ def test_mnist_agrees_with_torchvision(cls, split, request) -> None:
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_complete_files_need_no_network_and_are_not_touched(cls, request, no_network) -> None:
-    root = request.getfixturevalue(FAKES[cls])
+def test_complete_files_need_no_network_and_are_not_touched(cls, root, no_network) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     source = cls(root=str(root))
     source.prepare()

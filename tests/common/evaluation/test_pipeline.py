@@ -32,6 +32,17 @@ def module() -> RobustClassifier:
     return RobustClassifier(net, AT(), torch.optim.SGD).eval()
 
 
+def quiet_trainer(folder: Path, evaluation: RobustEvaluation) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        callbacks=[evaluation],
+    )
+
+
 def test_the_callback_and_the_function_report_the_same(tmp_path) -> None:
     suite = {
         "fgsm": SuiteEntry(FGSM(0.02), ["ce_f", "cw_f"]),
@@ -41,14 +52,8 @@ def test_the_callback_and_the_function_report_the_same(tmp_path) -> None:
     audit = Audit(9, None, 4, 2, square_queries=5, random_samples=5, decision_queries=20)
     measures = {"smooth": LocalSmoothness(PGD(0.02, 0.01, 2))}
     data = ImageDataModule(Digits(), test_limit=40, eval_batch_size=16)
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        default_root_dir=tmp_path,
-        callbacks=[RobustEvaluation(suite, audit=audit, measures=measures, experiment="tiny")],
-    )
+    evaluation = RobustEvaluation(suite, audit=audit, measures=measures, experiment="tiny")
+    trainer = quiet_trainer(tmp_path, evaluation)
     with pytest.warns(UserWarning, match="about chance"):
         trainer.test(module(), datamodule=data, verbose=False)
     batch = data.test_set.__getitems__(range(len(data.test_set)))
@@ -80,14 +85,8 @@ def test_the_callback_and_the_function_report_the_same(tmp_path) -> None:
 
 
 def test_a_checkpoint_that_no_attack_names_is_measured_without_one(tmp_path) -> None:
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        default_root_dir=tmp_path,
-        callbacks=[RobustEvaluation({"fgsm": SuiteEntry(FGSM(0.02), checkpoints=["last"])})],
-    )
+    suite = {"fgsm": SuiteEntry(FGSM(0.02), checkpoints=["last"])}
+    trainer = quiet_trainer(tmp_path, RobustEvaluation(suite))
     data = ImageDataModule(Digits(), test_limit=40)
     with pytest.warns(UserWarning, match="about chance"):
         trainer.test(module(), datamodule=data, verbose=False)

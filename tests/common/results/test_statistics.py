@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from common.results.statistics import (
     mcnemar_exact,
-    paired_interval,
+    paired_t_test,
     welch_t_test,
     wilson_interval,
 )
@@ -69,8 +69,11 @@ def test_welch_by_hand_and_without_spread() -> None:
 
 
 def test_a_paired_interval_by_hand() -> None:
-    assert paired_interval([0.8], [0.7]) is None
-    assert paired_interval([0.75, 0.5], [0.5, 0.25]) == (0.25, 0.25)
+    assert paired_t_test([]) is None
+    one = paired_t_test([0.8 - 0.7])
+    assert (one.low, one.high, one.text()) == (-math.inf, math.inf, "+0.1")
+    same = paired_t_test([0.75 - 0.5, 0.5 - 0.25])
+    assert (same.low, same.high) == (0.25, 0.25)
     # differences 1, 2, 3: 2 ± 4.3027 / sqrt(3)
-    found = paired_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
-    assert found == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    found = paired_t_test([2.0 - 1.0, 4.0 - 2.0, 6.0 - 3.0])
+    assert (found.low, found.high) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)

@@ -17,7 +17,7 @@ from common.errors import ConfigurationError, RunDirectoryError
 from common.files import check_writable, write_json_atomically
 from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry, figures, logged, outcome_bits, positions
-from common.results.packing import pack_outcomes, unpack_outcomes
+from common.results.packing import listed, pack_outcomes, packed_bits
 from common.results.schema import SCHEMA, SCHEMA_FILE, json_schema
 from common.results.statistics import wilson_interval
 from common.results.store import load_results, merge_result, read_result, result_path
@@ -97,7 +97,7 @@ def put(path: Path, label: str = "last", digest: str = "d", **changes: Any) -> A
 def test_packing_can_be_undone(bits: list[bool]) -> None:
     packed = pack_outcomes(bits)
     assert len(packed) == 2 * -(-len(bits) // 8)
-    assert unpack_outcomes(packed, len(bits)) == bits
+    assert listed(packed_bits(packed, len(bits)), len(bits)) == bits
 
 
 def test_the_first_outcome_is_the_highest_bit() -> None:
@@ -109,7 +109,7 @@ def test_the_first_outcome_is_the_highest_bit() -> None:
 @pytest.mark.parametrize(("text", "n"), [("80", 9), ("8000", 8), ("01", 7), ("zz", 8)])
 def test_what_is_no_packing_is_refused(text: str, n: int) -> None:
     with pytest.raises(ValueError, match=r"hold|beyond|invalid literal"):
-        unpack_outcomes(text, n)
+        listed(packed_bits(text, n), n)
 
 
 def test_counts_and_the_order_of_the_suite() -> None:
