@@ -158,6 +158,8 @@ def render_table(
     )
     sources = "; ".join(f"[{tag}] {reference.tags.get(tag, tag)}" for tag in used)
     parts = [f"{_LEGEND} Sources of published numbers: {escape(sources)}." if used else _LEGEND]
+    run = sum(row.stem in results for row in rows)
+    parts.append(f"Rows run: {run} of {len(rows)} configured.")
     parts += [sheet.to_markdown() for sheet in sheets]
     if never:
         tables = "\n\n".join(sheet.to_markdown() for sheet in never)
