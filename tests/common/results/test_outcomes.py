@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.results.bases import bases, comparable, shared_basis
+from common.results.bases import bases, comparable, last_of, shared_basis
 from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry, figures, logged, outcome_bits, positions
 from common.results.packing import pack_outcomes, unpack_outcomes
@@ -310,3 +310,12 @@ def test_metrics_about_other_examples_are_left_out() -> None:
     assert "a" not in metrics["c", 1]
     assert metrics["c", 1]["clean_acc"] == 0.9
     assert "a of c seed 1 (2 examples): measured on other examples than elsewhere" in left_out
+
+
+def test_last_checkpoints_are_named_by_the_rest_of_their_stem() -> None:
+    results: list[Any] = [
+        {"experiment": "digits_a", "seed": 0, "checkpoints": {"last": 1}},
+        {"experiment": "digits_b", "seed": 1, "checkpoints": {"selected": 2}},
+        {"experiment": "mnist_a", "seed": 0, "checkpoints": {"last": 3}},
+    ]
+    assert last_of(results, "digits_") == {("a", 0): 1}

@@ -415,6 +415,9 @@ def test_a_row_may_have_another_baseline(paper: Path) -> None:
 
 def test_metrics_to_compare_can_be_named(paper: Path) -> None:
     assert "Paired" not in compared(paper), "there is nothing to compare"
+    put(paper)
+    put(paper, "other_net_plain", label="selected")
+    assert "Paired" not in compared(paper), "last checkpoints alone are compared"
     put(paper, "other_net_plain")
     put(paper)
     listed = ["clean_acc", "pgd20_union", "pgd20", "worst", "absent"]
