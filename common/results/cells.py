@@ -11,7 +11,7 @@ from common.results.columns import Columns
 from common.results.comparison import audit_notes
 from common.results.markdown import Sheet
 from common.results.outcomes import metrics_of
-from common.results.reference import UNITS, WIDEST, Group, Metric, Row
+from common.results.reference import UNITS, Group, Metric, Row
 from common.results.schema import Result
 from common.results.store import LABELS
 
@@ -21,7 +21,6 @@ COMPACT = 4
 _Results = Mapping[str, list[Result]]  # by experiment
 _Costs = Mapping[str, Mapping[str, float]]  # by experiment and metric
 _Cells = dict[str, dict[str, dict[str, str]]]  # by experiment, metric and kind
-_Lines = list[tuple[Row, list[str]]]
 
 _KINDS = {
     "published": "published",
@@ -67,29 +66,32 @@ def sheet_of(group: Group, rows: list[Row], results: _Results, costs: _Costs) ->
         return Sheet(group.title, group.note, notes=notes)
     first = group.shown
     rest = [metric for metric in group.metrics if metric not in first]
-    sheet = Sheet(group.title, group.note, *_arranged(group, first, known, cells, titles, results))
+    sheet = Sheet(group.title, group.note, *_arranged(first, known, cells, titles, results))
     sheet.notes = notes
     if rest:
-        more = Sheet("", "", *_arranged(group, rest, known, cells, titles, results))
+        more = Sheet("", "", *_arranged(rest, known, cells, titles, results))
         sheet.more = more if more.lines else None
     return sheet
 
 
 def _arranged(
-    group: Group,
     metrics: Sequence[Metric],
     rows: list[Row],
     cells: _Cells,
     titles: Mapping[str, str],
     results: _Results,
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and lines; a wide table with too many columns is stacked."""
-    header, lines = _wide(metrics, rows, cells, titles)
-    if group.layout == "stacked" or len(header) > 1 + WIDEST:
-        header, lines = _stacked(metrics, rows, cells, titles)
-    for row, line in lines:
-        line.append(", ".join(str(result["seed"]) for result in results.get(row.stem, [])))
-    return [*header, "seeds"], [line for _, line in lines]
+    """Header and lines of some columns: a line for each kind of number of a row."""
+    lines = []
+    for row in rows:
+        name = f"{row.label} (`{row.stem}`)"
+        seeds = ", ".join(str(result["seed"]) for result in results.get(row.stem, []))
+        for kind, what in _KINDS.items():
+            texts = [cells[row.stem][metric.key][kind] for metric in metrics]
+            if any(texts):
+                lines.append([name, what, *texts, seeds])
+                name = ""
+    return ["experiment", "", *(titles[metric.key] for metric in metrics), "seeds"], lines
 
 
 def _cell(
@@ -118,18 +120,19 @@ def _cell(
     if printed and ours["last"]:
         difference = f"{statistics.fmean(ours['last']) - statistics.fmean(printed):+.2f}"
     return {
-        "published": _published(printed, row),
+        "published": _published(printed, row, metric),
         "last": spread_of(ours["last"], ends["last"]),
         "difference": difference,
-        "published selected": _published(row.printed("selected", key), row),
+        "published selected": _published(row.printed("selected", key), row, metric),
         "selected": spread_of(ours["selected"], ends["selected"]),
         "network": "" if cost is None or row.stem in results else _repeats([scale * cost]),
     }
 
 
-def _published(values: list[float], row: Row) -> str:
+def _published(values: list[float], row: Row, metric: Metric) -> str:
     """The numbers with the tag of their source."""
-    return f"{_repeats(values)} [{row.source}]" if values and row.source else _repeats(values)
+    source = metric.source or row.source
+    return f"{_repeats(values)} [{source}]" if values and source else _repeats(values)
 
 
 def _repeats(values: list[float]) -> str:
@@ -145,40 +148,6 @@ def spread_of(values: list[float], ends: Sequence[float] = ()) -> str:
     if values and ends:
         return f"{values[0]:.2f} [{ends[0]:.1f}, {ends[1]:.1f}]"
     return _repeats(values)
-
-
-def _wide(
-    metrics: Sequence[Metric], rows: list[Row], cells: _Cells, titles: Mapping[str, str]
-) -> tuple[list[str], _Lines]:
-    columns = [
-        (metric.key, kind)
-        for metric in metrics
-        for kind in _KINDS
-        if any(cells[row.stem][metric.key][kind] for row in rows)
-    ]
-    header = ["experiment", *(f"{titles[key]} {_KINDS[kind]}" for key, kind in columns)]
-    lines: _Lines = [
-        (row, [_name(row), *(cells[row.stem][key][kind] for key, kind in columns)]) for row in rows
-    ]
-    return header, lines
-
-
-def _stacked(
-    metrics: Sequence[Metric], rows: list[Row], cells: _Cells, titles: Mapping[str, str]
-) -> tuple[list[str], _Lines]:
-    header = ["experiment", "", *(titles[metric.key] for metric in metrics)]
-    lines: _Lines = []
-    for row in rows:
-        for kind, name in _KINDS.items():
-            texts = [cells[row.stem][metric.key][kind] for metric in metrics]
-            if any(texts):
-                is_first = not lines or lines[-1][0] is not row
-                lines.append((row, [_name(row) if is_first else "", name, *texts]))
-    return header, lines
-
-
-def _name(row: Row) -> str:
-    return f"{row.label} (`{row.stem}`)"
 
 
 def _titles(
@@ -226,6 +195,11 @@ def compact_of(group: Group, rows: list[Row], results: _Results) -> Table:
     """Means over seeds of our last checkpoints, in the first columns of a table, for a terminal."""
     metrics = group.shown[:COMPACT]
     columns = Columns(group, [row.stem for row in rows], results)
+    sizes = [
+        f"{metric.title} on {basis.size:,} images"
+        for metric in metrics
+        if (basis := columns.basis[metric.key]) is not None and not basis.is_whole
+    ]
     table = Table(title=Text(group.title), title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("experiment", no_wrap=True)
     for title in (*(metric.title for metric in metrics), "seeds"):
@@ -243,4 +217,6 @@ def compact_of(group: Group, rows: list[Row], results: _Results) -> Table:
             known = [UNITS[metric.unit] * value for value in found if value is not None]
             cells.append(_repeats([statistics.fmean(known)]) if known else "")
         table.add_row(Text(row.stem), *cells, str(len(results[row.stem])))
+    table.caption = Text("; ".join(["means over seeds, accuracies in percent", *sizes]))
+    table.caption_justify = "left"
     return table

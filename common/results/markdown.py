@@ -7,6 +7,8 @@ from pathlib import Path
 from common.errors import ConfigurationError
 from common.files import write_text_atomically
 
+_NUMBER = re.compile(r"[-+]?\d\S*( ± \S+| / \d\S*\.\d\d| \[[^\]]+\])*")
+
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -33,9 +35,9 @@ class Sheet:
     more: "Sheet | None" = None
 
     def numeric(self) -> list[bool]:
-        """Which columns hold nothing but numbers."""
+        """Which columns hold only numbers, with their spread, interval or source."""
         return [
-            all(cell == "" or cell[0] in "+-0123456789" for cell in column)
+            all(cell == "" or _NUMBER.fullmatch(cell) for cell in column)
             for column in zip(*self.lines, strict=True)
         ]
 

@@ -11,7 +11,6 @@ from common.errors import ConfigurationError, check_choice
 from common.limits import read_yaml
 
 Unit = Literal["percent", "plain", "thousands", "millions", "giga"]
-Layout = Literal["wide", "stacked"]
 UNITS: dict[Unit, float] = {
     "percent": 100.0,
     "plain": 1.0,
@@ -37,13 +36,15 @@ class Metric:
         unit: ``percent`` of a figure in [0, 1]; ``plain`` as it is; ``thousands``; ``millions``;
             ``giga``.
         mean_of: Other columns of the same table with their weights, which sum to 1: ours is then
-            their weighted mean, computed for each seed, and ``key`` is a name of its own.
+            their weighted mean, computed for each seed, and ``key`` is a new name.
+        source: Tag of the published numbers in this column, if it is not that of their rows.
     """
 
     key: str
     title: str
     unit: Unit = "percent"
     mean_of: dict[str, float] | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("unit", self.unit, Unit)
@@ -78,8 +79,6 @@ class Group:
         title: Heading.
         metrics: Columns, in order.
         note: Text under the heading.
-        layout: ``wide`` has paper and ours side by side; ``stacked`` has them in lines below each
-            other, which suits many metrics.
         first: Keys of the columns of the first table, at most eight; the others follow in a
             second, folded table. By default the first eight.
         baseline: Stem of the row that the others are compared with, example by example.
@@ -91,13 +90,11 @@ class Group:
     title: str
     metrics: list[Metric]
     note: str = ""
-    layout: Layout = "wide"
     first: list[str] | None = None
     baseline: str | None = None
     compare: list[str] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("layout", self.layout, Layout)
         known = {metric.key for metric in self.metrics}
         if self.first is not None and (len(self.first) > WIDEST or set(self.first) - known):
             raise TypeError(
@@ -189,7 +186,7 @@ def read_reference(path: str | Path) -> Reference:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); it "
-            "needs groups (a list of id, title, metrics, note, layout, first, baseline, compare) "
+            "needs groups (a list of id, title, metrics, note, first, baseline, compare) "
             "and rows (by stem: groups, label, source, last, selected, baseline)"
         ) from error
     if not checkpoints or set(checkpoints) - set(Reference.checkpoints):

@@ -147,9 +147,19 @@ def render_table(
         sheets += _analysis(path)
     gaps = (_gap(row, results, seeds, reference.checkpoints) for row in rows)
     missing = [gap for gap in gaps if gap]
-    used = dict.fromkeys(row.source for row in rows if row.source and (row.last or row.selected))
+    used = dict.fromkeys(
+        source
+        for row in rows
+        for group in reference.groups
+        for metric in group.metrics
+        if group.id in row.groups
+        and (row.printed("last", metric.key) or row.printed("selected", metric.key))
+        and (source := metric.source or row.source)
+    )
     sources = "; ".join(f"[{tag}] {reference.tags.get(tag, tag)}" for tag in used)
     parts = [f"{_LEGEND} Sources of published numbers: {escape(sources)}." if used else _LEGEND]
+    run = sum(row.stem in results for row in rows)
+    parts.append(f"Rows run: {run} of {len(rows)} configured.")
     parts += [sheet.to_markdown() for sheet in sheets]
     if never:
         tables = "\n\n".join(sheet.to_markdown() for sheet in never)

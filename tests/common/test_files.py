@@ -1,6 +1,7 @@
 """Whole files: what a full disk leaves, what a flipped bit is called."""
 
 import io
+import json
 import os
 import resource
 import subprocess
@@ -16,6 +17,7 @@ from common.callbacks.checkpointing import SealedCheckpointIO
 from common.checkpoints import load_checkpoint
 from common.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from common.files import (
+    check_writable,
     content_digest,
     damage_of,
     read_sealed_json,
@@ -148,6 +150,35 @@ def test_a_damaged_configuration_is_found(tmp_path: Path) -> None:
     assert "after an edit take that line out" in yaml_damage_of(path)
     path.write_text("lr: 0.3\n")
     assert yaml_damage_of(path) == "", "one without a digest is read as it is"
+
+
+@pytest.mark.parametrize("bad", [{"a": object()}, {"a": float("nan")}, {"a": 2}])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, bad, monkeypatch) -> None:
+    path = tmp_path / "result.json"
+    write_json_atomically(path, {"a": 1})
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises((TypeError, ValueError, RunDirectoryError)):
+        write_json_atomically(path, bad)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_that_cannot_be_written_is_told_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file" / "result.json", tmp_path):
+        with pytest.raises(RunDirectoryError, match=r"cannot write .*; make"):
+            check_writable(path)
+    path = tmp_path / "new" / "folder" / "result.json"
+    check_writable(path)
+    assert not path.exists()
+    previous = os.umask(0o022)
+    write_json_atomically(path, {})
+    os.umask(previous)
+    assert path.stat().st_mode & 0o777 == 0o644, "others may read it"
 
 
 def test_what_killed_writers_leave_is_removed(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Text of strangers in Markdown tables."""
+"""Text of strangers in Markdown tables, and the rendered parts of READMEs."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from common.errors import ConfigurationError
 from common.results.markdown import BEGIN, END, Sheet, write_readme
 
 HOSTILE = [
@@ -54,3 +55,20 @@ def test_our_own_marks_stay() -> None:
         *("### C&W-30", "", "*paper* is `x`", "", "| a |", "| --- |"),
         *("| CIFS (`digits_cifs`) |", "| +0.67 |"),
     ]
+
+
+def test_columns_of_numbers_are_aligned_to_the_right() -> None:
+    cells = ["a", "9.50 ± 0.1", "84.56 / 84.60 [R, R0]", "-1.0", "5.0 [4.1, 5.9]", "0, 1, 2"]
+    sheet = Sheet("", header=[*"abcdef"], lines=[cells, ["", "", "", "", "", ""]])
+    assert sheet.numeric() == [False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize("text", ["none", BEGIN, END, f"{END} {BEGIN}", f"{BEGIN}{BEGIN}{END}"])
+def test_missing_markers_are_told(tmp_path: Path, text: str) -> None:
+    readme = tmp_path / "README.md"
+    with pytest.raises(ConfigurationError, match=r"cannot read .*README\.md"):
+        write_readme(readme, "table")
+    readme.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"README\.md needs the lines <!-- results -->"):
+        write_readme(readme, "table")
+    assert readme.read_text() == text
