@@ -307,6 +307,12 @@ class Tiny:
         return found
 
 
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
+    """The YAML of a small experiment."""
+    return TINY
+
+
 @pytest.fixture
 def tiny(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -55,15 +55,31 @@ trainer:
 """
 
 
-@pytest.fixture
-def config(tiny) -> Path:
-    """More steps, and everything that keeps a state between them."""
-    settings = yaml.safe_load(tiny.text)
+def extended(text: str) -> str:
+    """An experiment with more steps, and with everything that keeps a state between them."""
+    settings = yaml.safe_load(text)
     settings["model"]["init_args"]["objective"] = "common.objectives.TRADES"
     for section, values in yaml.safe_load(MORE).items():
         settings.setdefault(section, {}).update(values)
-    tiny.config.write_text(yaml.safe_dump(settings))
+    return yaml.safe_dump(settings)
+
+
+@pytest.fixture
+def config(tiny) -> Path:
+    tiny.config.write_text(extended(tiny.text))
     return tiny.config
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
+    """What an undisturbed run measures, and its seconds."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    file = folder / "tiny.yaml"
+    file.write_text(extended(tiny_text))
+    begun = time.monotonic()
+    work = cli("reproduce", "--config", file, "--runs", folder)
+    assert ended(forked(work, folder / "log")) == 0, (folder / "log").read_text()[-2000:]
+    return metrics(folder / "paper_tiny/tiny/seed0"), time.monotonic() - begun
 
 
 def forked(work: Callable[[], None], log: Path) -> int:
@@ -123,13 +139,12 @@ def is_done(run: Path) -> bool:
 # ------------------------------------------------------------------------------------------ kills
 
 
-def kill_at_random(config: Path, kills: int, seed: int, signals: Sequence[int]) -> None:
+def kill_at_random(
+    config: Path, undisturbed: tuple[str, float], kills: int, seed: int, signals: Sequence[int]
+) -> None:
     """Kill ``reproduce`` so often, at random times; its result is that of an undisturbed run."""
     log, draw = config.with_name("log"), random.Random(seed)
-    begun = time.monotonic()
-    assert ended(forked(cli("reproduce", "--config", config, "--runs", "whole"), log)) == 0
-    whole = min(time.monotonic() - begun, 8.0)  # on a busy machine it may have been far more
-    expected = metrics(Path("whole/paper_tiny/tiny/seed0"))
+    expected, whole = undisturbed[0], min(undisturbed[1], 8.0)  # far more on a busy machine
     run = Path("runs/paper_tiny/tiny/seed0")
     for _ in range(kills):
         if is_done(run):  # a new run, so that each kill hits one that is under way
@@ -148,14 +163,17 @@ def kill_at_random(config: Path, kills: int, seed: int, signals: Sequence[int]) 
     assert not list(run.rglob("*.tmp"))
 
 
-def test_a_few_random_kills_change_no_number(config: Path) -> None:
-    kill_at_random(config, 3, 0, (signal.SIGKILL, signal.SIGTERM))
+def test_a_random_kill_changes_no_number(config: Path, undisturbed: tuple[str, float]) -> None:
+    kill_at_random(config, undisturbed, 1, 0, (signal.SIGKILL, signal.SIGTERM))
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", [1, 2])
-def test_many_random_kills_change_no_number(config: Path, seed: int) -> None:
-    kill_at_random(config, 20, seed, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+def test_many_random_kills_change_no_number(
+    config: Path, undisturbed: tuple[str, float], seed: int
+) -> None:
+    signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+    kill_at_random(config, undisturbed, 20, seed, signals)
 
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
@@ -192,11 +210,11 @@ def interrupted(config: Path, number: int, method: str, call_number: int) -> Cal
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM])
-def test_signals_save_the_run_and_tell_which_they_were(config: Path, number: int) -> None:
+def test_signals_save_the_run_and_tell_which_they_were(
+    config: Path, undisturbed: tuple[str, float], number: int
+) -> None:
     log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
     whole = ("reproduce", "--config", config, "--trainer.logger", "false")
-    assert ended(forked(cli(*whole, "--runs", "whole"), log)) == 0
-    expected = metrics(Path("whole/paper_tiny/tiny/seed0"))
     for method, call_number, saved in (
         ("training_step", 3, 3),
         ("training_step", 20, 20),  # the last of all
@@ -208,12 +226,12 @@ def test_signals_save_the_run_and_tell_which_they_were(config: Path, number: int
         assert torch.load(run / "checkpoints/last.ckpt")["global_step"] == saved
         assert not (run / "results.json").exists()
         assert ended(forked(cli(*whole), log)) == 0
-        assert metrics(run) == expected
+        assert metrics(run) == undisturbed[0]
 
 
-def test_signals_that_were_ignored_stay_so(config: Path) -> None:
+def test_signals_that_were_ignored_stay_so(tiny) -> None:
     """As under nohup."""
-    log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
+    config, log, run = tiny.config, tiny.config.with_name("log"), tiny.run
 
     def nohup() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -259,10 +277,11 @@ def test_a_lock_ends_with_its_owner_though_a_child_of_it_lives(tmp_path: Path) -
 # ----------------------------------------------------------------------------------- disk, memory
 
 
-def test_a_full_disk_ends_a_run_in_one_line_and_room_lets_it_go_on(config: Path) -> None:
+def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_with_room(
+    config: Path, undisturbed: tuple[str, float]
+) -> None:
     """Files may only grow to a size that results need and checkpoints exceed."""
     log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
-    assert ended(forked(cli("reproduce", "--config", config, "--runs", "whole"), log)) == 0
     arguments = ("reproduce", "--config", config, "--trainer.logger", "false")
 
     def limited() -> None:
@@ -275,11 +294,13 @@ def test_a_full_disk_ends_a_run_in_one_line_and_room_lets_it_go_on(config: Path)
     assert "last.ckpt: File too large" in line
     assert "what was there before is kept" in line
     assert ended(forked(cli(*arguments), log)) == 0
-    assert metrics(run) == metrics(Path("whole/paper_tiny/tiny/seed0"))
+    assert metrics(run) == undisturbed[0]
 
 
 @pytest.mark.faults
-def test_a_small_file_system_ends_a_run_and_leaves_the_last_good_state(config: Path) -> None:
+def test_a_small_file_system_ends_a_run_and_leaves_the_last_good_state(
+    config: Path, undisturbed: tuple[str, float]
+) -> None:
     folder = config.with_name("small")
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)]
@@ -298,8 +319,7 @@ def test_a_small_file_system_ends_a_run_and_leaves_the_last_good_state(config: P
         )
         assert again.returncode == 0
         assert ended(forked(cli(*arguments), told)) == 0
-        assert ended(forked(cli("reproduce", "--config", config, "--runs", "whole"), told)) == 0
-        assert metrics(run) == metrics(Path("whole/paper_tiny/tiny/seed0"))
+        assert metrics(run) == undisturbed[0]
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
@@ -391,35 +411,20 @@ def free_port() -> int:
 def test_two_nodes_that_torchrun_joins_measure_what_one_process_does(config: Path) -> None:
     """Also when they start at different times over a run directory that is there already."""
     port = free_port()
-    arguments = ["-m", "paper_cifs", "reproduce", "--config", str(config)]
+    arguments = ["-m", "paper_cifs", "reproduce", "--config", str(config), *TWO[2:]]
     arguments += [
         "--trainer.num_nodes",
         "2",
         "--trainer.devices",
         "1",
-        *TWO[2:],
         "--trainer.precision",
         "32-true",
     ]
 
     def node(rank: int) -> subprocess.Popen[str]:
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes",
-            "2",
-            "--nproc_per_node",
-            "1",
-        ]
-        rendezvous = [
-            "--node_rank",
-            str(rank),
-            "--master_addr",
-            "localhost",
-            "--master_port",
-            str(port),
-        ]
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        joined = f"--nnodes 2 --nproc_per_node 1 --node_rank {rank} --master_addr localhost"
+        rendezvous = [*joined.split(), "--master_port", str(port)]
         return subprocess.Popen(
             [*torchrun, *rendezvous, *arguments],
             env=environment(),

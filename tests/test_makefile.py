@@ -209,27 +209,30 @@ def test_a_wrong_choice_is_named(project: Path) -> None:
     assert not (project / "tabulated").exists()
 
 
-@pytest.mark.parametrize(
-    "hostile",
-    ["$(touch {0})", "$(shell touch {0})", "`touch {0}`", "; touch {0} ;", "a' b; touch {0} '"],
-)
+HOSTILE = [
+    "$(touch {0})",
+    "$(shell touch {0})",
+    "`touch {0}`",
+    "; touch {0} ;",
+    "a' b; touch {0} '",
+]
+
+
 @pytest.mark.parametrize("command", [["-n", "reproduce-cifs"], ["reproduce-cifs"], ["help"]])
-def test_names_and_texts_of_configs_run_nothing(
-    project: Path, command: list[str], hostile: str
-) -> None:
+def test_names_and_texts_of_configs_run_nothing(project: Path, command: list[str]) -> None:
     """Neither a file's name, nor an experiment, nor a referenced path reaches a shell."""
-    text = hostile.format("pwned")
     configs = project / "paper_cifs/configs"
-    (configs / f"digits_{text}.yaml").write_text("model: {}")
-    (configs / "digits_evil.yaml").write_text(
-        f"data: {text!r}\nwarm_start: {{experiment: {text!r}}}\n"
-    )
-    (configs / "digits_worse.yaml").write_text(f"data: {text + '.yaml'!r}\n")
-    for on in ("digits_resnet_plain", "digits_evil", "digits_worse", "digits"):
-        make(project, *command, "SEEDS=0", f"ON={on}")
+    for number, text in enumerate(hostile.format("pwned") for hostile in HOSTILE):
+        (configs / f"digits_{text}.yaml").write_text("model: {}")
+        (configs / f"digits_evil{number}.yaml").write_text(
+            f"data: {text!r}\nwarm_start: {{experiment: {text!r}}}\n"
+        )
+        (configs / f"digits_worse{number}.yaml").write_text(f"data: {text + '.yaml'!r}\n")
+    chosen = [f"{name}{number}" for name in ("evil", "worse") for number in range(len(HOSTILE))]
+    for on in ("digits_resnet_plain", *(f"digits_{name}" for name in chosen), "digits"):
+        done = make(project, *command, "SEEDS=0", f"ON={on}")
     assert not list(project.rglob("pwned"))
     assert not (project.parent / "pwned").exists()
-    done = make(project, *command, "SEEDS=0", "ON=digits")
     assert command == ["help"] or (done.returncode != 0 and "unusual name" in done.stderr)
 
 
