@@ -10,6 +10,7 @@ from common.networks.normalize import Statistics
 from common.networks.resnet import (
     Activation,
     Pool,
+    check_drop_rates,
     check_positive,
     global_pool,
     named_sequence,
@@ -70,8 +71,7 @@ class AlexNet(Backbone):
                 )
             check_positive(**{f"{name}[{i}]": value for i, value in enumerate(values)})
         check_positive(num_classes=num_classes, **{f"hidden[{i}]": h for i, h in enumerate(hidden)})
-        if not 0 <= drop_rate < 1:
-            raise ConfigurationError(f"drop_rate must lie in [0, 1), got {drop_rate}")
+        check_drop_rates(drop_rate=drop_rate)
         self.widths = tuple(widths)
         self.stem = nn.Identity()
         inside = (in_channels, *widths)

@@ -13,9 +13,8 @@ from common.networks.resnet import (
     check_positive,
     check_stages,
     conv3x3,
-    global_pool,
     make_stages,
-    named_sequence,
+    preactivated_head,
 )
 from common.networks.wide_resnet import WideBlock
 
@@ -77,13 +76,7 @@ class PreActResNet(Backbone):
         self.widths = tuple(widths)
         self.stem = conv3x3(in_channels, widths[0])
         self.stages = make_stages(block, widths[0], depths, widths, strides, activation)
-        self.head = named_sequence(
-            norm=nn.BatchNorm2d(widths[-1]),
-            act=activation(),
-            pool=global_pool(pool),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(widths[-1], num_classes),
-        )
+        self.head = preactivated_head(widths[-1], num_classes, activation, pool)
 
 
 class PreActResNet18(PreActResNet):

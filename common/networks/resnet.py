@@ -38,6 +38,19 @@ def named_sequence(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
+def preactivated_head(
+    width: int, num_classes: int, activation: Activation, pool: Pool
+) -> nn.Sequential:
+    """The head of pre-activation networks: norm - act - pool - flatten - linear."""
+    return named_sequence(
+        norm=nn.BatchNorm2d(width),
+        act=activation(),
+        pool=global_pool(pool),
+        flatten=nn.Flatten(),
+        linear=nn.Linear(width, num_classes),
+    )
+
+
 def kaiming(module: nn.Module) -> None:
     """Starting weights of one layer, for ``init``: convolutions alone are changed.
 
@@ -66,6 +79,17 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ConfigurationError(f"{name} must be at least 1, got {value}")
+
+
+def check_drop_rates(**rates: float) -> None:
+    """Refuse what is no probability below 1, by name.
+
+    Raises:
+        ConfigurationError: If a rate lies outside [0, 1).
+    """
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ConfigurationError(f"{name} must lie in [0, 1), got {rate}")
 
 
 def check_stages(depths: Sequence[int], widths: Sequence[int], strides: Sequence[int]) -> None:
@@ -153,23 +177,10 @@ class BasicBlock(nn.Module):
 
 
 class BareShortcutBlock(BasicBlock):
-    """A :class:`BasicBlock` whose projection has no batch-norm.
+    """A :class:`BasicBlock` whose projection has no batch-norm."""
 
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the projection.
-        activation: Makes one activation.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int = 1,
-        activation: Activation = nn.ReLU,
-    ) -> None:
-        super().__init__(in_channels, out_channels, stride, activation)
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *args: Any) -> None:
+        super().__init__(in_channels, out_channels, stride, *args)
         if not isinstance(self.shortcut, nn.Identity):
             self.shortcut = conv1x1(in_channels, out_channels, stride)
 

@@ -12,7 +12,9 @@ from common.networks.resnet import (
     Activation,
     Initialize,
     Pool,
+    check_drop_rates,
     check_positive,
+    check_stages,
     global_pool,
     named_sequence,
 )
@@ -116,19 +118,9 @@ class VGG(Backbone):
     ) -> None:
         super().__init__(in_channels, mean, std)
         check_positive(num_classes=num_classes, **{f"hidden[{i}]": h for i, h in enumerate(hidden)})
-        if not 0 <= drop_rate < 1:
-            raise ConfigurationError(f"drop_rate must lie in [0, 1), got {drop_rate}")
+        check_drop_rates(drop_rate=drop_rate)
         if config is None:
-            given = f"depths={list(depths)}, widths={list(widths)}, strides={list(strides)}"
-            if not len(depths) == len(widths) == len(strides) >= 1:
-                raise ConfigurationError(
-                    f"depths, widths and strides need one value for each stage, got {given}"
-                )
-            if min(*depths, *widths, *strides) < 1:
-                raise ConfigurationError(
-                    f"depths, widths and strides must be at least 1, got {given}; a stride of 1 "
-                    "leaves the pool out"
-                )
+            check_stages(depths, widths, strides)
             channels = [[width] * depth for depth, width in zip(depths, widths, strict=True)]
         else:
             channels, strides = stages_of(config)

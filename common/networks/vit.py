@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.errors import ConfigurationError
 from common.networks.backbone import Backbone
 from common.networks.normalize import Statistics
-from common.networks.resnet import check_positive, named_sequence
+from common.networks.resnet import check_drop_rates, check_positive, named_sequence
 
 
 class Tokens(nn.Module):
@@ -214,9 +214,7 @@ class ViT(Backbone):
                 f"patches of {patch} pixels do not tile {image_size}; choose a divisor of "
                 "image_size, which is the size of the images that reach the network"
             )
-        for rate in (drop_rate, embedding_drop_rate):
-            if not 0 <= rate < 1:
-                raise ConfigurationError(f"drop rates must lie in [0, 1), got {rate}")
+        check_drop_rates(drop_rate=drop_rate, embedding_drop_rate=embedding_drop_rate)
         self.widths = (dim,)
         self.stem = Tokens(in_channels, image_size, patch, dim, embedding_drop_rate, shifted)
         self.stages = nn.Sequential(

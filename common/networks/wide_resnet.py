@@ -1,6 +1,7 @@
 """Wide residual networks (Zagoruyko & Komodakis, BMVC 2016) with depth and width free per stage."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,12 +12,12 @@ from common.networks.normalize import Statistics
 from common.networks.resnet import (
     Activation,
     Pool,
+    check_drop_rates,
     check_positive,
     check_stages,
     conv1x1,
     conv3x3,
-    global_pool,
-    named_sequence,
+    preactivated_head,
 )
 
 WideBlockFactory = Callable[[int, int, int, Activation, float], nn.Module]
@@ -102,24 +103,10 @@ class SamePaddingBlock(WideBlock):
 
     A convolution of stride 2 gets a row below and a column to the right, instead of one on every
     side, as in the networks that Gowal et al. released. For images whose sides stay even.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
-        activation: Makes one activation.
-        drop_rate: Probability of zeroing an activation between the convolutions.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int = 1,
-        activation: Activation = nn.ReLU,
-        drop_rate: float = 0.0,
-    ) -> None:
-        super().__init__(in_channels, out_channels, stride, activation, drop_rate)
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *args: Any) -> None:
+        super().__init__(in_channels, out_channels, stride, *args)
         self.strides = stride != 1
         if self.strides:
             self.conv1.padding = (0, 0)
@@ -211,9 +198,7 @@ class WideResNet(Backbone):
                     f"{name} needs one value for each of the {len(strides)} stages, got "
                     f"{len(values)}"
                 )
-        for rate in drop_rates:
-            if not 0 <= rate < 1:
-                raise ConfigurationError(f"drop_rate must lie in [0, 1), got {rate}")
+        check_drop_rates(**{f"drop_rate of stage {i}": r for i, r in enumerate(drop_rates, 1)})
         self.widths = tuple(widths)
         self.stem: nn.Module = conv3x3(in_channels, stem_width)
         self.stages = nn.Sequential()
@@ -224,11 +209,5 @@ class WideResNet(Backbone):
                 stage.append(block(inside, width, stride if i == 0 else 1, act, rate))
                 inside = width
             self.stages.append(stage)
-        self.head = named_sequence(
-            norm=nn.BatchNorm2d(widths[-1]),
-            act=activation(),
-            pool=global_pool(pool),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(widths[-1], num_classes),
-        )
+        self.head = preactivated_head(widths[-1], num_classes, activation, pool)
         self.apply(initialize)
