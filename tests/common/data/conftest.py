@@ -14,6 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from common.data.base import ImageSource, ImageSpec, Split
+from common.data.images import ImageDataModule
 from common.data.sources import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from common.errors import DataUnavailableError
 
@@ -149,3 +151,75 @@ def root(request: pytest.FixtureRequest) -> Path:
     """The folder of a small set in the format of the data set ``cls`` of the test."""
     folder: Path = request.getfixturevalue(FAKES[request.getfixturevalue("cls")])
     return folder
+
+
+class _Memory(ImageSource):
+    """Random images without a zero, so that the padding of a crop can be told from them."""
+
+    def __init__(self, n: int = 100, n_test: int = 23, classes: int = 4) -> None:
+        self.sizes: dict[Split, int] = {"train": n, "test": n_test}
+        names = tuple("abcdefghij"[:classes])
+        self.spec = ImageSpec("Memory", classes, (3, 8, 8), (0.5,) * 3, (0.25,) * 3, names)
+        self.prepared = 0
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def load(self, split: Split) -> tuple[Tensor, Tensor]:
+        n = self.sizes[split]
+        generator = torch.Generator().manual_seed(5)
+        x = torch.randint(1, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        return x, torch.arange(n) % self.spec.num_classes
+
+
+def _module(
+    source: ImageSource | None = None, trainer: Any = None, **kwargs: Any
+) -> ImageDataModule:
+    data = ImageDataModule(source or _Memory(), **kwargs)
+    data.trainer = trainer  # type: ignore[assignment]
+    data.setup()
+    return data
+
+
+def _mirrored(place: int, size: int) -> int:
+    """Steps away from an edge, from there back into the image."""
+    while not 0 <= place < size:
+        place = -place if place < 0 else 2 * (size - 1) - place
+    return place
+
+
+def _slow_shift_and_flip(
+    x: Tensor, shift: Tensor, is_flipped: Tensor, padding: int, padding_mode: str = "zero"
+) -> Tensor:
+    out = torch.zeros_like(x)
+    n, channels, height, width = x.shape
+    for k in range(n):
+        for c in range(channels):
+            for i in range(height):
+                for j in range(width):
+                    row = i + int(shift[k, 0]) - padding
+                    column = j + int(shift[k, 1]) - padding
+                    if padding_mode == "reflect":
+                        row, column = _mirrored(row, height), _mirrored(column, width)
+                    if 0 <= row < height and 0 <= column < width:
+                        target = width - 1 - j if is_flipped[k] else j
+                        out[k, c, i, target] = x[k, c, row, column]
+    return out
+
+
+@pytest.fixture
+def Memory() -> type[ImageSource]:  # noqa: N802
+    """A source of random images without a zero."""
+    return _Memory
+
+
+@pytest.fixture
+def module() -> Callable[..., ImageDataModule]:
+    """``module(source=None, trainer=None, **settings)``: a data module that has been set up."""
+    return _module
+
+
+@pytest.fixture
+def slow_shift_and_flip() -> Callable[..., Tensor]:
+    """Crop and flip by loops over pixels."""
+    return _slow_shift_and_flip
