@@ -412,14 +412,8 @@ def test_two_nodes_that_torchrun_joins_measure_what_one_process_does(config: Pat
     """Also when they start at different times over a run directory that is there already."""
     port = free_port()
     arguments = ["-m", "paper_cifs", "reproduce", "--config", str(config), *TWO[2:]]
-    arguments += [
-        "--trainer.num_nodes",
-        "2",
-        "--trainer.devices",
-        "1",
-        "--trainer.precision",
-        "32-true",
-    ]
+    settings = {"num_nodes": "2", "devices": "1", "precision": "32-true"}
+    arguments += [f"--trainer.{name}={value}" for name, value in settings.items()]
 
     def node(rank: int) -> subprocess.Popen[str]:
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
