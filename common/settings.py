@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
 from common.errors import ConfigurationError, UserError
 from common.parsing import MUST_NOT, load_named
 
@@ -27,13 +29,15 @@ def type_name(class_path: str) -> str:
 
 
 def nodes(value: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All mappings among plain settings, with their names as on the command line."""
+    """All mappings among settings, plain or parsed, with their names as on the command line."""
+    if isinstance(value, Namespace):
+        value = vars(value)
     if isinstance(value, Mapping):
         yield name, value
         for key, part in value.items():
             inner = name if key == "init_args" else f"{name}.{key}" if name else str(key)
             yield from nodes(part, inner)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for place, part in enumerate(value):
             yield from nodes(part, f"{name}.{place}" if name else str(place))
 
