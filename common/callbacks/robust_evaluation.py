@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.engine.network import AttackEngine
@@ -38,9 +39,8 @@ from common.results.outcomes import logged
 class RobustEvaluation(Callback):
     """Measures robust accuracy: cheaply for model selection, thoroughly under ``test``.
 
-    Outcomes are kept in ``outcomes/`` beside the results as they come: a killed test
-    resumes, weights that were tested already are not tested again, and a suite with one more attack
-    runs that attack alone.
+    Outcomes are kept in ``outcomes/`` beside the results: a killed test resumes, and attacks that
+    were run on the same weights already are not run again.
 
     Everything runs in float32 and evaluation mode, with gradients available to the attacks in
     every inference mode of the trainer, and counts every example once on any number of devices.
@@ -51,16 +51,13 @@ class RobustEvaluation(Callback):
         threat: The adversary whose worst case is reported; ``None`` takes the ball of the suite's
             first attack. Attacks in larger balls or other norms are reported, and do not count.
         audit: Checks for gradient masking; ``None`` for none.
-        measures: What else to find out about the network: see :mod:`common.evaluation.measures`.
-        engine: Computes the passes of the suite's attacks; their success is judged by the plain
-            float32 network in any case (:mod:`common.evaluation.confirm`). Validation, which
-            chooses a checkpoint, goes without.
+        measures: Other numbers of the network, see :mod:`common.evaluation.measures`.
+        engine: Computes the passes of the suite's attacks, but not of validation; the plain
+            float32 network judges their success (:mod:`common.evaluation.confirm`).
         pictures: Whether to draw curves, bars and examples beside the results and in TensorBoard.
         results: The JSON file of results; ``None`` puts ``results.json`` into the run directory.
         experiment: Name under which results are filed; the command line fills it in.
         paper: Package of the experiment; the command line fills it in.
-        config_digest: Digest of the settings behind the checkpoint; the command line fills it in.
-        protocol: Digest of the settings of the test; the command line fills it in.
     """
 
     def __init__(
@@ -75,8 +72,6 @@ class RobustEvaluation(Callback):
         results: str | None = None,
         experiment: str | None = None,
         paper: str | None = None,
-        config_digest: str | None = None,
-        protocol: str | None = None,
     ) -> None:
         self.suite = suite or {}
         self.validation = validation
@@ -88,13 +83,13 @@ class RobustEvaluation(Callback):
         self.results = results
         self.experiment = experiment or "unnamed"
         self.paper = paper or "unnamed"
-        self.config_digest = config_digest or ""
-        self.protocol = protocol or ""
+        # The next two are digests, of the settings behind the checkpoint and of those of the test.
+        self.config_digest = self.protocol = ""
         self.reports: list[str] = []
-        """What ``test`` found, as text, one for each checkpoint."""
+        """The tables of ``test``, one for each checkpoint."""
         self._weights: str | None = None
-        self._robust: MulticlassAccuracy | None = None
-        self._per_class: MulticlassAccuracy | None = None
+        self._accuracies: MetricCollection | None = None
+        self._classes = 0
         self._examples: list[Batch] = []
         if validation is not None and not isinstance(validation.attack, PGD):
             raise ConfigurationError(
@@ -102,23 +97,18 @@ class RobustEvaluation(Callback):
                 f"or one of its kind, got {type(validation.attack).__name__}; other attacks go "
                 "into evaluation.suite"
             )
-        unused = [
-            field.name
-            for field in (fields(validation) if validation is not None else ())
-            if field.name not in ("attack", "losses")
-            and getattr(validation, field.name) != field.default
-        ]
-        if unused:
-            raise ConfigurationError(
-                "evaluation.validation attacks every example of every batch to the last step; drop "
-                f"{', '.join(unused)}, which is for entries of evaluation.suite"
-            )
+        for field in fields(validation) if validation is not None else ():
+            is_default = getattr(validation, field.name) == field.default
+            if field.name not in ("attack", "losses") and not is_default:
+                raise ConfigurationError(
+                    "evaluation.validation attacks every example of every batch to the last step; "
+                    f"drop {field.name}, which is for entries of evaluation.suite"
+                )
 
     # ---- set-up ------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find what would fail after hours before anything is computed."""
-        # A reproduction trains first, and should fail before that.
+        """Find what would fail later; a reproduction fails before it trains."""
         is_to_test = stage == "test" or (stage == "fit" and run_of(trainer).is_reproducing)
         if trainer.precision == "64-true" and is_to_test:
             raise ConfigurationError(
@@ -150,15 +140,10 @@ class RobustEvaluation(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset the validation metrics."""
-        self._per_class = self._robust = None
+        self._accuracies = None
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, *_: Any, **__: Any
     ) -> None:
         """Attack the batch with the validation attack and leave ``x_adv`` for the monitors."""
         if self.validation is None:
@@ -180,22 +165,20 @@ class RobustEvaluation(Callback):
                 predicted = torch.where(worst, found, predicted)
                 worst &= found == part["y"]
         batch["x_adv"] = x_adv
-        if self._robust is None or self._per_class is None:
+        if self._accuracies is None:
             with torch.no_grad():
-                classes = pl_module(batch["x"][:1]).shape[1]
-            self._per_class = MulticlassAccuracy(classes, average="none").to(pl_module.device)
-            self._robust = MulticlassAccuracy(classes, average="micro").to(pl_module.device)
-        predicted = as_class(predicted, batch["y"], self._per_class.num_classes or 1)
-        self._robust.update(predicted, batch["y"])
-        self._per_class.update(predicted, batch["y"])
+                self._classes = pl_module(batch["x"][:1]).shape[1]
+            kinds = {k: MulticlassAccuracy(self._classes, average=k) for k in ("micro", "none")}
+            self._accuracies = MetricCollection(kinds).to(pl_module.device)
+        self._accuracies.update(as_class(predicted, batch["y"], self._classes), batch["y"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log robust accuracy, overall and per class."""
-        if self._robust is None or self._per_class is None or trainer.sanity_checking:
+        if self._accuracies is None or trainer.sanity_checking:
             return
-        # compute() has joined the ranks already, so sync_dist only confirms what is equal.
-        pl_module.log("val/robust_acc", self._robust.compute(), prog_bar=True, sync_dist=True)
-        for label, accuracy in enumerate(self._per_class.compute()):
+        found = self._accuracies.compute()  # joins the ranks: sync_dist only avoids a warning
+        pl_module.log("val/robust_acc", found["micro"], prog_bar=True, sync_dist=True)
+        for label, accuracy in enumerate(found["none"]):
             pl_module.log(f"val/robust_acc_per_class/{label}", accuracy, sync_dist=True)
 
     # ---- test --------------------------------------------------------------------------------
@@ -203,7 +186,7 @@ class RobustEvaluation(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take over what the checkpoint says about itself."""
+        """Read which weights the checkpoint holds, and its settings."""
         self._weights = checkpoint.get(WEIGHTS)
         given = run_of(trainer).settings
         if trainer.state.fn != TrainerFn.FITTING and given is not None and SETTINGS in checkpoint:
@@ -214,23 +197,10 @@ class RobustEvaluation(Callback):
         self._examples = []
 
     def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, *_: Any, **__: Any
     ) -> None:
-        """Keep this batch; attacks go over all examples at once, after the last one."""
+        """Keep this batch; attacks run on all examples at once, after the last one."""
         self._examples.append({key: batch[key].cpu() for key in ("x", "y", "index")})
-
-    def _suite_of(self, label: str) -> dict[str, SuiteEntry]:
-        """The attacks on this checkpoint."""
-        return {
-            name: entry
-            for name, entry in self.suite.items()
-            if entry.checkpoints is None or label in entry.checkpoints
-        }
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the ranks, run the suite, log the metrics and file the results."""
@@ -238,6 +208,11 @@ class RobustEvaluation(Callback):
         self._examples = []
         data = getattr(trainer, "datamodule", None)
         label = label_of(trainer)
+        suite = {
+            name: entry
+            for name, entry in self.suite.items()
+            if entry.checkpoints is None or label in entry.checkpoints
+        }
         filing = Filing(
             self.results_path(trainer),
             self.experiment,
@@ -256,7 +231,7 @@ class RobustEvaluation(Callback):
             found = run(
                 pl_module,
                 in_order({key: torch.cat([part[key] for part in parts]) for key in parts[0]}),
-                self._suite_of(label),
+                suite,
                 self.threat or ball_of(self.suite),
                 audit=self.audit,
                 measures=self.measures,

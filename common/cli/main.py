@@ -64,7 +64,7 @@ SUBCOMMANDS = {
 }
 # Callbacks with arguments that the command line fills in.
 FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
-    (RobustEvaluation, "evaluation", {"experiment", "paper", "config_digest", "protocol"}),
+    (RobustEvaluation, "evaluation", {"experiment", "paper"}),
     (Monitoring, "monitoring", {"hyperparameters"}),
     (SelectedCheckpoint, "checkpoint", {"dirpath"}),
 )
