@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -40,9 +40,9 @@ class SealedCheckpointIO(TorchCheckpointIO):
 class SafeCheckpoint(ModelCheckpoint):
     """Saves finite weights only, and keeps no folder in its state: a run may be moved."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         """Check before training that the file can be written."""
-        super().setup(trainer, pl_module, stage)
+        super().setup(trainer, module, stage)
         if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
             check_writable(Path(self.dirpath) / f"{self.filename}.ckpt")
 
@@ -59,24 +59,17 @@ class SafeCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, with files by name."""
-        return _moved(super().state_dict(), None)
+        """The best score; it is that of the file in the present folder."""
+        return {"best_model_score": self.best_model_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning's, with files in the present folder."""
-        super().load_state_dict(_moved(state_dict, self.dirpath))
-
-
-def _moved(state: dict[str, Any], folder: Any) -> dict[str, Any]:
-    """The state of a checkpoint callback as if its files were in another folder."""
-
-    def moved(path: str) -> str:
-        name = Path(path).name
-        return str(Path(folder, name)) if folder is not None and name else name
-
-    paths = {key: moved(value) for key, value in state.items() if key.endswith("_model_path")}
-    best = {moved(path): score for path, score in state.get("best_k_models", {}).items()}
-    return state | paths | {"dirpath": folder, "best_k_models": best}
+        """Restore it."""
+        score = state_dict["best_model_score"]
+        if score is not None and self.dirpath is not None:
+            path = self.format_checkpoint_name({})
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {path: score}
 
 
 class LastCheckpoint(SafeCheckpoint):
@@ -119,13 +112,13 @@ class LastCheckpoint(SafeCheckpoint):
         if (is_due or trainer.received_sigterm) and not (is_within or is_skipped):
             self._save_checkpoint(trainer, self.format_checkpoint_name({}))
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """Save, unless the weights of the last epoch are about to be averaged."""
         is_last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
         if not (is_last and _is_averaged_at_the_end(trainer)):
-            super().on_train_epoch_end(trainer, pl_module)
+            super().on_train_epoch_end(trainer, module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         """Save the average that the end of training put into the model."""
         if _is_averaged_at_the_end(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name({}))
@@ -185,9 +178,9 @@ class SelectedCheckpoint(SafeCheckpoint):
             save_on_train_epoch_end=False,
         )
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         """Refuse robust accuracy where validation does not attack; say which weights are kept."""
-        super().setup(trainer, pl_module, stage)
+        super().setup(trainer, module, stage)
         if stage != "fit":
             return
         attacks = [getattr(c, "validation", None) for c in trainer.callbacks]  # type: ignore[attr-defined]

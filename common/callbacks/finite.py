@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch import Callback
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from common.classifier import RobustClassifier, classifier_of
+from common.classifier import RobustClassifier
 from common.errors import DivergedError
 from common.objectives import Batch
 
@@ -31,42 +30,36 @@ class FiniteGuard(Callback):
         self._names: list[str] = []  # of the parameters whose gradients are watched
         self._step = 0  # the optimiser step that used them
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, _: Any, module: Any, batch: Batch, batch_idx: int) -> None:
         """Remember what the loss is computed from."""
         self._batch, self._batch_idx = batch, batch_idx
 
-    def on_before_backward(
-        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
-    ) -> None:
+    def on_before_backward(self, trainer: Trainer, module: Any, loss: Tensor) -> None:
         """Check the loss and everything watched since the last one.
 
         Raises:
             DivergedError: On every process alike: what is not finite, where, at which step.
         """
-        self._check(trainer, classifier_of(pl_module), loss)
+        self._check(trainer, module, loss)
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, module: Any, *_: Any) -> None:
         """Watch the gradients; the scaler of fp16 skips infinite ones itself."""
         if trainer.precision != "16-mixed":
-            self._names, norms = gradient_norms(pl_module)
-            self._step = pl_module.global_step
-            classifier_of(pl_module).watch("gradient", norms)
+            self._names, norms = gradient_norms(module)
+            self._step = module.global_step
+            module.watch("gradient", norms)
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Release the batch."""
         self._batch = {}
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: Any) -> None:
         """Check the gradients of the last step before a checkpoint may be selected."""
-        self._check(trainer, classifier_of(pl_module), None)
+        self._check(trainer, module, None)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """The same where there is no validation."""
-        self._check(trainer, classifier_of(pl_module), None)
+        self._check(trainer, module, None)
 
     def _check(self, trainer: Trainer, module: RobustClassifier, loss: Tensor | None) -> None:
         values = {} if loss is None else {"loss": loss.detach()}

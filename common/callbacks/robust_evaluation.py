@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +19,6 @@ from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.callbacks.resuming import WEIGHTS
 from common.callbacks.run import run_of
-from common.classifier import classifier_of
 from common.errors import ConfigurationError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.evaluate import Filing, run
@@ -107,7 +106,7 @@ class RobustEvaluation(Callback):
 
     # ---- set-up ------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         """Find what would fail later; a reproduction fails before it trains."""
         is_to_test = stage == "test" or (stage == "fit" and run_of(trainer).is_reproducing)
         if trainer.precision == "64-true" and is_to_test:
@@ -116,7 +115,7 @@ class RobustEvaluation(Callback):
                 "trainer.precision 32-true"
             )
         if is_to_test:
-            check_suite(self.suite, pl_module)
+            check_suite(self.suite, module)
             for entry in self.suite.values():
                 if isinstance(entry.attack, Transfer):
                     _ = entry.attack.network  # a surrogate that is not there, or another
@@ -128,7 +127,7 @@ class RobustEvaluation(Callback):
             filing = Filing(self.results_path(trainer), self.experiment, self.paper)
             filing.check(run_seed(), "another file with --evaluation.results")
         if stage in ("fit", "validate") and self.validation is not None:
-            resolve_losses(self.validation.losses, pl_module)
+            resolve_losses(self.validation.losses, module)
             if trainer.precision != "16-mixed":  # validation runs outside autocast, in float32
                 refuse_half_precision(trainer, "the input gradients of evaluation.validation")
 
@@ -138,71 +137,68 @@ class RobustEvaluation(Callback):
 
     # ---- validation --------------------------------------------------------------------------
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Reset the validation metrics."""
         self._accuracies = None
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, *_: Any, **__: Any
+        self, trainer: Trainer, module: Any, batch: Batch, *_: Any
     ) -> None:
         """Attack the batch with the validation attack and leave ``x_adv`` for the monitors."""
         if self.validation is None:
             return
         attack = cast(PGD, self.validation.attack)
-        with torch.inference_mode(False), frozen(pl_module, "eval"):
+        with torch.inference_mode(False), frozen(module, "eval"):
             part = {key: value.clone() for key, value in batch.items()}
             worst = torch.ones_like(part["y"], dtype=torch.bool)
             predicted = part["y"].clone()
-            for inner in resolve_losses(self.validation.losses, pl_module).values():
+            for inner in resolve_losses(self.validation.losses, module).values():
                 random = ExampleRandom(run_seed(), 0, part["index"], Stream.EVALUATION)
                 x_adv = attack(
-                    inner(pl_module, part),
+                    inner(module, part),
                     part["x"],
                     random,
-                    is_adversarial=partial(is_wrong, pl_module, part["y"]),
+                    is_adversarial=partial(is_wrong, module, part["y"]),
                 )
-                found = predict(pl_module, x_adv)
+                found = predict(module, x_adv)
                 predicted = torch.where(worst, found, predicted)
                 worst &= found == part["y"]
         batch["x_adv"] = x_adv
         if self._accuracies is None:
             with torch.no_grad():
-                self._classes = pl_module(batch["x"][:1]).shape[1]
-            kinds = {k: MulticlassAccuracy(self._classes, average=k) for k in ("micro", "none")}
-            self._accuracies = MetricCollection(kinds).to(pl_module.device)
+                self._classes = module(batch["x"][:1]).shape[1]
+            self._accuracies = MetricCollection(
+                {k: MulticlassAccuracy(self._classes, average=k) for k in ("micro", "none")}
+            ).to(module.device)
         self._accuracies.update(as_class(predicted, batch["y"], self._classes), batch["y"])
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """Log robust accuracy, overall and per class."""
         if self._accuracies is None or trainer.sanity_checking:
             return
         found = self._accuracies.compute()  # joins the ranks: sync_dist only avoids a warning
-        pl_module.log("val/robust_acc", found["micro"], prog_bar=True, sync_dist=True)
+        module.log("val/robust_acc", found["micro"], prog_bar=True, sync_dist=True)
         for label, accuracy in enumerate(found["none"]):
-            pl_module.log(f"val/robust_acc_per_class/{label}", accuracy, sync_dist=True)
+            module.log(f"val/robust_acc_per_class/{label}", accuracy, sync_dist=True)
 
     # ---- test --------------------------------------------------------------------------------
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Read which weights the checkpoint holds, and its settings."""
         self._weights = checkpoint.get(WEIGHTS)
         given = run_of(trainer).settings
         if trainer.state.fn != TrainerFn.FITTING and given is not None and SETTINGS in checkpoint:
             self.config_digest = evaluated_digest(checkpoint[SETTINGS], given)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Begin to collect the examples."""
         self._examples = []
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, *_: Any, **__: Any
-    ) -> None:
+    def on_test_batch_start(self, trainer: Trainer, module: Any, batch: Batch, *_: Any) -> None:
         """Keep this batch; attacks run on all examples at once, after the last one."""
         self._examples.append({key: batch[key].cpu() for key in ("x", "y", "index")})
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """Join the ranks, run the suite, log the metrics and file the results."""
         parts = [part for theirs in Team.of_processes().gather(self._examples) for part in theirs]
         self._examples = []
@@ -218,7 +214,7 @@ class RobustEvaluation(Callback):
             self.experiment,
             paper=self.paper,
             label=label,
-            at=classifier_of(pl_module).loaded_at,
+            at=module.loaded_at,
             config_digest=self.config_digest,
             provenance={
                 "precision": str(trainer.precision),
@@ -227,9 +223,9 @@ class RobustEvaluation(Callback):
             },
             pictures=self.pictures,
         )
-        with torch.inference_mode(False), frozen(pl_module, "eval"):
+        with torch.inference_mode(False), frozen(module, "eval"):
             found = run(
-                pl_module,
+                module,
                 in_order({key: torch.cat([part[key] for part in parts]) for key in parts[0]}),
                 suite,
                 self.threat or ball_of(self.suite),
@@ -245,7 +241,7 @@ class RobustEvaluation(Callback):
                 remarks=getattr(getattr(data, "test_set", None), "remarks", ()),
             )
         for name, value in logged(found.result).items():
-            pl_module.log(f"test/{name}", value, sync_dist=True)
+            module.log(f"test/{name}", value, sync_dist=True)
         self.reports.append(f"{self.experiment}, checkpoint {label}\n{found}")
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):

@@ -1,4 +1,4 @@
-"""What a callback may ask of a run beyond what Lightning's trainer knows."""
+"""What callbacks know of a run beyond Lightning's trainer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from lightning.pytorch import Callback
 
 @dataclass
 class Run:
-    """How a run began and what for; the defaults hold under Lightning's own trainer.
+    """How a run began; the defaults hold under Lightning's trainer.
 
     Args:
         settings: What the run is made with (:mod:`common.results.identity`).
-        resumed_from: The checkpoint it goes on from.
-        is_reproducing: Whether its results go into a table: no allowances are made then.
+        resumed_from: The checkpoint it continues.
+        is_reproducing: Whether its results go into a table; checks are stricter then.
     """
 
     settings: Mapping[str, Any] | None = None

@@ -17,18 +17,16 @@ from common.results.identity import Settings, scheduler_of
 def continue_schedule(
     module: Any, made: Settings, given: Settings, checkpoint: dict[str, Any]
 ) -> None:
-    """Replace a checkpoint's schedule by that of a module.
-
-    It may, if both have the same learning rates over the steps done so far.
+    """Replace the ``lr_schedulers`` of a checkpoint by that of a module.
 
     Args:
         module: The classifier with the schedule that is given now.
         made: Settings the checkpoint was made with.
         given: Settings of the module.
-        checkpoint: Its ``lr_schedulers`` become those of the given schedule at this point.
+        checkpoint: What is changed.
 
     Raises:
-        ConfigurationError: If the two schedules differ in the past.
+        ConfigurationError: If the learning rates of the steps done so far differ.
     """
     node = scheduler_of(made)
     if node == scheduler_of(given):
@@ -37,7 +35,10 @@ def continue_schedule(
     steps = progress if module.scheduler_interval == "epoch" else checkpoint["global_step"]
     for state in checkpoint["lr_schedulers"]:
         steps = state["last_epoch"]
-    past, _ = simulate(module, None if node is None else _callable(node), steps)
+    make = None
+    if node is not None:
+        make = build({"scheduler": LRSchedulerCallable}, {"scheduler": node}).scheduler
+    past, _ = simulate(module, make, steps)
     present, state = simulate(module, module.scheduler, steps)
     for step, (before, now) in enumerate(zip(past, present, strict=True)):
         if not torch.allclose(torch.tensor(before), torch.tensor(now), rtol=1e-6, atol=0.0):
@@ -51,7 +52,7 @@ def continue_schedule(
 
 
 def check_horizon(trainer: Trainer, module: Any, made: Settings | None) -> None:
-    """Find a schedule that does not last for the whole run before it is trained.
+    """Refuse a schedule that does not last for the whole run, before training.
 
     Args:
         trainer: About to train.
@@ -83,21 +84,16 @@ def check_horizon(trainer: Trainer, module: Any, made: Settings | None) -> None:
             )
 
 
-def _callable(node: Any) -> Any:
-    """What the command line makes of the settings of a schedule."""
-    return build({"scheduler": LRSchedulerCallable}, {"scheduler": node}).scheduler
-
-
 def _steps(trainer: Trainer, interval: str, limits: Mapping[str, Any]) -> int | None:
     """Steps of a schedule within these limits of a run; ``None`` where there is no limit."""
-    epochs, steps = (
-        -1 if limits.get(k) is None else limits[k] for k in ("max_epochs", "max_steps")
-    )
-    if interval == "epoch":
-        return None if epochs < 0 else int(epochs)
-    per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-    known = [limit for limit in (epochs * per_epoch, steps) if limit >= 0]
-    return min(known) if known else None
+    per_epoch = 1
+    if interval != "epoch":
+        per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+    epochs, steps = (limits.get(name) for name in ("max_epochs", "max_steps"))
+    known = [] if epochs in (None, -1) else [epochs * per_epoch]
+    if interval != "epoch" and steps not in (None, -1):
+        known.append(steps)
+    return min(known, default=None)
 
 
 def _rises_again(rates: Sequence[Sequence[float]]) -> bool:

@@ -358,5 +358,5 @@ def test_another_number_of_processes_is_told(tmp_path: Path) -> None:
     checkpoint = state(tmp_path)
     checkpoint[STATES] *= 2
     torch.save(checkpoint, tmp_path / "last.ckpt")
-    with pytest.warns(UserWarning, match="goes on with 1 processes and was made with 2"):
+    with pytest.warns(UserWarning, match="with 1 processes and was made with 2"):
         fit(tmp_path, resume=True)
