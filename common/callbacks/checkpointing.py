@@ -40,6 +40,18 @@ class SealedCheckpointIO(TorchCheckpointIO):
 class SafeCheckpoint(ModelCheckpoint):
     """Saves finite weights only, and keeps no folder in its state: a run may be moved."""
 
+    def __init__(
+        self, filename: str, dirpath: str | None, every_n_train_steps: int | None, **settings: Any
+    ) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ConfigurationError(
+                f"checkpoint.every_n_train_steps must be at least 1, got {every_n_train_steps}; "
+                "null saves at the end of every epoch only"
+            )
+        self.every_n_steps = every_n_train_steps
+        settings |= {"auto_insert_metric_name": False, "enable_version_counter": False}
+        super().__init__(dirpath, filename, **settings)
+
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         """Check before training that the file can be written."""
         super().setup(trainer, module, stage)
@@ -81,20 +93,11 @@ class LastCheckpoint(SafeCheckpoint):
     Args:
         dirpath: Folder; ``checkpoints`` in the run directory when not given.
         every_n_train_steps: Also save after every n-th optimiser step, for long epochs: a killed
-            run loses at most n steps.
-
-    Raises:
-        ConfigurationError: If the number of steps is below 1.
+            run loses at most n steps. At least 1.
     """
 
     def __init__(self, dirpath: str | None = None, every_n_train_steps: int | None = None) -> None:
-        self.every_n_steps = _checked_steps(every_n_train_steps)
-        super().__init__(
-            dirpath=dirpath,
-            filename="last",
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
+        super().__init__("last", dirpath, every_n_train_steps, save_on_train_epoch_end=True)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Save within an epoch, between two optimiser steps, but not at its end."""
@@ -106,10 +109,9 @@ class LastCheckpoint(SafeCheckpoint):
         )
         # Accumulated gradients are not part of a checkpoint.
         is_within = loop._should_accumulate() or loop._num_ready_batches_reached()
-        is_skipped = _is_averaged_at_the_end(trainer) or self._should_skip_saving_checkpoint(
-            trainer
-        )
-        if (is_due or trainer.received_sigterm) and not (is_within or is_skipped):
+        is_skipped = is_within or self._should_skip_saving_checkpoint(trainer)
+        is_asked = (is_due or trainer.received_sigterm) and not is_skipped
+        if is_asked and not _is_averaged_at_the_end(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name({}))
 
     def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
@@ -128,15 +130,6 @@ def _is_averaged_at_the_end(trainer: Trainer) -> bool:
     return isinstance(averaging_of(trainer), StochasticWeightAveraging)
 
 
-def _checked_steps(steps: int | None) -> int | None:
-    if steps is not None and steps < 1:
-        raise ConfigurationError(
-            f"checkpoint.every_n_train_steps must be at least 1, got {steps}; null saves at the "
-            "end of every epoch only"
-        )
-    return steps
-
-
 class SelectedCheckpoint(SafeCheckpoint):
     """Keeps the epoch with the best validation metric as ``selected.ckpt``, the last among equals.
 
@@ -147,9 +140,6 @@ class SelectedCheckpoint(SafeCheckpoint):
         dirpath: Folder; ``checkpoints`` in the run directory when not given.
         from_epoch: The first epoch, from 0, that may be selected; a shorter run selects none.
         every_n_train_steps: For :class:`LastCheckpoint`, which the command line makes with it.
-
-    Raises:
-        ConfigurationError: If ``from_epoch`` is negative or the number of steps below 1.
     """
 
     def __init__(
@@ -160,7 +150,6 @@ class SelectedCheckpoint(SafeCheckpoint):
         from_epoch: int = 0,
         every_n_train_steps: int | None = None,
     ) -> None:
-        self.every_n_steps = _checked_steps(every_n_train_steps)
         check_choice("checkpoint.mode", mode, Direction)
         if from_epoch < 0:
             raise ConfigurationError(
@@ -168,15 +157,8 @@ class SelectedCheckpoint(SafeCheckpoint):
                 "epoch be selected"
             )
         self.from_epoch = from_epoch
-        super().__init__(
-            dirpath=dirpath,
-            filename="selected",
-            monitor=monitor,
-            mode=mode,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-            save_on_train_epoch_end=False,
-        )
+        more = {"monitor": monitor, "mode": mode, "save_on_train_epoch_end": False}
+        super().__init__("selected", dirpath, every_n_train_steps, **more)
 
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         """Refuse robust accuracy where validation does not attack; say which weights are kept."""
@@ -189,17 +171,15 @@ class SelectedCheckpoint(SafeCheckpoint):
                 f"checkpoint.monitor is {self.monitor} and evaluation.validation is null, so it is "
                 "not measured; name an attack there, or set checkpoint.monitor to val/clean_acc"
             )
-        if (callback := averaging_of(trainer)) is not None:
+        if _is_averaged_at_the_end(trainer):
+            rank_zero_warn(
+                "selected.ckpt holds the raw weights of its epoch: StochasticWeightAveraging "
+                "averages when training ends, and last.ckpt then holds the average. To select "
+                "among averaged weights use lightning.pytorch.callbacks.WeightAveraging"
+            )
+        elif (callback := averaging_of(trainer)) is not None:
             name = type(callback).__name__
-            if _is_averaged_at_the_end(trainer):
-                rank_zero_warn(
-                    f"selected.ckpt holds the raw weights of its epoch, which validation has "
-                    f"measured; {name} averages when training ends, and last.ckpt then holds the "
-                    "average. To select among averaged weights use "
-                    "lightning.pytorch.callbacks.WeightAveraging"
-                )
-            else:
-                rank_zero_info(f"selected.ckpt and last.ckpt hold weights averaged by {name}")
+            rank_zero_info(f"selected.ckpt and last.ckpt hold weights averaged by {name}")
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         candidates = super()._monitor_candidates(trainer)

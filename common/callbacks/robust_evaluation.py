@@ -17,8 +17,7 @@ from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, Stream, run_seed
-from common.callbacks.resuming import WEIGHTS
-from common.callbacks.run import run_of
+from common.callbacks.resuming import WEIGHTS, run_of
 from common.errors import ConfigurationError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.evaluate import Filing, run

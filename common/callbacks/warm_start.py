@@ -7,7 +7,7 @@ from lightning import Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from common.callbacks.run import run_of
+from common.callbacks.resuming import run_of
 from common.checkpoints import checkpoint_beside, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
 from common.limits import check_name

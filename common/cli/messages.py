@@ -10,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
 from common.callbacks.predictions import predictions_path
+from common.callbacks.resuming import RunTrainer
 from common.callbacks.robust_evaluation import RobustEvaluation, label_of
-from common.callbacks.run import RunTrainer
 from common.errors import OUT_OF_MEMORY, RunDirectoryError, UserError
 from common.files import is_full, read_sealed_json
 

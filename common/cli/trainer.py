@@ -16,8 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import common.strategy  # noqa: F401  (registers the device-invariant ddp)
 from common.callbacks.checkpointing import SealedCheckpointIO
 from common.callbacks.finite import FiniteGuard
-from common.callbacks.resuming import Resuming, SignalConnector, StoppedBySignal
-from common.callbacks.run import RunTrainer
+from common.callbacks.resuming import Resuming, RunTrainer, SignalConnector, StoppedBySignal
 from common.checkpoints import load_checkpoint
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.files import WatchedFolder
