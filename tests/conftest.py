@@ -316,11 +316,11 @@ def tiny(
     return Tiny(tmp_path, capsys)
 
 
-@pytest.fixture
-def quiet_trainer(tmp_path: Path) -> Callable[..., Any]:
+@pytest.fixture(scope="session")
+def quiet_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """``make(*callbacks, **settings)``: our trainer on a CPU; files only where callbacks write."""
 
-    def make(*callbacks: Any, **settings: Any) -> Any:
+    def make(*callbacks: Any, kind: Any = None, **settings: Any) -> Any:
         from lightning.pytorch.callbacks import Checkpoint  # Lightning, which most tests do without
 
         from common.cli.trainer import Trainer
@@ -333,9 +333,9 @@ def quiet_trainer(tmp_path: Path) -> Callable[..., Any]:
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
             "use_distributed_sampler": False,
-            "default_root_dir": tmp_path,
+            "default_root_dir": tmp_path_factory.mktemp("run"),
         }
-        return Trainer(**quiet | settings, callbacks=list(callbacks))
+        return (kind or Trainer)(**quiet | settings, callbacks=list(callbacks))
 
     return make
 
