@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
@@ -35,13 +35,11 @@ def selected_epoch(quiet_trainer, tmp_path) -> Callable[..., int | None]:
     """``selected_epoch(model, every=1, callback=Callback(), **settings)``."""
 
     def call(model: LightningModule, every: int = 1, callback: Any = None, **settings: Any) -> Any:
-        loader = DataLoader(torch.arange(2))
-        selected = SelectedCheckpoint(
-            **{"monitor": "val/score", "dirpath": str(tmp_path)} | settings
-        )
+        loader, settings = DataLoader(torch.arange(2)), {"monitor": "val/score"} | settings
+        selected = SelectedCheckpoint(dirpath=str(tmp_path), **settings)
         trainer = quiet_trainer(
             callback or Callback(), selected, LastCheckpoint(str(tmp_path)),
-            max_epochs=len(model.scores), check_val_every_n_epoch=every,
+            max_epochs=len(model.scores), check_val_every_n_epoch=every, kind=Trainer,
         )  # fmt: skip
         trainer.fit(model, loader, loader)
         assert torch.load(tmp_path / "last.ckpt")["epoch"] == len(model.scores) - 1

@@ -127,8 +127,8 @@ def failing(quiet_trainer, tmp_path) -> Callable[..., str]:
         if settings.get("devices", 1) > 1:
             settings["strategy"] = DeviceInvariantDDP(timedelta(seconds=60), start_method="fork")
         callbacks = callbacks or (AdversarialTraining(),)
-        trainer = quiet_trainer(*callbacks, saving(str(tmp_path)), kind=Telling, max_epochs=3,
-                                limit_val_batches=0, default_root_dir=tmp_path, **settings)  # fmt: skip
+        settings |= {"max_epochs": 3, "limit_val_batches": 0, "default_root_dir": tmp_path}
+        trainer = quiet_trainer(*callbacks, saving(str(tmp_path)), kind=Telling, **settings)
         with pytest.raises(Exception, match=r"."):
             trainer.fit(module, datamodule=data)
         told = {path.read_text() for path in tmp_path.glob("rank?")}
