@@ -1,7 +1,7 @@
 """The classifier every paper trains: a network, an objective and an optimiser."""
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -30,9 +30,9 @@ class RobustClassifier(LightningModule):
         scheduler: Called with the optimiser; none keeps the learning rate.
         scheduler_interval: Step the scheduler after every epoch or every optimiser step.
         groups: Parameters with another learning rate or weight decay than the rest.
-        channels_last: Keep convolution weights in the layout ``NHWC``; often faster, and the same
-            numbers up to rounding. Off by default: torch 2.15 aborts in the weight gradient of
-            convolutions with 4 channels in this layout on a CPU.
+        channels_last: Keep convolution weights in the layout ``NHWC``; often faster, with other
+            rounding. Off by default: torch 2.15 aborts in the weight gradient of convolutions with
+            4 channels in this layout on a CPU.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class RobustClassifier(LightningModule):
         return logits
 
     def adaptive_losses(self) -> dict[str, InnerLoss]:
-        """The losses an honest evaluation maximises, by the names a suite calls them.
+        """The losses that an evaluation maximises, by their names in a suite.
 
         A paper whose network has more to attack than its logits (probes, routers, masks) adds
         those. Names starting with ``ce_`` climb cross-entropy, with ``cw_`` the margin.
@@ -73,7 +73,7 @@ class RobustClassifier(LightningModule):
         return {"ce_f": on_logits(cross_entropy), "cw_f": on_logits(hinge_margin)}
 
     def setup(self, stage: str) -> None:
-        """Pass two blank images through the network, so that a misfit costs nothing."""
+        """Pass two blank images through the network, to find a misfit before training."""
         data = getattr(self.trainer, "datamodule", None)
         shape, classes = getattr(data, "shape", None), getattr(data, "num_classes", None)
         if shape is None or classes is None:
@@ -97,7 +97,7 @@ class RobustClassifier(LightningModule):
         self.objective.set_epoch(self.current_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The objective's outer loss on this batch, as it counts in its optimiser step."""
+        """The objective's outer loss, weighted as :func:`weighted` says."""
         loss = weighted(self.objective.outer(self, batch), batch)
         self.objective.advance(is_step_over=not self.trainer.fit_loop._should_accumulate())
         if is_logged(self.trainer):
@@ -107,37 +107,24 @@ class RobustClassifier(LightningModule):
         return weighted(loss, batch, "window")
 
     def watch(self, name: str, value: Tensor) -> None:
-        """Have a number looked at with the next training loss: one that is not finite ends the run.
+        """Have a tensor checked with the next training loss; one that is not finite ends the run.
 
         Nothing waits for the device: callbacks, routers and masks may watch in every step.
-
-        Args:
-            name: What it is about, for the message.
-            value: Any shape; it has to be finite.
         """
         self.watched[name] = value.detach()
 
     def log_histograms(self, add: Callable[[str, Tensor], None], batch: Batch) -> None:
-        """Show values of a validation batch in TensorBoard; nothing by default.
+        """Show values of the first validation batch in TensorBoard; nothing by default.
 
-        Args:
-            add: Takes a name, shown as ``val/<name>``, and values of any shape.
-            batch: The first one of the validation split.
+        ``add`` takes a name, shown as ``val/<name>``, and values of any shape.
         """
 
     def on_train_epoch_end(self) -> None:
         """Step the schedulers that wait for a metric."""
         tell_metrics(self)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, stage: str = "val") -> None:
         """Accuracy on clean images."""
-        self._log_clean("val", batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Accuracy on clean images."""
-        self._log_clean("test", batch)
-
-    def _log_clean(self, stage: str, batch: Batch) -> None:
         logits = self(batch["x"])
         classes = logits.shape[1]
         if self.accuracy is None:  # used without a data module that knows its classes
@@ -145,11 +132,15 @@ class RobustClassifier(LightningModule):
         self.accuracy.update(as_class(classify(logits), batch["y"], classes), batch["y"])
         self.log(f"{stage}/clean_acc", self.accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy on clean images."""
+        self.validation_step(batch, batch_idx, "test")
+
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Index, label, predicted class and class probabilities ``(N, K)`` of every image."""
         logits = self(batch["x"])
-        found = {"predicted": classify(logits), "probabilities": logits.softmax(dim=1)}
-        return {"index": batch["index"], "y": batch["y"], **found}
+        known = {key: batch[key] for key in ("index", "y")}
+        return {**known, "predicted": classify(logits), "probabilities": logits.softmax(dim=1)}
 
     def configure_optimizers(self) -> Any:
         """The injected optimiser over all trainable parameters, and its scheduler."""
@@ -159,7 +150,7 @@ class RobustClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler_of(self, optimizer)}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """As Lightning's, but for those that wait for a metric: they have it already."""
+        """As Lightning's, except for schedulers that have their metric from the epoch's end."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             super().lr_scheduler_step(scheduler, metric)
 
@@ -167,8 +158,3 @@ class RobustClassifier(LightningModule):
         """Refuse the weights of another network before any of them is loaded."""
         check_weights_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
         self.loaded_at = {key: checkpoint[key] for key in ("epoch", "global_step")}
-
-
-def classifier_of(module: LightningModule) -> RobustClassifier:
-    """The module that a callback is given, as what it is in every run of ours."""
-    return cast(RobustClassifier, module)

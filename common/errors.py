@@ -1,7 +1,6 @@
-"""Errors whose message is written for the person at the keyboard.
+"""Errors whose message is for the user: it names the value, the expectation and the remedy.
 
-The command line prints only their text, without a traceback, and exits with status 2.
-Each message names the value, the expectation and the remedy.
+The command line prints only the message and exits with status 2.
 """
 
 import re
@@ -13,7 +12,6 @@ OUT_OF_MEMORY = re.compile(
     r"|ALLOC_FAILED|MemoryAllocation|OUT_OF_(?:HOST_)?MEMORY|insufficient memory",
     re.IGNORECASE,
 )
-"""What torch, its libraries, its devices and the system say when no memory is left."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -31,11 +29,7 @@ class ConfigurationError(UserError, ValueError):
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse a value of the setting ``name`` that is none of the ``Literal`` ``choices``.
-
-    Raises:
-        ConfigurationError: If it is another.
-    """
+    """Raise a ConfigurationError for a value that is no choice of a ``Literal``."""
     known = get_args(choices)
     if not any(type(value) is type(choice) and value == choice for choice in known):
         raise ConfigurationError(

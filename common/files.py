@@ -1,11 +1,16 @@
-"""Files that are at every moment either the old one or the new one, never half of it."""
+"""Files that hold the old or the new content at every moment, never half of it, and their digests.
+
+A sealed file carries the SHA-256 of its content: checkpoints and arrays in the comment of their zip
+archive, JSON in its last key ``digest``, YAML in a first comment. A file without one is read as it
+is. Files that cannot be written raise :class:`RunDirectoryError`; the one before is kept.
+"""
 
 import errno
 import hashlib
 import io
 import json
 import os
-import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -17,6 +22,7 @@ from typing import Any
 from common.errors import RunDirectoryError
 from common.limits import read_json
 
+_UNFINISHED = ".unfinished.tmp"
 _SEAL = b"sha256:"
 _YAML_SEAL = b"# SHA-256 of the lines below: "
 _SEAL_LENGTH = len(_SEAL) + 64
@@ -25,10 +31,9 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json_atomically(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file that is at every moment either the old one or the new one.
+    """As :func:`write_bytes_atomically`, as JSON with a line per key and a list on one line.
 
     Raises:
-        RunDirectoryError: If the file cannot be written.
         TypeError, ValueError: If ``data`` is not JSON (NaN is not); nothing is touched then.
     """
     write_text_atomically(path, _to_json(data) + "\n")
@@ -40,40 +45,26 @@ def write_text_atomically(path: str | Path, text: str) -> None:
 
 
 def write_bytes_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
-    """Write parts to a file that is at every moment either the old one or the new one.
-
-    Raises:
-        RunDirectoryError: If it cannot be written.
-    """
+    """Replace a file at once by the given parts; its folder is made if it is missing."""
     path = Path(path)
-    temporary: Path | None = None
+    # In the same folder, since a rename is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}{_UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder, since a rename is atomic only within one file system.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp lets nobody else read
-        temporary.replace(path)
+        try:
+            with temporary.open("xb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path) -> None:
-    """Make sure that a file can be written later, without touching it.
-
-    Raises:
-        RunDirectoryError: If it cannot.
-    """
+    """Make sure that a file can be written later, without touching it."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,32 +77,27 @@ def check_writable(path: str | Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
-    if error.errno in _NO_ROOM:
-        return RunDirectoryError(
-            f"cannot write {path}: {error.strerror} ({_free(path.parent)}); what was there before "
-            "is kept. Make room and run the same command again"
-        )
-    return RunDirectoryError(
-        f"cannot write {path}: {error.strerror or error}; make {path.parent} a writable folder "
-        "with free space, or choose another file"
-    )
+    remedy = f"make {path.parent} a writable folder with free space, or choose another file"
+    reason = error.strerror or str(error)
+    if is_full(error):
+        try:
+            free = f"{shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB free"
+        except OSError:
+            free = "free space unknown"
+        reason += f" ({free})"
+        remedy = "what was there before is kept. Make room and run the same command again"
+    return RunDirectoryError(f"cannot write {path}: {reason}; {remedy}")
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that no more can be written: disk, quota or the largest file."""
+    """Whether the disk, a quota or the largest file size is exhausted."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
-
-
-def _free(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free"
-    except OSError:
-        return "free space unknown"
 
 
 # ----------------------------------------------------------------------------------- strange files
 
 _ROOM = 2**28  # bytes that any compressed file may unpack to
+_PAGE = "a web page (the download asked for something first; fetch it in a browser)"
 _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer and not the file itself (run git lfs pull)",
     b"\x1f\x8b": "compressed by gzip (unpack it)",
@@ -120,8 +106,8 @@ _BEGINNINGS = {
     b"\x28\xb5\x2f\xfd": "compressed by zstd (unpack it)",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive (unpack it)",
     b"Rar!\x1a\x07": "a RAR archive (unpack it)",
-    b"<!doctype html": "a web page (the download asked for something first; fetch it in a browser)",
-    b"<html": "a web page (the download asked for something first; fetch it in a browser)",
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
 }
 
 
@@ -167,40 +153,15 @@ def expansion_of(unpacked: int, path: str | Path) -> str:
     return f"{size:,} bytes that unpack to {unpacked:,} or more, more than 50 times as many"
 
 
-class WatchedFolder:
-    """A folder that has to stay where it is as long as something is written there.
-
-    Writers make folders that are not there: one that was deleted would come back with only what was
-    written last. The folder is kept open, so that no new one can pass for it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._descriptor = os.open(self.path, os.O_RDONLY)
-
-    def is_there(self) -> bool:
-        """Whether it is still the one at its path."""
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        """Watch it no longer."""
-        os.close(self._descriptor)
-
-
 # ---------------------------------------------------------------------------------------- digests
 
 
 def write_sealed(path: str | Path, archive: io.BytesIO) -> None:
-    """Write a zip archive, as torch and numpy make them, with its own digest at the end.
+    """Write a zip archive, as torch and numpy make them, with its digest as its comment.
 
-    The SHA-256 over all bytes before it is the archive's comment, so that every reader of such
-    archives still reads it, and :func:`damage_of` finds a single flipped bit.
+    Every reader of such archives still reads it, and :func:`damage_of` finds a single flipped bit.
 
     Raises:
-        RunDirectoryError: If it cannot be written.
         ValueError: If it is no zip archive without a comment.
     """
     content = archive.getbuffer()
@@ -211,41 +172,30 @@ def write_sealed(path: str | Path, archive: io.BytesIO) -> None:
 
 
 def damage_of(path: str | Path) -> str:
-    """What is wrong with a sealed file; empty if it is whole, or was never sealed.
+    """What is wrong with a sealed archive; empty if it is whole, or was never sealed.
 
     Raises:
         OSError: If it cannot be read.
     """
     with Path(path).open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - _END_LENGTH - _SEAL_LENGTH, 0))
+        file.seek(max(file.seek(0, os.SEEK_END) - _END_LENGTH - _SEAL_LENGTH, 0))
         end = file.read()
-        seal = end[-_SEAL_LENGTH:]
-        if (problem := _comment_problem(end)) or not seal.startswith(_SEAL):
-            return problem
-        file.seek(0)
-        digest, left = hashlib.sha256(), size - _SEAL_LENGTH
-        while left and (part := file.read(min(left, 2**20))):
-            digest.update(part)
-            left -= len(part)
-    found, expected = digest.hexdigest(), seal[len(_SEAL) :].decode(errors="replace")
-    if found == expected:
-        return ""
-    return f"its bytes have the SHA-256 {found[:12]}..., it was written with {expected[:12]}..."
-
-
-def _comment_problem(end: bytes) -> str:
-    """What is wrong with an archive's comment, which the seal is; empty without an archive."""
     place = end.rfind(_END)
-    if place < 0 or len(end) < place + _END_LENGTH:
-        return ""
-    expected = int.from_bytes(end[place + _END_LENGTH - 2 : place + _END_LENGTH], "little")
     comment = end[place + _END_LENGTH :]
-    if len(comment) != expected:
-        return f"{len(comment)} bytes follow the archive, {expected} were written"
-    if expected == _SEAL_LENGTH and not comment.startswith(_SEAL):
-        return "the bytes that follow the archive are damaged"
-    return ""
+    if 0 <= place <= len(end) - _END_LENGTH:
+        expected = int.from_bytes(end[place + _END_LENGTH - 2 :][:2], "little")
+        if len(comment) != expected:
+            return f"{len(comment)} bytes follow the archive, {expected} were written"
+        if expected == _SEAL_LENGTH and not comment.startswith(_SEAL):
+            return "the bytes that follow the archive are damaged"
+    seal = end[-_SEAL_LENGTH:]
+    if not seal.startswith(_SEAL):
+        return ""
+    found = hashlib.sha256(memoryview(Path(path).read_bytes())[:-_SEAL_LENGTH]).hexdigest()
+    written = seal[len(_SEAL) :].decode(errors="replace")
+    if found == written:
+        return ""
+    return f"its bytes have the SHA-256 {found[:12]}..., it was written with {written[:12]}..."
 
 
 def content_digest(data: Mapping[str, Any]) -> str:
@@ -259,13 +209,13 @@ def content_digest(data: Mapping[str, Any]) -> str:
 
 
 def write_sealed_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """As :func:`write_json_atomically`, with a last key ``digest``, the SHA-256 of the others."""
+    """As :func:`write_json_atomically`, with the digest of the other keys as the last one."""
     written = json.loads(_to_json(data))
     write_json_atomically(path, written | {"digest": content_digest(written)})
 
 
 def read_sealed_json(path: str | Path) -> dict[str, Any]:
-    """What such a file holds, without its digest; a file that never had one is read as it is.
+    """What a JSON file holds, without its digest.
 
     Raises:
         OSError: If it cannot be read.
@@ -284,13 +234,13 @@ def read_sealed_json(path: str | Path) -> dict[str, Any]:
 
 
 def write_sealed_yaml(path: str | Path, text: str) -> None:
-    """As :func:`write_text_atomically`, with the text's SHA-256 in a comment before it."""
+    """As :func:`write_text_atomically`, with the text's digest in a comment before it."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     write_text_atomically(path, f"{_YAML_SEAL.decode()}{digest}\n{text}")
 
 
 def yaml_damage_of(path: str | Path) -> str:
-    """What is wrong with such a file; empty if it is whole, or was never sealed.
+    """What is wrong with a YAML file; empty if it is whole, or was never sealed.
 
     Raises:
         OSError: If it cannot be read.
@@ -306,18 +256,34 @@ def yaml_damage_of(path: str | Path) -> str:
     return "it does not have the SHA-256 that its first line says; after an edit take that line out"
 
 
-# -------------------------------------------------------------------- what is ours, and removed
+# ------------------------------------------------------------------------------- run directories
 
-_OF_RUNS = (
-    r"\.(?:config\.yaml|results\.json|finished|predictions.*\.csv)",
-    *(r"checkpoints/\.[^/]+\.ckpt", r"figures/\.[^/]+\.png"),
-    r"outcomes/[0-9a-f]{16}/\.(?:identity\.json|[^/]+\.npz)",
-)
-_LEFTOVER = re.compile(rf"(?:{'|'.join(_OF_RUNS)})-[a-z0-9_]{{8}}\.tmp")
+
+class WatchedFolder:
+    """A folder that has to stay at its path while something is written there.
+
+    Writers make missing folders, so one that was deleted would come back with only what was
+    written last. The folder is kept open, so that a new one is not taken for it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+
+    def is_there(self) -> bool:
+        """Whether it is still the one at its path."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Stop watching."""
+        os.close(self._descriptor)
 
 
 def is_sealed(path: str | Path) -> bool:
-    """Whether a checkpoint or ``config.yaml`` carries a digest as our writers put it in."""
+    """Whether a checkpoint or ``config.yaml`` carries a digest."""
     try:
         with Path(path).open("rb") as file:
             if file.read(len(_YAML_SEAL)) == _YAML_SEAL:
@@ -336,23 +302,15 @@ def is_run(folder: str | Path) -> bool:
 
 
 def remove_leftovers(run: str | Path) -> None:
-    """Delete what writers that were killed left behind under temporary names of ours.
-
-    Args:
-        run: A run directory that no other process is writing; any other folder is not touched.
-    """
+    """Delete temporary files of killed writers in a run directory that no other process writes."""
     run = Path(run)
-    if not is_run(run):
-        return
-    for pattern in (".*.tmp", "checkpoints/.*.tmp", "figures/.*.tmp", "outcomes/*/.*.tmp"):
-        for path in run.glob(pattern):
-            is_through_link = any(p.is_symlink() for p in (path, *path.parents) if run in p.parents)
-            if _LEFTOVER.fullmatch(path.relative_to(run).as_posix()) and not is_through_link:
-                path.unlink(missing_ok=True)
+    for path in run.rglob(f".*{_UNFINISHED}") if is_run(run) else ():  # follows no links
+        part = path.relative_to(run).parts[0]
+        if part in (path.name, "checkpoints", "figures", "outcomes"):
+            path.unlink(missing_ok=True)
 
 
 def _to_json(data: Any, indent: str = "") -> str:
-    """JSON with a line per key and every list on one line, in the order of the keys."""
     if not isinstance(data, Mapping) or not data:
         return json.dumps(data, ensure_ascii=False, allow_nan=False)
     inner = indent + "  "

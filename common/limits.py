@@ -1,4 +1,4 @@
-"""Text files and names that may come from strangers, read within limits."""
+"""Text files and names of unknown origin, read within limits."""
 
 import json
 import re
@@ -20,11 +20,6 @@ _LONG = re.compile(r"[-+]?(?:\d[\d_:]{18,}|0[xob][\da-fA-F_]{16,}|\d[\d_.eE+-]{9
 
 
 def _read_text(path: Path, most: int) -> str:
-    """The text of a file.
-
-    Raises:
-        OSError, ValueError: If it is a folder, a device or a pipe, too large, or not in UTF-8.
-    """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
@@ -34,11 +29,11 @@ def _read_text(path: Path, most: int) -> str:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The plain values of a YAML file, which may come from a stranger.
+    """The plain values of a YAML file.
 
     Raises:
-        ConfigurationError: If it is no readable YAML file, is nested too deeply, or grows too large
-            through its aliases.
+        ConfigurationError: If it is no readable YAML file, or exceeds the limits of
+            :func:`check_yaml`.
     """
     path = Path(path)
     try:
@@ -53,12 +48,10 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse a YAML text that would take too much time or memory, before anything is made of it.
-
-    Sizes and levels are those with all aliases written out.
+    """Check the size, depth and numbers of a YAML text, its aliases written out, before parsing.
 
     Raises:
-        yaml.YAMLError: Saying what is too much.
+        yaml.YAMLError: If one exceeds the limits.
     """
     if len(text) > MOST_YAML_BYTES:
         raise yaml.YAMLError(f"it has more than {MOST_YAML_BYTES:,} bytes")
@@ -91,12 +84,11 @@ def check_yaml(text: str) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The plain values of a JSON file, which may come from a stranger.
+    """The plain values of a JSON file.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is no JSON file, too large, nested too deeply, or has integers that need
-            more than 64 bits.
+        OSError, ValueError: If it is no readable JSON file, too large, nested too deeply, or has
+            integers that need more than 64 bits.
     """
     text = _read_text(Path(path), MOST_JSON_BYTES)
     try:
@@ -115,7 +107,7 @@ _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,199}")
 
 
 def check_name(name: str, what: str) -> str:
-    """A name of the setting ``what``, once it is known to be one part of a path.
+    """Return the name of the setting ``what`` if it is one part of a path.
 
     Raises:
         ConfigurationError: If it has more than 200 characters, others than letters, digits and
@@ -130,7 +122,7 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_label(label: str, what: str) -> str:
-    """A label of the setting ``what``, once it is known to fit in a line and in a file's name.
+    """Return the label of the setting ``what`` if it fits in a line and in a file's name.
 
     Raises:
         ConfigurationError: If it is not up to 200 printable characters without slashes, or begins

@@ -1,7 +1,8 @@
-"""The network that is attacked, and its modes while it is."""
+"""Modes of a network while it is attacked."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -20,22 +21,15 @@ def network_of(model: Any) -> Any:
 
 @contextmanager
 def batch_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let batch-norm use batch statistics without moving its running ones.
-
-    Momentum zero keeps the running mean and variance bit for bit; the count of batches is put back.
-    """
+    """Let batch-norm use batch statistics without changing its running ones and its count."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    counts = [
-        None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
-        for norm in norms
-    ]
+    before = [(norm.momentum, deepcopy(norm.num_batches_tracked)) for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0
+        norm.momentum = 0.0  # keeps running mean and variance bit for bit
     try:
         yield
     finally:
-        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+        for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
             if count is not None and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.copy_(count)
@@ -43,20 +37,16 @@ def batch_statistics_kept(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
-    """Hold a module still while it is attacked.
+    """Switch off parameter gradients, which a compiled network would compute, and set a mode.
 
-    Parameters take no gradients, which a compiled network needs in order not to compute them.
-    Afterwards every submodule has its own mode back (``net.train()`` would wake up frozen teachers
-    and dropout) and every parameter its own ``requires_grad``, even after an exception.
+    Afterwards, even after an exception, every submodule has its own mode back (``net.train()``
+    would change frozen teachers and dropout) and every parameter its own ``requires_grad``.
 
     Args:
         module: What is attacked.
         mode: ``eval`` uses running batch-norm statistics; ``train`` changes no mode, so batch
-            statistics are used and the running ones move; ``train_frozen`` uses batch statistics
-            and moves nothing.
-
-    Raises:
-        ConfigurationError: If there is no such mode.
+            statistics are used and the running ones are updated; ``train_frozen`` uses batch
+            statistics and updates nothing.
     """
     check_choice("mode", mode, AttackMode)
     modes = [(submodule, submodule.training) for submodule in module.modules()]
@@ -66,10 +56,7 @@ def frozen(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
             module.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
-        if mode == "train_frozen":
-            with batch_statistics_kept(module):
-                yield
-        else:
+        with batch_statistics_kept(module) if mode == "train_frozen" else nullcontext():
             yield
     finally:
         for submodule, training in modes:
@@ -81,7 +68,7 @@ def frozen(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
 def try_out(
     net: nn.Module, shape: Sequence[int], remedy: str, count: int = 1, what: str = "the network"
 ) -> Any:
-    """What a network returns for blank images, in evaluation mode; it draws no random numbers.
+    """What a network returns for blank images, in evaluation mode, with the random state kept.
 
     Args:
         net: On any device, the meta device included.

@@ -5,8 +5,8 @@ A batch is a dict of tensors: ``x`` images in [0, 1] ``(N, C, H, W)``, ``y`` lab
 beside ``x``. A loss is a mean over examples; see :func:`weighted` for where processes have
 different numbers of them.
 
-Where a loss needs clean and adversarial logits, the clean pass comes first and each is a pass of
-its own, so in train mode batch-norm sees the two kinds of images apart and updates twice.
+Clean and adversarial logits take two passes, the clean one first: in train mode batch-norm sees the
+two kinds of images apart and updates twice.
 """
 
 import math
@@ -23,16 +23,14 @@ Batch = dict[str, Tensor]
 Model = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` to logits ``(N, K)``; while training, the LightningModule itself."""
 
-
 InnerLoss = Callable[[Any, Batch], Callable[[Tensor], Tensor]]
 """What :meth:`Objective.inner` is: (model, batch) -> (x' -> per-example loss)."""
 
 
 class Objective:
-    """The saddle point of one defence: what a paper's own objective derives from.
+    """Base class of objectives; everything but ``outer`` has a default.
 
-    ``model`` is anything that maps images to logits; a paper whose loss needs more than logits
-    may ask more of it. Everything but ``outer`` has a default.
+    ``model`` maps images to logits; a paper whose loss needs more than logits may ask more of it.
     """
 
     needs_x_adv = True
@@ -62,9 +60,8 @@ class Objective:
     def advance(self, is_step_over: bool = True) -> None:
         """Tell the objective that the loss of a batch was computed in training.
 
-        Args:
-            is_step_over: Whether the optimiser takes its step after this batch; False where
-                gradients are accumulated and more batches follow.
+        ``is_step_over`` says whether the optimiser takes its step after this batch; not where
+        gradients are accumulated and more batches follow.
         """
 
 
@@ -93,11 +90,7 @@ class TRADES(Objective):
     both, so batch-norm statistics are updated twice per step instead of three times.
 
     Args:
-        beta: Weight of the divergence (1/lambda in the paper, 6 in its experiments); 0 is clean
-            training.
-
-    Raises:
-        ConfigurationError: If ``beta`` is negative or not finite.
+        beta: Weight of the divergence (1/lambda in the paper, 6 in its experiments), at least 0.
     """
 
     def __init__(self, beta: float = 6.0) -> None:
@@ -122,20 +115,16 @@ MARTVariant = Literal["authors", "released"]
 class MART(Objective):
     """Misclassification-aware adversarial training (Wang et al. 2020), as in its official code.
 
-    The constants that keep the logarithms finite are that code's, without which its
-    gradients are not reproduced; they can make the loss of a perfect prediction slightly negative.
+    The constants that keep the logarithms finite are that code's, and reproduce its gradients; they
+    can make the loss of a perfect prediction slightly negative.
 
-    The variant ``released`` is how other public code (MTandHJ/rcm) has it: the boosting term lost
-    its logarithm, and the divergence is the other way round, KL(f(x_adv) || f(x)). It is here to
-    reproduce numbers that may come from that code.
+    The variant ``released`` reproduces other public code (MTandHJ/rcm): the boosting term has no
+    logarithm, and the divergence is the other way round, KL(f(x_adv) || f(x)).
 
     Args:
         beta: Weight of the divergence (lambda in the paper, where it is 5; the official code's
-            default is 6).
+            default is 6), at least 0.
         variant: ``authors`` for the official code, or ``released``.
-
-    Raises:
-        ConfigurationError: If ``beta`` is negative or not finite, or the variant is unknown.
     """
 
     def __init__(self, beta: float = 5.0, variant: MARTVariant = "authors") -> None:
@@ -167,10 +156,7 @@ class ALP(Objective):
 
     Args:
         weight: Of the squared distance between paired logits, averaged over batch and classes
-            (lambda in the paper).
-
-    Raises:
-        ConfigurationError: If ``weight`` is negative or not finite.
+            (lambda in the paper), at least 0.
     """
 
     def __init__(self, weight: float = 0.5) -> None:
@@ -196,21 +182,13 @@ def on_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> InnerLoss:
 
 
 def differentiable(tensor: Tensor) -> Tensor:
-    """The same values as a tensor autograd may save for backward.
-
-    Lightning validates and tests in inference mode, and what is created there, labels included,
-    may not take part in a differentiated computation.
-    """
+    """The same values as a tensor that autograd may save, which one of inference mode is not."""
     with torch.inference_mode(False):
         return tensor.clone() if tensor.is_inference() else tensor
 
 
 def adversarial_images(batch: Batch) -> Tensor:
-    """``batch["x_adv"]``, ``(N, C, H, W)``.
-
-    Raises:
-        ConfigurationError: If nothing has put it there.
-    """
+    """``batch["x_adv"]``, ``(N, C, H, W)``; a ConfigurationError if it is missing."""
     if "x_adv" not in batch:
         raise ConfigurationError(
             'the batch has no "x_adv": no attack ran before this step. The AdversarialTraining '
@@ -227,14 +205,13 @@ def clean_and_adversarial_logits(model: Model, batch: Batch) -> tuple[Tensor, Te
 
 
 def weighted(loss: Tensor, batch: Batch, key: str = "weight") -> Tensor:
-    """A mean over examples times what the batch counts, where it does not count like the others.
+    """A mean over examples times ``batch[key]``, ``(N,)`` of equal numbers, if it is there.
 
-    ``batch["weight"]``, where the processes have different numbers of examples, is this process's
-    number over the mean of all processes' numbers: the mean over processes is then over examples.
-    ``batch["window"]``, where gradients are accumulated and the batches of a step differ in size,
-    or the last step of an epoch has fewer, is the batch's number of examples over that of the step,
-    times the number of batches that Lightning divides by: a step is then the mean over its
-    examples. Both are there once for each example, ``(N,)``.
+    ``weight``, where the processes have different numbers of examples, is this process's number
+    over the mean of all processes' numbers: the mean over processes is then over examples.
+    ``window``, where the batches of an accumulated step differ in size or number, is the batch's
+    share of the step's examples times the number of batches that Lightning divides by: the step is
+    then the mean over its examples.
     """
     if key not in batch:
         return loss
@@ -242,11 +219,7 @@ def weighted(loss: Tensor, batch: Batch, key: str = "weight") -> Tensor:
 
 
 def check_weight(name: str, value: float) -> float:
-    """The weight of a loss term, if it is finite and not negative.
-
-    Raises:
-        ConfigurationError: Otherwise.
-    """
+    """The weight of a loss term; a ConfigurationError unless it is finite and at least 0."""
     if not (math.isfinite(value) and value >= 0.0):
         raise ConfigurationError(
             f"{name} weighs a term of the loss and must be finite and at least 0, got {value}; "

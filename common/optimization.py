@@ -1,4 +1,4 @@
-"""What moves the weights: the injected optimiser and scheduler, tried out before anything is."""
+"""The injected optimiser and scheduler of a classifier, checked before training."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -21,7 +21,7 @@ Rates = list[list[float]]
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are optimised otherwise than the rest.
+    """Parameters with another learning rate or weight decay than the rest.
 
     Args:
         parameters: Patterns of names as in ``state_dict``, ``net.stem.*`` for instance
@@ -29,9 +29,6 @@ class ParameterGroup:
         lr_mult: Their learning rate is this times that of the rest, all along the schedule.
         weight_decay: Theirs; ``None`` takes that of the rest.
         may_be_empty: Whether it is fine when no trainable parameter matches.
-
-    Raises:
-        ConfigurationError: If the factor is negative or the decay is.
     """
 
     parameters: list[str]
@@ -49,10 +46,6 @@ class ParameterGroup:
                 f"weight_decay must not be negative, got {self.weight_decay}; 0 is none"
             )
 
-    def matches(self, name: str) -> bool:
-        """Whether a parameter of this name belongs to the group."""
-        return any(fnmatchcase(name, pattern) for pattern in self.parameters)
-
 
 def grouped_optimizer(
     make: Callable[[Iterable[object]], Optimizer],
@@ -62,8 +55,8 @@ def grouped_optimizer(
     """An optimiser over all trainable parameters, with the settings of their groups.
 
     Args:
-        make: Called with the parameters, or with the groups where there are any; the group of all
-            the rest comes first.
+        make: Called with the parameters, or with the groups where there are any, that of the rest
+            first.
         module: Whose parameters.
         groups: In their order; a parameter belongs to one at most.
 
@@ -71,44 +64,39 @@ def grouped_optimizer(
         ConfigurationError: If a group matches no trainable parameter and does not say that it may,
             or two groups match the same one.
     """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not groups:
-        return make(p for p in module.parameters() if p.requires_grad)
-    rest: list[nn.Parameter] = []
-    taken: list[list[nn.Parameter]] = [[] for _ in groups]
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    for name, parameter in trainable:
-        where = [i for i, group in enumerate(groups) if group.matches(name)]
+        return make(iter(trainable.values()))
+    every = [ParameterGroup([], may_be_empty=True), *groups]
+    members: list[list[nn.Parameter]] = [[] for _ in every]
+    for name, parameter in trainable.items():
+        matched = (any(fnmatchcase(name, one) for one in group.parameters) for group in every)
+        where = [i for i, is_member in enumerate(matched) if is_member]
         if len(where) > 1:
             raise ConfigurationError(
-                f"parameter {name} belongs to several groups, {groups[where[0]].parameters} and "
-                f"{groups[where[1]].parameters}; make the patterns exclude each other"
+                f"parameter {name} belongs to several groups, {every[where[0]].parameters} and "
+                f"{every[where[1]].parameters}; make the patterns exclude each other"
             )
-        (taken[where[0]] if where else rest).append(parameter)
-    for group, members in zip(groups, taken, strict=True):
-        if not members and not group.may_be_empty:
+        members[where[0] if where else 0].append(parameter)
+    kept: list[tuple[ParameterGroup, dict[str, object]]] = []
+    for group, its in zip(every, members, strict=True):
+        if not its and not group.may_be_empty:
             raise ConfigurationError(
                 f"no trainable parameter matches {group.parameters}; the names are like "
-                f"{', '.join(name for name, _ in trainable[:3])}; correct the pattern or drop the "
-                "group from model.groups"
+                f"{', '.join(list(trainable)[:3])}; correct the pattern or drop the group from "
+                "model.groups"
             )
-    every = zip([ParameterGroup([]), *groups], [rest, *taken], strict=True)
-    kept = [(group, members) for group, members in every if members]
-    settings: list[dict[str, object]] = [{"params": members} for _, members in kept]
-    for (group, _), one in zip(kept, settings, strict=True):
-        if group.weight_decay is not None:
-            one["weight_decay"] = group.weight_decay
-    optimizer = make(settings)
+        decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+        if its:
+            kept.append((group, {"params": its, **decay}))
+    optimizer = make([settings for _, settings in kept])
     for (group, _), made in zip(kept, optimizer.param_groups, strict=True):
         made["lr"] *= group.lr_mult
     return optimizer
 
 
 def optimizer_of(module: Any) -> Optimizer:
-    """The optimiser of a classifier over its trainable parameters.
-
-    Raises:
-        ConfigurationError: If it refuses its arguments.
-    """
+    """The optimiser of a classifier; a ConfigurationError if it refuses its arguments."""
     try:
         return grouped_optimizer(module.optimizer, module, module.groups)
     except Exception as error:
@@ -134,12 +122,11 @@ def scheduler_of(module: Any, optimizer: Optimizer) -> dict[str, Any]:
             f"model.scheduler fails at the start: {_words(error)}; give it arguments for this run "
             f"of {epochs} epochs"
         ) from error
-    if not isinstance(scheduler, ReduceLROnPlateau):
-        is_by_epoch = module.scheduler_interval == "epoch"
-        simulate(module, module.scheduler, min(epochs - 1, _TRIED) if is_by_epoch else 1)
     described = {"scheduler": scheduler, "interval": module.scheduler_interval}
     if isinstance(scheduler, ReduceLROnPlateau):
-        described |= {"monitor": _monitor_of(scheduler, module), "strict": False}
+        return described | {"monitor": _monitor_of(scheduler, module), "strict": False}
+    is_by_epoch = module.scheduler_interval == "epoch"
+    simulate(module, module.scheduler, min(epochs - 1, _TRIED) if is_by_epoch else 1)
     return described
 
 
@@ -147,7 +134,7 @@ def simulate(module: Any, make: Any, steps: int) -> tuple[Rates, dict[str, Any] 
     """Learning rates at steps 0 to ``steps`` of a schedule, and its state there.
 
     Args:
-        module: The classifier whose optimiser is scheduled; it is not touched.
+        module: The classifier whose optimiser is scheduled; it is not changed.
         make: Optimiser -> scheduler; ``None`` for constant rates.
         steps: How often the schedule is stepped.
 
@@ -179,33 +166,32 @@ def _monitor_of(scheduler: ReduceLROnPlateau, module: Any) -> str:
     chosen = {c.monitor: c.mode for c in trainer.checkpoint_callbacks if c.monitor}
     monitor = getattr(scheduler, "monitor", None) or next(iter(chosen), "val/clean_acc")
     mode = chosen.get(monitor, "max" if monitor.endswith("_acc") else scheduler.mode)
+    problem = ""
     if module.scheduler_interval != "epoch":
-        raise ConfigurationError(
-            f"model.scheduler waits for {monitor}, which is known after an epoch; set "
-            "model.scheduler_interval: epoch"
+        problem = "which is known after an epoch; set model.scheduler_interval: epoch"
+    elif scheduler.mode != mode:
+        problem = (
+            f"to become better, that is {'larger' if mode == 'max' else 'smaller'}, and its mode "
+            f"is {scheduler.mode}; set model.scheduler.mode: {mode}"
         )
-    if scheduler.mode != mode:
-        raise ConfigurationError(
-            f"model.scheduler waits for {monitor} to become better, that is "
-            f"{'larger' if mode == 'max' else 'smaller'}, and its mode is {scheduler.mode}; set "
-            f"model.scheduler.mode: {mode}"
+    elif monitor.startswith("val/") and not trainer.enable_validation:
+        problem = (
+            "and trainer.limit_val_batches is 0, so nothing is validated; raise it or choose "
+            "another scheduler"
         )
-    if monitor.startswith("val/") and not trainer.enable_validation:
-        raise ConfigurationError(
-            f"model.scheduler waits for {monitor} and trainer.limit_val_batches is 0, so nothing "
-            "is validated; raise it or choose another scheduler"
-        )
+    if problem:
+        raise ConfigurationError(f"model.scheduler waits for {monitor} {problem}")
     return str(monitor)
 
 
 def tell_metrics(module: LightningModule) -> None:
     """Step the schedulers that wait for a metric, at the end of an epoch that measured it.
 
-    Lightning would do so after the epoch's checkpoint has been written, and a run that goes on from
-    there would have another learning rate.
+    Lightning would do so after the epoch's checkpoint has been written, and a resumed run would
+    have another learning rate.
 
     Raises:
-        ConfigurationError: If nobody measured it.
+        ConfigurationError: If it was not measured.
     """
     trainer = module.trainer
     every = trainer.check_val_every_n_epoch
@@ -216,21 +202,15 @@ def tell_metrics(module: LightningModule) -> None:
             monitor.startswith("val/") and not is_validated
         ):
             continue
-        known = _metrics(trainer)
+        known = dict(trainer.callback_metrics)
+        for callback in trainer.checkpoint_callbacks:  # what they compute from those
+            known |= callback._monitor_candidates(trainer)  # type: ignore[attr-defined]
         if monitor not in known:
             raise ConfigurationError(
                 f"model.scheduler waits for {monitor}, which nothing logs; there are "
                 f"{', '.join(sorted(known))}"
             )
         config.scheduler.step(known[monitor])
-
-
-def _metrics(trainer: Trainer) -> dict[str, Tensor]:
-    """What is logged, and what checkpoints compute of it."""
-    known = dict(trainer.callback_metrics)
-    for callback in trainer.checkpoint_callbacks:
-        known |= callback._monitor_candidates(trainer)  # type: ignore[attr-defined]
-    return known
 
 
 def _words(error: Exception) -> str:
@@ -244,13 +224,9 @@ def is_logged(trainer: Trainer) -> bool:
 
 
 def refuse_half_precision(trainer: Trainer, what: str) -> None:
-    """Refuse fp16, in which gradients outside the optimiser's step have no loss scaling.
-
-    Raises:
-        ConfigurationError: Naming ``what``, the gradients that would underflow.
-    """
+    """Refuse fp16 for the gradients ``what``, which have no loss scaling and would underflow."""
     if trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16"):
         raise ConfigurationError(
             f"trainer.precision is {trainer.precision}: fp16 underflows most of {what}, which "
-            "would be zero without a word; use bf16-mixed or 32-true"
+            "would be zero; use bf16-mixed or 32-true"
         )

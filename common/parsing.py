@@ -1,9 +1,9 @@
-"""The one place where parsers of configurations are made, and what configurations may name.
+"""Parsers of configurations, and what a configuration, of unknown origin, may name.
 
-Configurations come from strangers too. A class or function that one names is defined in the module
-that it names, which is neither of the standard library nor a part of torch or Lightning without use
-here. Of other installed packages it may name networks, optimisers, schedules and the like, and
-functions that return them; of the user's own modules, anything.
+A class or function that it names must be defined in the module that it names, which may not be of
+the standard library or a part of torch or Lightning without use here. Of other installed packages
+it may name networks, optimisers, schedules and the like, and functions that return them; of the
+user's own modules, anything.
 """
 
 import importlib
@@ -22,23 +22,18 @@ from common.limits import LARGEST_INTEGER, check_yaml
 
 __all__ = ["ArgumentParser", "build", "check_named", "load_named"]
 
+_BOTH = ("accelerators", "loggers", "plugins", "strategies")
 ALLOWED = (
     *("torch.nn", "torch.optim", "lightning.pytorch.cli.ReduceLROnPlateau"),
-    *(
-        f"lightning.{part}"
-        for part in (
-            *("pytorch.accelerators", "pytorch.callbacks", "pytorch.loggers", "pytorch.plugins"),
-            *("pytorch.profilers", "pytorch.strategies", "fabric.accelerators", "fabric.loggers"),
-            *("fabric.plugins", "fabric.strategies"),
-        )
-    ),
+    *("lightning.pytorch.callbacks", "lightning.pytorch.profilers"),
+    *(f"lightning.{package}.{part}" for package in ("pytorch", "fabric") for part in _BOTH),
 )
 DENIED = (
     *sorted(sys.stdlib_module_names),
     *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "jsonargparse"),
     *("common.cli.main", "common.files", "common.cli.rows", "common.cli.submit"),
 )
-"""Modules that a configuration names nothing of, unless under one of the above."""
+"""Modules of which a configuration may name only what is under one of the above."""
 
 MUST_NOT = (
     "must not be named in a configuration, since it may run commands or reach files; name a class "
@@ -48,18 +43,16 @@ MUST_NOT = (
 _PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
 _OURS = re.compile(r"(?:common|paper_\w+)(?:\.|$)")
 _KINDS = ("torch", "lightning", "common")
-
-
 _LOADER: Any = get_yaml_default_loader()  # type: ignore[no-untyped-call]
 
 
 def _begin(self: Any, text: str) -> None:
-    """Begin to read a text, once it is known that its values are few and not nested deeply."""
+    """Read a text after its limits are checked."""
     check_yaml(text)
     super(_LOADER, self).__init__(text)
 
 
-# Strings inside of files and options are read as YAML too, past the loader of the parser.
+# Strings inside of files and options are read as YAML too, by this loader.
 _LOADER.__init__ = _begin
 set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
@@ -69,15 +62,11 @@ set_parsing_settings(
 
 
 def build(types: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    """Build what plain values describe.
-
-    Args:
-        types: What is built, by name.
-        values: Plain values for some of them; the others become ``None``.
+    """Build objects of the given types from plain values, by name; missing ones become ``None``.
 
     Raises:
         ConfigurationError: If something is named that a configuration must not name.
-        ArgumentError, ValueError, TypeError: If a value is of another kind.
+        ArgumentError, ValueError, TypeError: If a value is of another type.
     """
     parser = ArgumentParser(exit_on_error=False)
     for name, kind in types.items():
@@ -88,15 +77,15 @@ def build(types: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
 
 
 def check_named(config: Any, place: str = "") -> None:
-    """Check every class and function in a configuration before anything is built.
+    """Check every class, function and integer in a configuration before anything is built.
 
     Args:
         config: What a parser returned, or plain values.
         place: Its name as a setting.
 
     Raises:
-        ConfigurationError: If one is not defined where the configuration says, or must not be
-            named in one; also for integers that need more than 64 bits.
+        ConfigurationError: If a class is not defined where the configuration says or must not be
+            named in one, or an integer needs more than 64 bits.
     """
     where = f"{place}: " if place else ""
     if isinstance(config, Namespace | Mapping):
@@ -124,8 +113,7 @@ def load_named(path: str, where: str = "") -> Any:
         ConfigurationError: If there is none, it is defined elsewhere, or must not be named.
     """
     module, _, name = path.rpartition(".")
-    problem = "" if _PATH.fullmatch(path) else "is no import path"
-    problem = problem or _denial(path)
+    problem = _denial(path) if _PATH.fullmatch(path) else "is no import path"
     if not problem:
         try:
             found = getattr(importlib.import_module(module), name)
@@ -156,18 +144,17 @@ def _origin_problem(found: Any, path: str) -> str:
     return ""
 
 
-def _denial(path: str) -> str:
-    def is_under(names: tuple[str, ...]) -> bool:
-        return any(path == name or path.startswith(f"{name}.") for name in names)
+def _is_under(path: str, names: tuple[str, ...]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)
 
-    if is_under(ALLOWED) or not is_under(DENIED):
-        return ""
-    return MUST_NOT
+
+def _denial(path: str) -> str:
+    return MUST_NOT if _is_under(path, DENIED) and not _is_under(path, ALLOWED) else ""
 
 
 def _is_installed(home: str) -> bool:
-    """Whether a module belongs to an installed package that no list above decides about."""
-    if _OURS.match(home) or any(home == one or home.startswith(f"{one}.") for one in ALLOWED):
+    """Whether a module belongs to an installed package that the lists above do not name."""
+    if _OURS.match(home) or _is_under(home, ALLOWED):
         return False
     package = sys.modules.get(home.partition(".")[0])
     places = [*getattr(package, "__path__", ()), getattr(package, "__file__", None)]
@@ -176,7 +163,7 @@ def _is_installed(home: str) -> bool:
 
 
 def _is_known_kind(found: Any) -> bool:
-    """Whether it is a class that derives from one of torch, Lightning or ours, or returns one."""
+    """Whether it is, or returns, a class that derives from one of torch, Lightning or ours."""
     made = found
     if not inspect.isclass(found):
         try:

@@ -1,4 +1,4 @@
-"""Plain settings: their names and digests, and what is wrong with them in the user's words."""
+"""Settings: their names and digests, and one line for what a parser says of them."""
 
 import difflib
 import hashlib
@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import Namespace
 
 from common.errors import ConfigurationError, UserError
 from common.parsing import MUST_NOT, load_named
@@ -27,13 +29,15 @@ def type_name(class_path: str) -> str:
 
 
 def nodes(value: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All mappings among plain settings, with their names as on the command line."""
+    """All mappings among settings, plain or parsed, with their names as on the command line."""
+    if isinstance(value, Namespace):
+        value = vars(value)
     if isinstance(value, Mapping):
         yield name, value
         for key, part in value.items():
             inner = name if key == "init_args" else f"{name}.{key}" if name else str(key)
             yield from nodes(part, inner)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for place, part in enumerate(value):
             yield from nodes(part, f"{name}.{place}" if name else str(place))
 
@@ -45,10 +49,10 @@ def class_paths(settings: Any) -> set[str]:
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
-    """One line in the user's words for jsonargparse's account of everything it tried.
+    """One line for a message of jsonargparse, which tells everything that it tried.
 
     Args:
-        message: The account: nested ``Parser key``, ``Problem with given class_path``, reason.
+        message: Nested ``Parser key``, ``Problem with given class_path``, reason.
         options: Names of all options, for suggestions.
     """
     key, class_path, reason = _deepest(message)
@@ -61,10 +65,11 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         names = _parameters(class_path) if class_path else options
         prefix = f"{key}." if class_path or not key else ""
         return f"unknown option {prefix}{found[1]}{_nearest(found[1], names)}"
-    if found := re.match(r"Subcommand \'\w+\' does not accept option \'([^\']*)\'", reason):
-        return f"unknown option {found[1]}{_nearest(found[1], options)}"
-    if found := re.match(r"unrecognized arguments?: --([^ =]+)", reason):
-        return f"unknown option --{found[1]}{_nearest(found[1], options)}"
+    if found := re.match(
+        r"(?:Subcommand '\w+' does not accept option '|unrecognized arguments?: (--))([^ =']+)",
+        reason,
+    ):
+        return f"unknown option {found[1] or ''}{found[2]}{_nearest(found[2], options)}"
     if found := re.match(r"module '([^']*)' has no attribute '([^']*)'", reason):
         names = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
         return f"{where}: there is no {found[1]}.{found[2]}{_nearest(found[2], names)}"
@@ -75,11 +80,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
 
 @contextmanager
 def explained(place: str | Path) -> Iterator[None]:
-    """Turn what a parser or a class refuses into one line that begins with the place.
-
-    Raises:
-        ConfigurationError: In place of any error that is none of ours.
-    """
+    """Turn errors of a parser or a class into a ConfigurationError that begins with the place."""
     try:
         yield
     except UserError:
@@ -89,7 +90,7 @@ def explained(place: str | Path) -> Iterator[None]:
 
 
 def _deepest(message: str) -> tuple[str, str, str]:
-    """The key, class and reason of the innermost problem that an account tells."""
+    """The key, class and reason of the innermost problem of a message."""
     key, class_path, reason, given, depth = "", "", "", "", -1
     expected: list[str] = []  # by the alternatives that failed
     for line in _CALLABLE.sub("", message).splitlines():
@@ -133,7 +134,7 @@ def _parameters(class_path: str) -> list[str]:
 
 
 def _nearest(name: str, candidates: Iterable[str]) -> str:
-    """A question with the nearest candidate; all of them where few and none is near."""
+    """A hint at the nearest candidate; at all of them where few and none is near."""
     candidates = sorted(candidates)
     # An option is compared by its last part too, so that a forgotten section is found.
     for wanted, known in (

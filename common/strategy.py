@@ -31,11 +31,6 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Differentiable all-reduce."""
-    return cast(Tensor, _SumOverRanks.apply(tensor))
-
-
 class DeviceInvariantDDP(DDPStrategy):
     """DDP for which one device or eight give the same parameters and the same verdicts.
 
@@ -43,17 +38,13 @@ class DeviceInvariantDDP(DDPStrategy):
       :class:`GlobalBatchNorm` elsewhere. Running statistics are then equal on all ranks before the
       next attack begins, and DDP need not broadcast buffers.
     - Gradient buckets are views, which saves one copy of the gradients.
-    - Ranks wait ten hours for each other, because attacks end at different times.
+    - Ranks wait ten hours for each other by default, because attacks end at different times.
 
-    The rest is elsewhere: the data module divides the global batch and never pads
-    the evaluation data; attacks and augmentation draw their noise per example.
+    The data module divides the global batch and never pads the evaluation data; attacks and
+    augmentation draw their noise per example.
 
-    Importing this module makes it Lightning's ``ddp``, which is also what ``strategy: auto`` means
-    with several devices.
-
-    Args:
-        timeout: How long a rank waits for another.
-        **kwargs: As for :class:`~lightning.pytorch.strategies.DDPStrategy`.
+    Importing this module makes it Lightning's ``ddp``, and ``auto`` with several devices. Takes the
+    arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`.
     """
 
     def __init__(self, timeout: timedelta | None = timedelta(hours=10), **kwargs: Any) -> None:
@@ -78,10 +69,9 @@ class DeviceInvariantDDP(DDPStrategy):
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Batch-norm over the batches of all ranks, in two passes, on any device with all-reduce.
+    """Batch-norm over the batches of all ranks, in two passes; ``SyncBatchNorm`` needs a GPU.
 
-    ``SyncBatchNorm`` refuses to run on a CPU. The all-reduce is differentiable, so the gradient is
-    that of batch-norm on the global batch.
+    The all-reduce is differentiable, so the gradient is that of batch-norm on the global batch.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -97,32 +87,24 @@ class GlobalBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (input.ndim - 2)
         count = input.new_tensor([input.numel() / input.shape[1]])
         torch.distributed.all_reduce(count)
-        mean = sum_over_ranks(input.sum(dims)) / count
+        mean = _SumOverRanks.apply(input.sum(dims)) / count
         centred = input - mean.view(shape)
-        variance = sum_over_ranks(centred.square().sum(dims)) / count
-        with torch.no_grad():
-            self._move_running_statistics(mean, variance * count / (count - 1))
+        variance = _SumOverRanks.apply(centred.square().sum(dims)) / count
+        if self.running_mean is not None and self.running_var is not None:
+            seen = cast(Tensor, self.num_batches_tracked).add_(1)
+            momentum = 1.0 / float(seen) if self.momentum is None else self.momentum
+            with torch.no_grad():
+                unbiased = variance * count / (count - 1)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
         normalised: Tensor = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
         return normalised
 
-    def _move_running_statistics(self, mean: Tensor, unbiased_variance: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None:
-            return
-        cast(Tensor, self.num_batches_tracked).add_(1)
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1.0 / float(cast(Tensor, self.num_batches_tracked))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), momentum)
-
 
 class GlobalBatchNormSync(LayerSync):
-    """Turns batch-norm layers into :class:`GlobalBatchNorm` in place, and back.
-
-    Only the class changes, so parameters, buffers and the keys of ``state_dict`` stay.
-    """
+    """Changes the class of batch-norm layers to :class:`GlobalBatchNorm`, and back."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Synchronise all batch-norm layers of ``model``."""
@@ -141,10 +123,7 @@ class GlobalBatchNormSync(LayerSync):
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process when the one that started it is killed.
-
-    A rank that lost its first process would otherwise hold its device until the others time out.
-    """
+    """Have Linux end this process when the one that started it is killed, to free its device."""
     try:
         import ctypes
 
@@ -153,12 +132,8 @@ def end_with_parent() -> None:
         return
 
 
-for _name, _start_method in {
-    "ddp": "popen",
-    "ddp_spawn": "spawn",
-    "ddp_fork": "fork",
-    "ddp_notebook": "fork",
-}.items():
+_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
+for _name, _start_method in _METHODS.items():
     StrategyRegistry.register(
         _name,
         DeviceInvariantDDP,

@@ -42,6 +42,9 @@ class _Match:
     def key(self) -> str:
         return ".".join(part for part in (self.place, self.prefix) if part)
 
+    def equals(self, other: "_Match") -> bool:
+        return all(torch.equal(value, other.weights[k]) for k, value in self.weights.items())
+
 
 def find_weights(own: Weights, content: Any, origin: str, key: str | None = None) -> Weights:
     """The tensors for a network, by the network's own names.
@@ -51,8 +54,8 @@ def find_weights(own: Weights, content: Any, origin: str, key: str | None = None
         content: What the file holds.
         origin: What to call the file in messages.
         key: Which set to take if several fit: its place in the file, its prefix, or both, such as
-            ``ema_state_dict``, ``student`` or ``state_dict.student``. What lies outside a prefix
-            that is named is left out.
+            ``ema_state_dict``, ``student`` or ``state_dict.student``. With a prefix, tensors
+            outside it are left out.
 
     Raises:
         CheckpointError: If no set fits, if several different ones do, or if the one that fits is a
@@ -68,23 +71,24 @@ def find_weights(own: Weights, content: Any, origin: str, key: str | None = None
         chosen = [m for m in matches if key == m.key or (key and key in (m.place, m.prefix))]
         if not chosen and key not in sets:
             known = [m.key for m in matches] or list(sets)
-            raise CheckpointError(f"{origin} has no weights {key!r}; it has {_listed(known)}")
+            raise CheckpointError(
+                f"{origin} has no weights {key!r}; it has {', '.join(map(repr, known))}"
+            )
         matches, sets = chosen, {key: sets[key]} if key in sets else sets
     if not matches:
-        _check_for_bare_weights(own, sets, origin)
         raise _misfit(own, sets, origin)
     match = min(matches, key=lambda m: len(m.rest))
-    if any(m is not match and not _is_same(match.weights, m.weights) for m in matches):
+    if not all(map(match.equals, matches)):
         raise CheckpointError(
             f"{origin} holds {len(matches)} different sets of weights for this network, "
-            f"{_listed(m.key for m in matches)}: choose one, for example key={match.key!r} "
-            f"(--weights_key {match.key})"
+            f"{', '.join(repr(m.key) for m in matches)}: choose one, for example "
+            f"key={match.key!r} (--weights_key {match.key})"
         )
     is_named = key == match.key or (key == match.prefix and key not in sets)
     if not (match.prefix and is_named):
         copies = [f"{m.prefix}." for m in matches if m.place == match.place and m is not match]
-        _check_rest(match, {n: t for n, t in match.rest.items() if not n.startswith(tuple(copies))},
-                    origin)  # fmt: skip
+        rest = {n: t for n, t in match.rest.items() if not n.startswith(tuple(copies))}
+        _check_rest(match, rest, origin)
     return match.weights
 
 
@@ -99,18 +103,16 @@ def check_weights_fit(
     Raises:
         CheckpointError: Naming the first tensors that are missing, unknown or of another shape.
     """
-    missing = [name for name in own if name not in other]
-    unknown = [name for name in other if name not in own]
-    shapes = [
-        f"{name} is {_form(other[name])}, expected {_form(own[name])}"
-        for name in own
-        if name in other and not _is_alike(own[name], other[name])
-    ]
-    problems = [
-        f"{len(names)} {what} (first: {names[0]})"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (shapes, "misshapen"))
-        if names
-    ]
+    found = {
+        "missing": [name for name in own if name not in other],
+        "unknown": [name for name in other if name not in own],
+        "misshapen": [
+            f"{name} is {_form(other[name])}, expected {_form(own[name])}"
+            for name in own
+            if name in other and not _is_alike(own[name], other[name])
+        ],
+    }
+    problems = [f"{len(n)} {what} (first: {n[0]})" for what, n in found.items() if n]
     if problems:
         raise CheckpointError(
             f"{origin} holds the weights of another network: {'; '.join(problems)}. {remedy}"
@@ -125,14 +127,6 @@ def _is_alike(a: Tensor, b: Tensor) -> bool:
 def _form(tensor: Tensor) -> str:
     whole = "" if tensor.is_floating_point() else f" {tensor.dtype}".replace("torch.", "")
     return f"{tuple(tensor.shape)}{whole}"
-
-
-def _is_same(a: Weights, b: Weights) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
 
 
 def _sets(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -156,20 +150,16 @@ def _plain(names: Iterable[str]) -> dict[str, str]:
     return plain if len(plain) == len(names) else {name: name for name in names}
 
 
-def _split(name: str) -> tuple[str, str]:
-    parent, _, last = name.rpartition(".")
-    return parent, last
-
-
 def _without_counters(tensors: Weights, own: Weights) -> dict[str, Tensor]:
     """A set without what only counts: operations, averaged models, outcomes of a metric."""
-    needed = {_split(name)[1] for name in own}
+    needed = {name.rpartition(".")[2] for name in own}
     states, counters = _METRIC_STATES - needed, _COUNTERS - needed
-    metrics = {_split(name)[0] for name in tensors if _split(name)[1] in states} - {""}
+    parts = {name: name.rpartition(".") for name in tensors}
+    metrics = {parent for parent, _, last in parts.values() if last in states} - {""}
     return {
-        name: value
-        for name, value in tensors.items()
-        if _split(name)[0] not in metrics and _split(name)[1] not in counters
+        name: tensors[name]
+        for name, (parent, _, last) in parts.items()
+        if parent not in metrics and last not in counters
     }
 
 
@@ -212,7 +202,8 @@ def _match(
     statistics = _statistics(left_out)
     if any(map(_statistic, left_out)) and (statistics is None or _statistics(rest) is None):
         return None
-    return _Match(place, prefix.rstrip("."), found | left_out, rest, statistics or _identity())
+    identity = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    return _Match(place, prefix.rstrip("."), found | left_out, rest, statistics or identity)
 
 
 # ------------------------------------------------------------------- normalisation of the input
@@ -227,10 +218,6 @@ def _statistic(name: str) -> str:
     """``mean`` or ``std`` for a tensor named as those of a normaliser, else empty."""
     match = _STATISTIC.fullmatch(name.rpartition(".")[2])
     return "" if match is None else "mean" if match[1] else "std"
-
-
-def _identity() -> tuple[Tensor, Tensor]:
-    return torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
 
 
 def _statistics(tensors: Weights) -> tuple[Tensor, Tensor] | None:
@@ -249,8 +236,14 @@ def _statistics(tensors: Weights) -> tuple[Tensor, Tensor] | None:
 def _check_rest(match: _Match, rest: Weights, origin: str) -> None:
     """Refuse a set that belongs to a larger model, which may compute another function."""
     theirs = _statistics(rest)
-    if not rest or (len(rest) == 2 and theirs and _agree(theirs, match.statistics)):
+    if not rest:
         return
+    if len(rest) == 2 and theirs is not None:
+        pairs = list(zip(theirs, match.statistics, strict=True))
+        is_broadcast = all(len({1, len(a), len(b)}) <= 2 for a, b in pairs)
+        # Up to the rounding of half precision.
+        if is_broadcast and all(torch.allclose(a, b, rtol=0, atol=2e-4) for a, b in pairs):
+            return
     choice = ""
     if match.prefix:
         choice = f"; if only the network is meant, choose it, --weights_key {match.key}"
@@ -271,34 +264,20 @@ def _check_rest(match: _Match, rest: Weights, origin: str) -> None:
     )
 
 
-def _check_for_bare_weights(own: Weights, sets: Mapping[str, Weights], origin: str) -> None:
-    """Say so if only the statistics of the network's normaliser are not in a file.
-
-    They are not taken from the network: it could have been trained without, or with others.
-    """
+def _misfit(own: Weights, sets: Mapping[str, Weights], origin: str) -> CheckpointError:
+    """What is wrong with the set that has most of the network's names."""
+    # Missing statistics of a normaliser are not taken from the network: it could have been trained
+    # without one, or with others.
     statistics = [name for name in own if _statistic(name)]
     inner = {name: value for name, value in own.items() if name not in statistics}
-    heads = {name.partition(".")[0] for name in inner}
-    if len(heads) == 1:
+    if len({name.partition(".")[0] for name in inner}) == 1:
         inner = {name.partition(".")[2]: value for name, value in inner.items()}
     if statistics and any(_matches(inner, place, found) for place, found in sets.items()):
-        raise CheckpointError(
+        return CheckpointError(
             f"{origin} lacks the statistics of this network's normalisation of the input "
             f"({', '.join(statistics)}): load the weights into the network inside before it is "
             "wrapped, or build it without mean and std if it was trained without"
         )
-
-
-def _agree(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
-    """Whether two normalisers are the same, up to the rounding of half precision."""
-    return all(
-        len({1, len(x), len(y)}) <= 2 and torch.allclose(x, y, rtol=0, atol=2e-4)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def _misfit(own: Weights, sets: Mapping[str, Weights], origin: str) -> CheckpointError:
-    """What is wrong with the set that has most of the network's names."""
     mine = _plain(own)
     nearest: dict[str, Tensor] = {}
     for weights in sets.values():

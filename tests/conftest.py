@@ -322,6 +322,30 @@ def tiny(
     return Tiny(tmp_path, capsys)
 
 
+@pytest.fixture(scope="session")
+def quiet_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """``make(*callbacks, **settings)``: our trainer on a CPU; files only where callbacks write."""
+
+    def make(*callbacks: Any, kind: Any = None, **settings: Any) -> Any:
+        from lightning.pytorch.callbacks import Checkpoint  # Lightning, which most tests do without
+
+        from common.cli.trainer import Trainer
+
+        quiet: dict[str, Any] = {
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+            "default_root_dir": tmp_path_factory.mktemp("run"),
+        }
+        return (kind or Trainer)(**quiet | settings, callbacks=list(callbacks))
+
+    return make
+
+
 class UniqueKeys(yaml.CSafeLoader):
     """YAML in which a key that occurs twice is an error; usually the last one counts."""
 

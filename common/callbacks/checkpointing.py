@@ -1,11 +1,11 @@
-"""Two files per run: ``last.ckpt`` to go on from, ``selected.ckpt`` by a validation metric."""
+"""Two files per run: ``last.ckpt`` to resume from, ``selected.ckpt`` by a validation metric."""
 
 import io
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,24 +16,16 @@ from common.checkpoints import read_content
 from common.errors import ConfigurationError, DivergedError, check_choice
 from common.files import check_writable, write_sealed
 
-ATTACKED = ("val/robust_acc", "val/mean_acc")
-"""Metrics that exist where validation attacks."""
-
-
 Direction = Literal["min", "max"]
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, with their digest, and reads no damaged ones."""
+    """Replaces checkpoints at once, writes their digest, and reads no damaged ones."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Replace the file at once.
-
-        Raises:
-            RunDirectoryError: If it cannot be written; the one before it is kept.
-        """
+        """Write the file, see :func:`common.files.write_sealed`."""
         content = io.BytesIO()
         torch.save(checkpoint, content)
         write_sealed(path, content)
@@ -41,19 +33,28 @@ class SealedCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Whatever was saved, on the CPU; nothing in the file is executed."""
+        """Read the file on the CPU, see :func:`common.checkpoints.read_content`."""
         return cast(dict[str, Any], read_content(path))
 
 
 class SafeCheckpoint(ModelCheckpoint):
-    """Replaces a checkpoint only by a whole one, and only by weights that are numbers.
+    """Saves finite weights only, and keeps no folder in its state: a run may be moved."""
 
-    Where the files are is not part of what it remembers: a run directory may be moved.
-    """
+    def __init__(
+        self, filename: str, dirpath: str | None, every_n_train_steps: int | None, **settings: Any
+    ) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ConfigurationError(
+                f"checkpoint.every_n_train_steps must be at least 1, got {every_n_train_steps}; "
+                "null saves at the end of every epoch only"
+            )
+        self.every_n_steps = every_n_train_steps
+        settings |= {"auto_insert_metric_name": False, "enable_version_counter": False}
+        super().__init__(dirpath, filename, **settings)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find a folder that cannot be written before anything is trained."""
-        super().setup(trainer, pl_module, stage)
+    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
+        """Check before training that the file can be written."""
+        super().setup(trainer, module, stage)
         if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
             check_writable(Path(self.dirpath) / f"{self.filename}.ckpt")
 
@@ -70,25 +71,17 @@ class SafeCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, with the files by name."""
-        return _moved(super().state_dict(), None)
+        """The best score; it is that of the file in the present folder."""
+        return {"best_model_score": self.best_model_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning's, with the files in today's folder."""
-        folder = None if self.dirpath is None else str(self.dirpath)
-        super().load_state_dict(_moved(state_dict, folder))
-
-
-def _moved(state: dict[str, Any], folder: str | None) -> dict[str, Any]:
-    """The state of a checkpoint callback as if its files were in another folder."""
-
-    def moved(path: str) -> str:
-        name = Path(path).name
-        return str(Path(folder, name)) if folder is not None and name else name
-
-    paths = {key: moved(value) for key, value in state.items() if key.endswith("_model_path")}
-    best = {moved(path): score for path, score in state.get("best_k_models", {}).items()}
-    return state | paths | {"dirpath": folder, "best_k_models": best}
+        """Restore it."""
+        score = state_dict["best_model_score"]
+        if score is not None and self.dirpath is not None:
+            path = self.format_checkpoint_name({})
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {path: score}
 
 
 class LastCheckpoint(SafeCheckpoint):
@@ -99,78 +92,54 @@ class LastCheckpoint(SafeCheckpoint):
 
     Args:
         dirpath: Folder; ``checkpoints`` in the run directory when not given.
-        every_n_train_steps: Also save after every n-th optimiser step, for long epochs; a run that
-            is killed loses at most n steps.
-
-    Raises:
-        ConfigurationError: If the number of steps is below 1.
+        every_n_train_steps: Also save after every n-th optimiser step, for long epochs: a killed
+            run loses at most n steps. At least 1.
     """
 
     def __init__(self, dirpath: str | None = None, every_n_train_steps: int | None = None) -> None:
-        _check_steps(every_n_train_steps)
-        self.every_n_steps = every_n_train_steps
-        super().__init__(
-            dirpath=dirpath,
-            filename="last",
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
+        super().__init__("last", dirpath, every_n_train_steps, save_on_train_epoch_end=True)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save within an epoch, between two optimiser steps; its end has its own save."""
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Save within an epoch, between two optimiser steps, but not at its end."""
         loop = trainer.fit_loop.epoch_loop
         is_due = (
             self.every_n_steps is not None
             and trainer.global_step % self.every_n_steps == 0
             and trainer.global_step != self._last_global_step_saved
         )
-        if not (is_due or trainer.received_sigterm) or self._should_skip_saving_checkpoint(trainer):
-            return
-        if isinstance(averaging_of(trainer), StochasticWeightAveraging):
-            return
-        # Gradients that have been accumulated so far are not part of a checkpoint.
-        if loop._should_accumulate() or loop._num_ready_batches_reached():
-            return
-        self._save_checkpoint(trainer, self.format_checkpoint_name({}))
+        # Accumulated gradients are not part of a checkpoint.
+        is_within = loop._should_accumulate() or loop._num_ready_batches_reached()
+        is_skipped = is_within or self._should_skip_saving_checkpoint(trainer)
+        is_asked = (is_due or trainer.received_sigterm) and not is_skipped
+        if is_asked and not _is_averaged_at_the_end(trainer):
+            self._save_checkpoint(trainer, self.format_checkpoint_name({}))
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, but where the weights of the last epoch are about to be averaged."""
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
+        """Save, unless the weights of the last epoch are about to be averaged."""
         is_last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if not (is_last and isinstance(averaging_of(trainer), StochasticWeightAveraging)):
-            super().on_train_epoch_end(trainer, pl_module)
+        if not (is_last and _is_averaged_at_the_end(trainer)):
+            super().on_train_epoch_end(trainer, module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         """Save the average that the end of training put into the model."""
-        if isinstance(averaging_of(trainer), StochasticWeightAveraging):
+        if _is_averaged_at_the_end(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name({}))
 
 
-def _check_steps(steps: int | None) -> None:
-    if steps is not None and steps < 1:
-        raise ConfigurationError(
-            f"checkpoint.every_n_train_steps must be at least 1, got {steps}; null saves at the "
-            "end of every epoch only"
-        )
+def _is_averaged_at_the_end(trainer: Trainer) -> bool:
+    return isinstance(averaging_of(trainer), StochasticWeightAveraging)
 
 
 class SelectedCheckpoint(SafeCheckpoint):
-    """Keeps the epoch with the best validation metric as ``selected.ckpt``.
-
-    Among equal epochs the later one is kept.
+    """Keeps the epoch with the best validation metric as ``selected.ckpt``, the last among equals.
 
     Args:
         monitor: Logged metric; ``val/robust_acc`` needs ``evaluation.validation``, and so does
             ``val/mean_acc``, the mean of that and ``val/clean_acc``.
         mode: Whether larger or smaller is better.
         dirpath: Folder; ``checkpoints`` in the run directory when not given.
-        from_epoch: The first epoch, from 0, that may be selected. A run that ends before it
-            selects none and has only its last checkpoint.
+        from_epoch: The first epoch, from 0, that may be selected; a shorter run selects none.
         every_n_train_steps: For :class:`LastCheckpoint`, which the command line makes with it.
-
-    Raises:
-        ConfigurationError: If ``from_epoch`` is negative or the number of steps below 1.
     """
 
     def __init__(
@@ -181,50 +150,36 @@ class SelectedCheckpoint(SafeCheckpoint):
         from_epoch: int = 0,
         every_n_train_steps: int | None = None,
     ) -> None:
-        _check_steps(every_n_train_steps)
         check_choice("checkpoint.mode", mode, Direction)
-        self.every_n_steps = every_n_train_steps
         if from_epoch < 0:
             raise ConfigurationError(
                 f"checkpoint.from_epoch counts epochs from 0, got {from_epoch}; 0 lets every "
                 "epoch be selected"
             )
         self.from_epoch = from_epoch
-        super().__init__(
-            dirpath=dirpath,
-            filename="selected",
-            monitor=monitor,
-            mode=mode,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-            save_on_train_epoch_end=False,
-        )
+        more = {"monitor": monitor, "mode": mode, "save_on_train_epoch_end": False}
+        super().__init__("selected", dirpath, every_n_train_steps, **more)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find a metric that nobody logs before the first epoch.
-
-        Raises:
-            ConfigurationError: If robust accuracy is monitored and validation does not attack.
-        """
-        super().setup(trainer, pl_module, stage)
+    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
+        """Refuse robust accuracy where validation does not attack; say which weights are kept."""
+        super().setup(trainer, module, stage)
+        if stage != "fit":
+            return
         attacks = [getattr(c, "validation", None) for c in trainer.callbacks]  # type: ignore[attr-defined]
-        if stage == "fit" and self.monitor in ATTACKED and not any(attacks):
+        if self.monitor in ("val/robust_acc", "val/mean_acc") and not any(attacks):
             raise ConfigurationError(
-                f"checkpoint.monitor is {self.monitor} and evaluation.validation is null, so "
-                "nobody measures it; name an attack there, or set checkpoint.monitor to "
-                "val/clean_acc"
+                f"checkpoint.monitor is {self.monitor} and evaluation.validation is null, so it is "
+                "not measured; name an attack there, or set checkpoint.monitor to val/clean_acc"
             )
-        if stage == "fit" and (callback := averaging_of(trainer)) is not None:
+        if _is_averaged_at_the_end(trainer):
+            rank_zero_warn(
+                "selected.ckpt holds the raw weights of its epoch: StochasticWeightAveraging "
+                "averages when training ends, and last.ckpt then holds the average. To select "
+                "among averaged weights use lightning.pytorch.callbacks.WeightAveraging"
+            )
+        elif (callback := averaging_of(trainer)) is not None:
             name = type(callback).__name__
-            if isinstance(callback, StochasticWeightAveraging):
-                rank_zero_warn(
-                    f"selected.ckpt holds the raw weights of its epoch, which validation has "
-                    f"measured; {name} averages when training ends, and last.ckpt then holds the "
-                    "average. To select among averaged weights use "
-                    "lightning.pytorch.callbacks.WeightAveraging"
-                )
-            else:
-                rank_zero_info(f"selected.ckpt and last.ckpt hold weights averaged by {name}")
+            rank_zero_info(f"selected.ckpt and last.ckpt hold weights averaged by {name}")
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         candidates = super()._monitor_candidates(trainer)

@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch import Callback
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from common.classifier import RobustClassifier, classifier_of
+from common.classifier import RobustClassifier
 from common.errors import DivergedError
 from common.objectives import Batch
 
@@ -21,9 +20,8 @@ class FiniteGuard(Callback):
     """Stops training at the first number that is not finite, on all processes together.
 
     The host waits for the device once per batch, before the backward pass: for the loss and for
-    what was watched since (gradients, the attack). The processes add their numbers up before they
-    look: NaN on one of them is NaN on all, so all stop at the same place instead of waiting for
-    each other.
+    what was watched since (gradients, the attack). The numbers are summed over the processes
+    first: NaN on one of them is NaN on all, so all stop at the same place.
     """
 
     def __init__(self) -> None:
@@ -32,65 +30,60 @@ class FiniteGuard(Callback):
         self._names: list[str] = []  # of the parameters whose gradients are watched
         self._step = 0  # the optimiser step that used them
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, _: Any, module: Any, batch: Batch, batch_idx: int) -> None:
         """Remember what the loss is computed from."""
         self._batch, self._batch_idx = batch, batch_idx
 
-    def on_before_backward(
-        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
-    ) -> None:
-        """Look at the loss and at everything watched since the last one.
+    def on_before_backward(self, trainer: Trainer, module: Any, loss: Tensor) -> None:
+        """Check the loss and everything watched since the last one.
 
         Raises:
             DivergedError: On every process alike: what is not finite, where, at which step.
         """
-        self._check(trainer, classifier_of(pl_module), loss)
+        self._check(trainer, module, loss)
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, module: Any, *_: Any) -> None:
         """Watch the gradients; the scaler of fp16 skips infinite ones itself."""
         if trainer.precision != "16-mixed":
-            self._names, norms = gradient_norms(pl_module)
-            self._step = pl_module.global_step
-            classifier_of(pl_module).watch("gradient", norms)
+            self._names, norms = gradient_norms(module)
+            self._step = module.global_step
+            module.watch("gradient", norms)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Keep no batch alive."""
+        """Release the batch."""
         self._batch = {}
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the gradients of the last step before a checkpoint may be selected."""
-        self._check(trainer, classifier_of(pl_module), None)
+    def on_validation_start(self, trainer: Trainer, module: Any) -> None:
+        """Check the gradients of the last step before a checkpoint may be selected."""
+        self._check(trainer, module, None)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """The same where there is no validation."""
-        self._check(trainer, classifier_of(pl_module), None)
+        self._check(trainer, module, None)
 
     def _check(self, trainer: Trainer, module: RobustClassifier, loss: Tensor | None) -> None:
-        if loss is None and not module.watched:
+        values = {} if loss is None else {"loss": loss.detach()}
+        values |= module.watched
+        if not values:
             return
-        first = torch.zeros((), device=module.device) if loss is None else loss.detach()
-        kind = torch.promote_types(first.dtype, torch.float32)
         # Each sum is finite if all of it is.
-        sums = [value.sum().to(first.device, kind) for value in module.watched.values()]
-        numbers = torch.stack([first.to(kind), *sums])
+        kind = torch.promote_types(next(iter(values.values())).dtype, torch.float32)
+        numbers = torch.stack([value.sum().to(module.device, kind) for value in values.values()])
         mean = numbers
         if trainer.world_size > 1:
             mean = cast(Tensor, trainer.strategy.reduce(numbers.clone(), reduce_op="mean"))
         if not bool(torch.isfinite(mean).all()):
-            raise DivergedError(_agreed(trainer, self._sentence(trainer, module, numbers, loss)))
+            wrong = [
+                name for name, ok in zip(values, torch.isfinite(numbers), strict=True) if not ok
+            ]
+            raise DivergedError(_agreed(trainer, self._sentence(trainer, module, wrong, loss)))
         module.watched.clear()
 
     def _sentence(
-        self, trainer: Trainer, module: RobustClassifier, numbers: Tensor, loss: Tensor | None
+        self, trainer: Trainer, module: RobustClassifier, wrong: list[str], loss: Tensor | None
     ) -> str | None:
         """What went wrong in this process; ``None`` if it was another's numbers."""
         watched = module.watched
-        finite = torch.isfinite(numbers).tolist()
-        wrong = {name for name, fine in zip(["loss", *watched], finite, strict=True) if not fine}
         where = ""
         if loss is not None:  # all processes look, because layers may talk to each other
             batch = self._batch
@@ -106,11 +99,12 @@ class FiniteGuard(Callback):
         )
         kept = f"no step was taken with it and the last checkpoint is from before. {_REMEDY}"
         if "gradient" in wrong:
-            names = bad_names(self._names, watched["gradient"])
+            finite = torch.isfinite(watched["gradient"]).tolist()
+            names = [name for name, fine in zip(self._names, finite, strict=True) if not fine]
             return (
                 f"the gradient was not finite at epoch {trainer.current_epoch}, step {self._step}: "
-                f"{len(names)} of {len(self._names)} parameters, the one nearest to the loss "
-                f"{names[0]}; no checkpoint was written after it. {_REMEDY}"
+                f"{len(names)} of {len(finite)} parameters, the one nearest to the loss "
+                f"{names[-1]}; no checkpoint was written after it. {_REMEDY}"
             )
         if loss is not None and "loss" in wrong:
             return f"the training loss became {loss.item()} {at}; {kept}"
@@ -127,7 +121,7 @@ def _agreed(trainer: Trainer, sentence: str | None) -> str:
     """The sentence of the first process that has one, with its rank."""
     size = trainer.world_size
     if size == 1:
-        return sentence or "numbers stopped being finite"
+        return sentence or "a number is not finite"
     sentences: list[str | None] = [None] * size
     torch.distributed.all_gather_object(sentences, sentence)
     for rank, found in enumerate(sentences):
@@ -139,15 +133,15 @@ def _agreed(trainer: Trainer, sentence: str | None) -> str:
 def first_fault(
     module: nn.Module, loss_fn: Callable[[], Tensor], inputs: Mapping[str, Tensor]
 ) -> str:
-    """Name the first thing that is not finite, in the order things are computed.
+    """Name the first tensor that is not finite, in the order of computing.
 
-    Parameters and buffers, then the batch, then the layers' outputs in a second forward pass, then
-    the loss, then the gradients in a second backward pass, from the loss backwards. No pass is cut
-    short, so that layers which talk to other processes do it equally often everywhere. Running
-    statistics and random numbers move; this is for a run that ends.
+    Parameters and buffers, the batch, the layers' outputs in a second forward pass, the loss, and
+    the gradients in a second backward pass, from the loss backwards. All passes are complete, so
+    that layers which communicate do so equally often on all processes. Running statistics and
+    random numbers move; this is for a run that ends.
 
     Args:
-        module: Whose parameters, buffers and layers are looked at.
+        module: Whose parameters, buffers and layers are checked.
         loss_fn: Computes the loss again.
         inputs: What the loss was computed from, by name.
 
@@ -163,7 +157,11 @@ def first_fault(
         found += [f"output of {layer}" for layer in layers]
         if not is_finite(loss):
             found.append("only the loss, every layer's output is finite")
-        found += [f"gradient of {name}" for name in _bad_gradients(module, loss)]
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if loss.requires_grad and trained:
+            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            named = list(zip(trained, gradients, strict=True))
+            found += [f"gradient of {name}" for name, g in reversed(named) if not is_finite(g)]
     return found[0] if found else ""
 
 
@@ -173,58 +171,32 @@ def is_finite(value: Any) -> bool:
         numbers = value.detach()
         return not numbers.is_floating_point() or bool(torch.isfinite(numbers).all())
     if isinstance(value, dict):
-        return all(is_finite(part) for part in value.values())
-    if isinstance(value, list | tuple):
-        return all(is_finite(part) for part in value)
-    return True
-
-
-def bad_names(names: list[str], norms: Tensor) -> list[str]:
-    """The names whose gradient's norm is not finite, the last first: nearest to the loss."""
-    finite = torch.isfinite(norms).tolist()
-    return [name for name, fine in zip(names, finite, strict=True) if not fine][::-1]
+        value = list(value.values())
+    return not isinstance(value, list | tuple) or all(map(is_finite, value))
 
 
 def gradient_norms(module: nn.Module) -> tuple[list[str], Tensor]:
     """Names and l2 norms of the gradients there are; nothing waits for the device."""
-    named = [(name, p.grad) for name, p in module.named_parameters() if p.grad is not None]
+    named = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     if not named:
         return [], torch.zeros(0)
-    norms = torch._foreach_norm([gradient for _, gradient in named])
-    return [name for name, _ in named], torch.stack([norm.float() for norm in norms])
+    norms = torch._foreach_norm(list(named.values()))
+    return list(named), torch.stack([norm.float() for norm in norms])
 
 
 @contextmanager
 def _recorded(module: nn.Module) -> Iterator[list[str]]:
     """Names of layers with finite inputs and an output that is not, in the order they end."""
     found: list[str] = []
+    names = {layer: name for name, layer in module.named_modules() if name}
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            if is_finite(inputs) and not is_finite(output):
-                found.append(f"{name} ({type(layer).__name__})")
+    def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+        if is_finite(inputs) and not is_finite(output):
+            found.append(f"{names[layer]} ({type(layer).__name__})")
 
-        return hook
-
-    handles = [
-        layer.register_forward_hook(hook_for(name))
-        for name, layer in module.named_modules()
-        if name
-    ]
+    handles = [layer.register_forward_hook(hook) for layer in names]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _bad_gradients(module: nn.Module, loss: Tensor) -> list[str]:
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    if not loss.requires_grad or not named:
-        return []
-    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-    return [
-        name
-        for (name, _), gradient in reversed(list(zip(named, gradients, strict=True)))
-        if gradient is not None and not is_finite(gradient)
-    ]

@@ -1,15 +1,13 @@
-"""What TensorBoard shows beside the losses: gradient norm, example grids, hyper-parameters."""
+"""Gradient norm, example grids and hyper-parameters in TensorBoard."""
 
 import re
 from typing import Any
 
-import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from common.callbacks.finite import gradient_norms
-from common.classifier import classifier_of
 from common.evaluation import predict
 from common.objectives import Batch
 from common.optimization import is_logged
@@ -18,7 +16,7 @@ FINAL_METRICS = re.compile(r"test/((clean_acc|worst)(_on_\d+)?)")
 
 
 class Monitoring(Callback):
-    """Writes to TensorBoard what a researcher looks at while and after a run trains.
+    """Writes to TensorBoard beside the losses.
 
     Per logged step the norm of the gradient; per validation a grid of clean and adversarial
     images with their difference and the predicted labels; on test the hyper-parameters with the
@@ -40,62 +38,40 @@ class Monitoring(Callback):
         self.every_n_epochs = every_n_epochs
         self.hyperparameters = hyperparameters or {}
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Log the l2 norm of the gradient the optimiser is about to use."""
+    def on_before_optimizer_step(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        """Log the l2 norm of the gradient that the optimiser is about to use."""
         if is_logged(trainer):
-            names, norms = gradient_norms(pl_module)
+            names, norms = gradient_norms(module)
             if names:  # none, where weight averaging passes over the data once more
-                pl_module.log("train/grad_norm", norms.norm())
+                module.log("train/grad_norm", norms.norm())
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, module: Any, _: Any, batch: Batch, batch_idx: int, *__: Any
     ) -> None:
         """Draw the first examples of the first batch."""
         logger = tensorboard_of(trainer)
-        if (
-            batch_idx != 0
-            or not trainer.is_global_zero
-            or trainer.sanity_checking
-            or logger is None
-            or (trainer.current_epoch + 1) % self.every_n_epochs
-        ):
+        is_due = batch_idx == 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if logger is None or not is_due or trainer.sanity_checking:
             return
         writer, step = logger.experiment, trainer.global_step
         if self.images and "x_adv" in batch:
-            writer.add_figure("val/examples", self._grid(trainer, pl_module, batch), step)
-        classifier_of(pl_module).log_histograms(
+            writer.add_figure("val/examples", self._grid(trainer, module, batch), step)
+        module.log_histograms(
             lambda name, values: writer.add_histogram(f"val/{name}", values.float().cpu(), step),
             batch,
         )
 
-    def _grid(self, trainer: Trainer, module: LightningModule, batch: Batch) -> Any:
-        from common.evaluation.drawing import (
-            example_grid,
-        )  # matplotlib only where something is drawn
+    def _grid(self, trainer: Trainer, module: Any, batch: Batch) -> Any:
+        from common.evaluation.drawing import example_grid  # matplotlib only where it is needed
 
-        part = {key: value[: self.images] for key, value in batch.items()}
-        data = getattr(trainer, "datamodule", None)
-        return example_grid(
-            part["x"].cpu(),
-            part["x_adv"].cpu(),
-            predict(module, part["x"]).cpu(),
-            predict(module, part["x_adv"]).cpu(),
-            part["y"].cpu(),
-            class_names=getattr(data, "class_names", ()),
-        )
+        x, x_adv, y = (batch[key][: self.images] for key in ("x", "x_adv", "y"))
+        predicted, predicted_adv = predict(module, x).cpu(), predict(module, x_adv).cpu()
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", ())
+        return example_grid(x.cpu(), x_adv.cpu(), predicted, predicted_adv, y.cpu(), names)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """File the hyper-parameters together with what they led to."""
-        logger = tensorboard_of(trainer)
-        if logger is None or not trainer.is_global_zero:
+    def on_test_end(self, trainer: Trainer, *_: Any) -> None:
+        """Log the hyper-parameters together with the final metrics."""
+        if (logger := tensorboard_of(trainer)) is None:
             return
         measured = {
             f"hp/{found[1]}": float(value)
@@ -106,5 +82,6 @@ class Monitoring(Callback):
 
 
 def tensorboard_of(trainer: Trainer) -> TensorBoardLogger | None:
-    """The first TensorBoard among a run's loggers."""
-    return next((found for found in trainer.loggers if isinstance(found, TensorBoardLogger)), None)
+    """The first TensorBoard among a run's loggers, on the first rank."""
+    found = (one for one in trainer.loggers if isinstance(one, TensorBoardLogger))
+    return next(found, None) if trainer.is_global_zero else None

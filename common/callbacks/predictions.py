@@ -1,4 +1,4 @@
-"""What ``predict`` leaves behind."""
+"""The file that ``predict`` writes."""
 
 import csv
 import io
@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch import Tensor
 
 from common.errors import RunDirectoryError
 from common.files import check_writable, write_text_atomically
@@ -20,16 +19,15 @@ HEADER = "index,label,predicted"
 class PredictionWriter(BasePredictionWriter):
     """Writes ``predictions.csv``: index, label, predicted class and class probabilities.
 
-    The predicted class is -1 where the network's scores are not finite.
-
-    With several devices each rank writes its own ``predictions-rank<k>.csv``.
+    The predicted class is -1 where the network's scores are not finite. With several devices each
+    rank writes a ``predictions-rank<k>.csv``.
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find a place that cannot be written before anything is computed."""
+    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
+        """Check before computing that the file can be written."""
         if stage != "predict":
             return
         path = predictions_path(trainer)
@@ -41,28 +39,18 @@ class PredictionWriter(BasePredictionWriter):
             )
 
     def write_on_epoch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any],
+        self, trainer: Trainer, module: Any, predictions: Sequence[Any], *_: Any
     ) -> None:
         """Write one row per image."""
-        path = predictions_path(trainer)
-
-        def joined(key: str) -> Tensor:
-            return torch.cat([part[key] for part in predictions]).cpu()
-
-        index, y, probabilities = joined("index"), joined("y"), joined("probabilities")
-        predicted = joined("predicted")
+        keys = ("index", "y", "predicted", "probabilities")
+        columns = [torch.cat([part[key] for part in predictions]).tolist() for key in keys]
+        classes = [f"p{k}" for k in range(len(columns[-1][0]))]
         file = io.StringIO(newline="")
         writer = csv.writer(file)
-        classes = [f"p{k}" for k in range(probabilities.shape[1])]
         writer.writerow([*HEADER.split(","), *classes])
-        columns = (index, y, predicted, probabilities)
-        for row in zip(*(column.tolist() for column in columns), strict=True):
-            writer.writerow([*row[:3], *(f"{p:.6f}" for p in row[3])])
-        write_text_atomically(path, file.getvalue())
+        for *row, probabilities in zip(*columns, strict=True):
+            writer.writerow([*row, *(f"{p:.6f}" for p in probabilities)])
+        write_text_atomically(predictions_path(trainer), file.getvalue())
 
 
 def predictions_path(trainer: Trainer) -> Path:

@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, Stream, run_seed
-from common.callbacks.resuming import WEIGHTS
-from common.callbacks.run import run_of
-from common.classifier import classifier_of
+from common.callbacks.resuming import WEIGHTS, run_of
 from common.errors import ConfigurationError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.evaluate import Filing, run
@@ -38,9 +37,8 @@ from common.results.outcomes import logged
 class RobustEvaluation(Callback):
     """Measures robust accuracy: cheaply for model selection, thoroughly under ``test``.
 
-    Outcomes are kept in ``outcomes/`` beside the results as they come: a killed test
-    resumes, weights that were tested already are not tested again, and a suite with one more attack
-    runs that attack alone.
+    Outcomes are kept in ``outcomes/`` beside the results: a killed test resumes, and attacks that
+    were run on the same weights already are not run again.
 
     Everything runs in float32 and evaluation mode, with gradients available to the attacks in
     every inference mode of the trainer, and counts every example once on any number of devices.
@@ -51,16 +49,13 @@ class RobustEvaluation(Callback):
         threat: The adversary whose worst case is reported; ``None`` takes the ball of the suite's
             first attack. Attacks in larger balls or other norms are reported, and do not count.
         audit: Checks for gradient masking; ``None`` for none.
-        measures: What else to find out about the network: see :mod:`common.evaluation.measures`.
-        engine: Computes the passes of the suite's attacks; their success is judged by the plain
-            float32 network in any case (:mod:`common.evaluation.confirm`). Validation, which
-            chooses a checkpoint, goes without.
+        measures: Other numbers of the network, see :mod:`common.evaluation.measures`.
+        engine: Computes the passes of the suite's attacks, but not of validation; the plain
+            float32 network judges their success (:mod:`common.evaluation.confirm`).
         pictures: Whether to draw curves, bars and examples beside the results and in TensorBoard.
         results: The JSON file of results; ``None`` puts ``results.json`` into the run directory.
         experiment: Name under which results are filed; the command line fills it in.
         paper: Package of the experiment; the command line fills it in.
-        config_digest: Digest of the settings behind the checkpoint; the command line fills it in.
-        protocol: Digest of the settings of the test; the command line fills it in.
     """
 
     def __init__(
@@ -75,8 +70,6 @@ class RobustEvaluation(Callback):
         results: str | None = None,
         experiment: str | None = None,
         paper: str | None = None,
-        config_digest: str | None = None,
-        protocol: str | None = None,
     ) -> None:
         self.suite = suite or {}
         self.validation = validation
@@ -88,13 +81,13 @@ class RobustEvaluation(Callback):
         self.results = results
         self.experiment = experiment or "unnamed"
         self.paper = paper or "unnamed"
-        self.config_digest = config_digest or ""
-        self.protocol = protocol or ""
+        # The next two are digests, of the settings behind the checkpoint and of those of the test.
+        self.config_digest = self.protocol = ""
         self.reports: list[str] = []
-        """What ``test`` found, as text, one for each checkpoint."""
+        """The tables of ``test``, one for each checkpoint."""
         self._weights: str | None = None
-        self._robust: MulticlassAccuracy | None = None
-        self._per_class: MulticlassAccuracy | None = None
+        self._accuracies: MetricCollection | None = None
+        self._classes = 0
         self._examples: list[Batch] = []
         if validation is not None and not isinstance(validation.attack, PGD):
             raise ConfigurationError(
@@ -102,23 +95,18 @@ class RobustEvaluation(Callback):
                 f"or one of its kind, got {type(validation.attack).__name__}; other attacks go "
                 "into evaluation.suite"
             )
-        unused = [
-            field.name
-            for field in (fields(validation) if validation is not None else ())
-            if field.name not in ("attack", "losses")
-            and getattr(validation, field.name) != field.default
-        ]
-        if unused:
-            raise ConfigurationError(
-                "evaluation.validation attacks every example of every batch to the last step; drop "
-                f"{', '.join(unused)}, which is for entries of evaluation.suite"
-            )
+        for field in fields(validation) if validation is not None else ():
+            is_default = getattr(validation, field.name) == field.default
+            if field.name not in ("attack", "losses") and not is_default:
+                raise ConfigurationError(
+                    "evaluation.validation attacks every example of every batch to the last step; "
+                    f"drop {field.name}, which is for entries of evaluation.suite"
+                )
 
     # ---- set-up ------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find what would fail after hours before anything is computed."""
-        # A reproduction trains first, and should fail before that.
+    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
+        """Find what would fail later; a reproduction fails before it trains."""
         is_to_test = stage == "test" or (stage == "fit" and run_of(trainer).is_reproducing)
         if trainer.precision == "64-true" and is_to_test:
             raise ConfigurationError(
@@ -126,7 +114,7 @@ class RobustEvaluation(Callback):
                 "trainer.precision 32-true"
             )
         if is_to_test:
-            check_suite(self.suite, pl_module)
+            check_suite(self.suite, module)
             for entry in self.suite.values():
                 if isinstance(entry.attack, Transfer):
                     _ = entry.attack.network  # a surrogate that is not there, or another
@@ -138,7 +126,7 @@ class RobustEvaluation(Callback):
             filing = Filing(self.results_path(trainer), self.experiment, self.paper)
             filing.check(run_seed(), "another file with --evaluation.results")
         if stage in ("fit", "validate") and self.validation is not None:
-            resolve_losses(self.validation.losses, pl_module)
+            resolve_losses(self.validation.losses, module)
             if trainer.precision != "16-mixed":  # validation runs outside autocast, in float32
                 refuse_half_precision(trainer, "the input gradients of evaluation.validation")
 
@@ -148,102 +136,84 @@ class RobustEvaluation(Callback):
 
     # ---- validation --------------------------------------------------------------------------
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Reset the validation metrics."""
-        self._per_class = self._robust = None
+        self._accuracies = None
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, module: Any, batch: Batch, *_: Any
     ) -> None:
         """Attack the batch with the validation attack and leave ``x_adv`` for the monitors."""
         if self.validation is None:
             return
         attack = cast(PGD, self.validation.attack)
-        with torch.inference_mode(False), frozen(pl_module, "eval"):
+        with torch.inference_mode(False), frozen(module, "eval"):
             part = {key: value.clone() for key, value in batch.items()}
             worst = torch.ones_like(part["y"], dtype=torch.bool)
             predicted = part["y"].clone()
-            for inner in resolve_losses(self.validation.losses, pl_module).values():
+            for inner in resolve_losses(self.validation.losses, module).values():
                 random = ExampleRandom(run_seed(), 0, part["index"], Stream.EVALUATION)
                 x_adv = attack(
-                    inner(pl_module, part),
+                    inner(module, part),
                     part["x"],
                     random,
-                    is_adversarial=partial(is_wrong, pl_module, part["y"]),
+                    is_adversarial=partial(is_wrong, module, part["y"]),
                 )
-                found = predict(pl_module, x_adv)
+                found = predict(module, x_adv)
                 predicted = torch.where(worst, found, predicted)
                 worst &= found == part["y"]
         batch["x_adv"] = x_adv
-        if self._robust is None or self._per_class is None:
+        if self._accuracies is None:
             with torch.no_grad():
-                classes = pl_module(batch["x"][:1]).shape[1]
-            self._per_class = MulticlassAccuracy(classes, average="none").to(pl_module.device)
-            self._robust = MulticlassAccuracy(classes, average="micro").to(pl_module.device)
-        predicted = as_class(predicted, batch["y"], self._per_class.num_classes or 1)
-        self._robust.update(predicted, batch["y"])
-        self._per_class.update(predicted, batch["y"])
+                self._classes = module(batch["x"][:1]).shape[1]
+            self._accuracies = MetricCollection(
+                {k: MulticlassAccuracy(self._classes, average=k) for k in ("micro", "none")}
+            ).to(module.device)
+        self._accuracies.update(as_class(predicted, batch["y"], self._classes), batch["y"])
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """Log robust accuracy, overall and per class."""
-        if self._robust is None or self._per_class is None or trainer.sanity_checking:
+        if self._accuracies is None or trainer.sanity_checking:
             return
-        # compute() has joined the ranks already, so sync_dist only confirms what is equal.
-        pl_module.log("val/robust_acc", self._robust.compute(), prog_bar=True, sync_dist=True)
-        for label, accuracy in enumerate(self._per_class.compute()):
-            pl_module.log(f"val/robust_acc_per_class/{label}", accuracy, sync_dist=True)
+        found = self._accuracies.compute()  # joins the ranks: sync_dist only avoids a warning
+        module.log("val/robust_acc", found["micro"], prog_bar=True, sync_dist=True)
+        for label, accuracy in enumerate(found["none"]):
+            module.log(f"val/robust_acc_per_class/{label}", accuracy, sync_dist=True)
 
     # ---- test --------------------------------------------------------------------------------
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Take over what the checkpoint says about itself."""
+    def on_load_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Read which weights the checkpoint holds, and its settings."""
         self._weights = checkpoint.get(WEIGHTS)
         given = run_of(trainer).settings
         if trainer.state.fn != TrainerFn.FITTING and given is not None and SETTINGS in checkpoint:
             self.config_digest = evaluated_digest(checkpoint[SETTINGS], given)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Begin to collect the examples."""
         self._examples = []
 
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep this batch; attacks go over all examples at once, after the last one."""
+    def on_test_batch_start(self, trainer: Trainer, module: Any, batch: Batch, *_: Any) -> None:
+        """Keep this batch; attacks run on all examples at once, after the last one."""
         self._examples.append({key: batch[key].cpu() for key in ("x", "y", "index")})
 
-    def _suite_of(self, label: str) -> dict[str, SuiteEntry]:
-        """The attacks on this checkpoint."""
-        return {
-            name: entry
-            for name, entry in self.suite.items()
-            if entry.checkpoints is None or label in entry.checkpoints
-        }
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """Join the ranks, run the suite, log the metrics and file the results."""
         parts = [part for theirs in Team.of_processes().gather(self._examples) for part in theirs]
         self._examples = []
         data = getattr(trainer, "datamodule", None)
         label = label_of(trainer)
+        suite = {
+            name: entry
+            for name, entry in self.suite.items()
+            if entry.checkpoints is None or label in entry.checkpoints
+        }
         filing = Filing(
             self.results_path(trainer),
             self.experiment,
             paper=self.paper,
             label=label,
-            at=classifier_of(pl_module).loaded_at,
+            at=module.loaded_at,
             config_digest=self.config_digest,
             provenance={
                 "precision": str(trainer.precision),
@@ -252,11 +222,11 @@ class RobustEvaluation(Callback):
             },
             pictures=self.pictures,
         )
-        with torch.inference_mode(False), frozen(pl_module, "eval"):
+        with torch.inference_mode(False), frozen(module, "eval"):
             found = run(
-                pl_module,
+                module,
                 in_order({key: torch.cat([part[key] for part in parts]) for key in parts[0]}),
-                self._suite_of(label),
+                suite,
                 self.threat or ball_of(self.suite),
                 audit=self.audit,
                 measures=self.measures,
@@ -270,7 +240,7 @@ class RobustEvaluation(Callback):
                 remarks=getattr(getattr(data, "test_set", None), "remarks", ()),
             )
         for name, value in logged(found.result).items():
-            pl_module.log(f"test/{name}", value, sync_dist=True)
+            module.log(f"test/{name}", value, sync_dist=True)
         self.reports.append(f"{self.experiment}, checkpoint {label}\n{found}")
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):

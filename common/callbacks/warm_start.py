@@ -1,12 +1,13 @@
 """Starts a run from the weights of another experiment."""
 
 from pathlib import Path
+from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from common.callbacks.run import run_of
+from common.callbacks.resuming import run_of
 from common.checkpoints import checkpoint_beside, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
 from common.limits import check_name
@@ -14,15 +15,13 @@ from common.weights import check_weights_fit
 
 
 class WarmStart(Callback):
-    """Loads network weights, and nothing else, before training begins.
+    """Loads network weights before training begins, unless the run is resumed.
 
-    A resumed run loads nothing: its own checkpoint holds its weights. Where the weights
-    of the experiment are not there, ``fit`` says so and starts from scratch, while ``reproduce``,
-    whose results go into tables, refuses.
+    Where the weights of the experiment are missing, ``fit`` warns and starts from scratch, while
+    ``reproduce``, whose results go into tables, refuses.
 
     Args:
-        experiment: A neighbouring experiment with the same seed, whose run directory is looked up
-            beside this one's.
+        experiment: Another experiment with the same seed, whose run directory is beside this one's.
         checkpoint: Which of its checkpoints: ``selected`` or ``last``.
         path: A checkpoint file, instead of ``experiment``.
     """
@@ -45,16 +44,17 @@ class WarmStart(Callback):
         self.path = path
         self.started_from: str | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
         """Load the weights."""
         if stage != "fit" or (self.experiment is None and self.path is None):
             return
-        resumed_from = run_of(trainer).resumed_from
-        if resumed_from is not None:
+        if (resumed_from := run_of(trainer).resumed_from) is not None:
             self._check_resumed(trainer, resumed_from)
             return
-        path = self._find(Path(trainer.default_root_dir))
-        if self.experiment is not None and not path.is_file():
+        path, run = self.path, trainer.default_root_dir
+        if self.experiment is not None:
+            path = str(checkpoint_beside(run, self.experiment, self.checkpoint))
+        if self.experiment is not None and not Path(str(path)).is_file():
             missing = (
                 f"this run is meant to start from the weights of {self.experiment}, and {path} "
                 "does not exist; train that experiment first (fit --config "
@@ -64,13 +64,13 @@ class WarmStart(Callback):
                 raise CheckpointError(f"{missing}, or use make, which does so")
             rank_zero_warn(f"{missing}. Starting from scratch instead")
             return
-        weights = load_checkpoint(path)["state_dict"]
-        check_weights_fit(pl_module.state_dict(), weights, f"the warm start {path}")
-        pl_module.load_state_dict(weights)
+        weights = load_checkpoint(str(path))["state_dict"]
+        check_weights_fit(module.state_dict(), weights, f"the warm start {path}")
+        module.load_state_dict(weights)
         self.started_from = str(self.experiment or self.path)
 
     def _check_resumed(self, trainer: Trainer, resumed_from: str) -> None:
-        """A run that began from scratch for want of weights does not get into a table."""
+        """Refuse to reproduce a run that began from scratch, because its weights were missing."""
         states = load_checkpoint(resumed_from).get("callbacks", {})
         self.load_state_dict(states.get(self.state_key, {}))
         if run_of(trainer).is_reproducing and self.started_from is None:
@@ -81,14 +81,9 @@ class WarmStart(Callback):
             )
 
     def state_dict(self) -> dict[str, str | None]:
-        """What this run started from, kept in its checkpoints."""
+        """What this run started from."""
         return {"started_from": self.started_from}
 
     def load_state_dict(self, state_dict: dict[str, str | None]) -> None:
-        """Remember it when the run is resumed."""
+        """Restore it."""
         self.started_from = state_dict.get("started_from")
-
-    def _find(self, run: Path) -> Path:
-        if self.path is not None:
-            return Path(self.path)
-        return checkpoint_beside(run, str(self.experiment), self.checkpoint)

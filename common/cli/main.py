@@ -1,8 +1,4 @@
-"""The command line of every paper: LightningCLI with one file per experiment.
-
-``python -m paper_x fit|validate|test|predict|reproduce --config experiment.yaml``, and the commands
-that a paper adds.
-"""
+"""``python -m paper_x fit|validate|test|predict|reproduce --config experiment.yaml``."""
 
 import importlib
 import json
@@ -51,28 +47,24 @@ from common.evaluation.presets import check_overlays, fill_threat, threat_of
 from common.files import remove_leftovers, write_sealed_yaml
 from common.limits import check_name
 from common.parsing import check_named
-from common.results.identity import (
-    check_package,
-    contents,
-    decisive,
-)
+from common.results.identity import check_package, contents, decisive
 from common.settings import class_paths, explain, plain_digest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = str(CONFIGS / "base.yaml")
 NAMED = ("last", "selected", "best")
-"""What ``--ckpt_path`` may say instead of a file; ``best`` is what was selected."""
+"""Values of ``--ckpt_path`` beside files; ``best`` is what was selected."""
 TRAINING = ("fit", "reproduce")
 SUBCOMMANDS = {
-    "fit": "train; with --ckpt_path last go on where an interrupted run stopped",
+    "fit": "train; with --ckpt_path last resume an interrupted run",
     "validate": "measure clean and robust accuracy on the validation split",
     "test": "run the attack suite on the test split and file the results",
     "predict": "write the class probabilities of the test split to predictions.csv",
-    "reproduce": "train, or go on where a killed run stopped; then test its two checkpoints",
+    "reproduce": "train, or resume a killed run; then test its two checkpoints",
 }
-# Callbacks with arguments that follow from the command: nobody can give another value.
+# Callbacks with arguments that the command line fills in.
 FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
-    (RobustEvaluation, "evaluation", {"experiment", "paper", "config_digest", "protocol"}),
+    (RobustEvaluation, "evaluation", {"experiment", "paper"}),
     (Monitoring, "monitoring", {"hyperparameters"}),
     (SelectedCheckpoint, "checkpoint", {"dirpath"}),
 )
@@ -96,10 +88,12 @@ class RobustCLI(LightningCLI):
         self.lock: FileLock | None = None
         given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
         check_config_files(given)
-        if given and given[0] in self.subcommands():  # one parser instead of five saves a second
-            only = {given[0]: self.subcommands()[given[0]]}
-            self.__dict__["subcommands"] = lambda: only
+        known = self.subcommands()
+        if given and given[0] in known:  # one parser instead of five saves a second
+            known = {given[0]: known[given[0]]}
+            self.__dict__["subcommands"] = lambda: known
         defaults: dict[str, Any] = {"default_config_files": [BASE], "allow_abbrev": False}
+        whole = {"allow_abbrev": False, "prog": f"python -m {package}"}
         try:
             super().__init__(
                 RobustClassifier,
@@ -109,10 +103,7 @@ class RobustCLI(LightningCLI):
                 trainer_class=Trainer,
                 seed_everything_default=0,
                 parser_class=UserFriendlyParser,
-                parser_kwargs={"allow_abbrev": False, "prog": f"python -m {package}"}
-                | dict.fromkeys(self.subcommands(), defaults)
-                if run
-                else defaults,
+                parser_kwargs=whole | dict.fromkeys(known, defaults) if run else defaults,
                 subclass_mode_model=True,
                 args=None if args is None else list(args),
                 run=run,
@@ -125,9 +116,8 @@ class RobustCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's four, and ``reproduce``: fit, then test what came of it."""
-        lightnings = LightningCLI.subcommands()
-        skipped = {name: skip | {"weights_only"} for name, skip in lightnings.items()}
+        """Lightning's four, and ``reproduce``."""
+        skipped = {k: skip | {"weights_only"} for k, skip in LightningCLI.subcommands().items()}
         return {**skipped, "reproduce": {"model", "datamodule"}}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -140,13 +130,13 @@ class RobustCLI(LightningCLI):
             made = self._prepare_subcommand_parser(Trainer, name, **given)
             self._subcommand_parsers[name] = made
             listed.add_subcommand(name, made, help=text)
-        if len(self.subcommands()) > 1:  # nobody knows yet which one is meant
+        if len(self.subcommands()) > 1:  # for the help, or an unknown one
             for name, module in self.commands.items():
                 text = str(importlib.import_module(module).__doc__).strip().splitlines()[0]
                 listed.add_subcommand(name, UserFriendlyParser(), help=text)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed is a number, and always stated: what is drawn at random cannot be repeated."""
+        """The seed is always stated: Lightning could draw one at random."""
         parser.add_argument(
             "--seed_everything",
             type=int,
@@ -160,15 +150,9 @@ class RobustCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The adversary, evaluation and the rest are sections of the configuration."""
-        parser.add_argument(
-            "--experiment",
-            type=str | None,
-            default=None,
-            help="name of the experiment; by default the stem of the first --config",
-        )
-        parser.add_argument(
-            "--runs", type=str, default="runs", help="folder of all run directories"
-        )
+        named = "name of the experiment; by default the stem of the first --config"
+        parser.add_argument("--experiment", type=str | None, default=None, help=named)
+        parser.add_argument("--runs", default="runs", help="folder of all run directories")
         parser.add_lightning_class_args(WarmStart, "warm_start")
         parser.add_lightning_class_args(AdversarialTraining, "adversary")
         parser.add_lightning_class_args(AdversarialWeightPerturbation, "weight_perturbation")
@@ -184,60 +168,34 @@ class RobustCLI(LightningCLI):
     # ---- between parsing and instantiation ---------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Fill in what follows from something else: names, folders, class counts."""
+        """Check the configuration and fill in names, folders and class counts."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        files = [str(path) for path in config.get("config") or []]
         check_named(config)
-        config.experiment = config.experiment or self._experiment_name(config)
+        if not config.experiment:
+            own = (Path(path).stem for path in files if Path(path).resolve().parent != CONFIGS)
+            config.experiment = next(own, "unnamed")
         check_name(config.experiment, "the experiment (--experiment, or the stem of its file)")
         fill_from_data(config)
-        self._go_on_if_requeued(config)
         threat = threat_of(config.evaluation, config.adversary)
-        check_overlays(map(str, config.get("config") or []), threat)
+        check_overlays(files, threat)
         for section in (config.evaluation.suite, config.evaluation.validation):
             fill_threat(section, threat, has_defaults=True)
-        plain = self._plain(config)
-        if self.subcommand in TRAINING:
-            check_limits(plain["trainer"])
-        check_package(self.package, class_paths(plain), list(map(str, config.get("config") or [])))
+        # Via JSON: YAML has no enumerations, which are among Lightning's defaults.
+        text = self._parser(self.subcommand).dump(
+            config, skip_validation=True, skip_unset=False, format="json"
+        )
+        self.plain: dict[str, Any] = json.loads(text)
+        check_package(self.package, class_paths(self.plain), files)
         self.settings = {
             **{"package": self.package, "experiment": config.experiment},
-            **decisive(plain),
+            **decisive(self.plain),
         }
+        if self.subcommand in TRAINING:
+            check_limits(self.plain["trainer"])
+            self.settings["files"] = contents(self.settings, self._base(config))
         if self.subcommand:
-            if self.subcommand in TRAINING:
-                self.settings["files"] = contents(self.settings, self._base(config))
-            run = self._run_directory(config)
-            config.trainer.default_root_dir = str(run)
-            if (checkpoint := config.get("ckpt_path")) is not None:
-                config.ckpt_path = str(_checkpoint_in(run, str(checkpoint)))
-            if config.trainer.logger in (None, True):
-                config.trainer.logger = tensorboard_in(run)
-        self.plain = plain
-
-    def _plain(self, config: Namespace) -> dict[str, Any]:
-        """The configuration as plain values."""
-        parser = self._parser(self.subcommand)
-        text = parser.dump(config, skip_validation=True, skip_unset=False, format="json")
-        plain: dict[str, Any] = json.loads(text)
-        return plain
-
-    @staticmethod
-    def _experiment_name(config: Namespace) -> str:
-        for path in config.get("config") or []:
-            resolved = Path(str(path)).resolve()
-            if resolved.parent != CONFIGS:
-                return resolved.stem
-        return "unnamed"
-
-    def _go_on_if_requeued(self, config: Namespace) -> None:
-        """A job that SLURM runs again goes on with its run; ``fit`` would begin a new one."""
-        is_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        if self.subcommand != "fit" or config.get("ckpt_path") is not None or not is_again:
-            return
-        base = self._base(config)
-        _, latest = latest_of(base)
-        if (latest / "checkpoints" / "last.ckpt").exists():
-            config.ckpt_path = "last"
+            self._place(config)
 
     def _base(self, config: Namespace) -> Path:
         """The directory of the experiment's first run."""
@@ -245,45 +203,59 @@ class RobustCLI(LightningCLI):
             return Path(config.trainer.default_root_dir)
         return Path(config.runs, self.package, config.experiment, f"seed{config.seed_everything}")
 
-    def _run_directory(self, config: Namespace) -> Path:
-        """Where this run writes, locked against a second one.
+    def _place(self, config: Namespace) -> None:
+        """Fill in the run directory and what is in it."""
+        is_requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        last = latest_of(self._base(config))[1] / "checkpoints" / "last.ckpt"
+        if self.subcommand == "fit" and is_requeued and last.exists():
+            config.ckpt_path = config.get("ckpt_path") or "last"
+        run = self._run_directory(config)
+        config.trainer.default_root_dir = str(run)
+        if (name := config.get("ckpt_path")) is not None:
+            stem = "selected" if name == "best" else name
+            ours = run / "checkpoints" / f"{stem}.ckpt"
+            config.ckpt_path = str(ours if name in NAMED else Path(name).absolute())
+        if config.trainer.logger in (None, True):
+            config.trainer.logger = tensorboard_in(run)
 
-        ``fit`` never touches an earlier run: it takes the next free ``seed0-v1``. ``reproduce``
-        goes on with ``seed0`` if that was made with the same settings, and moves it aside if not.
+    def _run_directory(self, config: Namespace) -> Path:
+        """Where this run writes; for training locked against other processes.
+
+        ``fit`` never changes an earlier run: it takes the next free ``seed0-v1``. ``reproduce``
+        resumes ``seed0`` if that was made with the same settings, and renames it if not.
         """
         base = self._base(config)
         number, latest = latest_of(base)
         checkpoint = config.get("ckpt_path")
         is_given = config.trainer.default_root_dir is not None
-        is_of_run = checkpoint and Path(checkpoint).parent.name == "checkpoints" and not is_given
+        its = Path(checkpoint).parent.parent if checkpoint else None
+        if is_given or its is None or Path(checkpoint).parent.name != "checkpoints":
+            its = None
         if self.subcommand not in TRAINING:
-            if is_of_run:
-                return Path(checkpoint).parent.parent
-            return latest
+            return its or latest
         run = base
         if self.subcommand == "fit":
             if checkpoint in NAMED:
                 run = latest
-            elif is_of_run:
-                run = Path(checkpoint).parent.parent
+            elif its is not None:
+                run = its
             elif (base / "checkpoints" / "last.ckpt").exists():
                 run = base.with_name(f"{base.name}-v{number + 1}")
         if getattr(rank_zero_only, "rank", 0) != 0:
             return Path(os.environ.get("RUN_DIRECTORY", run))
-        os.environ["RUN_DIRECTORY"] = str(run)  # ranks started by this process follow it
+        os.environ["RUN_DIRECTORY"] = str(run)  # for the ranks that this process starts
         if config.trainer.fast_dev_run:
             return run
         check_is_ours(run)
-        if self.subcommand == "fit":
-            self.lock = lock(run)
-        else:  # an interrupted make leaves its rows running: the next one waits for them
-            self.lock = lock(run, timeout=-1)
+        # An interrupted make leaves its rows running: reproduce waits for them.
+        self.lock = lock(run, timeout=0 if self.subcommand == "fit" else -1)
+        if self.subcommand == "reproduce":
             set_aside_if_other(run, self.settings, is_given)
         remove_leftovers(run)
         return run
 
     def instantiate_classes(self) -> None:
-        """Build everything; a value that a class refuses is a user's error."""
+        """Build everything; an error of a class about its arguments is a user's error."""
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -314,7 +286,7 @@ class RobustCLI(LightningCLI):
         return trainer
 
     def _hyperparameters(self) -> dict[str, Any]:
-        """What TensorBoard's table of runs shows: first what differs most often."""
+        """For TensorBoard's table of runs: first what differs most often."""
         plain = self.plain
         rates = (plain["model"]["init_args"].get("optimizer") or {}).get("init_args") or {}
         radii = (plain["adversary"].get("attack") or {}).get("init_args") or {}
@@ -323,31 +295,22 @@ class RobustCLI(LightningCLI):
         return {key: value for key, value in {**first, **rest}.items() if value is not None}
 
 
-def _checkpoint_in(run: Path, name: str) -> Path:
-    """The file that ``--ckpt_path`` means."""
-    if name not in NAMED:
-        return Path(name).absolute()
-    return run / "checkpoints" / f"{'selected' if name == 'best' else name}.ckpt"
-
-
 class SaveTrainingConfig(SaveConfigCallback):
-    """Saves ``config.yaml`` for training only; testing would overwrite what it was trained with."""
+    """Saves ``config.yaml`` for training only; Lightning's would overwrite it in a test."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Nothing yet: only when training begins is it known that it may go on like this."""
+        """Nothing: a resumed run may still be refused."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Write the file on rank zero."""
+        """Write the file on rank zero, without the places that this run writes to."""
         if self.already_saved or not trainer.is_global_zero:
             return
         config = self.config.clone()
-        # The file describes the experiment; where this run happened to write is not part of it.
         config.pop("ckpt_path", None)
         config.update(None, "trainer.default_root_dir")
         logger = config.trainer.logger  # one, a list of them, or a truth value
         if isinstance(logger, Namespace) and logger.class_path == TENSORBOARD:
             config.update(None, "trainer.logger")
-        # By way of JSON: YAML knows no enumerations, and Lightning has them among its defaults.
         text = self.parser.dump(config, skip_unset=False, skip_validation=True, format="json")
         text = yaml.safe_dump(json.loads(text), sort_keys=False)
         write_sealed_yaml(Path(trainer.default_root_dir) / "config.yaml", text)
@@ -364,8 +327,8 @@ def main(
     Args:
         args: Words of the command line; by default those of the process.
         package: The paper.
-        commands: More subcommands by name: modules with ``main(argv)``, which may return an exit
-            status. The first line of a module's docstring is its help.
+        commands: More subcommands by name: modules with a docstring, whose first line is the help,
+            and ``main(argv)``, which may return an exit status.
     """
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch 2.15
     words = [str(word) for word in (sys.argv[1:] if args is None else args)]

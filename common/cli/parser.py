@@ -3,10 +3,9 @@
 import inspect
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
@@ -16,7 +15,7 @@ from common.errors import ConfigurationError
 from common.files import yaml_damage_of
 from common.limits import read_yaml
 from common.parsing import ArgumentParser, load_named
-from common.settings import class_paths, explain, plain_digest, type_name
+from common.settings import class_paths, explain, nodes, plain_digest, type_name
 
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
@@ -37,39 +36,35 @@ def fill_from_data(config: Namespace) -> None:
     """Give every network of the model the class and channel counts of the data.
 
     A network is a class that takes both ``num_classes`` and ``in_channels``, or an ``image_shape``
-    (channels, height, width of an image). Where its ``mean`` and ``std`` are the word ``data``,
-    they become those of the data set.
+    (channels, height, width). A ``mean`` or ``std`` of ``data`` becomes that of the data set.
 
     Raises:
         ConfigurationError: If a network is explicitly given other counts or another shape.
     """
     source = config.data.source
     spec = load_named(source.class_path)(**(source.get("init_args") or {})).spec
-    for path, node in _class_nodes(config.model, "model"):
-        arguments = node.get("init_args") or Namespace()  # type: ignore[no-untyped-call]
-        names = set(vars(arguments))
-        if not ({"num_classes", "in_channels"} <= names or "image_shape" in names):
+    known = {"num_classes": spec.num_classes, "in_channels": spec.shape[0]}
+    shape = {"image_shape": list(spec.shape)}
+    for path, node in nodes(config.model, "model"):
+        arguments = node.get("init_args") if "class_path" in node else None
+        names = set(vars(arguments or Namespace()))  # type: ignore[no-untyped-call]
+        if arguments is None or not (known.keys() <= names or shape.keys() <= names):
             continue
-        defaults = _defaults(node.class_path)
-        known = {"num_classes": spec.num_classes, "in_channels": spec.shape[0]}
-        for name, value in {**known, "image_shape": list(spec.shape)}.items():
-            if name not in names:
-                continue
-            given, default = (_as_list(one.get(name)) for one in (arguments, defaults))
+        defaults = _defaults(node["class_path"])
+        for name, value in ((k, v) for k, v in (known | shape).items() if k in names):
+            given, default = (
+                list(one) if isinstance(one, tuple) else one
+                for one in (arguments[name], defaults.get(name))
+            )
             if given not in (None, default, value):
                 raise ConfigurationError(
                     f"{path}.{name} is {given} and {type_name(source.class_path)} has {value}; "
                     f"drop {path}.{name} (it is filled in from the data) or choose other data"
                 )
             arguments[name] = value
-        for name, value in (("mean", spec.mean), ("std", spec.std)):
+        for name in ("mean", "std"):
             if arguments.get(name) == "data":
-                arguments[name] = list(value)
-
-
-def _as_list(value: Any) -> Any:
-    """A shape as a list, however it was written."""
-    return list(value) if isinstance(value, tuple) else value
+                arguments[name] = list(getattr(spec, name))
 
 
 def _defaults(class_path: str) -> dict[str, Any]:
@@ -80,37 +75,19 @@ def _defaults(class_path: str) -> dict[str, Any]:
     return dict(vars(parser.get_defaults().made))
 
 
-def _class_nodes(value: Any, path: str) -> Iterator[tuple[str, Namespace]]:
-    """All ``{class_path, init_args}`` nodes below a value, with the option that reaches them."""
-    if isinstance(value, Namespace) and "class_path" in value:
-        yield path, value
-        for key, part in vars(value.get("init_args") or SimpleNamespace()).items():
-            yield from _class_nodes(part, f"{path}.{key}")
-    elif isinstance(value, Namespace):  # a dataclass among the arguments of a class
-        for key, part in vars(value).items():
-            yield from _class_nodes(part, f"{path}.{key}")
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _class_nodes(part, f"{path}.{key}")
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _class_nodes(part, path)
-
-
 def tensorboard_in(run: Path) -> Namespace:
-    """Configuration of a TensorBoard logger that writes into ``run``."""
-    # Without a folder below it the run's name is that of the run directory.
+    """Configuration of a TensorBoard logger that writes into ``run``, not into a folder in it."""
     folder = {"save_dir": str(run), "name": "", "version": "", "default_hp_metric": False}
     logger = {"class_path": TENSORBOARD, "init_args": Namespace(folder)}  # type: ignore[no-untyped-call]
     return Namespace(logger)  # type: ignore[no-untyped-call]
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
-    """Read the files that options ``--config`` name, to say what is wrong with which.
+    """Check the files of options ``--config``, and numbers.
 
     Raises:
-        ConfigurationError: If one is missing, damaged, too large, or holds no settings by name; and
-            for an integer among the arguments that needs more than 64 bits.
+        ConfigurationError: If a file is missing, damaged, too large, or holds no settings by name,
+            or an integer needs more than 64 bits.
     """
     for option, following in pairwise([*arguments, ""]):
         name, _, value = option.partition("=")
@@ -129,11 +106,7 @@ def check_config_files(arguments: Sequence[str]) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse what is no seed: what is drawn at random cannot be repeated.
-
-    Raises:
-        ConfigurationError: Naming it.
-    """
+    """Refuse what is no seed (Lightning would draw one), with a ConfigurationError."""
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise ConfigurationError(
             f"seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}"
@@ -141,11 +114,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_limits(trainer: Mapping[str, Any]) -> None:
-    """Refuse settings of the trainer under which training never ends, or never begins.
-
-    Raises:
-        ConfigurationError: Naming the limit.
-    """
+    """Refuse settings of the trainer under which training never ends, or never begins."""
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         if trainer.get(name) == 0:
             raise ConfigurationError(

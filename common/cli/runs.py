@@ -1,5 +1,6 @@
 """Run directories: whose they are, locked, and set aside."""
 
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -24,11 +25,7 @@ def latest_of(base: Path) -> tuple[int, Path]:
 
 
 def check_is_ours(run: Path) -> None:
-    """Refuse a folder with files that a run would replace and that this program did not write.
-
-    Raises:
-        RunDirectoryError: Naming the file.
-    """
+    """Refuse a folder with files that this program did not write and a run would replace."""
     saved, last = run / "config.yaml", run / "checkpoints" / "last.ckpt"
     if is_sealed(saved) or is_sealed(last):
         return
@@ -42,7 +39,7 @@ def check_is_ours(run: Path) -> None:
 
 
 def lock(run: Path, timeout: float = 0) -> FileLock:
-    """Hold the run directory, made if it is not there, until this process ends.
+    """Hold the run directory, made if it is missing, until this process ends.
 
     Args:
         run: The directory.
@@ -51,9 +48,9 @@ def lock(run: Path, timeout: float = 0) -> FileLock:
     Raises:
         RunDirectoryError: If another process holds it, or it cannot be written.
     """
+    held = FileLock(run / ".lock")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        held = FileLock(run / ".lock")
         try:
             held.acquire(timeout=0)
         except Timeout:
@@ -75,23 +72,23 @@ def lock(run: Path, timeout: float = 0) -> FileLock:
 
 
 def set_aside_if_other(run: Path, settings: Settings, is_given: bool) -> None:
-    """Rename what a run with other settings left, so that it is neither lost nor gone on with.
+    """Move the files of a run with other settings into another directory.
 
     Args:
         run: The run directory.
         settings: Of the run that is to begin.
-        is_given: Whether the user chose the folder, in which there may be anything.
+        is_given: Whether the user chose the folder, which may then hold other files too.
 
     Raises:
-        RunDirectoryError: If its configuration is damaged, or nothing may be renamed there: in a
-            folder that the user chose, and behind a link.
-        CheckpointError: If its last checkpoint is, or does not say what it was made with.
+        RunDirectoryError: If its configuration is damaged, or it may not be renamed: a folder that
+            the user chose, or a link.
+        CheckpointError: If its last checkpoint is damaged or does not tell its settings.
     """
     saved, last = run / "config.yaml", run / "checkpoints" / "last.ckpt"
     if saved.exists() and (damage := yaml_damage_of(saved)):
         raise RunDirectoryError(
             f"{saved} is damaged: {damage}. If this run was made with the settings given now, "
-            "delete the file, and the run goes on; if not, move the run away or choose another "
+            "delete the file, and the run is resumed; if not, move the run away or choose another "
             "folder with --runs FOLDER"
         )
     if not last.exists():  # nothing has been trained
@@ -103,9 +100,8 @@ def set_aside_if_other(run: Path, settings: Settings, is_given: bool) -> None:
             f"{run} holds a run with other settings, and nothing is renamed in a folder that was "
             "given by --trainer.default_root_dir or is a link; choose another folder"
         )
-    number = 1
-    while (aside := run.with_name(f"{run.name}-replaced{number}")).exists():
-        number += 1
+    names = (run.with_name(f"{run.name}-replaced{number}") for number in count(1))
+    aside = next(path for path in names if not path.exists())
     aside.mkdir()
     for item in [path for pattern in OURS for path in run.glob(pattern)]:
         item.rename(aside / item.name)

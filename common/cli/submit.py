@@ -1,12 +1,11 @@
-"""Rows as jobs of a cluster: every line of standard input becomes one task of a job array.
+"""Rows as jobs of a cluster: every line of standard input is a command, one task of a job array.
 
 ::
 
     make -s commands-cifs ON=cifar10 | python -m common.cli.submit timeout_min=1440 gpus_per_node=1
 
-Each line is a command that stands for itself. Settings are those of submitit's ``AutoExecutor``
-(``slurm_partition=...``, ``cpus_per_task=...``, ``slurm_array_parallelism=8``). There is no
-scheduler here: submitit writes the batch files, SLURM runs them.
+Settings are those of submitit's ``AutoExecutor`` (``slurm_partition=...``, ``cpus_per_task=...``,
+``slurm_array_parallelism=8``): submitit writes the batch files, SLURM runs them.
 """
 
 import argparse
@@ -22,22 +21,14 @@ from common.errors import ConfigurationError, UserError
 
 
 class Command:
-    """One line, run by a shell in the folder it was submitted from.
-
-    A row goes on where it was stopped, so a job that runs out of time or is pre-empted is simply
-    queued again.
-    """
+    """One line, run by a shell in the folder it was submitted from."""
 
     def __init__(self, line: str, folder: str | Path) -> None:
         self.line = line
         self.folder = str(folder)
 
     def __call__(self) -> int:
-        """Run it; its output is the job's.
-
-        Raises:
-            RuntimeError: If it fails, so that the job counts as failed.
-        """
+        """Run it; its output is the job's, and a RuntimeError makes the job a failed one."""
         print(self.line, flush=True)
         status = subprocess.run(self.line, shell=True, cwd=self.folder, check=False).returncode
         if status != 0:
@@ -45,7 +36,7 @@ class Command:
         return status
 
     def checkpoint(self) -> Any:
-        """What submitit queues when the job is stopped before its end: the same command."""
+        """What submitit queues when the job is stopped: the same command, which resumes its row."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -57,7 +48,7 @@ def submit(
     cluster: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> list[Any]:
-    """Submit commands as one job array.
+    """Submit commands as one job array; returns submitit's jobs.
 
     Args:
         lines: Commands; empty lines are left out.
@@ -65,9 +56,6 @@ def submit(
         cluster: ``slurm``, ``local`` (processes of this machine, all at once) or ``debug``; by
             default SLURM where it is, else local.
         settings: Of submitit's ``AutoExecutor``.
-
-    Returns:
-        submitit's jobs.
 
     Raises:
         ConfigurationError: If there is no command, submitit is missing, or a setting is unknown.
@@ -84,12 +72,7 @@ def submit(
         executor.update_parameters(**(settings or {}))
     except (NameError, TypeError) as error:
         raise ConfigurationError(" ".join(str(error).split())) from error
-    return list(executor.map_array(run, commands))
-
-
-def run(command: Command) -> int:
-    """Run a command; a job's function has a name."""
-    return command()
+    return list(executor.map_array(Command.__call__, commands))
 
 
 def main(args: Sequence[str] | None = None) -> None:

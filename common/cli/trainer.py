@@ -1,4 +1,4 @@
-"""Lightning's trainer with one more entry point: everything behind a row of a table."""
+"""Lightning's trainer, which can also reproduce a row of a table."""
 
 import logging
 import signal
@@ -16,8 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import common.strategy  # noqa: F401  (registers the device-invariant ddp)
 from common.callbacks.checkpointing import SealedCheckpointIO
 from common.callbacks.finite import FiniteGuard
-from common.callbacks.resuming import Resuming, SignalConnector, StoppedBySignal
-from common.callbacks.run import RunTrainer
+from common.callbacks.resuming import Resuming, RunTrainer, SignalConnector, StoppedBySignal
 from common.checkpoints import load_checkpoint
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.files import WatchedFolder
@@ -30,10 +29,10 @@ HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float1
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """Makes up for what was due when a checkpoint was written within an epoch.
+    """Does what was due when a checkpoint was written within an epoch.
 
-    Lightning would go on with the next batch: a validation that the run was killed in would never
-    happen, and a run that was asked to stop would not.
+    Lightning would continue with the next batch, without the validation that the run was killed in,
+    and though the run was asked to stop.
     """
 
     stops_again = False
@@ -42,7 +41,7 @@ class EpochLoop(_TrainingEpochLoop):
     """Whether the next batch is the first one after the checkpoint, though not the first step."""
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
-        """Train on a batch, unless the last one still waits for its validation."""
+        """Train on a batch, unless the validation of the last one is due."""
         if self.restarting and self.restarted_on_train_batch_end:
             self.trainer.should_stop |= self.stops_again
             if self.trainer.should_stop or self._should_check_val_fx(data_fetcher):
@@ -55,14 +54,11 @@ class EpochLoop(_TrainingEpochLoop):
         self.has_made_up = False
 
     def _broadcast_sigterm_tensor(self) -> None:
-        """Nothing: Resuming does it at the end of a batch, where every rank can still save."""
+        """Nothing: Resuming does so at the end of a batch, where every rank can still save."""
 
 
 class Trainer(RunTrainer):
-    """Checks checkpoints before it uses them, can be stopped anywhere, and can reproduce a row.
-
-    Takes the arguments of Lightning's trainer.
-    """
+    """Checks checkpoints before it uses them, can be stopped anywhere, and can reproduce a row."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,7 +77,7 @@ class Trainer(RunTrainer):
             self.strategy.checkpoint_io = SealedCheckpointIO()
 
     def reproduce(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Train, or go on where a killed run stopped; then test its two checkpoints."""
+        """Train, or resume a killed run; then test its two checkpoints."""
         self.run.is_reproducing = True
         folder = Path(self.default_root_dir) / "checkpoints"
         last = folder / "last.ckpt"
@@ -96,11 +92,7 @@ class Trainer(RunTrainer):
         weights_only: bool | None = None,
         storage_options: Any | None = None,
     ) -> None:
-        """Write a checkpoint; what keeps one rank from it is told to all.
-
-        Raises:
-            RunDirectoryError: If it cannot be written; the one before it is kept.
-        """
+        """Write a checkpoint; an error of one rank is raised on all."""
         checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
         problem = None
         try:
@@ -134,15 +126,13 @@ class Trainer(RunTrainer):
             if is_fitting and self._connector.is_asked:  # after the last batch
                 raise StoppedBySignal(self._connector.number)
             return found
-        except UserError:
+        except (UserError, StoppedBySignal):
             raise
-        except Exception:  # loggers wrap what the system told them in errors of other kinds
+        except Exception:  # loggers wrap errors of the system in others
             self._check_folder()
             raise
-        except KeyboardInterrupt:  # before there are handlers; Lightning's own status would be 1
+        except KeyboardInterrupt:  # before there are handlers; Lightning's status would be 1
             raise StoppedBySignal(signal.SIGINT) from None
-        except StoppedBySignal:
-            raise
         except SIGTERMException:
             if not is_fitting:
                 raise
@@ -159,23 +149,22 @@ class Trainer(RunTrainer):
                 self._folder = None
 
     def _agreed(self, ckpt_path: str | Path | None) -> str | None:
-        """The checkpoint and the run directory of the first rank, which also checks them.
+        """The checkpoint of the first rank, which checks it, and its run directory on all ranks.
 
-        Ranks that torchrun or SLURM start look at the run directory at different times, the first
-        one having written to it or not.
+        Ranks that torchrun or SLURM start look at the run directory at different times.
         """
         path = None if ckpt_path is None else str(ckpt_path)
         if self.world_size > 1:  # from here on all ranks end with the first one
             self.strategy.setup_environment()
         if path is not None and self.is_global_zero:
-            checkpoint, given = load_checkpoint(path), self.run.settings
-            if given is not None:
+            checkpoint = load_checkpoint(path)
+            if self.run.settings is not None:
                 is_fitting = self.state.fn == TrainerFn.FITTING
                 check = check_resumed if is_fitting else check_evaluated
-                check(settings_in(checkpoint, path), given, path)
+                check(settings_in(checkpoint, path), self.run.settings, path)
         if self.world_size > 1:
-            agreed = self.strategy.broadcast((str(self.default_root_dir), path))
-            self._default_root_dir, path = agreed
+            given = (str(self.default_root_dir), path)
+            self._default_root_dir, path = self.strategy.broadcast(given)
         return path
 
     def _check_folder(self) -> None:
@@ -183,15 +172,12 @@ class Trainer(RunTrainer):
             raise RunDirectoryError(
                 f"{self._folder.path} was deleted or moved while this run wrote to it (epoch "
                 f"{self.current_epoch}, step {self.global_step}): its configuration, checkpoints "
-                "and logs so far are not there. If it was moved, move it back and go on from its "
+                "and logs so far are not there. If it was moved, move it back and resume from its "
                 "last checkpoint; if it was deleted, run the same command again"
             )
 
     def _forget_averages(self) -> None:
-        """Evaluate the file's weights, averaged if it holds those.
-
-        Right after ``fit`` Lightning's averaging callback would swap in the raw ones.
-        """
+        """Have the file's weights evaluated: after ``fit`` averaging would swap in the raw ones."""
         for callback in self.callbacks:
             if isinstance(callback, WeightAveraging):
                 callback._average_model = None

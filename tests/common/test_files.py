@@ -182,16 +182,10 @@ def test_a_path_that_cannot_be_written_is_told_before(tmp_path: Path) -> None:
 
 
 def test_what_killed_writers_leave_is_removed(tmp_path: Path) -> None:
-    run, digest = tmp_path / "seed0", "0123456789abcdef"
-    foreign = [
-        *(".notes.txt-ab12cd34.tmp", "a.tmp", ".results.json-ab12.tmp", "checkpoints/a.ckpt.tmp"),
-        *("deep/.results.json-ab12cd34.tmp", "outcomes/mine/.a.npz-ab12cd34.tmp", "results.json"),
-    ]
-    ours = [
-        *(".results.json-ab12cd34.tmp", ".config.yaml-ab12cd34.tmp"),
-        *("checkpoints/.last.ckpt-ab12_d34.tmp", "figures/.last_bars.png-ab12cd34.tmp"),
-        *(f"outcomes/{digest}/.{name}-ab12cd34.tmp" for name in ("identity.json", "fgsm-1.npz")),
-    ]
+    run, end = tmp_path / "seed0", "-ab12cd34.unfinished.tmp"
+    foreign = [".notes.txt-ab12cd34.tmp", "a.tmp", f"deep/.results.json{end}", "results.json"]
+    folders = ("", "checkpoints/", "figures/", "outcomes/0123456789abcdef/")
+    ours = [f"{folder}.a{end}" for folder in folders]
     for name in foreign + ours:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).touch()
@@ -201,12 +195,10 @@ def test_what_killed_writers_leave_is_removed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(run)
     remove_leftovers(tmp_path / "link")
     assert all((run / name).exists() for name in foreign + ours), "a link leads elsewhere"
-    elsewhere = tmp_path / "elsewhere"
-    (run / "figures").rename(elsewhere)
-    (run / "figures").symlink_to(elsewhere)
+    (run / "figures").rename(tmp_path / "elsewhere")
+    (run / "figures").symlink_to(tmp_path / "elsewhere")
     remove_leftovers(run)
-    left = [name for name in ours if (run / name).exists()]
-    assert left == ["figures/.last_bars.png-ab12cd34.tmp"]
+    assert [name for name in ours if (run / name).exists()] == [f"figures/.a{end}"]
     assert all((run / name).exists() for name in foreign)
 
 

@@ -1,4 +1,6 @@
-from pathlib import Path
+"""Which epoch is selected."""
+
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,47 +30,45 @@ class Scored(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def selected_epoch(folder: Path, scores: list[float], **settings: Any) -> int | None:
-    loader = DataLoader(torch.arange(2))
-    options = {"every": 1} | settings
-    trainer = Trainer(
-        max_epochs=len(scores),
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        check_val_every_n_epoch=options.pop("every"),
-        callbacks=[
-            SelectedCheckpoint("val/score", dirpath=str(folder), **options),
-            LastCheckpoint(str(folder)),
-        ],
-    )
-    trainer.fit(Scored(scores), loader, loader)
-    assert torch.load(folder / "last.ckpt")["epoch"] == len(scores) - 1
-    path = folder / "selected.ckpt"
-    return torch.load(path)["epoch"] if path.exists() else None
+@pytest.fixture
+def selected_epoch(quiet_trainer, tmp_path) -> Callable[..., int | None]:
+    """``selected_epoch(model, every=1, callback=Callback(), **settings)``."""
+
+    def call(model: LightningModule, every: int = 1, callback: Any = None, **settings: Any) -> Any:
+        loader, settings = DataLoader(torch.arange(2)), {"monitor": "val/score"} | settings
+        selected = SelectedCheckpoint(dirpath=str(tmp_path), **settings)
+        trainer = quiet_trainer(
+            callback or Callback(), selected, LastCheckpoint(str(tmp_path)),
+            max_epochs=len(model.scores), check_val_every_n_epoch=every, kind=Trainer,
+        )  # fmt: skip
+        trainer.fit(model, loader, loader)
+        assert torch.load(tmp_path / "last.ckpt")["epoch"] == len(model.scores) - 1
+        path = tmp_path / "selected.ckpt"
+        return torch.load(path)["epoch"] if path.exists() else None
+
+    return call
 
 
 SCORES = [0.9, 0.5, 0.7, 0.6, 0.7, 0.1]
 
 
-@pytest.mark.parametrize(("first", "expected"), [(0, 0), (1, 4), (2, 4), (5, 5)])
-def test_epochs_before_the_first_candidate_are_not_selected(
-    tmp_path: Path, first: int, expected: int
-) -> None:
-    assert selected_epoch(tmp_path, SCORES, from_epoch=first) == expected
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 0),
+        ({"from_epoch": 1}, 4),
+        ({"from_epoch": 5}, 5),
+        ({"from_epoch": 6}, None),
+        ({"from_epoch": 2, "every": 2}, 3),
+        ({"from_epoch": 1, "mode": "min"}, 5),
+    ],
+)
+def test_the_last_of_the_best_candidates_is_selected(selected_epoch, settings, expected) -> None:
+    """Candidates are the validated epochs from the first one on."""
+    assert selected_epoch(Scored(SCORES), **settings) == expected
 
 
-def test_nothing_is_selected_when_the_first_candidate_never_comes(tmp_path: Path) -> None:
-    assert selected_epoch(tmp_path, SCORES, from_epoch=6) is None
-
-
-def test_candidates_are_validated_epochs(tmp_path: Path) -> None:
-    assert selected_epoch(tmp_path, SCORES, from_epoch=2, every=2) == 3
-    assert selected_epoch(tmp_path / "min", SCORES, from_epoch=1, mode="min") == 5
-
-
-def test_the_mean_of_clean_and_robust_accuracy_can_be_monitored(tmp_path: Path) -> None:
+def test_the_mean_of_clean_and_robust_accuracy_needs_both(selected_epoch) -> None:
     robust = [0.5, 0.2, 0.4, 0.1]
 
     class Both(Scored):
@@ -76,35 +76,14 @@ def test_the_mean_of_clean_and_robust_accuracy_can_be_monitored(tmp_path: Path) 
             self.log("val/clean_acc", self.scores[self.current_epoch])
             self.log("val/robust_acc", robust[self.current_epoch])
 
-    attacked = Callback()
+    model, attacked = Both([0.5, 0.9, 0.8, 1.0]), Callback()
     attacked.validation = "an attack"
-    loader = DataLoader(torch.arange(2))
-    trainer = Trainer(
-        max_epochs=4,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[attacked, SelectedCheckpoint("val/mean_acc", dirpath=str(tmp_path))],
-    )
-    trainer.fit(Both([0.5, 0.9, 0.8, 1.0]), loader, loader)
-    assert torch.load(tmp_path / "selected.ckpt")["epoch"] == 2  # 1.2 against 1.0, 1.1, 1.1
-    assert trainer.checkpoint_callback.best_model_score == pytest.approx(0.6)
-
-
-def test_a_mean_that_nobody_can_measure_is_refused(tmp_path: Path) -> None:
-    loader = DataLoader(torch.arange(2))
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[SelectedCheckpoint("val/mean_acc", dirpath=str(tmp_path))],
-    )
+    # The sums are 1.2 against 1.0, 1.1, 1.1.
+    assert selected_epoch(model, callback=attacked, monitor="val/mean_acc") == 2
     with pytest.raises(
         ConfigurationError, match=r"val/mean_acc and evaluation\.validation is null"
     ):
-        trainer.fit(Scored([0.5]), loader, loader)
+        selected_epoch(model, monitor="val/mean_acc")
 
 
 def test_a_negative_first_epoch() -> None:

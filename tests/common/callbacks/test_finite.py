@@ -1,9 +1,12 @@
 """NaN and infinity: found, placed, and told to every process alike."""
 
+import re
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +24,7 @@ from common.classifier import RobustClassifier
 from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
-from common.errors import ConfigurationError, DivergedError
+from common.errors import ConfigurationError
 from common.objectives import AT, Batch, Natural
 from common.strategy import DeviceInvariantDDP
 
@@ -97,28 +100,43 @@ def test_norms_of_the_gradients_there_are() -> None:
 # ---------------------------------------------------------------------------------------- training
 
 
-def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    options: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 3} | settings
-    return Telling(
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        default_root_dir=folder,
-        callbacks=[*callbacks, LastCheckpoint(str(folder))],
-        **options,
-    )
+class Telling(Trainer):
+    """Writes down what each process was told."""
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._run(*args, **kwargs)
+        except Exception as error:
+            folder = Path(self.default_root_dir)
+            (folder / f"rank{self.global_rank}").write_text(f"{type(error).__name__}: {error}")
+            until = time.monotonic() + 30  # the first to end would have the other one ended
+            while len(list(folder.glob("rank?"))) < self.world_size and time.monotonic() < until:
+                time.sleep(0.01)
+            raise
 
 
-def classifier(net: nn.Module, objective: Any, lr: float = 0.1) -> RobustClassifier:
-    torch.manual_seed(0)
-    return RobustClassifier(net, objective, partial(torch.optim.SGD, lr=lr))
+@pytest.fixture
+def failing(quiet_trainer, tmp_path) -> Callable[..., str]:
+    """``failing(net, objective, *callbacks, saving=..., **settings)``: what every process says."""
 
+    def call(net: nn.Module, objective: Any, *callbacks: Callback, saving: Any = LastCheckpoint,
+             **settings: Any) -> str:  # fmt: skip
+        torch.manual_seed(0)
+        module = RobustClassifier(net, objective, partial(torch.optim.SGD, lr=0.1))
+        data = ImageDataModule(Digits(), batch_size=10, val_size=40, train_limit=60)
+        if settings.get("devices", 1) > 1:
+            settings["strategy"] = DeviceInvariantDDP(timedelta(seconds=60), start_method="fork")
+        callbacks = callbacks or (AdversarialTraining(),)
+        settings |= {"max_epochs": 3, "limit_val_batches": 0, "default_root_dir": tmp_path}
+        trainer = quiet_trainer(*callbacks, saving(str(tmp_path)), kind=Telling, **settings)
+        with pytest.raises(Exception, match=r"."):
+            trainer.fit(module, datamodule=data)
+        told = {path.read_text() for path in tmp_path.glob("rank?")}
+        assert len(list(tmp_path.glob("rank?"))) == settings.get("devices", 1)
+        (message,) = told
+        return message
 
-def data() -> ImageDataModule:
-    return ImageDataModule(Digits(), batch_size=10, val_size=40, train_limit=60)
+    return call
 
 
 def saved(folder: Path) -> int:
@@ -128,12 +146,9 @@ def saved(folder: Path) -> int:
     return checkpoint["global_step"]
 
 
-def test_an_exploding_mask_is_named_with_its_step(tmp_path: Path) -> None:
-    module = classifier(network(Mask(explodes_at=9)), Natural())
-    with pytest.raises(DivergedError) as caught:
-        trainer(tmp_path, AdversarialTraining()).fit(module, datamodule=data())
-    message = str(caught.value)
-    assert "the training loss became nan at epoch 1, step 8 (batch 2)" in message
+def test_an_exploding_mask_is_named_with_its_step(tmp_path: Path, failing) -> None:
+    message = failing(network(Mask(explodes_at=9)), Natural())
+    assert "DivergedError: the training loss became nan at epoch 1, step 8 (batch 2)" in message
     assert "the first that is not finite: output of net.3 (Mask)" in message
     assert saved(tmp_path) == 6
 
@@ -152,12 +167,9 @@ class BadGradient(Natural):
 
 
 @pytest.mark.parametrize("step", [7, 11])
-def test_a_gradient_that_is_not_finite_is_named_with_its_step(tmp_path: Path, step: int) -> None:
+def test_a_gradient_that_is_not_finite_is_named_with_its_step(tmp_path, failing, step) -> None:
     """Within an epoch, and in its last step, before anything is saved."""
-    module = classifier(network(Mask()), BadGradient(step))
-    with pytest.raises(DivergedError) as caught:
-        trainer(tmp_path, AdversarialTraining()).fit(module, datamodule=data())
-    message = str(caught.value)
+    message = failing(network(Mask()), BadGradient(step))
     assert f"the gradient was not finite at epoch 1, step {step}: 1 of 5 parameters" in message
     assert "nearest to the loss net.4.bias" in message
     assert saved(tmp_path) == 6
@@ -176,33 +188,28 @@ class LostObjective(AT):
         return loss
 
 
-def test_an_attack_that_is_given_no_direction_ends_the_run(tmp_path: Path) -> None:
-    module = classifier(network(Mask()), LostObjective())
+def test_an_attack_that_is_given_no_direction_ends_the_run(failing) -> None:
     attack = AdversarialTraining(PGD(0.1, 0.05, steps=2))
-    with pytest.raises(DivergedError, match=r"no finite gradient for \d of 10 examples at epoch 0"):
-        trainer(tmp_path, attack).fit(module, datamodule=data())
+    message = failing(network(Mask()), LostObjective(), attack)
+    assert re.search(r"no finite gradient for \d of 10 examples at epoch 0", message)
 
 
-def test_a_watched_number_ends_the_run_by_its_name(tmp_path: Path) -> None:
+def test_a_watched_number_ends_the_run_by_its_name(failing) -> None:
     class Router(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             module.watch("router", torch.tensor([1.0, torch.inf if index == 4 else 0.0]))
 
-    module = classifier(network(Mask()), Natural())
-    with pytest.raises(
-        DivergedError, match=r"router was not finite at epoch 0, step 4 \(batch 4\)"
-    ):
-        trainer(tmp_path, AdversarialTraining(), Router()).fit(module, datamodule=data())
+    message = failing(network(Mask()), Natural(), Router())
+    assert "router was not finite at epoch 0, step 4 (batch 4)" in message
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
-def test_gradients_without_loss_scaling_are_refused_in_fp16(tmp_path: Path, precision: Any) -> None:
-    perturbation = AdversarialWeightPerturbation(gamma=0.01)
-    fake = type("T", (), {"precision": precision})()
-    with pytest.raises(ConfigurationError, match=rf"precision is {precision}: fp16 underflows"):
-        perturbation.setup(fake, classifier(network(Mask()), Natural()), "fit")
-    with pytest.raises(ConfigurationError, match=rf"precision is {precision}: fp16 underflows"):
-        AdversarialTraining(PGD(0.1)).setup(fake, classifier(network(Mask()), AT()), "fit")
+def test_gradients_without_loss_scaling_are_refused_in_fp16(precision: Any) -> None:
+    fake = SimpleNamespace(precision=precision)
+    module = RobustClassifier(network(Mask()), AT())
+    for callback in (AdversarialWeightPerturbation(gamma=0.01), AdversarialTraining(PGD(0.1))):
+        with pytest.raises(ConfigurationError, match=rf"precision is {precision}: fp16 underflows"):
+            callback.setup(fake, module, "fit")
 
 
 # ------------------------------------------------------------------------------- several processes
@@ -217,34 +224,6 @@ class OneRank(Mask):
         return x * self.scale * (torch.inf if is_here and self.calls >= 5 else 1.0)
 
 
-class Telling(Trainer):
-    """Writes down what each process was told."""
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super()._run(*args, **kwargs)
-        except Exception as error:
-            folder = Path(self.default_root_dir)
-            (folder / f"rank{self.global_rank}").write_text(f"{type(error).__name__}: {error}")
-            until = time.monotonic() + 30  # the first to end would have the other one ended
-            while len(list(folder.glob("rank?"))) < self.world_size and time.monotonic() < until:
-                time.sleep(0.01)
-            raise
-
-
-def test_nan_on_one_rank_stops_all_with_the_same_words(tmp_path: Path) -> None:
-    strategy = DeviceInvariantDDP(timedelta(seconds=60), start_method="fork")
-    module = classifier(network(nn.Sequential(nn.BatchNorm1d(8), OneRank())), Natural())
-    run = trainer(tmp_path, AdversarialTraining(), devices=2, strategy=strategy)
-    with pytest.raises(Exception, match="on rank 1 of 2"):
-        run.fit(module, datamodule=data())
-    told = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
-    assert told[0] == told[1]
-    assert told[0].startswith("DivergedError: on rank 1 of 2: the training loss became nan")
-    assert "output of net.3.1 (OneRank)" in told[0]
-    assert "step 4" in told[0]
-
-
 class CannotSave(LastCheckpoint):
     """A disk that is full when the second epoch is saved."""
 
@@ -253,14 +232,13 @@ class CannotSave(LastCheckpoint):
         super()._save_checkpoint(trainer, path)
 
 
-def test_what_rank_zero_cannot_write_stops_all(tmp_path: Path) -> None:
-    strategy = DeviceInvariantDDP(timedelta(seconds=60), start_method="fork")
-    module = classifier(network(Mask()), Natural())
-    run = trainer(tmp_path, AdversarialTraining(), devices=2, strategy=strategy)
-    run.callbacks[-1] = CannotSave(str(tmp_path))
-    with pytest.raises(Exception, match="cannot write /proc/nowhere"):
-        run.fit(module, datamodule=data())
-    told = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
-    assert told[0] == told[1]
-    assert told[0].startswith("RunDirectoryError: cannot write /proc/nowhere/last.ckpt")
+def test_what_happens_on_one_rank_stops_all_with_the_same_words(tmp_path: Path, failing) -> None:
+    message = failing(network(nn.Sequential(nn.BatchNorm1d(8), OneRank())), Natural(), devices=2)
+    assert message.startswith("DivergedError: on rank 1 of 2: the training loss became nan")
+    assert "output of net.3.1 (OneRank)" in message
+    assert "step 4" in message
+    for path in tmp_path.glob("rank?"):
+        path.unlink()
+    message = failing(network(Mask()), Natural(), devices=2, saving=CannotSave)
+    assert message.startswith("RunDirectoryError: cannot write /proc/nowhere/last.ckpt")
     assert saved(tmp_path) == 6

@@ -12,7 +12,6 @@ from common.attacks.pgd import FGSM, PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.monitoring import Monitoring
 from common.callbacks.robust_evaluation import RobustEvaluation
-from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.evaluation import SuiteEntry
@@ -25,30 +24,21 @@ def events(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance=sizes).Reload()
 
 
-def test_a_run_can_be_read_back(tmp_path) -> None:
+def test_a_run_can_be_read_back(tmp_path, quiet_trainer) -> None:
     torch.manual_seed(0)
     net = CIFSResNet(
         depths=(1, 1), widths=(4, 4), strides=(2, 2), in_channels=1, num_classes=10, hidden=4
     )
     module = CIFSClassifier(net, JointCrossEntropy(), partial(torch.optim.SGD, lr=0.01))
     entry = SuiteEntry(FGSM(0.1))
-    trainer = Trainer(
+    trainer = quiet_trainer(
+        AdversarialTraining(PGD(0.2, 0.1, 2)),
+        RobustEvaluation({"fgsm": entry}, validation=entry),
+        Monitoring(images=3, hyperparameters={"model": {"lr": 0.01, "net": "tiny"}}),
+        LearningRateMonitor("step"),
         max_epochs=2,
-        accelerator="cpu",
-        logger=TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False),
         log_every_n_steps=2,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-        callbacks=[
-            AdversarialTraining(PGD(0.2, 0.1, 2)),
-            RobustEvaluation({"fgsm": entry}, validation=entry),
-            Monitoring(images=3, hyperparameters={"model": {"lr": 0.01, "net": "tiny"}}),
-            LearningRateMonitor("step"),
-        ],
+        logger=TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False),
     )
     data = ImageDataModule(
         Digits(), batch_size=20, val_size=60, train_limit=80, val_limit=40, test_limit=30

@@ -28,7 +28,7 @@ slow = pytest.mark.slow
          "'ce_probe'; it declares ce_f, cw_f, model"),
         ("--model.net.num_classes", "7", "model.net.num_classes is 7 and Digits has 10"),
         ("--model.net.in_channels", "2", "model.net.in_channels is 2 and Digits has 1"),
-        ("--evaluation.validation", "null", "so nobody measures it"),
+        ("--evaluation.validation", "null", "so it is not measured"),
         ("--trainer.gradient_clip_algorithm", "nonsense", "error: "),
         ("--ckpt_path", "nothing.ckpt", "nothing.ckpt does not exist"),
         ("--ckpt_path", "best", "selected.ckpt does not exist"),
