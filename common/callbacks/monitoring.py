@@ -77,18 +77,17 @@ class Monitoring(Callback):
         )
 
     def _grid(self, trainer: Trainer, module: LightningModule, batch: Batch) -> Any:
-        from common.evaluation.drawing import (
-            example_grid,
-        )  # matplotlib only where something is drawn
+        # matplotlib is imported only where something is drawn
+        from common.evaluation.drawing import adversarial_grid
 
         part = {key: value[: self.images] for key, value in batch.items()}
         data = getattr(trainer, "datamodule", None)
-        return example_grid(
-            part["x"].cpu(),
-            part["x_adv"].cpu(),
-            predict(module, part["x"]).cpu(),
-            predict(module, part["x_adv"]).cpu(),
-            part["y"].cpu(),
+        return adversarial_grid(
+            part["x"],
+            part["x_adv"],
+            part["y"],
+            predict(module, part["x"]),
+            predict(module, part["x_adv"]),
             class_names=getattr(data, "class_names", ()),
         )
 

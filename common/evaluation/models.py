@@ -1,6 +1,6 @@
 """Any model in the form that attacks need, and the models of finished runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,11 +130,6 @@ def adapted(model: nn.Module, *, has_gradient: bool = True) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def class_names(names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
-    """The names, or numbers where there are none."""
-    return names if names is not None else [str(label) for label in range(num_classes)]
 
 
 def load_run(
