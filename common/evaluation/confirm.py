@@ -39,16 +39,8 @@ def attacked(
 
     With an engine in float32, examples are attacked again through the plain network if only the
     engine's network misclassifies them. With one in reduced precision, all that the plain network
-    still classifies correctly are attacked again in float32.
-
-    Args:
-        craft: The attack.
-        threat: Its ball.
-        engine: Computes its passes; ``None`` for the plain network.
-        model: Images to logits, in evaluation mode.
-        batch: The examples.
-        random: Their random numbers; the official AutoAttack draws its own for the batch.
-        idle: Called after the attack: which examples it found no direction for.
+    still classifies correctly are attacked again in float32. ``idle`` is called after the attack
+    and says which examples it found no direction for.
     """
     y = batch["y"]
     again = random.of(torch.arange(len(y), device=y.device))
@@ -81,17 +73,7 @@ def official(
     _: ExampleRandom,
     engine: AttackEngine | None,
 ) -> Crafted:
-    """One attack of the official AutoAttack, as a :data:`Craft`.
-
-    Args:
-        attack: The ensemble.
-        part: Which of its attacks.
-        seed: Of the package.
-        inner: A loss that the defence declares.
-        model: Images to logits, in evaluation mode.
-        batch: The examples.
-        engine: That is applied to the model.
-    """
+    """One attack of the official AutoAttack, as a :data:`Craft`; ``inner`` replaces its loss."""
     steered: Callable[..., Any] | None = inner and partial(_steered, inner, model)
     if engine is not None:
         model, steered = engine.wrap(model), steered and engine.wrap(steered)

@@ -104,7 +104,7 @@ def adversarial_grid(
         predicted: Predicted labels of ``x``, ``(N,)``.
         predicted_adv: Predicted labels of ``x_adv``, ``(N,)``.
         class_names: A name for each label.
-        distances: Between ``x`` and ``x_adv``, ``(N,)``, by norm (``linf``, ``l2``, ``l1``).
+        distances: Between ``x`` and ``x_adv``, ``(N,)``, by norm.
         max_examples: Only the first ones are shown.
 
     Raises:
@@ -165,13 +165,10 @@ def _draw_predictions(
 def draw_per_class_bars(
     ax: Axes, series: Mapping[str, npt.ArrayLike], class_names: Sequence[str]
 ) -> None:
-    """Draw a group of bars for each class.
+    """Draw a group of bars for each of the K classes.
 
-    Args:
-        ax: Where to.
-        series: By label, one value per class ``(K,)`` or one row per repeat ``(R, K)``: then the
-            bar is the mean and each repeat a dot.
-        class_names: The K names.
+    A series has one value per class ``(K,)`` or one row per repeat ``(R, K)``: then the bar is the
+    mean and each repeat a dot.
 
     Raises:
         ValueError: If a series does not have K columns.
@@ -212,13 +209,9 @@ def accuracy_curve(
     xlabel: str,
     intervals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Figure:
-    """Accuracy in percent against a quantity such as the radius, one line for each label.
+    """Accuracies in [0, 1] at ``xs`` in percent, one line for each label; NaN leaves a gap.
 
-    Args:
-        xs: Where the accuracy was measured.
-        series: By label, an accuracy in [0, 1] for each of ``xs``; NaN leaves a gap.
-        xlabel: What ``xs`` is, with its unit.
-        intervals: By label, ``(low, high)`` for each of ``xs``, drawn as a band; NaN leaves a gap.
+    ``intervals`` gives ``(low, high)`` for each of ``xs``, by label; they are drawn as a band.
     """
     fig = blank_figure(4.8, 3.1)
     ax = fig.subplots()
@@ -248,12 +241,7 @@ def accuracy_curve(
 def confusion_matrix(counts: npt.ArrayLike, class_names: Sequence[str], title: str = "") -> Figure:
     """Confusion matrix: a row per true class, a column per predicted one, shaded by share of row.
 
-    Cells show their counts up to 20 classes, axes show the names up to 40.
-
-    Args:
-        counts: How many examples of class i were predicted as class j, ``(K, K)``.
-        class_names: The K names.
-        title: Heading; may be empty.
+    ``counts`` ``(K, K)`` are written into the cells up to 20 classes; axes show names up to 40.
     """
     table = np.asarray(counts)
     k = len(class_names)

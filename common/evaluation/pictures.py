@@ -24,11 +24,8 @@ def draw(
 ) -> dict[str, Figure]:
     """All pictures that the outcomes allow, by name.
 
-    Args:
-        result: As it is filed.
-        outcomes: Of every example.
-        x: The clean images, ``(N, C, H, W)``, in the order of the outcomes.
-        names: Of the classes; by default their numbers.
+    ``x`` are the clean images, ``(N, C, H, W)``, in the order of the outcomes; ``names`` those of
+    the classes.
     """
     classes = len(result["clean"]["per_class"])
     names = names or [str(label) for label in range(classes)]

@@ -45,21 +45,11 @@ def persisted(
     batch: Batch,
     random: ExampleRandom,
 ) -> Columns:
-    """An attack, and further ones on the examples that it had no usable gradient for.
+    """An attack that climbs ``inner``, and further ones on examples without a usable gradient.
 
-    Args:
-        run: The attack.
-        inner: The loss that it climbs.
-        threat: Its ball.
-        engine: Computes the passes of the first attack.
-        model: Images to logits, in evaluation mode.
-        batch: The examples.
-        random: Their random numbers.
-
-    Returns:
-        The columns of the attack, and for examples that withstood the first one, both bool
-        ``(N,)``: ``unmoved``, the loss has no finite gradient other than zero at x and where the
-        attack ended; ``distorted``, squashing turns the margin's gradient where it ended.
+    Adds two columns, bool ``(N,)``, for examples that withstood the first attack: ``unmoved``, the
+    loss has no finite gradient other than zero at x and where the attack ended; ``distorted``,
+    squashing turns the margin's gradient where it ended.
     """
     again = random.of(torch.arange(len(batch["y"]), device=batch["y"].device))
     columns = run(engine, model, batch, random)
@@ -208,13 +198,10 @@ def _before_squashing(model: nn.Module, x: Tensor) -> int | None:
 def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> Iterator[None]:
     """Forward passes with gradients return scores that an ascent can climb.
 
-    Those are the recorded scores, scaled to a spread of :data:`SPREAD`, with the class of the real
-    scores on top. Passes without gradients, by which success is judged, stay as they are.
-
-    Args:
-        model: Images to logits.
-        position: Of the scores before squashing; ``None`` for the scores themselves.
-        is_bridged: Whether gradients also pass through what the model detaches or rounds.
+    Those are the recorded scores at ``position`` (``None``: the output), scaled to a spread of
+    :data:`SPREAD`, with the class of the output on top. Passes without gradients, by which success
+    is judged, stay as they are. If bridged, gradients pass through what the model detaches or
+    rounds.
     """
     is_own = "forward" in vars(model)
     plain = model.forward
@@ -256,13 +243,7 @@ def settled(
 
     Attacks move on from such an image, or stop there with a NaN gradient. If a forward pass had
     one, the attack is repeated, and the first such image inside the ball is kept for each example
-    that withstood the first run.
-
-    Args:
-        model: Images to logits.
-        batch: The examples.
-        threat: The ball; without one nothing is kept.
-        attack: Runs it; the same forward passes every time.
+    that withstood the first run. Calls of ``attack`` have to make the same forward passes.
     """
     seen = torch.zeros((), dtype=torch.bool, device=batch["x"].device)
 

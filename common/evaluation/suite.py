@@ -217,14 +217,10 @@ def steps_of(
     seed: int,
     engine: AttackEngine | None = None,
 ) -> list[Step]:
-    """The steps of a suite on a model, in their order.
+    """The steps of a suite on a model with ``adaptive_losses``, in their order.
 
-    Args:
-        suite: The attacks by name.
-        model: Declares ``adaptive_losses``.
-        num_classes: K of the model; some attacks need more than two or three classes.
-        seed: Of AutoAttack's random starts.
-        engine: Computes the passes of attacks on the model; ``None`` for the plain network.
+    ``num_classes`` decides which attacks of AutoAttack can run; ``seed`` is that of its random
+    starts.
     """
     return [
         step
