@@ -17,7 +17,7 @@ from common.attacks.autoattack import AutoAttack
 from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import PGD
 from common.data.sources import Digits
-from common.evaluation.confirm import autoattacked
+from common.evaluation.confirm import attacked, official
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
 from common.evaluation.steps import Step
@@ -89,12 +89,10 @@ def _autoattack(net: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, 
 def _reduced(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     attack, engine = AutoAttack(EPS), AttackEngine(precision="bf16")
     model = Victim(net, 10).eval()
-    steps = [
-        replace(
-            step, run=partial(autoattacked, attack, str(step.settings["part"]), 0, None, engine)
-        )
-        for step in steps_of({"aa": SuiteEntry(attack)}, model, 10, 0)
-    ]
+    steps = []
+    for step in steps_of({"aa": SuiteEntry(attack)}, model, 10, 0):
+        craft = partial(official, attack, str(step.settings["part"]), 0, None)
+        steps.append(replace(step, run=partial(attacked, craft, step.threat, engine)))
     return _outcome(model, x, y, steps, "aa/square")
 
 

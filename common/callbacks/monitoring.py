@@ -62,12 +62,12 @@ class Monitoring(Callback):
         )
 
     def _grid(self, trainer: Trainer, module: Any, batch: Batch) -> Any:
-        from common.evaluation.drawing import example_grid  # matplotlib only where it is needed
+        from common.evaluation.drawing import adversarial_grid  # matplotlib only where it is needed
 
         x, x_adv, y = (batch[key][: self.images] for key in ("x", "x_adv", "y"))
-        predicted, predicted_adv = predict(module, x).cpu(), predict(module, x_adv).cpu()
         names = getattr(getattr(trainer, "datamodule", None), "class_names", ())
-        return example_grid(x.cpu(), x_adv.cpu(), predicted, predicted_adv, y.cpu(), names)
+        predicted = (predict(module, x), predict(module, x_adv))
+        return adversarial_grid(x, x_adv, y, *predicted, class_names=names)
 
     def on_test_end(self, trainer: Trainer, *_: Any) -> None:
         """Log the hyper-parameters together with the final metrics."""

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,6 @@ from jsonargparse import ArgumentError
 from torch import nn
 
 from common.attacks.engine.network import AttackEngine
-from common.attacks.geometry import Norm
 from common.checkpoints import load_weights
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
@@ -30,6 +29,9 @@ from common.evaluation.runner import Team
 from common.limits import read_yaml
 from common.parsing import ArgumentParser, load_named
 from common.settings import explain
+
+SHARED = {"eps", "norm", "examples", "batch_size", "seed", "output"}
+"""Arguments of :func:`common.evaluation.evaluate.evaluate` that are options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,13 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m common.evaluation",
-        description="Attack a model: accuracy of every example in the worst case over a suite. "
+        description="Attack a model and report the accuracy in the worst case over a suite. "
         f"Ready suites: {', '.join(ready_suites())}.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file with these options")
     parser.add_argument("--audit", action="store_true", help="check for gradient masking too")
-    parser.add_function_arguments(attack, skip={"audit"}, as_group=False)
+    parser.add_function_arguments(attack, as_group=False)
+    names = inspect.signature(evaluate).parameters
+    others: Any = {name for name in names if name not in SHARED}
+    parser.add_function_arguments(evaluate, skip=others, as_group=False)
     return parser
 
 
@@ -74,16 +79,10 @@ def attack(
     data: str = "cifar10",
     data_root: str | None = None,
     suite: str = "quick",
-    audit: bool = False,
     engine: Literal["fp32", "bf16"] | None = None,
-    eps: float | str | None = None,
-    norm: Norm | None = None,
-    examples: int | None = None,
-    batch_size: int = 250,
-    seed: int = 0,
     device: str | None = None,
-    output: str | None = None,
     name: str | None = None,
+    **settings: Any,
 ) -> Evaluation:
     """Build a model and its data by name and evaluate it.
 
@@ -97,20 +96,13 @@ def attack(
             YAML file of one.
         data_root: Folder of its files.
         suite: A ready suite, or a YAML file with evaluation: {suite: ...}.
-        audit: Whether to check for gradient masking too.
         engine: Attack a network with batch-norm folded, in float32 or bfloat16; the plain float32
             network judges.
-        eps: Radius of the threat model; by default that of the suite, else 8/255.
-        norm: Norm of the threat model; by default that of the suite, else linf.
-        examples: Number of test examples, of all classes in proportion; by default all.
-        batch_size: Examples that are attacked together.
-        seed: Of the attacks.
         device: By default cuda if available, else cpu.
-        output: Folder for results.json, pictures, and outcomes from which a killed evaluation
-            resumes.
         name: Under which results are filed; by default that of the factory.
+        settings: Of :func:`common.evaluation.evaluate.evaluate`.
     """
-    torch.manual_seed(seed)  # of weights that no file gives
+    torch.manual_seed(settings["seed"])  # of weights that no file gives
     network = build_model(model, model_args)
     if weights:
         load_weights(network, weights, weights_key)
@@ -122,18 +114,12 @@ def attack(
         network.eval(),
         (batch["x"].float() / 255.0, batch["y"]),
         suite,
-        eps=eps,
-        norm=norm,
-        audit=audit,
-        engine=AttackEngine(precision=precision) if precision else None,
         num_classes=images.num_classes,
-        examples=examples,
         class_names=images.class_names,
-        output=output,
         name=name or model.partition(":")[2],
-        seed=seed,
-        batch_size=batch_size,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        engine=AttackEngine(precision=precision) if precision else None,
+        **settings,
     )
 
 
@@ -172,7 +158,7 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
         DataUnavailableError: If the files cannot be had.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
-    known = [p.stem for p in sorted(CONFIGS.glob("*.yaml")) if p.read_text().find("source:") >= 0]
+    known = [p.stem for p in sorted(CONFIGS.glob("*.yaml")) if "source:" in p.read_text()]
     if not path.exists() or (path.parent == CONFIGS and path.stem not in known):
         raise ConfigurationError(
             f"there are no data {name!r}; there are {', '.join(known)}, and any YAML file with a "
@@ -182,37 +168,31 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
     if root is not None:
         _set_root(section, root, path)
     data: ImageDataModule = build_sections({"data": section}, path).data
-    _prepare(data)
-    data.setup("test")
-    return data
-
-
-def _prepare(data: ImageDataModule) -> None:
-    """Fetch the files in the first process; all processes raise its error."""
     team, problem = Team.of_processes(), None
-    if team.rank == 0:
+    if team.rank == 0:  # fetches the files; all processes raise its error
         try:
             data.prepare_data()
         except UserError as error:
             problem = error
-    for found in team.gather(problem):
-        if found is not None:
-            raise found
+    for found in filter(None, team.gather(problem)):
+        raise found
+    data.setup("test")
+    return data
 
 
 def _set_root(section: Any, root: str, path: Path) -> None:
-    """Put the folder of the files into the data section of a file."""
+    """Put the folder of the files into a data section."""
     source = section.get("source") if isinstance(section, dict) else None
     source = {"class_path": source} if isinstance(source, str) else source
-    if not isinstance(source, dict) or "root" not in _parameters(source["class_path"]):
+    if not isinstance(source, dict) or not _has_root(source["class_path"]):
         raise ConfigurationError(
             f"--data_root is {root}, and the data {str(path)!r} have no files; drop --data_root"
         )
     section["source"] = source | {"init_args": {**(source.get("init_args") or {}), "root": root}}
 
 
-def _parameters(class_path: str) -> Iterable[str]:
-    return inspect.signature(load_named(class_path)).parameters
+def _has_root(class_path: str) -> bool:
+    return "root" in inspect.signature(load_named(class_path)).parameters
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""The pipeline of every evaluation: a model, images and a suite of attacks give a report.
+"""The evaluation pipeline: a model, images and a suite of attacks give a report.
 
-``evaluate``, ``python -m common.evaluation`` and the callback behind ``test`` run it, on one
+``evaluate``, ``python -m common.evaluation`` and the callback behind ``test`` use it, on one
 process or many.
 """
 
@@ -26,13 +26,13 @@ from common.evaluation.findings import with_findings
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means, measure_steps
-from common.evaluation.model_check import Checked, check_model
+from common.evaluation.model_check import check_model
 from common.evaluation.models import as_module, as_victim
 from common.evaluation.pictures import draw
 from common.evaluation.presets import Suite, chosen_threat, load_suite
-from common.evaluation.progress import ConsoleProgress
+from common.evaluation.progress import ConsoleProgress, Progress
 from common.evaluation.report import Evaluation
-from common.evaluation.runner import Progress, Team, run_steps
+from common.evaluation.runner import Team, run_steps
 from common.evaluation.steps import Step
 from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_suite, steps_of
 from common.files import check_writable
@@ -46,17 +46,11 @@ from common.results.store import check_mergeable, merge_result
 
 @dataclass(frozen=True)
 class Filing:
-    """Where an evaluation is filed, and under which names.
+    """Where results are filed, and under which names.
 
-    Args:
-        results: The result file; outcomes and pictures go to folders beside it.
-        experiment: The name of its row.
-        paper: The package of the experiment.
-        label: The name of the checkpoint.
-        at: ``epoch`` and ``global_step`` of the checkpoint.
-        config_digest: Digest of the settings behind the weights.
-        provenance: What to record beside versions, device and time.
-        pictures: Whether to draw.
+    ``outcomes`` and ``figures`` are folders beside the result file. The label and ``at``
+    (``epoch``, ``global_step``) are those of the checkpoint; the digest is that of the settings
+    behind the weights. ``provenance`` is recorded beside versions, device and time.
     """
 
     results: Path
@@ -68,29 +62,19 @@ class Filing:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     pictures: bool = True
 
-    @property
-    def outcomes(self) -> Path:
-        """The folder of outcomes, from which a killed evaluation resumes."""
-        return self.results.parent / "outcomes"
-
-    @property
-    def figures(self) -> Path:
-        """The folder of pictures."""
-        return self.results.parent / "figures"
+    def beside(self, name: str) -> Path:
+        """A folder beside the results: ``outcomes`` or ``figures``."""
+        return self.results.parent / name
 
     def check(self, seed: int, remedy: str) -> None:
-        """Find what would fail after hours.
-
-        Args:
-            seed: Of the evaluation.
-            remedy: What to choose if the file belongs to something else.
+        """Check, before the first attack, that the results can be written.
 
         Raises:
-            RunDirectoryError: If a place cannot be written.
-            ConfigurationError: If the file holds other results.
+            RunDirectoryError: If a folder cannot be written.
+            ConfigurationError: If the file holds other results; with the remedy.
         """
         check_writable(self.results)
-        for folder in (self.outcomes, self.figures):
+        for folder in map(self.beside, ("outcomes", "figures")):
             if folder.exists():
                 check_writable(folder / "any")
         check_mergeable(self.results, self.paper, self.experiment, seed, remedy)
@@ -116,45 +100,38 @@ def evaluate(
     engine: AttackEngine | None = None,
     measures: Mapping[str, Measure] | None = None,
 ) -> Evaluation:
-    """Attack a model and report, example by example, what withstands everything.
+    """Attack a model and report which examples withstand all attacks.
 
-    The model is left as it was: modes, gradients and random state. Models of RobustBench can be
-    passed in as they are.
+    The model keeps its modes, gradients and random state. RobustBench's models fit as they are.
 
     Args:
         model: Images in [0, 1], ``(N, C, H, W)``, to logits ``(N, K)``, in evaluation mode and
-            float32, normalisation inside; a plain function will do. If it has a method
-            ``adaptive_losses``, suites can name its own losses. One without a gradient is attacked
-            by what needs none, by labels alone among other things.
+            float32, normalisation inside; a module or a function. Suites can name the losses of
+            its method ``adaptive_losses``. Without a gradient it is attacked by labels only.
         data: Tensors ``(x, y)``, a data set of ``(image, label)``, or a loader: see
             :func:`common.evaluation.inputs.collect`.
         suite: ``quick``, ``autoattack``, ``audit``, ``paper-...``, a YAML file, or attacks by name.
-        eps: Radius of the threat model, pixels in [0, 1]. By default that of the suite: the threat
-            it states or the ball of its first attack, else 8/255. The radii and steps of ready
-            suites follow it; a number in a suite is used as written, and does not count where it
-            is outside.
-        norm: Of the threat model; by default the suite's, else ``linf``.
-        audit: Whether to check for gradient masking too, by the suite's checks if it has any, or
+        eps: Radius of the threat model, pixels in [0, 1]; by default that of the suite, else 8/255.
+            Radii and steps of ready suites follow it.
+        norm: Norm of the threat model; by default that of the suite, else linf.
+        audit: Whether to check for gradient masking too, by the suite's checks if it has any; or
             the checks themselves.
-        num_classes: How many classes the data have, to compare with the model's.
-        class_names: For the pictures in ``output``.
-        examples: Only this number, of all classes in proportion and the same for every model, see
-            :func:`common.data.subset.subset`.
-        output: A folder for ``results.json``, pictures, and outcomes as they come, from which a
-            killed evaluation resumes; ``None`` writes nothing.
+        num_classes: Of the data, to compare with the model's.
+        class_names: For the pictures.
+        examples: Number of examples, of all classes in proportion; by default all.
+        output: Folder for results.json, pictures, and outcomes from which a killed evaluation
+            resumes; by default nothing is written.
         name: Under which results are filed.
-        seed: With an example's position, what random starts depend on.
-        batch_size: How many examples are attacked together.
-        device: Where to compute, and where the model is moved to; by default where it is.
+        seed: Of the attacks.
+        batch_size: Examples that are attacked together.
+        device: Where the model is moved to; by default it stays.
         progress: Whether to show progress, or the object that receives it.
-        engine: Computes the attacks' passes faster; the plain network judges.
+        engine: Computes the passes of attacks faster; the plain network judges.
         measures: Other numbers of the network, see :mod:`common.evaluation.measures`.
 
     Raises:
-        ConfigurationError: If model, data or suite cannot give a figure that means something:
-            images outside [0, 1], training mode, probabilities instead of logits, wrong number of
-            classes, unknown suite or loss, another norm than the suite's, a setting that nothing
-            would use; or if ``output`` holds another result. Found before the first attack.
+        ConfigurationError: If model, data, suite or settings cannot give a meaningful result, or
+            ``output`` holds another one; before the first attack.
         RunDirectoryError: If ``output`` cannot be written.
     """
     model = as_module(model)
@@ -214,52 +191,47 @@ def run(
     progress: bool | Progress = True,
     remarks: Sequence[str] = (),
 ) -> Evaluation:
-    """Check the model, run all steps, report and file.
+    """Check the model, run all steps, report and file; arguments as in :func:`evaluate`.
 
-    Processes that ``torch.distributed`` joins share the work. All return the same; the first one
-    writes, warns and shows progress.
-
-    Args:
-        model: As in :func:`evaluate`, on its device.
-        examples: ``x``, ``y``, ``index`` and, for a part of the data, ``position``.
-        suite: Attacks by name; those for other checkpoints are left out already.
-        threat: The adversary of the worst case; by default that of the first attack in a ball.
-        audit: Checks for gradient masking.
-        measures: Other numbers of the network.
-        engine: Computes passes of attacks.
-        seed: Of the attacks.
-        batch_size: Examples that are attacked together.
-        num_classes: Of the data, where that is known.
-        class_names: For pictures.
-        filing: Where results go; ``None`` writes nothing.
-        progress: Whether the first process shows progress, or the object that receives it.
-        remarks: What is known of the data.
+    ``examples`` has ``x``, ``y``, ``index`` and, for a part of the data, ``position``. Processes
+    that ``torch.distributed`` joins share the work. All return the same; the first one writes,
+    warns and shows progress.
 
     Raises:
-        ConfigurationError: If the model cannot give a meaningful figure, before the first attack.
+        ConfigurationError: If the model cannot give a meaningful result, before the first attack.
     """
     begun = time.perf_counter()
     team, measures = Team.of_processes(), measures or {}
-    checked, suspicions = _checked(model, examples, suite, num_classes, batch_size)
+    is_random = _is_random_expected(suite)
+    checked = check_model(
+        model,
+        examples,
+        num_classes,
+        is_random_expected=is_random,
+        batch_size=batch_size,
+        device=_device(model),
+    )
     victim = as_victim(model, checked.classes)
     if suite:  # a checkpoint that no entry names is measured without an attack
         check_suite(suite, victim)
     steps = steps_of(suite, victim, checked.classes, seed, engine)
-    known = list(remarks)
-    left_out: list[str] = []
+    known, left_out = list(remarks), list[str]()
     if not checked.has_gradient:
-        steps, left_out = _without_gradient(steps, suite, threat, victim, checked.classes, seed)
-        known.append(_no_gradient(steps, left_out))
-    _warn(team, [*known, *suspicions])
+        steps, left_out, remark = _without_gradient(
+            steps, suite, threat, victim, checked.classes, seed
+        )
+        known.append(remark)
+    _warn(team, [*known, *checked.suspicions])
     if audit is not None and threat is not None:
         steps += audit.steps(victim, threat, checked.classes)
     steps += measure_steps(measures)
     journal = Journal(None, {})
     if filing is not None:
         identity = identity_of(victim, examples, seed, filing.config_digest)
-        journal = Journal(filing.outcomes, identity)
-    with ConsoleProgress(len(steps) + 1) as bar, _blaming(checked.state):
-        shown = progress if not isinstance(progress, bool) else bar if progress else None
+        journal = Journal(filing.beside("outcomes"), identity)
+    bar = ConsoleProgress(len(steps) + 1)
+    shown = progress if not isinstance(progress, bool) else bar if progress else None
+    with bar.display, _blaming(checked.state):
         outcomes = run_steps(
             victim,
             examples,
@@ -273,13 +245,11 @@ def run(
             progress=shown if team.rank == 0 else None,
             remarks=known,
         )
-    outcomes.depends_on_history &= not _is_random_expected(suite)
+    outcomes.depends_on_history &= not is_random
     found = None if audit is None else audit.report(outcomes, checked.classes)
     result = checkpoint_entry(
         outcomes,
-        audit=with_findings(
-            found, outcomes, state=checked.state, has_gradient=checked.has_gradient
-        ),
+        audit=with_findings(found, outcomes, checked.state, checked.has_gradient),
         measures={**means(outcomes, measures), **checked.cost},
         **(filing.at if filing is not None else {}),
     )
@@ -287,7 +257,8 @@ def run(
         result["not_run"] = left_out
     _warn(team, [text for text in result["remarks"] if text not in known])
     position = examples.get("position", torch.arange(len(outcomes.y)))
-    evaluation = Evaluation(result, outcomes, [*suspicions, *result["remarks"]], position)
+    warned = [*checked.suspicions, *result["remarks"]]
+    evaluation = Evaluation(result, outcomes, warned, position)
     if filing is not None and team.rank == 0:
         made_with = provenance.collect(
             device=_device(model),
@@ -303,12 +274,11 @@ def run(
         if filing.pictures:
             evaluation.pictures = draw(result, outcomes, examples["x"], class_names)
             for title, figure in evaluation.pictures.items():
-                save_figure(figure, filing.figures / f"{filing.label}_{title}.png")
+                save_figure(figure, filing.beside("figures") / f"{filing.label}_{title}.png")
     return evaluation
 
 
 def _file(evaluation: Evaluation, filing: Filing, seed: int, made_with: dict[str, Any]) -> None:
-    """Merge the result into the file."""
     merge_result(
         filing.results,
         paper=filing.paper,
@@ -322,7 +292,7 @@ def _file(evaluation: Evaluation, filing: Filing, seed: int, made_with: dict[str
 
 @contextmanager
 def _blaming(state: str) -> Iterator[None]:
-    """Name what depends on earlier calls if a model with such a state fails under attack."""
+    """If a model with a state fails under attack, name the state in the error."""
     try:
         yield
     except (RuntimeError, ValueError, LookupError) as error:
@@ -346,32 +316,11 @@ def _check_numbers(seed: Any, **counts: Any) -> None:
 def _moved(model: nn.Module, device: torch.device | str) -> nn.Module:
     try:
         if torch.device(device).type == "meta":
-            raise RuntimeError("it has no memory, so weights moved there would be lost")
+            raise RuntimeError("it stores no values, so the weights would be lost")
         return model.to(device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"device {str(device)!r} cannot be used: {reason}") from error
-
-
-def _checked(
-    model: nn.Module,
-    examples: Batch,
-    suite: Mapping[str, SuiteEntry],
-    num_classes: int | None,
-    batch_size: int,
-) -> tuple[Checked, list[str]]:
-    """What the start check found, and its warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        checked = check_model(
-            model,
-            examples,
-            num_classes,
-            is_random_expected=_is_random_expected(suite),
-            batch_size=batch_size,
-            device=_device(model),
-        )
-    return checked, [str(warning.message) for warning in caught]
 
 
 def _warn(team: Team, texts: Sequence[str]) -> None:
@@ -398,25 +347,22 @@ def _without_gradient(
     victim: nn.Module,
     classes: int,
     seed: int,
-) -> tuple[list[Step], list[str]]:
-    """The steps that need no gradient, and the others; an attack by labels is always among them."""
+) -> tuple[list[Step], list[str], str]:
+    """The steps that need no gradient, with an attack by labels; the names of the others; why."""
     kept = [step for step in steps if not step.needs_gradient]
     left_out = [step.key for step in steps if step.needs_gradient]
     has_one = any(isinstance(entry.attack, DecisionBased) for entry in entries.values())
     if left_out and threat is not None and not has_one:
         by_labels = SuiteEntry(DecisionBased(threat.radius, threat.norm), survivors_only=True)
         kept += steps_of({"black_box": by_labels}, victim, classes, seed)
-    return kept, left_out
-
-
-def _no_gradient(steps: Sequence[Step], left_out: Sequence[str]) -> str:
-    if not left_out:
-        return "the model has no gradient with respect to its images, which attacks could follow"
-    ran = ", ".join(step.key for step in steps if step.kind == "attack")
-    return (
-        "the model has no gradient with respect to its images: accuracy is that under attacks "
-        f"that need none ({ran}); {', '.join(left_out)} were not run"
-    )
+    remark = "the model has no gradient with respect to its images"
+    if left_out:
+        ran = ", ".join(step.key for step in kept if step.kind == "attack")
+        remark += (
+            f": accuracy is that under attacks that need none ({ran}); {', '.join(left_out)} were "
+            "not run"
+        )
+    return kept, left_out, remark
 
 
 def _check_unused(entries: Mapping[str, SuiteEntry], engine: AttackEngine | None) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation itself says against trusting its figures."""
+"""Reasons to doubt an evaluation that its own outcomes give."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from common.results.lines import Outcomes
 from common.results.schema import AuditCheck, AuditResult
 
 FEW = 10
-"""With fewer images classified correctly it is no suspicion that none of them falls."""
+"""With fewer images classified correctly it is not suspicious that none of them falls."""
 
 
 def suspicions(outcomes: Outcomes) -> list[str]:
@@ -20,12 +20,12 @@ def _without_gradient(outcomes: Outcomes) -> Iterator[str]:
         "distorted": "the scores are squashed at the end of the model, which distorts gradients",
     }
     for name, text in what.items():
-        counts = {
-            key: int(columns[name].sum())
+        found = [
+            f"{key} for {int(columns[name].sum())}"
             for key, columns in outcomes.columns.items()
-            if name in columns
-        }
-        if found := [f"{key} for {count}" for key, count in counts.items() if count]:
+            if name in columns and bool(columns[name].any())
+        ]
+        if found:
             yield (
                 f"{text}: an attack got no usable direction for examples that withstood it "
                 f"({', '.join(found)} of {len(outcomes.y)}). They were attacked again, through the "
@@ -34,31 +34,26 @@ def _without_gradient(outcomes: Outcomes) -> Iterator[str]:
             )
 
 
-def _nothing_found(outcomes: Outcomes) -> list[str]:
+def _nothing_found(outcomes: Outcomes) -> Iterator[str]:
     within = [key for key, line in outcomes.lines.items() if line.counts and line.kind == "attack"]
     is_right = outcomes.correct["clean"]
     met = [int((is_right & outcomes.attacked[key]).sum()) for key in within]
-    if max(met, default=0) < FEW or any(
-        (is_right & ~outcomes.correct[key]).any() for key in within
-    ):
-        return []
-    return [
-        f"none of the attacks ({', '.join(within)}) found a single adversarial example among the "
-        f"{int(is_right.sum())} images classified correctly; this is suspicious in itself: the "
-        "radius may be too small to mean anything, or the attacks fail (gradient masking)"
-    ]
+    fell = any(bool((is_right & ~outcomes.correct[key]).any()) for key in within)
+    if not fell and max(met, default=0) >= FEW:
+        yield (
+            f"none of the attacks ({', '.join(within)}) found a single adversarial example among "
+            f"the {int(is_right.sum())} images classified correctly; this is suspicious in itself: "
+            "the radius may be too small to mean anything, or the attacks fail (gradient masking)"
+        )
 
 
 def with_findings(
-    audit: AuditResult | None, outcomes: Outcomes, *, state: str = "", has_gradient: bool = True
+    audit: AuditResult | None, outcomes: Outcomes, state: str, has_gradient: bool
 ) -> AuditResult | None:
-    """An audit with failed checks for what else makes the figures untrustworthy.
+    """An audit with failed checks for a model with a state or without a gradient.
 
-    Args:
-        audit: What an audit found; without one the result has these checks alone, or is ``None``.
-        outcomes: Of the evaluation.
-        state: What in the model depends on earlier calls, as a sentence.
-        has_gradient: Whether the model can be differentiated by its images.
+    ``state`` says what in the model depends on earlier calls. Without an audit, the result has the
+    check of the state only, or is ``None``.
     """
     if not state and outcomes.depends_on_history:
         state = "the scores for the same images changed while the model was attacked"
@@ -76,11 +71,6 @@ def with_findings(
 
 
 def _failed(name: str, question: str, detail: str) -> AuditCheck:
-    return {
-        "id": name,
-        "question": question,
-        "value": None,
-        "threshold": None,
-        "verdict": "fail",
-        "detail": detail,
-    }
+    return AuditCheck(
+        id=name, question=question, value=None, threshold=None, verdict="fail", detail=detail
+    )

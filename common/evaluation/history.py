@@ -1,8 +1,7 @@
-"""Whether a model depends on earlier calls: copies of it, and what changes inside it.
+"""Whether a model depends on earlier calls: copies of it, and the values inside it.
 
-A model may keep a memory in buffers, attributes, closures, class attributes or globals. Two views
-find it: the scores of a used and of a fresh copy, and the values that a model holds before and
-after a call, or in two copies.
+A model may keep a memory in buffers, attributes, closures, class attributes or globals. It is found
+by comparing the scores of a used and of a fresh copy, and the values inside them.
 """
 
 import copy
@@ -56,7 +55,7 @@ def _cloned(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Whether tensors agree up to this share of the largest finite value; NaN equals NaN."""
+    """Whether tensors differ by no more than this share of the largest value; NaN equals NaN."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not (one.is_floating_point() or one.is_complex()):
@@ -68,48 +67,37 @@ def is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
 def changed(
     before: Mapping[str, Any], after: Mapping[str, Any], tolerance: float = 0.0
 ) -> list[str]:
-    """The names of the values of :func:`state_of` that differ.
-
-    Args:
-        before: Of a model, or of one copy.
-        after: Of the model after calls, or of another copy.
-        tolerance: For tensors, see :func:`is_close`.
-    """
+    """The names of the values of :func:`state_of` that differ; tensors by :func:`is_close`."""
 
     def is_same(one: Any, other: Any) -> bool:
         if isinstance(one, Tensor) and isinstance(other, Tensor):
             return is_close(one, other, tolerance)
         return type(one) is type(other) and bool(one == other)
 
-    names = [*before, *(name for name in after if name not in before)]
+    names = dict.fromkeys([*before, *after])
     return [name for name in names if not is_same(before.get(name), after.get(name))]
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """The values that a model holds, by name: tensors as copies, others in a form to compare."""
     found: dict[str, Any] = {}
-    _collect(model, "", DEPTH, found, {})
+    seen: dict[int, Any] = {}
+
+    def add(value: Any, place: str, depth: int) -> None:
+        parts = None if isinstance(value, Tensor) else _parts(value)
+        if isinstance(value, Tensor):
+            found[place] = value.detach().clone()
+        elif depth > 0 and id(value) not in seen:
+            found[place] = _plain(value) if parts is None else type(value).__name__
+            if parts is None:
+                return
+            seen[id(value)] = value
+            depth = DEPTH if isinstance(value, nn.Module) else depth - 1
+            for name, part in parts:
+                add(part, f"{place}{name}".removeprefix("."), depth)
+
+    add(model, "", DEPTH)
     return found
-
-
-def _collect(
-    value: Any, place: str, depth: int, found: dict[str, Any], seen: dict[int, Any]
-) -> None:
-    """Put a value, or the values inside it, under the name of its place."""
-    if isinstance(value, Tensor):
-        found[place] = value.detach().clone()
-        return
-    if depth == 0 or id(value) in seen:
-        return
-    parts: Iterator[tuple[str, Any]] | None = _parts(value)
-    if parts is None:
-        found[place] = _plain(value)
-        return
-    seen[id(value)] = value
-    found[place] = type(value).__name__
-    depth = DEPTH if isinstance(value, nn.Module) else depth - 1
-    for name, part in parts:
-        _collect(part, f"{place}{name}".removeprefix("."), depth, found, seen)
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]] | None:

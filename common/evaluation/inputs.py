@@ -1,4 +1,4 @@
-"""The images and labels of an evaluation, and what is wrong with them found at the start."""
+"""The images and labels of an evaluation, and their check."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,41 +25,40 @@ def collect(data: Any, limit: int | None = None) -> Batch:
         data: Tensors ``(x, y)`` or in a dict with ``x`` and ``y``, a data set of such examples, or
             a loader of such batches.
         limit: This number, of all classes in proportion, see :func:`common.data.subset.subset`.
-            Data with a length are passed through twice for it, so that no other images are kept;
-            a stream gives its first ones.
+            Data with a length are read twice for it, so that no other images are kept; a stream
+            gives its first ones.
 
     Raises:
-        ConfigurationError: If that is not what it is, or there are no examples.
+        ConfigurationError: If the data have another form, or no examples.
     """
     is_pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor)
+    batches: Iterable[Any] = data
     if is_pair or isinstance(data, Mapping):
-        batches: Iterable[Any] = [data]
+        batches = [data]
     elif isinstance(data, Dataset):
         batches = DataLoader(data, batch_size=256)
-    else:
-        batches = data
     every = chosen = None
     if limit is not None and _is_finite(batches):
         every = torch.cat([torch.empty(0, dtype=torch.int64), *(y for _, y in _pairs(batches))])
         chosen = subset(every, limit)
     x, y = _gathered(batches, chosen, limit)
-    x = check_examples(x, y)
+    remark = ""
     if every is not None and chosen is not None:
-        if bool((every[chosen] != y).any()):
-            warnings.warn(
+        remark = lacking_classes(every, chosen)
+        if not torch.equal(every[chosen], y):
+            remark = (
                 f"the loader has another order every time, so that the {len(y)} examples taken are "
-                "others for another model; give it shuffle=False",
-                stacklevel=3,
+                "others for another model; give it shuffle=False"
             )
-        elif lacking := lacking_classes(every, chosen):
-            warnings.warn(lacking, stacklevel=3)
     elif limit is not None and len(y) == limit:
-        warnings.warn(
+        remark = (
             f"the {len(y)} examples taken are the first of a stream, of the classes "
-            f"{', '.join(map(str, sorted(set(y.tolist()))))}; the rest may have others",
-            stacklevel=3,
+            f"{', '.join(map(str, sorted(set(y.tolist()))))}; the rest may have others"
         )
+    if remark:
+        warnings.warn(remark, stacklevel=3)
     position = torch.arange(len(y)) if chosen is None else chosen
+    x = check_examples(x, y)
     return {"x": x, "y": y, "index": torch.arange(len(y)), "position": position}
 
 
@@ -67,27 +66,27 @@ def _gathered(
     batches: Iterable[Any], chosen: Tensor | None, limit: int | None
 ) -> tuple[Tensor, Tensor]:
     """Images and labels at the chosen positions, or else the first ones."""
-    xs: list[Tensor] = []
-    ys: list[Tensor] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     count = 0
     for x, y in _pairs(batches):
         begin, count = count, count + len(x)
         if chosen is not None:
             rows = chosen[(chosen >= begin) & (chosen < count)] - begin
             x, y = x[rows], y[rows]
-        xs.append(x)
-        ys.append(y)
+        if len(x):
+            parts.append((x, y))
         if chosen is None and limit is not None and count >= limit:
             break
-    if count == 0:
+    if not parts:
         raise ConfigurationError("data has no examples")
-    shapes = {tuple(x.shape[1:]) for x in xs if len(x)}
+    xs, ys = zip(*parts, strict=True)
+    shapes = sorted({tuple(x.shape[1:]) for x in xs})
     if len(shapes) > 1:
         raise ConfigurationError(
-            f"all images must have one shape, got {', '.join(map(str, sorted(shapes)))}; resize or "
-            "crop them"
+            f"all images must have one shape, got {', '.join(map(str, shapes))}; resize or crop "
+            "them"
         )
-    return torch.cat([x for x in xs if len(x)])[:limit], torch.cat(ys)[:limit]
+    return torch.cat(xs)[:limit], torch.cat(ys)[:limit]
 
 
 def _is_finite(batches: Any) -> bool:
@@ -99,33 +98,10 @@ def _is_finite(batches: Any) -> bool:
 
 
 def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in _read(batches):
-        x = y = None
-        if isinstance(batch, Mapping):
-            x, y = batch.get("x"), batch.get("y")
-        elif isinstance(batch, tuple | list) and len(batch) >= 2:
-            x, y = batch[:2]
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            found = f"images of the shape {tuple(getattr(x, 'shape', ()))}"
-            if not isinstance(x, Tensor):
-                kind = type(batch if x is None else x).__name__
-                found = f"a {kind}; images need torchvision.transforms.ToTensor()"
-            raise ConfigurationError(
-                "data must be tensors (x, y) with x of the shape (N, C, H, W), a data set of "
-                "(image tensor, label), or a loader of such batches or of dicts with x and y, got "
-                f"{found}"
-            )
-        try:
-            labels = torch.as_tensor(y).detach().cpu()
-        except (TypeError, ValueError, RuntimeError):
-            raise ConfigurationError(f"labels must be whole numbers, got {y!r:.80}") from None
-        yield x.detach().cpu(), as_labels(labels)
-
-
-def _read(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches; an error while reading them becomes one line."""
+    """Images and labels of every batch; an error of a reader becomes one line."""
     try:
-        yield from batches
+        for batch in batches:
+            yield _pair(batch)
     except UserError:
         raise
     except Exception as error:  # foreign code fails in any way
@@ -136,11 +112,34 @@ def _read(batches: Iterable[Any]) -> Iterator[Any]:
         ) from error
 
 
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    x = y = None
+    if isinstance(batch, Mapping):
+        x, y = batch.get("x"), batch.get("y")
+    elif isinstance(batch, tuple | list) and len(batch) >= 2:
+        x, y = batch[:2]
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        found = f"images of the shape {tuple(getattr(x, 'shape', ()))}"
+        if not isinstance(x, Tensor):
+            kind = type(batch if x is None else x).__name__
+            found = f"a {kind}; images need torchvision.transforms.ToTensor()"
+        raise ConfigurationError(
+            "data must be tensors (x, y) with x of the shape (N, C, H, W), a data set of "
+            "(image tensor, label), or a loader of such batches or of dicts with x and y, got "
+            f"{found}"
+        )
+    try:
+        labels = torch.as_tensor(y).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigurationError(f"labels must be whole numbers, got {y!r:.80}") from None
+    return x.detach().cpu(), as_labels(labels)
+
+
 def check_examples(x: Tensor, y: Tensor) -> Tensor:
-    """Images in float32 and [0, 1], outside of which rounding errors are clamped.
+    """Images in float32; values outside [0, 1] by no more than rounding are clamped.
 
     Raises:
-        ConfigurationError: With what was found and what to do about it.
+        ConfigurationError: For images of another shape, type or range.
     """
     if x.ndim != 4 or len(x) != len(y) or x.numel() == 0:
         raise ConfigurationError(
@@ -183,10 +182,8 @@ def as_labels(y: Tensor) -> Tensor:
 
 
 def _remedy(x: Tensor, low: float, high: float) -> str:
-    """What the range of the pixels suggests, and what to do about it."""
-    resampled = (
-        "resampling (bicubic, Lanczos) overshoots by as much: clamp images to [0, 1] after resizing"
-    )
+    """What to do about pixels of this range."""
+    resampled = "resampling (bicubic, Lanczos) overshoots: clamp images to [0, 1] after resizing"
     if low < -OVERSHOOT or (low < 0.0 and high > 1.0 + OVERSHOOT):
         return (
             "they look normalised: take the normalisation out of the loader and put it in "

@@ -1,9 +1,8 @@
-"""Outcomes kept as they come, from which a killed evaluation resumes.
+"""A journal of outcomes, from which a killed evaluation resumes.
 
-One file for each step and chunk of examples, written under a temporary name and renamed. Files are
-found by what decides their content (weights, scores of the model, code of the attacks, data, seed,
-settings, which examples), so nothing stale is ever read, and a suite with one more attack finds
-everything else done.
+One file for each step and chunk of examples, written atomically and found by what decides its
+content: weights and scores of the model, code of the attacks, data, seed, settings, examples. So
+no outdated file is read, and a suite with one more attack runs only that one.
 """
 
 import hashlib
@@ -42,7 +41,7 @@ class Journal:
     """The outcomes of one model on one set of examples; nothing is kept until it is opened.
 
     Args:
-        folder: Where journals of all models are kept; ``None`` keeps nothing.
+        folder: Of the journals of all models; ``None`` keeps nothing.
         identity: Plain values that decide every outcome: see :func:`identity_of`.
 
     Raises:
@@ -66,21 +65,20 @@ class Journal:
             ) from error
 
     def chosen(self, signature: Columns) -> str | None:
-        """The name of the folder of a function, by :mod:`common.evaluation.signature`.
+        """The folder's name for a function with this :mod:`common.evaluation.signature`.
 
-        Two functions with the same weights have folders beside each other.
+        Functions with the same weights and other signatures get numbered folders.
         """
         if self._base is None:
             return None
         for number in itertools.count():
             folder = self._base.with_name(f"{self._base.name}{f'-{number}' if number else ''}")
-            path = folder / _FUNCTION
+            path, kept = folder / _FUNCTION, Columns()
             try:
                 kept = _arrays(path)
             except Exception:  # a damaged archive fails at any depth of its reader
-                if folder.exists() and any(folder.glob("*.npz")):
+                if any(folder.glob("*.npz")):
                     continue
-                kept = {}
             if is_same(kept, signature):
                 break
         folder.mkdir(exist_ok=True)
@@ -103,7 +101,7 @@ class Journal:
         return self.folder / f"{name}-{_digest(step.key + settings + examples)}.npz"
 
     def read(self, step: Step, index: Tensor) -> tuple[Columns, float] | None:
-        """What was found out earlier, and in how many seconds; a damaged file is set aside."""
+        """Earlier outcomes and their seconds; a damaged file is deleted."""
         path = self.path(step, index)
         if path is None or not path.is_file():
             return None
@@ -122,10 +120,10 @@ class Journal:
         return arrays, seconds
 
     def write(self, step: Step, index: Tensor, columns: Columns, seconds: float) -> None:
-        """Keep what was found out.
+        """Keep outcomes.
 
         Raises:
-            RunDirectoryError: If it cannot be written.
+            RunDirectoryError: If they cannot be written.
         """
         path = self.path(step, index)
         if path is None:
@@ -140,13 +138,9 @@ class Journal:
 
 
 def identity_of(model: nn.Module, examples: Batch, seed: int, settings: Any = None) -> Any:
-    """What decides the outcomes of every step, as plain values.
+    """Plain values that decide the outcomes of every step, beside the function's signature.
 
-    Args:
-        model: Its weights count; what else it computes with is up to its signature.
-        examples: All of them.
-        seed: Of the attacks.
-        settings: What else may decide an outcome, such as its configuration.
+    ``settings`` is what else may decide them, such as a digest of the configuration.
     """
     data = hashlib.sha256()
     for key in ("index", "y", "x"):
@@ -179,7 +173,7 @@ def _arrays(path: Path) -> Columns:
 
 @cache
 def _code_digest() -> str:
-    """Digest of the source files of the attacks, of their judgement and of its description."""
+    """Digest of the source files of attacks and evaluation."""
     folders = [*common.attacks.__path__, *common.evaluation.__path__]
     files = sorted(path for folder in folders for path in Path(folder).rglob("*.py"))
     files.append(Path(lines.__file__))

@@ -1,7 +1,6 @@
-"""What is worth knowing about a network beside its accuracies: how smooth it is, what it costs.
+"""Numbers of a network beside its accuracies: how smooth it is, and what it costs.
 
-A measure is a number per image, averaged over the split; the means go to the results beside the
-accuracies. Papers add their own by deriving from :class:`Measure`.
+A measure gives numbers per image; their means over the split go to the results.
 """
 
 from abc import ABC, abstractmethod
@@ -26,21 +25,11 @@ class Measure(Settings, ABC):
 
     @abstractmethod
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
-        """By name, one number per image, ``(N,)``; gradients are available.
-
-        Args:
-            model: In evaluation mode.
-            batch: ``x``, ``y``, ``index``.
-            random: Random numbers of these images.
-        """
+        """By name, one number per image, ``(N,)``; the model is in evaluation mode."""
 
 
 class AttackMeasure(Measure):
-    """Numbers per image that depend on an adversarial image x'.
-
-    Args:
-        attack: Makes x'.
-    """
+    """Numbers per image that depend on the image x' of an attack."""
 
     def __init__(self, attack: PGD) -> None:
         self.attack = attack
@@ -51,16 +40,15 @@ class AttackMeasure(Measure):
 
 
 class LocalSmoothness(AttackMeasure):
-    r"""How far and how fast the output moves under an attack on cross-entropy.
+    r"""How much the output changes under an attack on cross-entropy.
 
-    - ``stability``: 1 where the prediction for x' is that for x, whether right or wrong.
+    - ``stability``: 1 where the predictions for x and x' are equal.
     - ``lipschitz``: :math:`\|f(x) - f(x')\|_1 / \|x - x' + 10^{-6}\|_\infty` with logits f (Yang et
       al. 2020, "A closer look at accuracy vs. robustness"); the constant is added to every
       coordinate of the difference.
     - ``fosc``: :math:`\epsilon \|g\|_1 - \langle x' - x, g \rangle` with g the gradient of the
       loss at x' (first-order stationary condition, Wang et al. 2019, Eq. (5)): 0 where x' is the
-      best point of the ball as far as the gradient tells, never negative inside the ball. For
-      ``linf`` attacks only.
+      best point of the ball as far as the gradient tells; for ``linf`` attacks only.
     """
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
@@ -83,7 +71,7 @@ class LocalSmoothness(AttackMeasure):
 
 
 def measure_steps(measures: Mapping[str, Measure]) -> list[Step]:
-    """Measures as steps of an evaluation, over all examples."""
+    """Measures as steps over all examples."""
     return [
         Step(f"measure_{name}", f"measure_{name}", measure, measure.settings(), "all", kind="probe")
         for name, measure in measures.items()
@@ -91,7 +79,7 @@ def measure_steps(measures: Mapping[str, Measure]) -> list[Step]:
 
 
 def means(outcomes: Outcomes, measures: Mapping[str, Measure]) -> dict[str, float]:
-    """The mean of every number that the measures gave, by its own name.
+    """The mean of every number that the measures gave, by name.
 
     Raises:
         ValueError: If two measures give the same name.
@@ -106,14 +94,10 @@ def means(outcomes: Outcomes, measures: Mapping[str, Measure]) -> dict[str, floa
 
 
 def cost(model: nn.Module, image: Tensor) -> dict[str, float]:
-    """What a network costs: ``parameters``, and ``macs`` of one image.
+    """``parameters`` of a network, and ``macs`` of one image ``(C, H, W)`` on its device.
 
     Multiply-accumulates are those of convolutions and matrix products, as papers count them. They
-    are left out for a model whose operations cannot be recorded, and both for a plain function.
-
-    Args:
-        model: Images to logits.
-        image: One of them, ``(C, H, W)``, on the model's device.
+    are missing for a model whose operations cannot be recorded, and both for a function.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if not parameters:

@@ -1,11 +1,11 @@
-"""The check of a model before an evaluation: what would falsify every figure.
+"""The check of a model before an evaluation: what would make every result meaningless.
 
-It takes a few forward passes, of copies, so that the model stays as it is.
+It takes a few forward passes of copies, so the model stays as it is.
 """
 
+import itertools
 import math
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from common.errors import ConfigurationError
 from common.evaluation.history import changed, copied, is_close, state_of
 from common.evaluation.measures import cost
 from common.modes import frozen
-from common.objectives import Batch
+from common.objectives import Batch, InnerLoss
 
 TOLERANCE = 1e-4
 """Scores that differ by less than this share of the largest are the same."""
@@ -34,15 +34,17 @@ class Checked:
     """What is known of a model before it is attacked.
 
     Args:
-        classes: How many scores it gives.
+        classes: Number of scores per image.
         has_gradient: Whether its scores or a loss can be differentiated by the images.
         state: What depends on earlier calls, as a sentence; empty if nothing does.
+        suspicions: Reasons to doubt the results, as sentences.
         cost: ``parameters`` and ``macs``, see :func:`common.evaluation.measures.cost`.
     """
 
     classes: int
     has_gradient: bool = True
     state: str = ""
+    suspicions: tuple[str, ...] = ()
     cost: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
@@ -55,23 +57,16 @@ def check_model(
     batch_size: int = IMAGES,
     device: torch.device | None = None,
 ) -> Checked:
-    """Find out in a few passes what would falsify every figure; warns of what is suspicious.
-
-    Args:
-        model: Images to logits; left as it is.
-        examples: ``x`` and ``y``.
-        num_classes: How many classes the data have, where that is known.
-        is_random_expected: Whether attacks average over a random forward pass.
-        batch_size: How many images attacks pass together.
-        device: Where to compute.
+    """Check a model, which is left as it is, in a few passes on ``device``.
 
     Raises:
         ConfigurationError: For modules in training mode, another number of classes, probabilities
             instead of logits, other outputs than ``(N, K)``, half precision, scores that are not
-            finite on any image.
+            finite on any image, predictions that depend on other images of a batch.
     """
     _check_parameters(model)
     x, y = examples["x"][:IMAGES].to(device), examples["y"]
+    suspicions = []
     with torch.inference_mode(False):
         used = _Trial(model)
         logits = _first(used, x)
@@ -80,7 +75,7 @@ def check_model(
             raise ConfigurationError(
                 "the model has lazy layers without weights; load its weights, or call it once"
             )
-        check_modes(model, x)
+        _check_modes(model, x)
         if not torch.isfinite(logits).all(dim=1).any():
             raise ConfigurationError(
                 "the model's logits contain NaN or infinity for every clean image; where it masks "
@@ -88,11 +83,10 @@ def check_model(
             )
         is_random, state = _repeats(model, used, x, logits)
         if is_random and not is_random_expected:
-            warnings.warn(
+            suspicions.append(
                 "two forward passes over the same images differ: the model draws random numbers. "
                 "Attack it through their expectation (eot: 20 in the suite's entries, AutoAttack "
-                "version rand), or its robustness is overestimated",
-                stacklevel=3,
+                "version rand), or its robustness is overestimated"
             )
         if not is_random and not state:
             _check_alone(used, x, examples["x"][:batch_size].to(device))
@@ -100,29 +94,21 @@ def check_model(
         has_gradient = _has_gradient(_Trial(model), batch, classes)
         with seeded(0, x.device):
             found = cost(_Trial(model).model, x[0].clone())
-    _check_accuracy(logits, y[: len(x)], classes)
+    suspicions += _at_chance(logits, y[: len(x)], classes)
     state = "" if is_random_expected else state
-    return Checked(classes, has_gradient, state, found)
+    return Checked(classes, has_gradient, state, tuple(suspicions), found)
 
 
-def check_modes(model: nn.Module, x: Tensor) -> None:
-    """Find modules that compute something else, or move their buffers, in training mode.
-
-    Raises:
-        ConfigurationError: Naming them.
-    """
+def _check_modes(model: nn.Module, x: Tensor) -> None:
+    """Refuse modules that compute something else, or move their buffers, in training mode."""
     awake = [name for name, module in model.named_modules() if module.training]
     if not awake:
         return
     expected = _Trial(model)(x)
     if not _acts(model, awake, x, expected):
         return
-    names = []
-    for name in awake:
-        if _acts(model, [name], x, expected):
-            names.append(name or type(model).__name__)
-        if len(names) > 5:
-            break
+    acting = (name for name in awake if _acts(model, [name], x, expected))
+    names = [name or type(model).__name__ for name in itertools.islice(acting, 6)]
     raise ConfigurationError(
         f"layers of the model are in training mode ({', '.join(names[:5]) or 'all together'}"
         f"{', ...' if len(names) > 5 else ''}), so predictions would depend on the batch or on "
@@ -133,17 +119,16 @@ def check_modes(model: nn.Module, x: Tensor) -> None:
 def _acts(model: nn.Module, names: list[str], x: Tensor, expected: Tensor) -> bool:
     """Whether training mode of these modules changes scores or buffers of one pass."""
     trial = _Trial(model)
-    modules = dict(trial.model.named_modules())
     before = {name: buffer.clone() for name, buffer in trial.model.named_buffers()}
     for name in names:
-        modules[name].training = True
+        trial.model.get_submodule(name).training = True
     try:
         found = trial(x)
     except ValueError:  # batch-norm refuses a single value per channel
         return True
     after = dict(trial.model.named_buffers())
-    moved = any(not _same(before[name], after[name]) for name in before)
-    return moved or not _same(found, expected)
+    pairs = [(found, expected), *((before[name], after[name]) for name in before)]
+    return not all(_same(one, other) for one, other in pairs)
 
 
 class _Trial:
@@ -177,9 +162,6 @@ def _first(used: _Trial, x: Tensor) -> Any:
             f"the model cannot take images of shape {'x'.join(map(str, x.shape[1:]))} "
             f"(channels x height x width) as float32 on {x.device}: {lines[0]}"
         ) from error
-
-
-# -------------------------------------------------------------------------------- chance and state
 
 
 def _repeats(model: nn.Module, used: _Trial, x: Tensor, first: Tensor) -> tuple[bool, str]:
@@ -224,34 +206,25 @@ def _check_alone(used: _Trial, x: Tensor, chunk: Tensor) -> None:
         )
 
 
-# ------------------------------------------------------------------------------ gradient and scores
-
-
 def _has_gradient(trial: _Trial, batch: Batch, classes: int) -> bool:
     """Whether scores, or a loss that the model declares, can be differentiated by the images.
 
-    A gradient that is zero is one: attacks notice it, and what they report is no evidence then.
+    A zero gradient counts as one: attacks notice it and report that they are no evidence.
     """
-    leaf = batch["x"].clone().requires_grad_()
-    with frozen(trial.model), torch.enable_grad(), seeded(0, leaf.device):
-        try:
-            logits = trial.model(leaf.clone())
-            weights = torch.arange(1, classes + 1, device=leaf.device).cos()
-            (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf, allow_unused=True)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError):  # no_grad, inference mode, numpy
-            gradient = None
-        if gradient is not None:
-            return True
-        if not hasattr(trial.model, "adaptive_losses"):
-            return False
-        declared: Any = trial.model
-        for inner in declared.adaptive_losses().values():
+    x = batch["x"]
+    weights = torch.arange(1, classes + 1, device=x.device).cos()
+    model: Any = trial.model
+    losses: list[InnerLoss] = [lambda m, _: lambda x: (m(x.clone()) * weights).sum(dim=1)]
+    if hasattr(model, "adaptive_losses"):
+        losses += model.adaptive_losses().values()
+    with frozen(model), torch.enable_grad(), seeded(0, x.device):
+        for inner in losses:
             try:
-                input_gradient(inner(trial.model, batch), batch["x"].clone())
+                input_gradient(inner(model, batch), x.clone())
                 return True
-            except (RuntimeError, TypeError, ValueError):
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError):  # no_grad, inference mode, numpy
                 continue
     return False
 
@@ -295,14 +268,13 @@ def _check_logits(logits: Any, n: int, y: Tensor, num_classes: int | None) -> in
     return classes
 
 
-def _check_accuracy(logits: Tensor, y: Tensor, classes: int) -> None:
-    """Warn where the model may be fed something other than it was trained on."""
+def _at_chance(logits: Tensor, y: Tensor, classes: int) -> Iterator[str]:
+    """Whether the model may expect other images than it gets, as a sentence."""
     right = int((classify(logits).cpu() == y).sum())
     chance, n = 1.0 / classes, len(y)
     if n >= 32 and right <= n * chance + 2.0 * math.sqrt(n * chance * (1.0 - chance)):
-        warnings.warn(
+        yield (
             f"only {right} of the first {n} clean images are classified correctly, which is about "
             "chance; does the model expect normalised images (put Normalize(mean=..., std=...) in "
-            "front of it) or another order of the classes?",
-            stacklevel=4,
+            "front of it) or another order of the classes?"
         )

@@ -1,6 +1,6 @@
 """Any model in the form that attacks need, and the models of finished runs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # Lightning is imported where a run is loaded, not before
 class Victim(nn.Module):
     """A network with the losses that an attacker with its logits can climb.
 
+    Anything with a method ``adaptive_losses`` (name to (model, batch) -> (x' -> loss)) declares
+    what an attacker who knows it would climb; the model passed to them is the network.
+
     Args:
         net: Images in [0, 1], ``(N, C, H, W)``, to logits ``(N, K)``.
         num_classes: K; the loss ``dlr_f`` exists from three classes on.
@@ -42,11 +45,7 @@ class Victim(nn.Module):
         return logits
 
     def adaptive_losses(self) -> dict[str, InnerLoss]:
-        """Cross-entropy, margin and difference of logits ratio; the network's own where it has.
-
-        Anything with a method ``adaptive_losses`` (name to (model, batch) -> (x' -> loss)) declares
-        what an attacker who knows it would climb; the model passed to them is the network.
-        """
+        """Cross-entropy, margin and difference of logits ratio."""
         losses = {"ce_f": on_logits(cross_entropy), "cw_f": on_logits(hinge_margin)}
         if self.num_classes >= 3:
             losses["dlr_f"] = on_logits(dlr)
@@ -58,27 +57,11 @@ def as_victim(model: nn.Module, num_classes: int) -> nn.Module:
     return model if hasattr(model, "adaptive_losses") else Victim(model, num_classes)
 
 
-class Function(nn.Module):
-    """A plain function as a module without parameters.
-
-    Args:
-        function: Images in [0, 1], ``(N, C, H, W)``, to logits ``(N, K)``.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)``."""
-        return self.function(x)
-
-
 def as_module(model: Any) -> nn.Module:
-    """The model itself, or a module around a plain function.
+    """The model itself, or a module without parameters around a function.
 
     Raises:
-        ConfigurationError: If it is neither, or a class of which there is no instance yet.
+        ConfigurationError: If it is neither, or a class.
     """
     if isinstance(model, nn.Module):
         return model
@@ -91,19 +74,17 @@ def as_module(model: Any) -> nn.Module:
             f"the model must be an nn.Module or a function from images (N, C, H, W) to logits "
             f"(N, K), got {what}; make the network first"
         )
-    return Function(model)
+    module = nn.Module()
+    module.forward = model
+    return module
 
 
 @contextmanager
 def adapted(model: nn.Module, *, has_gradient: bool = True) -> Iterator[None]:
-    """Let a model be called in the way attacks call one, until the end of the block.
+    """Within the block, the model gets copies of its images and its scores become float32.
 
-    It gets a copy of its images, since it may write into them, and its scores become float32.
-
-    Args:
-        model: Called as ``model(x)``.
-        has_gradient: If it has none, images are detached and scores copied, so that numpy and
-            inference mode inside do not get in the way.
+    Without a gradient, images are detached and scores copied, so that models which use numpy or
+    inference mode can be called.
     """
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -121,20 +102,11 @@ def adapted(model: nn.Module, *, has_gradient: bool = True) -> Iterator[None]:
             return logits if has_gradient else logits.clone()
         return logits.to(torch.float32, copy=not has_gradient)
 
-    handles = [
+    with (
         model.register_forward_pre_hook(before, prepend=True),
         model.register_forward_hook(after, prepend=True),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def class_names(names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
-    """The names, or numbers where there are none."""
-    return names if names is not None else [str(label) for label in range(num_classes)]
 
 
 def load_run(
@@ -152,7 +124,7 @@ def load_run(
     Raises:
         RunDirectoryError: If there is no run, or its configuration is damaged.
         CheckpointError: If the checkpoint is missing, damaged or of other settings.
-        ConfigurationError: If the configuration names what it must not name.
+        ConfigurationError: If the configuration names something forbidden.
     """
     file = Path(run) / "config.yaml"
     if not file.is_file():
@@ -170,7 +142,7 @@ def load_run(
     check_package(made["package"], class_paths(config), [str(file)])
     given = {"package": made["package"], "experiment": config.get("experiment")}
     check_evaluated(made, given | decisive(config), path)
-    # Initial weights are drawn and then replaced: the caller's random state stays.
+    # Initial weights are drawn and then replaced; the random state stays.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         built = build_sections({name: config[name] for name in ("model", "data")}, file)
     built.model.load_state_dict(found["state_dict"])
@@ -178,14 +150,10 @@ def load_run(
 
 
 def build_sections(sections: Mapping[str, Any], file: Path) -> Any:
-    """Build the classifier ``model`` and the data module ``data`` from plain values.
-
-    Args:
-        sections: One or both.
-        file: Where they were read, for messages.
+    """Build the classifier ``model`` and the data module ``data``, or one of them, of a file.
 
     Raises:
-        ConfigurationError: If a value is of another kind, or names what it must not name.
+        ConfigurationError: If a value is of another kind, or names something forbidden.
     """
     from common.classifier import RobustClassifier
     from common.data.images import ImageDataModule

@@ -12,40 +12,33 @@ from common.evaluation.drawing import (
     confusion_matrix,
     per_class_bars,
 )
-from common.evaluation.models import class_names
 from common.results.lines import Outcomes
 from common.results.outcomes import counts_as_attack, positions
-from common.results.schema import AttackResult, CheckpointResult
+from common.results.schema import CheckpointResult
 
 _AXES = {"eps": "eps", "steps": "steps", "level": "noise level"}
 
 
 def draw(
-    result: CheckpointResult,
-    outcomes: Outcomes,
-    x: Tensor,
-    names: Sequence[str] | None = None,
+    result: CheckpointResult, outcomes: Outcomes, x: Tensor, names: Sequence[str] | None = None
 ) -> dict[str, Figure]:
     """All pictures that the outcomes allow, by name.
 
-    Args:
-        result: The figures, as they are filed.
-        outcomes: Of every example.
-        x: The clean images, ``(N, C, H, W)``, in the order of the outcomes.
-        names: Of the classes.
+    ``x`` are the clean images, ``(N, C, H, W)``, in the order of the outcomes; ``names`` those of
+    the classes.
     """
     classes = len(result["clean"]["per_class"])
-    labels = class_names(names, classes)[:classes]
+    names = names or [str(label) for label in range(classes)]
     pictures = curves(result)
     if "worst" in result["metrics"]:
         rows = torch.tensor(positions(result, "worst"))  # all bars are about the same examples
-        pictures["per_class"] = _bars(result, outcomes, rows, labels)
+        pictures["per_class"] = _bars(result, outcomes, rows, names[:classes])
         pictures["confusion"] = confusion_matrix(
             _confusion(outcomes, classes, rows).numpy(),
-            labels,
+            names[:classes],
             "under the attack that broke it first",
         )
-    if grid := _examples(outcomes, x, labels):
+    if grid := _examples(outcomes, x, names):
         pictures["examples"] = grid
     return pictures
 
@@ -53,7 +46,7 @@ def draw(
 def _bars(
     result: CheckpointResult, outcomes: Outcomes, rows: Tensor, labels: Sequence[str]
 ) -> Figure:
-    """Accuracy by class: clean, under the two strongest attacks that met these rows, at worst."""
+    """Accuracy by class on these rows: clean, under the two strongest attacks, at worst."""
     bars = {"clean": outcomes.correct["clean"]}
     counted = [name for name, attack in result["attacks"].items() if counts_as_attack(attack)]
     for name in sorted(counted, key=lambda name: _mean(outcomes.correct[name][rows]))[:2]:
@@ -69,38 +62,35 @@ def _bars(
 
 def curves(result: CheckpointResult) -> dict[str, Figure]:
     """Accuracy against radius, steps or noise level, for every sweep; from a result file alone."""
-    points: dict[tuple[str, str], dict[str, dict[float, AttackResult]]] = {}
-    total = result["examples"]
-    for name, attack in result["attacks"].items():
+    points: dict[tuple[str, str], dict[str, dict[float, str]]] = {}
+    attacks = result["attacks"]
+    for name, attack in attacks.items():
         axes = [axis for axis in attack["at"] if axis in _AXES]
         if len(axes) != 1 or attack["at"].get("draw"):
             continue
         parts = name.split("/")
-        entry = "noise" if attack["kind"] == "noise" else parts[0]
-        label = parts[0] if attack["kind"] == "noise" or "=" in parts[1] else parts[1]
-        if attack["examples"] < total:
+        is_noise = attack["kind"] == "noise"
+        label = parts[0] if is_noise or "=" in parts[1] else parts[1]
+        if attack["examples"] < result["examples"]:
             label += f", {attack['examples']} images"
-        lines = points.setdefault((entry, axes[0]), {})
-        lines.setdefault(label, {})[float(attack["at"][axes[0]])] = attack
+        lines = points.setdefault(("noise" if is_noise else parts[0], axes[0]), {})
+        lines.setdefault(label, {})[float(attack["at"][axes[0]])] = name
     pictures = {}
     for (entry, axis), lines in points.items():
         xs = sorted({at for line in lines.values() for at in line})
-        series, bands = {}, {}
+        series: dict[str, list[float]] = {label: [] for label in lines}
+        bands: dict[str, list[tuple[float, float]]] = {label: [] for label in lines}
         for label, line in lines.items():
-            series[label] = [_share(line.get(at)) for at in xs]
-            bands[label] = [_interval(result, line.get(at)) for at in xs]
+            for at in xs:
+                share, low, high = float("nan"), float("nan"), float("nan")
+                if at in line:
+                    attack = attacks[line[at]]
+                    share = attack["correct"] / attack["examples"]
+                    low, high = result["intervals"][line[at]]
+                series[label].append(share)
+                bands[label].append((low, high))
         pictures[f"{entry}_{axis}"] = accuracy_curve(xs, series, _AXES[axis], intervals=bands)
     return pictures
-
-
-def _share(attack: AttackResult | None) -> float:
-    return float("nan") if attack is None else attack["correct"] / attack["examples"]
-
-
-def _interval(result: CheckpointResult, attack: AttackResult | None) -> tuple[float, float]:
-    name = next((name for name, other in result["attacks"].items() if other is attack), None)
-    low, high = result["intervals"][name] if name else (float("nan"), float("nan"))
-    return low, high
 
 
 def _mean(correct: Tensor) -> float:
@@ -108,7 +98,7 @@ def _mean(correct: Tensor) -> float:
 
 
 def _fell_to(outcomes: Outcomes) -> tuple[Tensor, Tensor]:
-    """Which examples fell within the threat model, and what they were then taken for."""
+    """Which examples fell within the threat model, and their prediction in the first break."""
     predicted = outcomes.columns["clean"]["predicted"].clone()
     fell = torch.zeros_like(outcomes.correct["clean"])
     for key, line in outcomes.lines.items():
@@ -121,37 +111,36 @@ def _fell_to(outcomes: Outcomes) -> tuple[Tensor, Tensor]:
 
 
 def _confusion(outcomes: Outcomes, classes: int, rows: Tensor) -> Tensor:
-    """How often label i was taken for class j, ``(K, K)``; the first break of an example counts."""
-    predicted = _fell_to(outcomes)[1][rows]
-    size = max(classes, int(predicted.max()) + 1)
-    cells = torch.bincount(outcomes.y[rows] * size + predicted, minlength=size * size)
-    return cells.view(size, size)[:classes, :classes]
+    """How often label i was predicted as class j, ``(K, K)``; the first break counts."""
+    y, predicted = outcomes.y[rows], _fell_to(outcomes)[1][rows]
+    is_class = (predicted >= 0) & (predicted < classes)  # scores that are not finite give -1
+    cells = y[is_class] * classes + predicted[is_class]
+    return torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
 
-def _examples(outcomes: Outcomes, x: Tensor, labels: Sequence[str]) -> Figure | None:
+def _examples(outcomes: Outcomes, x: Tensor, names: Sequence[str]) -> Figure | None:
     """The smallest perturbation found for each of the first examples that fell."""
     norm = outcomes.threat.norm if outcomes.threat else "linf"
     best: dict[int, tuple[float, Tensor, int]] = {}
-    for key in outcomes.lines:
+    for key, line in outcomes.lines.items():
         columns = outcomes.columns[key]
-        if outcomes.lines[key].kind != "attack" or "x_adv" not in columns:
+        if line.kind != "attack" or "x_adv" not in columns:
             continue
         for place, row in enumerate(outcomes.pictured.tolist()):
-            distance = columns[norm][row].item()
-            is_broken = bool(outcomes.correct["clean"][row]) and (
-                columns["predicted"][row] != outcomes.y[row]
-            )
+            distance, predicted = columns[norm][row].item(), int(columns["predicted"][row])
+            is_broken = bool(outcomes.correct["clean"][row]) and predicted != outcomes.y[row]
             if is_broken and 0.0 < distance < best.get(row, (float("inf"),))[0]:
-                found = (distance, columns["x_adv"][place], int(columns["predicted"][row]))
-                best[row] = found
+                best[row] = distance, columns["x_adv"][place], predicted
     rows = sorted(best)[:8]
     if not rows:
         return None
+    distances, x_adv, predicted_adv = zip(*(best[row] for row in rows), strict=True)
     return adversarial_grid(
         x[rows],
-        torch.stack([best[row][1] for row in rows]),
+        torch.stack(x_adv),
         outcomes.y[rows],
-        torch.tensor([best[row][2] for row in rows]),
-        {norm: torch.tensor([best[row][0] for row in rows])},
-        labels,
+        outcomes.y[rows],
+        torch.tensor(predicted_adv),
+        names,
+        {norm: torch.tensor(distances)},
     )

@@ -1,8 +1,8 @@
 """Ready suites: ``quick``, ``autoattack``, ``audit`` and the protocols of papers, from YAML.
 
-The files in ``common/configs`` are overlays for the command line of a paper and serve any other
-model too. Where a length is the word ``threat``, or ``threat/10``, ``threat*2``, it follows the
-adversary that the evaluation is about; a number is used as written.
+The files in ``common/configs`` are overlays for the command line of a paper and suites for any
+other model. A length written ``threat``, ``threat/10`` or ``threat*2`` follows the threat model; a
+number is used as written.
 """
 
 import inspect
@@ -30,7 +30,7 @@ _WORD = re.compile(r"threat(?:\s*([*/])\s*(\d+(?:\.\d+)?))?")
 
 @dataclass
 class Suite:
-    """The attacks, the adversary they are about, and the checks for gradient masking if any."""
+    """The attacks, the adversary of the worst case, and the audit if there is one."""
 
     entries: Mapping[str, SuiteEntry]
     threat: Threat
@@ -38,7 +38,7 @@ class Suite:
 
 
 def ready_suites() -> list[str]:
-    """The names of all overlays that bring attacks or an audit."""
+    """The names of all overlays with attacks or an audit."""
     return sorted(
         path.stem
         for path in CONFIGS.glob("*.yaml")
@@ -47,13 +47,10 @@ def ready_suites() -> list[str]:
 
 
 def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | None = None) -> Suite:
-    """A suite by name or from a file with a section ``evaluation``.
+    """A suite by name or from a YAML file with a section ``evaluation``.
 
-    Args:
-        name: One of :func:`ready_suites`, or the path of a YAML file.
-        eps: Radius that ``threat`` means in it; by default that of its own threat model: its
-            ``threat``, or the ball of its first attack where all radii are numbers, else 8/255.
-        norm: Of that ball; by default the suite's own, else ``linf``.
+    By default ``eps`` and ``norm`` are those of the file's own threat model: its ``threat``, or the
+    ball of its first attack where all radii are numbers, else 8/255 in ``linf``.
 
     Raises:
         ConfigurationError: If there is no such suite, a setting in it is wrong or has no use here,
@@ -92,7 +89,6 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
 
 
 def _section(path: Path) -> dict[str, Any]:
-    """What a file says under ``evaluation``."""
     content = read_yaml(path)
     section = content.get("evaluation") if isinstance(content, dict) else None
     suite = section.get("suite") if isinstance(section, dict) else None
@@ -105,7 +101,7 @@ def _section(path: Path) -> dict[str, Any]:
 
 
 def chosen_threat(own: Threat | None, eps: float | str | None, norm: Norm | None) -> Threat:
-    """The threat model from what is given and, where nothing is, from the suite's own.
+    """The threat model of the given values; by default the suite's own.
 
     Raises:
         ConfigurationError: If a norm other than linf is given without a radius.
@@ -123,10 +119,10 @@ def chosen_threat(own: Threat | None, eps: float | str | None, norm: Norm | None
 
 
 def check_overlays(paths: Iterable[str | Path], threat: Threat | None) -> None:
-    """Refuse a ready suite among configuration files whose norm is not that of the threat model.
+    """Check that ready suites among configuration files have the norm of the threat model.
 
     Raises:
-        ConfigurationError: If there is one.
+        ConfigurationError: If one has another.
     """
     for path in map(Path, paths):
         if threat is None or path.resolve().parent != CONFIGS.resolve():
@@ -140,16 +136,13 @@ def check_overlays(paths: Iterable[str | Path], threat: Threat | None) -> None:
 
 
 def fill_threat(node: Any, threat: Threat | None, has_defaults: bool = False) -> None:
-    """Put numbers where a configuration says ``threat``, in place.
+    """Replace the word ``threat`` in a configuration by numbers, in place.
 
-    Args:
-        node: The configuration.
-        threat: The threat model.
-        has_defaults: Whether a parser has filled in defaults: then a norm that is the default was
-            not necessarily written, and follows the threat model.
+    With ``has_defaults`` a parser has filled in defaults: then a norm that is the default need not
+    have been written, and follows the threat model.
 
     Raises:
-        ConfigurationError: If it does and there is no threat model, or one of another norm.
+        ConfigurationError: If there is no threat model, or an attack has another norm.
     """
     for key, value in _items(node):
         if isinstance(value, str) and (found := _WORD.fullmatch(value.strip())):
@@ -184,12 +177,11 @@ def _has_word(node: Any) -> bool:
 
 
 def _follows(arguments: Any) -> bool:
-    """Whether the radius is that of the threat model."""
     return bool(arguments) and _WORD.fullmatch(str(arguments.get("eps"))) is not None
 
 
 def _take_norm(class_path: str, arguments: Any, threat: Threat, has_defaults: bool) -> None:
-    """Put an attack in the ball of the threat model into its norm."""
+    """Set the norm of an attack whose radius is that of the threat model."""
     has_choice, default = _norms_of(class_path)
     given = arguments.get("norm") if has_choice else default
     if given not in (None, threat.norm) and not (has_choice and has_defaults and given == default):
@@ -211,11 +203,9 @@ def _norms_of(class_path: str) -> tuple[bool, Norm | None]:
 
 
 def threat_of(evaluation: Any, adversary: Any = None) -> Threat | None:
-    """What a configuration is about: its threat, its suite's first ball, or its adversary's.
+    """The threat model of a configuration: its threat, its suite's first ball, or its adversary's.
 
-    Args:
-        evaluation: The section of that name.
-        adversary: The section of that name.
+    Arguments are the sections of these names.
     """
     given = evaluation.get("threat")
     if given:

@@ -1,4 +1,4 @@
-"""What an evaluation found: figures, the outcome of every example, and reasons for doubt."""
+"""The report of an evaluation: accuracies, the outcome of every example, reasons for doubt."""
 
 from dataclasses import dataclass, field
 
@@ -18,10 +18,13 @@ from common.results.schema import CheckpointResult
 class Evaluation:
     """What an evaluation found.
 
+    The properties ``robust...`` raise a ConfigurationError if there is no worst case; its message
+    says why.
+
     Args:
         result: As in a result file: see :mod:`common.results.outcomes`.
         outcomes: Of every example.
-        warnings: What looked suspicious, and what the figures do not say.
+        warnings: Reasons for doubt, as sentences.
         position: Where in the data the examples are, ``(N,)``.
         pictures: Drawn of the result, by name.
     """
@@ -47,47 +50,31 @@ class Evaluation:
         """Accuracy in the worst case over all attacks within the threat model.
 
         It is about the examples :attr:`robust_index`: those that met every one of these attacks.
-
-        Raises:
-            ConfigurationError: If there is no worst case; the message says why.
         """
-        self._check_worst()
-        return self.metrics["worst"]
+        return self._with_worst()["metrics"]["worst"]
 
     @property
     def robust(self) -> Tensor:
-        """Which of the examples :attr:`robust_index` withstood everything, bool ``(M,)``.
-
-        Raises:
-            ConfigurationError: As :attr:`robust_acc`.
-        """
-        self._check_worst()
-        return torch.tensor(outcome_bits(self.result, "worst"))
+        """Which of the examples :attr:`robust_index` withstood everything, bool ``(M,)``."""
+        return torch.tensor(outcome_bits(self._with_worst(), "worst"))
 
     @property
     def robust_index(self) -> Tensor:
-        """Positions in the data of the examples of the worst case, ``(M,)``.
+        """Positions in the data of the examples of the worst case, ``(M,)``."""
+        return self.position[positions(self._with_worst(), "worst")]
 
-        Raises:
-            ConfigurationError: As :attr:`robust_acc`.
-        """
-        self._check_worst()
-        return self.position[positions(self.result, "worst")]
-
-    def _check_worst(self) -> None:
+    def _with_worst(self) -> CheckpointResult:
         if "worst" not in self.metrics:
             reason = missing_worst(self.result["attacks"])
             raise ConfigurationError(reason or "there is no worst case: nothing was attacked")
+        return self.result
 
     @property
     def failed_checks(self) -> list[str]:
         """The checks of the audit that failed, as sentences."""
         checks = self.result["audit"]["checks"] if "audit" in self.result else []
-        return [
-            f"{check['question']} {check['detail']}"
-            for check in checks
-            if check["verdict"] == "fail"
-        ]
+        failed = [check for check in checks if check["verdict"] == "fail"]
+        return [f"{check['question']} {check['detail']}" for check in failed]
 
     def table(self) -> Table:
         """Accuracies with their intervals, for a terminal."""
@@ -106,7 +93,7 @@ class Evaluation:
         return table
 
     def _note(self, name: str) -> str:
-        """What to know of a row that does not count towards the worst case."""
+        """Why a row does not count towards the worst case."""
         attack = self.result["attacks"].get(name)
         if attack is None or attack["counts"]:
             return ""
@@ -116,24 +103,16 @@ class Evaluation:
             return " (outside: no ball)"
         return f" (outside: {attack['norm']} eps {attack['eps']:.5g})"
 
-    @property
-    def suspicions(self) -> list[str]:
-        """The warnings, and the checks of the audit that failed."""
-        return [*self.warnings, *(f"audit: {text}" for text in self.failed_checks)]
-
-    @property
-    def verdict(self) -> str:
-        """How many checks of the audit passed, as a sentence; empty without an audit."""
-        if "audit" not in self.result:
-            return ""
-        checks = [c for c in self.result["audit"]["checks"] if c["verdict"] != "not applicable"]
-        passed = sum(check["verdict"] == "pass" for check in checks)
-        return f"audit: {passed} of {len(checks)} checks passed"
-
     def __str__(self) -> str:
-        """The table, the verdict of the audit, and what to be suspicious of."""
+        """The table, the verdict of the audit, and reasons for doubt."""
         console = Console(width=100)
         with console.capture() as captured:
             console.print(self.table())
-        lines = [self.verdict, *(f"warning: {text}" for text in self.suspicions)]
-        return captured.get() + "".join(f"{line}\n" for line in lines if line)
+        lines = []
+        if "audit" in self.result:
+            verdicts = [check["verdict"] for check in self.result["audit"]["checks"]]
+            count = len(verdicts) - verdicts.count("not applicable")
+            lines.append(f"audit: {verdicts.count('pass')} of {count} checks passed")
+        lines += [f"warning: {text}" for text in self.warnings]
+        lines += [f"warning: audit: {text}" for text in self.failed_checks]
+        return captured.get() + "".join(f"{line}\n" for line in lines)

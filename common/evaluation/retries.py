@@ -1,14 +1,12 @@
-"""Second attempts at examples that withstood an attack for want of a gradient or of finite scores.
+"""Further attempts at examples whose gradient is unusable, and scores that are not finite.
 
-Every gradient attack of a suite runs through :func:`persisted`. An example that withstood it
-without a usable gradient, or with one that squashing distorts, is attacked again: through the
-scores before squashing, then through what the network cuts or rounds, and last by labels alone.
-Every attack runs through :func:`settled`, which keeps images with scores that are not finite.
-Success is always that of the network itself.
+An example that withstands a gradient attack without a usable gradient, or with one that squashing
+distorts, is attacked again: through the scores before squashing, then through what the network
+detaches or rounds, and last by labels only. Success is always judged by the network itself.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.attacks.decision import DecisionBased
+from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import margin
 from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
@@ -26,10 +25,11 @@ from common.evaluation.steps import in_ball, judged, predict
 from common.objectives import Batch, InnerLoss
 from common.results.lines import Columns, Threat
 
-Run = Callable[[Any, Batch, ExampleRandom], Columns]
+Run = Callable[[AttackEngine | None, Any, Batch, ExampleRandom], Columns]
+"""(engine, model, batch, random numbers) -> outcomes of an attack."""
 
 QUERIES = 500
-"""Labels per example of the last resort."""
+"""Labels per example of the attack by labels only."""
 SPREAD = 10.0
 """Between the largest and the smallest score that a loss gets to see; no softmax saturates."""
 UNDISTORTED = 0.99
@@ -38,31 +38,21 @@ UNDISTORTED = 0.99
 
 def persisted(
     run: Run,
-    plain: Run,
     inner: InnerLoss,
     threat: Threat | None,
+    engine: AttackEngine | None,
     model: Any,
     batch: Batch,
     random: ExampleRandom,
 ) -> Columns:
-    """An attack, and further ones on the examples that it had no usable gradient for.
+    """An attack that climbs ``inner``, and further ones on examples without a usable gradient.
 
-    Args:
-        run: The attack.
-        plain: The same attack without an engine.
-        inner: The loss that it climbs.
-        threat: The ball it keeps to.
-        model: Images to logits, in evaluation mode.
-        batch: The examples.
-        random: Their random numbers.
-
-    Returns:
-        The columns of the attack, and for examples that withstood ``run``, both bool ``(N,)``:
-        ``unmoved``, the loss has no finite gradient other than zero at x and where the attack
-        ended; ``distorted``, squashing turns the gradient of the margin where the attack ended.
+    Adds two columns, bool ``(N,)``, for examples that withstood the first attack: ``unmoved``, the
+    loss has no finite gradient other than zero at x and where the attack ended; ``distorted``,
+    squashing turns the margin's gradient where it ended.
     """
     again = random.of(torch.arange(len(batch["y"]), device=batch["y"].device))
-    columns = run(model, batch, random)
+    columns = run(engine, model, batch, random)
     unmoved = torch.zeros_like(batch["y"], dtype=torch.bool)
     distorted = unmoved.clone()
     rows = columns["correct"].nonzero().flatten()
@@ -72,20 +62,21 @@ def persisted(
         position = _before_squashing(model, batch["x"])
         if position is not None:
             distorted[rows] = _is_distorted(model, position, part, ends)
-        rows = (unmoved | distorted).nonzero().flatten()
         if "moved" in columns:
             columns["moved"] &= ~unmoved
-        columns = _attacked_again(
-            plain, inner, threat, position, model, batch, again, columns, rows
-        )
-        columns = _by_labels(threat, model, batch, again, columns, unmoved)
+        rows = (unmoved | distorted).nonzero().flatten()
+        columns = _attacked_again(run, inner, position, model, batch, again, columns, rows)
+        rows = (unmoved & columns["correct"]).nonzero().flatten()
+        if len(rows) > 0 and threat is not None:
+            attack = DecisionBased(threat.radius, threat.norm, QUERIES)
+            found = decided(attack, model, part_of(batch, rows), again.of(rows))
+            columns = _improved(columns, found, rows)
     return columns | {"unmoved": unmoved, "distorted": distorted}
 
 
 def _attacked_again(
-    plain: Run,
+    run: Run,
     inner: InnerLoss,
-    threat: Threat | None,
     position: int | None,
     model: nn.Module,
     batch: Batch,
@@ -96,36 +87,19 @@ def _attacked_again(
     """The columns with those rows replaced that the attack breaks through other gradients."""
     for is_bridged in (False, True):
         if len(rows) == 0:
-            return columns
+            break
         part = part_of(batch, rows)
         try:
             with seen_through(model, position, is_bridged):
-                found = plain(model, part, random.of(rows))
+                found = run(None, model, part, random.of(rows))
                 is_flat = ~_has_gradient(inner, model, part, found["x_adv"])
-        except Exception as error:  # foreign code fails in any way when it is run differently
+        except Exception as error:  # foreign code can fail in any way when it is run differently
             if not is_bridged or isinstance(error, torch.OutOfMemoryError):
                 raise
             break
         columns = _improved(columns, found, rows)
         rows = rows[found["correct"] & is_flat]
     return columns
-
-
-def _by_labels(
-    threat: Threat | None,
-    model: nn.Module,
-    batch: Batch,
-    random: ExampleRandom,
-    columns: Columns,
-    unmoved: Tensor,
-) -> Columns:
-    """The columns after an attack by labels alone on unmoved examples that still stand."""
-    rows = (unmoved & columns["correct"]).nonzero().flatten()
-    if len(rows) == 0 or threat is None:
-        return columns
-    attack = DecisionBased(threat.radius, threat.norm, QUERIES)
-    found = decided(attack, model, part_of(batch, rows), random.of(rows))
-    return _improved(columns, found, rows)
 
 
 def _improved(columns: Columns, found: Columns, rows: Tensor) -> Columns:
@@ -136,16 +110,13 @@ def _improved(columns: Columns, found: Columns, rows: Tensor) -> Columns:
 
 
 def decided(attack: DecisionBased, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
-    """What a decision-based attack achieves."""
+    """Outcomes of a decision-based attack."""
     x, threat = batch["x"], Threat(attack.norm, attack.eps)
     x_adv = attack(lambda x: predict(model, x), x, batch["y"], random)
     found = judged(model, batch, x_adv, threat)["correct"].logical_not()
     x_adv = torch.where(found.view(-1, *[1] * (x.ndim - 1)), x_adv, x)  # the nearest may be outside
     columns = judged(model, batch, x_adv, threat)
     return columns | {"moved": torch.ones_like(columns["correct"])}  # it searched the whole ball
-
-
-# -------------------------------------------------------------------------------- what is usable
 
 
 def _has_gradient(inner: InnerLoss, model: Any, batch: Batch, ends: Tensor) -> Tensor:
@@ -158,27 +129,20 @@ def _has_gradient(inner: InnerLoss, model: Any, batch: Batch, ends: Tensor) -> T
 
 def _is_distorted(model: nn.Module, position: int, batch: Batch, x: Tensor) -> Tensor:
     """Whether squashing turns the margin's gradient, bool ``(N,)``; a vanishing one counts."""
-    y = batch["y"]
-
-    def scores(x: Tensor) -> tuple[Tensor, Tensor]:
-        output, found = _recorded(model, x)
-        return margin(output, y), margin(found[position], y)
-
+    gradients = []
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        gradients = [
-            torch.autograd.grad(value.sum(), x, retain_graph=True)[0].flatten(1)
-            if value.requires_grad
-            else torch.zeros_like(x).flatten(1)
-            for value in scores(x)
-        ]
+        output, found = _recorded(model, x)
+        for scores in (output, found[position]):
+            value = margin(scores, batch["y"])
+            gradient = torch.zeros_like(x)
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=True)
+            gradients.append(gradient.flatten(1))
     # Scaled first: the squares of a saturated gradient underflow.
     squashed, raw = (F.normalize(g, torch.inf, eps=1e-45) for g in gradients)
     cosine = F.cosine_similarity(squashed, raw)
     return ~(cosine >= UNDISTORTED) & raw.any(dim=1)
-
-
-# --------------------------------------------------------------------- scores before squashing
 
 
 class _Recorder(TorchFunctionMode):
@@ -201,15 +165,17 @@ class _Recorder(TorchFunctionMode):
         return out
 
 
-def _recorded(model: nn.Module, x: Tensor, classes: int | None = None) -> tuple[Tensor, Any]:
-    """Scores, and the tensors of their shape on the way to them."""
-    if classes is None:
-        with torch.no_grad():
-            classes = model(x[:1]).shape[1]
+def _recorded(
+    model: Callable[[Tensor], Tensor], x: Tensor, *around: AbstractContextManager[Any]
+) -> tuple[Tensor, list[Tensor]]:
+    """Scores of a pass inside the contexts, and the tensors of their shape on the way to them."""
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
     recorder = _Recorder(len(x), classes)
-    with eager(), recorder:
-        output: Tensor = model(x)
-    return output, recorder.found
+    with ExitStack() as stack:
+        for context in (eager(), *around, recorder):
+            stack.enter_context(context)
+        return model(x), recorder.found
 
 
 @torch.no_grad()
@@ -230,15 +196,12 @@ def _before_squashing(model: nn.Module, x: Tensor) -> int | None:
 
 @contextmanager
 def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> Iterator[None]:
-    """Forward passes that are to be differentiated return scores an ascent can climb.
+    """Forward passes with gradients return scores that an ascent can climb.
 
-    Those are the recorded scores, scaled to a spread of :data:`SPREAD`, with the class of the real
-    scores on top. Passes without gradients, by which success is judged, are left as they are.
-
-    Args:
-        model: Images to logits.
-        position: Of the scores before squashing; ``None`` for the scores themselves.
-        is_bridged: Whether gradients also pass through what the model detaches or rounds.
+    Those are the recorded scores at ``position`` (``None``: the output), scaled to a spread of
+    :data:`SPREAD`, with the class of the output on top. Passes without gradients, by which success
+    is judged, stay as they are. If bridged, gradients pass through what the model detaches or
+    rounds.
     """
     is_own = "forward" in vars(model)
     plain = model.forward
@@ -246,17 +209,9 @@ def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> It
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return plain(x, *args, **kwargs)
-        with torch.no_grad():
-            classes = plain(x[:1]).shape[1]
-        recorder = _Recorder(len(x), classes)
-        with ExitStack() as around:
-            around.enter_context(eager())
-            if is_bridged:
-                around.enter_context(undetached())
-                around.enter_context(straight_through(model))
-            around.enter_context(recorder)
-            output = plain(x.clone(), *args, **kwargs)
-        recorded = [] if position is None else recorder.found[position : position + 1]
+        bridges = (undetached(), straight_through(model)) if is_bridged else ()
+        output, found = _recorded(lambda x: plain(x.clone(), *args, **kwargs), x, *bridges)
+        recorded = [] if position is None else found[position : position + 1]
         return _climbable(recorded[0] if recorded else output, output)
 
     model.forward = forward
@@ -275,39 +230,27 @@ def _climbable(scores: Tensor, output: Tensor) -> Tensor:
         top, bottom = scores.amax(dim=1, keepdim=True), scores.amin(dim=1, keepdim=True)
         spread = (top - bottom).clamp_min(torch.finfo(scores.dtype).tiny)
         chosen = output.argmax(dim=1, keepdim=True)
-        lift = torch.where(
-            scores.argmax(dim=1, keepdim=True) == chosen,
-            0.0,
-            top - scores.gather(1, chosen) + 1e-3 * spread,
-        )
+        is_top = scores.argmax(dim=1, keepdim=True) == chosen
+        lift = (top - scores.gather(1, chosen) + 1e-3 * spread).masked_fill(is_top, 0.0)
         shift = torch.zeros_like(scores).scatter_(1, chosen, lift)
     return (scores + shift) * (SPREAD / spread)
-
-
-# --------------------------------------------------------------------- scores that are not finite
 
 
 def settled(
     model: nn.Module, batch: Batch, threat: Threat | None, attack: Callable[[], Columns]
 ) -> Columns:
-    """What an attack finds, where any image with scores that are not finite is adversarial.
+    """Outcomes of an attack, where any image with scores that are not finite is adversarial.
 
-    An attack moves on from such an image, or is stopped there by a gradient that is NaN. If there
-    were any in its forward passes, it runs a second time, which repeats it, and the first such
-    image inside the ball is kept for each example that withstood the first run.
-
-    Args:
-        model: Images to logits.
-        batch: The examples.
-        threat: The ball; without one nothing is kept.
-        attack: Runs it; the same forward passes every time.
+    Attacks move on from such an image, or stop there with a NaN gradient. If a forward pass had
+    one, the attack is repeated, and the first such image inside the ball is kept for each example
+    that withstood the first run. Calls of ``attack`` have to make the same forward passes.
     """
     seen = torch.zeros((), dtype=torch.bool, device=batch["x"].device)
 
     def notice(_: nn.Module, args: tuple[Any, ...], logits: Any) -> None:
-        seen.logical_or_(~torch.isfinite(logits).all())  # nothing waits for the device here
+        seen.logical_or_(~torch.isfinite(logits).all())  # without waiting for the device
 
-    with _hooked(model, notice):
+    with model.register_forward_hook(notice):
         columns = attack()
     if threat is None or not bool(seen) or not bool(columns["correct"].any()):
         return columns
@@ -322,7 +265,7 @@ def settled(
             if bool(inside.any()):
                 images[row], found[row] = x[inside][0], True
 
-    with _hooked(model, keep):
+    with model.register_forward_hook(keep):
         attack()
     rows = (found & columns["correct"]).nonzero().flatten()
     if len(rows) == 0:
@@ -331,12 +274,3 @@ def settled(
     broken = ~others["correct"]
     judged_again = {name: columns[name] for name in others}
     return columns | merged(judged_again, part_of(others, broken), rows[broken])
-
-
-@contextmanager
-def _hooked(model: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    handle = model.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,18 +1,17 @@
 """Runs the steps of an evaluation, attack by attack over all examples.
 
-Examples are attacked in chunks of a fixed size, cut from the sorted list of those a step is to
-attack, and a chunk is the work of one process. So a chunk has the same examples, the same noise and
-the same arithmetic on one device or eight; survivors are packed again before every step, as the
-official AutoAttack packs them; and what is done is done for good, see
-:mod:`common.evaluation.journal`.
+A step's examples are cut, in their order, into chunks of a fixed size, and each chunk is attacked
+by one process. So a chunk has the same examples, noise and arithmetic on any number of devices.
+Survivors are packed again before every step, like in the official AutoAttack. Finished chunks are
+kept, see :mod:`common.evaluation.journal`.
 """
 
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from common.data.subset import lacking_classes, subset
 from common.evaluation.findings import suspicions
 from common.evaluation.journal import Journal
 from common.evaluation.models import adapted
+from common.evaluation.progress import Progress
 from common.evaluation.retries import settled
 from common.evaluation.signature import (
     PROBED,
@@ -43,10 +43,7 @@ PICTURED = 16
 class Team:
     """The processes that share the work.
 
-    Args:
-        rank: Of this one.
-        size: How many there are.
-        gather: Turns an object of this process into the list of all processes' objects.
+    ``gather`` turns an object of this process into the list of all processes' objects.
     """
 
     rank: int = 0
@@ -68,19 +65,6 @@ class Team:
         return cls(world.get_rank(), world.get_world_size(), gather)
 
 
-class Progress(Protocol):
-    """What receives the progress of an evaluation."""
-
-    def begin(self, step: Step, examples: int, survivors: int) -> None:
-        """A step starts on ``examples`` examples."""
-
-    def advance(self, examples: int, survivors: int) -> None:
-        """``examples`` more are done, and ``survivors`` of all are still right."""
-
-    def end(self) -> None:
-        """The step is done."""
-
-
 def run_steps(
     model: nn.Module,
     examples: Batch,
@@ -95,35 +79,21 @@ def run_steps(
     progress: Progress | None = None,
     remarks: Sequence[str] = (),
 ) -> Outcomes:
-    """Run every step and put the outcomes of all examples together.
+    """Run every step and put the outcomes of all examples together, in the order of ``index``.
 
-    Args:
-        model: Images to logits; put into evaluation mode during the call.
-        examples: All of them, in every process alike: ``x`` in [0, 1], ``y``, ``index``.
-        steps: In the order they run.
-        seed: With an example's index, what random starts depend on.
-        batch_size: How many examples make a chunk.
-        threat: The adversary of the worst case; by default that of the first attack in a ball.
-        has_gradient: Whether the model can be differentiated by its images.
-        journal: Where outcomes are kept.
-        team: The processes that share the work.
-        progress: Receives progress.
-        remarks: What is known already that a reader of the figures should know.
-
-    Returns:
-        Outcomes in the order of ``index``; the same in every process.
+    ``examples`` (``x`` in [0, 1], ``y``, ``index``) and the result are equal in every process.
+    Random starts depend on the seed and an example's index; ``batch_size`` examples make a chunk.
+    The worst case is that of ``threat``, by default the ball of the first attack. ``remarks`` go to
+    the result.
 
     Raises:
-        RuntimeError: If the examples are not each there once, which would falsify every figure.
+        RuntimeError: If the examples are not each there once.
     """
     examples = in_order(examples)
     y = examples["y"]
     threat = threat or next((step.threat for step in steps if step.threat), None)
-    pictured = subset(y, PICTURED)
-    run = _Run(
-        model, examples, seed, batch_size, journal or Journal(None, {}), team or Team(), progress
-    )
-    run.pictured = pictured
+    journal, team = journal or Journal(None, {}), team or Team()
+    run = _Run(model, examples, seed, batch_size, journal, team, progress, subset(y, PICTURED))
     everything = torch.ones(len(y), dtype=torch.bool)
     parts = {
         size: torch.zeros_like(everything).index_fill(0, subset(y, size), True)
@@ -134,28 +104,31 @@ def run_steps(
         probe = partial(run.silent, probe_step(threat, networks_of(steps)))
         signature = {"clean": clean.pop("scores")} | probe()
         run.open_journal(signature)
-        fill = {"predicted": clean["predicted"]}
-        is_right = clean["correct"]
-        outcomes = Outcomes(y, {"clean": is_right}, {}, columns={"clean": clean}, threat=threat)
-        outcomes.pictured = pictured
-        run.outcomes, run.standing = outcomes, is_right
+        run.standing = is_right = clean["correct"]
+        run.outcomes = outcomes = Outcomes(
+            y,
+            {"clean": is_right},
+            {},
+            columns={"clean": clean},
+            threat=threat,
+            pictured=run.pictured,
+        )
         met = everything  # by every step so far that counts
         for step in steps:
             within = parts[step.examples]
             if step.scope == "standing":
                 within = within & met  # what others had not met is not cumulative
             before = {"all": everything, "clean": is_right, "standing": run.standing}[step.scope]
-            if step.cumulative:
-                for key, line in outcomes.lines.items():
-                    if line.entry == step.entry:
-                        before = before & outcomes.correct[key]
-            found = run.columns(step, before & within, fill)
+            for key, line in outcomes.lines.items() if step.cumulative else ():
+                if line.entry == step.entry:
+                    before = before & outcomes.correct[key]
+            ran = before & within
+            found = run.columns(step, ran, {"predicted": clean["predicted"]})
             outcomes.columns[step.key] = found
             if step.kind == "probe":
                 continue
-            outcome = before.clone()
-            outcome[before & within] = found["correct"][before & within]
-            line = _line(step, threat, _weakness(step, threat, found, before & within))
+            outcome = torch.where(ran, found["correct"], before)
+            line = _line(step, threat, _weakness(step, threat, found, ran))
             outcomes.correct[step.key], outcomes.attacked[step.key] = outcome, within
             outcomes.lines[step.key] = line
             if line.counts:
@@ -163,17 +136,13 @@ def run_steps(
                 run.standing = run.standing & (outcome | ~within)
         outcomes.depends_on_history = not is_same(signature, probe())
     lacking = [lacking_classes(y, part.nonzero().flatten()) for part in parts.values()]
-    outcomes.remarks = [
-        *remarks,
-        *filter(None, lacking),
-        *suspicions(outcomes),
-        *filter(None, [outcomes.nonfinite()]),
-    ]
+    told = [*remarks, *lacking, *suspicions(outcomes), outcomes.nonfinite()]
+    outcomes.remarks = [text for text in told if text]
     return outcomes
 
 
 def _weakness(step: Step, threat: Threat | None, found: Columns, ran: Tensor) -> str:
-    """Why an attack that left examples standing is no evidence that they are robust."""
+    """Why withstanding an attack is no evidence of robustness; empty if it is."""
     if step.kind != "attack" or threat is None or not threat.covers(step.threat):
         return ""
     radius = step.threat.radius if step.threat else 0.0
@@ -231,12 +200,12 @@ class _Run:
     journal: Journal
     team: Team
     progress: Progress | None
+    pictured: Tensor
     standing: Tensor | None = None
     outcomes: Outcomes | None = None
-    pictured: Tensor = field(default_factory=lambda: torch.arange(0))
 
     def silent(self, step: Step) -> Columns:
-        """What a step finds out about a few examples, neither shown nor kept."""
+        """The columns of a step on a few examples, neither shown nor kept."""
         y = self.examples["y"]
         target = torch.zeros_like(y, dtype=torch.bool).index_fill(0, subset(y, PROBED), True)
         alone = replace(self, journal=Journal(None, {}), progress=None, outcomes=None)
@@ -248,10 +217,10 @@ class _Run:
         self.journal.open(self.team.gather(chosen)[0])
 
     def columns(self, step: Step, target: Tensor, fill: Columns) -> Columns:
-        """What the step finds out about the target, all processes together."""
+        """The columns of a step on the target examples, from all processes together."""
         rows = target.nonzero().flatten()
         chunks = list(torch.split(rows, step.batch_size or self.batch_size)) if len(rows) else []
-        # What any process finds in its journal, all take; then they share the rest.
+        # Processes share what they find in their journals, and then the remaining chunks.
         found = {i: kept for i, c in enumerate(chunks) if (kept := self.journal.read(step, c))}
         for theirs in self.team.gather(found):
             found |= theirs
@@ -277,7 +246,7 @@ class _Run:
             self.progress.end()
         if self.outcomes is not None:
             self.outcomes.seconds[step.key] = sum(seconds for _, seconds in found.values())
-        return self._assembled(chunks, {i: columns for i, (columns, _) in found.items()}, fill)
+        return self._assembled([(chunks[i], found[i][0]) for i in sorted(found)], fill)
 
     def _attacked(self, step: Step, rows: Tensor) -> Columns:
         """Run the step on one chunk."""
@@ -300,32 +269,29 @@ class _Run:
             columns["x_adv"] = columns["x_adv"][torch.isin(rows, self.pictured)].clone()
         return columns
 
-    def _assembled(self, chunks: list[Tensor], found: dict[int, Columns], fill: Columns) -> Columns:
+    def _assembled(self, found: list[tuple[Tensor, Columns]], fill: Columns) -> Columns:
         """Columns over all examples; where a step was not run they are ``fill``, NaN or zero."""
         total = len(self.examples["y"])
+        if not found:  # no example was left to run it on
+            numbers = ("loss", "linf", "l2", "l1")
+            flags = {name: torch.zeros(total, dtype=torch.bool) for name in ("correct", "moved")}
+            return flags | fill | {name: torch.full((total,), torch.nan) for name in numbers}
         whole: Columns = {}
-        for i in sorted(found):
-            for name, column in found[i].items():
-                rows = chunks[i]
+        for rows, columns in found:
+            for name, column in columns.items():
+                at, size = rows, total
                 if name == "x_adv":  # one for each of the pictured examples, in their order
-                    rows = torch.isin(self.pictured, rows).nonzero().flatten()
+                    at = torch.isin(self.pictured, rows).nonzero().flatten()
+                    size = len(self.pictured)
                 if name not in whole:
-                    size = len(self.pictured) if name == "x_adv" else total
                     value = torch.nan if column.is_floating_point() else 0
-                    whole[name] = torch.full((size, *column.shape[1:]), value, dtype=column.dtype)
-                    if name in fill:
-                        whole[name] = fill[name].clone()
-                whole[name][rows] = column
-        if not whole:  # nothing was left to run it on
-            whole = {"correct": torch.zeros(total, dtype=torch.bool), **fill}
-            whole["moved"] = torch.zeros(total, dtype=torch.bool)
-            whole |= {
-                name: torch.full((total,), torch.nan) for name in ("loss", "linf", "l2", "l1")
-            }
+                    empty = torch.full((size, *column.shape[1:]), value, dtype=column.dtype)
+                    whole[name] = fill[name].clone() if name in fill else empty
+                whole[name][at] = column
         return whole
 
 
 def _drop(standing: Tensor, rows: Tensor, columns: Columns) -> None:
-    """Take those that fell out of the standing."""
+    """Take the examples that fell out of the standing ones."""
     if "correct" in columns:
         standing[rows] &= columns["correct"]

@@ -1,8 +1,8 @@
-"""What tells one function from another: scores on the examples, and gradients at some of them.
+"""Signatures of functions: scores on the examples, and gradients at some of them.
 
-Weights do not determine what a model computes: a normalisation may sit in a list, a closure or
-another file. Its scores do. They are kept as a few random projections for each example, and are
-compared with a tolerance, since rounding differs between numbers of threads and batch sizes.
+Weights do not determine what a model computes: a normalisation may be in a list, a closure or
+another file. Its scores do. A signature holds a few random projections of them for each example
+and is compared with a tolerance, since rounding differs between threads and batch sizes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,39 +23,31 @@ from common.results.lines import Columns, Threat
 
 PROBED = 32
 """Number of examples, spread over all, that are also perturbed."""
-DIRECTIONS = 4
 TOLERANCES = {"gradient": 1e-3}
 """Largest difference in relation to the largest value; a gradient jumps where a ReLU turns."""
 TOLERANCE = 2e-5
 
 
 def projected(values: Tensor) -> Tensor:
-    """Each example's values in a few fixed random directions, ``(N, 4)`` float64."""
+    """Each example's values in four fixed random directions, ``(N, 4)`` float64."""
     flat = values.detach().flatten(1).double().cpu()
     generator = torch.Generator().manual_seed(flat.shape[1])
-    directions = torch.randn(flat.shape[1], DIRECTIONS, generator=generator, dtype=torch.float64)
-    return flat @ directions
+    return flat @ torch.randn(flat.shape[1], 4, generator=generator, dtype=torch.float64)
 
 
 def clean_step() -> Step:
-    """Outcomes without an attack, and the scores behind them."""
+    """Outcomes without an attack, and projections of the scores."""
 
     def run(model: Any, batch: Batch, _: ExampleRandom) -> Columns:
         with torch.no_grad():
             logits = model(batch["x"])
-        columns = judged(lambda _: logits, batch, batch["x"])
-        return columns | {"scores": projected(logits)}
+        return judged(lambda _: logits, batch, batch["x"]) | {"scores": projected(logits)}
 
     return Step("clean", "clean", run, {}, scope="all", kind="probe")
 
 
 def probe_step(threat: Threat | None, networks: Mapping[str, nn.Module]) -> Step:
-    """Scores of some perturbed examples, gradients, and every loss that is declared.
-
-    Args:
-        threat: Sets the size of the perturbations: its radius, and four times that.
-        networks: Others whose scores count, by name.
-    """
+    """Scores of perturbed images, gradients, and every loss that is declared."""
     run = partial(_probe, threat, networks)
     return Step("probe", "probe", run, {}, scope="all", kind="probe")
 
@@ -93,15 +85,13 @@ def _perturbed(x: Tensor, threat: Threat | None) -> list[Tensor]:
     """Images with fixed noise of several sizes and both signs."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(x.shape[1:], generator=generator).sign().to(x)
-    size = 0.03
-    if threat is not None:
-        size = threat.per_pixel(x)
+    size = 0.03 if threat is None else threat.per_pixel(x)
     factors = (size, -size, 4 * size, -4 * size, 0.3)
     return [(x + factor * noise).clamp(0.0, 1.0) for factor in factors]
 
 
 def is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two signatures are of the same function, by all that both have."""
+    """Whether two signatures agree in everything that both have."""
     return all(
         is_close(one[name], other[name], TOLERANCES.get(name.rpartition("/")[2], TOLERANCE))
         for name in set(one) & set(other)
@@ -109,7 +99,7 @@ def is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def networks_of(steps: Sequence[Step]) -> dict[str, nn.Module]:
-    """The other networks that steps use, by the names of the steps."""
+    """The other networks that steps use, by step and number."""
     return {
         f"{step.key}/{number}": network
         for step in steps

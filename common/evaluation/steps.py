@@ -23,23 +23,22 @@ class Step:
     """One line of a result.
 
     Args:
-        key: Its name, ``entry``, ``entry/loss`` or ``entry/loss/eps=0.1``.
+        key: ``entry``, ``entry/loss`` or ``entry/loss/eps=0.1``.
         entry: The suite entry it belongs to.
         run: (model, batch, random numbers of these examples) -> columns, all ``(N, ...)``. An
             attack gives those of :func:`judged`.
         settings: Plain values that decide the outcome, for the journal.
-        scope: Which examples it is run on: ``all``; those right without an attack; or those that
-            have withstood every step of the threat model so far.
+        scope: Which examples it is run on: ``all``; those that are ``clean``, correct without an
+            attack; or those still ``standing`` after all steps within the threat model so far.
         cumulative: Run only on what earlier steps of the same entry left standing, and count what
             those broke as broken.
         examples: Only this number of the split, see :func:`common.data.subset.subset`.
         batch_size: Where its random numbers depend on it; ``None`` for that of the evaluation.
-        threat: What the attack kept to; ``None`` where it is not an attack within a ball.
-        kind: ``attack``, ``noise`` (random, not adversarial) or ``probe`` (measures, breaks
-            nothing).
+        threat: The ball of the attack; ``None`` where there is none.
+        kind: ``attack``, ``noise`` (random, not adversarial) or ``probe`` (a measurement).
         at: The point of a sweep, such as ``{"eps": 0.1}``.
         reach: How far its steps can move an image, in the norm of ``threat``.
-        needs_gradient: Whether it is of no use on a model without a gradient.
+        needs_gradient: Whether it is useless on a model without a gradient.
         networks: Other networks whose function decides the outcome, for the journal.
     """
 
@@ -84,19 +83,16 @@ def judged(
 ) -> Columns:
     """Judge perturbed images, in float32.
 
-    Scores that are not finite are no prediction (-1), so such an image counts as misclassified. A
-    misclassified image outside the box or the ball is no adversarial example and counts as
-    withstood, for every attack.
+    An image with scores that are not finite has the prediction -1 and counts as misclassified. A
+    misclassified image outside the box or the ball of ``threat`` counts as withstood.
 
     Args:
         model: Images to logits, in evaluation mode.
         batch: The clean images and labels.
         x_adv: The perturbed images ``(N, C, H, W)``.
-        threat: The ball they have to be in; ``None`` asks for the box alone.
-        correct: The verdict ``(N,)``, where the attack gives one itself (the official
-            AutoAttack); everything else is classified here.
-        idle: Which examples an attack found no direction for, ``(N,)``; a random start moves
-            those too.
+        threat: The ball; ``None`` asks for the box alone.
+        correct: The verdict ``(N,)`` of an attack that gives one (the official AutoAttack).
+        idle: Which examples an attack found no direction for, ``(N,)``.
 
     Returns:
         ``correct`` bool, ``predicted`` int64, ``loss`` (cross-entropy), the distances ``linf``,

@@ -23,7 +23,7 @@ from common.attacks.noise import Noise
 from common.attacks.pgd import PGD, FriendlyPGD, LossFn, climb_until_broken
 from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
-from common.evaluation.confirm import attacked, autoattacked, part_of
+from common.evaluation.confirm import Craft, Crafted, attacked, official, part_of
 from common.evaluation.retries import QUERIES, decided, persisted
 from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.transfer import Transfer
@@ -49,22 +49,20 @@ class SuiteEntry:
             declares in ``adaptive_losses``, and ``model`` for the inner loss it was trained with.
             AutoAttack takes one: ``ce_f`` leaves it as it is, another steers APGD-CE and Square.
             DeepFool, C&W, GAMA, transfer, noise and decision-based attacks take none.
-        survivors_only: Attack only what every earlier entry left standing. Outcomes are then
-            cumulative: cheaper, the same worst case, but no figure of this attack alone.
-        all_images: Attack the images that are wrong without an attack too, and count them as right
-            where the attack makes them so: what a code reports that attacks whole batches. No such
-            image is robust: they stay wrong in the worst case.
-        examples: Attack only this number, of all classes in proportion and the same for every
-            model, see :func:`common.data.subset.subset`; ``None`` means all.
-        checkpoints: Run for checkpoints of these names only (``last``, ``selected``); ``None``
-            means all.
-        sweep: Arguments of the attack with the values they take in turn, such as
+        survivors_only: Attack only examples that withstood every earlier entry. Outcomes are then
+            cumulative: cheaper, the same worst case, but no accuracy under this attack alone.
+        all_images: Also attack images that are misclassified without an attack, and count them as
+            correct where the attack makes them so, like codes that attack whole batches. They stay
+            wrong in the worst case.
+        examples: Attack only this number, see :func:`common.data.subset.subset`.
+        checkpoints: Run for checkpoints of these names only (``last``, ``selected``).
+        sweep: Arguments of the attack and the values they take in turn, such as
             ``{eps: [2/255, 4/255, 8/255]}`` or ``{steps: [1, 10, 100]}``: a curve in the results.
         eot: Average losses over this number of forward passes (expectation over transformation,
             Athalye, Carlini & Wagner 2018, Section 4.2); for projected ascents on random networks.
-        until_broken: Take an example out as soon as it is found misclassified, instead of judging
-            where it ends: faster, and never fewer examples are broken. For projected ascents on a
-            deterministic network.
+        until_broken: Stop attacking an example once it is misclassified, instead of judging where
+            the ascent ends: faster, and never fewer examples are broken. For projected ascents on
+            deterministic networks.
 
     Raises:
         ConfigurationError: If a setting is out of range or does not apply to the attack.
@@ -88,16 +86,9 @@ class SuiteEntry:
             )
         for name, value in (("examples", self.examples), ("eot", self.eot)):
             if value is not None and value < 1:
-                what = "at least 1 or null for all" if name == "examples" else "at least 1"
-                raise ConfigurationError(f"{name} must be {what}, got {value}")
-        self._check_unused()
-        is_ascent = isinstance(self.attack, PGD) and not isinstance(self.attack, FriendlyPGD)
-        if self.until_broken and (self.eot > 1 or not is_ascent):
-            raise ConfigurationError(
-                "until_broken takes examples out of a projected ascent (PGD, MIM, FGSM) on a "
-                f"network that draws no random numbers, got {type(self.attack).__name__} with eot "
-                f"{self.eot}; drop until_broken"
-            )
+                raise ConfigurationError(f"{name} of a suite entry must be at least 1, got {value}")
+        for reason in self._unused():
+            raise ConfigurationError(f"{reason} (the attack is {type(self.attack).__name__})")
         for name, values in (self.sweep or {}).items():
             if name not in self.attack.settings() or not values:
                 raise ConfigurationError(
@@ -105,27 +96,25 @@ class SuiteEntry:
                     f"{type(self.attack).__name__} takes {', '.join(self.attack.settings())}"
                 )
 
-    def _check_unused(self) -> None:
-        """Refuse settings that the attack does not use."""
-        attack, kind = self.attack, type(self.attack).__name__
+    def _unused(self) -> Iterator[str]:
+        """Settings that the attack does not use, as sentences."""
+        attack = self.attack
         if self.eot > 1 and not isinstance(attack, PGD):
-            raise ConfigurationError(
-                f"eot averages the losses of a projected ascent, got eot {self.eot} for {kind}; "
-                "drop eot (AutoAttack has version rand)"
+            yield (
+                f"eot averages the losses of a projected ascent, got eot {self.eot}; drop eot "
+                "(AutoAttack has version rand)"
             )
         if self.losses != ["ce_f"] and not isinstance(attack, PGD | AutoAttack):
-            raise ConfigurationError(
-                f"{kind} climbs no loss of the model, got losses {self.losses}; drop losses"
-            )
+            yield f"it climbs no loss of the model, got losses {self.losses}; drop losses"
         if self.survivors_only and (self.all_images or isinstance(attack, Noise)):
-            what = "noise is measured" if isinstance(attack, Noise) else "all_images asks"
-            raise ConfigurationError(
-                f"survivors_only leaves out what earlier entries broke, and {what} for all images; "
-                "drop survivors_only"
-            )
+            yield "survivors_only does not go with noise or all_images; drop survivors_only"
         if self.all_images and not isinstance(attack, PGD | GAMAPGD):
-            raise ConfigurationError(
-                f"all_images is for projected ascents and GAMA, got {kind}; drop all_images"
+            yield "all_images is for projected ascents and GAMA; drop all_images"
+        is_ascent = isinstance(attack, PGD) and not isinstance(attack, FriendlyPGD)
+        if self.until_broken and (self.eot > 1 or not is_ascent):
+            yield (
+                "until_broken is for a projected ascent (PGD, MIM, FGSM) on a network without "
+                f"random numbers, got eot {self.eot}; drop until_broken"
             )
 
     @property
@@ -139,17 +128,14 @@ class SuiteEntry:
         return sum(getattr(attack, "cost", 1) for attack, _ in self.variants()) * self.eot
 
     def variants(self) -> Iterator[tuple[Any, dict[str, float]]]:
-        """The attack at every point of the sweep, and where that is."""
-        if not self.sweep:
-            yield self.attack, {}
-            return
+        """The attack at every point of the sweep, and the point."""
         points = []
-        for values in itertools.product(*self.sweep.values()):
-            changes = dict(zip(self.sweep, values, strict=True))
+        for values in itertools.product(*(self.sweep or {}).values()):
+            changes = dict(zip(self.sweep or {}, values, strict=True))
             at = {name: parse_radius(value, "l2", name) for name, value in changes.items()}
             if at not in points:  # 4/255 and threat/2 may be the same
                 points.append(at)
-                yield self.attack.but(**changes), at
+                yield self.attack.but(**changes) if changes else self.attack, at
 
 
 def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
@@ -161,24 +147,23 @@ def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
     declared: dict[str, InnerLoss] = dict(model.adaptive_losses())
     if hasattr(model, "objective"):
         declared["model"] = model.objective.inner
+    found: set[str] = set()
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in declared):
+        matches = [name for name in declared if fnmatchcase(name, pattern)]
+        if not matches:
             raise ConfigurationError(
                 f"no loss of {type(model).__name__} matches {pattern!r}; it declares "
                 f"{', '.join(declared)}"
             )
-    return {
-        name: loss
-        for name, loss in declared.items()
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
+        found.update(matches)
+    return {name: loss for name, loss in declared.items() if name in found}
 
 
 def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
-    """Find names that results cannot have, and anything that is no entry.
+    """Check names and types of a suite.
 
     Raises:
-        ConfigurationError: If there is one.
+        ConfigurationError: For a name that results cannot have, or a value that is no entry.
     """
     for name, entry in suite.items():
         if not isinstance(entry, SuiteEntry):
@@ -195,7 +180,7 @@ def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
 
 
 def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
-    """Find everything that would stop the suite, before the first attack.
+    """Check a suite against a model, before the first attack.
 
     Raises:
         ConfigurationError: For a suite without entries, or a loss that the model does not declare.
@@ -232,15 +217,10 @@ def steps_of(
     seed: int,
     engine: AttackEngine | None = None,
 ) -> list[Step]:
-    """The steps of a suite on a model, in their order.
+    """The steps of a suite on a model with ``adaptive_losses``, in their order.
 
-    Args:
-        suite: The attacks by name.
-        model: Declares ``adaptive_losses``.
-        num_classes: K of the model; some attacks need more than two or three classes.
-        seed: Of AutoAttack's random starts.
-        engine: Computes the passes of projected ascents, GAMA, minimum-norm attacks and AutoAttack;
-            ``None`` for the plain network.
+    ``num_classes`` decides which attacks of AutoAttack can run; ``seed`` is that of its random
+    starts.
     """
     return [
         step
@@ -250,29 +230,27 @@ def steps_of(
     ]
 
 
+@dataclass
 class _Planned:
     """An attack at one point of a sweep, as steps."""
 
-    def __init__(
-        self,
-        name: str,
-        entry: SuiteEntry,
-        attack: Any,
-        at: dict[str, float],
-        model: Any,
-        num_classes: int,
-        seed: int,
-        engine: AttackEngine | None,
-    ) -> None:
-        self.name, self.entry, self.attack, self.at = name, entry, attack, at
-        self.model, self.num_classes, self.seed = model, num_classes, seed
+    name: str
+    entry: SuiteEntry
+    attack: Any
+    at: dict[str, float]
+    model: Any
+    num_classes: int
+    seed: int
+    engine: AttackEngine | None
+
+    def __post_init__(self) -> None:
         # Reduced precision finds other distances, and nothing tells which are the shorter ones.
         # AutoAttack is mostly spent on what no precision breaks: attacking that twice takes longer.
-        is_exact = isinstance(attack, AutoAttack | MinimumNorm)
-        self.engine = engine.in_float32() if engine is not None and is_exact else engine
-        # The unprojected form of GAMA leaves the ball: reported as its authors would, not counted.
-        eps = getattr(attack, "eps", None) if getattr(attack, "project", True) else None
-        self.threat = None if eps is None else Threat(attack.norm, eps)
+        if self.engine is not None and isinstance(self.attack, AutoAttack | MinimumNorm):
+            self.engine = self.engine.in_float32()
+        # GAMA without projection leaves the ball: it is reported and does not count.
+        eps = getattr(self.attack, "eps", None) if getattr(self.attack, "project", True) else None
+        self.threat = None if eps is None else Threat(self.attack.norm, eps)
 
     def steps(self) -> Iterator[Step]:
         """All of them."""
@@ -281,14 +259,12 @@ class _Planned:
             yield from self._noise(attack)
         elif isinstance(attack, AutoAttack):
             yield from self._autoattack(attack)
-        elif isinstance(attack, GAMAPGD):
-            yield self._step(self._crafted(partial(_on_logits, attack)), needs_gradient=True)
-        elif isinstance(attack, MinimumNorm):
-            yield self._step(self._crafted(partial(_minimum_norm, attack)), needs_gradient=True)
         elif isinstance(attack, DecisionBased):
             yield self._step(partial(decided, attack))
         elif isinstance(attack, Transfer):
             yield self._step(attack.run, networks=(attack.network,))
+        elif isinstance(attack, GAMAPGD | MinimumNorm):
+            yield self._step(self._crafted(partial(_on_logits, attack)), needs_gradient=True)
         else:
             for name, inner in resolve_losses(self.entry.losses, self.model).items():
                 craft = partial(_ascent, attack, inner, self.entry.eot)
@@ -297,11 +273,10 @@ class _Planned:
                 yield self._step(self._crafted(craft, inner), name, needs_gradient=True)
 
     def _noise(self, noise: Noise) -> Iterator[Step]:
-        for level in noise.levels:
-            for draw in range(noise.draws):
-                at = {"level": level} | ({"draw": float(draw)} if noise.draws > 1 else {})
-                run = partial(_noisy, noise, level, draw)
-                yield self._step(run, at=at, kind="noise", scope="all", cumulative=False)
+        for level, draw in itertools.product(noise.levels, range(noise.draws)):
+            at = {"level": level} | ({"draw": float(draw)} if noise.draws > 1 else {})
+            run = partial(_noisy, noise, level, draw)
+            yield self._step(run, at=at, kind="noise", scope="all", cumulative=False)
 
     def _autoattack(self, attack: AutoAttack) -> Iterator[Step]:
         ((name, inner),) = resolve_losses(self.entry.losses, self.model).items()
@@ -315,13 +290,10 @@ class _Planned:
                 *(", ".join(left_out), self.num_classes, ", ".join(planned)),
             )
         for part in planned:
-            run = partial(autoattacked, attack, part, self.seed, adaptive, self.engine)
-            if part != "square":
-                plain = partial(autoattacked, attack, part, self.seed, adaptive, None)
-                loss = adaptive or (on_logits(cross_entropy) if part == "apgd-ce" else MARGIN)
-                run = partial(persisted, run, plain, loss, self.threat)
+            loss = adaptive or (on_logits(cross_entropy) if part == "apgd-ce" else MARGIN)
+            craft = partial(official, attack, part, self.seed, adaptive)
             yield self._step(
-                run,
+                self._crafted(craft, loss, is_persisted=part != "square"),
                 part,
                 settings={"attack": attack.settings(), "part": part, "loss": name},
                 cumulative=True,
@@ -329,12 +301,13 @@ class _Planned:
                 needs_gradient=part != "square",
             )
 
-    def _crafted(self, craft: Any, loss: InnerLoss = MARGIN) -> Any:
+    def _crafted(self, craft: Craft, loss: InnerLoss = MARGIN, is_persisted: bool = True) -> Any:
         """Make images, by the engine if there is one, and judge them."""
         idle = partial(getattr, self.attack, "idle", None)
-        run = partial(attacked, craft, self.threat, self.engine, idle=idle)
-        plain = partial(attacked, craft, self.threat, None, idle=idle)
-        return partial(persisted, run, plain, loss, self.threat)
+        run = partial(attacked, craft, self.threat, idle=idle)
+        if is_persisted:
+            return partial(persisted, run, loss, self.threat, self.engine)
+        return partial(run, self.engine)
 
     def _step(
         self, run: Any, part: str = "", at: Mapping[str, float] | None = None, **fields: Any
@@ -354,35 +327,26 @@ class _Planned:
             "threat": self.threat,
             "reach": getattr(attack, "reach", math.inf),
         }
-        return Step(
-            key="/".join([self.name, *filter(None, [part]), *point]),
-            entry=self.name,
-            run=run,
-            settings=settings,
-            at=at,
-            **(given | fields),
-        )
-
-
-# ------------------------------------------------------------------------------ what a step runs
+        key = "/".join([self.name, *filter(None, [part]), *point])
+        return Step(key, self.name, run, settings, at=at, **(given | fields))
 
 
 def _ascent(
-    attack: PGD, inner: InnerLoss, eot: int, model: Any, batch: Batch, random: ExampleRandom
-) -> Tensor:
+    attack: PGD, inner: InnerLoss, eot: int, model: Any, batch: Batch, random: ExampleRandom, _: Any
+) -> Crafted:
     loss = averaged(inner(model, batch), eot)
     wrong = partial(is_wrong, model, batch["y"])
-    return attack(loss, batch["x"], random, is_adversarial=wrong)
+    return attack(loss, batch["x"], random, is_adversarial=wrong), None
 
 
 def _compacted(
-    attack: PGD, inner: InnerLoss, model: Any, batch: Batch, random: ExampleRandom
-) -> Tensor:
+    attack: PGD, inner: InnerLoss, model: Any, batch: Batch, random: ExampleRandom, _: Any
+) -> Crafted:
     def of(rows: Tensor) -> tuple[LossFn, Callable[[Tensor], Tensor]]:
         part = part_of(batch, rows)
         return inner(model, part), partial(is_wrong, model, part["y"])
 
-    return climb_until_broken(attack, of, batch["x"], random)
+    return climb_until_broken(attack, of, batch["x"], random), None
 
 
 def averaged(loss: Callable[[Tensor], Tensor], times: int) -> Callable[[Tensor], Tensor]:
@@ -392,12 +356,12 @@ def averaged(loss: Callable[[Tensor], Tensor], times: int) -> Callable[[Tensor],
     return lambda x: torch.stack([loss(x) for _ in range(times)]).mean(dim=0)
 
 
-def _on_logits(attack: GAMAPGD, model: Any, batch: Batch, random: ExampleRandom) -> Tensor:
-    return attack(model, batch["x"], batch["y"], random)
-
-
-def _minimum_norm(attack: MinimumNorm, model: Any, batch: Batch, _: ExampleRandom) -> Tensor:
-    return attack(model, batch["x"], batch["y"])
+def _on_logits(
+    attack: GAMAPGD | MinimumNorm, model: Any, batch: Batch, random: ExampleRandom, _: Any
+) -> Crafted:
+    if isinstance(attack, GAMAPGD):
+        return attack(model, batch["x"], batch["y"], random), None
+    return attack(model, batch["x"], batch["y"]), None
 
 
 def _noisy(

@@ -1,5 +1,6 @@
-"""Transfer attacks: images made on another model, given or distilled from labels."""
+"""Transfer attacks: images made on another model, which is given or distilled from labels."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,6 @@ SIDE = 32
 """Larger images are averaged down to this by a distilled surrogate."""
 
 LOSSES = {"cross_entropy": cross_entropy, "margin": hinge_margin}
-"""By the names that configuration files use."""
 
 
 class Transfer(Settings):
@@ -55,27 +55,23 @@ class Transfer(Settings):
             )
         self.attack = attack
         self.norm, self.eps = attack.norm, attack.eps
+        self.cost, self.reach = attack.cost, attack.reach
         self.surrogate = surrogate
         self.loss: TransferLoss = loss
-        self._network: nn.Module | None = None
 
-    @property
-    def cost(self) -> int:
-        """Forward and backward passes per example."""
-        return self.attack.cost
-
-    @property
-    def reach(self) -> float:
-        """How far from its start the attack can move an image."""
-        return self.attack.reach
-
-    @property
+    @cached_property
     def network(self) -> nn.Module:
         """The surrogate, loaded once."""
-        if self._network is None:
-            given = self.surrogate
-            self._network = given if isinstance(given, nn.Module) else _load(Path(given))
-        return self._network
+        if isinstance(self.surrogate, nn.Module):
+            return self.surrogate
+        path = Path(self.surrogate)
+        run = path.parent.parent
+        if not path.is_file() or not (run / "config.yaml").is_file():
+            raise CheckpointError(
+                f"the surrogate {path} is not there, or {run} is not the directory of a run (no "
+                "config.yaml); train it first"
+            )
+        return load_run(run, path.stem)[0]
 
     def settings(self) -> dict[str, Any]:
         """With a digest of the surrogate's weights in its place."""
@@ -94,23 +90,12 @@ class Transfer(Settings):
         return judged(model, batch, x_adv, Threat(self.norm, self.eps), idle=self.attack.idle)
 
 
-def _load(path: Path) -> nn.Module:
-    """The classifier of a run."""
-    run = path.parent.parent
-    if not path.is_file() or not (run / "config.yaml").is_file():
-        raise CheckpointError(
-            f"the surrogate {path} is not there, or {run} is not the directory of a run (no "
-            "config.yaml); train it first"
-        )
-    return load_run(run, path.stem)[0]
-
-
 class DistilledTransfer(Settings):
     """Attacks a small network that was trained on the model's own labels (Papernot et al. 2017).
 
-    The labels are those for the images to be attacked and for perturbed copies of them. All images
-    of a call train the surrogate, so that a call has to get all of them. Weights, copies and the
-    order of training come from torch's generator.
+    The labels are those of the images to be attacked and of perturbed copies. All images of a call
+    train the surrogate, so a call has to get all of them. Weights, copies and the order of training
+    come from torch's generator.
 
     Args:
         attack: The ascent on the surrogate.
@@ -125,18 +110,14 @@ class DistilledTransfer(Settings):
         """Train the surrogate, make the images on it and judge them by the model."""
         radius = Threat(self.attack.norm, self.attack.eps).per_pixel(batch["x"])
         with torch.inference_mode(False), torch.enable_grad():
-            surrogate = distilled(model, batch["x"].detach().clone(), radius, self.steps)
+            surrogate = _distilled(model, batch["x"].detach().clone(), radius, self.steps)
         return Transfer(self.attack, surrogate, "margin").run(model, batch, random)
 
 
-def distilled(model: Any, x: Tensor, radius: float, steps: int) -> nn.Module:
-    """A network trained on the labels that a model gives to images and to copies of them.
+def _distilled(model: Any, x: Tensor, radius: float, steps: int) -> nn.Module:
+    """A network trained on the labels of the images ``(N, C, H, W)`` and of copies of them.
 
-    Args:
-        model: Images to logits.
-        x: Images ``(N, C, H, W)`` in [0, 1].
-        radius: Size of the attack's perturbation per pixel; noise is up to four times as large.
-        steps: Of training.
+    Noise on the copies is up to four times as large as the radius per pixel.
     """
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
@@ -161,16 +142,10 @@ def distilled(model: Any, x: Tensor, radius: float, steps: int) -> nn.Module:
 
 
 def _network(channels: int, side: int, classes: int) -> nn.Sequential:
-    shrink: nn.Module = nn.AdaptiveAvgPool2d(SIDE) if side > SIDE else nn.Identity()
     return nn.Sequential(
-        shrink,
-        nn.Conv2d(channels, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(512, classes),
+        nn.AdaptiveAvgPool2d(SIDE) if side > SIDE else nn.Identity(),
+        *(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, classes)),
     )

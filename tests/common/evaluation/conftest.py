@@ -1,5 +1,6 @@
 """Networks trained on the digits, and an audit of them small enough for tests."""
 
+import importlib
 import json
 from functools import cache
 
@@ -109,9 +110,38 @@ class Linear(nn.Module):
         return (gap > eps * length).all(dim=1)
 
 
+class Around(nn.Module):
+    """A linear network of which ``function(model, x)`` makes something else."""
+
+    def __init__(self, function, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net, self.function = net or Linear(), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
 @pytest.fixture(scope="session")
 def linear() -> type[Linear]:
     return Linear
+
+
+@pytest.fixture(scope="session")
+def around():
+    """``around(function, net)``: an :class:`Around` in evaluation mode."""
+    return lambda *parts: Around(*parts).eval()
+
+
+@pytest.fixture
+def data(linear) -> tuple[Tensor, Tensor]:
+    """40 images away from the edges of the box, with the labels that the linear network gives."""
+    x = 0.35 + 0.3 * torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return x, linear()(x).argmax(1)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.import_module("common.evaluation.evaluate"), "draw", lambda *_: {})
 
 
 @pytest.fixture(scope="session")

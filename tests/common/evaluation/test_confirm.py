@@ -1,6 +1,7 @@
 """What an engine finds is judged without it, and it costs no strength."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from common.attacks.randomness import ExampleRandom
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.errors import ConfigurationError
 from common.evaluation import SuiteEntry, evaluate
-from common.evaluation.confirm import attacked, autoattacked, part_of
+from common.evaluation.confirm import attacked, official, part_of
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
 from common.evaluation.suite import steps_of
@@ -113,10 +114,12 @@ def test_one_attack_of_the_official_package_in_reduced_precision(model, examples
     attack = AutoAttack(EPS, version="custom", attacks=["apgd-ce"], steps=10)
     rows = (model(examples["x"]).argmax(1) == examples["y"]).nonzero().flatten()
     batch = part_of(examples, rows)
-    random = ExampleRandom(0, 0, batch["index"])
+    random, threat = ExampleRandom(0, 0, batch["index"]), Threat("linf", EPS)
     with frozen(model):
-        full = autoattacked(attack, "apgd-ce", 0, None, FAST, model, batch, random)
-        reduced = autoattacked(attack, "apgd-ce", 0, None, BF16, model, batch, random)
+        full, reduced = (
+            attacked(partial(official, attack, "apgd-ce", 0, None), threat, e, model, batch, random)
+            for e in (FAST, BF16)
+        )
         with torch.no_grad():
             fooled = model(reduced["x_adv"]).argmax(dim=1) != batch["y"]
     assert torch.equal(reduced["correct"], ~fooled)
@@ -167,8 +170,8 @@ def test_a_second_attack_draws_what_the_first_drew(model, examples) -> None:
     attack = PGD(EPS, EPS / 4, 3, start="uniform")
     random = ExampleRandom(0, 0, examples["index"])
 
-    def craft(model, batch, random) -> Tensor:
-        return attack(lambda x: cross_entropy(model(x), batch["y"]), batch["x"], random)
+    def craft(model, batch, random, _) -> tuple[Tensor, None]:
+        return attack(lambda x: cross_entropy(model(x), batch["y"]), batch["x"], random), None
 
     with frozen(model):
         plain = attacked(craft, None, None, model, examples, random.of(examples["index"]))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks.pgd import PGD
-from common.evaluation.measures import LocalSmoothness, Measure, cost, means, measure_steps
+from common.evaluation.measures import LocalSmoothness, cost, means, measure_steps
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
 from common.results.outcomes import checkpoint_entry
@@ -19,43 +19,33 @@ class Linear(nn.Module):
         return torch.stack([score, -score], dim=1)
 
 
-@pytest.fixture
-def batch() -> dict[str, Tensor]:
-    x = torch.tensor([[0.5, 0.5], [0.4, 0.9], [0.2, 0.9]]).view(3, 1, 1, 2)
-    return {"x": x, "y": torch.tensor([0, 0, 1]), "index": torch.arange(3)}
+X = torch.tensor([[0.5, 0.5], [0.4, 0.9], [0.2, 0.9]]).view(3, 1, 1, 2)
+BATCH = {"x": X, "y": torch.tensor([0, 0, 1]), "index": torch.arange(3)}
 
 
-def measured(measures: dict[str, Measure], batch) -> dict[str, float]:
-    model = Victim(Linear(), 2)
-    outcomes = run_steps(model, batch, measure_steps(measures), seed=0, batch_size=2)
-    return means(outcomes, measures)
+def measured(*attacks: PGD) -> dict[str, float]:
+    measures = {f"local{i}": LocalSmoothness(attack) for i, attack in enumerate(attacks)}
+    steps = measure_steps(measures)
+    return means(run_steps(Victim(Linear(), 2), BATCH, steps, seed=0, batch_size=2), measures)
 
 
-def test_smoothness_of_a_linear_network(batch) -> None:
+def test_smoothness_of_a_linear_network() -> None:
     """PGD reaches the corner: scores 1.0, 0.3, -0.3 move by 0.4 against the label."""
-    attack = PGD(0.1, 0.1, 3, start="zero")
-    found = measured({"local": LocalSmoothness(attack)}, batch)
+    found = measured(PGD(0.1, 0.1, 3, start="zero"))
     assert found["stability"] == pytest.approx(1 / 3)
     assert found["lipschitz"] == pytest.approx(2 * 0.4 / 0.1, rel=1e-3)
     assert found["fosc"] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_fosc_is_zero_at_the_corner_alone(batch) -> None:
-    inside = PGD(0.1, 0.05, 1, start="zero")
-    assert measured({"local": LocalSmoothness(inside)}, batch)["fosc"] > 0.1
-
-
-def test_without_a_perturbation_nothing_moves(batch) -> None:
-    found = measured({"local": LocalSmoothness(PGD(0.0, 0.0, 1, start="zero"))}, batch)
+    assert measured(PGD(0.1, 0.05, 1, start="zero"))["fosc"] > 0.1, "it is inside of the ball"
+    found = measured(PGD(0.0, 0.0, 1, start="zero"))
     assert found == {"stability": 1.0, "lipschitz": 0.0, "fosc": 0.0}
 
 
-def test_measures_stand_among_the_metrics_and_collide_with_none(batch) -> None:
-    local = LocalSmoothness(PGD(0.1, norm="l2"))
-    assert set(measured({"local": local}, batch)) == {"stability", "lipschitz"}
+def test_measures_stand_among_the_metrics_and_collide_with_none() -> None:
+    l2 = PGD(0.1, norm="l2")
+    assert set(measured(l2)) == {"stability", "lipschitz"}
     with pytest.raises(ValueError, match="two measures give 'stability'"):
-        measured({"one": local, "two": local}, batch)
-    outcomes = run_steps(Victim(Linear(), 2), batch, [], seed=0)
+        measured(l2, l2)
+    outcomes = run_steps(Victim(Linear(), 2), BATCH, [], seed=0)
     assert checkpoint_entry(outcomes, measures={"macs": 7.0})["metrics"]["macs"] == 7.0
     with pytest.raises(ValueError, match="clean_acc is a measure and an accuracy"):
         checkpoint_entry(outcomes, measures={"clean_acc": 7.0})
