@@ -4,7 +4,6 @@ import statistics
 from typing import Any
 
 import torch
-from scipy.stats import ttest_ind
 from torch import Tensor, nn
 
 from benchmarks.evaluation import EPS, robust_digits
@@ -14,7 +13,7 @@ from common.attacks.pgd import PGD
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
 from common.evaluation.suite import SuiteEntry, steps_of
-from common.results.statistics import welch_t_test
+from common.results.statistics import paired_t_test
 
 BASE = "no engine"
 ENGINES = {
@@ -61,8 +60,7 @@ def _row(found: list[dict[str, float]], base: list[dict[str, float]]) -> dict[st
         values, others = ([one[key] for one in every] for every in (found, base))
         row[key] = statistics.mean(values)
         row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        if found is not base and len(values) > 1:
-            row[f"{key}_p"] = welch_t_test(values, others)
-            between = ttest_ind(values, others, equal_var=False).confidence_interval()
-            row[f"{key}_low"], row[f"{key}_high"] = map(float, between)
+        test = paired_t_test([a - b for a, b in zip(values, others, strict=True)])
+        if found is not base and test is not None and test.seeds > 1:
+            row |= {f"{key}_p": test.p, f"{key}_low": test.low, f"{key}_high": test.high}
     return row

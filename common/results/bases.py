@@ -1,11 +1,9 @@
-"""What makes two figures comparable: they are about the same examples.
-
-Accuracies of different examples say nothing about each other, so tables, comparisons and analyses
-show a metric only where it was measured on its usual basis, and name what they leave out.
-"""
+"""Which examples a metric is about: metrics of different examples are not compared."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 from common.results.outcomes import figures, worst_over
@@ -17,20 +15,17 @@ Key = tuple[str, int]
 
 
 class Basis(NamedTuple):
-    """The examples that a figure is about.
+    """The examples that a metric is about.
 
     Args:
         classes: How many examples of each class the split has.
-        mask: Which examples they are, as in :func:`common.results.outcomes.packed_bits`.
+        size: How many examples it is about.
+        places: Which ones, as text.
     """
 
     classes: tuple[int, ...]
-    mask: int
-
-    @property
-    def size(self) -> int:
-        """How many they are."""
-        return self.mask.bit_count()
+    size: int
+    places: bytes
 
     @property
     def is_whole(self) -> bool:
@@ -41,14 +36,43 @@ class Basis(NamedTuple):
 def bases(checkpoint: CheckpointResult) -> dict[str, Basis]:
     """The basis of every metric; of a measure that is no accuracy it is the whole split."""
     classes = tuple(total for _, total in checkpoint["clean"]["per_class"])
-    found = dict.fromkeys(checkpoint["metrics"], Basis(classes, (1 << sum(classes)) - 1))
-    masks = figures(checkpoint["clean"], checkpoint["attacks"])
-    return found | {name: Basis(classes, figure.mask) for name, figure in masks.items()}
+    known = figures(checkpoint["clean"], checkpoint["attacks"])
+    found = {n: Basis(classes, f.size, f.mask.tobytes()) for n, f in known.items()}
+    return dict.fromkeys(checkpoint["metrics"], found["clean_acc"]) | found
 
 
-def counted_attacks(checkpoint: CheckpointResult) -> frozenset[str]:
-    """The attacks that the worst case is over."""
-    return frozenset(worst_over(checkpoint["clean"], checkpoint["attacks"]))
+@dataclass(frozen=True)
+class Measured:
+    """A checkpoint of a result file, and where it is from."""
+
+    stem: str
+    seed: int
+    label: str
+    entry: CheckpointResult
+
+    @cached_property
+    def bases(self) -> dict[str, Basis]:
+        """The examples that every metric is about."""
+        return bases(self.entry)
+
+    @cached_property
+    def attacks(self) -> frozenset[str]:
+        """The attacks that the worst case is over."""
+        return frozenset(worst_over(self.entry["clean"], self.entry["attacks"]))
+
+
+Results = Mapping[str, list[Measured]]
+"""By experiment, in the order of seeds and labels."""
+
+
+def by_experiment(results: Iterable[Result]) -> Results:
+    """All checkpoints of results."""
+    found: dict[str, list[Measured]] = {}
+    for result in results:
+        stem, seed = result["experiment"], result["seed"]
+        for label, entry in result["checkpoints"].items():
+            found.setdefault(stem, []).append(Measured(stem, seed, label, entry))
+    return found
 
 
 def usual(found: Iterable[T]) -> T | None:
@@ -93,9 +117,3 @@ def last_of(results: Iterable[Result], prefix: str) -> dict[Key, CheckpointResul
         for result in results
         if result["experiment"].startswith(prefix) and "last" in result["checkpoints"]
     }
-
-
-def shared_basis(of: Mapping[str, Basis], names: Iterable[str]) -> Basis | None:
-    """The basis that metrics share; ``None`` where they are about different examples."""
-    found = {of.get(name) for name in names}
-    return found.pop() if len(found) == 1 else None

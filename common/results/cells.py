@@ -7,32 +7,26 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from common.results.bases import Results
 from common.results.columns import Columns
 from common.results.comparison import audit_notes
 from common.results.markdown import Sheet
 from common.results.outcomes import metrics_of
 from common.results.reference import UNITS, Group, Metric, Row
-from common.results.schema import Result
 from common.results.store import LABELS
 
 COMPACT = 4
 """Columns of numbers that fit into a terminal."""
 
-_Results = Mapping[str, list[Result]]  # by experiment
 _Costs = Mapping[str, Mapping[str, float]]  # by experiment and metric
-_Cells = dict[str, dict[str, dict[str, str]]]  # by experiment, metric and kind
-
-_KINDS = {
-    "published": "published",
-    "last": "last",
-    "difference": "last − published",
-    "published selected": "published, selected",
-    "selected": "selected",
-    "network": "network",
-}
+_Cells = dict[str, dict[str, dict[str, str]]]  # by experiment, metric and kind of number
+_KINDS = (
+    *("published", "last", "last − published", "published, selected", "selected"),
+    "network",
+)
 
 
-def sheet_of(group: Group, rows: list[Row], results: _Results, costs: _Costs) -> Sheet:
+def sheet_of(group: Group, rows: list[Row], results: Results, costs: _Costs) -> Sheet:
     """One table: its rows, published and ours, with its notes.
 
     Args:
@@ -44,9 +38,7 @@ def sheet_of(group: Group, rows: list[Row], results: _Results, costs: _Costs) ->
     columns = Columns(group, [row.stem for row in rows], results)
     cells: _Cells = {
         row.stem: {
-            metric.key: _cell(
-                row, metric, columns, results, costs.get(row.stem, {}).get(metric.key)
-            )
+            metric.key: _cell(row, metric, columns, results, costs.get(row.stem, {}))
             for metric in group.metrics
         }
         for row in rows
@@ -64,14 +56,17 @@ def sheet_of(group: Group, rows: list[Row], results: _Results, costs: _Costs) ->
         notes.insert(0, f"Neither published nor measured yet: {', '.join(unknown)}")
     if not known:
         return Sheet(group.title, group.note, notes=notes)
-    first = group.shown
-    rest = [metric for metric in group.metrics if metric not in first]
-    sheet = Sheet(group.title, group.note, *_arranged(first, known, cells, titles, results))
-    sheet.notes = notes
-    if rest:
-        more = Sheet("", "", *_arranged(rest, known, cells, titles, results))
-        sheet.more = more if more.lines else None
-    return sheet
+    rest = [metric for metric in group.metrics if metric not in group.shown]
+    first, more = (
+        _arranged(metrics, known, cells, titles, results) for metrics in (group.shown, rest)
+    )
+    folded = Sheet("", "", *more) if rest and more[1] else None
+    return Sheet(group.title, group.note, *first, notes=notes, more=folded)
+
+
+def seeds_of(row: Row, results: Results) -> list[int]:
+    """The seeds of a row that have a result."""
+    return list(dict.fromkeys(measured.seed for measured in results.get(row.stem, [])))
 
 
 def _arranged(
@@ -79,60 +74,49 @@ def _arranged(
     rows: list[Row],
     cells: _Cells,
     titles: Mapping[str, str],
-    results: _Results,
+    results: Results,
 ) -> tuple[list[str], list[list[str]]]:
     """Header and lines of some columns: a line for each kind of number of a row."""
     lines = []
     for row in rows:
         name = f"{row.label} (`{row.stem}`)"
-        seeds = ", ".join(str(result["seed"]) for result in results.get(row.stem, []))
-        for kind, what in _KINDS.items():
+        seeds = ", ".join(map(str, seeds_of(row, results)))
+        for kind in _KINDS:
             texts = [cells[row.stem][metric.key][kind] for metric in metrics]
             if any(texts):
-                lines.append([name, what, *texts, seeds])
+                lines.append([name, kind, *texts, seeds])
                 name = ""
     return ["experiment", "", *(titles[metric.key] for metric in metrics), "seeds"], lines
 
 
 def _cell(
-    row: Row, metric: Metric, columns: Columns, results: _Results, cost: float | None
+    row: Row, metric: Metric, columns: Columns, results: Results, costs: Mapping[str, float]
 ) -> dict[str, str]:
     """What there is to say about one metric of one experiment, by kind.
 
     A cost belongs to the network: it stands beside our results, or by itself where there are none.
     """
-    key, scale = metric.key, UNITS[metric.unit]
-    ours: dict[str, list[float]] = {label: [] for label in LABELS}
-    ends: dict[str, list[float]] = {label: [] for label in LABELS}
-    for result in results.get(row.stem, []):
-        for label in LABELS:
-            checkpoint = result["checkpoints"].get(label)
-            value = None if checkpoint is None else columns.value(row.stem, metric, checkpoint)
-            if checkpoint is not None and value is not None:
-                ours[label].append(scale * value)
-                ends[label] = [scale * end for end in checkpoint["intervals"].get(key, [])]
-    if cost is not None and not any(ours.values()):
-        for label in LABELS:
-            has_result = any(label in result["checkpoints"] for result in results.get(row.stem, []))
-            ours[label] = [scale * cost] if has_result else []
-    printed = row.printed("last", key)
-    difference = ""
-    if printed and ours["last"]:
-        difference = f"{statistics.fmean(ours['last']) - statistics.fmean(printed):+.2f}"
-    return {
-        "published": _published(printed, row, metric),
-        "last": spread_of(ours["last"], ends["last"]),
-        "difference": difference,
-        "published selected": _published(row.printed("selected", key), row, metric),
-        "selected": spread_of(ours["selected"], ends["selected"]),
-        "network": "" if cost is None or row.stem in results else _repeats([scale * cost]),
-    }
-
-
-def _published(values: list[float], row: Row, metric: Metric) -> str:
-    """The numbers with the tag of their source."""
-    source = metric.source or row.source
-    return f"{_repeats(values)} [{source}]" if values and source else _repeats(values)
+    scale, source = UNITS[metric.unit], metric.source or row.source
+    cost = [scale * costs[metric.key]] if metric.key in costs else []
+    cell = dict.fromkeys(_KINDS, "")
+    means: dict[str, list[float]] = {}
+    for label, kind in zip(LABELS, ("published", "published, selected"), strict=True):
+        found = [one for one in results.get(row.stem, []) if one.label == label]
+        pairs = [(columns.value(metric, one), one.entry["intervals"]) for one in found]
+        known = [(scale * value, ends) for value, ends in pairs if value is not None]
+        ends = [scale * end for end in known[-1][1].get(metric.key, [])] if known else []
+        means[label] = [value for value, _ in known]
+        cell[label] = spread_of(means[label], ends)
+        if printed := row.printed(label, metric.key):
+            cell[kind] = _repeats(printed) + (f" [{source}]" if source else "")
+            if label == "last" and known:
+                gap = statistics.fmean(means[label]) - statistics.fmean(printed)
+                cell["last − published"] = f"{gap:+.2f}"
+    if cost and not any(means.values()):
+        for label in {one.label for one in results.get(row.stem, [])} & set(LABELS):
+            cell[label] = _repeats(cost)
+    cell["network"] = "" if row.stem in results else _repeats(cost)
+    return cell
 
 
 def _repeats(values: list[float]) -> str:
@@ -151,36 +135,25 @@ def spread_of(values: list[float], ends: Sequence[float] = ()) -> str:
 
 
 def _titles(
-    group: Group, rows: list[Row], results: _Results, columns: Columns
+    group: Group, rows: list[Row], results: Results, columns: Columns
 ) -> tuple[dict[str, str], list[str]]:
     """Column titles with footnote marks, and the footnotes."""
-    checkpoints = [
-        result["checkpoints"][label]
-        for row in rows
-        for result in results.get(row.stem, [])
-        for label in LABELS
-        if label in result["checkpoints"]
-    ]
+    cumulative = set()
+    for row in rows:
+        for measured in results.get(row.stem, []):
+            for name, attack in measured.entry["attacks"].items():
+                if measured.label in LABELS and attack["survivors_only"]:
+                    cumulative |= metrics_of(name, attack)
     titles: dict[str, str] = {}
-    is_cumulative = False
     parts: dict[int, list[str]] = {}
     for metric in group.metrics:
-        behind = [
-            attack
-            for checkpoint in checkpoints
-            for name, attack in checkpoint["attacks"].items()
-            if not metrics_of(name, attack).isdisjoint(metric.sources)
-        ]
-        titles[metric.key] = metric.title
-        if any(attack["survivors_only"] for attack in behind):
-            titles[metric.key] += "†"
-            is_cumulative = True
+        titles[metric.key] = metric.title + ("" if cumulative.isdisjoint(metric.sources) else "†")
         basis = columns.basis[metric.key]
         if basis is not None and not basis.is_whole:
             titles[metric.key] += "‡"
             parts.setdefault(basis.size, []).append(metric.title)
     notes = []
-    if is_cumulative:
+    if any("†" in title for title in titles.values()):
         notes.append(
             "† Ours is cumulative: the attack met what every earlier attack of the suite had left, "
             "and what those broke counts as broken."
@@ -191,15 +164,10 @@ def _titles(
     return titles, notes
 
 
-def compact_of(group: Group, rows: list[Row], results: _Results) -> Table:
+def compact_of(group: Group, rows: list[Row], results: Results) -> Table:
     """Means over seeds of our last checkpoints, in the first columns of a table, for a terminal."""
     metrics = group.shown[:COMPACT]
     columns = Columns(group, [row.stem for row in rows], results)
-    sizes = [
-        f"{metric.title} on {basis.size:,} images"
-        for metric in metrics
-        if (basis := columns.basis[metric.key]) is not None and not basis.is_whole
-    ]
     table = Table(title=Text(group.title), title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("experiment", no_wrap=True)
     for title in (*(metric.title for metric in metrics), "seeds"):
@@ -207,16 +175,14 @@ def compact_of(group: Group, rows: list[Row], results: _Results) -> Table:
     for row in rows:
         if row.stem not in results:
             continue
+        last = [measured for measured in results[row.stem] if measured.label == "last"]
         cells = []
         for metric in metrics:
-            found = [
-                columns.value(row.stem, metric, result["checkpoints"]["last"])
-                for result in results[row.stem]
-                if "last" in result["checkpoints"]
-            ]
+            found = [columns.value(metric, measured) for measured in last]
             known = [UNITS[metric.unit] * value for value in found if value is not None]
             cells.append(_repeats([statistics.fmean(known)]) if known else "")
-        table.add_row(Text(row.stem), *cells, str(len(results[row.stem])))
-    table.caption = Text("; ".join(["means over seeds, accuracies in percent", *sizes]))
+        table.add_row(Text(row.stem), *cells, str(len(seeds_of(row, results))))
+    notes = ["means over seeds, accuracies in percent", *columns.parts(metrics)]
+    table.caption = Text("; ".join(notes))
     table.caption_justify = "left"
     return table

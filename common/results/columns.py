@@ -1,14 +1,13 @@
 """Which cells of a table may stand in one column: those about the same examples and attacks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
-from common.results.bases import Basis, bases, counted_attacks, shared_basis, usual
+from common.results.bases import Basis, Measured, Results, usual
 from common.results.reference import Group, Metric
-from common.results.schema import CheckpointResult, Result
 from common.results.store import LABELS
 
-Results = Mapping[str, Sequence[Result]]
-"""By experiment."""
+T = TypeVar("T", bound=Hashable)
 
 
 class Columns:
@@ -30,22 +29,36 @@ class Columns:
 
     def __init__(self, group: Group, stems: Sequence[str], results: Results) -> None:
         self.group = group
-        self._found = list(_checkpoints(stems, results))
-        self._of = {id(checkpoint): bases(checkpoint) for *_, checkpoint in self._found}
-        self._attacks = {stem: self._usual_attacks(stem) for stem in stems}
-        self.basis = {metric.key: self._usual_basis(metric) for metric in group.metrics}
+        of = {stem: [m for m in results.get(stem, []) if m.label in LABELS] for stem in stems}
+        every = [measured for found in of.values() for measured in found]
+        self._attacks = {
+            stem: _usual(found, lambda m: m.attacks if "worst" in m.entry["metrics"] else None)
+            for stem, found in of.items()
+        }
+        self.basis = {
+            metric.key: _usual(every, lambda m, metric=metric: _basis(metric, m))  # type: ignore[misc]
+            for metric in group.metrics
+        }
         self.left_out: dict[str, dict[str, list[int]]] = {}
-        for stem, label, seed, checkpoint in self._found:
+        for m in every:
             for metric in group.metrics:
-                if how := self._misfit(stem, metric, checkpoint):
-                    where = self.left_out.setdefault(f"{metric.title}, {label}, {how}", {})
-                    where.setdefault(stem, []).append(seed)
+                if how := self._misfit(metric, m):
+                    where = self.left_out.setdefault(f"{metric.title}, {m.label}, {how}", {})
+                    where.setdefault(m.stem, []).append(m.seed)
 
-    def value(self, stem: str, metric: Metric, checkpoint: CheckpointResult) -> float | None:
+    def value(self, metric: Metric, measured: Measured) -> float | None:
         """A metric of a checkpoint; ``None`` if it is missing or does not fit."""
-        if self._misfit(stem, metric, checkpoint):
+        if self._misfit(metric, measured):
             return None
-        return metric.of(checkpoint["metrics"])
+        return metric.of(measured.entry["metrics"])
+
+    def parts(self, metrics: Iterable[Metric]) -> list[str]:
+        """On how many images the columns are that are not about all."""
+        return [
+            f"{metric.title} on {basis.size:,} images"
+            for metric in metrics
+            if (basis := self.basis[metric.key]) is not None and not basis.is_whole
+        ]
 
     def notes(self) -> list[str]:
         """Footnotes: what was left out, and over which attacks worst cases are."""
@@ -53,13 +66,8 @@ class Columns:
             f"{what}: {', '.join(_named(stem, seeds) for stem, seeds in rows.items())}"
             for what, rows in self.left_out.items()
         ]
-        notes = []
-        if parts:
-            notes.append(
-                "Left out, because measured otherwise than the rest of the column: "
-                f"{'; '.join(parts)}"
-            )
-        return notes + self._attack_notes()
+        what = "Left out, because measured otherwise than the rest of the column: "
+        return [*([what + "; ".join(parts)] if parts else []), *self._attack_notes()]
 
     def _attack_notes(self) -> list[str]:
         """Which attacks the worst cases of the rows are over, where they differ."""
@@ -80,55 +88,34 @@ class Columns:
         parts = "; ".join(f"{names} ({', '.join(stems)})" for names, stems in more.items())
         return [f"Worst cases are over {', '.join(sorted(common))}, and beside them {parts}."]
 
-    def _misfit(self, stem: str, metric: Metric, checkpoint: CheckpointResult) -> str:
+    def _misfit(self, metric: Metric, measured: Measured) -> str:
         """Why a metric of a checkpoint does not fit, in words; empty if it does or is missing."""
-        basis = self._basis_of(metric, checkpoint)
-        if metric.of(checkpoint["metrics"]) is None:
+        if metric.of(measured.entry["metrics"]) is None:
             return ""
+        basis, usual_one = _basis(metric, measured), self.basis[metric.key]
         if basis is None:
             return "parts of it on different examples"
-        usual_one = self.basis[metric.key]
         if usual_one is not None and basis != usual_one:
-            same = basis.size == usual_one.size
-            return f"on {'other ' if same else ''}{basis.size:,} examples"
-        if "worst" in metric.sources and counted_attacks(checkpoint) != self._attacks[stem]:
+            other = "other " if basis.size == usual_one.size else ""
+            return f"on {other}{basis.size:,} examples"
+        if "worst" in metric.sources and measured.attacks != self._attacks[measured.stem]:
             return "other attacks than for the rest of the row"
         return ""
 
-    def _basis_of(self, metric: Metric, checkpoint: CheckpointResult) -> Basis | None:
-        return shared_basis(self._of[id(checkpoint)], metric.sources)
 
-    def _usual_basis(self, metric: Metric) -> Basis | None:
-        for wanted in LABELS:
-            found = (
-                self._basis_of(metric, checkpoint)
-                for _, label, _, checkpoint in self._found
-                if label == wanted and metric.of(checkpoint["metrics"]) is not None
-            )
-            if basis := usual(one for one in found if one is not None):
-                return basis
-        return None
-
-    def _usual_attacks(self, stem: str) -> frozenset[str]:
-        for wanted in LABELS:
-            found = (
-                counted_attacks(checkpoint)
-                for owner, label, _, checkpoint in self._found
-                if owner == stem and label == wanted and "worst" in checkpoint["metrics"]
-            )
-            if attacks := usual(found):
-                return attacks
-        return frozenset()
+def _basis(metric: Metric, measured: Measured) -> Basis | None:
+    """The basis that all parts of a metric share; ``None`` without one."""
+    found = {measured.bases.get(key) for key in metric.sources}
+    return found.pop() if len(found) == 1 else None
 
 
-def _checkpoints(
-    stems: Sequence[str], results: Results
-) -> Iterator[tuple[str, str, int, CheckpointResult]]:
-    for stem in stems:
-        for result in results.get(stem, []):
-            for label in LABELS:
-                if label in result["checkpoints"]:
-                    yield stem, label, result["seed"], result["checkpoints"][label]
+def _usual(found: Sequence[Measured], what: Callable[[Measured], T | None]) -> T | None:
+    """The most frequent value of last checkpoints, or of selected ones where those have none."""
+    for label in LABELS:
+        values = (what(measured) for measured in found if measured.label == label)
+        if (most := usual(value for value in values if value)) is not None:
+            return most
+    return None
 
 
 def _named(stem: str, seeds: Sequence[int]) -> str:

@@ -76,9 +76,9 @@ def _cell(text: str) -> str:
     return escape(text).replace("|", "\\|")
 
 
-def folded(summary: str, markdown: str) -> str:
-    """Text that a reader opens by a click on its summary."""
-    return f"<details><summary>{escape(summary)}</summary>\n\n{markdown}\n\n</details>"
+def folded(summary: str, *parts: str) -> str:
+    """Markdown that a reader opens by a click on its summary."""
+    return "\n\n".join([f"<details><summary>{escape(summary)}</summary>", *parts, "</details>"])
 
 
 def write_readme(path: str | Path, markdown: str, begin: str = BEGIN, end: str = END) -> None:

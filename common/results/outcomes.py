@@ -4,22 +4,17 @@
 They are stored, and not computed again when results are merged or read.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
-from itertools import compress
 from operator import and_
-from statistics import fmean, median
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from common.results.packing import as_list, listed, pack_outcomes, packed_bits
-from common.results.schema import (
-    AttackResult,
-    AuditResult,
-    CheckpointResult,
-    CleanResult,
-    examples_in,
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from common.results.packing import Bits, pack_outcomes, unpack_outcomes
+from common.results.schema import AttackResult, CheckpointResult, CleanResult, examples_in
 from common.results.statistics import wilson_interval
 
 if TYPE_CHECKING:  # tables are rendered without waiting for torch
@@ -30,21 +25,6 @@ if TYPE_CHECKING:  # tables are rendered without waiting for torch
 DIGITS = 6
 """Intervals and distances are rounded, so that they are the same text on every machine."""
 
-
-def mask_of(attack: AttackResult, total: int) -> int:
-    """Which of ``total`` examples a step's outcomes are about, as in :func:`packed_bits`."""
-    return packed_bits(attack["subset"], total) if "subset" in attack else (1 << total) - 1
-
-
-def _outcomes_of(attack: AttackResult, total: int, mask: int) -> int:
-    """Outcomes at the places of the mask, zeros elsewhere, as in :func:`packed_bits`."""
-    bits = packed_bits(attack["outcomes"], attack["examples"])
-    if attack["examples"] == total:
-        return bits
-    found = iter(listed(bits, attack["examples"]))
-    return int("".join("01"[next(found)] if is_in else "0" for is_in in listed(mask, total)), 2)
-
-
 # ----------------------------------------------------------------------------------------- figures
 
 
@@ -53,21 +33,21 @@ class Figure(NamedTuple):
 
     Args:
         value: The metric.
-        mask: Which examples of the split it is about, as in :func:`packed_bits`.
+        mask: Which examples of the split it is about.
         correct: How many of them are right; ``None`` for a mean of several draws.
-        bits: Which of them are right, at their places in the split; ``None`` where examples have no
-            outcome of their own: the lowest of several accuracies, a mean.
+        bits: Which examples of the split are among them and right; ``None`` where there is no
+            outcome per example: the lowest of several accuracies, a mean.
     """
 
     value: float
-    mask: int
+    mask: Bits
     correct: int | None
-    bits: int | None
+    bits: Bits | None
 
     @property
     def size(self) -> int:
         """How many examples it is about."""
-        return self.mask.bit_count()
+        return int(self.mask.sum())
 
 
 def group_of(name: str, attack: AttackResult) -> str:
@@ -111,29 +91,28 @@ def figures(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str
       and under all of them (see :func:`worst_over`); ``worst_clean`` as above. Absent for the
       reasons of :func:`missing_worst`.
     """
-    steps = _steps(clean, attacks)
-    found = dict(steps)
-    clean_bits, every = cast(int, steps["clean_acc"].bits), steps["clean_acc"].mask
+    found = _steps(clean, attacks)
+    every = found["clean_acc"]
     groups: dict[str, list[str]] = {}
     for name, attack in attacks.items():
         groups.setdefault(group_of(name, attack), []).append(name)
+    counted = _worst_over(found, attacks)
     for group, names in groups.items():
-        mask = steps[names[0]].mask
+        steps = [found[name] for name in names]
         kinds = {attacks[name]["kind"] for name in names}
-        if len(kinds) > 1 or any(steps[name].mask != mask for name in names):
+        if len(kinds) > 1 or any((step.mask != steps[0].mask).any() for step in steps):
             continue
-        outcomes = [cast(int, steps[name].bits) for name in names]
         cumulative = {attacks[name]["survivors_only"] for name in names}
         if len(cumulative) == 1:
-            found[group] = _combined(outcomes, mask, kinds == {"noise"})
+            found[group] = _combined(steps, kinds == {"noise"})
         if cumulative == {False} and kinds == {"attack"}:
-            found[f"{group}_union"] = _share(reduce(and_, outcomes), mask)
-        if mask != every:
-            found[f"{group}_clean"] = _share(clean_bits & mask, mask)
-    if counted := _worst_over(steps, attacks):
-        found["worst"] = _together(steps, counted)
-        if (mask := found["worst"].mask) != every:
-            found["worst_clean"] = _share(clean_bits & mask, mask)
+            found[f"{group}_union"] = _together(steps)
+        if not steps[0].mask.all():
+            found[f"{group}_clean"] = _together([every, steps[0]._replace(bits=steps[0].mask)])
+    if counted:
+        worst = found["worst"] = _together([every, *(found[name] for name in counted)])
+        if not worst.mask.all():
+            found["worst_clean"] = _together([every, worst._replace(bits=worst.mask)])
     return found
 
 
@@ -149,49 +128,53 @@ def worst_over(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> list[
 def _steps(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str, Figure]:
     """The figures of ``clean_acc`` and of every step."""
     total = examples_in(clean["per_class"])
-    found = {"clean_acc": _share(packed_bits(clean["outcomes"], total), (1 << total) - 1)}
+    every = np.ones(total, dtype=bool)
+    found = {"clean_acc": _share(unpack_outcomes(clean["outcomes"], total), every)}
     for name, attack in attacks.items():
-        mask = mask_of(attack, total)
-        found[name] = _share(_outcomes_of(attack, total, mask), mask)
+        mask = unpack_outcomes(attack["subset"], total) if "subset" in attack else every
+        bits = np.zeros(total, dtype=bool)
+        bits[mask] = unpack_outcomes(attack["outcomes"], attack["examples"])
+        found[name] = _share(bits, mask)
     return found
 
 
-def _together(steps: Mapping[str, Figure], names: Sequence[str]) -> Figure:
-    """Of the examples that met all of these steps, those that are right clean and under all."""
-    chosen = [steps["clean_acc"], *(steps[name] for name in names)]
-    mask = reduce(and_, (step.mask for step in chosen))
-    return _share(reduce(and_, (cast(int, step.bits) for step in chosen), mask), mask)
-
-
 def _worst_over(steps: Mapping[str, Figure], attacks: Mapping[str, AttackResult]) -> list[str]:
+    def of(names: Sequence[str]) -> Figure:
+        return _together([steps["clean_acc"], *(steps[name] for name in names)])
+
     def is_evidence(names: Sequence[str]) -> bool:
-        strong = any(not attacks[name].get("weakness") for name in names)
-        found = _together(steps, names)
-        return bool(names) and found.mask != 0 and (strong or found.correct == 0)
+        is_strong = any(not attacks[name].get("weakness") for name in names)
+        found = of(names)
+        return bool(names) and found.size > 0 and (is_strong or found.correct == 0)
 
     counted = [name for name, attack in attacks.items() if counts_as_attack(attack)]
     suite = [name for name in counted if not is_audit(name)]
     if is_evidence(suite):
-        alone, with_audit = _together(steps, suite), _together(steps, counted)
-        if not cast(int, alone.bits) & with_audit.mask & ~cast(int, with_audit.bits):
+        alone, audited = (cast(Bits, of(names).bits) for names in (suite, counted))
+        if not (alone & of(counted).mask & ~audited).any():
             return suite
     return counted if is_evidence(counted) else []
 
 
-def _share(bits: int, mask: int) -> Figure:
-    correct = bits.bit_count()
-    size = mask.bit_count()
-    return Figure(correct / size if size else math.nan, mask, correct, bits)
+def _share(bits: Bits, mask: Bits) -> Figure:
+    correct, size = int(bits.sum()), int(mask.sum())
+    return Figure(correct / size if size else float("nan"), mask, correct, bits)
 
 
-def _combined(outcomes: list[int], mask: int, is_noise: bool) -> Figure:
+def _together(steps: Sequence[Figure]) -> Figure:
+    """Of the examples that all of these are about, those that are right in all of them."""
+    mask = reduce(and_, (step.mask for step in steps))
+    return _share(reduce(and_, (cast(Bits, step.bits) for step in steps), mask), mask)
+
+
+def _combined(steps: Sequence[Figure], is_noise: bool) -> Figure:
     """The figure of a group: the mean over draws of noise, the lowest over losses of an attack."""
-    if len(outcomes) == 1:
-        return _share(outcomes[0], mask)
-    counts = [bits.bit_count() for bits in outcomes]
+    if len(steps) == 1:
+        return steps[0]
+    counts = [cast(int, step.correct) for step in steps]
     if is_noise:
-        return Figure(fmean(counts) / mask.bit_count(), mask, None, None)
-    return Figure(min(counts) / mask.bit_count(), mask, min(counts), None)
+        return Figure(fmean(counts) / steps[0].size, steps[0].mask, None, None)
+    return min(steps, key=lambda step: step.value)._replace(bits=None)
 
 
 def missing_worst(attacks: Mapping[str, AttackResult]) -> str:
@@ -205,36 +188,32 @@ def missing_worst(attacks: Mapping[str, AttackResult]) -> str:
             f"there is no worst case: no attack kept to the threat model (there are {what}); give "
             "the threat the norm and radius of the attacks, or the attacks those of the threat"
         )
-    if all(not attack.get("weakness") for attack in counted.values()):
+    weak = [f"{name}: {a['weakness']}" for name, a in counted.items() if a.get("weakness")]
+    if not weak:
         return "there is no worst case: no example met every attack"
-    reasons = [
-        f"{name}: {attack['weakness']}"
-        for name, attack in counted.items()
-        if attack.get("weakness")
-    ]
-    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    more = f"; and {len(weak) - 3} more" if len(weak) > 3 else ""
     return (
         "there is no worst case: no attack used the whole radius of the threat and moved the "
-        f"images ({'; '.join(reasons[:3])}{more}); add one that does"
+        f"images ({'; '.join(weak[:3])}{more}); add one that does"
     )
 
 
-def sizes(found: Mapping[str, Figure]) -> dict[str, int]:
-    """How many examples a figure is about, where those are not all."""
-    total = found["clean_acc"].size
-    return {name: figure.size for name, figure in found.items() if figure.size < total}
+def derived(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str, dict[str, Any]]:
+    """``metrics``, ``intervals`` and ``sizes`` of a checkpoint, as they are filed.
 
-
-def intervals(found: Mapping[str, Figure]) -> dict[str, list[float]]:
-    """``[low, high]`` of every figure that is a share of examples; a mean over draws is none.
-
-    They are 95 % score intervals and stand for the choice of test examples alone; for the lowest of
-    several accuracies they are those of the lowest, as if it had been the only one.
+    Intervals are 95 % score intervals and stand for the choice of test examples alone. A mean over
+    draws has none; for the lowest of several accuracies they are those of the lowest, as if it had
+    been the only one. Sizes are there for figures that are not about all examples.
     """
+    found = figures(clean, attacks)
     return {
-        name: [round(end, DIGITS) for end in wilson_interval(figure.correct, figure.size)]
-        for name, figure in found.items()
-        if figure.correct is not None
+        "metrics": {name: figure.value for name, figure in found.items()},
+        "intervals": {
+            name: [round(end, DIGITS) for end in wilson_interval(figure.correct, figure.size)]
+            for name, figure in found.items()
+            if figure.correct is not None
+        },
+        "sizes": {name: figure.size for name, figure in found.items() if not figure.mask.all()},
     }
 
 
@@ -249,8 +228,7 @@ def outcome_bits(checkpoint: CheckpointResult, metric: str) -> list[bool] | None
     figure = figures(checkpoint["clean"], checkpoint["attacks"]).get(metric)
     if figure is None or figure.bits is None:
         return None
-    total = checkpoint["examples"]
-    return list(compress(listed(figure.bits, total), listed(figure.mask, total)))
+    return cast(list[bool], figure.bits[figure.mask].tolist())
 
 
 def positions(checkpoint: CheckpointResult, metric: str) -> list[int]:
@@ -260,8 +238,7 @@ def positions(checkpoint: CheckpointResult, metric: str) -> list[int]:
         KeyError: If there is no such accuracy.
     """
     figure = figures(checkpoint["clean"], checkpoint["attacks"])[metric]
-    total = checkpoint["examples"]
-    return list(compress(range(total), listed(figure.mask, total)))
+    return cast(list[int], np.flatnonzero(figure.mask).tolist())
 
 
 def logged(checkpoint: CheckpointResult) -> dict[str, float]:
@@ -293,79 +270,81 @@ def checkpoint_entry(
         ValueError: If a measure has the name of a metric, or a step has a name that does not begin
             with its entry.
     """
-    y = as_list(outcomes.y)
-    is_right = as_list(outcomes.correct["clean"])
-    clean: CleanResult = {
-        "correct": sum(is_right),
-        "per_class": _per_class(is_right, y, max(y) + 1),
-        "outcomes": pack_outcomes(is_right),
-    }
-    if nonfinite := _nonfinite(outcomes.columns.get("clean", {}), [True] * len(y)):
-        clean["nonfinite"] = nonfinite
-    attacks = {name: _attack_entry(outcomes, name, is_right, y) for name in outcomes.attacked}
-    threat = outcomes.threat
-    found = figures(clean, attacks)
-    metrics = {name: figure.value for name, figure in found.items()}
-    if taken := set(metrics) & set(measures or ()):
+    y, every = _array(outcomes.y), np.ones(len(outcomes.y), dtype=bool)
+    clean = cast(
+        CleanResult,
+        _counts(outcomes, "clean", y, every) | _nonfinite(outcomes, "clean", every),
+    )
+    attacks = {name: _attack_entry(outcomes, name, y) for name in outcomes.attacked}
+    found = derived(clean, attacks)
+    if taken := set(found["metrics"]) & set(measures or ()):
         raise ValueError(f"{min(taken)} is a measure and an accuracy; rename one of them")
-    reason = "" if "worst" in found else missing_worst(attacks)
-    entry: CheckpointResult = {
+    reason = "" if "worst" in found["metrics"] else missing_worst(attacks)
+    threat = outcomes.threat
+    entry: dict[str, Any] = {
         "epoch": epoch,
         "global_step": global_step,
         "examples": len(y),
         "threat": None if threat is None else {"norm": threat.norm, "eps": threat.radius},
         "clean": clean,
         "attacks": attacks,
-        "metrics": metrics | dict(measures or {}),
-        "intervals": intervals(found),
-        "sizes": sizes(found),
+        **found,
         "remarks": [*outcomes.remarks, *filter(None, [reason])],
     }
+    entry["metrics"].update(measures or {})
     if audit is not None:
-        entry["audit"] = cast(AuditResult, dict(audit))
-    return entry
+        entry["audit"] = dict(audit)
+    return cast(CheckpointResult, entry)
 
 
-def _attack_entry(
-    outcomes: "Outcomes", name: str, is_right: Sequence[bool], y: Sequence[int]
-) -> AttackResult:
-    line = _line(outcomes, name)
-    within = as_list(outcomes.attacked[name])
-    correct = list(compress(as_list(outcomes.correct[name]), within))
-    entry: AttackResult = {
+def _array(values: "Tensor") -> NDArray[Any]:
+    return cast(NDArray[Any], values.numpy(force=True))
+
+
+def _counts(outcomes: "Outcomes", name: str, y: NDArray[Any], within: Bits) -> dict[str, Any]:
+    """The outcomes of a step on its examples, and how many are right."""
+    correct = _array(outcomes.correct[name])
+    pairs = [np.bincount(y[part], minlength=y.max() + 1) for part in (within & correct, within)]
+    return {
+        "correct": int(correct[within].sum()),
+        "per_class": np.stack(pairs, axis=1).tolist(),
+        "outcomes": pack_outcomes(correct[within]),
+    }
+
+
+def _nonfinite(outcomes: "Outcomes", name: str, within: Bits) -> dict[str, int]:
+    """For how many of these examples the scores were NaN or infinite, if for any."""
+    predicted = outcomes.columns.get(name, {}).get("predicted")
+    count = 0 if predicted is None else int((_array(predicted)[within] < 0).sum())
+    return {"nonfinite": count} if count else {}
+
+
+def _attack_entry(outcomes: "Outcomes", name: str, y: NDArray[Any]) -> AttackResult:
+    line, within = _line(outcomes, name), _array(outcomes.attacked[name])
+    entry = {
         "kind": line.kind,
         "norm": line.norm,
         "eps": line.eps,
         "counts": line.counts,
         "at": dict(line.at),
-        "correct": sum(correct),
-        "examples": sum(within),
+        "correct": 0,  # its place in the file
+        "examples": int(within.sum()),
         "survivors_only": line.survivors_only,
-        "per_class": _per_class(correct, list(compress(y, within)), max(y) + 1),
-        "outcomes": pack_outcomes(correct),
+        **_counts(outcomes, name, y, within),
     }
-    if not all(within):
+    if not within.all():
         entry["subset"] = pack_outcomes(within)
     if line.weakness:
         entry["weakness"] = line.weakness
+    entry |= _nonfinite(outcomes, name, within)
     columns = outcomes.columns.get(name, {})
-    if nonfinite := _nonfinite(columns, within):
-        entry["nonfinite"] = nonfinite
     if "unmoved" in columns:
-        entry["unmoved"] = sum(as_list(columns["unmoved"]))
+        entry["unmoved"] = int(_array(columns["unmoved"]).sum())
     if norms := [norm for norm in ("linf", "l2") if norm in columns]:
-        withstood = as_list(columns.get("correct", outcomes.correct[name]))
-        broken = [a and b and not c for a, b, c in zip(is_right, within, withstood, strict=True)]
-        entry["distances"] = {
-            norm: _median(compress(as_list(columns[norm]), broken)) for norm in norms
-        }
-    return entry
-
-
-def _nonfinite(columns: "Mapping[str, Tensor]", within: Sequence[bool]) -> int:
-    """For how many of these examples the scores were NaN or infinite."""
-    predicted = as_list(columns["predicted"]) if "predicted" in columns else []
-    return sum(label < 0 for label in compress(predicted, within))
+        withstood = _array(columns.get("correct", outcomes.correct[name])).astype(bool)
+        broken = _array(outcomes.correct["clean"]) & within & ~withstood
+        entry["distances"] = {norm: _median(_array(columns[norm])[broken]) for norm in norms}
+    return cast(AttackResult, entry)
 
 
 def _line(outcomes: "Outcomes", name: str) -> "Line":
@@ -380,16 +359,7 @@ def _line(outcomes: "Outcomes", name: str) -> "Line":
     return line
 
 
-def _median(distances: Iterable[float]) -> float | None:
+def _median(distances: NDArray[Any]) -> float | None:
     """Of the distances there are; an example that a step was not run on has none."""
-    known = [distance for distance in distances if math.isfinite(distance)]
-    return float(f"{median(known):.{DIGITS}g}") if known else None
-
-
-def _per_class(correct: Sequence[bool], y: Sequence[int], classes: int) -> list[list[int]]:
-    """``[correct, total]`` of each class."""
-    counts = [[0, 0] for _ in range(classes)]
-    for outcome, label in zip(correct, y, strict=True):
-        counts[label][0] += outcome
-        counts[label][1] += 1
-    return counts
+    known = distances[np.isfinite(distances)].astype(float)
+    return float(f"{np.median(known):.{DIGITS}g}") if known.size else None

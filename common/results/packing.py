@@ -1,40 +1,31 @@
-"""Booleans of a split as hexadecimal text, and as integers that are combined bit by bit."""
+"""Booleans of a split as hexadecimal text."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-if TYPE_CHECKING:  # tables are rendered without waiting for torch
-    from torch import Tensor
+Bits = NDArray[np.bool_]
 
 
-def pack_outcomes(outcomes: "Iterable[bool] | Tensor") -> str:
+def pack_outcomes(outcomes: ArrayLike) -> str:
     """Booleans as hexadecimal digits: the first is the highest bit, zeros fill the last byte."""
-    return np.packbits(np.asarray(as_list(outcomes), dtype=bool)).tobytes().hex()
+    return np.packbits(np.asarray(outcomes, dtype=bool)).tobytes().hex()
 
 
-def packed_bits(text: str, n: int) -> int:
-    """Packed booleans as an ``n``-bit integer whose highest bit is the first.
+def unpack_outcomes(text: str, n: int) -> Bits:
+    """The ``n`` booleans of a text.
 
     Raises:
         ValueError: If the text is not ``n`` packed booleans.
     """
-    padding = -n % 8
-    if len(text) != (n + padding) // 4:
+    if len(text) != 2 * -(-n // 8):
         raise ValueError(f"{len(text)} hexadecimal digits do not hold {n} outcomes")
-    value = int(text or "0", 16)
-    if value & ((1 << padding) - 1):
+    try:
+        packed: NDArray[Any] = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+    except ValueError as error:
+        raise ValueError(f"{text[:20]!r} has other characters than hexadecimal digits") from error
+    bits = np.unpackbits(packed).astype(bool)
+    if bits[n:].any():
         raise ValueError(f"there are outcomes beyond the first {n}")
-    return value >> padding
-
-
-def listed(bits: int, n: int) -> list[bool]:
-    """The booleans of an ``n``-bit integer, from the highest bit down."""
-    return [bit == "1" for bit in f"{bits:0{n}b}"] if n else []
-
-
-def as_list(values: "Iterable[Any] | Tensor") -> list[Any]:
-    """A tensor's or an iterable's values."""
-    found = values.tolist() if hasattr(values, "tolist") else list(values)
-    return cast(list[Any], found)
+    return bits[:n]

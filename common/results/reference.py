@@ -1,14 +1,17 @@
 """What a paper printed: the tables and rows of its ``reference.yaml``."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from common.errors import ConfigurationError, check_choice
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from common.errors import ConfigurationError
 from common.limits import read_yaml
+from common.results.typed import problem_of
 
 Unit = Literal["percent", "plain", "thousands", "millions", "giga"]
 UNITS: dict[Unit, float] = {
@@ -24,6 +27,8 @@ WIDEST = 8
 """Most columns of numbers that a table shows at once."""
 
 Number = float | list[float] | None
+Checkpoint = Literal["last", "selected"]
+_KNOWN_KEYS = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -33,28 +38,19 @@ class Metric:
     Args:
         key: Of the metric.
         title: Heading.
-        unit: ``percent`` of a figure in [0, 1]; ``plain`` as it is; ``thousands``; ``millions``;
-            ``giga``.
-        mean_of: Other columns of the same table with their weights, which sum to 1: ours is then
-            their weighted mean, computed for each seed, and ``key`` is a new name.
+        unit: ``percent`` of a figure in [0, 1]; ``plain`` as it is; others are powers of ten.
+        mean_of: Other columns of the table with their weights, which sum to 1: ours is their
+            weighted mean, computed for each seed, and ``key`` is a new name.
         source: Tag of the published numbers in this column, if it is not that of their rows.
     """
+
+    __pydantic_config__ = _KNOWN_KEYS
 
     key: str
     title: str
     unit: Unit = "percent"
-    mean_of: dict[str, float] | None = None
+    mean_of: dict[str, Annotated[float, Field(ge=0)]] | None = None
     source: str | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("unit", self.unit, Unit)
-        if self.mean_of is not None:
-            weights = list(self.mean_of.values())
-            if not weights or min(weights) < 0 or not math.isclose(sum(weights), 1.0):
-                raise TypeError(
-                    f"mean_of of {self.key!r} needs weights of at least 0 that sum to 1, got "
-                    f"{self.mean_of}"
-                )
 
     @property
     def sources(self) -> list[str]:
@@ -63,11 +59,10 @@ class Metric:
 
     def of(self, metrics: Mapping[str, float]) -> float | None:
         """Ours from the metrics of a checkpoint; ``None`` where a part of it is missing."""
-        if not all(key in metrics for key in self.sources):
+        weights = self.mean_of or {self.key: 1.0}
+        if not weights.keys() <= metrics.keys():
             return None
-        if self.mean_of is None:
-            return metrics[self.key]
-        return sum(weight * metrics[key] for key, weight in self.mean_of.items())
+        return sum(weight * metrics[key] for key, weight in weights.items())
 
 
 @dataclass(frozen=True)
@@ -86,22 +81,15 @@ class Group:
             or about a single loss.
     """
 
+    __pydantic_config__ = _KNOWN_KEYS
+
     id: str
     title: str
     metrics: list[Metric]
     note: str = ""
-    first: list[str] | None = None
+    first: Annotated[list[str], Field(max_length=WIDEST)] | None = None
     baseline: str | None = None
     compare: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        known = {metric.key for metric in self.metrics}
-        if self.first is not None and (len(self.first) > WIDEST or set(self.first) - known):
-            raise TypeError(
-                f"first of {self.id!r} names at most {WIDEST} of its columns, got {self.first}"
-            )
-        if isinstance(self.compare, str):
-            raise TypeError(f"compare must be a list of metrics, got {self.compare!r}")
 
     @property
     def shown(self) -> list[Metric]:
@@ -119,6 +107,8 @@ class Row:
     A ``baseline``, the stem of another, is what it is compared with instead of its tables' own.
     """
 
+    __pydantic_config__ = _KNOWN_KEYS
+
     stem: str
     groups: list[str]
     label: str
@@ -132,21 +122,43 @@ class Row:
         value = (self.last if label == "last" else self.selected).get(key)
         if value is None:
             return []
-        return list(value) if isinstance(value, list) else [value]
+        return value if isinstance(value, list) else [value]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the root README shows of a paper: columns of a group, and differences in one of them."""
+
+    __pydantic_config__ = _KNOWN_KEYS
+
+    group: str
+    metrics: list[str]
+    difference: str
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The parts of a ``reference.yaml`` that tables are made of."""
+    """The parts of a ``reference.yaml`` that tables are made of.
+
+    Args:
+        groups: The tables.
+        rows: The experiments, by stem.
+        checkpoints: What a complete result has; ``[last]`` where nothing is selected.
+        tags: Sources of numbers, by the tag that rows name.
+        summary: What the root README shows.
+    """
 
     groups: list[Group]
     rows: dict[str, Row]
-    checkpoints: tuple[str, ...] = ("last", "selected")
-    """What a complete result has; ``[last]`` where nothing is selected."""
+    checkpoints: Annotated[list[Checkpoint], Field(min_length=1)] = field(
+        default_factory=lambda: ["last", "selected"]
+    )
     tags: dict[str, str] = field(default_factory=dict)
-    """Sources of numbers, by the tag that rows name."""
-    summary: dict[str, str | list[str]] = field(default_factory=dict)
-    """What the root README shows: ``group``, ``metrics``, and the metric of ``difference``."""
+    summary: Summary | None = None
+
+    def members(self, group: Group) -> list[Row]:
+        """The rows of a table."""
+        return [row for row in self.rows.values() if group.id in row.groups]
 
 
 def select(stems: Iterable[str], on: str) -> list[str]:
@@ -171,55 +183,48 @@ def read_reference(path: str | Path) -> Reference:
     """Read the groups and rows of a ``reference.yaml``.
 
     Raises:
-        ConfigurationError: If it cannot be read, a row names an unknown group, or a row has a
-            number that none of its groups shows.
+        ConfigurationError: If it cannot be read, names what is not there, or a row has a number
+            that none of its groups shows.
     """
-    path = Path(path)
-    data = read_yaml(path)
-    try:
-        groups = [
-            Group(**{**group, "metrics": [Metric(**metric) for metric in group["metrics"]]})
-            for group in data["groups"]
-        ]
-        rows = {stem: Row(stem=stem, **row) for stem, row in data["rows"].items()}
-        checkpoints = tuple(data.get("checkpoints", Reference.checkpoints))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); it "
-            "needs groups (a list of id, title, metrics, note, first, baseline, compare) "
-            "and rows (by stem: groups, label, source, last, selected, baseline)"
-        ) from error
-    if not checkpoints or set(checkpoints) - set(Reference.checkpoints):
-        raise ConfigurationError(
-            f"{path}: checkpoints are {list(checkpoints)}; name last, selected or both"
-        )
-    owners = [(f"the group {group.id}", group.baseline) for group in groups]
-    owners += [(row.stem, row.baseline) for row in rows.values()]
-    for owner, baseline in owners:
-        if baseline is not None and baseline not in rows:
-            raise ConfigurationError(
-                f"{path}: {owner} has the baseline {baseline!r}, which is no row; name the stem of "
-                "one"
-            )
-    for group in groups:
+    data, kind = read_yaml(path), TypeAdapter(Reference)
+    rows = data.get("rows") if isinstance(data, dict) else None
+    for stem, row in rows.items() if isinstance(rows, dict) else ():
+        if isinstance(row, dict):
+            row.setdefault("stem", stem)
+    if not (problem := problem_of(kind, data)):
+        reference = kind.validate_python(data)
+        problem = next(_problems(reference), "")
+    if problem:
+        raise ConfigurationError(f"{path} cannot be read: {problem}")
+    return reference
+
+
+def _problems(reference: Reference) -> Iterator[str]:
+    """What names something that is not there."""
+    columns = {group.id: [metric.key for metric in group.metrics] for group in reference.groups}
+    for group in reference.groups:
         plain = {metric.key for metric in group.metrics if metric.mean_of is None}
+        place = f"the group {group.id}"
+        yield from _unknown(f"baseline of {place}", [group.baseline], reference.rows)
+        yield from _unknown(f"first of {place}", group.first or [], columns[group.id])
         for metric in group.metrics:
-            if metric.mean_of is not None and (lost := set(metric.mean_of) - plain):
-                raise ConfigurationError(
-                    f"{path}: {metric.key} in the group {group.id} is a mean of {min(lost)!r}, "
-                    f"which is no column of it; the others are {', '.join(sorted(plain))}"
-                )
-    columns = {group.id: {metric.key for metric in group.metrics} for group in groups}
-    for row in rows.values():
-        if unknown := [group for group in row.groups if group not in columns]:
-            raise ConfigurationError(
-                f"{path}: {row.stem} is in the unknown group {unknown[0]!r}; there are "
-                f"{', '.join(columns)}"
-            )
-        shown = set().union(*(columns[group] for group in row.groups))
-        if hidden := [key for key in (*row.last, *row.selected) if key not in shown]:
-            raise ConfigurationError(
-                f"{path}: {row.stem} has a number for {hidden[0]!r}, which none of its groups "
-                f"{row.groups} shows; add the metric to one of them"
-            )
-    return Reference(groups, rows, checkpoints, data.get("tags") or {}, data.get("summary") or {})
+            if metric.mean_of is not None:
+                yield from _unknown(f"mean_of {metric.key} in {place}", metric.mean_of, plain)
+                if not math.isclose(sum(metric.mean_of.values()), 1.0):
+                    yield f"the weights of {metric.key} in {place} must sum to 1"
+    if (summary := reference.summary) is not None:
+        yield from _unknown("group of summary", [summary.group], columns)
+        keys = [*summary.metrics, summary.difference]
+        yield from _unknown("summary", keys, columns[summary.group])
+    for row in reference.rows.values():
+        yield from _unknown(f"baseline of {row.stem}", [row.baseline], reference.rows)
+        yield from _unknown(f"groups of {row.stem}", row.groups, columns)
+        shown = [key for group in row.groups for key in columns[group]]
+        yield from _unknown(f"numbers of {row.stem}", (*row.last, *row.selected), shown)
+
+
+def _unknown(what: str, names: Iterable[str | None], known: Iterable[str]) -> Iterator[str]:
+    """A sentence for each name that is not among the known ones."""
+    for name in names:
+        if name is not None and name not in known:
+            yield f"{what}: there is no {name!r}; there are {', '.join(sorted(known)[:20])}"

@@ -10,11 +10,11 @@ evaluated again; times, places and versions are under ``provenance``. Figures (`
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from common.files import write_json_atomically
-from common.results.packing import packed_bits
+from common.results.packing import unpack_outcomes
 
 SCHEMA: Final = 3
 """Version of the files that are written and read."""
@@ -164,7 +164,7 @@ def _with_counts(checkpoint: CheckpointResult) -> CheckpointResult:
     for name, attack in checkpoint["attacks"].items():
         chosen = total
         if "subset" in attack:
-            chosen = packed_bits(attack["subset"], total).bit_count()
+            chosen = int(unpack_outcomes(attack["subset"], total).sum())
         if chosen != attack["examples"]:
             raise ValueError(
                 f"attacks.{name}.examples is {attack['examples']}, its subset has {chosen}"
@@ -177,7 +177,7 @@ def _check_counts(step: CleanResult | AttackResult, total: int, place: str) -> N
     if (counted := examples_in(step["per_class"])) != total:
         raise ValueError(f"{place}.per_class has {counted} examples, not {total}")
     found = {
-        "outcomes": packed_bits(step["outcomes"], total).bit_count(),
+        "outcomes": unpack_outcomes(step["outcomes"], total).sum(),
         "per_class": sum(correct for correct, _ in step["per_class"]),
     }
     for what, value in found.items():
@@ -218,31 +218,12 @@ class Result(TypedDict):
     """SHA-256 of all other keys; absent after an edit by hand, and figures are then compared."""
 
 
-_RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, AfterValidator(_with_origins)])
-
-
-def problem_of(data: Any) -> str:
-    """The first reason why ``data`` is no :class:`Result`, in one line; empty if it is one."""
-    try:
-        _RESULT.validate_python(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        if first["type"] == "missing":
-            return f"{place} is missing"
-        if first["type"] == "value_error":
-            return f"{place}: {first['ctx']['error']}"
-        if first["type"] == "extra_forbidden":
-            return f"{place} is no key of a result"
-        found = repr(first["input"])
-        found = found if len(found) <= 60 else f"{found[:60]}..."
-        return f"{place} is {found}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    return ""
+RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, AfterValidator(_with_origins)])
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of result files."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_RESULT.json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RESULT.json_schema()}
 
 
 if __name__ == "__main__":

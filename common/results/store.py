@@ -1,13 +1,12 @@
 """Result files: what one experiment measured with one seed, and where those figures come from.
 
-What is in them is written down in :mod:`common.results.schema`.
-
-``python -m common.results.tables paper_x`` sets them beside the paper's printed numbers.
+:mod:`common.results.schema` describes what is in them.
 """
 
 import re
 import warnings
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +15,12 @@ import numpy as np
 from common.errors import ConfigurationError
 from common.files import content_digest, read_sealed_json, write_json_atomically
 from common.limits import read_json
-from common.results.outcomes import figures, intervals, missing_worst, sizes
-from common.results.schema import SCHEMA, CheckpointResult, Provenance, Result, problem_of
+from common.results.outcomes import derived, missing_worst
+from common.results.schema import RESULT, SCHEMA, CheckpointResult, Provenance, Result
+from common.results.typed import problem_of
 
 LABELS = ("last", "selected")
 """The checkpoints tables show, in this order."""
-
 
 TOLERANCE = 2e-6
 """Of figures in a file that was edited by hand."""
@@ -48,8 +47,8 @@ def merge_result(
     """Put one checkpoint into a result file, and return what the file then holds.
 
     Other checkpoints stay if they have the same ``config_digest`` and ``protocol``; those of other
-    settings go, and a warning names them. A damaged result is set aside with a warning, since by
-    now the compute has been spent.
+    settings are removed with a warning. A damaged result is set aside with a warning, since by now
+    the compute has been spent.
 
     Args:
         path: The result file.
@@ -64,69 +63,52 @@ def merge_result(
         ConfigurationError: If the entry is none, or the file is no result, or another experiment's.
         RunDirectoryError: If the file cannot be written.
     """
-    path = Path(path)
-    checkpoints = {label: entry}
-    origins = {label: cast(Provenance, dict(provenance))}
-    for other, (checkpoint, origin) in _kept(path, paper, experiment, seed).items():
-        if other == label:
-            continue
-        if _is_comparable(origin, origins[label]):
-            checkpoints[other], origins[other] = checkpoint, origin
+    path, origin = Path(path), cast(Provenance, dict(provenance))
+    check_mergeable(path, paper, experiment, seed, "another file with --evaluation.results")
+    found = {label: (entry, origin)}
+    old = _kept(path)
+    for other in old["checkpoints"].keys() - {label} if old else ():
+        kept = old["checkpoints"][other], old["provenance"][other]
+        if all(kept[1].get(key) == origin.get(key) for key in ("config_digest", "protocol")):
+            found[other] = kept
         else:
             warnings.warn(
                 f"{path} held the checkpoint {other} of other settings (config or protocol of the "
-                f"test), which cannot stand beside {label}: it was taken out; test it again",
+                f"test), which cannot be compared with {label}: it was removed; test it again",
                 stacklevel=2,
             )
-    order = sorted(checkpoints, key=_label_order)
+    order = sorted(found, key=_label_order)
     merged: Result = {
         "schema": SCHEMA,
         "paper": paper,
         "experiment": experiment,
         "seed": seed,
-        "checkpoints": {name: checkpoints[name] for name in order},
-        "provenance": {name: origins[name] for name in order},
+        "checkpoints": {name: found[name][0] for name in order},
+        "provenance": {name: found[name][1] for name in order},
     }
-    if problem := problem_of(merged):
+    if problem := problem_of(RESULT, merged):
         raise ConfigurationError(f"the result for {path} cannot be written: {problem}")
     merged["digest"] = content_digest(merged)
     write_json_atomically(path, merged)
     return merged
 
 
-def _is_comparable(one: Provenance, other: Provenance) -> bool:
-    """Whether two checkpoints are of one run and were measured in one way."""
-    return one["config_digest"] == other["config_digest"] and (
-        one.get("protocol") == other.get("protocol")
-    )
-
-
-def _kept(
-    path: Path, paper: str, experiment: str, seed: int
-) -> dict[str, tuple[CheckpointResult, Provenance]]:
-    """The checkpoints a file holds already, with their provenance."""
-    remedy = "another file with --evaluation.results"
-    check_mergeable(path, paper, experiment, seed, remedy)
-    if not path.exists():
-        return {}
+def _kept(path: Path) -> Result | None:
+    """What a file holds already; a damaged one is set aside."""
     try:
-        old = read_result(path)
+        return read_result(path) if path.exists() else None
     except ConfigurationError as error:
-        number = 1
-        while (aside := path.with_name(f"{path.name}.unreadable{number}")).exists():
-            number += 1
+        names = (f"{path.name}.unreadable{number}" for number in count(1))
+        aside = next(file for name in names if not (file := path.with_name(name)).exists())
         path.rename(aside)
         warnings.warn(f"{error} (kept as {aside.name})", stacklevel=3)
-        return {}
-    return {
-        name: (old["checkpoints"][name], old["provenance"][name]) for name in old["checkpoints"]
-    }
+        return None
 
 
 def check_mergeable(path: Path, paper: str, experiment: str, seed: int, remedy: str) -> None:
     """Make sure that a result can go into a file, before it is measured.
 
-    A damaged result is not held against it: :func:`merge_result` sets it aside.
+    A damaged result is no obstacle: :func:`merge_result` sets it aside.
 
     Args:
         path: The result file.
@@ -156,16 +138,16 @@ def check_mergeable(path: Path, paper: str, experiment: str, seed: int, remedy: 
         )
 
 
+_BEGINNING = re.compile(rb'\{\n  "schema": \d+,\n  "paper": "\w+",\n  "experiment": "|$')
+
+
 def _was_result(path: Path) -> bool:
     """Whether a file that cannot be read begins as a result does, or is empty."""
     try:
         with path.open("rb") as file:
-            return _BEGINNING.match(head := file.read(80)) is not None or not head
+            return _BEGINNING.match(file.read(80)) is not None
     except OSError:
         return False
-
-
-_BEGINNING = re.compile(rb'\{\n  "schema": \d+,\n  "paper": "\w+",\n  "experiment": "')
 
 
 def _label_order(label: str) -> tuple[int, str]:
@@ -184,7 +166,6 @@ def read_result(path: str | Path) -> Result:
             what was written: its digest differs, or, in a file without a digest, its figures are
             not those of its outcomes.
     """
-    path = Path(path)
     remedy = (
         "delete it and run the experiment's test again, which needs no training (with make, "
         "delete the file finished in its run directory, and make writes it again)"
@@ -194,11 +175,10 @@ def read_result(path: str | Path) -> Result:
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        remedy = "update the code, or keep this file elsewhere"
     if isinstance(schema, int) and schema != SCHEMA:
+        remedy = "update the code, or keep this file elsewhere" if schema > SCHEMA else remedy
         raise ConfigurationError(f"{path} has schema {schema}, expected {SCHEMA}; {remedy}")
-    if problem := problem_of(data) or _edit_in(data):
+    if problem := problem_of(RESULT, data) or _edit_in(data):
         raise ConfigurationError(f"{path} is no result of schema {SCHEMA}: {problem}; {remedy}")
     return cast(Result, data)
 
@@ -214,30 +194,17 @@ def _edit_in(result: Result) -> str:
             "damaged, or edited without taking the digest out"
         )
     for label, checkpoint in result["checkpoints"].items():
-        known = figures(checkpoint["clean"], checkpoint["attacks"])
-        metrics = {name: figure.value for name, figure in known.items()}
-        stored: dict[str, Mapping[str, Any]] = {
-            "metrics": metrics,
-            "intervals": intervals(known),
-            "sizes": sizes(known),
-        }
-        for key, derived in stored.items():
-            of = cast(Mapping[str, Any], checkpoint)[key]
-            for name, value in derived.items():
-                if of.get(name) is None or max(_differences(of[name], value)) > TOLERANCE:
-                    return (
-                        f"checkpoints.{label}.{key}.{name} is {of.get(name)}, the outcomes give "
-                        f"{value}"
-                    )
-        if "worst" in checkpoint["metrics"] and "worst" not in known:
+        known = derived(checkpoint["clean"], checkpoint["attacks"])
+        for key, values in known.items():
+            stored = cast(Mapping[str, Any], checkpoint)[key]
+            for name, value in values.items():
+                found = stored.get(name)
+                if found is None or not np.allclose(found, value, rtol=0.0, atol=TOLERANCE):
+                    return f"checkpoints.{label}.{key}.{name} is {found}, the outcomes give {value}"
+        if "worst" in checkpoint["metrics"] and "worst" not in known["metrics"]:
             reason = missing_worst(checkpoint["attacks"])
             return f"checkpoints.{label}.metrics.worst is there, but {reason or 'no attack counts'}"
     return ""
-
-
-def _differences(one: float | list[float], other: float | list[float]) -> list[float]:
-    pairs = zip(np.atleast_1d(one), np.atleast_1d(other), strict=True)
-    return [abs(float(a - b)) for a, b in pairs]
 
 
 def load_results(folder: str | Path) -> list[Result]:
@@ -276,10 +243,9 @@ def read_costs(results: str | Path) -> dict[str, dict[str, float]]:
     if not path.is_file():
         return {}
     try:
-        experiments = read_sealed_json(path)["experiments"]
         return {
             stem: {key: float(value) for key, value in entry["metrics"].items()}
-            for stem, entry in experiments.items()
+            for stem, entry in read_sealed_json(path)["experiments"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(

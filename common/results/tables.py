@@ -9,14 +9,9 @@ A paper's ``reference.yaml`` lists its tables (``groups``) and experiments (``ro
       cifar10_resnet18_plain:
         {groups: [E1], label: plain, source: R0, last: {clean_acc: 84.56}, selected: {}}
 
-Numbers are percentages, lists of repeats, or null for "not found". A column may be the weighted
-mean of others, ``{key: w, title: W, mean_of: {clean_acc: 0.5, pgd20: 0.5}}``. A group with a
-``baseline`` (the stem of a row) gets a second table, in which its other rows are compared with that
-one example by example, on the metrics of a list ``compare`` or else on those of the group that
-allow it; a row may have a ``baseline`` of its own. A table shows at most eight columns of
-numbers, the keys of a list ``first`` or else the first eight, and folds the others. Beside
-``groups`` and ``rows``, ``checkpoints: [last]`` says that a paper selects none, ``tags`` explains
-the sources of numbers, and ``summary`` says what the root README shows.
+Numbers are percentages, lists of repeats, or null for "not found". A group with a ``baseline``
+gets a second table, in which its other rows are compared with that one example by example.
+:mod:`common.results.reference` describes all keys.
 
 ``python -m common.results.tables paper_x`` prints the tables and rewrites the README's.
 """
@@ -24,7 +19,7 @@ the sources of numbers, and ``summary`` says what the root README shows.
 import argparse
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,19 +29,16 @@ from rich.text import Text
 
 from common.errors import ConfigurationError, UserError
 from common.files import read_sealed_json
+from common.results.bases import Measured, by_experiment
 from common.results.cells import compact_of, sheet_of
 from common.results.comparison import comparison_sheet
-from common.results.front import by_experiment, write_front
+from common.results.front import write_front
 from common.results.markdown import Sheet, escape, folded, is_current, write_readme
-from common.results.reference import Row, read_reference, select
-from common.results.schema import Result
+from common.results.reference import Reference, Row, read_reference, select
 from common.results.store import load_results, read_costs
 
 TERMINAL = 80
 """Columns of a terminal."""
-
-_Results = Mapping[str, Sequence[Result]]
-"""By experiment."""
 
 
 def package_folder(package: str) -> Path:
@@ -85,11 +77,10 @@ class Report:
 _LEGEND = (
     "Percent. *published* is what was printed, with its source; *last* and *selected* are our last "
     "checkpoint and the one chosen by validation: mean ± sample standard deviation where there are "
-    "several seeds, and "
-    "where there is one, the 95 % interval that the finite number of test examples leaves (Wilson; "
-    "another run of training may well fall outside it). An empty cell is a number that was not "
-    "published or that we have not measured; a row without seeds has not been run, and its line "
-    "*network*, if there is one, says what our network costs."
+    "several seeds, and where there is one, the 95 % interval that the finite number of test "
+    "examples leaves (Wilson; another run of training may well fall outside it). An empty cell is "
+    "a number that was not published or that we have not measured; a row without seeds has not "
+    "been run, and its line *network*, if there is one, says what our network costs."
 )
 
 
@@ -127,12 +118,12 @@ def render_table(
     costs = read_costs(folder / "results")
     sheets, never, compact = [], [], None
     for group in reference.groups:
-        members = [row for row in rows if group.id in row.groups]
+        members = [row for row in reference.members(group) if row in rows]
         if not members or (groups is not None and group.id not in groups):
             continue
         sheet = sheet_of(group, members, results, costs)
         if not any(row.stem in results for row in members):
-            never.append(sheet)
+            never.append(sheet.to_markdown())
             continue
         sheets.append(sheet)
         compact = compact or compact_of(group, members, results)
@@ -145,8 +136,27 @@ def render_table(
             sheets.append(comparison)
     for path in sorted((folder / "results").glob("analysis*.json")):
         sheets += _analysis(path)
-    gaps = (_gap(row, results, seeds, reference.checkpoints) for row in rows)
+    gaps = (_gap(row, results.get(row.stem, []), seeds, reference.checkpoints) for row in rows)
     missing = [gap for gap in gaps if gap]
+    run = sum(row.stem in results for row in rows)
+    parts = [
+        _LEGEND + _sources(reference, rows),
+        f"Rows run: {run} of {len(rows)} configured.",
+        *(sheet.to_markdown() for sheet in sheets),
+    ]
+    if never:
+        parts.append(folded(f"Tables whose rows have not been run: {len(never)}", *never))
+    if missing:
+        summary = f"Rows without our result: {len(missing)} of {len(rows)}"
+        parts.append(folded(summary, escape(", ".join(missing))))
+    if strangers := sorted(set(results) - set(reference.rows)):
+        names = escape(", ".join(strangers))
+        parts.append(f"Results without a row in reference.yaml: {names}")
+    return Report("\n\n".join(parts), compact, missing)
+
+
+def _sources(reference: Reference, rows: Sequence[Row]) -> str:
+    """What the tags of published numbers mean, as a sentence."""
     used = dict.fromkeys(
         source
         for row in rows
@@ -157,35 +167,23 @@ def render_table(
         and (source := metric.source or row.source)
     )
     sources = "; ".join(f"[{tag}] {reference.tags.get(tag, tag)}" for tag in used)
-    parts = [f"{_LEGEND} Sources of published numbers: {escape(sources)}." if used else _LEGEND]
-    run = sum(row.stem in results for row in rows)
-    parts.append(f"Rows run: {run} of {len(rows)} configured.")
-    parts += [sheet.to_markdown() for sheet in sheets]
-    if never:
-        tables = "\n\n".join(sheet.to_markdown() for sheet in never)
-        parts.append(folded(f"Tables whose rows have not been run: {len(never)}", tables))
-    if missing:
-        summary = f"Rows without our result: {len(missing)} of {len(rows)}"
-        parts.append(folded(summary, escape(", ".join(missing))))
-    if strangers := sorted(set(results) - set(reference.rows)):
-        names = escape(", ".join(strangers))
-        parts.append(f"Results without a row in reference.yaml: {names}")
-    return Report("\n\n".join(parts), compact, missing)
+    return f" Sources of published numbers: {escape(sources)}." if used else ""
 
 
 def _gap(
-    row: Row, results: _Results, seeds: Sequence[int] | None, checkpoints: Sequence[str]
+    row: Row, found: Sequence[Measured], seeds: Sequence[int] | None, checkpoints: Sequence[str]
 ) -> str:
     """The row with what is missing of it; empty when nothing is."""
-    found = results.get(row.stem, [])
     if not found:
         return f"`{row.stem}`"
-    absent = sorted(set(seeds or ()) - {result["seed"] for result in found})
-    lacking = [f"seed {seed}" for seed in absent] + [
-        f"{label} of seed {result['seed']}"
-        for result in found
+    known: dict[int, list[str]] = {}
+    for measured in found:
+        known.setdefault(measured.seed, []).append(measured.label)
+    lacking = [f"seed {seed}" for seed in sorted(set(seeds or ()) - set(known))] + [
+        f"{label} of seed {seed}"
+        for seed, labels in known.items()
         for label in checkpoints
-        if label not in result["checkpoints"]
+        if label not in labels
     ]
     return f"`{row.stem}` ({', '.join(lacking)})" if lacking else ""
 
@@ -248,9 +246,7 @@ def _report(package: str, on: str, seeds: list[int] | None, check: bool) -> int:
     shown = render_table(package, on, seeds)
     folder = package_folder(package)
     console = Console(width=TERMINAL)
-    console.print(
-        Text(f"{package}: no row has been run") if shown.compact is None else shown.compact
-    )
+    console.print(shown.compact or Text(f"{package}: no row has been run"))
     console.print(
         Text(
             f"{len(shown.missing)} rows are not complete. All tables: {package}/README.md; "

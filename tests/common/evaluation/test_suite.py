@@ -29,7 +29,7 @@ from common.networks.resnet import ResNet
 from common.objectives import AT, on_logits
 from common.results.lines import Threat
 from common.results.outcomes import checkpoint_entry
-from common.results.packing import listed, packed_bits
+from common.results.packing import unpack_outcomes
 from common.results.store import read_result
 
 
@@ -292,11 +292,11 @@ def test_the_result_file_holds_every_outcome(tmp_path) -> None:
     entry = result["checkpoints"]["untrained"]
     assert list(entry["attacks"]) == ["fgsm/ce_f", "fgsm/cw_f", "aa/apgd-ce"]
     assert [a["examples"] for a in entry["attacks"].values()] == [30, 30, 20]
-    clean = listed(packed_bits(entry["clean"]["outcomes"], 30), 30)
+    clean = unpack_outcomes(entry["clean"]["outcomes"], 30)
     assert sum(clean) == entry["clean"]["correct"] == round(30 * entry["metrics"]["clean_acc"])
     for attack in entry["attacks"].values():
-        met = listed(packed_bits(attack["subset"], 30), 30) if "subset" in attack else [True] * 30
-        held = listed(packed_bits(attack["outcomes"], attack["examples"]), attack["examples"])
+        met = unpack_outcomes(attack["subset"], 30) if "subset" in attack else [True] * 30
+        held = unpack_outcomes(attack["outcomes"], attack["examples"])
         assert all(c or not h for c, h in zip(compress(clean, met), held, strict=True))
     made_with = result["provenance"]["untrained"]
     assert len(made_with["checkpoint_digest"]) == 64

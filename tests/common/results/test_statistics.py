@@ -6,15 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.results.statistics import (
-    mcnemar_exact,
-    paired_t_test,
-    welch_t_test,
-    wilson_interval,
-)
+from common.results.statistics import mcnemar_exact, paired_t_test, wilson_interval
 
 
-@settings(deadline=None)  # the first example imports scipy
+@settings(deadline=None, max_examples=30)  # the first example imports scipy
 @given(st.integers(1, 3000), st.floats(0, 1))
 def test_the_ends_of_an_interval_solve_the_score_equation(n: int, share: float) -> None:
     successes = round(share * n)
@@ -29,18 +24,9 @@ def test_the_ends_of_an_interval_solve_the_score_equation(n: int, share: float) 
 def test_nothing_and_everything_leave_room_on_one_side() -> None:
     assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-
-
-@pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 2)])
-def test_an_interval_of_nothing_is_refused(successes: int, n: int) -> None:
-    with pytest.raises(ValueError, match=f"got {successes} of {n}"):
-        wilson_interval(successes, n)
-
-
-@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
-def test_a_confidence_in_percent_is_refused(confidence: float) -> None:
-    with pytest.raises(ValueError, match=str(confidence)):
-        wilson_interval(1, 2, confidence)
+    for successes, n in ((0, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=f"got {successes} of {n}"):
+            wilson_interval(successes, n)
 
 
 @pytest.mark.parametrize(
@@ -55,25 +41,14 @@ def test_p_values_of_a_large_test_set_do_not_vanish() -> None:
     assert 0.0 < mcnemar_exact(0, 1000) < 1e-299
 
 
-def test_negative_counts_are_refused() -> None:
-    with pytest.raises(ValueError, match="got 1 and -1"):
-        mcnemar_exact(1, -1)
-
-
-def test_welch_by_hand_and_without_spread() -> None:
-    assert welch_t_test([0.8], [0.7, 0.6]) is None
-    # Unequal variances: t = 3 / sqrt(1/3 + 4/3), 2.94 degrees of freedom
-    assert welch_t_test([9.0, 10.0, 11.0], [5.0, 7.0, 9.0]) == pytest.approx(0.1044, abs=2e-4)
-    assert welch_t_test([0.5, 0.5], [0.5, 0.5]) == 1.0
-    assert welch_t_test([0.5, 0.5], [0.6, 0.6]) == 0.0
-
-
 def test_a_paired_interval_by_hand() -> None:
     assert paired_t_test([]) is None
     one = paired_t_test([0.8 - 0.7])
-    assert (one.low, one.high, one.text()) == (-math.inf, math.inf, "+0.1")
+    assert (one.low, one.high, one.p, one.text()) == (-math.inf, math.inf, 1.0, "+0.1")
     same = paired_t_test([0.75 - 0.5, 0.5 - 0.25])
-    assert (same.low, same.high) == (0.25, 0.25)
-    # differences 1, 2, 3: 2 ± 4.3027 / sqrt(3)
+    assert (same.low, same.high, same.p) == (0.25, 0.25, 0.0)
+    assert paired_t_test([0.25, 0.25], threshold=0.25).p == 1.0
+    # differences 1, 2, 3: 2 ± 4.3027 / sqrt(3), t = 2 sqrt(3) with 2 degrees of freedom
     found = paired_t_test([2.0 - 1.0, 4.0 - 2.0, 6.0 - 3.0])
     assert (found.low, found.high) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    assert found.p == pytest.approx(0.0742, abs=1e-4)

@@ -163,7 +163,7 @@ def _edit(data: Any, keys: str, value: Any) -> Any:
         ("schema", KeyError, "schema is missing"),
         ("seed", True, "seed is True"),
         ("paper", KeyError, "paper is missing"),
-        ("mine", 1, "mine is no key of a result"),
+        ("mine", 1, "mine is no known key"),
         ("checkpoints", {}, "checkpoints is {}"),
         ("checkpoints.last", 3, "checkpoints.last is 3"),
         ("provenance", {}, r"provenance is about \[\], checkpoints about \['last'\]"),
