@@ -81,7 +81,7 @@ def check_number(
         ConfigurationError: If it is negative, not finite or above ``most``, or, with
             ``is_positive``, zero.
     """
-    is_allowed = math.isfinite(value) and (0.0 < value if is_positive else 0.0 <= value)
+    is_allowed = math.isfinite(value) and (value > 0.0 if is_positive else value >= 0.0)
     if not is_allowed or value > most:
         least = "above 0" if is_positive else "of at least 0"
         end = "" if math.isinf(most) else f" and at most {most:g}"
