@@ -7,7 +7,7 @@ undone.
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -17,14 +17,14 @@ from pyautoattack import checks
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from common.attacks.geometry import Norm, check_count, in_255, parse_radius
+from common.attacks.geometry import Norm, check_count, finite, parse_radius
+from common.attacks.losses import Predict
 from common.attacks.settings import Settings
 from common.attacks.square import AnyShapeSquare, SteeredPredict, finite_scores
 from common.errors import ConfigurationError, check_choice
 
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 Version = Literal["standard", "plus", "rand", "custom"]
-Predict = Callable[[Tensor], Tensor]
 
 _OFFICIAL_NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 # The targeted DLR loss needs the fourth largest logit, the untargeted one the third.
@@ -41,8 +41,8 @@ class AutoAttack(Settings):
             untargeted ones and restarts; ``rand`` averages gradients of randomised networks;
             ``custom`` runs ``attacks`` with the settings they have in ``standard``.
         attacks: The attacks of ``custom``, in this order.
-        batch_size: Examples attacked together; ``None`` takes that of the evaluation. The package
-            reseeds for every batch, so this changes random starts.
+        batch_size: Examples attacked together; ``None`` takes that of the evaluation. It decides
+            random starts, since the package reseeds for every batch.
         square_queries: Square's queries per example; ``None`` keeps the version's 5,000.
         apgd_restarts: Of untargeted APGD; ``None`` keeps the version's.
         steps: Iterations of APGD and FAB; ``None`` keeps the official 100.
@@ -100,9 +100,8 @@ class AutoAttack(Settings):
     ) -> tuple[Tensor, Tensor]:
         """One attack of the ensemble on one batch of correctly classified examples.
 
-        The package runs attack after attack over batches of the examples that are still correct,
-        and reseeds for every batch; doing so with this method gives the package's verdicts. Its
-        warnings become warnings of Python.
+        Running :meth:`planned` attack after attack on the examples that are still correct gives the
+        package's verdicts. Its warnings become warnings of Python.
 
         Args:
             name: One of :meth:`planned`.
@@ -114,8 +113,8 @@ class AutoAttack(Settings):
             steered: Replaces the loss of ``apgd-ce`` and ``square`` (an adaptive attack); its
                 logits give Square's margin and APGD's early stop. ``predict`` alone decides about
                 success.
-            skips_repeats: Square does not evaluate images that its proposal left unchanged. The
-                result is the same up to rounding, since the network's batches differ.
+            skips_repeats: Square does not evaluate images that its proposal left unchanged; the
+                result is the same up to rounding.
 
         Returns:
             x' ``(N, C, H, W)``, and whether each example is still correct, bool ``(N,)``.
@@ -125,16 +124,14 @@ class AutoAttack(Settings):
         """
         if len(x) == 0:
             return x.detach().float(), torch.zeros(0, dtype=torch.bool, device=x.device)
-        messages: list[str] = []
-        with _isolated(x.device), _listening(messages):
+        with _isolated(x.device) as messages:
             x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             y = y.detach().clone()
             official = self._prepared(predict, x, seed, steered, skips_repeats)
             official.attacks_to_run = [name]
             # Global counters of the package, which would carry findings from model to model.
             checks.funcs.update(dict.fromkeys(checks.funcs, 0))
-            with _trace_kept():
-                x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=len(x))
+            x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=len(x))
         for message in dict.fromkeys(messages):
             warnings.warn(f"AutoAttack: {message}", stacklevel=2)
         return x_adv, y_adv == y
@@ -145,11 +142,6 @@ class AutoAttack(Settings):
         passes = {"apgd-ce": 200, "apgd-dlr": 200, "apgd-t": 1800, "fab": 2000, "fab-t": 3600}
         queries = self.square_queries or 5000
         return sum(passes.get(name, queries) for name in self.planned(10))
-
-    def __repr__(self) -> str:
-        """Radius, norm and version or attacks."""
-        what = self.version if self.attacks is None else self.attacks
-        return f"AutoAttack(eps={in_255(self.eps)}, norm={self.norm!r}, {what!r})"
 
     def _prepared(
         self,
@@ -228,9 +220,9 @@ class _SteeredAPGD(APGDAttack):  # type: ignore[misc]
             return logits
         if x.requires_grad:
             x = x.view_as(x)
-            x.register_hook(_finite)  # type: ignore[no-untyped-call]
+            x.register_hook(finite)  # type: ignore[no-untyped-call]
         logits, loss = self._steered(x, self._y)
-        self._loss = _finite(loss)
+        self._loss = finite(loss)
         return finite_scores(logits)
 
     def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -255,7 +247,7 @@ class _ImageGradient(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         # FAB differentiates one forward pass once per class.
         (gradient,) = torch.autograd.grad(ctx.logits, ctx.x, grad_outputs, retain_graph=True)
-        return _finite(gradient).contiguous(), None  # the package flattens with view
+        return finite(gradient).contiguous(), None  # the package flattens with view
 
 
 def _reaching_images_only(predict: Predict) -> Predict:
@@ -268,48 +260,35 @@ def _reaching_images_only(predict: Predict) -> Predict:
     return logits_of
 
 
-def _finite(values: Tensor) -> Tensor:
-    """With zeros for NaN and infinity, which would spread to the image and later steps."""
-    return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
 @contextmanager
-def _isolated(device: torch.device) -> Iterator[None]:
-    """Differentiable float32 arithmetic; restores the random state afterwards."""
+def _isolated(device: torch.device) -> Iterator[list[str]]:
+    """Differentiable float32 arithmetic; the package prints nothing and changes no global state.
+
+    The list holds its warnings at the end. Restored are the random state and the trace function,
+    which the package's check for dynamic models removes.
+    """
+    messages: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            messages.append(record.getMessage())
+        return False
+
+    logger, trace = logging.getLogger("auto-attack"), sys.gettrace()
+    level = logger.level
+    logger.addFilter(collect)
+    logger.setLevel(logging.WARNING)
     # The package seeds every device; reading the state of an unused one would initialise it.
     in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    with (
-        torch.random.fork_rng(devices=range(torch.cuda.device_count()) if in_use else ()),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
-
-
-@contextmanager
-def _trace_kept() -> Iterator[None]:
-    """Restores the trace function, which the package's check for dynamic models removes."""
-    trace = sys.gettrace()
     try:
-        yield
+        with (
+            torch.random.fork_rng(devices=range(torch.cuda.device_count()) if in_use else ()),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield messages
     finally:
-        sys.settrace(trace)
-
-
-@contextmanager
-def _listening(warnings: list[str]) -> Iterator[None]:
-    """Collects the package's warnings and prints none of its lines."""
-    logger = logging.getLogger("auto-attack")
-    listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(listener)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(listener)
+        logger.removeFilter(collect)
         logger.setLevel(level)
-        logger.propagate = propagate
+        sys.settrace(trace)

@@ -11,7 +11,6 @@ from torch import Tensor
 from common.attacks.geometry import (
     Norm,
     check_count,
-    in_255,
     norm_of,
     normalised,
     parse_radius,
@@ -37,13 +36,12 @@ class DecisionBased(Settings):
     In linf this is RayS (Chen & Gu 2020): directions in {-1, 1}^d whose signs are flipped block by
     block, from the whole image down to single pixels; a flip is kept if the radius at which the
     label changes gets smaller. That radius is searched downwards from the last one in growing
-    steps, which takes fewer queries than bisection from zero. In l2 and l1 RayS takes a quarter of
-    the queries and HopSkipJump (Chen, Jordan & Wainwright 2020), which estimates the normal of the
-    boundary from labels, starts from its result. In l1 it moves the pixels with the largest entries
-    of that normal.
+    steps, which takes fewer queries than bisection from zero. In l2 and l1 a quarter of the queries
+    goes to RayS, from whose result HopSkipJump (Chen, Jordan & Wainwright 2020) starts: it
+    estimates the normal of the boundary from labels. In l1 it moves the pixels with the largest
+    entries of that normal.
 
-    An example stops once it has an adversarial image within ``eps``. Outcomes do not depend on the
-    batch.
+    An example stops once it has an adversarial image within ``eps``.
 
     Args:
         eps: Radius of the ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
@@ -63,10 +61,6 @@ class DecisionBased(Settings):
     def cost(self) -> int:
         """Forward passes per example, at most."""
         return self.queries
-
-    def __repr__(self) -> str:
-        """The settings, the radius in 1/255."""
-        return f"DecisionBased(eps={in_255(self.eps)}, norm={self.norm!r}, queries={self.queries})"
 
     @torch.no_grad()
     def __call__(self, labels: Labels, x: Tensor, y: Tensor, random: ExampleRandom) -> Tensor:
@@ -236,8 +230,7 @@ class _Rays:
         block = self.block + is_done
         is_over = block * width >= size
         self.block = torch.where(is_over, 0, block)
-        level = torch.where(is_over & (width == 1), 0, self.level + is_over)
-        self.level = level
+        self.level = torch.where(is_over & (width == 1), 0, self.level + is_over)
         self.low = torch.where(is_done, -1.0, self.low)
         self.high = torch.where(is_done, torch.inf, self.high)
         step = self._tolerance(self.radius.clamp_max(1.0))

@@ -1,7 +1,5 @@
 """GAMA-PGD: a margin attack on probabilities, first guided away from a reference prediction."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -9,16 +7,14 @@ from common.attacks.geometry import (
     Random,
     as_pixels,
     check_count,
-    in_255,
+    check_number,
     parse_radius,
     projection,
     uniform,
 )
-from common.attacks.losses import full_precision, margin
-from common.attacks.minimum_norm import Predict
+from common.attacks.losses import Predict, full_precision, margin
 from common.attacks.pgd import input_gradient
 from common.attacks.settings import Settings
-from common.errors import ConfigurationError
 
 
 class GAMAPGD(Settings):
@@ -30,12 +26,11 @@ class GAMAPGD(Settings):
     .. math:: \max_{j \ne y} Q_j - Q_y + \lambda_t \|P - Q\|_2^2,
 
     where :math:`\lambda_t` falls linearly from ``weight`` to 0 at step ``relaxed_steps``:
-    :math:`x' \leftarrow \Pi(\mathrm{clip}_{[0,1]}(x' + \eta\, \mathrm{sign} \nabla))`. The corner
-    itself is not brought into the box; every later point is.
+    :math:`x' \leftarrow \Pi(\mathrm{clip}_{[0,1]}(x' + \eta\, \mathrm{sign} \nabla))`. Only the
+    corner itself may lie outside the box.
 
     In the paper P is the prediction for the clean image. Here it is that for the start, as in the
-    authors' code and that of Huang et al. 2021 (RobustWRN), so the first step climbs the margin
-    alone.
+    authors' code and that of Huang et al. 2021 (RobustWRN): the first step climbs the margin alone.
 
     Args:
         eps: Radius of the linf ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
@@ -44,9 +39,9 @@ class GAMAPGD(Settings):
         decay_at: The steps, from 0, before which eta is divided by 10.
         weight: The first lambda.
         relaxed_steps: The step at which lambda reaches 0; with 0 it is 0 throughout.
-        project: Whether the last point is projected to the ball. The RobustWRN code does not, a
-            defect: the point may leave the ball by the last eta, so its robust accuracies are too
-            low. ``False`` reproduces it.
+        project: Whether the last point is projected to the ball. ``False`` reproduces a defect of
+            the RobustWRN code: the point may leave the ball by the last eta, so robust accuracies
+            are too low.
 
     Raises:
         ConfigurationError: If a setting is out of range.
@@ -70,13 +65,9 @@ class GAMAPGD(Settings):
         )
         self.steps = check_count("steps", steps, 1)
         self.decay_at = tuple(check_count("decay_at's steps", step, 0) for step in decay_at)
-        self.weight = weight
+        self.weight = check_number("weight", weight)
         self.relaxed_steps = check_count("relaxed_steps", relaxed_steps, 0)
         self.project = project
-        if not (math.isfinite(weight) and weight >= 0.0):
-            raise ConfigurationError(
-                f"weight must be finite and at least 0, got {weight}; 0 leaves the margin alone"
-            )
 
     idle: Tensor | None = None
     """Examples of the last call whose gradient was zero at every step, bool ``(N,)``."""
@@ -102,20 +93,16 @@ class GAMAPGD(Settings):
         return self.weight * (1.0 - step / self.relaxed_steps)
 
     def __call__(self, predict: Predict, x: Tensor, y: Tensor, generator: Random = None) -> Tensor:
-        """Attack every example.
-
-        Leaves ``.grad`` of the parameters alone; works inside ``no_grad`` and inference mode.
+        """Attack every example; calls follow the rules of :class:`~common.attacks.pgd.PGD`.
 
         Args:
-            predict: Images to logits ``(N, K)``; an example's logits may depend on no other
-                example. The start may lie outside [0, 1] by eps.
+            predict: Images to logits ``(N, K)``. The first images may lie outside [0, 1] by eps.
             x: Images in [0, 1], ``(N, ...)``.
             y: Labels, ``(N,)``.
-            generator: Of the start, as in :class:`~common.attacks.pgd.PGD`.
+            generator: Of the start.
 
         Returns:
-            x' shaped like x, detached, in [0, 1] and, with ``project``, in the ball up to rounding;
-            float32, or float64 if x is.
+            x' shaped like x, in [0, 1] and, with ``project``, in the ball up to rounding.
 
         Raises:
             ValueError: If x is not floating point or the logits carry no gradient.
@@ -144,13 +131,6 @@ class GAMAPGD(Settings):
                 if self.project or step < self.steps - 1:
                     x_adv = project(x_adv)
         return x_adv
-
-    def __repr__(self) -> str:
-        """The settings that make two attacks differ, radii in 1/255."""
-        parts = [f"eps={in_255(self.eps)}", f"step_size={in_255(self.step_size)}"]
-        parts += [f"steps={self.steps}", f"decay_at={self.decay_at}", f"weight={self.weight:g}"]
-        parts += [f"relaxed_steps={self.relaxed_steps}", f"project={self.project}"]
-        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 def _probabilities(logits: Tensor) -> Tensor:

@@ -61,11 +61,6 @@ def parse_step(value: float | str, eps: float, norm: Norm) -> float:
     return parse_radius(value, norm, "step_size")
 
 
-def in_255(radius: float) -> str:
-    """A radius as papers print it, such as ``8/255``."""
-    return f"{radius * 255.0:.6g}/255"
-
-
 def check_count(name: str, value: int, least: int) -> int:
     """The value.
 
@@ -77,6 +72,23 @@ def check_count(name: str, value: int, least: int) -> int:
     return value
 
 
+def check_number(
+    name: str, value: float, most: float = math.inf, *, is_positive: bool = False
+) -> float:
+    """The value as a float.
+
+    Raises:
+        ConfigurationError: If it is negative, not finite or above ``most``, or, with
+            ``is_positive``, zero.
+    """
+    is_allowed = math.isfinite(value) and (value > 0.0 if is_positive else value >= 0.0)
+    if not is_allowed or value > most:
+        least = "above 0" if is_positive else "of at least 0"
+        end = "" if math.isinf(most) else f" and at most {most:g}"
+        raise ConfigurationError(f"{name} must be a finite number {least}{end}, got {value}")
+    return float(value)
+
+
 def as_pixels(x: Tensor) -> Tensor:
     """A detached copy of the images in float32, or float64 if x is.
 
@@ -86,6 +98,11 @@ def as_pixels(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise ValueError(f"x must be floating-point pixels in [0, 1], got {x.dtype}")
     return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def finite(values: Tensor) -> Tensor:
+    """The values, with zeros for NaN and infinity."""
+    return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def per_example(flags: Tensor, x: Tensor) -> Tensor:
@@ -113,7 +130,7 @@ def normalised(gradient: Tensor, order: float) -> Tensor:
 def sparse_direction(gradient: Tensor, x_adv: Tensor, density: float) -> Tensor:
     """Sign of the largest gradients over their count (SLIDE, Tramèr & Boneh 2019, Algorithm 1).
 
-    Pixels that the box keeps from moving the way the gradient points do not count.
+    Pixels at the border of the box whose gradient points outwards do not count.
     """
     blocked = ((x_adv <= 0.0) & (gradient < 0.0)) | ((x_adv >= 1.0) & (gradient > 0.0))
     free = gradient.masked_fill(blocked, 0.0).flatten(1)
@@ -127,7 +144,6 @@ def steepest(gradient: Tensor, x_adv: Tensor, norm: Norm, l1_density: float = 0.
 
     The sign (linf), the normalised gradient (l2), or :func:`sparse_direction` (l1).
     """
-    check_choice("norm", norm, Norm)
     if norm == "linf":
         return gradient.sign()
     return (
@@ -137,7 +153,6 @@ def steepest(gradient: Tensor, x_adv: Tensor, norm: Norm, l1_density: float = 0.
 
 def projection(x: Tensor, eps: float, norm: Norm) -> Callable[[Tensor], Tensor]:
     """The function that brings images into the ball of radius eps around x and into [0, 1]."""
-    check_choice("norm", norm, Norm)
     if norm == "linf":
         lower, upper = (x - eps).clamp_(min=0.0), (x + eps).clamp_(max=1.0)
         return lambda x_adv: x_adv.clamp(lower, upper)
@@ -164,11 +179,11 @@ def project_l1(delta: Tensor, eps: float) -> Tensor:
     threshold = (excess.gather(1, kept - 1) / kept).clamp_min(0.0)
     projected = delta.sign() * (size - threshold).clamp_min(0.0).view(delta.shape)
     tiny = torch.finfo(delta.dtype).tiny
-    # The cumulative sum of many pixels rounds; the ball must hold all the same.
+    # The cumulative sum of many pixels is rounded; the ball must hold all the same.
     return projected * (eps / norm_of(projected, 1).clamp_min(tiny)).clamp_max(1.0)
 
 
-def uniform_in_ball(generator: Random, x: Tensor, eps: float, norm: str) -> Tensor:
+def uniform_in_ball(generator: Random, x: Tensor, eps: float, norm: Norm) -> Tensor:
     """Uniform noise in the ball of radius eps, shaped like x."""
     if norm == "linf":
         return uniform(generator, x, x.shape[1:]) * (2.0 * eps) - eps
@@ -185,21 +200,23 @@ def uniform_in_ball(generator: Random, x: Tensor, eps: float, norm: str) -> Tens
 
 def uniform(generator: Random, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uniform in [0, 1), ``(N, *shape)``, in the type and on the device of x."""
-    if isinstance(generator, ExampleRandom):
-        return _fits(generator.uniform(shape), x)
-    device = x.device if generator is None else generator.device
-    return torch.rand((len(x), *shape), generator=generator, device=device).to(x)
+    return _drawn("uniform", generator, x, shape)
 
 
 def normal(generator: Random, x: Tensor) -> Tensor:
     """Standard normal, shaped like x, in its type and on its device."""
+    return _drawn("normal", generator, x, x.shape[1:])
+
+
+def _drawn(
+    kind: Literal["uniform", "normal"], generator: Random, x: Tensor, shape: tuple[int, ...]
+) -> Tensor:
     if isinstance(generator, ExampleRandom):
-        return _fits(generator.normal(x.shape[1:]), x)
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device).to(x)
-
-
-def _fits(noise: Tensor, x: Tensor) -> Tensor:
+        noise: Tensor = getattr(generator, kind)(shape)
+    else:
+        device = x.device if generator is None else generator.device
+        draw = torch.rand if kind == "uniform" else torch.randn
+        noise = draw((len(x), *shape), generator=generator, device=device)
     if len(noise) != len(x):
         raise ValueError(
             f"the generator was made for {len(noise)} examples and the batch has {len(x)}; make it "

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Predict = Callable[[Tensor], Tensor]
+"""Images ``(N, ...)`` -> logits ``(N, K)``."""
+
 
 def full_precision(logits: Tensor) -> Tensor:
     """The same logits, in float32 if they came in half precision."""
@@ -34,7 +37,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(full_precision(logits), y, reduction="none")
 
 
-def label_loss(model: Callable[[Tensor], Tensor], y: Tensor) -> Callable[[Tensor], Tensor]:
+def label_loss(model: Predict, y: Tensor) -> Callable[[Tensor], Tensor]:
     """The loss of the plain attack: x' ``(N, C, H, W)`` -> cross-entropy with ``y``, ``(N,)``."""
     return lambda x: cross_entropy(model(x), y)
 
@@ -55,18 +58,15 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
     Positive when misclassified, negative when correct, zero at a tie.
     """
-    z = full_precision(logits)
-    true = y.unsqueeze(1)
-    others = z.scatter(1, true, -torch.inf)
-    return others.amax(dim=1) - z.gather(1, true).squeeze(1)
+    z, true = full_precision(logits), y.unsqueeze(1)
+    return z.scatter(1, true, -torch.inf).amax(dim=1) - z.gather(1, true).squeeze(1)
 
 
 def hinge_margin(logits: Tensor, y: Tensor, kappa: float = 50.0) -> Tensor:
     r"""Margin with a ceiling, :math:`-\max(z_y - \max_{j \ne y} z_j + \kappa, 0)`.
 
-    What projected-gradient code calls the CW-inf loss: Carlini & Wagner 2017, f_6 with confidence
-    ``kappa``, up to a constant. The gradient is that of :func:`margin` until a wrong class leads by
-    ``kappa``, and zero from there on.
+    The CW-inf loss of projected-gradient codes: Carlini & Wagner 2017, f_6 with confidence
+    ``kappa``, up to a constant. The gradient is zero once a wrong class leads by ``kappa``.
     """
     return (margin(logits, y) - kappa).clamp(max=0.0)
 

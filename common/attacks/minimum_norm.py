@@ -6,7 +6,6 @@ accuracy at every radius.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,18 +15,16 @@ from common.attacks.geometry import (
     Norm,
     as_pixels,
     check_count,
-    in_255,
+    check_number,
+    finite,
     norm_of,
     parse_radius,
     per_example,
     projection,
 )
-from common.attacks.losses import classify, full_precision, margin
+from common.attacks.losses import Predict, classify, full_precision, margin
 from common.attacks.settings import Settings
 from common.errors import ConfigurationError, check_choice
-
-Predict = Callable[[Tensor], Tensor]
-"""Images ``(N, ...)`` -> logits ``(N, K)``."""
 
 
 class MinimumNorm(Settings, ABC):
@@ -57,16 +54,16 @@ class MinimumNorm(Settings, ABC):
     def __call__(self, predict: Predict, x: Tensor, y: Tensor) -> Tensor:
         """Look for each example's nearest adversarial image, without random numbers.
 
-        Leaves ``.grad`` of the parameters alone; works inside ``no_grad`` and inference mode.
+        Calls follow the rules of :class:`~common.attacks.pgd.PGD`.
 
         Args:
-            predict: Images in [0, 1] to logits; an example's logits may depend on no other example.
+            predict: Images to logits ``(N, K)``.
             x: Images in [0, 1], ``(N, ...)``.
             y: Labels, ``(N,)``.
 
         Returns:
-            The nearest adversarial image found; x where none was found or x is misclassified.
-            Shaped like x, detached, in [0, 1]; float32, or float64 if x is.
+            The nearest adversarial image found, in [0, 1]; x where none was found or x is
+            misclassified.
 
         Raises:
             ValueError: If x is not floating point or the logits carry no gradient.
@@ -85,13 +82,6 @@ class MinimumNorm(Settings, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Images and whether each is adversarial, bool ``(N,)``; ``logits`` are those of x."""
 
-    def __repr__(self) -> str:
-        """The arguments that were given, radii in 1/255."""
-        given = {name: repr(value) for name, value in self._given.items()}
-        if self.eps is not None:
-            given["eps"] = in_255(self.eps)
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in given.items())})"
-
 
 class DeepFool(MinimumNorm):
     r"""Steps to the nearest boundary of the linearised classifier (Moosavi-Dezfooli et al. 2016).
@@ -101,7 +91,7 @@ class DeepFool(MinimumNorm):
     distance times :math:`w_k / \|w_k\|_2` (l2, q = 2) or :math:`\mathrm{sign}(w_k)` (linf, q = 1;
     Section 3.3). An example stops at its first misclassified point.
 
-    As in foolbox 3 and beyond the paper, 1e-4 is added to distances (also in the authors' code),
+    As in foolbox 3, but not in the paper: 1e-4 is added to distances (also in the authors' code),
     the classes are those most likely at x, and each point is clamped to [0, 1].
 
     Args:
@@ -110,8 +100,8 @@ class DeepFool(MinimumNorm):
         steps: The most steps an example takes.
         overshoot: The summed steps are multiplied by one plus this (eta).
         candidates: Number of classes considered, including the predicted one.
-        clip: Project the result to the eps-ball around x, as foolbox does when given an epsilon.
-            Projected images may be classified correctly again.
+        clip: Project the result to the eps-ball around x, as foolbox does; it may then be
+            classified correctly again.
 
     Raises:
         ConfigurationError: If a setting is out of range, or ``clip`` is given without ``eps``.
@@ -128,18 +118,17 @@ class DeepFool(MinimumNorm):
     ) -> None:
         super().__init__(eps, norm)
         self.steps = check_count("steps", steps, 1)
-        self.overshoot = _number("overshoot", overshoot, positive=False)
+        self.overshoot = check_number("overshoot", overshoot)
         self.candidates = check_count("candidates", candidates, 2)
         self.clip = clip
         if clip and self.eps is None:
             raise ConfigurationError(
-                "clip projects to the ball of radius eps, and eps is null; give eps or leave clip "
-                "false"
+                "clip projects to the ball of radius eps, and eps is null; give eps or drop clip"
             )
 
     @property
     def cost(self) -> int:
-        """Backward passes per example, at most; few examples need them all."""
+        """Backward passes per example, at most."""
         return self.steps * (self.candidates - 1)
 
     def _search(
@@ -170,7 +159,7 @@ class DeepFool(MinimumNorm):
         last = gaps.shape[1] - 1
         for k in range(last + 1):
             (slope,) = torch.autograd.grad(gaps[:, k].sum(), point, retain_graph=k < last)
-            slope = slope.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            slope = finite(slope)
             # Constants as in foolbox; a class whose slope is zero is far away.
             dual = norm_of(slope, 1 if self.norm == "linf" else 2) + 1e-8
             distance = gaps[:, k].detach().abs() / dual.flatten()
@@ -192,9 +181,9 @@ class CarliniWagner(MinimumNorm):
     then the interval is halved. The nearest adversarial point of all searches is returned. Descent
     follows the leading wrong class, so it can miss a nearer boundary of another one.
 
-    Foolbox ends a batch when its total loss stalls, so that an example's result depends on the
-    others; here each example stops by its own loss. For single examples the two agree, except that
-    foolbox returns a black image where nothing was found.
+    Foolbox ends a batch when its total loss stalls; here each example stops by its own loss. For
+    single examples the two agree, except that foolbox returns a black image where nothing was
+    found.
 
     Args:
         eps: As in :class:`MinimumNorm`.
@@ -223,16 +212,16 @@ class CarliniWagner(MinimumNorm):
         abort_early: bool = True,
     ) -> None:
         super().__init__(eps, "l2")
-        self.confidence = _number("confidence", confidence, positive=False)
+        self.confidence = check_number("confidence", confidence)
         self.steps = check_count("steps", steps, 1)
-        self.step_size = _number("step_size", step_size)
+        self.step_size = check_number("step_size", step_size, is_positive=True)
         self.binary_search_steps = check_count("binary_search_steps", binary_search_steps, 1)
-        self.initial_const = _number("initial_const", initial_const)
+        self.initial_const = check_number("initial_const", initial_const, is_positive=True)
         self.abort_early = abort_early
 
     @property
     def cost(self) -> int:
-        """Passes per example without ``abort_early``, which usually saves most of them."""
+        """Forward and backward passes per example, at most."""
         return self.binary_search_steps * self.steps
 
     def _search(
@@ -278,7 +267,7 @@ class CarliniWagner(MinimumNorm):
             size = (x_adv - rounded).square().flatten(1).sum(dim=1)
             loss = size + weight * (self.confidence - margin(z, y)).clamp_min(0.0)
             (gradient,) = torch.autograd.grad(loss.sum(), point)
-            gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            gradient = finite(gradient)
             first = 0.9 * first + 0.1 * gradient
             second = 0.999 * second + 0.001 * gradient.square()
             root = (second / (1.0 - 0.999 ** (step + 1))).sqrt()
@@ -289,18 +278,14 @@ class CarliniWagner(MinimumNorm):
                     previous = loss
                     if not bool(active.any()):
                         break
-                wrong = active & (classify(self._raised(z, y)) != y)
+                lead = torch.full_like(z[:, :1], self.confidence)
+                wrong = active & (classify(z.scatter_add(1, y.unsqueeze(1), lead)) != y)
                 found = found | wrong
                 reached = norm_of(x_adv - x, 2).flatten()
                 nearer = wrong & (reached < distance)
                 best = torch.where(per_example(nearer, x), x_adv, best)
                 distance = torch.where(nearer, reached, distance)
         return found, best, distance
-
-    def _raised(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The logits with ``confidence`` added to that of the true class."""
-        lead = torch.full_like(logits[:, :1], self.confidence)
-        return logits.scatter_add(1, y.unsqueeze(1), lead)
 
 
 def _to_box(w: Tensor) -> Tensor:
@@ -315,10 +300,3 @@ def _with_gradient(logits: Tensor) -> Tensor:
             "inference_mode or detach, from the images that are passed in"
         )
     return full_precision(logits)
-
-
-def _number(name: str, value: float, positive: bool = True) -> float:
-    if not math.isfinite(value) or value < 0.0 or (positive and value == 0.0):
-        bound = "above 0" if positive else "at least 0"
-        raise ConfigurationError(f"{name} must be a finite number {bound}, got {value}")
-    return float(value)

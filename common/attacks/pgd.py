@@ -4,7 +4,6 @@ A loss maps images x' ``(N, ...)`` to numbers ``(N,)``. Named attacks are settin
 steps of cross-entropy, CW-inf is the margin, an adaptive attack is the defence's own inner loss.
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,7 +15,8 @@ from common.attacks.geometry import (
     Random,
     as_pixels,
     check_count,
-    in_255,
+    check_number,
+    finite,
     normal,
     normalised,
     parse_radius,
@@ -44,12 +44,8 @@ class PGD(Settings):
     r"""Projected gradient descent on the negative loss (Madry et al. 2018, Section 2.1).
 
     Each step moves to :math:`\Pi(x' + \alpha\, d)`, where d is the steepest direction of the norm
-    (:func:`~common.attacks.geometry.steepest`). Every example takes all steps.
-
-    A gradient entry that is not finite leaves its pixel where it is. After a call ``lost`` says
-    which examples had, at some step, no direction because entries were not finite, and ``unmoved``
-    which had a zero gradient at every step (a flat loss, or underflow). Both are bool ``(N,)`` and
-    stay on the device; ``None`` without a step.
+    (:func:`~common.attacks.geometry.steepest`). Every example takes all steps. Gradient entries
+    that are not finite leave their pixel where it is.
 
     Args:
         eps: Radius of the ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
@@ -64,12 +60,18 @@ class PGD(Settings):
         restarts: Independent runs, of which each example keeps its best (see ``__call__``).
         start_scale: Standard deviation of the ``gaussian`` start.
         l1_density: Fraction of the coordinates an l1 step moves, at least one.
-        project_start: Whether the start is brought into ball and box before the first gradient, and
-            not only after the first step, as the official TRADES code does.
+        project_start: Whether the start is projected before the first gradient; the official TRADES
+            code projects only after the first step.
 
     Raises:
         ConfigurationError: If a setting is out of range or restarts would repeat each other.
     """
+
+    lost: Tensor | None = None
+    """Examples of the last call that had no direction at some step because gradient entries were
+    not finite, bool ``(N,)`` on the device of x; ``None`` without a step."""
+    unmoved: Tensor | None = None
+    """Those whose gradient was zero at every step (a flat loss, or underflow)."""
 
     def __init__(
         self,
@@ -84,8 +86,8 @@ class PGD(Settings):
         l1_density: float = 0.01,
         project_start: bool = True,
     ) -> None:
-        self.norm: Norm = norm
         check_choice("start", start, Start)
+        self.norm: Norm = norm
         self.start: Start = start
         self.eps = parse_radius(eps, norm)
         self.steps = check_count("steps", steps, 0)
@@ -95,27 +97,15 @@ class PGD(Settings):
             if step_size is None
             else parse_step(step_size, self.eps, norm)
         )
-        self.momentum = momentum
+        self.momentum = None if momentum is None else check_number("momentum", momentum)
         self.start_scale = parse_radius(start_scale, "l2", "start_scale")
-        self.l1_density = l1_density
+        self.l1_density = check_number("l1_density", l1_density, 1.0, is_positive=True)
         self.project_start = project_start
-        if momentum is not None and not (math.isfinite(momentum) and momentum >= 0.0):
-            raise ConfigurationError(
-                f"momentum must be finite and at least 0 (MIM uses 1.0), got {momentum}; null "
-                "switches it off"
-            )
-        if not 0.0 < l1_density <= 1.0:
-            raise ConfigurationError(
-                f"l1_density is a fraction of the pixels and must lie in (0, 1], got {l1_density}"
-            )
         if self.restarts > 1 and self.start == "zero":
             raise ConfigurationError(
-                f"{self.restarts} restarts from the same point would only repeat each other; set "
-                "start to uniform or gaussian, or restarts to 1"
+                f"{self.restarts} restarts from x would repeat each other; set start to uniform or "
+                "gaussian, or restarts to 1"
             )
-
-    lost: Tensor | None = None
-    unmoved: Tensor | None = None
 
     def __call__(
         self,
@@ -160,26 +150,10 @@ class PGD(Settings):
     @property
     def idle(self) -> Tensor | None:
         """``lost`` or ``unmoved``, bool ``(N,)``; ``None`` without a step."""
-        if self.lost is None or self.unmoved is None:
-            return None
-        return self.lost | self.unmoved
+        return None if self.lost is None or self.unmoved is None else self.lost | self.unmoved
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch (from 0), for attacks that change during training."""
-
-    def __repr__(self) -> str:
-        """The settings that make two attacks differ, radii in 1/255."""
-        parts = [f"eps={in_255(self.eps)}", f"step_size={in_255(self.step_size)}"]
-        parts += [f"steps={self.steps}", f"start={self.start!r}", f"norm={self.norm!r}"]
-        for name, is_told in (
-            ("start_scale", self.start == "gaussian"),
-            ("momentum", self.momentum is not None),
-            ("restarts", self.restarts > 1),
-        ):
-            parts += [f"{name}={getattr(self, name):g}"] if is_told else []
-        if not self.project_start:
-            parts.append("project_start=False")
-        return f"{type(self).__name__}({', '.join(parts)})"
 
     def _ascent(self, of: Of, x: Tensor, generator: Random, leaves: bool = False) -> Tensor:
         """The best end of all restarts; ``leaves``: examples found wrong take no further step."""
@@ -263,7 +237,7 @@ class PGD(Settings):
     ) -> tuple[Tensor, Tensor | None]:
         """The next step's direction, of length one in ``norm``, and the accumulated gradient."""
         raw = input_gradient(loss_fn, x_adv)
-        gradient = raw.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        gradient = finite(raw)
         is_zero = gradient.flatten(1).abs().amax(dim=1) == 0.0
         is_bad = ~torch.isfinite(raw.flatten(1).sum(dim=1))  # where all else is zero, exactly
         if self.lost is not None and self.unmoved is not None:  # noted without a host sync
@@ -278,9 +252,7 @@ class PGD(Settings):
 class FGSM(PGD):
     """Fast gradient sign method (Goodfellow et al. 2015): one step of length eps from x.
 
-    Args:
-        eps: Radius, as in :class:`PGD`.
-        norm: Of ball and step; in l2 this is the fast gradient method.
+    In l2 this is the fast gradient method.
     """
 
     def __init__(self, eps: float | str, norm: Norm = "linf") -> None:
@@ -288,14 +260,14 @@ class FGSM(PGD):
 
 
 class MIM(PGD):
-    """Momentum iterative method (Dong et al. 2018, Algorithm 1).
+    """Momentum iterative method (Dong et al. 2018, Algorithm 1); arguments as in :class:`PGD`.
 
     Args:
-        eps: Radius, as in :class:`PGD`.
+        eps: Radius.
         step_size: Length of a step; ``None`` is ``eps / steps``, as in the paper.
         steps: Number of steps.
         decay: Of the accumulated gradient (mu).
-        start: As in :class:`PGD`; the paper starts at x.
+        start: The paper starts at x.
         norm: Of ball and step.
     """
 
@@ -317,16 +289,16 @@ class FriendlyPGD(PGD):
     """Early-stopped PGD of friendly adversarial training (Zhang et al. 2020, Algorithm 1).
 
     Before each step every example is classified. One found wrong for the (tau + 1)-th time stops at
-    that point. With tau at least ``steps`` this is :class:`PGD`. The official code also reorders
-    the batch, stopped examples first; here examples keep their places.
+    that point. The official code also reorders the batch, stopped examples first; here examples
+    keep their places. The first six arguments are those of :class:`PGD`.
 
     Args:
-        eps: As in :class:`PGD`, and so are the following.
+        eps: Radius.
         step_size: Length of a step.
         steps: The most steps an example takes.
         start: Of the ascent.
         norm: Of ball and step.
-        start_scale: Standard deviation of the ``gaussian`` start.
+        start_scale: Of the ``gaussian`` start.
         tau: How many times an example may be found wrong and still move: a number, or a schedule
             ``{first epoch: number}`` such as ``{0: 0, 50: 1, 90: 2}``.
         noise: Size of the noise in every step, before projecting (omega; officially 0.001).
@@ -370,8 +342,7 @@ class FriendlyPGD(PGD):
     def _patience(self, x: Tensor, is_adversarial: Verdict | None) -> Tensor:
         if is_adversarial is None:
             raise ValueError(
-                "FriendlyPGD stops misclassified examples and needs is_adversarial, a function "
-                "from x' (N, ...) to bool (N,)"
+                "FriendlyPGD needs is_adversarial, a function from x' (N, ...) to bool (N,)"
             )
         return torch.full((len(x),), self._tau, device=x.device)
 
@@ -385,10 +356,10 @@ class FriendlyPGD(PGD):
 
 
 def climb_until_broken(attack: PGD, of: Of, x: Tensor, random: ExampleRandom) -> Tensor:
-    """Attack every example until it is misclassified or all steps and restarts are taken.
+    """The attack, in which examples found wrong keep their point and take no further step.
 
-    Examples found wrong after a step of :func:`check_points` keep that point and leave the batch;
-    the others take the steps of :class:`PGD`. So it breaks all that PGD breaks.
+    They are classified after the steps of :func:`check_points`. The others take the steps of
+    :class:`PGD`, so all that PGD breaks is broken.
 
     Args:
         attack: Any ascent but :class:`FriendlyPGD`, which stops by another rule.
@@ -400,10 +371,7 @@ def climb_until_broken(attack: PGD, of: Of, x: Tensor, random: ExampleRandom) ->
 
 
 def check_points(steps: int) -> set[int]:
-    """After which steps examples are classified: 1, 2, 3, 4, 6, 9, 13, ..., before the last.
-
-    That is eleven more forward passes in a hundred steps.
-    """
+    """After which steps examples are classified: 1, 2, 3, 4, 6, 9, 13, ..., before the last."""
     points, at = set(), 1
     while at < steps:
         points.add(at)

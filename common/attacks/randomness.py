@@ -1,8 +1,7 @@
 """Random numbers that belong to an example, not to a process.
 
-A random start drawn from a stateful generator changes with the batch size, the number of devices
-and the point where a run was resumed. Here each number is a hash of (seed, stream, step, example
-index, position in the image), so it depends on none of them and is the same on every device.
+Each number is a hash of (seed, stream, step, example index, position in the image). Unlike those of
+a stateful generator, they do not depend on the batch size, the devices or where a run was resumed.
 """
 
 import copy
@@ -20,10 +19,7 @@ from torch import Tensor
 
 @unique
 class Stream(IntEnum):
-    """What random numbers are for: draws differ at the same seed, step and example.
-
-    Every stream of the repository is listed here. Changing a value changes results.
-    """
+    """What random numbers are for. Changing a value changes results."""
 
     ATTACK = 0  # of adversarial training
     AUGMENTATION = 1  # crops and flips
@@ -55,14 +51,11 @@ def _mix(z: Tensor) -> Tensor:
 
 
 class ExampleRandom:
-    """Independent random numbers for each example of a batch.
-
-    Successive calls give fresh numbers; two objects made with the same arguments give the same
-    sequence, on a CPU and on a GPU alike.
+    """Independent random numbers for each example of a batch; successive calls give fresh ones.
 
     Args:
         seed: The run's seed.
-        step: What moves on between draws for one example: an epoch, or an attack's restart.
+        step: What distinguishes draws for one example: an epoch, or an attack's restart.
         index: The examples' positions in their data set, ``(N,)`` int64. Sets the device.
         stream: What the numbers are for.
     """
@@ -107,12 +100,7 @@ class ExampleRandom:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the generators that a forward pass may draw from; afterwards they are as before.
-
-    Args:
-        seed: Of torch, numpy and Python's ``random``.
-        device: Whose generator counts beside that of the CPU.
-    """
+    """Seed torch (on the CPU and ``device``), numpy and Python; restore their states afterwards."""
     others = random.getstate(), np.random.get_state()  # noqa: NPY002 (foreign models use it)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -126,5 +114,5 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def run_seed() -> int:
-    """The seed of this run: what ``seed_everything`` was given, or 0 when it was never called."""
+    """The seed given to ``seed_everything``, 0 if it was not called."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))

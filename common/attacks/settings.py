@@ -1,4 +1,4 @@
-"""Attacks as values: made again with one setting changed, and written down completely."""
+"""Attacks that know their settings, to be changed one at a time and written to files."""
 
 import inspect
 from collections.abc import Mapping
@@ -6,24 +6,24 @@ from typing import Any, Self
 
 
 class Settings:
-    """Remembers what it was made with.
-
-    A sweep needs the same attack at another radius, with everything that follows from the radius
-    (a default step size) worked out anew; a journal of outcomes needs to know when an attack is
-    the same as yesterday's.
-    """
+    """Keeps the arguments of its constructor: sweeps change one, the journal compares them all."""
 
     _given: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the arguments; copies and unpickled objects get theirs with their other state."""
+        """Keep the arguments; copies and unpickled objects get them with their other state."""
         self = super().__new__(cls)
         self._given = dict(inspect.signature(cls).bind_partial(*args, **kwargs).arguments)
         return self
 
     def but(self, **changes: Any) -> Self:
-        """The same with some arguments of the constructor changed."""
+        """A new object with some arguments changed; defaults that follow from them change too."""
         return type(self)(**{**self._given, **changes})
+
+    def __repr__(self) -> str:
+        """Class and given arguments."""
+        given = ", ".join(f"{name}={value!r}" for name, value in self._given.items())
+        return f"{type(self).__name__}({given})"
 
     def settings(self) -> dict[str, Any]:
         """Class and all arguments, defaults included, as plain values."""

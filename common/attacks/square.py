@@ -13,7 +13,7 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from common.attacks.geometry import norm_of, project_l1
+from common.attacks.geometry import finite, norm_of, per_example, project_l1
 from common.attacks.losses import margin
 
 SteeredPredict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -31,8 +31,8 @@ def finite_scores(logits: Tensor) -> Tensor:
 class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
     """Square on any loss, optionally without queries whose answer is known.
 
-    A square drawn where the image already is at that side of the ball, or of [0, 1], changes
-    nothing: four in ten on a grey image, one in eight on a colour image.
+    A square changes nothing where the image already is at that end of the ball or of [0, 1]: four
+    in ten on a grey image, one in eight on a colour image.
 
     Args:
         official: The package's attack, whose settings are taken.
@@ -139,7 +139,7 @@ class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
             found: tuple[Tensor, Tensor] = super().margin_and_loss(x, y)
             return found
         logits, loss = self._steered(x, y)
-        return -margin(finite_scores(logits), y), -loss.nan_to_num(0.0, 0.0, 0.0)
+        return -margin(finite_scores(logits), y), -finite(loss)
 
 
 def _is_tiled(height: int, width: int) -> bool:
@@ -171,7 +171,7 @@ class _Best:
         """
         is_better = (loss < self.loss).float()
         is_taken = torch.max(is_better, (margin <= 0).float())
-        flags = is_taken.view(-1, *[1] * (x.ndim - 1))
+        flags = per_example(is_taken, x)
         return _Best(
             flags * x + (1.0 - flags) * self.x,
             is_taken * margin + (1.0 - is_taken) * self.margin,

@@ -3,13 +3,13 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from common.errors import check_choice
 from common.modes import network_of
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -19,15 +19,13 @@ class Compiled:
     """The model's network compiled for attacks, beside how it is otherwise called."""
 
     def __init__(self, model: nn.Module, mode: CompileMode | None) -> None:
-        if mode is not None:
-            check_choice("mode", mode, CompileMode)
         net = network_of(model)
         self._net = weakref.ref(net)
         self._call: Callable[..., Any] | None = None
         if mode is not None:
             call = torch.compile(_called(weakref.WeakMethod(net._call_impl)), mode=mode)
             # CUDA graphs write over what they returned before.
-            self._call = call if mode == "default" else lambda *a, **k: _cloned(call(*a, **k))
+            self._call = call if mode == "default" else partial(_cloned, call)
         self.is_used = self._call is not None
 
     @contextmanager
@@ -64,5 +62,5 @@ def _called(method: "weakref.WeakMethod[Any]") -> Callable[..., Any]:
     return call
 
 
-def _cloned(found: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.clone, found)
+def _cloned(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, call(*args, **kwargs))

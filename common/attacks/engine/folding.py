@@ -1,15 +1,17 @@
 """Finds the convolutions of a network that batch-norm can be folded into, and folds the weights.
 
 In eval mode batch-norm is an affine map per channel, so it and the convolution before it are one
-convolution. Which convolution feeds a norm, and nothing else, is found by tracing the forward
-methods with :mod:`torch.fx`; modules that cannot be traced are not folded.
+convolution. Tracing the forward methods with :mod:`torch.fx` tells which convolutions feed a norm
+and nothing else; modules that cannot be traced are not folded.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 _LOG = logging.getLogger(__name__)
@@ -18,29 +20,19 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Pair(NamedTuple):
-    """A convolution whose output goes into a batch-norm and nowhere else."""
+    """A convolution, and the batch-norm that its output goes into and nowhere else, if any."""
 
     conv: nn.Conv2d
-    norm: nn.Module
-
-
-class Place(NamedTuple):
-    """A module's parent and its name there."""
-
-    parent: nn.Module
-    name: str
+    norm: Any = None
 
 
 def foldable(model: nn.Module) -> list[Pair]:
-    """All pairs of a model, found in the forward methods of its modules.
+    """All pairs of a model, found in the forward methods of its modules, which are not called.
 
     Both modules of a pair have one parent, are called once, are exactly of PyTorch's classes (a
     subclass may compute something else) and have no hooks (which would see another output).
-
-    Args:
-        model: Any module. It is traced, not called.
     """
-    hung = Counter(
+    held = Counter(
         id(child) for module in model.modules() for child in module._modules.values() if child
     )
     found: list[Pair] = []
@@ -62,28 +54,23 @@ def foldable(model: nn.Module) -> list[Pair]:
     return [
         pair
         for pair in found
-        if all(hung[id(part)] == 1 and called[id(part)] == 1 for part in pair)
+        if all(held[id(part)] == 1 and called[id(part)] == 1 for part in pair)
     ]
 
 
-def places(model: nn.Module, wanted: Iterable[nn.Module]) -> dict[int, list[Place]]:
-    """The places of modules, by their identity; shared ones have several."""
-    found: dict[int, list[Place]] = {id(module): [] for module in wanted}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if id(child) in found:
-                found[id(child)].append(Place(parent, name))
-    return found
-
-
-def folded_weights(pair: Pair) -> tuple[Tensor, Tensor]:
+def folded_weights(pair: Pair) -> tuple[Tensor, Tensor | None]:
     r"""Weight and bias of the convolution that replaces both.
 
     .. math:: W' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} W, \qquad
               b' = \beta + \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} (b - \mu)
+
+    Raises:
+        ValueError: If the norm is in training mode.
     """
-    conv = pair.conv
-    norm: Any = pair.norm  # pairs have running statistics
+    conv, norm = pair.conv, pair.norm
+    if norm is None:
+        return conv.weight, conv.bias
+    check_mode(pair)
     scale: Tensor = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -92,17 +79,31 @@ def folded_weights(pair: Pair) -> tuple[Tensor, Tensor]:
     return conv.weight * scale.view(-1, 1, 1, 1), bias
 
 
+def check_mode(pair: Pair) -> None:
+    """Refuse to fold a batch-norm in training mode."""
+    if pair.norm.training:
+        raise ValueError(
+            "a batch-norm to be folded is in training mode, where it is no affine map; call "
+            "model.eval() first, or attack without an engine"
+        )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks."""
-    return any(
-        getattr(module, name)
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+@contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """For trying out copies: no gradients, autocast or inference mode; the random state is kept."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
+        yield
 
 
 class _OneLevel(fx.Tracer):
@@ -140,7 +141,6 @@ def _pairs(module: nn.Module, calls: list[fx.Node]) -> Iterator[Pair]:
             and type(norm) in NORMS
             and norm.running_mean is not None
             and norm.running_var is not None
-            and not has_hooks(conv)
-            and not has_hooks(norm)
+            and not (has_hooks(conv) or has_hooks(norm))
         ):
             yield Pair(conv, norm)

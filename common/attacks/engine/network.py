@@ -1,8 +1,7 @@
 """The attack-side network: the model's function, cheaper to differentiate by x.
 
-Most of the time of adversarial training goes to passes of a network with fixed weights. During an
-attack its convolutions are replaced by stand-ins with batch-norm folded in, another memory layout,
-or bfloat16 weights. Parameters and other modules stay in place; afterwards the model is restored.
+During an attack a network's weights are fixed. Its convolutions are replaced by stand-ins with
+batch-norm folded in, another memory layout, or bfloat16 weights; afterwards it is restored.
 """
 
 import copy
@@ -18,9 +17,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from common.attacks.engine.compiled import Compiled, CompileMode
-from common.attacks.engine.folding import NORMS, Pair, foldable, folded_weights, has_hooks, places
-from common.attacks.engine.trials import aside
-from common.attacks.engine.winograd import WinogradConv2d, tiles_of, transformed
+from common.attacks.engine.folding import (
+    NORMS,
+    Pair,
+    aside,
+    check_mode,
+    foldable,
+    folded_weights,
+    has_hooks,
+)
+from common.attacks.engine.winograd import WinogradConv2d, tiles_of
 from common.attacks.settings import Settings
 from common.errors import check_choice
 
@@ -37,8 +43,8 @@ class AttackEngine(Settings):
     has to confirm successes (:mod:`common.evaluation.confirm`).
 
     Args:
-        fold: Fold eval-mode batch-norm into the convolution before it, wherever the network's code
-            shows that this convolution feeds nothing else.
+        fold: Fold eval-mode batch-norm into the convolution before it, where that feeds nothing
+            else.
         channels_last: Keep the stand-ins' weights, and so the activations, in the layout ``NHWC``.
         precision: ``32`` uses the network's type or that of the surrounding autocast; ``bf16``
             keeps weights and activations in bfloat16, pixels and losses in float32, which is faster
@@ -46,8 +52,7 @@ class AttackEngine(Settings):
         compile: Mode in which the attack's passes are compiled; ``None`` for none. The first step
             then takes from half a minute to several.
         winograd: On a CPU, in float32 and float64, compute wide 3x3 convolutions with fewer
-            multiplications (:mod:`common.attacks.engine.winograd`) and up to six times the rounding
-            error.
+            multiplications and up to six times the rounding error.
 
     Raises:
         ConfigurationError: For an unknown precision or mode.
@@ -88,12 +93,10 @@ class AttackEngine(Settings):
     def applied(self, model: nn.Module, x: Tensor) -> Iterator[None]:
         """Let the model compute by the attack-side network until the end of the block.
 
-        Parameters of the stand-ins have no gradients.
-
         Args:
-            model: Images to logits, in eval mode, parameters not requiring gradients. Outputs of
-                folded convolutions are scaled and shifted already, and large 3x3 convolutions may
-                have no ``weight``.
+            model: Images to logits, in eval mode, parameters not requiring gradients. Folded
+                convolutions return scaled and shifted outputs, and large 3x3 ones may have no
+                ``weight``.
             x: Images ``(N, C, H, W)``; the first two are used to test a new network.
 
         Raises:
@@ -105,10 +108,7 @@ class AttackEngine(Settings):
             yield
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function in this engine's precision, with float32 results.
-
-        For use inside :meth:`applied` where autocast is off, as in AutoAttack.
-        """
+        """The function in this engine's precision, with float32 results, where autocast is off."""
         if not self.is_reduced:
             return function
 
@@ -119,12 +119,8 @@ class AttackEngine(Settings):
 
         return wrapped
 
-    def folded(self, model: nn.Module, x: Tensor) -> int:
-        """How many batch-norms of a model this engine folds."""
-        return len(self._plan(model, x).pairs)
-
     def __repr__(self) -> str:
-        """What it does."""
+        """As it stands in results."""
         parts = [name for name in ("fold", "channels_last") if getattr(self, name)]
         parts += ["winograd"] if self._is_winograd else []
         parts += [self.precision, *([f"compile={self.compile}"] if self.compile else [])]
@@ -149,7 +145,7 @@ class AttackEngine(Settings):
 
 
 class _Plans:
-    """Stand-ins by model, which are neither copied nor pickled with the engine."""
+    """Stand-ins by model; not copied or pickled with the engine."""
 
     def __init__(self) -> None:
         self.of: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
@@ -173,8 +169,8 @@ class _Plan:
         self._layout = torch.channels_last if engine.channels_last else torch.contiguous_format
         paired = {id(pair.conv): pair for pair in pairs}
         is_other = engine.channels_last or engine.is_reduced
-        self._sources: list[Pair | nn.Conv2d] = [
-            paired.get(id(module)) or module
+        self._sources = [
+            paired.get(id(module)) or Pair(module)
             for module in model.modules()
             if type(module) is nn.Conv2d
             and (
@@ -182,23 +178,19 @@ class _Plan:
                 or ((is_other or id(module) in tiles) and not has_hooks(module))
             )
         ]
-        self._convs = [_stand_in(source, engine, tiles) for source in self._sources]
-        self._slots: list[tuple[weakref.ref[nn.Module], str, nn.Module, nn.Module]] = []
-        hung = [part for pair in pairs for part in pair]
-        hung += [source for source in self._sources if isinstance(source, nn.Conv2d)]
-        at = places(model, hung)
-        for source, conv in zip(self._sources, self._convs, strict=True):
-            original = source.conv if isinstance(source, Pair) else source
-            self._slot(at, original, conv)
-            if isinstance(source, Pair):
-                self._slot(at, source.norm, _PassThrough(source.norm))
+        self._convs = [_stand_in(conv, engine, tiles.get(id(conv))) for conv, _ in self._sources]
+        new: dict[int, nn.Module] = {id(pair.norm): _PassThrough(pair.norm) for pair in pairs}
+        for (conv, _), stand_in in zip(self._sources, self._convs, strict=True):
+            new[id(conv)] = stand_in
+        self._slots = [
+            (weakref.ref(parent), name, child, new[id(child)])
+            for parent in model.modules()
+            for name, child in parent._modules.items()
+            if child is not None and id(child) in new
+        ]
         self._compiled = Compiled(model, engine.compile)
         self._model = weakref.ref(model)
         self._settings = _settings(model)
-
-    def _slot(self, at: Any, original: nn.Module, stand_in: nn.Module) -> None:
-        for parent, name in at[id(original)]:
-            self._slots.append((weakref.ref(parent), name, original, stand_in))
 
     def fits(self) -> bool:
         """Whether the model's modules, their settings and hooks are unchanged."""
@@ -218,9 +210,9 @@ class _Plan:
         version. It costs a fraction of a pass.
         """
         for source, conv in zip(self._sources, self._convs, strict=True):
-            weight, bias = _weights(source)
+            weight, bias = folded_weights(source)
+            factors = conv.transformed(weight) if isinstance(conv, WinogradConv2d) else None
             self._put(conv, "bias", bias)
-            factors = _factors(conv, weight) if isinstance(conv, WinogradConv2d) else None
             self._put(conv, "weight", weight if factors is None else None)
             self._put(conv, "factors", factors)
 
@@ -252,6 +244,17 @@ class _Plan:
             if not self._compiled.is_used:  # compiled graphs need the same memory every time
                 for conv in self._convs:
                     conv._parameters.clear()
+
+
+def _stand_in(conv: nn.Conv2d, engine: AttackEngine, tile: int | None) -> nn.Conv2d:
+    """A convolution of the same geometry, without weights."""
+    made = copy.copy(conv)
+    made._parameters = {}
+    if tile is not None:
+        made.__class__ = WinogradConv2d
+        made.tile = tile  # type: ignore[assignment]
+        made.is_contiguous = not engine.channels_last  # type: ignore[assignment]
+    return made.eval()
 
 
 class _PassThrough(nn.Identity):
@@ -289,119 +292,71 @@ def _is_plain(value: Any) -> bool:
     return type(value) in (bool, int, str, NoneType)
 
 
-def _check_mode(pair: Pair) -> None:
-    if pair.norm.training:
-        raise ValueError(
-            "a batch-norm to be folded is in training mode, where it is no affine map; call "
-            "model.eval() first, or attack without an engine"
-        )
-
-
-def _weights(source: Pair | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    if isinstance(source, nn.Conv2d):
-        return source.weight, source.bias
-    _check_mode(source)
-    return folded_weights(source)
-
-
-def _factors(conv: WinogradConv2d, weight: Tensor) -> Tensor | None:
-    """Factors for Winograd's convolution, or ``None`` where it is not used."""
-    is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-    if not is_there or torch.is_autocast_enabled("cpu"):
-        return None
-    return transformed(weight, conv.tile)
-
-
-def _stand_in(source: Pair | nn.Conv2d, engine: AttackEngine, tiles: dict[int, int]) -> nn.Conv2d:
-    """A convolution of the same geometry, without weights."""
-    conv = source.conv if isinstance(source, Pair) else source
-    made = copy.copy(conv)
-    made._parameters = {}
-    if id(conv) in tiles:
-        made.__class__ = WinogradConv2d
-        made.tile = tiles[id(conv)]  # type: ignore[assignment]
-        made.is_contiguous = not engine.channels_last  # type: ignore[assignment]
-    return made.eval()
-
-
 def _widened(found: Any) -> Any:
     return found.float() if isinstance(found, Tensor) and found.is_floating_point() else found
 
 
 def _tried_out(model: nn.Module, x: Tensor) -> list[Pair]:
-    """The pairs that can be folded; none if the logits then differ.
+    """The pairs that can be folded; none if the outputs then differ.
 
     Tracing and testing use copies, since forward methods may change a module.
     """
     if not any(isinstance(module, NORMS) for module in model.modules()):
         return []
-    with aside(x.device):
-        try:
-            names = _pair_names(model)
-        except Exception as error:  # of a forward method, or of what cannot be copied
-            _LOG.warning(
-                "attacks use %s as it is: what could be folded was not found (%s: %s)",
-                type(model).__name__, type(error).__name__, error,
-            )  # fmt: skip
-            return []
-        pairs = _pairs(model, names)
-        for pair in pairs:
-            _check_mode(pair)
-        if pairs and not _is_equal(model, names, x[:2]):
-            return []
-    return pairs
+    try:
+        with aside(x.device):
+            read = copy.deepcopy(model)
+            names = {id(module): name for name, module in read.named_modules()}
+            found = [(names[id(conv)], names[id(norm)]) for conv, norm in foldable(read)]
+        pairs = _named(model, found)
+        is_skipped = not pairs or any(pair.norm.training for pair in pairs)
+        is_equal = is_skipped or _is_equal(model, found, x[:2])
+    except Exception as error:  # of a forward method, or of what cannot be copied
+        _LOG.warning(
+            "attacks use %s as it is: folding could not be tried out (%s: %s)",
+            type(model).__name__, type(error).__name__, error,
+        )  # fmt: skip
+        return []
+    for pair in pairs:
+        check_mode(pair)
+    if not is_equal:
+        _LOG.warning(
+            "attacks use %s as it is: folding its batch-norms changes what it computes",
+            type(model).__name__,
+        )
+    return pairs if is_equal else []
 
 
-def _pair_names(model: nn.Module) -> list[tuple[str, str]]:
-    """The names of convolutions and their norms, from tracing a copy."""
-    read = copy.deepcopy(model)
-    names = {id(module): name for name, module in read.named_modules()}
-    return [(names[id(conv)], names[id(norm)]) for conv, norm in foldable(read)]
-
-
-def _pairs(model: nn.Module, names: list[tuple[str, str]]) -> list[Pair]:
+def _named(model: nn.Module, names: list[tuple[str, str]]) -> list[Pair]:
     of = model.get_submodule
     return [Pair(cast(nn.Conv2d, of(conv)), of(norm)) for conv, norm in names]
 
 
 def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool:
-    """Whether folding leaves the network's outputs unchanged, tested on a copy.
+    """Whether folding leaves the outputs of a copy unchanged.
 
     The copy gets random statistics and scales: zeros and ones would hide an error.
     """
-    kind = type(model).__name__
-    try:
+    with aside(x.device):
         trial = copy.deepcopy(model)
         generator = torch.Generator().manual_seed(0)
         for module in trial.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                _scatter(module, generator)
+                _randomise(module, generator)
         plainly = AttackEngine(channels_last=False, winograd=False)
-        plan = _Plan(trial, _pairs(trial, names), plainly, {})
+        plan = _Plan(trial, _named(trial, names), plainly, {})
         torch.manual_seed(0)
         wanted = trial(x.clone())
         plan.refresh()
         torch.manual_seed(0)
         with plan.swapped():
             got = trial(x.clone())
-    except Exception as error:  # of anybody's forward method
-        _LOG.warning(
-            "attacks use %s as it is: folding could not be tried out (%s: %s)",
-            kind, type(error).__name__, error,
-        )  # fmt: skip
-        return False
-    pairs = [*zip(_tensors(wanted), _tensors(got), strict=True)]
-    is_equal = bool(pairs) and all(_is_close(one, other) for one, other in pairs)
-    if not is_equal:
-        _LOG.warning(
-            "attacks use %s as it is: with its batch-norms folded it computes something else", kind
-        )
-    return is_equal
-
-
-def _tensors(found: Any) -> list[Tensor]:
-    """The tensors in a network's output, logits or a structure with logits."""
-    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+    pairs = [
+        (one, other)
+        for one, other in zip(tree_leaves(wanted), tree_leaves(got), strict=True)
+        if isinstance(one, Tensor)
+    ]
+    return bool(pairs) and all(_is_close(one, other) for one, other in pairs)
 
 
 def _is_close(wanted: Tensor, got: Tensor) -> bool:
@@ -411,13 +366,9 @@ def _is_close(wanted: Tensor, got: Tensor) -> bool:
     return bool(torch.isfinite(wanted).all() and (wanted - got).abs().max() < 1e-3 * largest)
 
 
-def _scatter(norm: Any, generator: torch.Generator) -> None:
-    for tensor, low, high in (
-        (norm.running_mean, -0.3, 0.3),
-        (norm.running_var, 0.5, 1.5),
-        (norm.weight, 0.5, 1.5),
-        (norm.bias, -0.3, 0.3),
-    ):
-        if tensor is not None:
-            noise = torch.rand(tensor.shape, generator=generator)
-            tensor.copy_(low + (high - low) * noise)
+def _randomise(norm: Any, generator: torch.Generator) -> None:
+    ranges = {"running_mean": (-0.3, 0.6), "running_var": (0.5, 1.0)}
+    ranges |= {"weight": (0.5, 1.0), "bias": (-0.3, 0.6)}
+    for name, (low, width) in ranges.items():
+        if (tensor := getattr(norm, name)) is not None:
+            tensor.copy_(low + width * torch.rand(tensor.shape, generator=generator))

@@ -2,10 +2,8 @@ r"""3x3 convolutions with fewer multiplications: Winograd's :math:`F(m \times m,
 
 16 outputs of a 3x3 filter take 144 multiplications per channel, or 36 after transforming filter and
 image; 4 outputs take 36, or 16 (Winograd 1980; for networks Lavin and Gray, arXiv 1509.09308,
-section 4). GPU libraries do this already. On a CPU it is faster for many channels, the more so as
-an attack transforms its filters once.
-
-All steps are linear in the image: autograd gives derivatives of any order and stores no image.
+section 4). GPU libraries do this already. On a CPU it is faster for many channels. All steps are
+linear in the image: autograd gives derivatives of any order and stores no image.
 """
 
 import copy
@@ -16,19 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.attacks.engine.folding import has_hooks
-from common.attacks.engine.trials import aside
+from common.attacks.engine.folding import aside, has_hooks
 
 _LOG = logging.getLogger(__name__)
 
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 """By the edge of a tile: where polynomials are evaluated, with infinity. For tiles of 4, reciprocal
-pairs round six times as much as a convolution does; the usual 0, 1, -1, 2, -2 twelve times."""
+pairs have six times the rounding error of a convolution; the usual 0, 1, -1, 2, -2 twelve times."""
 
 _LEAST_CHANNELS = 256
 _LEAST_USE = 0.7  # of the pixels of the tiles
-_LARGEST_FACTORS = 4 * 2**20  # numbers, of one convolution; what is kept beside the weights
-_MEMORY = 8 * 2**20  # bytes of transformed images at a time: what stays in a processor's cache
+_LARGEST_FACTORS = 4 * 2**20  # numbers, of one convolution
+_MEMORY = 8 * 2**20  # bytes of transformed images at a time, which fit a processor's cache
 
 
 def is_usual_3x3(conv: nn.Conv2d) -> bool:
@@ -44,14 +41,10 @@ def is_usual_3x3(conv: nn.Conv2d) -> bool:
 
 
 def tile_of(conv: nn.Conv2d, size: tuple[int, int]) -> int | None:
-    """The edge of the tiles for a convolution, ``None`` if it would not be faster.
+    """The edge of the tiles for a convolution of maps of this size, ``None`` if it is not faster.
 
-    Tiles of 4 take four times the memory of the weights, those of 2 almost twice.
-
-    Args:
-        conv: Any convolution.
-        size: Height and width of its maps. Maps that do not fill their tiles are not faster, nor
-            large maps, whose transforms cost as much as the products.
+    Tiles of 4 take four times the memory of the weights, those of 2 almost twice. Maps that do not
+    fill their tiles are not faster, nor large ones, whose transforms cost as much as the products.
     """
     least = min(conv.in_channels, conv.out_channels)
     if not is_usual_3x3(conv) or least < _LEAST_CHANNELS or max(size) > least / 4:
@@ -65,12 +58,8 @@ def tile_of(conv: nn.Conv2d, size: tuple[int, int]) -> int | None:
 def tiles_of(model: nn.Module, x: Tensor) -> dict[int, int]:
     """The tiles of the convolutions that become faster, by their identity.
 
-    The sizes of the maps are those in a forward pass of a copy. Convolutions with hooks are left
-    out, and those called with maps that need different tiles.
-
-    Args:
-        model: Images to anything.
-        x: Images ``(N, C, H, W)``; the first two are used.
+    The sizes of the maps are those in a forward pass of a copy on the first two images.
+    Convolutions with hooks are left out, and those called with maps that need different tiles.
     """
     large = {
         name: conv
@@ -131,13 +120,20 @@ def convolve(x: Tensor, factors: Tensor, tile: int) -> Tensor:
 class WinogradConv2d(nn.Conv2d):
     """A convolution with ``factors`` instead of a weight; a plain one without ``factors``.
 
-    The products are never computed in reduced precision, which is too coarse for the transforms.
+    The products are never in reduced precision, which is too coarse for the transforms.
     """
 
     tile: int
     factors: Tensor
     is_contiguous = False
     """Whether the output is copied to the contiguous layout."""
+
+    def transformed(self, weight: Tensor) -> Tensor | None:
+        """The factors of a weight; ``None`` where they are not used."""
+        is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+        if not is_there or torch.is_autocast_enabled("cpu"):
+            return None
+        return transformed(weight, self.tile)
 
     def forward(self, input: Tensor) -> Tensor:
         """Images ``(N, in, H, W)`` to ``(N, out, H, W)``; without ``N`` as well."""

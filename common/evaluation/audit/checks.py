@@ -9,6 +9,7 @@ that accuracies under attack may be too high.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.decision import DecisionBased
+from common.attacks.geometry import check_count, per_example
 from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import FGSM, PGD, LossFn
 from common.attacks.randomness import ExampleRandom
-from common.errors import ConfigurationError
 from common.evaluation.audit import verdicts
 from common.evaluation.audit.gradients import anchored, straight_through, undetached
 from common.evaluation.audit.probes import (
@@ -30,7 +31,7 @@ from common.evaluation.audit.probes import (
     forward,
     gradients,
 )
-from common.evaluation.retries import decided
+from common.evaluation.retries import Run, decided
 from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.suite import resolve_losses
 from common.evaluation.transfer import DistilledTransfer, Transfer
@@ -38,25 +39,23 @@ from common.objectives import Batch, InnerLoss
 from common.results.lines import Columns, Outcomes, Threat
 from common.results.schema import AuditResult
 
-Run = Callable[[Any, Batch, ExampleRandom], Columns]
-
 SCALES = {"scale=0.1": 0.1, "scale=1": 1.0, "margin=1": None}
 TARGETS = 9  # classes, as many as AutoAttack aims at
 
 
 class Audit:
-    """What a sceptical reader would try on a robust model, and whether it changes the figures.
+    """What a sceptical reader would try on a robust model.
 
     Attacks run on the examples that are right without one. Where a model declares several losses,
     an example is broken if climbing any of them breaks it. By default an example costs about 1,200
-    forward and backward passes per loss and up to 2,700 forward passes: for 200 small images and a
-    small network twenty to thirty seconds on one core, for a ResNet a few minutes on a GPU.
+    forward and backward passes per loss and up to 2,700 forward passes: a few minutes for a ResNet
+    on a GPU.
 
     Args:
         examples: Number of examples, of all classes in proportion.
         losses: Patterns over the losses that the model declares; by default ``ce_*``.
         steps: Of the attacks that others are compared with.
-        restarts: How many are many.
+        restarts: Most restarts of an ascent.
         square_queries: Queries of the black-box attack (Square, Andriushchenko et al. 2020).
         random_samples: Points per example of the random search.
         decision_queries: Labels per example of the decision-based attack (RayS, HopSkipJump). It
@@ -81,19 +80,13 @@ class Audit:
         max_eps: float | None = None,
         transfer: str | nn.Module | None = None,
     ) -> None:
-        numbers = {"examples": examples, "steps": steps, "restarts": restarts}
-        numbers |= {"square_queries": square_queries, "random_samples": random_samples}
-        numbers |= {"decision_queries": decision_queries}
-        for name, number in numbers.items():
-            if number < 1:
-                raise ConfigurationError(f"the audit's {name} must be at least 1, got {number}")
-        self.examples = examples
+        self.examples = check_count("the audit's examples", examples, 1)
         self.losses = losses or ["ce_*"]
-        self.iterations = steps
-        self.restarts = restarts
-        self.square_queries = square_queries
-        self.random_samples = random_samples
-        self.decision_queries = decision_queries
+        self.iterations = check_count("the audit's steps", steps, 1)
+        self.restarts = check_count("the audit's restarts", restarts, 1)
+        self.square_queries = check_count("the audit's square_queries", square_queries, 1)
+        self.random_samples = check_count("the audit's random_samples", random_samples, 1)
+        self.decision_queries = check_count("the audit's decision_queries", decision_queries, 1)
         self.max_eps = max_eps
         self.transfer = transfer
 
@@ -109,68 +102,60 @@ class Audit:
         num_classes: int,
         memory: MemoryProbe,
     ) -> Iterator[Step]:
-        eps, norm, steps = threat.radius, threat.norm, self.iterations
+        eps, norm = threat.radius, threat.norm
+        whole = {"norm": norm, "eps": eps, "losses": list(losses), "num_classes": num_classes}
 
         def step(key: str, run: Run, settings: Mapping[str, Any], **given: Any) -> Step:
             fields: dict[str, Any] = {"threat": threat, "examples": self.examples} | given
-            whole = {"norm": norm, "eps": eps, "losses": list(losses), "num_classes": num_classes}
             return Step(key, key.split("/")[0], run, whole | dict(settings), **fields)
 
         def ascent(key: str, attack: PGD, path: str = "default", **given: Any) -> Step:
-            run = partial(_ascent, attack, losses, path, given.get("threat", threat))
+            run = _Ascent(attack, losses, given.get("threat", threat), path)
             return step(key, run, attack.settings() | {"path": path}, **given)
 
-        plain = PGD(eps, steps=steps, norm=norm)
+        plain = PGD(eps, steps=self.iterations, norm=norm)
+        usual, settings = _Ascent(plain, losses, threat), plain.settings()
         yield ascent("audit_fgsm", FGSM(eps, norm=norm))
-        for count in self._counts():
+        for count in sorted(
+            {1, max(self.iterations // 4, 1), self.iterations, 5 * self.iterations}
+        ):
             yield ascent(f"audit_steps/steps={count}", plain.but(steps=count))
-        settings: dict[str, Any] = plain.settings() | {"targets": TARGETS}
-        run = partial(_targeted, plain, threat)
-        yield step("audit_steps/targeted", run, settings, cumulative=True)
-        yield step(
-            "audit_restarts",
-            partial(_restarted, plain, self.restarts, losses, threat),
-            plain.settings() | {"runs": self.restarts},
-        )
+        targets = settings | {"targets": TARGETS}
+        yield step("audit_steps/targeted", usual.targeted, targets, cumulative=True)
+        restarted = partial(usual.restarted, self.restarts)
+        yield step("audit_restarts", restarted, settings | {"runs": self.restarts})
         for path in ("default", "undetached", "straight_through"):
             yield ascent(f"audit_path/{path}", plain, path)
         for name, scale in SCALES.items():
-            run = partial(_rescaled, plain, scale, threat)
-            yield step(f"audit_scale/{name}", run, plain.settings() | {"scale": scale})
+            run = partial(usual.rescaled, scale)
+            yield step(f"audit_scale/{name}", run, settings | {"scale": scale})
         for radius in self._radii(threat):
-            ball = Threat(norm, radius)
-            yield ascent(
-                f"audit_eps/eps={radius:.6g}",
-                plain.but(eps=radius),
-                threat=ball,
-                cumulative=True,
-                at={"eps": radius},
-            )
-        settings = {"samples": self.random_samples}
-        yield step("audit_random", partial(_random_search, self.random_samples, threat), settings)
+            given = {"threat": Threat(norm, radius), "cumulative": True, "at": {"eps": radius}}
+            yield ascent(f"audit_eps/eps={radius:.6g}", plain.but(eps=radius), **given)
+        samples = partial(_random_search, self.random_samples, threat)
+        yield step("audit_random", samples, {"samples": self.random_samples})
         square = AutoAttack(eps, norm, "custom", ["square"], square_queries=self.square_queries)
         yield step("audit_square", partial(_square, square, threat), square.settings())
-        transfer: DistilledTransfer | Transfer = DistilledTransfer(plain)
-        given: dict[str, Any] = {"batch_size": self.examples}  # it is distilled from all examples
-        if self.transfer is not None:
-            transfer = Transfer(plain, self.transfer)
-            given = {"networks": (transfer.network,)}
-        yield step("audit_transfer", transfer.run, transfer.settings(), **given)
+        yield self._transferred(step, plain)
         decision = DecisionBased(eps, norm, self.decision_queries)
         yield step(
             "audit_decision", partial(decided, decision), decision.settings(), scope="standing"
         )
         probe: dict[str, Any] = {"kind": "probe", "scope": "all", "threat": None}
         measure = partial(gradients, losses, threat)
-        settings = {"h": FINE_STEP, "directions": DIRECTIONS}
-        yield step("audit_gradients", measure, settings, **probe)
+        directions = {"h": FINE_STEP, "directions": DIRECTIONS}
+        yield step("audit_gradients", measure, directions, **probe)
         yield step("audit_forward", forward, {}, **probe)
         yield step("audit_memory", memory, {}, **probe)
 
-    def _counts(self) -> list[int]:
-        """Numbers of steps, increasing."""
-        steps = self.iterations
-        return sorted({1, max(steps // 4, 1), steps, 5 * steps})
+    def _transferred(self, step: Callable[..., Step], plain: PGD) -> Step:
+        if self.transfer is None:
+            distilled = DistilledTransfer(plain)
+            given: dict[str, Any] = {"batch_size": self.examples}  # it is distilled from all
+            return step("audit_transfer", distilled.run, distilled.settings(), **given)
+        transfer = Transfer(plain, self.transfer)
+        given = {"networks": (transfer.network,)}
+        return step("audit_transfer", transfer.run, transfer.settings(), **given)
 
     def _radii(self, threat: Threat) -> list[float]:
         """Radii from that of the threat model to the whole box, doubling."""
@@ -183,93 +168,110 @@ class Audit:
         return radii
 
     def report(self, outcomes: Outcomes, num_classes: int) -> AuditResult:
-        """Questions, numbers and verdicts.
-
-        Args:
-            outcomes: Of a run of :meth:`steps`.
-            num_classes: K; chance is 1/K, or what the most frequent label alone gets right.
-        """
+        """Questions, numbers and verdicts about a run of :meth:`steps`."""
         return verdicts.report(outcomes, num_classes, self.restarts)
 
 
-# ------------------------------------------------------------------------------- attacks in a ball
+@dataclass(frozen=True)
+class _Ascent:
+    """Ascents of the losses that a model declares.
 
-
-def _ascent(
-    attack: PGD,
-    losses: Mapping[str, InnerLoss],
-    path: str,
-    threat: Threat,
-    model: Any,
-    batch: Batch,
-    random: ExampleRandom,
-) -> Columns:
-    """The strongest of an ascent of each loss; ``ran`` is false where a path has no backward."""
-    x, y = batch["x"], batch["y"]
-    whole = threat.diameter(x)
-    if attack.eps >= 2.0 * whole:  # half the radius has been the whole box already
-        return judged(model, batch, x, threat)
-    if attack.eps > whole:
-        attack = attack.but(eps=whole)
-    wrong = partial(is_wrong, model, y)
-    ran = torch.ones(len(y), dtype=torch.bool)
-    idle = torch.ones(len(y), dtype=torch.bool, device=x.device)
-    found = []
-    for inner in losses.values():
-        loss = anchored(_through(path, model, inner(model, batch)))
-        try:
-            found.append(attack(loss, x, random, is_adversarial=wrong))
-            idle &= attack.idle if attack.idle is not None else idle
-        except Exception as error:  # foreign code fails in any way when it is run differently
-            if path == "default" or isinstance(error, torch.OutOfMemoryError):
-                raise
-            ran[:] = False
-            found.append(x)
-    columns = judged(model, batch, _strongest(model, y, found), threat, idle=idle)
-    return columns | ({} if path == "default" else {"ran": ran})
-
-
-def _restarted(
-    attack: PGD,
-    restarts: int,
-    losses: Mapping[str, InnerLoss],
-    threat: Threat,
-    model: Any,
-    batch: Batch,
-    random: ExampleRandom,
-) -> Columns:
-    """Ascents from ``restarts`` starts; ``restart`` is the first that succeeded, from 1.
-
-    It is ``restarts + 1`` for an example that none has broken.
+    Args:
+        attack: One ascent.
+        losses: By name.
+        threat: The ball.
+        path: ``undetached`` follows gradients through what the model cuts; ``straight_through``
+            also through steps.
     """
-    x, y = batch["x"], batch["y"]
-    first = torch.full((len(y),), restarts + 1.0, device=x.device)
-    best = x
-    for run in range(1, restarts + 1):
-        columns = _ascent(attack, losses, "default", threat, model, batch, random)
-        fell = ~columns["correct"] & (first > restarts)
-        first = first.masked_fill(fell, run)
-        best = torch.where(_per_example(fell, x), columns["x_adv"], best)
-        if bool((first <= restarts).all()):
-            break
-    return judged(model, batch, best, threat) | {"restart": first}
 
+    attack: PGD
+    losses: Mapping[str, InnerLoss]
+    threat: Threat
+    path: str = "default"
 
-def _per_example(flags: Tensor, x: Tensor) -> Tensor:
-    return flags.view(-1, *[1] * (x.ndim - 1))
+    def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
+        """The strongest over the losses; ``ran`` is false where a path has no backward."""
+        x, y, attack = batch["x"], batch["y"], self.attack
+        whole = self.threat.diameter(x)
+        if attack.eps >= 2.0 * whole:  # half the radius has been the whole box already
+            return judged(model, batch, x, self.threat)
+        if attack.eps > whole:
+            attack = attack.but(eps=whole)
+        wrong = partial(is_wrong, model, y)
+        ran = torch.ones(len(y), dtype=torch.bool)
+        idle = torch.ones(len(y), dtype=torch.bool, device=x.device)
+        found = []
+        for inner in self.losses.values():
+            loss = anchored(self._through(model, inner(model, batch)))
+            try:
+                found.append(attack(loss, x, random, is_adversarial=wrong))
+                idle &= attack.idle if attack.idle is not None else idle
+            except Exception as error:  # foreign code fails in any way when it is run differently
+                if self.path == "default" or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                ran[:] = False
+                found.append(x)
+        columns = judged(model, batch, _strongest(model, y, found), self.threat, idle=idle)
+        return columns | ({} if self.path == "default" else {"ran": ran})
 
+    def _through(self, model: Any, loss_fn: LossFn) -> LossFn:
+        def loss(x: Tensor) -> Tensor:
+            with ExitStack() as around:
+                around.enter_context(undetached())
+                if self.path == "straight_through":
+                    around.enter_context(straight_through(model))
+                return loss_fn(x.clone())
 
-def _through(path: str, model: Any, loss_fn: LossFn) -> LossFn:
-    """The loss with gradients through what the model cuts; the second path also undoes steps."""
+        return loss_fn if self.path == "default" else loss
 
-    def loss(x: Tensor) -> Tensor:
-        with ExitStack() as around:
-            around.enter_context(undetached())
-            if path == "straight_through":
-                around.enter_context(straight_through(model))
-            return loss_fn(x.clone())
+    def restarted(self, runs: int, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
+        """Ascents from several starts; ``restart`` is the first that succeeded, from 1.
 
-    return loss_fn if path == "default" else loss
+        It is ``runs + 1`` for an example that none has broken.
+        """
+        x = batch["x"]
+        first = torch.full((len(x),), runs + 1.0, device=x.device)
+        best = x
+        for run in range(1, runs + 1):
+            columns = self(model, batch, random)
+            fell = ~columns["correct"] & (first > runs)
+            first = first.masked_fill(fell, run)
+            best = torch.where(per_example(fell, x), columns["x_adv"], best)
+            if bool((first <= runs).all()):
+                break
+        return judged(model, batch, best, self.threat) | {"restart": first}
+
+    def rescaled(
+        self, scale: float | None, model: Any, batch: Batch, random: ExampleRandom
+    ) -> Columns:
+        """Cross-entropy of scaled logits; ``None`` lowers clean margins to at most 1."""
+        y = batch["y"]
+        factor: Tensor | float = 1.0 if scale is None else scale
+        if scale is None:
+            with torch.no_grad():
+                top = model(batch["x"]).topk(2, dim=1).values
+            factor = 1.0 / (top[:, :1] - top[:, 1:]).clamp_min(1.0)
+        loss = anchored(lambda x: cross_entropy(model(x) * factor, y))
+        wrong = partial(is_wrong, model, y)
+        x_adv = self.attack(loss, batch["x"], random, is_adversarial=wrong)
+        return judged(model, batch, x_adv, self.threat)
+
+    def targeted(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
+        """Ascents towards the classes with the largest scores, until one succeeds."""
+        x, y = batch["x"], batch["y"]
+        with torch.no_grad():
+            others = model(x).scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True)
+        best, standing = x, torch.ones_like(y, dtype=torch.bool)
+        for target in others[:, :TARGETS].T[: others.shape[1] - 1]:
+
+            def loss(x: Tensor, target: Tensor = target) -> Tensor:
+                logits: Tensor = model(x)
+                return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+            x_adv = self.attack(anchored(loss), x, random)
+            fell = standing & is_wrong(model, y, x_adv)
+            best, standing = torch.where(per_example(fell, x), x_adv, best), standing & ~fell
+        return judged(model, batch, best, self.threat)
 
 
 def _strongest(model: Any, y: Tensor, found: list[Tensor]) -> Tensor:
@@ -282,50 +284,6 @@ def _strongest(model: Any, y: Tensor, found: list[Tensor]) -> Tensor:
     wrong = torch.stack([classify(z) != y for z in logits])
     best = loss.masked_fill(~wrong & wrong.any(dim=0), -torch.inf).argmax(dim=0)
     return torch.stack(found)[best, torch.arange(len(y), device=best.device)]
-
-
-def _rescaled(
-    attack: PGD,
-    scale: float | None,
-    threat: Threat,
-    model: Any,
-    batch: Batch,
-    random: ExampleRandom,
-) -> Columns:
-    """Ascent of the cross-entropy of scaled logits; no scale lowers clean margins to at most 1."""
-    y = batch["y"]
-    factor: Tensor | float = 1.0 if scale is None else scale
-    if scale is None:
-        with torch.no_grad():
-            top = model(batch["x"]).topk(2, dim=1).values
-        factor = 1.0 / (top[:, :1] - top[:, 1:]).clamp_min(1.0)
-    x_adv = attack(
-        anchored(lambda x: cross_entropy(model(x) * factor, y)),
-        batch["x"],
-        random,
-        is_adversarial=partial(is_wrong, model, y),
-    )
-    return judged(model, batch, x_adv, threat)
-
-
-def _targeted(
-    attack: PGD, threat: Threat, model: Any, batch: Batch, random: ExampleRandom
-) -> Columns:
-    """Ascents towards the classes with the largest scores, until one succeeds."""
-    x, y = batch["x"], batch["y"]
-    with torch.no_grad():
-        others = model(x).scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True)
-    best, standing = x, torch.ones_like(y, dtype=torch.bool)
-    for target in others[:, :TARGETS].T[: others.shape[1] - 1]:
-
-        def loss(x: Tensor, target: Tensor = target) -> Tensor:
-            logits: Tensor = model(x)
-            return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
-
-        x_adv = attack(anchored(loss), x, random)
-        fell = standing & is_wrong(model, y, x_adv)
-        best, standing = torch.where(_per_example(fell, x), x_adv, best), standing & ~fell
-    return judged(model, batch, best, threat)
 
 
 def _square(
@@ -351,7 +309,7 @@ def _random_search(
         corner = (x + _extreme(x, threat, random)).clamp(0.0, 1.0)
         point = corner if i % 2 else uniform(lambda x: x.flatten(1).sum(dim=1), x, random)
         fell = standing & is_wrong(model, y, point)
-        x_adv = torch.where(_per_example(fell, x), point, x_adv)
+        x_adv = torch.where(per_example(fell, x), point, x_adv)
         standing = standing & ~fell
     return judged(model, batch, x_adv, threat)
 
@@ -367,4 +325,4 @@ def _extreme(x: Tensor, threat: Threat, random: ExampleRandom) -> Tensor:
         one = torch.zeros_like(flat).scatter_(1, largest, flat.gather(1, largest).sign())
         return one.view_as(x) * threat.radius
     norm: Tensor = normal.flatten(1).norm(dim=1)
-    return normal / _per_example(norm, x) * threat.radius
+    return normal / per_example(norm, x) * threat.radius

@@ -1,12 +1,10 @@
 """Whether gradients can be trusted, and ways around operations that cut or flatten them.
 
 A defence that hides its gradients only looks robust to attacks that follow them (Athalye, Carlini &
-Wagner 2018, "Obfuscated gradients give a false sense of security"). Here are forward passes whose
-values are those of the defence and whose gradients go through what it cut or rounded, and
-measurements of how well a gradient predicts the loss.
+Wagner 2018, "Obfuscated gradients give a false sense of security"). Forward passes in these
+contexts have the values of the defence, and gradients through what it cuts or rounds.
 """
 
-import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from common.attacks.geometry import finite
 from common.attacks.pgd import LossFn, input_gradient
 from common.attacks.randomness import ExampleRandom
-
-# ------------------------------------------------------------- values of one, gradient of another
 
 
 class _Passed(torch.autograd.Function):
@@ -27,30 +24,18 @@ class _Passed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, value: Tensor) -> Tensor:
-        """The value."""
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """All of the gradient to the source."""
         return gradients[0], None
 
 
 _pass: Callable[[Tensor, Tensor], Tensor] = _Passed.apply
 
 
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = owner.__dict__[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
 def eager() -> AbstractContextManager[Any]:
-    """Compiled networks run as written: their graphs know neither other modes nor other types."""
+    """Compiled networks run as written, since their graphs hold for one mode and type."""
     is_compiled = "torch._dynamo" in sys.modules  # whose import takes seconds
     stance: Any = torch.compiler.set_stance if is_compiled else nullcontext
     context: AbstractContextManager[Any] = stance("force_eager")
@@ -58,10 +43,9 @@ def eager() -> AbstractContextManager[Any]:
 
 
 def anchored(loss_fn: LossFn) -> LossFn:
-    """The same loss with a gradient where there was no path to x': zero.
+    """The same loss with a zero gradient where it does not depend on x'.
 
-    Attacks refuse a loss that does not depend on x', since in an experiment that is a mistake. In
-    an audit it is a finding: the defence gives no gradient at all.
+    Attacks refuse such a loss as a mistake; in an audit it is a finding.
     """
 
     def loss(x: Tensor) -> Tensor:
@@ -114,20 +98,21 @@ class _Undetached(TorchFunctionMode):
 def undetached() -> Iterator[None]:
     """Forward passes inside ignore ``detach``, ``.data``, ``no_grad`` and ``inference_mode``.
 
-    Values stay the same. What a defence computes from a detached feature, such as a mask, takes
-    part in the gradient again; constants and integers still have none. An image passed in must not
-    be a leaf, or writing into its alias fails: pass ``x.clone()``.
+    Values stay the same. Constants and integers still have no gradient. Pass ``x.clone()``: writing
+    into the alias of a leaf fails.
     """
 
     def inference_mode(enabled: bool) -> Any:
         return nullcontext() if enabled else original(enabled)
 
-    original = torch._C._InferenceMode
-    before = torch.is_grad_enabled()
+    module: Any = torch._C
+    original, before = module._InferenceMode, torch.is_grad_enabled()
+    module._InferenceMode = inference_mode
     try:
-        with eager(), _replaced(torch._C, "_InferenceMode", inference_mode), _Undetached():
+        with eager(), _Undetached():
             yield
     finally:
+        module._InferenceMode = original
         torch.set_grad_enabled(before)
 
 
@@ -139,15 +124,16 @@ _QUOTIENTS = {"floordiv", "floor_divide", "div", "divide", "true_divide"}
 
 
 def _smooth(value: Any) -> Any:
-    """What stands in for a tensor in gradients: itself, or what was cast to these integers."""
+    """The tensor that was cast to these integers; anything else is returned as it is."""
     return getattr(value, "_smooth", value) if isinstance(value, Tensor) else value
 
 
 class _StraightThrough(TorchFunctionMode):
     """Identity gradients for rounding, comparisons and integers.
 
-    A tensor of integers or booleans carries along the smooth one it was made from; what is computed
-    from it is computed from that one as well, and gets its gradient once it is floating point.
+    A tensor of integers or booleans keeps the floating-point tensor it was made from. What is
+    computed from it is computed from that one as well, and has that gradient if it is floating
+    point.
     """
 
     def __torch_function__(
@@ -170,11 +156,8 @@ class _StraightThrough(TorchFunctionMode):
         if not isinstance(out, Tensor) or out is args[0]:
             return out  # a shape, say, or written in place
         gradient = self._gradient(func, name, smooth, kwargs, source, out, is_cast)
-        if (
-            not isinstance(gradient, Tensor)
-            or gradient.shape != out.shape
-            or not gradient.requires_grad
-        ):
+        is_usable = isinstance(gradient, Tensor) and gradient.requires_grad
+        if not is_usable or gradient.shape != out.shape:
             return out
         if out.is_floating_point():
             return _pass(gradient, out.detach())
@@ -191,7 +174,7 @@ class _StraightThrough(TorchFunctionMode):
         out: Tensor,
         is_cast: bool,
     ) -> Any:
-        """A tensor with the gradient that ``out`` is to have; ``None`` leaves it alone."""
+        """A tensor with the gradient that ``out`` gets; ``None`` for its own."""
         if name in _ROUNDING:
             return source
         if name in _RISING | _FALLING and len(smooth) == 2:
@@ -232,11 +215,11 @@ def _is_cut(source: Tensor, output: Tensor) -> bool:
     (product,) = torch.autograd.grad(
         output, source, vector.to(output), retain_graph=True, allow_unused=True
     )
-    return product is None or not bool(product.nan_to_num(0.0, 0.0, 0.0).any())
+    return product is None or not bool(finite(product).any())
 
 
 def _bridge_functions(output: Any) -> None:
-    """Let the autograd functions behind an output pass gradients on where theirs vanish."""
+    """Let the custom autograd functions behind an output pass gradients on where theirs vanish."""
     nodes: list[Any] = [output.grad_fn] if isinstance(output, Tensor) and output.grad_fn else []
     while nodes:
         node = nodes.pop()
@@ -249,10 +232,10 @@ def _bridge_functions(output: Any) -> None:
 
 
 def _passed_on(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> Any:
-    """Gradients of a function's inputs: that of its output where theirs are zero."""
+    """The gradient of a function's output for its first input, if all its own are zero."""
     if inputs[0] is None or outputs[0] is None or inputs[0].shape != outputs[0].shape:
         return None  # autograd does not let a hook replace None
-    vanish = all(g is None or not bool(g.nan_to_num(0.0, 0.0, 0.0).any()) for g in inputs)
+    vanish = all(g is None or not bool(finite(g).any()) for g in inputs)
     return (outputs[0], *inputs[1:]) if vanish else None
 
 
@@ -261,12 +244,9 @@ def straight_through(model: nn.Module) -> Iterator[None]:
     """Forward passes inside have identity gradients for steps (BPDA, Athalye et al. 2018, 4.1).
 
     Values stay the same. Covered are rounding, signs, comparisons and casts to integers and back;
-    and in the model's own modules autograd functions whose gradient vanishes, and whole modules
-    without parameters that cut it, however they compute (a JPEG codec in numpy, say), if they keep
-    the shape. As for :func:`undetached`, pass ``x.clone()``.
-
-    Args:
-        model: Whose modules are looked at.
+    and in the modules of ``model``, if they keep the shape, custom autograd functions whose
+    gradient vanishes and modules without parameters that cut it (a JPEG codec in numpy, say). Pass
+    ``x.clone()``.
     """
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -295,10 +275,8 @@ def straight_through(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def in_double(model: Any) -> Iterator[None]:
     """Parameters and buffers in float64 inside the block; afterwards the same tensors as before."""
-    tensors: list[Tensor] = []
-    if isinstance(model, nn.Module):
-        every = itertools.chain(model.parameters(), model.buffers())
-        tensors = [tensor for tensor in every if tensor.is_floating_point()]
+    every = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    tensors = [tensor for tensor in every if tensor.is_floating_point()]
     kept = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:
@@ -311,11 +289,7 @@ def in_double(model: Any) -> Iterator[None]:
 
 
 def gradient_norms(loss_fn: LossFn, x: Tensor) -> Tensor:
-    """Largest entry of each example's gradient, ``(N,)``; NaN where any is not finite.
-
-    Exactly zero means that the attack takes no step: a cut path, or a loss that is saturated in
-    this precision.
-    """
+    """Largest entry of each example's gradient, ``(N,)``; NaN where any is not finite."""
     gradient = input_gradient(anchored(loss_fn), x).flatten(1)
     is_finite = torch.isfinite(gradient).all(dim=1)
     return torch.where(is_finite, gradient.abs().amax(dim=1), torch.nan)
@@ -324,20 +298,16 @@ def gradient_norms(loss_fn: LossFn, x: Tensor) -> Tensor:
 def directional_derivatives(
     loss_fn: LossFn, x: Tensor, signs: Tensor, h: float, own: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """What the gradient predicts along directions, and what central differences measure.
+    """What the gradient predicts along directions and central differences measure, ``(N, D)``.
 
-    Images are moved into ``[h, 1 - h]`` first, so that no step leaves the box, where a defence may
-    clip.
+    Images are moved into ``[h, 1 - h]`` first: a defence may clip outside the box.
 
     Args:
         loss_fn: x' ``(N, ...)`` -> loss ``(N,)``.
         x: Images in [0, 1].
         signs: Directions, each entry 1 or -1, ``(D, N, ...)``.
         h: Step per pixel.
-        own: Whether the gradient's own signs are one direction more; it outweighs the others.
-
-    Returns:
-        Predictions and measurements, ``(N, D)``.
+        own: Whether the gradient's own signs are one more direction; it outweighs the others.
     """
     x = x.detach().clamp(h, 1.0 - h)
     gradient = input_gradient(anchored(loss_fn), x)
@@ -355,10 +325,10 @@ def random_signs(x: Tensor, random: ExampleRandom, directions: int) -> Tensor:
 
 
 def cosine(predicted: Tensor, measured: Tensor) -> Tensor:
-    """Agreement of predicted with measured derivatives: their cosine ``(N,)``, in [-1, 1].
+    """Cosine of predicted and measured derivatives, ``(N,)`` in [-1, 1].
 
-    It is 0 without a prediction (no gradient, or none that is finite), and NaN where a prediction
-    is compared with a constant loss: a step function may still have a gradient worth following.
+    It is 0 without a finite gradient other than zero, and NaN where the loss is constant but has a
+    gradient: that of a step function may still be worth following.
     """
     scale = torch.finfo(predicted.dtype).tiny
     p, m = (t / t.abs().amax(dim=1, keepdim=True).clamp_min(scale) for t in (predicted, measured))

@@ -44,9 +44,9 @@ def gradients(
 ) -> Columns:
     """Size of the gradient, and its agreement with differences over a fine and a coarse step.
 
-    The size is that of the loss with the true label, in float32. Differences aim at the runner-up
-    class: the cross-entropy of a class that is certain is too small to be measured. They are taken
-    a little beside the images, whose flat parts put pooling on its kinks.
+    The size is that of the loss with the true label, in float32. Differences use the runner-up
+    class, since the cross-entropy of a certain class is too small, and images with a little noise,
+    since max-pooling has kinks on flat parts.
     """
     norms = torch.stack(
         [gradient_norms(inner(model, batch), batch["x"]) for inner in losses.values()]
@@ -75,8 +75,8 @@ def gradients(
                 )
                 agreement = cosine(predicted, measured)
                 # A loss that has little to do with the decision proves nothing about it.
-                other = cosine(measured[:, :DIRECTIONS], reference) < RELEVANT
-                is_other = other & (len(losses) > 1)
+                is_other = cosine(measured[:, :DIRECTIONS], reference) < RELEVANT
+                is_other &= len(losses) > 1
                 found.append(torch.where(is_other, 0.0, agreement).nan_to_num(-2.0))
             best = torch.stack(found).amax(dim=0)
             columns[name] = torch.where(best < -1.5, torch.nan, best)
@@ -104,15 +104,11 @@ def forward(model: Any, batch: Batch, _: ExampleRandom) -> Columns:
 
 
 class MemoryProbe:
-    """Compares the model in use with a copy that was made before the attacks.
+    """Compares the model in use with a copy made before the attacks (``model`` is copied now).
 
     Copies of that copy score new images (mirrored ones with noise), with and without a call on
-    neighbouring images before. The values that the model holds are compared between calls too;
-    what changes in the first call alone, such as a table made once, is no memory.
-
-    Args:
-        model: Images to logits; copied now.
-        threat: The size of the perturbations.
+    neighbouring images before. The model's state is compared between calls too; what changes in the
+    first call alone, such as a table made once, is no memory.
     """
 
     def __init__(self, model: nn.Module, threat: Threat) -> None:
@@ -120,10 +116,7 @@ class MemoryProbe:
         self.threat = threat
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
-        """``memory``: the largest difference of probabilities, 1 where labels differ; ``moved``.
-
-        Both ``(N,)``; ``moved`` is 1 for every image if the state of the model moved.
-        """
+        """Largest difference of probabilities, 1 where labels differ; whether the state moved."""
         x = batch["x"]
         near = self._near(x, random)
         unseen = self._near(x.flip(-1), random)
@@ -149,7 +142,7 @@ class MemoryProbe:
         }
 
     def _first(self, x: Tensor) -> Tensor:
-        """Scores of a fresh copy in its first call."""
+        """A fresh copy's scores in its first call."""
         scores: Tensor = copied(self.fresh)(x.clone())
         return scores
 

@@ -1,13 +1,14 @@
 """What the outcomes of an audit mean: a number, a threshold and a verdict for every check.
 
-Accuracies are held against Wilson's 95 % interval, so that the chance of which examples were drawn
-alone raises no alarm. What the thresholds let through was measured on honest networks, naturally
-and adversarially trained, and on networks whose gradients were masked on purpose.
+Accuracies are compared with Wilson's 95 % interval, so that the choice of examples alone raises no
+alarm. Thresholds were chosen on honest networks, naturally and adversarially trained, and on
+networks whose gradients were masked on purpose.
 """
 
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +27,45 @@ MISSED_IN_CLASS, LEAST_IN_CLASS = 0.25, 3  # the same of one class, as a share a
 RANDOMNESS, MEMORY = 1e-5, 1e-3  # differences of probabilities
 LOSS_TOLERANCE = 0.01  # relative
 
+VERDICTS: dict[bool | None, Literal["pass", "fail", "not applicable"]] = {
+    True: "pass",
+    False: "fail",
+    None: "not applicable",
+}
+QUESTIONS = {
+    "eps_to_chance": "Accuracy should fall to chance when any perturbation is allowed.",
+    "more_steps": "More steps should not weaken the attack, and one step should not beat many.",
+    "loss_rises": "With more steps the attack should end at a higher loss.",
+    "black_box": "A black-box attack should not beat attacks that follow gradients.",
+    "transfer": "Adversarial images of another network should not beat the network's own.",
+    "decision_based": "An attack that sees labels alone should find little that gradients missed.",
+    "some_success": "Some attack should find an adversarial example at or near the radius.",
+    "restarts": "Twice as many random restarts should change little.",
+    "gradient_path": "Gradients through what the network detaches or rounds should not attack "
+    "better.",
+    "finite_differences": "The gradient should predict how the loss changes over a tiny step.",
+    "coarse_differences": "The gradient should predict how the loss changes on the scale of the "
+    "attack.",
+    "zero_gradients": "Hardly any image should have a vanishing gradient.",
+    "logit_scale": "Rescaled logits should not make the attack stronger.",
+    "random_search": "Random points of the ball should find nothing that gradients missed.",
+    "deterministic": "The same image should get the same prediction, alone and in a batch.",
+    "stateless": "Answers should not depend on earlier questions.",
+}
+"""By check, in the order of a report."""
+
+
+class Finding(NamedTuple):
+    """The answer to a question; with ``None`` for ``is_passed`` the check does not apply."""
+
+    detail: str
+    value: float | None = None
+    threshold: float | None = None
+    is_passed: bool | None = None
+
 
 def report(outcomes: Outcomes, num_classes: int, restarts: int) -> AuditResult:
-    """All checks, in the order of a report; none if the audit was not run.
+    """All checks; none if the audit was not run.
 
     Args:
         outcomes: Of the steps of an audit.
@@ -38,27 +75,28 @@ def report(outcomes: Outcomes, num_classes: int, restarts: int) -> AuditResult:
     if "audit_fgsm" not in outcomes.correct:
         return {"examples": 0, "checks": []}
     reading = _Reading(outcomes, num_classes, restarts)
-    return {"examples": reading.n, "checks": list(reading.checks())}
+    checks = zip(QUESTIONS.items(), reading.findings(), strict=True)
+    return {"examples": reading.n, "checks": [_check(*asked, found) for asked, found in checks]}
 
 
-def _check(
-    name: str,
-    question: str,
-    detail: str,
-    value: float | None = None,
-    threshold: float | None = None,
-    is_passed: bool | None = None,
-) -> AuditCheck:
-    """An entry of the report; ``None`` for ``is_passed`` means not applicable."""
-    numbers = [None if n is None or not math.isfinite(n) else n for n in (value, threshold)]
+def _check(name: str, question: str, found: Finding) -> AuditCheck:
     return {
         "id": name,
         "question": question,
-        "value": numbers[0],
-        "threshold": numbers[1],
-        "verdict": "not applicable" if is_passed is None else "pass" if is_passed else "fail",
-        "detail": detail,
+        "value": _finite(found.value),
+        "threshold": _finite(found.threshold),
+        "verdict": VERDICTS[found.is_passed],
+        "detail": found.detail,
     }
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _at_most(detail: str, value: float, threshold: float) -> Finding:
+    """Passed up to the threshold."""
+    return Finding(detail, value, threshold, value <= threshold)
 
 
 def _percent(share: float) -> str:
@@ -88,59 +126,30 @@ class _Reading:
         self.default = self.counts[-2] if len(self.counts) > 1 else self.counts[-1]
         self.white = ["audit_fgsm", *self.counts, "audit_steps/targeted", "audit_restarts"]
 
-    def checks(self) -> Iterator[AuditCheck]:
-        """All of them."""
+    def findings(self) -> Iterator[Finding]:
+        """One for each of :data:`QUESTIONS`."""
+        paths = ["audit_path/undetached", "audit_path/straight_through"]
+        scales = ["audit_scale/scale=0.1", "audit_scale/margin=1"]
         yield self.eps_to_chance()
         yield self.more_steps()
         yield self.loss_rises()
-        yield self._stronger(
-            "black_box",
-            "A black-box attack should not beat attacks that follow gradients.",
-            self.white,
-            ["audit_square"],
-        )
-        yield self._stronger(
-            "transfer",
-            "Adversarial images of another network should not beat the network's own.",
-            self.white,
-            ["audit_transfer"],
-        )
+        yield self._stronger(self.white, ["audit_square"])
+        yield self._stronger(self.white, ["audit_transfer"])
         yield self.decision_based()
         yield self.some_success()
         yield self.more_restarts()
-        yield self._stronger(
-            "gradient_path",
-            "Gradients through what the network detaches or rounds should not attack better.",
-            ["audit_path/default"],
-            ["audit_path/undetached", "audit_path/straight_through"],
-        )
-        yield self.agreement(
-            "finite_differences",
-            "fine",
-            FINE_AGREEMENT,
-            "The gradient should predict how the loss changes over a tiny step.",
-        )
-        yield self.agreement(
-            "coarse_differences",
-            "coarse",
-            COARSE_AGREEMENT,
-            "The gradient should predict how the loss changes on the scale of the attack.",
-        )
+        yield self._stronger(["audit_path/default"], paths)
+        yield self._agreement("fine", FINE_AGREEMENT)
+        yield self._agreement("coarse", COARSE_AGREEMENT)
         yield self.zero_gradients()
-        yield self._stronger(
-            "logit_scale",
-            "Rescaled logits should not make the attack stronger.",
-            ["audit_scale/scale=1"],
-            ["audit_scale/scale=0.1", "audit_scale/margin=1"],
-        )
+        yield self._stronger(["audit_scale/scale=1"], scales)
         yield self.random_search()
         yield self.deterministic()
         yield self.stateless()
 
     def robust(self, *keys: str) -> Tensor:
         """Which examples withstand all of these attacks."""
-        correct = [self.outcomes.correct[key][self.within] for key in keys]
-        return torch.stack(correct).all(dim=0)
+        return torch.stack([self.outcomes.correct[key][self.within] for key in keys]).all(dim=0)
 
     def accuracy(self, *keys: str) -> float:
         """Accuracy under all of these attacks together."""
@@ -149,6 +158,10 @@ class _Reading:
     def interval(self, *keys: str) -> tuple[float, float]:
         """Wilson's interval of :meth:`accuracy`."""
         return wilson_interval(int(self.robust(*keys).sum()), self.n)
+
+    def column(self, key: str, name: str) -> Tensor:
+        """A column of a step."""
+        return self.outcomes.columns[key][name][self.within]
 
     def _allowed(self, right: int) -> float:
         """How far accuracy may drop: to the interval's end, and by half its width near zero."""
@@ -163,13 +176,11 @@ class _Reading:
         share = found / right.clamp_min(1) * (found >= LEAST_IN_CLASS)
         return int(share.argmax()) if bool((share > MISSED_IN_CLASS).any()) else None
 
-    def _stronger(
-        self, name: str, question: str, before: list[str], after: list[str]
-    ) -> AuditCheck:
+    def _stronger(self, before: list[str], after: list[str]) -> Finding:
         """Whether any of some attacks leaves less than the interval under others allows."""
         ran = [key for key in after if self._ran(key)]
         if not ran:
-            return _check(name, question, "This attack could not be run.")
+            return Finding("This attack could not be run.")
         expected = self.accuracy(*before)
         allowed = self._allowed(int(self.robust(*before).sum()))
         found = {key: self.accuracy(key) for key in ran}
@@ -177,14 +188,13 @@ class _Reading:
         missed = self.robust(*before) & ~self.robust(*ran)
         # A single ascent misses more of one class by chance than all of them together.
         label = self._masked_class(missed) if before == self.white else None
-        return _check(
-            name,
-            question,
+        drop = expected - min(found.values())
+        return Finding(
             f"Accuracy is {_percent(expected)} under the usual attack, {', '.join(parts)}; "
             f"{int(missed.sum())} of {self.n} examples fell only now{_mostly(label)}.",
-            expected - min(found.values()),
+            drop,
             allowed,
-            expected - min(found.values()) <= allowed and label is None,
+            drop <= allowed and label is None,
         )
 
     def _ran(self, key: str) -> bool:
@@ -193,16 +203,13 @@ class _Reading:
         ran = self.outcomes.columns.get(key, {}).get("ran")
         return ran is None or not bool(self.clean.any()) or bool(ran.any())
 
-    def decision_based(self) -> AuditCheck:
+    def decision_based(self) -> Finding:
         """Labels alone find what gradients and scores hide (Chen & Gu 2020)."""
-        columns = self.outcomes.columns["audit_decision"]
-        is_run = ~columns["linf"][self.within].isnan()
-        missed = is_run & ~columns["correct"][self.within]
+        is_run = ~self.column("audit_decision", "linf").isnan()
+        missed = is_run & ~self.column("audit_decision", "correct")
         label, value = self._masked_class(missed), int(missed.sum()) / self.n
         threshold = max(MISSED_BY_GRADIENTS, 2.0 / self.n)
-        return _check(
-            "decision_based",
-            "An attack that sees labels alone should find little that gradients missed.",
+        return Finding(
             f"It broke {int(missed.sum())} of {int(is_run.sum())} examples that had withstood all "
             f"other attacks{_mostly(label)}.",
             value,
@@ -210,14 +217,13 @@ class _Reading:
             value <= threshold and label is None,
         )
 
-    def some_success(self) -> AuditCheck:
+    def some_success(self) -> Finding:
         """Attacks without any success are more often broken than the model is perfect."""
-        question = "Some attack should find an adversarial example at or near the radius."
         lines = self.outcomes.lines
         within = [key for key, line in lines.items() if line.counts and line.kind == "attack"]
         broken = ~self.robust("clean", *within) & self.clean
         if int(self.clean.sum()) < FEW:
-            return _check("some_success", question, "Too few images are right.")
+            return Finding("Too few images are right.")
         value, detail = float(broken.sum()) / self.n, f"They broke {int(broken.sum())} examples"
         if value == 0.0:
             radius = self.outcomes.threat.radius if self.outcomes.threat else 0.0
@@ -228,9 +234,9 @@ class _Reading:
                 f"No attack broke a single one of {int(self.clean.sum())} examples, which is "
                 f"suspicious in itself; up to four times the radius {_percent(value)} fall"
             )
-        return _check("some_success", question, f"{detail}.", value, 0.0, value > 0.0)
+        return Finding(f"{detail}.", value, 0.0, value > 0.0)
 
-    def eps_to_chance(self) -> AuditCheck:
+    def eps_to_chance(self) -> Finding:
         """Unbounded attacks reach 100 % (Athalye et al. 2018, Section 3)."""
         sweep = [key for key in self.outcomes.correct if key.startswith("audit_eps/")]
         last = sweep[-1]
@@ -238,139 +244,82 @@ class _Reading:
         shown = next(i for i, key in enumerate(sweep, 1) if self.accuracy(key) == value)
         points = [(self.accuracy(key), key.rpartition("=")[2]) for key in sweep[:shown]]
         path = ", ".join(f"{_percent(accuracy)} at {eps}" for accuracy, eps in points)
-        return _check(
-            "eps_to_chance",
-            "Accuracy should fall to chance when any perturbation is allowed.",
-            f"Accuracy is {path}.",
-            value,
-            self.chance,
-            low <= self.chance,
-        )
+        return Finding(f"Accuracy is {path}.", value, self.chance, low <= self.chance)
 
-    def more_steps(self) -> AuditCheck:
+    def more_steps(self) -> Finding:
         """Iterative attacks are stronger than one step (Athalye et al. 2018, Section 3)."""
-        pairs = [*itertools.pairwise(self.counts), ("audit_fgsm", self.default)]
         rises = []
-        for fewer, more in pairs:
+        for fewer, more in [*itertools.pairwise(self.counts), ("audit_fgsm", self.default)]:
             allowed = max(self.interval(fewer)[1] - self.accuracy(fewer), LEAST_DROP)
             rises.append((self.accuracy(more) - self.accuracy(fewer), allowed))
-        value, threshold = max(rises, key=lambda rise: rise[0] - rise[1])
-        path = [
+        path = ", ".join(
             f"{_percent(self.accuracy(key))} with {key.rpartition('=')[2]}" for key in self.counts
-        ]
-        return _check(
-            "more_steps",
-            "More steps should not weaken the attack, and one step should not beat many.",
-            f"Accuracy is {_percent(self.accuracy('audit_fgsm'))} under FGSM, {', '.join(path)} "
-            "steps.",
-            value,
-            threshold,
-            value <= threshold,
         )
+        detail = f"Accuracy is {_percent(self.accuracy('audit_fgsm'))} under FGSM, {path} steps."
+        return _at_most(detail, *max(rises, key=lambda rise: rise[0] - rise[1]))
 
-    def loss_rises(self) -> AuditCheck:
+    def loss_rises(self) -> Finding:
         """A longer ascent ends higher, example by example."""
-        question = "With more steps the attack should end at a higher loss."
-        losses = [
-            self.outcomes.columns[key]["loss"][self.within][self.clean].nan_to_num(0.0, 1e4)
-            for key in self.counts
-        ]
+        losses = [self.column(key, "loss")[self.clean].nan_to_num(0.0, 1e4) for key in self.counts]
         if len(losses) < 2 or len(losses[0]) < 2:
-            return _check("loss_rises", question, "Nothing to compare.")
+            return Finding("Nothing to compare.")
         falls = []
         for fewer, more in itertools.pairwise(losses):
             fall = (fewer - more).double()
             error = 2.0 * float(fall.std()) / math.sqrt(len(fall))
             falls.append((float(fall.mean()), error + LOSS_TOLERANCE * float(fewer.mean())))
-        value, threshold = max(falls, key=lambda fall: fall[0] - fall[1])
         path = ", ".join(f"{float(loss.mean()):.3g}" for loss in losses)
         steps = ", ".join(key.rpartition("=")[2] for key in self.counts)
-        return _check(
-            "loss_rises",
-            question,
-            f"The mean loss is {path} after {steps} steps.",
-            value,
-            threshold,
-            value <= threshold,
-        )
+        worst = max(falls, key=lambda fall: fall[0] - fall[1])
+        return _at_most(f"The mean loss is {path} after {steps} steps.", *worst)
 
-    def more_restarts(self) -> AuditCheck:
+    def more_restarts(self) -> Finding:
         """Restarts have converged: the second half of them finds little (Carlini et al. 2019)."""
-        question = "Twice as many random restarts should change little."
-        column = self.outcomes.columns["audit_restarts"].get("restart")
-        if column is None or self.restarts < 2:
-            return _check("restarts", question, "Nothing to compare.")
-        first = column[self.within]
+        if self.restarts < 2 or "restart" not in self.outcomes.columns["audit_restarts"]:
+            return Finding("Nothing to compare.")
+        first = self.column("audit_restarts", "restart")
         half = self.restarts // 2
-        standing = {n: self.clean & (first > n) for n in sorted({1, half, self.restarts})}
-        right = {n: int(mask.sum()) for n, mask in standing.items()}
-        value = (right[half] - right[self.restarts]) / self.n
-        threshold = self._allowed(right[half])
+        right = {n: int((self.clean & (first > n)).sum()) for n in sorted({1, half, self.restarts})}
         path = ", ".join(f"{_percent(right[n] / self.n)} after {n}" for n in right)
-        detail = f"Accuracy is {path} restarts."
-        return _check("restarts", question, detail, value, threshold, value <= threshold)
+        value = (right[half] - right[self.restarts]) / self.n
+        return _at_most(f"Accuracy is {path} restarts.", value, self._allowed(right[half]))
 
-    def agreement(self, name: str, column: str, least: float, question: str) -> AuditCheck:
+    def _agreement(self, column: str, least: float) -> Finding:
         """Median over the examples whose loss moves at all."""
-        found = self.outcomes.columns["audit_gradients"][column][self.within]
+        found = self.column("audit_gradients", column)
         moving = found[~found.isnan()] if column == "fine" else found.nan_to_num(0.0)
         value = float(moving.median()) if len(moving) else math.nan
         if 2 * len(moving) <= self.n:
             detail = f"The loss is a step function on {self.n - len(moving)} of {self.n} images."
-            return _check(name, question, detail, value, least)
+            return Finding(detail, value, least)
         share = float((moving < least).float().mean())
         detail = f"The median cosine is {value:.3f}; {_percent(share)} of the images are below."
-        return _check(name, question, detail, value, least, value >= least)
+        return Finding(detail, value, least, value >= least)
 
-    def zero_gradients(self) -> AuditCheck:
+    def zero_gradients(self) -> Finding:
         """Vanishing and infinite gradients stop an ascent (Carlini et al. 2019, Section 5)."""
-        norm = self.outcomes.columns["audit_gradients"]["norm"][self.within]
+        norm = self.column("audit_gradients", "norm")
         zero, bad = int((norm == 0.0).sum()), int(norm.isnan().sum())
-        value = (zero + bad) / self.n
-        return _check(
-            "zero_gradients",
-            "Hardly any image should have a vanishing gradient.",
-            f"{zero} of {self.n} gradients are exactly zero, {bad} are not finite.",
-            value,
-            ZERO_GRADIENTS,
-            value <= ZERO_GRADIENTS,
-        )
+        detail = f"{zero} of {self.n} gradients are exactly zero, {bad} are not finite."
+        return _at_most(detail, (zero + bad) / self.n, ZERO_GRADIENTS)
 
-    def random_search(self) -> AuditCheck:
+    def random_search(self) -> Finding:
         """Random sampling beats no gradient (Athalye et al. 2018, Section 3)."""
         missed = int((self.robust(*self.white) & ~self.robust("audit_random")).sum())
-        threshold = max(MISSED, 1.0 / self.n)
-        return _check(
-            "random_search",
-            "Random points of the ball should find nothing that gradients missed.",
-            f"They found {missed} more of {self.n} examples.",
-            missed / self.n,
-            threshold,
-            missed / self.n <= threshold,
-        )
+        detail = f"They found {missed} more of {self.n} examples."
+        return _at_most(detail, missed / self.n, max(MISSED, 1.0 / self.n))
 
-    def deterministic(self) -> AuditCheck:
-        """Predictions without chance, and without regard to the other images of the batch."""
-        column = self.outcomes.columns["audit_forward"]["difference"][self.within]
-        value = float(column.max())
-        return _check(
-            "deterministic",
-            "The same image should get the same prediction, alone and in a batch.",
-            f"Probabilities differ by up to {value:.2g}.",
-            value,
-            RANDOMNESS,
-            value <= RANDOMNESS,
-        )
+    def deterministic(self) -> Finding:
+        """Predictions do not depend on chance or on the other images of the batch."""
+        value = float(self.column("audit_forward", "difference").max())
+        return _at_most(f"Probabilities differ by up to {value:.2g}.", value, RANDOMNESS)
 
-    def stateless(self) -> AuditCheck:
+    def stateless(self) -> Finding:
         """An attack's queries leave the model as it was."""
-        columns = self.outcomes.columns["audit_memory"]
-        value = float(columns["memory"][self.within].max())
-        is_moved = bool(columns["moved"][self.within].any())
+        value = float(self.column("audit_memory", "memory").max())
+        is_moved = bool(self.column("audit_memory", "moved").any())
         moved = "changes with every query" if is_moved else "stays as it is"
-        return _check(
-            "stateless",
-            "Answers should not depend on earlier questions.",
+        return Finding(
             f"Probabilities differ from those of a fresh copy by up to {value:.2g}; the state of "
             f"the model {moved}.",
             value,

@@ -2,7 +2,8 @@
 
 import importlib
 import json
-from functools import cache
+from functools import cache, partial
+from unittest import mock
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from common.data.sources import Digits
 from common.evaluation.audit.checks import Audit
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
+from common.evaluation.transfer import DistilledTransfer
 from common.results.lines import Threat
 from common.results.schema import AuditResult
 
 THREAT = Threat("linf", 0.2)
 COST = {"steps": 10, "restarts": 2, "square_queries": 100, "random_samples": 30}
-COST |= {"decision_queries": 500}
+COST |= {"decision_queries": 200}
+DISTILLED = partial(DistilledTransfer, steps=50)
 
 
 class Lab:
@@ -74,9 +77,9 @@ class Lab:
         audit = Audit(examples, **(COST | changes))
         model = net if hasattr(net, "adaptive_losses") else Victim(net, classes).eval()
         batch = {"x": x, "y": y, "index": torch.arange(len(y))}
-        outcomes = run_steps(
-            model, batch, audit.steps(model, threat, classes), seed=0, threat=threat
-        )
+        with mock.patch("common.evaluation.audit.checks.DistilledTransfer", DISTILLED):
+            steps = audit.steps(model, threat, classes)
+        outcomes = run_steps(model, batch, steps, seed=0, threat=threat)
         report = audit.report(outcomes, classes)
         TypeAdapter(AuditResult).validate_python(report)
         json.dumps(report, allow_nan=False)
