@@ -3,9 +3,7 @@
 The accuracy of a trained network on each of the 19 corruptions of CIFAR-10-C, all five severities
 pooled [code], and their mean [choice]. Results go to ``corruptions.json`` in the run directory
 after every corruption; a stopped run resumes, and corruptions measured with these weights are not
-measured again.
-
-Tags as in :mod:`paper_rcm.method`.
+measured again. Tags as in :mod:`paper_rcm.method`.
 """
 
 import argparse
@@ -37,42 +35,33 @@ from common.weights import check_weights_fit
 
 
 class Entry(TypedDict):
-    """Results of one checkpoint."""
+    """Results of one checkpoint.
+
+    ``network`` is a digest of architecture and weights, ``images`` the number per corruption,
+    ``severities`` and ``accuracy`` are accuracies in [0, 1] by corruption, of each severity and
+    pooled, and ``mean`` is over all corruptions, once they are there.
+    """
 
     network: str
-    """Digest of architecture and weights."""
     images: int
-    """Per corruption, severities together."""
     severities: dict[str, list[float]]
-    """Accuracy by corruption and severity, in [0, 1]."""
     accuracy: dict[str, float]
-    """Accuracy by corruption, severities pooled."""
     mean: float | None
-    """Over all corruptions, once they are there."""
 
 
 @torch.no_grad()
 def correct_by_severity(
     model: nn.Module, data: CIFAR10C, name: str, batch_size: int = 250
 ) -> list[int]:
-    """How many images of each severity a network classifies correctly.
-
-    Args:
-        model: Images in [0, 1] to logits; put into evaluation mode.
-        data: The corrupted images.
-        name: Corruption.
-        batch_size: How many images go through the network at once.
-    """
+    """How many images of each severity of a corruption a network classifies correctly."""
     model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     divisor = torch.full((), 255.0, device=device)  # as in training: see common.data.images
-    found = []
-    for severity in range(1, SEVERITIES + 1):
-        correct = 0
-        for x, y in data.batches(name, batch_size, severity):
+    found = [0] * SEVERITIES
+    for severity in range(SEVERITIES):
+        for x, y in data.batches(name, batch_size, severity + 1):
             logits: Tensor = model(x.to(device).float() / divisor)
-            correct += int((classify(logits).cpu() == y).sum())
-        found.append(correct)
+            found[severity] += int((classify(logits).cpu() == y).sum())
     return found
 
 
@@ -100,9 +89,7 @@ def evaluate_corruptions(
         All that is known about the checkpoint.
 
     Raises:
-        ConfigurationError: There is no such corruption.
-        DataUnavailableError: A file of images is missing or damaged.
-        RunDirectoryError: Results cannot be read or written.
+        UserError: There is no such corruption, or a file cannot be read or written.
     """
     images = data.check(tuple(names))
     check_writable(results)
@@ -114,26 +101,17 @@ def evaluate_corruptions(
     for name in names:
         if name not in entry["accuracy"]:
             correct = correct_by_severity(model, data, name, batch_size)
-            entry["severities"][name] = [SEVERITIES * n / images for n in correct]
-            entry["accuracy"][name] = sum(correct) / images
-            entry = _in_order(entry)
+            severities = entry["severities"] | {name: [SEVERITIES * n / images for n in correct]}
+            accuracy = entry["accuracy"] | {name: sum(correct) / images}
+            entry["severities"] = {key: severities[key] for key in CORRUPTIONS if key in severities}
+            entry["accuracy"] = {key: accuracy[key] for key in CORRUPTIONS if key in accuracy}
+            if len(accuracy) == len(CORRUPTIONS):
+                entry["mean"] = fmean(entry["accuracy"].values())
             checkpoints[label] = entry
             write_sealed_json(results, {"schema": 1, "checkpoints": checkpoints})
         if console is not None:
             console.print(f"{name}: {100 * entry['accuracy'][name]:.2f}")
     return entry
-
-
-def _in_order(entry: Entry) -> Entry:
-    """Sorted as :data:`CORRUPTIONS`, with the mean once all are there."""
-    names = [name for name in CORRUPTIONS if name in entry["accuracy"]]
-    accuracy = {name: entry["accuracy"][name] for name in names}
-    return {
-        **entry,
-        "severities": {name: entry["severities"][name] for name in names},
-        "accuracy": accuracy,
-        "mean": fmean(accuracy.values()) if len(names) == len(CORRUPTIONS) else None,
-    }
 
 
 def network_digest(model: nn.Module) -> str:
@@ -149,8 +127,7 @@ def read_corruptions(path: str | Path) -> dict[str, Entry]:
         RunDirectoryError: If it cannot be read or is something else.
     """
     try:
-        found = read_sealed_json(path)
-        entries: dict[str, Entry] = dict(found["checkpoints"])
+        entries: dict[str, Entry] = dict(read_sealed_json(path)["checkpoints"])
         for entry in entries.values():
             if set(entry) != set(Entry.__annotations__):
                 raise ValueError(f"an entry has {', '.join(entry)}")
@@ -167,18 +144,16 @@ def read_corruptions(path: str | Path) -> dict[str, Entry]:
 def corruption_table(entry: Entry) -> Table:
     """Accuracies in percent, with the mean below."""
     title = f"CIFAR-10-C, {entry['images']:,} images per corruption: percent, all and by severity"
-    table = Table(title=title)
-    table.add_column("corruption")
+    table = Table("corruption", title=title)
     for column in ("all", *map(str, range(1, SEVERITIES + 1))):
         table.add_column(column, justify="right")
-    for name, accuracy in entry["accuracy"].items():
-        cells = (accuracy, *entry["severities"][name])
+    rows = {name: [a, *entry["severities"][name]] for name, a in entry["accuracy"].items()}
+    for name, cells in rows.items():
         table.add_row(name, *(f"{100 * cell:.2f}" for cell in cells))
     if entry["mean"] is not None:
-        columns = zip(*entry["severities"].values(), strict=True)
-        cells = (entry["mean"], *map(fmean, columns))
         table.add_section()
-        table.add_row("mean", *(f"{100 * cell:.2f}" for cell in cells))
+        means = map(fmean, zip(*rows.values(), strict=True))
+        table.add_row("mean", *(f"{100 * cell:.2f}" for cell in means))
     return table
 
 
@@ -188,70 +163,61 @@ def corruption_table(entry: Entry) -> Table:
 def load(checkpoint: Path, config: str | None) -> tuple[RobustClassifier, ImageDataModule]:
     """The classifier behind a checkpoint, and its data.
 
-    Args:
-        checkpoint: A file; without ``config`` one in the ``checkpoints`` of a run directory.
-        config: The experiment's file; ``None`` for what the run was trained with.
+    Without ``config``, the experiment's file, the checkpoint lies in a run directory.
 
     Raises:
         UserError: If either is missing, damaged, or belongs to another network.
     """
+    found = load_checkpoint(checkpoint)  # says which others there are
     if config is None:
         if checkpoint.parent.name != "checkpoints":
             raise ConfigurationError(
                 f"{checkpoint} is not in the checkpoints folder of a run, so its network is "
                 "unknown; name the experiment's file with --config"
             )
-        load_checkpoint(checkpoint)  # says which others there are
         return load_run(checkpoint.parent.parent, checkpoint.stem)
     if not Path(config).is_file():
         raise ConfigurationError(f"the configuration {config} does not exist; check the path")
-    found = load_checkpoint(checkpoint)
-    weights, made = found["state_dict"], settings_in(found, checkpoint)
     arguments = ["--config", config, "--trainer.logger", "false"]
     cli = RobustCLI(package="paper_rcm", args=arguments, run=False)
-    check_evaluated(made, cli.settings, checkpoint)
+    check_evaluated(settings_in(found, checkpoint), cli.settings, checkpoint)
+    weights = found["state_dict"]
     check_weights_fit(cli.model.state_dict(), weights, f"the checkpoint {checkpoint}")
     cli.model.load_state_dict(weights)
     return cli.model.eval(), cli.datamodule
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(args: list[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         "python -m paper_rcm corruptions",
         description="Accuracy of a trained network on CIFAR-10-C; finished corruptions are kept.",
     )
-    parser.add_argument("--ckpt_path", required=True, type=Path, help="checkpoint of a run")
-    parser.add_argument("--config", help="its experiment, where the run has no config.yaml")
-    parser.add_argument("--root", help="folder that has CIFAR-10-C in it; by default the data's")
-    parser.add_argument("--results", type=Path, help="by default corruptions.json in the run")
-    parser.add_argument("--only", nargs="+", default=CORRUPTIONS, help="some of the corruptions")
-    parser.add_argument("--batch_size", type=int, default=250)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--subset", action="store_true", help="allow files with fewer than 50,000 images"
-    )
-    return parser
-
-
-def main(args: list[str]) -> None:
-    """Run the command."""
-    given = _parser().parse_args(args)
-    console = Console()
+    add = parser.add_argument
+    add("--ckpt_path", required=True, type=Path, help="checkpoint of a run")
+    add("--config", help="its experiment, where the run has no config.yaml")
+    add("--root", help="folder that has CIFAR-10-C in it; by default the data's")
+    add("--results", type=Path, help="by default corruptions.json in the run")
+    add("--only", nargs="+", default=CORRUPTIONS, help="some of the corruptions")
+    add("--batch_size", type=int, default=250)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--subset", action="store_true", help="allow files with fewer than 50,000 images")
+    given = parser.parse_args(args)
+    console, checkpoint = Console(), given.ckpt_path
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    checkpoint: Path = given.ckpt_path
     model, data = load(checkpoint, given.config)
     if data.num_classes != 10 or data.shape != (3, 32, 32):
         raise ConfigurationError(
             f"the network was made for {data.source.spec.name}, and CIFAR-10-C has 10 classes of "
             "3x32x32 images; give a checkpoint of a cifar10 experiment"
         )
-    root = given.root or getattr(data.source, "root", "data")
+    images = CIFAR10C(given.root or getattr(data.source, "root", "data"), verify=not given.subset)
     in_run = checkpoint.parent.name == "checkpoints"
     folder = checkpoint.parent.parent if in_run else checkpoint.parent
     results = given.results or folder / "corruptions.json"
     entry = evaluate_corruptions(
         model.to(given.device),
-        CIFAR10C(root, verify=not given.subset),
+        images,
         results,
         checkpoint.stem,
         given.only,

@@ -3,8 +3,7 @@
 For every network of the configurations: parameters, multiply-accumulates, side of the last map,
 peak memory of a training step, and the time of a step of adversarial training relative to the same
 network with its base strides and no up-sampling. Times are medians over rounds in which the two
-take turns, so they need no idle machine; they belong to a device and a batch size, which
-``results/costs.json`` names.
+take turns; they belong to a device and a batch size, which ``results/costs.json`` names.
 """
 
 import argparse
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from common.analysis.profiling import (
+    Ratio,
     adversarial_training_step,
     device_name,
     peak_memory,
@@ -31,10 +32,12 @@ from common.evaluation.drawing import save_figure
 from common.evaluation.measures import cost
 from common.files import read_sealed_json, write_sealed_json
 from common.limits import read_yaml
-from common.parsing import build
+from common.parsing import build, load_named
 from common.results.store import COSTS, read_costs
 from paper_rcm.figures import cost_figure
-from paper_rcm.method import BASE_STRIDES, DigitsNet, parse_strides
+from paper_rcm.method import BASE_STRIDES, parse_strides
+
+CONFIGS = Path(__file__).parent / "configs"
 
 DATA = {
     "digits": ((1, 8, 8), 10),
@@ -42,69 +45,53 @@ DATA = {
     "cifar100": ((3, 32, 32), 100),
     "tiny": ((3, 64, 64), 200),
 }
-"""Shape and classes, by what a stem begins with."""
+"""Shape of the images and number of classes, by what a stem begins with."""
 
 MEMORY_BATCH = 128
 """Of the step whose memory is counted: that of the recipes."""
 
 Section = dict[str, Any]
+"""``{class_path, init_args}`` of an :class:`~paper_rcm.method.EnlargedNetwork`."""
 
 
-def net_section(config: str | Path) -> Section:
+def net_section(config: Path) -> Section:
     """The network of a configuration, as it is written, with the classes of its data."""
-    config = Path(config)
     try:
         section: Section = read_yaml(config)["model"]["init_args"]["net"]
         arguments = section["init_args"]["arch"].setdefault("init_args", {})
+        arguments["num_classes"] = DATA[config.stem.partition("_")[0]][1]
     except (KeyError, TypeError) as error:
         raise ConfigurationError(
-            f"{config} cannot be read ({type(error).__name__}: {error}); its model.init_args.net "
-            "has to be an EnlargedNetwork with an arch"
+            f"{config} cannot be read ({type(error).__name__}: {error}); its name has to begin "
+            f"with {', '.join(DATA)}, its model.init_args.net to be an EnlargedNetwork with an arch"
         ) from error
-    _, arguments["num_classes"] = data_of(config.stem)
     return section
 
 
-def data_of(stem: str) -> tuple[tuple[int, int, int], int]:
-    """Shape of the images and number of classes of an experiment.
-
-    Raises:
-        ConfigurationError: If its data are unknown.
-    """
-    name = stem.partition("_")[0]
-    if name not in DATA:
-        raise ConfigurationError(f"{stem!r} begins with none of {', '.join(DATA)}")
-    return DATA[name]
+def make(section: Section) -> Any:
+    """The network of a section."""
+    return build({"net": nn.Module}, {"net": section}).net
 
 
-def make(section: Mapping[str, Any]) -> nn.Module:
-    """The network of a section ``{class_path, init_args}``."""
-    net: nn.Module = build({"net": nn.Module}, {"net": dict(section)}).net
-    return net
-
-
-def base_section(section: Mapping[str, Any]) -> Section:
+def base_section(section: Section) -> Section:
     """The same network with its base strides and no up-sampling."""
-    found: Section = copy.deepcopy(dict(section))
+    found = copy.deepcopy(section)
     arguments = found["init_args"]
     if arguments.get("scale_factor", 1) != 1:
         arguments.pop("mode", None)
     arguments["scale_factor"] = 1
-    with torch.device("meta"):
-        net: Any = make(section)
-    inner = arguments["arch"]["init_args"]
-    bases: dict[type[nn.Module], str] = {DigitsNet: "222", **BASE_STRIDES}
-    strides = next((text for cls, text in bases.items() if isinstance(net.arch, cls)), None)
-    if strides is not None:
-        inner["strides"] = list(parse_strides(strides))
+    arch, inner = load_named(arguments["arch"]["class_path"]), arguments["arch"]["init_args"]
+    for cls, strides in BASE_STRIDES.items():
+        if issubclass(arch, cls):
+            inner["strides"] = list(parse_strides(strides))
     if "image_size" in inner:
         inner["image_size"] = 32
     return found
 
 
-def digest(section: Mapping[str, Any]) -> str:
-    """A key for a network or setting, independent of the order of its arguments."""
-    return json.dumps(section, sort_keys=True)
+def _key(*settings: Section) -> str:
+    """Of networks and settings, independent of the order of their arguments."""
+    return json.dumps(settings, sort_keys=True)
 
 
 def measure_costs(
@@ -122,118 +109,87 @@ def measure_costs(
         results: Folder for ``costs.json``; other experiments in it stay.
         batch_size: Of the steps that are timed.
         device: Where they run.
-        rounds: How often.
+        rounds: How often each is timed.
         console: Where progress is shown.
 
     Returns:
         The entries of these experiments, by stem.
     """
     path = Path(results) / COSTS
-    known: dict[str, Any] = {}
-    if path.is_file():
-        read_costs(results)  # says what is wrong with it
-        known = read_sealed_json(path)["experiments"]
-    setting = {"device": device_name(device), "batch_size": batch_size, "torch": torch.__version__}
-    shared = {
-        (digest(entry["network"]), digest(entry["timed"])): entry["metrics"]
-        for entry in known.values()
-    }
+    # The first reading says what is wrong with a file.
+    known = read_sealed_json(path)["experiments"] if read_costs(results) else {}
+    timed = {"device": device_name(device), "batch_size": batch_size, "torch": torch.__version__}
+    shared = {_key(one["network"], one["timed"]): one["metrics"] for one in known.values()}
     found: dict[str, Any] = {}
     for config in configs:
         section = net_section(config)
-        key = (digest(section), digest(setting))
+        key = _key(section, timed)
         if key not in shared:
-            shared[key] = _measure(section, config.stem, batch_size, device, rounds)
-        found[config.stem] = {"network": section, "timed": setting, "metrics": shared[key]}
-        known[config.stem] = found[config.stem]
-        entries = {stem: known[stem] for stem in sorted(known)}
-        write_sealed_json(path, {"schema": 1, "experiments": entries})
+            data = DATA[config.stem.partition("_")[0]]
+            shared[key] = _measure(section, *data, batch_size, device, rounds)
+        found[config.stem] = {"network": section, "timed": timed, "metrics": shared[key]}
+        known = dict(sorted((known | found).items()))
+        write_sealed_json(path, {"schema": 1, "experiments": known})
         if console is not None:
-            ratio = shared[key]["step_time"]
-            console.print(f"{config.stem}: step time x {ratio:.2f}")
+            console.print(f"{config.stem}: step time x {shared[key]['step_time']:.2f}")
     return found
 
 
 def count(section: Section, shape: Sequence[int]) -> dict[str, float]:
-    """``parameters``, ``macs`` of one image and ``map_side``, 0 for networks without maps.
-
-    Nothing is computed: the network is on the meta device.
-
-    Args:
-        section: Of the network.
-        shape: Of the image, ``(C, H, W)``.
-    """
+    """``parameters``, ``macs`` of one image ``(C, H, W)`` and ``map_side``, 0 without maps."""
     with torch.device("meta"):
-        net: Any = make(section).eval()
-        image = torch.empty(*shape)
+        net, image = make(section).eval(), torch.empty(*shape)
         features = net.features(image[None])
         side = features.shape[-1] if features.ndim == 4 else 0
         return {**cost(net, image), "map_side": float(side)}
 
 
 def _measure(
-    section: Section, stem: str, batch_size: int, device: str, rounds: int
+    section: Section, shape: Sequence[int], classes: int, batch_size: int, device: str, rounds: int
 ) -> dict[str, float]:
-    shape, classes = data_of(stem)
-    counted = count(section, shape)
-    memory = peak_memory(lambda: make(section), shape, MEMORY_BATCH, classes)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch_size, *shape, generator=generator).to(device)
     y = torch.randint(0, classes, (batch_size,), generator=generator).to(device)
-    attack = PGD(eps="8/255", step_size="2/255", steps=10)
-    steps = {
-        name: adversarial_training_step(make(one).to(device), attack, x, y)
-        for name, one in (("base", base_section(section)), ("this", section))
-    }
-    is_base = digest(section) == digest(base_section(section))
-    times = None if is_base else relative_times(steps, "base", rounds, 2, device)["this"]
+    attack, times = PGD(eps="8/255", step_size="2/255", steps=10), Ratio(1.0, 1.0, 1.0)
+    base = base_section(section)
+    if _key(section) != _key(base):
+        steps = {
+            name: adversarial_training_step(make(one).to(device), attack, x, y)
+            for name, one in (("base", base), ("this", section))
+        }
+        times = relative_times(steps, "base", rounds, 2, device)["this"]
     return {
-        **counted,
-        "peak_memory": float(memory),
-        "step_time": 1.0 if times is None else times.median,
-        "step_time_lower": 1.0 if times is None else times.lower,
-        "step_time_upper": 1.0 if times is None else times.upper,
+        **count(section, shape),
+        "peak_memory": float(peak_memory(lambda: make(section), shape, MEMORY_BATCH, classes)),
+        "step_time": times.median,
+        "step_time_lower": times.lower,
+        "step_time_upper": times.upper,
     }
 
 
 def show(entries: Mapping[str, Any]) -> Table:
     """The entries as a table for a terminal."""
-    table = Table(title="Cost of a network", title_justify="left")
-    table.add_column("experiment")
-    for name in (
-        "parameters",
-        "MACs (M)",
-        "last map",
-        "peak memory (MB)",
-        "step time",
-        "quartiles",
-    ):
+    table = Table("experiment", title="Cost of a network", title_justify="left")
+    for name in ("parameters (M)", "MACs (M)", "last map", "peak memory (MB)", "step time"):
         table.add_column(name, justify="right")
     for stem, entry in entries.items():
         of = entry["metrics"]
-        table.add_row(
-            stem,
-            f"{of['parameters']:,.0f}",
-            f"{of['macs'] / 1e6:,.2f}",
-            f"{of['map_side']:.0f}" if of["map_side"] else "",
-            f"{of['peak_memory'] / 1e6:,.1f}",
-            f"{of['step_time']:.2f}",
-            f"{of['step_time_lower']:.2f} to {of['step_time_upper']:.2f}",
-        )
+        millions = [f"{of[key] / 1e6:,.2f}" for key in ("parameters", "macs", "peak_memory")]
+        time = f"{of['step_time']:.2f} ({of['step_time_lower']:.2f} to {of['step_time_upper']:.2f})"
+        table.add_row(stem, *millions[:2], f"{of['map_side']:.0f}", millions[2], time)
     return table
 
 
-def draw(entries: Mapping[str, Any], folder: Path) -> list[Path]:
-    """E4's figure for each data set: the digits, or ResNet-18 in its ways to a larger map."""
-    written = []
-    for dataset in DATA:
-        stems = [stem for stem in entries if stem.startswith(f"{dataset}_")]
-        if dataset != "digits":
-            stems = [stem for stem in stems if "_resnet18_" in stem and stem.endswith("_at")]
-        costs = {stem.removeprefix(f"{dataset}_"): entries[stem]["metrics"] for stem in stems}
-        if figure := cost_figure(costs):
-            written.append(save_figure(figure, folder / f"{dataset}_cost.png"))
-    return written
+def draw(results: Path, dataset: str) -> Figure | None:
+    """E4's figure of a data set: the digits, or ResNet-18 in its ways to a larger map."""
+    return cost_figure(
+        {
+            stem.removeprefix(f"{dataset}_"): metrics
+            for stem, metrics in read_costs(results).items()
+            if stem.startswith(f"{dataset}_")
+            and (dataset == "digits" or ("_resnet18_" in stem and stem.endswith("_at")))
+        }
+    )
 
 
 def main(args: list[str]) -> None:
@@ -244,12 +200,13 @@ def main(args: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="how often each is timed")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     o = parser.parse_args(args)
-    folder = Path(__file__).parent
-    configs = sorted((folder / "configs").glob(f"{o.on}*.yaml"))
+    configs = sorted(CONFIGS.glob(f"{o.on}*.yaml"))
     if not configs:
         raise ConfigurationError(f"no configuration begins with {o.on!r}")
-    console = Console()
-    found = measure_costs(configs, folder / "results", o.batch_size, o.device, o.rounds, console)
+    results, console = CONFIGS.parent / "results", Console()
+    found = measure_costs(configs, results, o.batch_size, o.device, o.rounds, console)
     console.print(show(found))
-    for path in draw(found, folder / "results" / "figures"):
-        console.print(f"wrote {path}")
+    for dataset in sorted({stem.partition("_")[0] for stem in found}):
+        if figure := draw(results, dataset):
+            path = save_figure(figure, results / "figures" / f"{dataset}_cost.png")
+            console.print(f"wrote {path}")

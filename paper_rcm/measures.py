@@ -6,11 +6,10 @@ AR = mean 1[f(x) = y and f(x') = f(x)] [note]. With one x' in all three,
 NA + CA - 1 <= AR <= min(NA, CA).
 
 For E8 the paper shows an embedding of the features [note]; which one was not found. Here it is
-t-SNE (van der Maaten and Hinton, JMLR 9, 2008) [choice], with numbers of the features themselves
-beside it, because distances in such a picture mean little.
+t-SNE (van der Maaten and Hinton, JMLR 9, 2008), with numbers of the features beside it [choice].
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,8 +56,7 @@ class PooledChange(AttackMeasure):
     """How far the pooled feature moves in l2, absolute and relative to its length [choice].
 
     ``pooled_change`` and ``pooled_change_relative`` under an attack, ``pooled_change_noise`` and
-    ``pooled_change_noise_relative`` under uniform noise of the same radius. The absolute movement
-    is the primary number: dividing can hide the effect.
+    ``pooled_change_noise_relative`` under uniform noise of the same radius.
     """
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
@@ -80,89 +78,39 @@ class PooledChange(AttackMeasure):
 # ----------------------------------------------------------------------- by ``analysis.py``, E8
 
 
-class Embedding(NamedTuple):
-    """Pooled features of images in two dimensions.
-
-    Attributes:
-        points: ``(N, 2)``.
-        y: Labels, ``(N,)``.
-        silhouette: Of the features, see :class:`Separation`.
-    """
-
-    points: npt.NDArray[np.float32]
-    y: npt.NDArray[np.int64]
-    silhouette: float
-
-
-class Separation(NamedTuple):
-    """How far classes lie apart in feature space.
-
-    Attributes:
-        silhouette: Mean silhouette with the labels as clusters, in [-1, 1] (Rousseeuw 1987).
-        class_mean_acc: Accuracy of the nearest class mean, in [0, 1]; means of clean features.
-    """
-
-    silhouette: float
-    class_mean_acc: float
-
-
-def pooled_features(model: Any, x: Tensor, batch_size: int = 1000) -> Tensor:
-    """Features behind the global pooling of a classifier, ``(N, C)``, in evaluation mode.
-
-    Args:
-        model: Its ``net`` has ``pooled``.
-        x: Images in [0, 1], ``(N, C, H, W)``.
-        batch_size: How many at once.
-    """
-    with torch.no_grad(), frozen(model):
-        return torch.cat([model.net.pooled(part).float() for part in torch.split(x, batch_size)])
-
-
 def attacked(
     model: Any, x: Tensor, y: Tensor, attack: PGD, seed: int = 0, batch_size: int = 1000
 ) -> Tensor:
-    """Adversarial images of ``x`` against cross-entropy, in evaluation mode.
-
-    Args:
-        model: Images in [0, 1] to logits.
-        x: ``(N, C, H, W)``.
-        y: Labels, ``(N,)``.
-        attack: Makes them.
-        seed: Of its random start.
-        batch_size: How many at once.
-    """
+    """Adversarial images of ``x`` against cross-entropy, batch by batch in evaluation mode."""
     generator = torch.Generator(x.device).manual_seed(seed)
-    found = []
+    batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
     with frozen(model):
-        batches = (torch.split(x, batch_size), torch.split(y, batch_size))
-        for images, labels in zip(*batches, strict=True):
-            found.append(attack(label_loss(model, labels), images, generator))
-    return torch.cat(found)
+        return torch.cat(
+            [attack(label_loss(model, labels), images, generator) for images, labels in batches]
+        )
 
 
-def separation(features: Tensor, y: Tensor, clean: Tensor) -> Separation:
-    """Two numbers for one set of features.
+def pooled_features(model: Any, x: Tensor, batch_size: int = 1000) -> Tensor:
+    """Features ``(N, C)`` behind the pooling of ``model.net``, in evaluation mode."""
+    with torch.no_grad(), frozen(model):
+        return torch.cat([model.net.pooled(part).float() for part in x.split(batch_size)])
 
-    Args:
-        features: ``(N, C)``.
-        y: Labels, ``(N,)``, of at least two classes.
-        clean: Features of the clean images, ``(N, C)``, for the class means.
+
+def separation(features: Tensor, y: Tensor, clean: Tensor) -> dict[str, float]:
+    """How far classes lie apart in features ``(N, C)``.
+
+    ``silhouette``: mean silhouette with the labels as clusters, in [-1, 1] (Rousseeuw 1987).
+    ``class mean``: accuracy of the nearest class mean of ``clean`` features, in [0, 1].
     """
     nearest = NearestCentroid().fit(clean.cpu(), y.cpu())
-    return Separation(
-        float(silhouette_score(features.cpu(), y.cpu())),
-        float(nearest.score(features.cpu(), y.cpu())),
-    )
+    return {
+        "silhouette": float(silhouette_score(features.cpu(), y.cpu())),
+        "class mean": float(nearest.score(features.cpu(), y.cpu())),
+    }
 
 
-def embed(features: Tensor, y: Tensor, seed: int = 0) -> Embedding:
-    """t-SNE in two dimensions: perplexity 30, started from principal components [choice].
-
-    Args:
-        features: ``(N, C)``, more than 30 of them.
-        y: Labels, ``(N,)``.
-        seed: Of the optimiser.
-    """
-    data, labels = features.cpu().numpy(), y.cpu().numpy()
-    points = TSNE(perplexity=30.0, init="pca", random_state=seed).fit_transform(data)
-    return Embedding(points, labels, float(silhouette_score(data, labels)))
+def embed(features: Tensor) -> npt.NDArray[np.float32]:
+    """t-SNE ``(N, 2)`` of N > 30 images: perplexity 30, started from principal components."""
+    tsne = TSNE(perplexity=30.0, init="pca", random_state=0)
+    points: npt.NDArray[np.float32] = tsne.fit_transform(features.cpu().numpy())
+    return points

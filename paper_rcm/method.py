@@ -1,7 +1,6 @@
 """RCM: larger feature maps from a network as it is, by its input or by its strides.
 
-Two knobs, ``m`` and the strides, are independent and used one at a time: up-sampling the input by
-m with the base strides, or m = 1 with the first stride of 2 replaced by 1. Neither adds a
+Either the input is up-sampled by m, or the first stride of 2 is replaced by 1. Neither adds a
 parameter or changes the loss.
 
 Tags name the source of a statement: [abs] the abstract, [note] a third party's reading note of the
@@ -27,26 +26,17 @@ from common.networks.vgg import kaiming as vgg_kaiming
 from common.networks.wide_resnet import WideResNet
 
 Mode = Literal["nearest", "bilinear", "bicubic"]
-"""How pixels between the given ones are made; the paper has the first two [note]."""
+"""Interpolation; the paper has the first two [note]."""
 
 # ------------------------------------------------------------------------ up-sampling the input
 
 
 def enlarge(u: Tensor, scale_factor: float, mode: Mode = "nearest") -> Tensor:
-    """Images of ``round(m H)`` by ``round(m W)`` pixels, m = ``scale_factor`` [code].
+    """Images ``(N, C, H, W)`` up-sampled to ``(N, C, round(m H), round(m W))`` [code].
 
-    A factor of 1 returns ``u`` itself. Bilinear and bicubic do not align corners. Rounding, for
+    A factor m of 1 returns ``u`` itself. Bilinear and bicubic do not align corners. Rounding, for
     factors that are no integers, is a [choice].
-
-    Args:
-        u: Images, ``(N, C, H, W)``.
-        scale_factor: The factor m, at least 1.
-        mode: Interpolation.
-
-    Returns:
-        ``(N, C, round(m H), round(m W))``.
     """
-    check_choice("mode", mode, Mode)
     if scale_factor == 1:
         return u
     size = [round(scale_factor * side) for side in u.shape[-2:]]
@@ -54,27 +44,24 @@ def enlarge(u: Tensor, scale_factor: float, mode: Mode = "nearest") -> Tensor:
 
 
 class EnlargedNetwork(nn.Module):
-    r"""A network that sees its normalised input up-sampled: ``arch(enlarge((x - mean) / std, m))``.
+    """A network that sees its normalised input up-sampled: ``arch(enlarge((x - mean) / std, m))``.
 
-    The order is that of the code; interpolation weights sum to 1, so the other order gives the same
-    up to rounding [derived]. What attacks see is ``x`` in the original resolution, and gradients
-    pass through the interpolation: with ``nearest`` a pixel's is the sum over its m x m copies.
-
-    A wrong ``scale_factor`` or wrong strides change no shape in the state dict and load without an
-    error; they belong to the configuration of a run [code].
+    The order is that of the code. Attacks see ``x`` in the original resolution, and gradients pass
+    through the interpolation. A wrong ``scale_factor`` or wrong strides change no shape in the
+    state dict and load without an error; they belong to the configuration of a run [code].
 
     Args:
         arch: A backbone of ``common.networks``, without ``mean`` and ``std``.
-        scale_factor: The factor m; 2 is the paper's setting [code].
+        scale_factor: The factor m, at least 1; 2 is the paper's setting [code].
         mode: Interpolation; a factor that is no integer needs ``bilinear`` [choice] or ``bicubic``.
-        num_classes: Number of classes K, which ``arch`` must have; ``None`` leaves it unchecked.
-        in_channels: Channels of the images; ``None`` takes those of ``arch``.
+        num_classes: Number of classes K, which ``arch`` must have, if given.
+        in_channels: Channels of the images, by default those of ``arch``.
         mean: Means of :class:`~common.networks.normalize.Normalize`; ``None`` keeps the pixels.
         std: Its standard deviations.
 
     Raises:
-        ConfigurationError: If the factor is below 1 or does not fit the mode, ``arch`` has other
-            classes or channels, or it normalises.
+        ConfigurationError: If the factor is out of range or does not fit the mode, or ``arch`` has
+            other classes or channels or normalises.
     """
 
     def __init__(
@@ -88,30 +75,35 @@ class EnlargedNetwork(nn.Module):
         std: Statistics = None,
     ) -> None:
         super().__init__()
-        check_enlargement(scale_factor, mode)
-        inner = getattr(arch, "normalize", None)
-        if isinstance(inner, Normalize):
-            if inner.mean is not None:
-                raise ConfigurationError(
-                    f"arch has mean={inner.mean.flatten().tolist()}; give mean and std to "
-                    "EnlargedNetwork, which normalises before it enlarges, and none to arch"
-                )
-            if in_channels not in (None, inner.in_channels):
-                raise ConfigurationError(
-                    f"in_channels is {in_channels} and that of arch {inner.in_channels}; give one "
-                    "of the two"
-                )
-            in_channels = inner.in_channels
-        linear = getattr(getattr(arch, "head", None), "linear", None)
-        if isinstance(linear, nn.Linear) and num_classes not in (None, linear.out_features):
+        check_choice("mode", mode, Mode)
+        if not (math.isfinite(scale_factor) and scale_factor >= 1):
+            raise ConfigurationError(f"scale_factor must be at least 1, got {scale_factor}")
+        if scale_factor != int(scale_factor) and mode == "nearest":
             raise ConfigurationError(
-                f"num_classes is {num_classes} and that of arch {linear.out_features}; give one of "
-                "the two"
+                f"scale_factor={scale_factor} is no integer, and mode=nearest would repeat pixels "
+                "unevenly; use mode=bilinear, or an integer"
             )
+        inner = getattr(arch, "normalize", None)
+        linear = getattr(getattr(arch, "head", None), "linear", None)
+        if getattr(inner, "mean", None) is not None:
+            raise ConfigurationError(
+                f"arch has mean={inner.mean.flatten().tolist()}; give mean and std to "
+                "EnlargedNetwork, which normalises before it enlarges, and none to arch"
+            )
+        channels = getattr(inner, "in_channels", in_channels)
+        classes = getattr(linear, "out_features", num_classes)
+        for name, given, own in (
+            ("in_channels", in_channels, channels),
+            ("num_classes", num_classes, classes),
+        ):
+            if given not in (None, own):
+                raise ConfigurationError(
+                    f"{name} is {given} and that of arch {own}; give one of the two"
+                )
         self.scale_factor = scale_factor
         self.mode: Mode = mode
-        self.normalize = Normalize(3 if in_channels is None else in_channels, mean, std)
-        self.arch = arch
+        self.normalize = Normalize(3 if channels is None else channels, mean, std)
+        self.arch: Any = arch
 
     def enlarged(self, x: Tensor) -> Tensor:
         """What ``arch`` reads of images ``x`` in [0, 1], ``(N, C, round(m H), round(m W))``."""
@@ -119,17 +111,14 @@ class EnlargedNetwork(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """The map before the head, ``(N, D, H', W')``; tokens ``(N, T, D)`` of a transformer."""
-        z: Tensor = self._part("features")(self.enlarged(x))
+        z: Tensor = self.arch.features(self.enlarged(x))
         return z
 
     def pooled(self, x: Tensor) -> Tensor:
         """The vector f that the global pooling gives to the classifier, ``(N, D)`` [choice]."""
-        z = self.features(x)
-        for name, layer in self._part("head").named_children():
-            z = layer(z)
-            if name == "pool":
-                break
-        return z.flatten(1)
+        z: Any = self.features(x)
+        names = [name for name, _ in self.arch.head.named_children()]
+        return self.arch.head[: names.index("pool") + 1](z).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
@@ -140,59 +129,15 @@ class EnlargedNetwork(nn.Module):
         """Settings, for ``print(net)``."""
         return f"scale_factor={self.scale_factor}, mode={self.mode}"
 
-    def _part(self, name: str) -> Any:
-        if not hasattr(self.arch, name):
-            raise TypeError(
-                f"{type(self.arch).__name__} has no {name!r}, so its pooled feature is unknown; "
-                "use a backbone of common.networks, which are stem, stages and head"
-            )
-        return getattr(self.arch, name)
-
-
-def check_enlargement(scale_factor: float, mode: str) -> None:
-    """Refuse factors and modes that do not go together.
-
-    Raises:
-        ConfigurationError: If the factor is below 1 or infinite, the mode unknown, or the factor
-            no integer and the mode ``nearest``, which would repeat some pixels and not others.
-    """
-    check_choice("mode", mode, Mode)
-    if not (math.isfinite(scale_factor) and scale_factor >= 1):
-        raise ConfigurationError(f"scale_factor enlarges, so at least 1, got {scale_factor}")
-    if scale_factor != int(scale_factor) and mode == "nearest":
-        raise ConfigurationError(
-            f"scale_factor={scale_factor} is no integer, and mode=nearest would repeat pixels "
-            "unevenly; use mode=bilinear, or an integer"
-        )
-
 
 # ----------------------------------------------------------------------------- shrinking strides
 
-BASE_STRIDES: dict[type[nn.Module], str] = {
-    ResNet18: "1222",
-    PreActResNet18: "1222",
-    AlexNet: "1122",
-    VGG: "11222",
-    WideResNet: "122",
-    CifarResNet: "122",
-}
-"""Strides the paper starts from: [code] for the first four, which are not the defaults of the
-networks for AlexNet (2222) and VGG (22222); [choice] for the others, which have no recipe.
-
-The digits are the first convolution of each residual stage, AlexNet's first convolution and its
-three max-pools, and VGG's five max-pools. :func:`shrink` of these is [code] for the ResNets (1122)
-and a [choice] for the others (1112, 11122, 112).
-"""
-
 
 def parse_strides(text: str) -> tuple[int, ...]:
-    """Strides of a string of digits: (1, 1, 2, 2) of "1122" [code].
-
-    Args:
-        text: One digit from 1 for each down-sampling operator, in their order.
+    """Strides of a string of digits, one for each down-sampling operator: (1, 1, 2, 2) of "1122".
 
     Raises:
-        ConfigurationError: If ``text`` is no such string.
+        ConfigurationError: If ``text`` is no string of digits from 1.
     """
     if not text or not set(text) <= set("123456789"):
         raise ConfigurationError(
@@ -219,8 +164,7 @@ def shrink(strides: Sequence[int]) -> tuple[int, ...]:
 class VGG16BN(VGG):
     """VGG-16 with batch-norm and a classifier 512 - 256 - 256 - K with dropout 0.5 [code].
 
-    14,922,826 parameters at 10 classes and 3 channels. Weights start as in
-    :func:`common.networks.vgg.kaiming`.
+    14,922,826 parameters at 10 classes and 3 channels.
 
     Args:
         strides: Of the five max-pools; 1 leaves a pool out.
@@ -266,3 +210,21 @@ class DigitsNet(ResNet):
             init=init,
             **kwargs,
         )
+
+
+BASE_STRIDES: dict[type[nn.Module], str] = {
+    ResNet18: "1222",
+    PreActResNet18: "1222",
+    AlexNet: "1122",
+    VGG: "11222",
+    WideResNet: "122",
+    CifarResNet: "122",
+    DigitsNet: "222",
+}
+"""Strides the paper starts from: [code] for the first four, which are not the defaults of AlexNet
+(2222) and VGG (22222); [choice] for the others.
+
+The digits are the first convolution of each residual stage, AlexNet's first convolution and its
+three max-pools, and VGG's five max-pools. :func:`shrink` of these is [code] for the ResNets (1122)
+and a [choice] for the others (1112, 11122, 112).
+"""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.attacks.losses import cross_entropy
+from common.attacks.losses import label_loss
 from common.classifier import RobustClassifier
 from common.networks.resnet import ResNet
 from common.objectives import Batch, InnerLoss, differentiable
@@ -21,11 +21,7 @@ class RCMClassifier(RobustClassifier):
     """
 
     def adaptive_losses(self) -> dict[str, InnerLoss]:
-        """The usual ones, and two more where the network has them.
-
-        ``feature``: distance of the pooled feature from that of the clean image. ``ce_strides``:
-        cross-entropy of the same weights with other strides, a stride-transfer attack.
-        """
+        """The usual ones, and where the network has them ``feature`` and ``ce_strides``."""
         losses = super().adaptive_losses()
         if isinstance(self.net, EnlargedNetwork):
             losses["feature"] = feature_distance
@@ -42,10 +38,8 @@ def feature_distance(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
 
 
 def other_strides(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-    """X' -> cross-entropy of the twin with other strides, ``(N,)``."""
-    y = differentiable(batch["y"])
-    twin = with_other_strides(model.net)
-    return lambda x: cross_entropy(twin(x), y)
+    """X' -> cross-entropy of the twin with other strides, ``(N,)``: a stride-transfer attack."""
+    return label_loss(with_other_strides(model.net), differentiable(batch["y"]))
 
 
 def with_other_strides(net: EnlargedNetwork) -> EnlargedNetwork:
@@ -55,8 +49,7 @@ def with_other_strides(net: EnlargedNetwork) -> EnlargedNetwork:
     other [measured].
     """
     twin = copy.deepcopy(net).eval()
-    stages: Any = twin.arch.stages
-    block = stages[1][0]
+    block = twin.arch.stages[1][0]
     for module in block.modules():
         if isinstance(module, nn.Conv2d) and (
             module is block.conv1 or module.kernel_size == (1, 1)

@@ -30,10 +30,6 @@ class SplitBatchNorm2d(nn.Module):
         out: Tensor = self.base(x) if self.branch == "base" else self.auto(x)
         return out
 
-    def extra_repr(self) -> str:
-        """The current branch, for ``print(net)``."""
-        return f"branch={self.branch}"
-
 
 def split_batch_norm(module: nn.Module) -> None:
     """Replace every batch-norm below ``module`` by a :class:`SplitBatchNorm2d`."""
@@ -68,10 +64,7 @@ def branch(model: nn.Module, name: Branch) -> Iterator[None]:
 
 
 class SplitResNet18(ResNet18):
-    """ResNet-18 with split batch-norms, 11,183,562 parameters [measured].
-
-    The released network ends with a 4x4 pooling and cannot take the strides 1122 [measured]; this
-    one pools globally, which is the same at 1222.
+    """ResNet-18 with split batch-norms and a global pool, 11,183,562 parameters [measured].
 
     Args:
         **kwargs: Of :class:`~common.networks.resnet.ResNet`.

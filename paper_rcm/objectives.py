@@ -3,9 +3,7 @@
 Addepalli et al. 2022, "Efficient and effective augmentation strategy for adversarial training", as
 the official code of RCM has it. Each image has a plain view (``base``) and two views under
 AutoAugment (``auto``). The two kinds use separate batch-norms, each view has a TRADES loss, and the
-clean predictions of the views are drawn together.
-
-Tags as in :mod:`paper_rcm.method`.
+clean predictions of the views are drawn together. Tags as in :mod:`paper_rcm.method`.
 """
 
 from collections.abc import Callable
@@ -21,22 +19,15 @@ from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom
 from common.data.images import Views
 from common.errors import ConfigurationError
-from common.objectives import (
-    Batch,
-    Objective,
-    adversarial_images,
-    check_weight,
-    differentiable,
-)
+from common.objectives import Batch, Objective, adversarial_images, check_weight, differentiable
 from paper_rcm.networks import Branch, branch
 
 
 class AutoAugmentViews(Views):
     """Versions of each image under AutoAugment's policy for CIFAR-10 (Cubuk et al. 2019) [code].
 
-    The policy is that of torchvision, which fills with black [choice]. It is applied to bytes on
-    the CPU, image by image, so that a version depends on seed, epoch and image only. Crop and flip
-    follow and are drawn for each view separately [choice].
+    The policy is torchvision's [choice], applied to bytes on the CPU, image by image, so that a
+    version depends on seed, epoch and image only. Crop and flip are drawn for each view [choice].
 
     Args:
         count: Number of versions.
@@ -56,23 +47,24 @@ class AutoAugmentViews(Views):
 
     def __call__(self, x: Tensor, random: ExampleRandom) -> list[Tensor]:
         """See :class:`~common.data.images.Views`."""
-        seeds = random.integers(2**31, (self.count,)).tolist()
-        images = x.cpu()
-        versions: list[list[Tensor]] = [[] for _ in range(self.count)]
+        seeds = random.integers(2**31, (self.count,)).T.tolist()
         with torch.random.fork_rng(devices=()):
-            for image, row in zip(images, seeds, strict=True):
-                for version, seed in zip(versions, row, strict=True):
-                    torch.default_generator.manual_seed(seed)
-                    version.append(self._policy(image))
-        return [torch.stack(version).to(x.device) for version in versions]
+            return [
+                torch.stack(list(map(self._augmented, x.cpu(), column))).to(x.device)
+                for column in seeds
+            ]
+
+    def _augmented(self, image: Tensor, seed: int) -> Tensor:
+        torch.default_generator.manual_seed(seed)
+        version: Tensor = self._policy(image)
+        return version
 
 
 class GrowingPGD(PGD):
     r"""Five steps in a ball that grows linearly, from the unclamped start of TRADES [code].
 
     In epoch e, from 1, of E the radius is :math:`\epsilon e / E` and the step half of it. The
-    released code sets 2, 3 and 4 steps for some epochs but overwrites each: it always takes 5
-    [measured].
+    released code always takes 5 steps, since it overwrites its other settings [measured].
 
     Args:
         eps: Radius of the last epoch.
@@ -85,11 +77,7 @@ class GrowingPGD(PGD):
     """
 
     def __init__(
-        self,
-        eps: float | str,
-        epochs: int = 200,
-        steps: int = 5,
-        start_scale: float | str = 0.001,
+        self, eps: float | str, epochs: int = 200, steps: int = 5, start_scale: float | str = 0.001
     ) -> None:
         if epochs < 1:
             raise ConfigurationError(
@@ -114,9 +102,8 @@ class DAJAT(Objective):
     .. math:: \frac{1}{V} \sum_v \left[ CE(f_v(x_v), y) + \beta KL(p_v \| p'_v) \right] +
               w \, JS(p_1, ..., p_V)
 
-    with V views, :math:`p_v, p'_v` the predictions for the clean and the adversarial view in its
-    branch, and :math:`JS = \frac{1}{V} \sum_v KL(p_v \| m)`, m the mean of the clean predictions.
-    Batches need views: ``data.views`` is :class:`AutoAugmentViews`.
+    with :math:`p_v, p'_v` the predictions for the clean and the adversarial view in its branch. The
+    V views come from ``data.views``, :class:`AutoAugmentViews`; JS is :func:`jensen_shannon`.
 
     Args:
         beta: Weight of the divergence of each view; 11 for ResNet-18, 10 for WRN on CIFAR-10.
@@ -147,14 +134,11 @@ class DAJAT(Objective):
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """The loss above; gradients reach clean and adversarial predictions."""
-        clean: list[Tensor] = []
-        attacked: list[Tensor] = []
-        losses: list[Tensor] = []
+        clean, losses = [], []
         for name, x, x_adv, y in _views(batch):
             with branch(model, name):
                 clean.append(model(x))
-                attacked.append(model(x_adv))
-            losses.append(self._view_loss(clean[-1], attacked[-1], y))
+                losses.append(self._view_loss(clean[-1], model(x_adv), y))
         return torch.stack(losses).mean() + self.js_weight * jensen_shannon(clean).mean()
 
     def weight_loss(self, model: Any, batch: Batch) -> Tensor:
@@ -171,13 +155,11 @@ class DAJAT(Objective):
 def branches(batch: Batch) -> list[Branch]:
     """The branch of each view: base for the images themselves, auto for their other versions."""
     views = int(batch["view"].max()) + 1 if "view" in batch else 1
-    return ["base" if view == 0 else "auto" for view in range(views)]
+    return ["base", *["auto"] * (views - 1)]  # type: ignore[list-item]
 
 
 def jensen_shannon(logits: list[Tensor]) -> Tensor:
-    """Mean divergence of each prediction from the mean of all, ``(N,)``.
-
-    The mean is clamped to [1e-7, 1] before the logarithm [code].
+    """Mean KL ``(N,)`` of each view's prediction from their mean, which is clamped [code].
 
     Args:
         logits: One ``(N, K)`` per view.
@@ -190,11 +172,7 @@ def jensen_shannon(logits: list[Tensor]) -> Tensor:
 
 
 def _views(batch: Batch) -> list[tuple[Branch, Tensor, Tensor, Tensor]]:
-    """Branch, images, adversarial images and labels of each view.
-
-    Raises:
-        ConfigurationError: If the batch has no views.
-    """
+    """Branch, images, adversarial images and labels of each view; refuse a batch without views."""
     if "view" not in batch:
         raise ConfigurationError(
             "the batch has no views, which DAJAT compares; set data.views to "

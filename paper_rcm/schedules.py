@@ -28,9 +28,7 @@ class FactorsByEpoch(LambdaLR):
                 "factors are positive numbers by the epoch, from 0, where they begin, got "
                 f"{dict(factors)}; for instance {{59: 0.1, 89: 0.01}}"
             )
-
-        def factor(epoch: int) -> float:
-            begun = [first for first in factors if first <= epoch]
-            return factors[max(begun)] if begun else 1.0
-
-        super().__init__(optimizer, factor)
+        begins = sorted(factors.items())
+        super().__init__(
+            optimizer, lambda epoch: ([1.0] + [f for first, f in begins if first <= epoch])[-1]
+        )

@@ -19,7 +19,7 @@ j by :math:`\zeta_j = \langle w, \delta_{patch(j)} \rangle`.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from torch import Tensor
 
 from common.errors import ConfigurationError
 from common.networks.resnet import check_positive
+
+POOLINGS = ("avg", "max", "predicted")
 
 
 def effective_norms(weight: Tensor, side: int, stride: int = 1) -> tuple[Tensor, Tensor]:
@@ -40,12 +42,9 @@ def effective_norms(weight: Tensor, side: int, stride: int = 1) -> tuple[Tensor,
     which does not depend on the side. Refining the stride raises neither norm.
 
     Args:
-        weight: Kernels, ``(D, C, k, k)``.
+        weight: Kernels, ``(D, C, k, k)``; there are D norms of each kind.
         side: Height and width of the image.
-        stride: Stride s, a divisor of ``side``.
-
-    Returns:
-        The l1 and the l2 norms, ``(D,)`` each.
+        stride: Stride s.
 
     Raises:
         ConfigurationError: If ``stride`` does not divide ``side``.
@@ -61,40 +60,21 @@ def effective_norms(weight: Tensor, side: int, stride: int = 1) -> tuple[Tensor,
     return sums.abs().sum(1), stride / side * sums.square().sum(1).sqrt()
 
 
-class Movement(NamedTuple):
-    """How far pooled features move: mean over images of the l2 norm over channels.
-
-    Attributes:
-        avg: With average pooling.
-        max: With max pooling.
-        predicted: With average pooling by D1: the root mean square, without border effects.
-    """
-
-    avg: float
-    max: float
-    predicted: float
-
-
 @torch.no_grad()
-def simulate(side: int, stride: int = 1, examples: int = 32, seed: int = 0) -> Movement:
+def simulate(side: int, stride: int = 1, examples: int = 32, seed: int = 0) -> dict[str, float]:
     """Movement of the pooled features of one random convolution under uniform noise [choice].
 
+    ``avg`` and ``max``: mean over images of the l2 norm over channels, for each pooling.
+    ``predicted``: D1 for average pooling, the root mean square without border effects.
+
     The convolution has 64 kernels 3x3 with weights from N(0, 2/27), zero padding 1 and no bias;
-    pixels are uniform in [0, 1]; the noise is uniform in [-8/255, 8/255] and is not clamped.
-
-    Args:
-        side: Height and width of the images, which is the side of the map at stride 1.
-        stride: Stride of the convolution, a divisor of ``side``.
-        examples: Number of images.
-        seed: Of kernels, images and noise.
-
-    Raises:
-        ConfigurationError: If a number is below 1, or ``stride`` does not divide ``side``.
+    ``examples`` images of ``side`` pixels are uniform in [0, 1]; the noise is uniform in
+    [-8/255, 8/255] and is not clamped. The stride divides the side.
     """
-    check_positive(side=side, stride=stride, examples=examples)
     eps = 8 / 255
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(64, 3, 3, 3, generator=generator) * math.sqrt(2 / 27)
+    predicted = eps / math.sqrt(3) * float(effective_norms(weight, side, stride)[1].norm())
     norms = []
     for _ in range(examples):  # one by one: the maps of many large images would not fit a cache
         x = torch.rand(1, 3, side, side, generator=generator)
@@ -102,7 +82,18 @@ def simulate(side: int, stride: int = 1, examples: int = 32, seed: int = 0) -> M
         clean, moved = (F.conv2d(z, weight, stride=stride, padding=1) for z in (x, x + delta))
         avg = moved.mean((2, 3)) - clean.mean((2, 3))
         norms.append(torch.stack([avg.norm(), (moved.amax((2, 3)) - clean.amax((2, 3))).norm()]))
-    sigma = eps / math.sqrt(3)
-    predicted = sigma * float(effective_norms(weight, side, stride)[1].norm())
-    avg_norm, max_norm = torch.stack(norms).mean(0).tolist()
-    return Movement(avg_norm, max_norm, predicted)
+    return dict(zip(POOLINGS, [*torch.stack(norms).mean(0).tolist(), predicted], strict=True))
+
+
+def simulation(
+    sides: Sequence[int], strides: Sequence[int]
+) -> dict[str, dict[str, dict[int, float]]]:
+    """:func:`simulate` by ``side`` and by ``stride`` on 32 pixels: pooling -> place -> movement."""
+    axes = {
+        "side": {side: simulate(side) for side in sides},
+        "stride": {stride: simulate(32, stride) for stride in strides},
+    }
+    return {
+        axis: {key: {at: one[key] for at, one in moved.items()} for key in POOLINGS}
+        for axis, moved in axes.items()
+    }

@@ -1,12 +1,34 @@
-"""The forest plot that every paper has: differences to a baseline with their intervals."""
+"""The forest plot that every paper has, and points with their spread over seeds."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.evaluation.drawing import BLUE, FONT, GREY, blank_figure, tidy_axes
+from common.evaluation.drawing import BLUE, CYCLE, FONT, GREY, MARKERS, blank_figure, tidy_axes
 from common.results.statistics import Difference
+
+
+def error_bars(
+    ax: Axes, points: Mapping[float, Sequence[float]], number: int = 0, label: str = "", **more: Any
+) -> None:
+    """Means with standard deviations over seeds, 0 with one seed, from left to right.
+
+    Args:
+        ax: Where to.
+        points: At each place, the numbers of the seeds.
+        number: Of the series, which decides colour and marker.
+        label: Of the series.
+        **more: As for ``Axes.errorbar``.
+    """
+    style = {"color": CYCLE[number % len(CYCLE)], "marker": MARKERS[number % len(MARKERS)]}
+    at = sorted(points)
+    spread = [stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in at]
+    middle = [fmean(points[x]) for x in at]
+    ax.errorbar(at, middle, spread, markersize=5, capsize=2, label=label, **style, **more)
 
 
 def forest_plot(differences: Mapping[str, Difference], baseline: str, accuracy: str) -> Figure:

@@ -12,23 +12,15 @@ from common.results.outcomes import checkpoint_entry
 from common.results.store import merge_result, result_path
 from paper_rcm import analysis
 from paper_rcm.analysis import ANALYSIS, claims
-from paper_rcm.figures import BUDGET, budget_figure, cost_figure, map_side, network_of
-
-AR = "pgd20/ce_f"
-
-
-@pytest.fixture(autouse=True)
-def _small_simulation(monkeypatch) -> None:
-    monkeypatch.setattr(analysis, "SIDES", (4, 16))
-    monkeypatch.setattr(analysis, "STRIDES", (1, 4))
-    monkeypatch.setattr(analysis, "measure_digits", lambda stems, results: None)
+from paper_rcm.figures import AR, BUDGET, budget_figure, cost_figure, map_side, network_of
 
 
 def test_names_tell_strides_pooling_and_factor() -> None:
     assert network_of("222_m2_avg") == ("222", "avg", 2.0)
-    assert network_of("resnet18_1122_at") == ("1122", "avg", 1.0)
+    assert network_of("resnet18_1122_martreleased") == ("1122", "avg", 1.0)
     assert network_of("resnet18_1222_m2bilinear_at") == ("1222", "avg", 2.0)
     assert network_of("112_max") == ("112", "max", 1.0)
+    assert network_of("vittiny_m1.5_at") == ("", "avg", 1.5)
     sides = {name: map_side(name, 8) for name in ("222_avg", "122_avg", "112_avg", "222_m2_avg")}
     assert sides == {"222_avg": 1, "122_avg": 2, "112_avg": 4, "222_m2_avg": 2}
     assert map_side("resnet18_1122_at", 32) == 8
@@ -36,18 +28,20 @@ def test_names_tell_strides_pooling_and_factor() -> None:
 
 def verdicts(m2: float, moved: float, apart: float = 0.1, left: float = 0.0) -> dict[str, str]:
     found = Found("digits", "digits_", [0, 1], Path(), Path())
-    metrics = found.metrics
     accuracies = {"222_avg": 0.8, "122_avg": 0.81, "112_avg": 0.812, "222_m2_avg": m2}
-    for seed in (0, 1):
-        for name, value in accuracies.items():
-            metrics[name, seed] = {AR: value, "clean_acc": 0.98, "pooled_change_noise": 1.0}
-            metrics[name, seed][f"{BUDGET}1"] = left if name == "112_avg" else 0.0
-        metrics["112_avg", seed]["pooled_change_noise"] = moved
-    simulated = {"side": {"avg": {4: 1.0, 16: 0.3}, "max": {4: 1.0, 16: 1.2}}}
     separated = {}
     for seed in (0, 1):
+        for name, value in accuracies.items():
+            change = moved if name == "112_avg" else 1.0
+            found.metrics[name, seed] = {
+                AR: value,
+                "clean_acc": 0.98,
+                "pooled_change_noise": change,
+            }
+            found.metrics[name, seed][f"{BUDGET}1"] = left if name == "112_avg" else 0.0
         separated["222_avg", seed] = {"silhouette PGD-20": 0.2}
         separated["122_avg", seed] = {"silhouette PGD-20": 0.2 + apart}
+    simulated = {"side": {"avg": {4: 1.0, 16: 0.3}, "max": {4: 1.0, 16: 1.2}}}
     found.measured["simulation"], found.kept["separated"] = simulated, separated
     return {claim.id: claim.verdict for claim in claims(found)}
 
@@ -56,8 +50,7 @@ def test_verdicts_turn_out_either_way() -> None:
     good = verdicts(0.84, 0.5)
     held = [name for name, verdict in good.items() if verdict == "supported"]
     assert held == ["R1", "R2", "R3", "R4", "R5", "E6", "E8", "E14"]
-    assert good["R6"] == "contradicted"
-    assert good["R7"] == "not run"
+    assert (good["R6"], good["R7"]) == ("contradicted", "not run")
     bad = verdicts(0.79, 1.5, apart=-0.1, left=0.01)
     assert (bad["R4"], bad["R6"], bad["E6"]) == ("contradicted", "supported", "contradicted")
     assert (bad["E8"], bad["E14"]) == ("contradicted", "contradicted")
@@ -80,14 +73,16 @@ def test_costs_are_drawn_by_how_the_map_got_larger() -> None:
         "222_avg": cost(1, 1.0), "122_avg": cost(2, 1.2), "222_m2_avg": cost(2, 1.8),
         "112_avg": cost(4, 1.5), "112_max": cost(4, 9.0), "121_avg": cost(4, 7.0),
     }  # fmt: skip
-    time = cost_figure(costs).axes[2]
-    strides, enlarged = time.get_lines()
+    strides, enlarged = cost_figure(costs).axes[2].get_lines()
     assert list(strides.get_ydata()) == [1.0, 1.2, 1.5]
     assert list(enlarged.get_ydata()) == [1.0, 1.8]
     assert cost_figure({"222_avg": cost(1, 1.0)}) is None
 
 
-def test_the_whole_analysis(tmp_path) -> None:
+def test_the_whole_analysis(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(analysis, "SIDES", (4, 16))
+    monkeypatch.setattr(analysis, "STRIDES", (1, 4))
+    monkeypatch.setattr(analysis, "measure_digits", lambda stems, results: None)
     right = torch.ones(50, dtype=torch.bool)
     for name, held in (("222_avg", 40), ("122_avg", 41), ("112_max", 39)):
         for seed in (0, 1):
@@ -110,13 +105,10 @@ def test_the_whole_analysis(tmp_path) -> None:
             )
     report = ANALYSIS.analyse(tmp_path, tmp_path, "digits", [0, 1])
     verdict = {line[0]: line[2] for line in report["tables"][0]["lines"]}
-    assert verdict["R1"] == "supported"
-    assert verdict["R3"] == "supported"
-    assert verdict["R4"] == "not run"
+    assert [verdict[name] for name in ("R1", "R3", "R4")] == ["supported", "supported", "not run"]
     names = {path.rpartition("/")[2] for path in report["figures"]}
-    assert names == {
-        f"digits_{n}.png" for n in ("differences", "simulation", "accuracies", "movement")
-    }
+    drawn = ("differences", "simulation", "accuracies", "movement")
+    assert names == {f"digits_{name}.png" for name in drawn}
     assert any("digits_222_avg" in what for what in report["missing"]), "no checkpoints: it says so"
     with pytest.raises(ConfigurationError, match="nothing to analyse"):
         ANALYSIS.analyse(tmp_path, tmp_path, "cifar10", [0])

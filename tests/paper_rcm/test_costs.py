@@ -1,26 +1,17 @@
 """E4: the base of every network, and costs that are measured once."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from common.analysis.profiling import Ratio
 from common.errors import ConfigurationError
 from paper_rcm import costs
-from paper_rcm.costs import base_section, count, data_of, digest, make, measure_costs, net_section
-
-CONFIGS = Path(__file__).parents[2] / "paper_rcm" / "configs"
-
-
-def section(stem: str) -> dict:
-    return net_section(CONFIGS / f"{stem}.yaml")
+from paper_rcm.costs import CONFIGS, DATA, base_section, count, main, make, net_section
 
 
 @pytest.mark.parametrize(
     ("stem", "base"),
     [
-        ("cifar10_resnet18_1122_at", "cifar10_resnet18_1222_at"),
         ("cifar10_resnet18_1222_m3bilinear_at", "cifar10_resnet18_1222_at"),
         ("cifar10_alexnet_1112_at", "cifar10_alexnet_1122_at"),
         ("cifar10_vgg16_11222_m2_at", "cifar10_vgg16_11222_at"),
@@ -30,21 +21,17 @@ def section(stem: str) -> dict:
     ],
 )
 def test_the_base_of_a_network_is_that_of_its_table(stem: str, base: str) -> None:
-    sections = (base_section(section(stem)), section(base))
+    own, expected = (net_section(CONFIGS / f"{name}.yaml") for name in (stem, base))
+    sections, shape = (base_section(own), expected), DATA[stem.partition("_")[0]][0]
     with torch.device("meta"):
-        shapes = [{n: p.shape for n, p in make(one).state_dict().items()} for one in sections]
-    assert shapes[0] == shapes[1]
-    sizes = [count(one, data_of(stem)[0]) for one in sections]
-    assert sizes[0] == sizes[1]
+        nets = [make(one) for one in sections]
+    assert nets[0].arch.head.linear.out_features == DATA[stem.partition("_")[0]][1]
+    first, second = ({n: p.shape for n, p in net.state_dict().items()} for net in nets)
+    assert first == second
+    assert count(sections[0], shape) == count(sections[1], shape)
 
 
-def test_classes_follow_the_data() -> None:
-    with torch.device("meta"):
-        net = make(section("cifar100_resnet18_1222_at"))
-    assert net.arch.head.linear.out_features == 100
-
-
-def test_networks_are_measured_once_and_the_base_is_one(tmp_path, monkeypatch) -> None:
+def test_networks_are_measured_once_and_the_base_is_one(tmp_path, monkeypatch, capsys) -> None:
     timed = []
 
     def fake(steps, base, rounds, warm_up, device):
@@ -52,35 +39,33 @@ def test_networks_are_measured_once_and_the_base_is_one(tmp_path, monkeypatch) -
         return {"base": Ratio(1.0, 1.0, 1.0), "this": Ratio(1.5, 1.25, 1.75)}
 
     monkeypatch.setattr(costs, "relative_times", fake)
-    stems = ("digits_122_avg", "digits_222_avg", "digits_222_m2_avg")
-    paths = [CONFIGS / f"{stem}.yaml" for stem in stems]
-    found = measure_costs(paths, tmp_path, batch_size=4)
+    (tmp_path / "configs").mkdir()
+    for stem in ("digits_122_avg", "digits_222_avg", "digits_222_m2_avg"):
+        (tmp_path / "configs" / f"{stem}.yaml").write_bytes((CONFIGS / f"{stem}.yaml").read_bytes())
+    monkeypatch.setattr(costs, "CONFIGS", tmp_path / "configs")
+    main(["--batch_size", "4"])
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert "digits_cost.png" in printed
+    assert "digits_122_avg: step time x 1.50" in printed
     assert len(timed) == 2, "the base is not timed against itself"
-    assert found["digits_222_avg"]["metrics"]["step_time"] == 1.0
-    of = found["digits_122_avg"]["metrics"]
-    assert (of["step_time"], of["parameters"], of["macs"], of["map_side"]) == (
-        1.5,
-        19810,
-        193344,
-        2,
-    )
-    memory = [found[stem]["metrics"]["peak_memory"] for stem in stems]
-    assert memory[1] < memory[0] < memory[2]
-    again = measure_costs(paths, tmp_path, batch_size=4)
-    assert (again, len(timed)) == (found, 2)
-    assert [path.name for path in costs.draw(found, tmp_path)] == ["digits_cost.png"]
-    measure_costs(paths[:1], tmp_path, batch_size=8)
+    found = costs.read_costs(tmp_path / "results")
+    assert found["digits_222_avg"]["step_time"] == 1.0
+    of = found["digits_122_avg"]
+    assert (of["step_time"], of["parameters"], of["macs"]) == (1.5, 19810, 193344)
+    assert [one["map_side"] for one in found.values()] == [2, 1, 2]
+    small, base, large = (one["peak_memory"] for one in found.values())
+    assert base < small < large
+    main(["--batch_size", "4"])
+    assert (costs.read_costs(tmp_path / "results"), len(timed)) == (found, 2)
+    main(["--batch_size", "8", "--on", "digits_122"])
     assert len(timed) == 3, "another batch size is another measurement"
+    with pytest.raises(ConfigurationError, match="begins with 'x'"):
+        main(["--on", "x"])
 
 
-def test_mistakes_are_named(tmp_path) -> None:
-    with pytest.raises(ConfigurationError, match="'imagenet_x' begins with none of digits"):
-        data_of("imagenet_x")
-    other = tmp_path / "digits_x.yaml"
+@pytest.mark.parametrize("name", ["imagenet_x.yaml", "digits_x.yaml"])
+def test_mistakes_are_named(tmp_path, name) -> None:
+    other = tmp_path / name
     other.write_text("model: {init_args: {net: {class_path: a}}}")
-    with pytest.raises(ConfigurationError, match="has to be an EnlargedNetwork"):
+    with pytest.raises(ConfigurationError, match=f"{name}.*digits.*EnlargedNetwork"):
         net_section(other)
-
-
-def test_the_digest_knows_no_order() -> None:
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})

@@ -59,8 +59,11 @@ def test_order_is_normalise_then_interpolate_as_in_the_code(mode, m):
     v = F.interpolate(net.normalize(x), scale_factor=m, mode=mode)
     assert torch.equal(net.enlarged(x), v)
     assert torch.equal(net(x), net.arch(v))
-    other = net.normalize(enlarge(x, m, mode))  # the order is a convention
-    assert (v - other).abs().max() <= (0 if mode == "nearest" else 1e-5)
+
+
+def test_compiles_in_one_graph():
+    net, x = EnlargedNetwork(tiny(), 2, mean=MEAN, std=STD).eval(), torch.rand(2, 3, 8, 8)
+    assert torch.equal(torch.compile(net, fullgraph=True, backend="eager")(x), net(x))
 
 
 @pytest.mark.parametrize("m", [2, 3])
@@ -74,40 +77,24 @@ def test_a_pixel_gets_the_gradients_of_all_its_copies(m):
     assert torch.allclose(wrapped, blocks, atol=1e-14)
 
 
-@pytest.mark.parametrize(
-    ("m", "side", "size"), [(1.0, 8, 8), (2.0, 8, 16), (1.5, 32, 48), (1.3, 8, 10), (1.1, 8, 9)]
-)
+@pytest.mark.parametrize(("m", "side", "size"), [(1.5, 32, 48), (1.3, 8, 10), (1.1, 8, 9)])
 def test_sizes_are_rounded(m, side, size):
     assert enlarge(torch.rand(1, 3, side, side), m, "bilinear").shape[-2:] == (size, size)
 
 
-def test_adds_no_parameter_and_no_mode_but_that_of_the_network():
+def test_adds_no_parameter():
     arch = tiny()
     net = EnlargedNetwork(arch, 2, mean=MEAN, std=STD)
     assert [id(p) for p in net.parameters()] == [id(p) for p in arch.parameters()]
-    assert set(net.state_dict()) == {
-        "normalize.mean",
-        "normalize.std",
-        *(f"arch.{key}" for key in arch.state_dict()),
-    }
-
-
-@pytest.mark.parametrize("pool", ["avg", "max"])
-def test_pooled_feature_is_what_the_classifier_reads(pool):
-    net = EnlargedNetwork(tiny(pool=pool), 2).eval()
-    x = torch.rand(4, 3, 8, 8)
-    z = net.features(x)
-    assert z.shape == (4, 6, 8, 8)
-    f = net.pooled(x)
-    assert torch.equal(
-        f, F.adaptive_avg_pool2d(z, 1).flatten(1) if pool == "avg" else z.amax((2, 3))
-    )
-    assert torch.equal(net(x), net.arch.head.linear(f))
+    names = ["normalize.mean", "normalize.std", *(f"arch.{key}" for key in arch.state_dict())]
+    assert list(net.state_dict()) == names
 
 
 @pytest.mark.parametrize(
     ("arch", "dim"),
     [
+        (tiny, 6),
+        (partial(tiny, pool="max"), 6),
         (partial(PreActResNet18, depths=(1,), widths=(4,), strides=(1,)), 4),
         (partial(WideResNet, 10, 1), 64),
         (partial(VGG16BN, widths=(4, 4, 4, 4, 6)), 6),
@@ -115,38 +102,29 @@ def test_pooled_feature_is_what_the_classifier_reads(pool):
         (partial(ViT, dim=8, depth=1), 8),
     ],
 )
-def test_every_backbone_has_a_pooled_feature(arch, dim):
-    net, x = (
-        EnlargedNetwork(arch(), 2 if arch.func is not ViT else 1).eval(),
-        torch.rand(2, 3, 32, 32),
-    )
-    f, head = net.pooled(x), dict(net.arch.head.named_children())
+def test_the_pooled_feature_is_what_the_classifier_reads(arch, dim):
+    net = EnlargedNetwork(arch()).eval()
+    x = torch.rand(2, 3, 32, 32)
+    f, z, head = net.pooled(x), net.features(x), net.arch.head
     assert f.shape == (2, dim)
-    behind = list(head).index("pool") + 1
-    assert torch.equal(net.arch.head[behind:](f), net(x))
-
-
-def test_says_when_the_pooled_feature_is_unknown():
-    with pytest.raises(TypeError, match="Sequential has no 'features'"):
-        EnlargedNetwork(nn.Sequential(nn.Flatten())).pooled(torch.rand(1, 3, 4, 4))
-
-
-def test_compiles_in_one_graph():
-    net, x = EnlargedNetwork(tiny(), 2, mean=MEAN, std=STD).eval(), torch.rand(2, 3, 8, 8)
-    assert torch.equal(torch.compile(net, fullgraph=True, backend="eager")(x), net(x))
+    if isinstance(net.arch, ResNet):
+        is_max = isinstance(head.pool, nn.AdaptiveMaxPool2d)
+        assert torch.equal(f, z.amax((2, 3)) if is_max else F.adaptive_avg_pool2d(z, 1).flatten(1))
+    behind = [name for name, _ in head.named_children()].index("pool") + 1
+    assert torch.equal(head[behind:](f), net(x))
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"scale_factor": 0.5}, "at least 1, got 0.5"),
-        ({"scale_factor": float("inf")}, "at least 1, got inf"),
-        ({"scale_factor": 1.5}, "use mode=bilinear"),
-        ({"mode": "area"}, "mode must be one of nearest, bilinear, bicubic, got 'area'"),
-        ({"num_classes": 7}, "num_classes is 7 and that of arch 10"),
-        ({"in_channels": 1}, "in_channels is 1 and that of arch 3"),
+        ({"scale_factor": 0.5}, "got 0.5"),
+        ({"scale_factor": float("inf")}, "got inf"),
+        ({"scale_factor": 1.5}, "mode=bilinear"),
+        ({"mode": "area"}, "'area'"),
+        ({"num_classes": 7}, "num_classes is 7 .* 10"),
+        ({"in_channels": 1}, "in_channels is 1 .* 3"),
         ({"arch": partial(tiny, mean=MEAN, std=STD)}, "none to arch"),
-        ({"mean": (0.5,), "std": (0.5,)}, "each of the 3 input channels"),
+        ({"mean": (0.5,), "std": (0.5,)}, "3 input channels"),
     ],
 )
 def test_refuses_settings_that_do_not_fit(kwargs, message):
@@ -179,25 +157,22 @@ def test_strings_of_strides():
             parse_strides(text)
 
 
-@pytest.mark.parametrize(
-    ("base", "shrunk"), [("1222", "1122"), ("1122", "1112"), ("11222", "11122"), ("122", "112")]
-)
-def test_shrinking_replaces_the_first_two(base, shrunk):
-    assert base in BASE_STRIDES.values()
-    assert shrink(parse_strides(base)) == parse_strides(shrunk)
+def test_shrinking_replaces_the_first_two():
+    strings = {"1222": "1122", "1122": "1112", "11222": "11122", "122": "112", "222": "122"}
+    assert set(BASE_STRIDES.values()) == set(strings)
+    for base, shrunk in strings.items():
+        assert shrink(parse_strides(base)) == parse_strides(shrunk)
     with pytest.raises(ConfigurationError, match="no 2"):
         shrink((1, 1, 1))
 
 
-@pytest.mark.parametrize("strides", ["1222", "1122", "1112", "1111"])
+@pytest.mark.parametrize("strides", ["1122", "1111"])
 def test_weights_load_into_every_string_that_starts_with_one(strides):
     base = ResNet18(widths=(4, 6, 8, 10)).eval()
     other = ResNet18(widths=(4, 6, 8, 10), strides=parse_strides(strides)).eval()
-    shapes = {k: v.shape for k, v in base.state_dict().items()}
-    assert shapes == {k: v.shape for k, v in other.state_dict().items()}
     other.load_state_dict(base.state_dict())
     x = torch.rand(2, 3, 16, 16)
-    assert torch.equal(base(x), other(x)) == (strides == "1222")
+    assert not torch.equal(base(x), other(x))
 
 
 def test_a_digit_of_one_removes_the_pools_of_vgg_and_keeps_those_of_alexnet():
@@ -243,15 +218,7 @@ def test_vgg_with_its_classifier():
     assert {m.p for m in net.modules() if isinstance(m, nn.Dropout)} == {0.5}
 
 
-@pytest.mark.parametrize(
-    ("strides", "m", "side"), [("222", 1, 1), ("122", 1, 2), ("112", 1, 4), ("222", 2, 2)]
-)
-def test_maps_of_the_digits(strides, m, side):
-    net = EnlargedNetwork(DigitsNet(parse_strides(strides)), m).eval()
-    assert net.features(torch.rand(1, 1, 8, 8)).shape[-1] == side
-
-
-def test_pools_are_the_same_function_on_a_map_of_one_pixel():
+def test_pools_of_the_digits_are_the_same_function_on_a_map_of_one_pixel():
     avg, top = DigitsNet().eval(), DigitsNet(pool="max").eval()
     top.load_state_dict(avg.state_dict())
     x = torch.rand(4, 1, 8, 8)

@@ -4,33 +4,26 @@ import torch
 from torch import nn
 
 from common.attacks.pgd import PGD
-from common.attacks.randomness import ExampleRandom
 from common.objectives import AT
 from paper_rcm.method import DigitsNet, EnlargedNetwork
 from paper_rcm.module import RCMClassifier, with_other_strides
 
 
-def random(batch) -> ExampleRandom:
-    return ExampleRandom(0, 0, batch["index"])
-
-
 def test_other_strides_have_the_same_weights_and_are_their_own_inverse(model, digits) -> None:
-    twin = with_other_strides(model.net)
-    assert twin.state_dict().keys() == model.net.state_dict().keys()
-    assert twin.features(digits["x"]).shape[-1] == 2 * model.net.features(digits["x"]).shape[-1]
-    assert not torch.allclose(twin(digits["x"]), model(digits["x"]))
-    back = with_other_strides(twin)
-    assert torch.equal(back(digits["x"]), model(digits["x"]))
+    x, twin = digits["x"], with_other_strides(model.net)
+    assert twin.features(x).shape[-1] == 2 * model.net.features(x).shape[-1]
+    assert not torch.allclose(twin(x), model(x))
+    assert torch.equal(with_other_strides(twin)(x), model(x))
     wide = EnlargedNetwork(DigitsNet([1, 1, 2]), mean=[0.3], std=[0.37]).eval()
     wide.load_state_dict(model.net.state_dict())
-    assert torch.allclose(twin(digits["x"]), wide(digits["x"]), atol=1e-6)
+    assert torch.allclose(twin(x), wide(x), atol=1e-6)
 
 
-def test_the_feature_attack_moves_the_feature_further_than_noise(model, digits) -> None:
+def test_the_feature_attack_moves_the_feature_further_than_noise(model, digits, random) -> None:
     loss = model.adaptive_losses()["feature"](model, digits)
     start = digits["x"] + 0.05 * torch.randn_like(digits["x"])
     assert torch.equal(loss(digits["x"]), torch.zeros(12))
-    x_adv = PGD(0.1, 0.02, 10)(loss, digits["x"], random(digits))
+    x_adv = PGD(0.1, 0.02, 10)(loss, digits["x"], random)
     assert (loss(x_adv) > loss(start.clamp(0, 1))).all()
 
 

@@ -22,16 +22,19 @@ from common.objectives import TRADES
 from paper_rcm.networks import SplitBatchNorm2d, branch, split_batch_norm
 from paper_rcm.objectives import DAJAT, AutoAugmentViews, GrowingPGD, jensen_shannon
 
+BRANCHES = ("base", "auto", "auto")
+
+
+def norms_of(net: nn.Module) -> list[SplitBatchNorm2d]:
+    return [module for module in net.modules() if isinstance(module, SplitBatchNorm2d)]
+
 
 def small() -> nn.Module:
-    torch.manual_seed(0)
     net = DigitsResNet()
     split_batch_norm(net)
-    generator = torch.Generator().manual_seed(1)
-    for module in net.modules():  # so that the branches differ
-        if isinstance(module, SplitBatchNorm2d):
-            module.auto.weight.data.uniform_(0.5, 1.5, generator=generator)
-            module.auto.running_mean.uniform_(-0.2, 0.2, generator=generator)
+    for norm in norms_of(net):  # so that the branches differ
+        norm.auto.weight.data.uniform_(0.5, 1.5)
+        norm.auto.running_mean.uniform_(-0.2, 0.2)
     return net
 
 
@@ -81,23 +84,31 @@ def test_the_ball_grows_linearly_to_the_last_epoch() -> None:
 # ----------------------------------------------------------------------------------- the objective
 
 
-def make(n: int = 5) -> tuple[nn.Module, dict[str, Tensor]]:
-    net = small().double().eval()
-    generator = torch.Generator().manual_seed(2)
-    x = torch.rand(3 * n, 1, 8, 8, dtype=torch.float64, generator=generator)
-    noise = torch.rand(x.shape, dtype=torch.float64, generator=generator)
-    return net, {
+@pytest.fixture
+def net() -> nn.Module:
+    return small().double().eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Three views of five images."""
+    x = torch.rand(15, 1, 8, 8, dtype=torch.float64)
+    return {
         "x": x,
-        "x_adv": (x + 0.2 * noise).clamp(0, 1),
-        "y": (torch.arange(n) % 10).repeat(3),
-        "index": torch.arange(3 * n),
-        "view": torch.arange(3).repeat_interleave(n),
+        "x_adv": (x + 0.2 * torch.rand_like(x)).clamp(0, 1),
+        "y": torch.arange(5).repeat(3),
+        "index": torch.arange(15),
+        "view": torch.arange(3).repeat_interleave(5),
     }
 
 
-def predictions(net: nn.Module, x: Tensor, name: str) -> list[list[float]]:
-    with branch(net, name), torch.no_grad():  # type: ignore[arg-type]
-        return net(x).softmax(1).tolist()
+def predictions(net: nn.Module, x: Tensor) -> list[list[float]]:
+    """Of all images, each view in its branch."""
+    found: list[list[float]] = []
+    for name, part in zip(BRANCHES, x.chunk(3), strict=True):
+        with branch(net, name), torch.no_grad():  # type: ignore[arg-type]
+            found += net(part).softmax(1).tolist()
+    return found
 
 
 def kl(p: list[float], q: list[float]) -> float:
@@ -105,32 +116,22 @@ def kl(p: list[float], q: list[float]) -> float:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_against_a_slow_rewrite(smoothing: float) -> None:
-    net, batch = make()
-    n, total = 5, 0.0
-    p, q = {}, {}
-    for view, name in enumerate(("base", "auto", "auto")):
-        rows = slice(view * n, (view + 1) * n)
-        p[view] = predictions(net, batch["x"][rows], name)
-        q[view] = predictions(net, batch["x_adv"][rows], name)
-    for i in range(n):
-        y = i % 10
-        mean = [sum(p[view][i][k] for view in range(3)) / 3 for k in range(10)]
-        for view in range(3):
-            target = [smoothing / 10 + (1 - smoothing) * (k == y) for k in range(10)]
-            entropy = -sum(t * math.log(a) for t, a in zip(target, p[view][i], strict=True))
-            total += (entropy + 11 * kl(p[view][i], q[view][i])) / 3 / n
-            total += 2 * kl(p[view][i], mean) / 3 / n
+def test_the_loss_against_a_slow_rewrite(net, batch, smoothing: float) -> None:
+    p, q = predictions(net, batch["x"]), predictions(net, batch["x_adv"])
+    total = 0.0
+    for i, y in enumerate(batch["y"].tolist()):
+        mean = [sum(p[j][k] for j in range(i % 5, 15, 5)) / 3 for k in range(10)]
+        target = [smoothing / 10 + (1 - smoothing) * (k == y) for k in range(10)]
+        entropy = -sum(t * math.log(a) for t, a in zip(target, p[i], strict=True))
+        total += (entropy + 11 * kl(p[i], q[i]) + 2 * kl(p[i], mean)) / 15
     loss = DAJAT(label_smoothing=smoothing).outer(net, batch)
     assert loss.item() == pytest.approx(total, rel=1e-10)
 
 
-def test_equal_views_leave_trades() -> None:
+def test_equal_views_leave_trades(net, batch) -> None:
     """One view three times in one branch: the views do not diverge."""
-    net, batch = make()
-    for module in net.modules():
-        if isinstance(module, SplitBatchNorm2d):
-            module.auto.load_state_dict(module.base.state_dict())
+    for norm in norms_of(net):
+        norm.auto.load_state_dict(norm.base.state_dict())
     first = {key: value[:5] for key, value in batch.items()}
     thrice = {key: value.repeat(3, *[1] * (value.ndim - 1)) for key, value in first.items()}
     thrice["view"] = batch["view"]
@@ -146,20 +147,15 @@ def test_jensen_shannon_survives_certain_and_opposite_predictions() -> None:
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(divergence.sum(), logits))
 
 
-def test_inner_is_the_divergence_of_each_view_in_its_branch() -> None:
-    net, batch = make()
+def test_inner_is_the_divergence_of_each_view_in_its_branch(net, batch) -> None:
     loss = DAJAT().inner(net, batch)(batch["x_adv"])
-    for view, name in enumerate(("base", "auto", "auto")):
-        rows = slice(5 * view, 5 * view + 5)
-        p, q = (predictions(net, batch[key][rows], name) for key in ("x", "x_adv"))
-        expected = [kl(a, b) for a, b in zip(p, q, strict=True)]
-        assert loss[rows].tolist() == pytest.approx(expected, rel=1e-9)
+    both = zip(predictions(net, batch["x"]), predictions(net, batch["x_adv"]), strict=True)
+    assert loss.tolist() == pytest.approx([kl(p, q) for p, q in both], rel=1e-9)
     plain = {key: value[:5] for key, value in batch.items() if key != "view"}
     torch.testing.assert_close(DAJAT().inner(net, plain)(plain["x_adv"]), loss[:5])
 
 
-def test_what_is_missing_is_named() -> None:
-    net, batch = make()
+def test_what_is_missing_is_named(net, batch) -> None:
     without = {key: value for key, value in batch.items() if key != "view"}
     for method in (DAJAT().outer, DAJAT().weight_loss):
         with pytest.raises(ConfigurationError, match="AutoAugmentViews"):
@@ -169,11 +165,12 @@ def test_what_is_missing_is_named() -> None:
         DAJAT().outer(net, batch)
 
 
-@pytest.mark.parametrize("settings", [{"beta": -1.0}, {"js_weight": math.inf},
-                                      {"label_smoothing": 1.0}])  # fmt: skip
-def test_settings_out_of_range(settings: dict[str, float]) -> None:
-    with pytest.raises(ConfigurationError, match=next(iter(settings))):
-        DAJAT(**settings)
+@pytest.mark.parametrize(
+    ("name", "value"), [("beta", -1.0), ("js_weight", math.inf), ("label_smoothing", 1.0)]
+)
+def test_settings_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        DAJAT(**{name: value})
 
 
 # ------------------------------------------------------------------------------------ all together
@@ -212,10 +209,7 @@ def test_it_trains(tmp_path: Any) -> None:
         assert batch["x"].shape == batch["x_adv"].shape == (60, 1, 8, 8)
         size = (batch["x"] - batch["x_adv"]).abs().amax().item()
         assert size == pytest.approx(0.1 if i < 2 else 0.2, abs=1e-6)
-    norm = next(m for m in model.modules() if isinstance(m, SplitBatchNorm2d))
-    assert norm.base.num_batches_tracked is not None
     # 4 steps, a clean and an adversarial pass in the base branch, two of each in the other;
     # weight perturbation moved neither.
-    assert norm.base.num_batches_tracked.item() == 8
-    assert norm.auto.num_batches_tracked is not None
-    assert norm.auto.num_batches_tracked.item() == 16
+    norm = norms_of(model)[0]
+    assert (norm.base.num_batches_tracked, norm.auto.num_batches_tracked) == (8, 16)
