@@ -238,7 +238,7 @@ def positions(checkpoint: CheckpointResult, metric: str) -> list[int]:
         KeyError: If there is no such accuracy.
     """
     figure = figures(checkpoint["clean"], checkpoint["attacks"])[metric]
-    return cast(list[int], np.flatnonzero(figure.mask).tolist())
+    return np.flatnonzero(figure.mask).tolist()
 
 
 def logged(checkpoint: CheckpointResult) -> dict[str, float]:
@@ -298,7 +298,7 @@ def checkpoint_entry(
 
 
 def _array(values: "Tensor") -> NDArray[Any]:
-    return cast(NDArray[Any], values.numpy(force=True))
+    return values.numpy(force=True)
 
 
 def _counts(outcomes: "Outcomes", name: str, y: NDArray[Any], within: Bits) -> dict[str, Any]:

@@ -73,10 +73,12 @@ class Difference:
         """Whether the mean is significantly below the threshold."""
         return self.p < LEVEL and self.mean < self.threshold
 
-    def text(self) -> str:
+    def text(self, digits: int = 1) -> str:
         """Mean and interval; the mean alone with one seed."""
-        ends = f" [{self.low:+.1f}, {self.high:+.1f}]" if math.isfinite(self.low) else ""
-        return f"{self.mean:+.1f}{ends}"
+        middle = f"{self.mean:+.{digits}f}"
+        if not math.isfinite(self.low):
+            return middle
+        return f"{middle} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
 
 
 def paired_t_test(numbers: Sequence[float], threshold: float = 0.0) -> Difference | None:

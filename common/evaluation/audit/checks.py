@@ -31,13 +31,15 @@ from common.evaluation.audit.probes import (
     forward,
     gradients,
 )
-from common.evaluation.retries import Run, decided
+from common.evaluation.retries import decided
 from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.suite import resolve_losses
 from common.evaluation.transfer import DistilledTransfer, Transfer
 from common.objectives import Batch, InnerLoss
 from common.results.lines import Columns, Outcomes, Threat
 from common.results.schema import AuditResult
+
+Run = Callable[[Any, Batch, ExampleRandom], Columns]
 
 SCALES = {"scale=0.1": 0.1, "scale=1": 1.0, "margin=1": None}
 TARGETS = 9  # classes, as many as AutoAttack aims at
@@ -103,7 +105,12 @@ class Audit:
         memory: MemoryProbe,
     ) -> Iterator[Step]:
         eps, norm = threat.radius, threat.norm
-        whole = {"norm": norm, "eps": eps, "losses": list(losses), "num_classes": num_classes}
+        whole: dict[str, Any] = {
+            "norm": norm,
+            "eps": eps,
+            "losses": list(losses),
+            "num_classes": num_classes,
+        }
 
         def step(key: str, run: Run, settings: Mapping[str, Any], **given: Any) -> Step:
             fields: dict[str, Any] = {"threat": threat, "examples": self.examples} | given
@@ -130,7 +137,9 @@ class Audit:
             run = partial(usual.rescaled, scale)
             yield step(f"audit_scale/{name}", run, settings | {"scale": scale})
         for radius in self._radii(threat):
-            given = {"threat": Threat(norm, radius), "cumulative": True, "at": {"eps": radius}}
+            given: dict[str, Any] = {
+                "threat": Threat(norm, radius), "cumulative": True, "at": {"eps": radius},
+            }  # fmt: skip
             yield ascent(f"audit_eps/eps={radius:.6g}", plain.but(eps=radius), **given)
         samples = partial(_random_search, self.random_samples, threat)
         yield step("audit_random", samples, {"samples": self.random_samples})

@@ -144,7 +144,9 @@ def data(linear) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
-    monkeypatch.setattr(importlib.import_module("common.evaluation.evaluate"), "draw", lambda *_: {})
+    monkeypatch.setattr(
+        importlib.import_module("common.evaluation.evaluate"), "draw", lambda *_: {}
+    )
 
 
 @pytest.fixture(scope="session")
