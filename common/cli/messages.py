@@ -124,7 +124,7 @@ def _said(error: BaseException) -> str:
     """What torch or the system says in an error; empty for errors of others."""
     is_loading = any(name.startswith("torch.utils.data") for name in _modules(error))
     if isinstance(error, ConnectionError | EOFError) and is_loading:
-        return f"DataLoader worker exited: {type(error).__name__}"
+        return f"DataLoader worker process exited: {type(error).__name__}"
     return str(error) if isinstance(error, RuntimeError | OSError) else ""
 
 
