@@ -152,7 +152,7 @@ class RobustCLI(LightningCLI):
         """The adversary, evaluation and the rest are sections of the configuration."""
         named = "name of the experiment; by default the stem of the first --config"
         parser.add_argument("--experiment", type=str | None, default=None, help=named)
-        parser.add_argument("--runs", default="runs", help="folder of all run directories")
+        parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
         parser.add_lightning_class_args(WarmStart, "warm_start")
         parser.add_lightning_class_args(AdversarialTraining, "adversary")
         parser.add_lightning_class_args(AdversarialWeightPerturbation, "weight_perturbation")
