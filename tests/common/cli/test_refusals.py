@@ -125,7 +125,7 @@ def test_files_that_are_no_configuration_are_named(tiny, content, expected) -> N
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    line = tiny.refused("fit", f"--config={path}" if content is None else "--config", path)
+    line = tiny.refused("fit", *([f"--config={path}"] if content is None else ["--config", path]))
     assert str(path) in line
     assert expected in line
 
