@@ -23,7 +23,7 @@ def reports(trainer: RunTrainer) -> list[str]:
 
 
 def confirmed(trainer: RunTrainer, subcommand: str) -> str:
-    """The last line of a subcommand that succeeded, after a look at its result.
+    """The last line of a subcommand that succeeded, after its result is checked.
 
     Raises:
         RunDirectoryError: If the result is not where it should be.

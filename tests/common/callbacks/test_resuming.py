@@ -32,7 +32,7 @@ EPOCHS, BATCHES = 3, 6
 
 
 def classifier() -> RobustClassifier:
-    """With dropout and batch-norm, whose states both have to go on."""
+    """With dropout and batch-norm, whose states both have to be restored."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 10)
