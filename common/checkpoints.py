@@ -1,4 +1,4 @@
-"""Reading checkpoints without trusting them, and naming what is wrong with them."""
+"""Reading checkpoints of unknown origin, and naming what is wrong with them."""
 
 import _codecs
 import argparse
@@ -24,16 +24,14 @@ _HARMLESS: list[Any] = [
     _codecs.encode,  # makes bytes of old pickles' text
     argparse.Namespace,
 ]
-"""What accuracies from numpy and arguments beside weights need to be read; none of it runs code."""
+"""What accuracies from numpy and arguments beside weights need; none of it runs code."""
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load a Lightning checkpoint on the CPU, tensors and plain values only.
-
-    A file that carries its digest, as those of our runs do, is compared with it.
+    """Load a Lightning checkpoint, see :func:`read_content`.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, holds code, or is no Lightning checkpoint.
+        CheckpointError: If the file cannot be read or is no Lightning checkpoint.
     """
     checkpoint = read_content(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
@@ -48,7 +46,8 @@ def read_content(path: str | Path) -> Any:
     """What a file of torch.save, or of safetensors, holds, on the CPU; nothing in it is executed.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, something else or holds code.
+        CheckpointError: If the file is missing, damaged (its digest is checked if it has one),
+            something else or holds code.
     """
     path = Path(path)
     if strangeness := strangeness_of(path):
@@ -60,13 +59,18 @@ def read_content(path: str | Path) -> Any:
             f"the checkpoint {path} cannot be read: it is {strangeness}; give the file that "
             "torch.save wrote"
         )
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
     try:
+        if path.suffix == ".safetensors":
+            return importlib.import_module("safetensors.torch").load_file(path)
         if damage := damage_of(path):
             raise ValueError(damage)
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is in the safetensors format: pip install safetensors, or save it with "
+            "torch.save"
+        ) from error
     except Exception as error:  # a damaged file can fail at any depth of its reader
         if code := re.search(r"GLOBAL (\S+)|TorchScript", str(error)):
             raise CheckpointError(
@@ -74,45 +78,21 @@ def read_content(path: str | Path) -> Any:
                 "more than tensors and plain values, and nothing in it is executed; where you "
                 "trust it, load it and save only model.state_dict()"
             ) from error
+        first = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0][:120]
         raise CheckpointError(
-            f"the checkpoint {path} cannot be read ({_first_sentence(error)}); it is "
-            "truncated, damaged or no file of torch.save. Use another checkpoint of the run, or "
-            "delete it and those beside it to train again"
+            f"the checkpoint {path} cannot be read ({first}); it is truncated, damaged or no file "
+            "of torch.save or safetensors. Use another checkpoint of the run, or delete it and "
+            "those beside it to train again"
         ) from error
-
-
-def _read_safetensors(path: Path) -> Any:
-    try:
-        load_file = importlib.import_module("safetensors.torch").load_file
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path} is in the safetensors format: pip install safetensors, or save it with "
-            "torch.save"
-        ) from error
-    try:
-        return load_file(path)
-    except Exception as error:  # SafetensorError is not importable without the package
-        raise CheckpointError(
-            f"the checkpoint {path} cannot be read ({_first_sentence(error)}); it is truncated, "
-            "damaged or no safetensors file"
-        ) from error
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0].partition(". ")[0][:120]
 
 
 def checkpoint_beside(run: str | Path, experiment: str, checkpoint: str = "selected") -> Path:
-    """Where a neighbouring experiment with the same seed keeps a checkpoint.
+    """The checkpoint (``selected`` or ``last``) of another experiment with the same seed.
 
     Args:
         run: The run directory of this one, ``runs/<paper>/<experiment>/seed<k>[-v<n>]``.
         experiment: Name of the other.
-        checkpoint: ``selected`` or ``last``.
-
-    Raises:
-        ConfigurationError: If one of them is more than a name.
+        checkpoint: Its name.
     """
     run = Path(run)
     check_name(experiment, "the experiment to start or learn from")
@@ -125,8 +105,7 @@ def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> 
     """Load the weights of a network from a file, under any wrapping.
 
     A state dict, bare or in the dictionaries of a checkpoint, of any precision, under any prefix;
-    see :func:`common.weights.find_weights`. Nothing in the file is executed. Files of safetensors
-    are read if that package is installed.
+    see :func:`common.weights.find_weights` and :func:`read_content`.
 
     Args:
         model: The network; it keeps its own precision.

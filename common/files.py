@@ -259,29 +259,6 @@ def yaml_damage_of(path: str | Path) -> str:
 # ------------------------------------------------------------------------------- run directories
 
 
-class WatchedFolder:
-    """A folder that has to stay at its path while something is written there.
-
-    Writers make missing folders, so one that was deleted would come back with only what was
-    written last. The folder is kept open, so that a new one is not taken for it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._descriptor = os.open(self.path, os.O_RDONLY)
-
-    def is_there(self) -> bool:
-        """Whether it is still the one at its path."""
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        """Stop watching."""
-        os.close(self._descriptor)
-
-
 def is_sealed(path: str | Path) -> bool:
     """Whether a checkpoint or ``config.yaml`` carries a digest."""
     try:

@@ -107,12 +107,7 @@ _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,199}")
 
 
 def check_name(name: str, what: str) -> str:
-    """Return the name of the setting ``what`` if it is one part of a path.
-
-    Raises:
-        ConfigurationError: If it has more than 200 characters, others than letters, digits and
-            ``._+-``, or a dot at the beginning.
-    """
+    """The name of the setting ``what``; a ConfigurationError unless it is one part of a path."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigurationError(
             f"{what} is {name!r:.200}; a name consists of letters, digits and ._+-, and does not "
@@ -122,12 +117,7 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_label(label: str, what: str) -> str:
-    """Return the label of the setting ``what`` if it fits in a line and in a file's name.
-
-    Raises:
-        ConfigurationError: If it is not up to 200 printable characters without slashes, or begins
-            with a dot.
-    """
+    """The label of the setting ``what``; a ConfigurationError unless a file's name may have it."""
     is_label = isinstance(label, str) and label.isprintable() and 0 < len(label) <= 200
     if not is_label or label[0] == "." or {"/", "\\"} & set(label):
         raise ConfigurationError(

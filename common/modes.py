@@ -73,12 +73,9 @@ def try_out(
     Args:
         net: On any device, the meta device included.
         shape: Of an image, ``(C, H, W)``.
-        remedy: The end of the message.
+        remedy: The end of the ConfigurationError that is raised if it cannot take such images.
         count: Number of images.
         what: What the message calls the network.
-
-    Raises:
-        ConfigurationError: If the network cannot take such images.
     """
     parameter = next(net.parameters(), torch.empty(0))
     try:

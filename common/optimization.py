@@ -55,14 +55,10 @@ def grouped_optimizer(
     """An optimiser over all trainable parameters, with the settings of their groups.
 
     Args:
-        make: Called with the parameters, or with the groups where there are any, that of the rest
-            first.
+        make: Called with the parameters, or with the groups where there are any, the rest first.
         module: Whose parameters.
-        groups: In their order; a parameter belongs to one at most.
-
-    Raises:
-        ConfigurationError: If a group matches no trainable parameter and does not say that it may,
-            or two groups match the same one.
+        groups: A parameter may match one at most, and a group must match one unless it may be
+            empty; otherwise a ConfigurationError is raised.
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not groups:
@@ -136,10 +132,7 @@ def simulate(module: Any, make: Any, steps: int) -> tuple[Rates, dict[str, Any] 
     Args:
         module: The classifier whose optimiser is scheduled; it is not changed.
         make: Optimiser -> scheduler; ``None`` for constant rates.
-        steps: How often the schedule is stepped.
-
-    Raises:
-        ConfigurationError: If the schedule fails, or depends on more than the number of steps.
+        steps: How often the schedule is stepped; a ConfigurationError if it fails.
     """
     optimizer = optimizer_of(module)
     scheduler = None if make is None else make(optimizer)
@@ -189,9 +182,6 @@ def tell_metrics(module: LightningModule) -> None:
 
     Lightning would do so after the epoch's checkpoint has been written, and a resumed run would
     have another learning rate.
-
-    Raises:
-        ConfigurationError: If it was not measured.
     """
     trainer = module.trainer
     every = trainer.check_val_every_n_epoch

@@ -1,1 +1,1 @@
-"""How the saddle point meets Lightning: attacks, weight perturbation, evaluation, monitoring."""
+"""Attacks, weight perturbation, evaluation, checkpoints and monitoring as Lightning callbacks."""

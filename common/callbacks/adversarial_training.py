@@ -80,7 +80,7 @@ class AdversarialTraining(Callback):
             return
         self.attack.set_epoch(trainer.current_epoch)
         random = ExampleRandom(run_seed(), trainer.current_epoch, batch["index"])
-        # Lightning enters autocast after this hook, so the precision is entered by hand.
+        # Lightning enters autocast after this hook, so the precision is entered here.
         with frozen(module, self.mode), trainer.precision_plugin.train_step_context():
             with nullcontext() if self.engine is None else self.engine.applied(module, batch["x"]):
                 loss_fn = module.objective.inner(module, batch)

@@ -27,7 +27,7 @@ from common.callbacks.robust_evaluation import RobustEvaluation
 from common.callbacks.warm_start import WarmStart
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
-from common.cli.messages import confirmed, one_line, reports
+from common.cli.messages import confirmed, one_line
 from common.cli.parser import (
     TENSORBOARD,
     UserFriendlyParser,
@@ -152,7 +152,7 @@ class RobustCLI(LightningCLI):
         """The adversary, evaluation and the rest are sections of the configuration."""
         named = "name of the experiment; by default the stem of the first --config"
         parser.add_argument("--experiment", type=str | None, default=None, help=named)
-        parser.add_argument("--runs", default="runs", help="folder of all run directories")
+        parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
         parser.add_lightning_class_args(WarmStart, "warm_start")
         parser.add_lightning_class_args(AdversarialTraining, "adversary")
         parser.add_lightning_class_args(AdversarialWeightPerturbation, "weight_perturbation")
@@ -339,7 +339,6 @@ def main(
             return
         cli = RobustCLI(package=package, args=args, commands=commands)
         if cli.trainer.is_global_zero and cli.subcommand is not None:
-            print(*reports(cli.trainer), sep="\n")
             print(confirmed(cli.trainer, cli.subcommand), flush=True)
     except SIGTERMException as stop:  # Lightning's own status would be 0
         raise SystemExit(stop.code or 128 + signal.SIGTERM) from None

@@ -16,14 +16,8 @@ from common.errors import OUT_OF_MEMORY, RunDirectoryError, UserError
 from common.files import is_full, read_sealed_json
 
 
-def reports(trainer: RunTrainer) -> list[str]:
-    """The tables of ``test``, one for each checkpoint."""
-    found = [c.reports for c in trainer.callbacks if isinstance(c, RobustEvaluation)]
-    return [report for each in found for report in each]
-
-
 def confirmed(trainer: RunTrainer, subcommand: str) -> str:
-    """The last line of a subcommand that succeeded, after a look at its result.
+    """The tables of ``test`` and the last line of a subcommand, after its result is checked.
 
     Raises:
         RunDirectoryError: If the result is not where it should be.
@@ -43,7 +37,10 @@ def confirmed(trainer: RunTrainer, subcommand: str) -> str:
             f"{subcommand} ended and {paths[0]} has no results of checkpoint {label!r}, only of "
             f"{', '.join(checkpoints)}; run the same command again"
         )
-    return f"finished: {subcommand}" + (f", {os.path.relpath(paths[0])}" if paths else "")
+    evaluations = [c for c in trainer.callbacks if isinstance(c, RobustEvaluation)]
+    tables = [report for evaluation in evaluations for report in evaluation.reports]
+    where = f", {os.path.relpath(paths[0])}" if paths else ""
+    return "\n".join([*tables, f"finished: {subcommand}{where}"])
 
 
 def _results(trainer: RunTrainer, subcommand: str) -> list[Path]:
@@ -124,7 +121,7 @@ def _said(error: BaseException) -> str:
     """What torch or the system says in an error; empty for errors of others."""
     is_loading = any(name.startswith("torch.utils.data") for name in _modules(error))
     if isinstance(error, ConnectionError | EOFError) and is_loading:
-        return f"DataLoader worker exited: {type(error).__name__}"
+        return f"DataLoader worker process exited: {type(error).__name__}"
     return str(error) if isinstance(error, RuntimeError | OSError) else ""
 
 

@@ -14,18 +14,11 @@ SKELETON = Path(__file__).parent / "skeleton"
 
 
 def make(name: str, root: Path) -> list[Path]:
-    """Write the files of ``paper_<name>`` and enter it into the linter's lists.
-
-    Args:
-        name: Of the paper.
-        root: The folder of the repository, with ``pyproject.toml``.
-
-    Returns:
-        The files written.
+    """Write the files of ``paper_<name>`` into a repository; returns them.
 
     Raises:
         ConfigurationError: If the name is no name of a package or is taken, or ``pyproject.toml``
-            has no such lists.
+            has no lists of papers for the linter.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ConfigurationError(

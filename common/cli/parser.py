@@ -1,4 +1,4 @@
-"""What configuration files leave to be inferred, and errors in the user's words."""
+"""What is filled in, checked and explained in configurations."""
 
 import inspect
 import re

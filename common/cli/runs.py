@@ -41,12 +41,8 @@ def check_is_ours(run: Path) -> None:
 def lock(run: Path, timeout: float = 0) -> FileLock:
     """Hold the run directory, made if it is missing, until this process ends.
 
-    Args:
-        run: The directory.
-        timeout: Seconds to wait for another process; -1 waits without limit.
-
-    Raises:
-        RunDirectoryError: If another process holds it, or it cannot be written.
+    Waits ``timeout`` seconds for another process that holds it, -1 without limit; then, or if it
+    cannot be written, raises a RunDirectoryError.
     """
     held = FileLock(run / ".lock")
     try:
@@ -77,12 +73,8 @@ def set_aside_if_other(run: Path, settings: Settings, is_given: bool) -> None:
     Args:
         run: The run directory.
         settings: Of the run that is to begin.
-        is_given: Whether the user chose the folder, which may then hold other files too.
-
-    Raises:
-        RunDirectoryError: If its configuration is damaged, or it may not be renamed: a folder that
-            the user chose, or a link.
-        CheckpointError: If its last checkpoint is damaged or does not tell its settings.
+        is_given: Whether the user chose the folder, which may then hold other files too: it is
+            refused like a link, and like damaged files.
     """
     saved, last = run / "config.yaml", run / "checkpoints" / "last.ckpt"
     if saved.exists() and (damage := yaml_damage_of(saved)):

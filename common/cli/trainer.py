@@ -1,6 +1,7 @@
 """Lightning's trainer, which can also reproduce a row of a table."""
 
 import logging
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from common.callbacks.finite import FiniteGuard
 from common.callbacks.resuming import Resuming, RunTrainer, SignalConnector, StoppedBySignal
 from common.checkpoints import load_checkpoint
 from common.errors import ConfigurationError, RunDirectoryError, UserError
-from common.files import WatchedFolder
 from common.results.identity import check_evaluated, check_resumed, settings_in
 
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -62,7 +62,9 @@ class Trainer(RunTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._folder: WatchedFolder | None = None
+        # The run directory, kept open while it is written, so that no new one is taken for it:
+        # writers make missing folders.
+        self._folder: int | None = None
         if self.precision in HALF:
             raise ConfigurationError(
                 f"trainer.precision is {self.precision}: weights and images in half precision are "
@@ -119,7 +121,7 @@ class Trainer(RunTrainer):
         elif path is not None:
             self._forget_averages()
         if self.is_global_zero and Path(self.default_root_dir).is_dir():
-            self._folder = WatchedFolder(self.default_root_dir)
+            self._folder = os.open(self.default_root_dir, os.O_RDONLY)
         try:
             found = super()._run(model, ckpt_path=path, weights_only=True)
             self._check_folder()
@@ -145,7 +147,7 @@ class Trainer(RunTrainer):
             ) from stop
         finally:
             if self._folder is not None:
-                self._folder.close()
+                os.close(self._folder)
                 self._folder = None
 
     def _agreed(self, ckpt_path: str | Path | None) -> str | None:
@@ -168,13 +170,17 @@ class Trainer(RunTrainer):
         return path
 
     def _check_folder(self) -> None:
-        if self._folder is not None and not self._folder.is_there():
-            raise RunDirectoryError(
-                f"{self._folder.path} was deleted or moved while this run wrote to it (epoch "
-                f"{self.current_epoch}, step {self.global_step}): its configuration, checkpoints "
-                "and logs so far are not there. If it was moved, move it back and resume from its "
-                "last checkpoint; if it was deleted, run the same command again"
-            )
+        path = Path(self.default_root_dir)
+        if self._folder is None or (
+            path.exists() and os.path.samestat(os.fstat(self._folder), path.stat())
+        ):
+            return
+        raise RunDirectoryError(
+            f"{path} was deleted or moved while this run wrote to it (epoch {self.current_epoch}, "
+            f"step {self.global_step}): its configuration, checkpoints and logs so far are not "
+            "there. If it was moved, move it back and resume from its last checkpoint; if it was "
+            "deleted, run the same command again"
+        )
 
     def _forget_averages(self) -> None:
         """Have the file's weights evaluated: after ``fit`` averaging would swap in the raw ones."""

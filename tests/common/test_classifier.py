@@ -40,7 +40,7 @@ def test_scores_that_are_not_finite_are_no_class() -> None:
 
 
 @pytest.mark.parametrize("average", ["micro", "none"])
-def test_whatever_the_label_it_is_wrong(average: str) -> None:
+def test_for_every_label_it_is_wrong(average: str) -> None:
     for label in range(3):
         y = torch.full((6,), label)
         accuracy = MulticlassAccuracy(3, average=average)

@@ -40,24 +40,20 @@ def test_a_group_has_its_own_terms_and_the_rest_keeps_the_common_ones() -> None:
     assert maps["momentum"] == 0.9
 
 
-def test_the_factor_stays_along_the_schedule() -> None:
-    optimizer = grouped_optimizer(SGD, Net(), [ParameterGroup(["map"], lr_mult=3.0)])
+def test_the_terms_stay_along_the_schedule_and_in_a_step() -> None:
+    net = Net()
+    group = ParameterGroup(["map"], lr_mult=3.0, weight_decay=0.0)
+    optimizer = grouped_optimizer(SGD, net, [group])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = net.map.clone(), net.conv.weight.clone()
     for _ in range(4):
         optimizer.step()
         schedule.step()
     rest, maps = schedule.get_last_lr()
     assert 0 < rest < 0.1
     assert maps == pytest.approx(3.0 * rest)
-
-
-def test_without_decay_a_step_with_no_gradient_moves_nothing() -> None:
-    net = Net()
-    optimizer = grouped_optimizer(SGD, net, [ParameterGroup(["map"], weight_decay=0.0)])
-    for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    before = net.map.clone(), net.conv.weight.clone()
-    optimizer.step()
     assert torch.equal(net.map, before[0])
     assert not torch.equal(net.conv.weight, before[1])
 

@@ -1,5 +1,6 @@
 """One process or two: the same verdicts; ``tests/test_devices.py`` is about the parameters."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,83 +10,71 @@ from torch import Tensor, nn
 from common.attacks.autoattack import AutoAttack
 from common.attacks.noise import GaussianNoise
 from common.attacks.pgd import PGD
-from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.classifier import RobustClassifier
 from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
-from common.errors import ConfigurationError
 from common.evaluation import Audit, SuiteEntry
 from common.networks.resnet import DigitsResNet
-from common.objectives import AT
+from common.objectives import AT, Natural
 from common.results.store import read_result
 from common.strategy import DeviceInvariantDDP, GlobalBatchNorm, GlobalBatchNormSync
 
 
-def evaluate(folder: Path, devices: int) -> dict:
-    folder.mkdir()
-    torch.manual_seed(0)
-    data = ImageDataModule(Digits(), batch_size=48, eval_batch_size=20, test_limit=75)
-    data.setup("fit")
-    train = data.train_set.__getitems__(list(range(len(data.train_set))))
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    adam = torch.optim.Adam(net.parameters(), lr=0.05)
-    for _ in range(30):
-        adam.zero_grad()
-        nn.functional.cross_entropy(net(train["x"] / 255), train["y"]).backward()
-        adam.step()
-    model = RobustClassifier(net, AT(), optimizer=torch.optim.SGD)
-    aa = AutoAttack(
-        0.1,
-        version="custom",
-        attacks=["apgd-ce", "square"],
-        batch_size=8,
-        square_queries=5,
-        steps=3,
-    )
-    suite = {
-        "pgd2": SuiteEntry(PGD(0.1, 0.05, steps=2, start="uniform"), ["ce_f", "cw_f"]),
-        "noise": SuiteEntry(GaussianNoise(levels=[0.2])),
-        "aa": SuiteEntry(aa),
-        "late": SuiteEntry(PGD(0.1, 0.02, steps=3, restarts=2), survivors_only=True),
-    }
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp_fork" if devices > 1 else "auto",
-        logger=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        callbacks=[RobustEvaluation(suite, audit=Audit(examples=9, square_queries=5))],
-    )
-    trainer.test(model, datamodule=data, verbose=False)
-    return read_result(folder / "results.json")["checkpoints"]
+@pytest.fixture
+def evaluate(tmp_path, quiet_trainer) -> Callable[[int], dict]:
+    """The entries of a result that a number of processes find."""
+
+    def call(devices: int) -> dict:
+        torch.manual_seed(0)
+        data = ImageDataModule(Digits(), batch_size=48, eval_batch_size=8, test_limit=23)
+        data.setup("fit")
+        train = data.train_set.__getitems__(list(range(len(data.train_set))))
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        adam = torch.optim.Adam(net.parameters(), lr=0.05)
+        for _ in range(30):
+            adam.zero_grad()
+            nn.functional.cross_entropy(net(train["x"] / 255), train["y"]).backward()
+            adam.step()
+        parts = {"version": "custom", "attacks": ["apgd-ce", "square"], "square_queries": 5}
+        aa = AutoAttack(0.1, batch_size=8, steps=3, **parts)
+        suite = {
+            "pgd2": SuiteEntry(PGD(0.1, 0.05, steps=2, start="uniform"), ["ce_f", "cw_f"]),
+            "noise": SuiteEntry(GaussianNoise(levels=[0.2])),
+            "aa": SuiteEntry(aa),
+            "late": SuiteEntry(PGD(0.1, 0.02, steps=3, restarts=2), survivors_only=True),
+        }
+        audit = Audit(9, None, 4, 2, square_queries=5, random_samples=5, decision_queries=20)
+        folder = tmp_path / str(devices)
+        trainer = quiet_trainer(
+            RobustEvaluation(suite, audit=audit, pictures=False),
+            devices=devices,
+            strategy="ddp_fork" if devices > 1 else "auto",
+            default_root_dir=folder,
+        )
+        trainer.test(RobustClassifier(net, AT()), datamodule=data, verbose=False)
+        return read_result(folder / "results.json")["checkpoints"]
+
+    return call
 
 
-def test_two_and_three_processes_reach_the_verdicts_of_one_on_an_uneven_split(tmp_path) -> None:
+def test_two_and_three_processes_reach_the_verdicts_of_one_on_an_uneven_split(evaluate) -> None:
     """The official AutoAttack included, whose random numbers belong to a batch."""
-    one = evaluate(tmp_path / "one", 1)
-    assert one["untrained"]["examples"] == 75
+    one = evaluate(1)
+    assert one["untrained"]["examples"] == 23
     assert 0 < one["untrained"]["metrics"]["worst"] < one["untrained"]["metrics"]["clean_acc"]
     for devices in (2, 3):
-        assert evaluate(tmp_path / f"{devices}", devices) == one
+        assert evaluate(devices) == one
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path) -> None:
-    model = RobustClassifier(DigitsResNet(), AT(), optimizer=torch.optim.SGD)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_fork",
-        logger=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        callbacks=[AdversarialTraining(PGD(0.1, 0.1, 1))],
-    )
+def test_a_batch_that_does_not_divide_is_refused(quiet_trainer) -> None:
+    trainer = quiet_trainer(devices=2, strategy="ddp_fork")
     with pytest.raises(Exception, match=r"batch_size 49.*2"):
-        trainer.fit(model, datamodule=ImageDataModule(Digits(), batch_size=49))
+        trainer.fit(
+            RobustClassifier(DigitsResNet(), Natural()),
+            datamodule=ImageDataModule(Digits(), batch_size=49),
+        )
 
 
 def test_auto_with_several_devices_is_the_device_invariant_strategy() -> None:
@@ -136,7 +125,3 @@ def test_synchronised_layers_get_their_own_class_back() -> None:
     assert list(net.state_dict()) == keys
     sync.revert(net)
     assert [type(m) for m in net.modules()] == classes
-
-
-def test_configuration_error_is_a_value_error() -> None:
-    assert issubclass(ConfigurationError, ValueError)

@@ -89,25 +89,19 @@ def test_prefixes_and_places_in_any_combination(plain, load, prefix, place) -> N
     assert_is(load(content), plain)
 
 
-def test_wrappers_within_the_network(plain, load) -> None:
+def test_wrappers_within_the_network_and_around_it(plain, load) -> None:
     inside = {n.replace("fc.", "fc._orig_mod.").replace("conv.", "conv.module."): v
               for n, v in plain.items()}  # fmt: skip
     assert_is(load(under("net.", inside)), plain)
-
-
-def test_a_wrapped_network_takes_plain_weights(plain, load) -> None:
     assert_is(load(plain, nn.DataParallel(Net())).module, plain)
     holder = nn.Module()
     holder.net = Net()
     assert_is(load(under("module.", plain), holder).net, plain)
-
-
-def test_old_batch_norm_has_no_counter(plain, load) -> None:
     old = {n: v for n, v in plain.items() if not n.endswith("num_batches_tracked")}
     assert_is(load(under("module.", old)), plain)
 
 
-@pytest.mark.parametrize("key", ["state_dict_ema", "ema", "ema_state_dict", "params", "weights"])
+@pytest.mark.parametrize("key", ["state_dict_ema", "ema", "params"])
 def test_a_single_set_under_any_key(plain, load, key) -> None:
     assert_is(load({key: plain, "epoch": 3, "arch": "net"}), plain)
 
@@ -155,12 +149,9 @@ def test_two_networks_in_one_module(plain, load) -> None:
     assert_is(load(content, key="teacher"), other)
 
 
-def test_equal_sets_need_no_choice(plain, load) -> None:
+def test_equal_sets_need_no_choice_and_of_lightnings_the_one_in_use_is_taken(plain, load) -> None:
     assert_is(load({"state_dict": under("module.", plain), "ema": plain}), plain)
     assert_is(load(under("model.", plain) | under("attacker.model.", plain)), plain)
-
-
-def test_of_lightnings_weights_those_in_use_are_taken(plain, load) -> None:
     content = {"state_dict": under("net.", plain), "current_model_state": halved(plain),
                "callbacks": {"EMA": {"weights": halved(plain)}}}  # fmt: skip
     assert_is(load(content), plain)

@@ -1,4 +1,4 @@
-"""NaN and infinity: found, placed, and told to every process alike."""
+"""NaN and infinity: found, located, and reported by every process alike."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""What can happen to a run from outside: folders that go, memory that ends, workers that die."""
+"""Accidents from outside: folders that go, memory that ends, workers that die."""
 
 import multiprocessing
 import os
@@ -14,17 +14,18 @@ from common.classifier import RobustClassifier
 from common.cli.messages import one_line
 
 slow = pytest.mark.slow
+ORIGINAL = {name: getattr(RobustClassifier, name) for name in ("training_step", "test_step")}
 
 
 def before(monkeypatch, method: str, accident, call_number: int = 1) -> None:
     """Have something happen before a method of the classifier runs."""
-    original, calls = getattr(RobustClassifier, method), []
+    calls = []
 
     def wrapped(self, *args, **kwargs):
         calls.append(method)
         if len(calls) == call_number:
             accident()
-        return original(self, *args, **kwargs)
+        return ORIGINAL[method](self, *args, **kwargs)
 
     monkeypatch.setattr(RobustClassifier, method, wrapped)
 
@@ -66,27 +67,20 @@ def test_a_run_directory_that_goes_away_is_noticed(
     given = ("--trainer.logger", logger)
     line = tiny.refused(command, *given)
     if accident is not emptied:
-        assert "runs/paper_tiny/tiny/seed0 was deleted or moved while this run wrote to it" in line
+        assert f"{RUN} was deleted or moved while this run wrote to it" in line
     assert "run the same command again" in line.lower()
-    monkeypatch.undo()
-    monkeypatch.chdir(tiny.config.parent)
     if accident is removed:
+        before(monkeypatch, method, lambda: None)
         tiny(command, *given)
 
 
-@pytest.mark.parametrize("status", [0, 3])
-def test_a_run_that_code_of_the_experiment_ends_is_no_success(tiny, monkeypatch, status) -> None:
-    before(monkeypatch, "training_step", lambda: sys.exit(status), 3)
-    line = tiny.refused("reproduce")
-    assert f"ended the process (exit status {status}) before the run was finished" in line
-    monkeypatch.undo()
-    monkeypatch.chdir(tiny.config.parent)
-    assert tiny.checkpoint()["global_step"] == 2
-
-
-def test_a_training_without_a_batch_is_no_success(tiny) -> None:
-    line = tiny.refused("fit", "--trainer.max_time", "00:00:00:00")
-    assert "last.ckpt is not there" in line
+def test_what_ends_before_its_result_is_no_success(tiny, monkeypatch) -> None:
+    assert "last.ckpt is not there" in tiny.refused("fit", "--trainer.max_time", "00:00:00:00")
+    for status, step in ((0, 3), (3, 1)):  # the second run resumes the first
+        before(monkeypatch, "training_step", lambda status=status: sys.exit(status), step)
+        line = tiny.refused("reproduce")
+        assert f"ended the process (exit status {status}) before the run was finished" in line
+        assert tiny.checkpoint()["global_step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -101,6 +95,7 @@ def test_a_training_without_a_batch_is_no_success(tiny) -> None:
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "Lower data.batch_size"),
         (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTrace\n"
                       "RuntimeError: std::bad_alloc"), "out of memory (RuntimeError: std::bad_al"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (OSError(12, "Cannot allocate memory"), "Lower data.batch_size"),
         (MemoryError("no room"), "out of memory (no room)"),
         (OSError(28, "No space left on device", "events.out"), "Make room and run the same"),
@@ -109,26 +104,24 @@ def test_a_training_without_a_batch_is_no_success(tiny) -> None:
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "Lower data.num_wor"),
         (RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error. It is possible "
                       "that dataloader's workers are out of shared memory."), "no shared memory"),
-    ],
-)  # fmt: skip
-def test_what_runs_out_is_one_line(error, expected) -> None:
-    assert expected in one_line(error)
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (PermissionError(13, "Permission denied", "logs/x"), "logs/x: Permission denied"),
         (ModuleNotFoundError("No module named 'psutil'"), "No module named 'psutil'; install"),
     ],
-)
-def test_what_stops_a_training_step_is_one_line(tiny, monkeypatch, error, expected) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
+)  # fmt: skip
+def test_what_runs_out_or_is_missing_is_one_line(error, expected) -> None:
+    assert expected in one_line(error)
 
-    monkeypatch.setattr("common.classifier.RobustClassifier.training_step", fail)
-    assert expected in tiny.refused("fit")
+
+def raising(error: Exception) -> None:
+    raise error
+
+
+def test_errors_of_a_step_are_one_line_if_a_user_can_mend_them(tiny, monkeypatch) -> None:
+    before(monkeypatch, "training_step", lambda: raising(PermissionError(13, "no", "logs/x")))
+    assert "logs/x: no" in tiny.refused("fit")
+    before(monkeypatch, "training_step", lambda: raising(RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        tiny("fit")
 
 
 def test_a_killed_worker_is_one_line(tiny, monkeypatch) -> None:
@@ -140,12 +133,3 @@ def test_a_killed_worker_is_one_line(tiny, monkeypatch) -> None:
     given = ("--data.num_workers", "1", "--data.batch_size", "4")
     line = tiny.refused("fit", *given)
     assert "a process that fetches batches was lost" in line
-
-
-def test_other_errors_keep_their_traceback(tiny, monkeypatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("shapes do not fit")
-
-    monkeypatch.setattr("common.classifier.RobustClassifier.training_step", fail)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        tiny("fit")

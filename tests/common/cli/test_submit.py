@@ -14,56 +14,40 @@ from common.errors import ConfigurationError
 ROOT = Path(__file__).parents[3]
 
 
-def test_each_line_is_a_job_and_runs_where_it_was_submitted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def program(path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a shell script before all other programs of its name."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+
+
+def test_each_line_is_a_job_and_runs_where_it_was_submitted(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     jobs = submit(["echo one > one", "", "  echo two > two\n"], "jobs", "debug")
     assert [job.result() for job in jobs] == [0, 0]
-    assert Path("one").read_text() == "one\n"
-    assert Path("two").read_text() == "two\n"
-
-
-def test_a_failing_command_fails_its_job(tmp_path: Path) -> None:
+    assert Path("one").read_text() + Path("two").read_text() == "one\ntwo\n"
     with pytest.raises(RuntimeError, match="status 3 from: exit 3"):
         Command("exit 3", tmp_path)()
-
-
-def test_a_job_that_is_stopped_is_queued_again(tmp_path: Path) -> None:
     command = Command("true", tmp_path)
-    assert command.checkpoint().function is command
+    assert command.checkpoint().function is command, "a job that is stopped is queued again"
 
 
-@pytest.mark.parametrize(
-    ("lines", "settings", "expected"),
-    [
-        ([], {}, "no command to submit"),
-        (["true"], {"partition_of_slurm": "gpu"}, "partition_of_slurm"),
-    ],
-)
-def test_what_cannot_be_submitted(
-    tmp_path: Path, lines: list[str], settings: dict[str, str], expected: str
-) -> None:
-    with pytest.raises(ConfigurationError, match=expected):
-        submit(lines, tmp_path, "debug", settings)
-
-
-def test_a_setting_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_submitted(tmp_path: Path, capsys) -> None:
+    with pytest.raises(ConfigurationError, match="no command to submit"):
+        submit([], tmp_path, "debug", {})
+    with pytest.raises(ConfigurationError, match="partition_of_slurm"):
+        submit(["true"], tmp_path, "debug", {"partition_of_slurm": "gpu"})
     with pytest.raises(SystemExit):
         main(["timeout_min"])
     assert "expected name=value, got 'timeout_min'" in capsys.readouterr().err
 
 
-def test_a_slurm_array_has_one_task_per_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slurm_array_has_one_task_per_line(tmp_path: Path, monkeypatch) -> None:
     """With a stand-in for sbatch, up to the batch file that SLURM would be given."""
-    program = tmp_path / "bin/sbatch"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/batch\necho Submitted batch job 12\n')
-    program.chmod(0o755)
-    (program.parent / "srun").symlink_to(program)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    script = f'cp "$1" {tmp_path}/batch\necho Submitted batch job 12'
+    for name in ("sbatch", "srun"):
+        program(tmp_path / "bin" / name, script, monkeypatch)
     settings = {"timeout_min": 60, "slurm_partition": "gpu", "gpus_per_node": 1}
     jobs = submit(["echo a", "echo b", "echo c"], tmp_path / "jobs", "slurm", settings)
     assert [job.job_id for job in jobs] == ["12_0", "12_1", "12_2"]
@@ -73,9 +57,7 @@ def test_a_slurm_array_has_one_task_per_line(
 
 
 @pytest.mark.faults
-def test_the_local_executor_runs_them_in_processes_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_local_executor_runs_each_in_a_process(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sys, "stdin", io.StringIO("echo $PPID > one\necho $PPID > two\nexit 1\n"))
@@ -85,37 +67,22 @@ def test_the_local_executor_runs_them_in_processes_of_their_own(
     assert capsys.readouterr().out.count("output in") == 3
 
 
-# ------------------------------------------------------------------------------- the batch template
-
-
-def test_the_template_starts_one_task_per_device_and_passes_options_on(tmp_path: Path) -> None:
+def test_the_template_starts_one_task_per_device_and_passes_options_on(
+    tmp_path: Path, monkeypatch
+) -> None:
     template = ROOT / "common/configs/slurm.sbatch"
     assert subprocess.run(["bash", "-n", template], check=False).returncode == 0
-    program = tmp_path / "srun"
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    program.chmod(0o755)
-    more = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NUM_NODES": "2"}
-    environment = os.environ | more | {"SLURM_NTASKS_PER_NODE": "8"}
-    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
-    done = subprocess.run(
-        ["bash", template, "paper_cifs", "a.yaml", "--seed_everything", "1"],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    words = done.stdout.split("\n")[:-1]
-    assert words[:5] == [
-        "--kill-on-bad-exit=1",
-        ".venv/bin/python",
-        "-m",
-        "paper_cifs",
-        "reproduce",
-    ]
+    program(tmp_path / "bin/srun", 'printf "%s\\n" "$@"', monkeypatch)
+    slurm = {"SUBMIT_DIR": str(tmp_path), "JOB_NUM_NODES": "2", "NTASKS_PER_NODE": "8"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    command = ["bash", template, "paper_cifs", "a.yaml", "--seed_everything", "1"]
+    words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    program_words = [".venv/bin/python", "-m", "paper_cifs", "reproduce"]
+    assert words[:5] == ["--kill-on-bad-exit=1", *program_words]
     assert words[-2:] == ["--seed_everything", "1"]
     options = dict(zip(words[5:-2:2], words[6:-2:2], strict=True))
-    assert options["--trainer.num_nodes"] == "2"
-    assert options["--trainer.devices"] == "8"
+    assert (options["--trainer.num_nodes"], options["--trainer.devices"]) == ("2", "8")
     text = template.read_text()
     for line in ("--signal=SIGUSR1@", "--requeue", "--open-mode=append"):
         assert f"#SBATCH {line}" in text
