@@ -22,7 +22,6 @@ from common.attacks.randomness import seeded
 from common.errors import ConfigurationError, UserError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.drawing import save_figure
-from common.evaluation.findings import with_findings
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means, measure_steps
@@ -31,7 +30,7 @@ from common.evaluation.models import as_module, as_victim
 from common.evaluation.pictures import draw
 from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress, Progress
-from common.evaluation.report import Evaluation
+from common.evaluation.report import Evaluation, with_findings
 from common.evaluation.runner import Team, run_steps
 from common.evaluation.steps import Step
 from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_suite, steps_of

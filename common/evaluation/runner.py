@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from common.attacks.randomness import ExampleRandom, Stream, seeded
 from common.data.subset import lacking_classes, subset
-from common.evaluation.findings import suspicions
-from common.evaluation.journal import Journal
-from common.evaluation.models import adapted
-from common.evaluation.progress import Progress
-from common.evaluation.retries import settled
-from common.evaluation.signature import (
+from common.evaluation.confirm import settled
+from common.evaluation.journal import (
     PROBED,
+    Journal,
     clean_step,
     is_same,
     networks_of,
     probe_step,
 )
+from common.evaluation.models import adapted
+from common.evaluation.progress import Progress
+from common.evaluation.report import suspicions
 from common.evaluation.steps import Step
 from common.modes import frozen
 from common.objectives import Batch

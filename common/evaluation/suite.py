@@ -23,8 +23,16 @@ from common.attacks.noise import Noise
 from common.attacks.pgd import PGD, FriendlyPGD, LossFn, climb_until_broken
 from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
-from common.evaluation.confirm import Craft, Crafted, attacked, official, part_of
-from common.evaluation.retries import QUERIES, decided, persisted
+from common.evaluation.confirm import (
+    QUERIES,
+    Craft,
+    Crafted,
+    attacked,
+    decided,
+    official,
+    part_of,
+    persisted,
+)
 from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.limits import check_label

@@ -3,23 +3,19 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import common
-from common.attacks.pgd import FGSM, PGD
-from common.checkpoints import load_weights
-from common.errors import CheckpointError, ConfigurationError
-from common.evaluation import Audit, SuiteEntry, evaluate
+from common.attacks.pgd import FGSM
+from common.evaluation import SuiteEntry, evaluate
 from common.evaluation.__main__ import build_model, main
 from common.results.store import read_result
 
@@ -63,16 +59,6 @@ def test_an_ordinary_model_in_a_few_lines_is_left_as_it_was(model, digits) -> No
         assert torch.equal(value, before[name]), name
 
 
-def test_a_models_own_losses_can_be_named(model, digits, around) -> None:
-    declares = around(lambda m, x: m.net(x), model)
-    declares.adaptive_losses = lambda: {
-        "sum": lambda m, batch: lambda x: -m(x).gather(1, batch["y"][:, None])[:, 0]
-    }
-    suite = {"own": SuiteEntry(PGD(0.1, steps=5), ["sum"])}
-    found = evaluate(declares, digits, suite, eps=0.1, progress=False)
-    assert found.metrics["own/sum"] < found.clean_acc
-
-
 def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, model, digits) -> None:
     suite = {"fgsm": SuiteEntry(FGSM(0.1), sweep={"eps": [0.02, 0.1, 0.3]})}
     one = evaluate(model, digits, suite, eps=0.1, output=tmp_path, progress=False)
@@ -90,42 +76,6 @@ def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, mode
         evaluate(model, digits, suite, eps=0.1, output=tmp_path, progress=False)
     # Gradient and verdict at each radius, and for what withstood it two gradients and two passes.
     assert all_calls - (len(calls) - all_calls) == 3 * (2 + 4)
-
-
-def test_mistakes_are_found_before_the_first_attack(model, digits) -> None:
-    x, y = digits
-    for match, call in {
-        "look normalised": lambda: evaluate(model, ((x - 0.5) / 0.3, y), eps=0.1),
-        "returns probabilities": lambda: evaluate(nn.Sequential(model, nn.Softmax(1)), digits),
-        "there is no suite": lambda: evaluate(model, digits, "strong"),
-        "the data have 7": lambda: evaluate(model, digits, num_classes=7),
-        "must lie in": lambda: evaluate(model, digits, eps=8),
-        "suite is empty": lambda: evaluate(model, digits, {}),
-        r"training mode \(1, 5\)": lambda: evaluate(network(), digits),
-    }.items():
-        with pytest.raises(ConfigurationError, match=match):
-            call()
-
-
-def test_a_model_that_hides_its_gradient_fails_the_audit(model, digits, around) -> None:
-    hidden = around(lambda m, x: m.net((x * 8).round() / 8), model)
-    audit = Audit(12, None, 6, 2, square_queries=10, random_samples=5, decision_queries=30)
-    assert not evaluate(model, digits, {}, eps=0.1, audit=audit, progress=False).failed_checks
-    found = evaluate(hidden, digits, {}, eps=0.1, audit=audit, progress=False)
-    assert found.failed_checks
-    assert "warning: audit:" in str(found)
-
-
-@pytest.mark.parametrize("prefix", ["", "net.", "module.", "_orig_mod."])
-def test_weights_however_they_are_wrapped(tmp_path, model, prefix: str) -> None:
-    weights = {prefix + name: value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": weights} if prefix == "net." else weights, tmp_path / "w.pt")
-    fresh = network().eval()
-    load_weights(fresh, tmp_path / "w.pt")
-    x = torch.rand(2, 1, 8, 8)
-    assert torch.equal(fresh(x), model(x))
-    with pytest.raises(CheckpointError, match="weights of another network"):
-        load_weights(nn.Linear(3, 2), tmp_path / "w.pt")
 
 
 FACTORY = """
@@ -207,28 +157,23 @@ def test_an_engine_from_the_command_line(tmp_path, factory: str, no_pictures) ->
 def test_a_killed_evaluation_goes_on(tmp_path, factory: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "common.evaluation", "--model", factory]
     command += ["--data", "digits", "--eps", "0.1", "--suite", "quick", "--batch_size", "20"]
-    command += ["--examples", "200", "--device", "cpu"]
+    command += ["--examples", "200", "--device", "cpu", "--output"]
     root = str(Path(common.__file__).parent.parent)
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--output", "killed"], env=environment, stderr=log, stdout=log
-        )
-        outcomes = tmp_path / "killed" / "outcomes"
-        deadline = time.monotonic() + 120
-        while len(list(outcomes.rglob("*.npz"))) < 2 and process.poll() is None:
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    outcomes = tmp_path / "killed" / "outcomes"
+    process = subprocess.Popen([*command, "killed"], env=environment)
+    while len(list(outcomes.rglob("*.npz"))) < 2:
+        assert process.poll() is None, "it ended early"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
     assert not (tmp_path / "killed" / "results.json").exists(), "it was too fast to be killed"
     kept = {path: path.stat().st_mtime_ns for path in outcomes.rglob("*.npz")}
     for folder in ("killed", "undisturbed"):
-        subprocess.run([*command, "--output", folder], env=environment, check=True)
+        subprocess.run([*command, folder], env=environment, check=True)
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
     one, other = (
         json.loads((tmp_path / folder / "results.json").read_text())["checkpoints"]
         for folder in ("killed", "undisturbed")
     )
     assert one == other
-    assert np.isfinite(one["model"]["metrics"]["worst"])
