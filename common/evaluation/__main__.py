@@ -3,10 +3,10 @@
 ``python -m common.evaluation --model package.module:factory --weights file --data cifar10``
 """
 
-import importlib
 import inspect
 import itertools
 import os
+import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,10 +129,9 @@ def build_model(path: str, arguments: Mapping[str, Any] | None = None) -> nn.Mod
     Raises:
         ConfigurationError: If there is no such factory, or it does not make a module.
     """
-    module_name, _, name = path.partition(":")
     sys.path.insert(0, "")
     try:
-        factory = getattr(importlib.import_module(module_name), name)
+        factory = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"--model is {path!r}, expected package.module:factory ({error})"

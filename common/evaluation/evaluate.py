@@ -224,12 +224,12 @@ def run(
     if audit is not None and threat is not None:
         steps += audit.steps(victim, threat, checked.classes)
     steps += measure_steps(measures)
-    journal = Journal(None, {})
+    journal = Journal()
     if filing is not None:
         identity = identity_of(victim, examples, seed, filing.config_digest)
         journal = Journal(filing.beside("outcomes"), identity)
     bar = ConsoleProgress(len(steps) + 1)
-    shown = progress if not isinstance(progress, bool) else bar if progress else None
+    shown = progress if isinstance(progress, Progress) else bar if progress else None
     with bar.display, _blaming(checked.state):
         outcomes = run_steps(
             victim,

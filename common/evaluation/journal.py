@@ -56,7 +56,7 @@ class Journal:
         RunDirectoryError: If the folder cannot be written.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None = None, identity: Any = None) -> None:
         self.folder: Path | None = None
         self._base: Path | None = None
         if folder is None:

@@ -342,7 +342,8 @@ class _Planned:
 def _ascent(
     attack: PGD, inner: InnerLoss, eot: int, model: Any, batch: Batch, random: ExampleRandom, _: Any
 ) -> Crafted:
-    loss = averaged(inner(model, batch), eot)
+    single = inner(model, batch)
+    loss = single if eot == 1 else lambda x: torch.stack([single(x) for _ in range(eot)]).mean(0)
     wrong = partial(is_wrong, model, batch["y"])
     return attack(loss, batch["x"], random, is_adversarial=wrong), None
 
@@ -355,13 +356,6 @@ def _compacted(
         return inner(model, part), partial(is_wrong, model, part["y"])
 
     return climb_until_broken(attack, of, batch["x"], random), None
-
-
-def averaged(loss: Callable[[Tensor], Tensor], times: int) -> Callable[[Tensor], Tensor]:
-    """The mean of a random loss over a number of evaluations."""
-    if times == 1:
-        return loss
-    return lambda x: torch.stack([loss(x) for _ in range(times)]).mean(dim=0)
 
 
 def _on_logits(

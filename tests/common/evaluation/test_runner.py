@@ -16,6 +16,7 @@ from common.errors import RunDirectoryError
 from common.evaluation import SuiteEntry
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.models import Victim
+from common.evaluation.progress import Progress
 from common.evaluation.runner import Team, run_steps
 from common.evaluation.suite import steps_of
 from common.results.lines import Outcomes, Threat
@@ -202,7 +203,7 @@ def test_outcomes_are_those_of_the_official_package_alone(model, examples) -> No
 def test_progress_tells_what_is_done_and_what_stands(model, examples) -> None:
     told: list[tuple[Any, ...]] = []
 
-    class Listener:
+    class Listener(Progress):
         def begin(self, step, examples, survivors) -> None:
             told.append((step.key, examples, survivors))
 

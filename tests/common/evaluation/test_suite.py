@@ -24,7 +24,7 @@ from common.errors import ConfigurationError
 from common.evaluation import SuiteEntry, Transfer, check_suite, resolve_losses
 from common.evaluation.runner import run_steps
 from common.evaluation.steps import judged
-from common.evaluation.suite import averaged, steps_of
+from common.evaluation.suite import steps_of
 from common.networks.resnet import ResNet
 from common.objectives import AT, on_logits
 from common.results.lines import Outcomes, Threat
@@ -193,11 +193,31 @@ def test_transfer_shows_the_surrogates_images_to_the_model(batch) -> None:
     assert margin.settings() != Transfer(pgd, Model()).settings()
 
 
-def test_expectation_over_transformation_averages_the_loss() -> None:
-    torch.manual_seed(0)
-    drawn = averaged(lambda x: torch.randn(len(x)), 4000)(torch.zeros(3, 1))
-    assert drawn.shape == (3,)
-    assert drawn.abs().max() < 0.1
+def test_expectation_over_transformation_averages_the_loss(batch) -> None:
+    """A step follows the gradient of the sum of all draws, by its sign."""
+    draws = torch.tensor([3.0, -1.0, -1.0])
+
+    class Random(Model):
+        calls = 0
+
+        def adaptive_losses(self):
+            def inner(model, batch):
+                def loss(x: Tensor) -> Tensor:
+                    self.calls += 1
+                    return draws[self.calls % 3] * cross_entropy(model(x), batch["y"])
+
+                return loss
+
+            return {"ce_f": inner}
+
+    found = {}
+    for eot in (1, 3):
+        model = Random()
+        entry = SuiteEntry(FGSM(0.12), eot=eot)
+        steps = steps_of({"a": entry}, model, 2, seed=0)
+        found[eot] = run_steps(model, batch, steps, seed=0).correct["a/ce_f"].sum()
+    assert found[1] == 9, "its only draw points the wrong way"
+    assert found[3] < 9
 
 
 def test_an_image_outside_the_ball_breaks_nothing(batch) -> None:
