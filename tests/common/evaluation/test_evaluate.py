@@ -1,5 +1,6 @@
 """``evaluate`` and ``python -m common.evaluation`` on models that are not ours."""
 
+import functools
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,30 +129,21 @@ def test_the_command_line(tmp_path, factory: str, capsys) -> None:
         assert match in error[-1]
 
 
-@pytest.mark.filterwarnings("ignore:.*about chance")
-def test_an_engine_from_the_command_line(tmp_path, factory: str, no_pictures) -> None:
-    options = {"model": factory, "data": "digits", "eps": 0.02, "examples": 40, "device": "cpu"}
-    pgd = {"class_path": "common.attacks.pgd.PGD", "init_args": {"eps": 0.02, "steps": 5}}
-    (tmp_path / "suite.yaml").write_text(
-        json.dumps({"evaluation": {"suite": {"p": {"attack": pgd}}}})
-    )
-    options["suite"] = str(tmp_path / "suite.yaml")
+@pytest.mark.parametrize("engine", [None, "fp32", "bf16"])
+def test_options_of_a_file_reach_the_evaluation(
+    tmp_path, factory: str, monkeypatch, engine
+) -> None:
+    seen: dict[str, Any] = {}
+    told = functools.wraps(evaluate)(lambda *_, **given: seen.update(given))
+    monkeypatch.setattr(f"{main.__module__}.evaluate", told)
+    options = {"model": factory, "data": "digits", "eps": 0.02, "examples": 40, "seed": 3}
     (tmp_path / "options.yaml").write_text(json.dumps(options))
-    arguments = ["--config", str(tmp_path / "options.yaml")]
-    found = {}
-    for engine in (None, "fp32", "bf16"):
-        torch.manual_seed(1)  # the factory draws its weights
-        more = [] if engine is None else ["--engine", engine]
-        output = tmp_path / str(engine)
-        assert main([*arguments, *more, "--output", str(output)]) == 0
-        result = read_result(output / "results.json")
-        (settings,) = result["provenance"].values()
-        (found[engine],) = result["checkpoints"].values()
-        what = {"fp32": "winograd, 32", "bf16": "bf16"}.get(engine)
-        assert settings.get("engine") == (what and f"AttackEngine(fold, channels_last, {what})")
-    plain, fast = found[None], found["fp32"]
-    assert 0 < plain["metrics"]["worst"] < plain["metrics"]["clean_acc"]
-    assert fast["metrics"] == plain["metrics"]
+    more = [] if engine is None else ["--engine", engine]
+    assert main(["--config", str(tmp_path / "options.yaml"), *more, "--audit"]) == 0
+    assert (seen["eps"], seen["examples"], seen["seed"], seen["audit"]) == (0.02, 40, 3, True)
+    assert (seen["num_classes"], seen["name"]) == (10, "make")
+    precision = {"fp32": "32", "bf16": "bf16"}.get(engine)
+    assert getattr(seen["engine"], "precision", None) == precision
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer
 
 from common.attacks.noise import GaussianNoise
 from common.attacks.pgd import FGSM, PGD
@@ -32,18 +31,9 @@ def module() -> RobustClassifier:
     return RobustClassifier(net, AT(), torch.optim.SGD).eval()
 
 
-def quiet_trainer(folder: Path, evaluation: RobustEvaluation) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        callbacks=[evaluation],
-    )
-
-
-def test_the_callback_and_the_function_report_the_same(tmp_path, no_pictures) -> None:
+def test_the_callback_and_the_function_report_the_same(
+    tmp_path, no_pictures, quiet_trainer
+) -> None:
     suite = {
         "fgsm": SuiteEntry(FGSM(0.02), ["ce_f", "cw_f"]),
         "noise": SuiteEntry(GaussianNoise(levels=[0.2])),
@@ -53,7 +43,7 @@ def test_the_callback_and_the_function_report_the_same(tmp_path, no_pictures) ->
     measures = {"smooth": LocalSmoothness(PGD(0.02, 0.01, 2))}
     data = ImageDataModule(Digits(), test_limit=32, eval_batch_size=20)
     evaluation = RobustEvaluation(suite, audit=audit, measures=measures, experiment="tiny")
-    trainer = quiet_trainer(tmp_path, evaluation)
+    trainer = quiet_trainer(evaluation, default_root_dir=tmp_path)
     with pytest.warns(UserWarning, match="about chance"):
         trainer.test(module(), datamodule=data, verbose=False)
     batch = data.test_set.__getitems__(range(len(data.test_set)))
@@ -82,9 +72,9 @@ def test_the_callback_and_the_function_report_the_same(tmp_path, no_pictures) ->
         assert word in evaluation.reports[0]
 
 
-def test_a_checkpoint_that_no_attack_names_is_measured_without_one(tmp_path) -> None:
+def test_a_checkpoint_that_no_attack_names_is_measured_without_one(tmp_path, quiet_trainer) -> None:
     suite = {"fgsm": SuiteEntry(FGSM(0.02), checkpoints=["last"])}
-    trainer = quiet_trainer(tmp_path, RobustEvaluation(suite))
+    trainer = quiet_trainer(RobustEvaluation(suite, pictures=False), default_root_dir=tmp_path)
     data = ImageDataModule(Digits(), test_limit=32)
     with pytest.warns(UserWarning, match="about chance"):
         trainer.test(module(), datamodule=data, verbose=False)

@@ -1,5 +1,6 @@
 """Suites: outcomes per example, the worst case, and the file they go to."""
 
+import itertools
 import json
 from itertools import compress
 
@@ -16,7 +17,6 @@ from common.attacks.pgd import FGSM, PGD
 from common.attacks.randomness import ExampleRandom, Stream
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.classifier import RobustClassifier
-from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.data.subset import subset
@@ -194,30 +194,16 @@ def test_transfer_shows_the_surrogates_images_to_the_model(batch) -> None:
 
 
 def test_expectation_over_transformation_averages_the_loss(batch) -> None:
-    """A step follows the gradient of the sum of all draws, by its sign."""
-    draws = torch.tensor([3.0, -1.0, -1.0])
+    def standing(eot: int) -> int:
+        factors, model = itertools.cycle([-1.0, -1.0, 3.0]), Model()
+        model.adaptive_losses = lambda: {
+            "ce_f": lambda m, b: lambda x: next(factors) * cross_entropy(m(x), b["y"])
+        }
+        steps = steps_of({"a": SuiteEntry(FGSM(0.12), eot=eot)}, model, 2, seed=0)
+        return run_steps(model, batch, steps, seed=0).correct["a/ce_f"].sum()
 
-    class Random(Model):
-        calls = 0
-
-        def adaptive_losses(self):
-            def inner(model, batch):
-                def loss(x: Tensor) -> Tensor:
-                    self.calls += 1
-                    return draws[self.calls % 3] * cross_entropy(model(x), batch["y"])
-
-                return loss
-
-            return {"ce_f": inner}
-
-    found = {}
-    for eot in (1, 3):
-        model = Random()
-        entry = SuiteEntry(FGSM(0.12), eot=eot)
-        steps = steps_of({"a": entry}, model, 2, seed=0)
-        found[eot] = run_steps(model, batch, steps, seed=0).correct["a/ce_f"].sum()
-    assert found[1] == 9, "its only draw points the wrong way"
-    assert found[3] < 9
+    assert standing(eot=1) == 9, "the only draw points the wrong way"
+    assert standing(eot=3) < 9
 
 
 def test_an_image_outside_the_ball_breaks_nothing(batch) -> None:
@@ -233,18 +219,9 @@ def tiny() -> RobustClassifier:
     return RobustClassifier(ResNet((1,), (4,), (2,), in_channels=1), AT(), torch.optim.SGD)
 
 
-def trainer_with(evaluation: RobustEvaluation, folder) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        callbacks=[evaluation],
-    )
-
-
-def test_weights_that_were_tested_are_not_tested_again(tmp_path, monkeypatch) -> None:
+def test_weights_that_were_tested_are_not_tested_again(
+    tmp_path, monkeypatch, quiet_trainer
+) -> None:
     calls = []
     attacked = PGD.__call__
 
@@ -255,7 +232,7 @@ def test_weights_that_were_tested_are_not_tested_again(tmp_path, monkeypatch) ->
     monkeypatch.setattr(PGD, "__call__", counted)
     only_here = SuiteEntry(FGSM(0.1), checkpoints=["untrained"])
     entries = {"fgsm": SuiteEntry(FGSM(0.02), ["*"]), "other": only_here}
-    trainer = trainer_with(RobustEvaluation(entries, pictures=False), tmp_path)
+    trainer = quiet_trainer(RobustEvaluation(entries, pictures=False), default_root_dir=tmp_path)
     module, data = tiny(), ImageDataModule(Digits(), test_limit=30)
     trainer.test(module, datamodule=data, verbose=False)
     assert len(calls) == 4
@@ -273,14 +250,14 @@ def test_weights_that_were_tested_are_not_tested_again(tmp_path, monkeypatch) ->
     assert len(calls) > 4
 
 
-def test_the_result_file_holds_every_outcome(tmp_path) -> None:
+def test_the_result_file_holds_every_outcome(tmp_path, quiet_trainer) -> None:
     aa = AutoAttack(eps=0.02, version="custom", attacks=["apgd-ce"], steps=5)
     entries = {
         "fgsm": SuiteEntry(FGSM(0.02), ["ce_f", "cw_f"]),
         "aa": SuiteEntry(aa, survivors_only=True, examples=20),
     }
     evaluation = RobustEvaluation(entries, experiment="tiny", paper="paper_tiny", pictures=False)
-    trainer = trainer_with(evaluation, tmp_path)
+    trainer = quiet_trainer(evaluation, default_root_dir=tmp_path)
     data = ImageDataModule(Digits(), test_limit=30, eval_batch_size=12)
     trainer.test(tiny(), datamodule=data, verbose=False)
     result = read_result(tmp_path / "results.json")
@@ -301,14 +278,19 @@ def test_the_result_file_holds_every_outcome(tmp_path) -> None:
     assert "test/worst" not in trainer.callback_metrics, "it is about 20 of 30 examples"
 
 
-def test_a_limit_that_loses_classes_and_a_weak_suite_reach_the_result(tmp_path) -> None:
+def test_a_limit_that_loses_classes_and_a_weak_suite_reach_the_result(
+    tmp_path, quiet_trainer
+) -> None:
     module = tiny()
     with torch.no_grad():
         module.net.head.linear.bias[1] += 1000.0  # one of the four is of this class
     evaluation = RobustEvaluation({"pgd": SuiteEntry(PGD(0.1, steps=0))})
+    trainer = quiet_trainer(evaluation, default_root_dir=tmp_path)
     data = ImageDataModule(Digits(), test_limit=4)
     with pytest.warns(UserWarning, match="there is no worst case: no attack used the whole radius"):
-        trainer_with(evaluation, tmp_path).test(module, datamodule=data, verbose=False)
+        quiet_trainer(evaluation, default_root_dir=tmp_path).test(
+            module, datamodule=data, verbose=False
+        )
     entry = read_result(tmp_path / "results.json")["checkpoints"]["untrained"]
     lacking, flat, weak = entry["remarks"]
     assert "4 examples taken of 700 have none of 6 of the 10 classes" in lacking
