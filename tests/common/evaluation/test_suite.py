@@ -288,9 +288,7 @@ def test_a_limit_that_loses_classes_and_a_weak_suite_reach_the_result(
     trainer = quiet_trainer(evaluation, default_root_dir=tmp_path)
     data = ImageDataModule(Digits(), test_limit=4)
     with pytest.warns(UserWarning, match="there is no worst case: no attack used the whole radius"):
-        quiet_trainer(evaluation, default_root_dir=tmp_path).test(
-            module, datamodule=data, verbose=False
-        )
+        trainer.test(module, datamodule=data, verbose=False)
     entry = read_result(tmp_path / "results.json")["checkpoints"]["untrained"]
     lacking, flat, weak = entry["remarks"]
     assert "4 examples taken of 700 have none of 6 of the 10 classes" in lacking
