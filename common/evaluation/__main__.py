@@ -124,11 +124,7 @@ def attack(
 
 
 def build_model(path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """Call a factory named ``package.module:factory``.
-
-    Raises:
-        ConfigurationError: If there is no such factory, or it does not make a module.
-    """
+    """Call a factory named ``package.module:factory``, which has to make a module."""
     sys.path.insert(0, "")
     try:
         factory = pkgutil.resolve_name(path)
@@ -154,7 +150,7 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
 
     Raises:
         ConfigurationError: If there is none.
-        DataUnavailableError: If the files cannot be had.
+        DataUnavailableError: If the files are not there and cannot be fetched.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
     known = [p.stem for p in sorted(CONFIGS.glob("*.yaml")) if "source:" in p.read_text()]

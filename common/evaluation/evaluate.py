@@ -66,12 +66,7 @@ class Filing:
         return self.results.parent / name
 
     def check(self, seed: int, remedy: str) -> None:
-        """Check, before the first attack, that the results can be written.
-
-        Raises:
-            RunDirectoryError: If a folder cannot be written.
-            ConfigurationError: If the file holds other results; with the remedy.
-        """
+        """Refuse folders that cannot be written, or a file of other results."""
         check_writable(self.results)
         for folder in map(self.beside, ("outcomes", "figures")):
             if folder.exists():
@@ -195,9 +190,6 @@ def run(
     ``examples`` has ``x``, ``y``, ``index`` and, for a part of the data, ``position``. Processes
     that ``torch.distributed`` joins share the work. All return the same; the first one writes,
     warns and shows progress.
-
-    Raises:
-        ConfigurationError: If the model cannot give a meaningful result, before the first attack.
     """
     begun = time.perf_counter()
     team, measures = Team.of_processes(), measures or {}

@@ -128,11 +128,7 @@ class Journal:
         return arrays, seconds
 
     def write(self, step: Step, index: Tensor, columns: Columns, seconds: float) -> None:
-        """Keep outcomes.
-
-        Raises:
-            RunDirectoryError: If they cannot be written.
-        """
+        """Keep outcomes; a RunDirectoryError if they cannot be written."""
         path = self.path(step, index)
         if path is None:
             return

@@ -23,11 +23,7 @@ class Progress:
 
 
 class ConsoleProgress(Progress):
-    """A bar in a terminal, inside ``with display``; elsewhere a line for every finished step.
-
-    Args:
-        total: Number of steps.
-    """
+    """A bar in a terminal, inside ``with display``; elsewhere a line for every finished step."""
 
     def __init__(self, total: int) -> None:
         self.total = total

@@ -48,10 +48,7 @@ class Evaluation:
 
     @property
     def robust_acc(self) -> float:
-        """Accuracy in the worst case over all attacks within the threat model.
-
-        It is about the examples :attr:`robust_index`: those that met every one of these attacks.
-        """
+        """Share of the examples :attr:`robust_index` that withstood every attack that counts."""
         return self._with_worst()["metrics"]["worst"]
 
     @property
@@ -61,7 +58,7 @@ class Evaluation:
 
     @property
     def robust_index(self) -> Tensor:
-        """Positions in the data of the examples of the worst case, ``(M,)``."""
+        """Positions in the data of the examples that every such attack was run on, ``(M,)``."""
         return self.position[positions(self._with_worst(), "worst")]
 
     def _with_worst(self) -> CheckpointResult:

@@ -85,9 +85,6 @@ def run_steps(
     Random starts depend on the seed and an example's index; ``batch_size`` examples make a chunk.
     The worst case is that of ``threat``, by default the ball of the first attack. ``remarks`` go to
     the result.
-
-    Raises:
-        RuntimeError: If the examples are not each there once.
     """
     examples = in_order(examples)
     y = examples["y"]
@@ -170,11 +167,7 @@ def _weakness(step: Step, threat: Threat | None, found: Columns, ran: Tensor) ->
 
 
 def in_order(examples: Batch) -> Batch:
-    """The examples sorted by index, on the CPU.
-
-    Raises:
-        RuntimeError: If they are not each there once.
-    """
+    """The examples sorted by index, on the CPU; a RuntimeError if one is missing or repeated."""
     index = examples["index"].cpu()
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(len(index))):

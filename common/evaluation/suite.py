@@ -149,8 +149,7 @@ class SuiteEntry:
 def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
     """The losses of ``model`` that match any of the patterns, in the order of the declaration.
 
-    Raises:
-        ConfigurationError: If a pattern matches nothing; the message lists what there is.
+    A pattern that matches nothing is refused; the message lists what there is.
     """
     declared: dict[str, InnerLoss] = dict(model.adaptive_losses())
     if hasattr(model, "objective"):
@@ -168,11 +167,7 @@ def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
 
 
 def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
-    """Check names and types of a suite.
-
-    Raises:
-        ConfigurationError: For a name that results cannot have, or a value that is no entry.
-    """
+    """Refuse names that results cannot have, and values that are no entry."""
     for name, entry in suite.items():
         if not isinstance(entry, SuiteEntry):
             raise ConfigurationError(
@@ -188,11 +183,7 @@ def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
 
 
 def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
-    """Check a suite against a model, before the first attack.
-
-    Raises:
-        ConfigurationError: For a suite without entries, or a loss that the model does not declare.
-    """
+    """Refuse a suite without entries, or with a loss that the model does not declare."""
     if not suite:
         raise ConfigurationError(
             "evaluation.suite is empty, so there is nothing to test against; name at least one "
