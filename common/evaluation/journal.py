@@ -73,7 +73,7 @@ class Journal:
             ) from error
 
     def chosen(self, signature: Columns) -> str | None:
-        """The folder's name for a function with this :mod:`common.evaluation.signature`.
+        """The folder's name for a function with this signature.
 
         Functions with the same weights and other signatures get numbered folders.
         """
