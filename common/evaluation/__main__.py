@@ -3,10 +3,10 @@
 ``python -m common.evaluation --model package.module:factory --weights file --data cifar10``
 """
 
-import importlib
 import inspect
 import itertools
 import os
+import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,15 +124,10 @@ def attack(
 
 
 def build_model(path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """Call a factory named ``package.module:factory``.
-
-    Raises:
-        ConfigurationError: If there is no such factory, or it does not make a module.
-    """
-    module_name, _, name = path.partition(":")
+    """Call a factory named ``package.module:factory``, which has to make a module."""
     sys.path.insert(0, "")
     try:
-        factory = getattr(importlib.import_module(module_name), name)
+        factory = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"--model is {path!r}, expected package.module:factory ({error})"
@@ -155,7 +150,7 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
 
     Raises:
         ConfigurationError: If there is none.
-        DataUnavailableError: If the files cannot be had.
+        DataUnavailableError: If the files are not there and cannot be fetched.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
     known = [p.stem for p in sorted(CONFIGS.glob("*.yaml")) if "source:" in p.read_text()]

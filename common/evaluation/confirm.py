@@ -1,22 +1,32 @@
-"""Attacks computed by an engine and judged by the plain network.
+"""Attacks with and without an engine, and further attempts where an attack proves nothing.
 
 An example counts as broken only if the plain float32 network misclassifies it. What an attack in
 reduced precision does not break is attacked again in float32 with the same random numbers, so an
 engine makes no attack weaker.
+
+An example that withstands a gradient attack without a usable gradient, or with one that squashing
+distorts, is attacked again: through the scores before squashing, then through what the network
+detaches or rounds, and last by labels only.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from common.attacks.autoattack import AutoAttack
+from common.attacks.decision import DecisionBased
 from common.attacks.engine.network import AttackEngine
+from common.attacks.losses import margin
+from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
-from common.evaluation.steps import is_wrong, judged
+from common.evaluation.audit.gradients import anchored, eager, straight_through, undetached
+from common.evaluation.steps import in_ball, is_wrong, judged, predict
 from common.objectives import Batch, InnerLoss
 from common.results.lines import Columns, Threat
 
@@ -93,3 +103,254 @@ def merged(columns: Columns, others: Columns, rows: Tensor) -> Columns:
 
 def _steered(inner: InnerLoss, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return model(x), inner(model, {"x": x, "y": y})(x)
+
+
+Run = Callable[[AttackEngine | None, Any, Batch, ExampleRandom], Columns]
+"""(engine, model, batch, random numbers) -> outcomes of an attack."""
+
+QUERIES = 500
+"""Labels per example of the attack by labels only."""
+SPREAD = 10.0
+"""Between the largest and the smallest score that a loss gets to see; no softmax saturates."""
+UNDISTORTED = 0.99
+"""Least cosine of the margin's gradient before and after squashing."""
+
+
+def persisted(
+    run: Run,
+    inner: InnerLoss,
+    threat: Threat | None,
+    engine: AttackEngine | None,
+    model: Any,
+    batch: Batch,
+    random: ExampleRandom,
+) -> Columns:
+    """An attack that climbs ``inner``, and further ones on examples without a usable gradient.
+
+    Adds two columns, bool ``(N,)``, for examples that withstood the first attack: ``unmoved``, the
+    loss has no finite gradient other than zero at x and where the attack ended; ``distorted``,
+    squashing turns the margin's gradient where it ended.
+    """
+    again = random.of(torch.arange(len(batch["y"]), device=batch["y"].device))
+    columns = run(engine, model, batch, random)
+    unmoved = torch.zeros_like(batch["y"], dtype=torch.bool)
+    distorted = unmoved.clone()
+    rows = columns["correct"].nonzero().flatten()
+    if len(rows) > 0 and isinstance(model, nn.Module):
+        part, ends = part_of(batch, rows), columns["x_adv"][rows]
+        unmoved[rows] = ~_has_gradient(inner, model, part, ends)
+        position = _before_squashing(model, batch["x"])
+        if position is not None:
+            distorted[rows] = _is_distorted(model, position, part, ends)
+        if "moved" in columns:
+            columns["moved"] &= ~unmoved
+        rows = (unmoved | distorted).nonzero().flatten()
+        columns = _attacked_again(run, inner, position, model, batch, again, columns, rows)
+        rows = (unmoved & columns["correct"]).nonzero().flatten()
+        if len(rows) > 0 and threat is not None:
+            attack = DecisionBased(threat.radius, threat.norm, QUERIES)
+            found = decided(attack, model, part_of(batch, rows), again.of(rows))
+            columns = _improved(columns, found, rows)
+    return columns | {"unmoved": unmoved, "distorted": distorted}
+
+
+def _attacked_again(
+    run: Run,
+    inner: InnerLoss,
+    position: int | None,
+    model: nn.Module,
+    batch: Batch,
+    random: ExampleRandom,
+    columns: Columns,
+    rows: Tensor,
+) -> Columns:
+    """The columns with those rows replaced that the attack breaks through other gradients."""
+    for is_bridged in (False, True):
+        if len(rows) == 0:
+            break
+        part = part_of(batch, rows)
+        try:
+            with seen_through(model, position, is_bridged):
+                found = run(None, model, part, random.of(rows))
+                is_flat = ~_has_gradient(inner, model, part, found["x_adv"])
+        except Exception as error:  # foreign code can fail in any way when it is run differently
+            if not is_bridged or isinstance(error, torch.OutOfMemoryError):
+                raise
+            break
+        columns = _improved(columns, found, rows)
+        rows = rows[found["correct"] & is_flat]
+    return columns
+
+
+def _improved(columns: Columns, found: Columns, rows: Tensor) -> Columns:
+    if "moved" in columns:
+        columns["moved"][rows] |= found["moved"]
+    fell = ~found["correct"]
+    return merged(columns, part_of(found, fell), rows[fell])
+
+
+def decided(attack: DecisionBased, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
+    """Outcomes of a decision-based attack."""
+    x, threat = batch["x"], Threat(attack.norm, attack.eps)
+    x_adv = attack(lambda x: predict(model, x), x, batch["y"], random)
+    found = judged(model, batch, x_adv, threat)["correct"].logical_not()
+    x_adv = torch.where(found.view(-1, *[1] * (x.ndim - 1)), x_adv, x)  # the nearest may be outside
+    columns = judged(model, batch, x_adv, threat)
+    return columns | {"moved": torch.ones_like(columns["correct"])}  # it searched the whole ball
+
+
+def _has_gradient(inner: InnerLoss, model: Any, batch: Batch, ends: Tensor) -> Tensor:
+    """Whether the loss has a finite gradient other than zero at x or at the ends, ``(N,)``."""
+    loss = anchored(inner(model, batch))
+    gradients = [input_gradient(loss, x).flatten(1) for x in (batch["x"], ends)]
+    largest = torch.stack([g.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1) for g in gradients])
+    return largest.amax(dim=0) > 0.0
+
+
+def _is_distorted(model: nn.Module, position: int, batch: Batch, x: Tensor) -> Tensor:
+    """Whether squashing turns the margin's gradient, bool ``(N,)``; a vanishing one counts."""
+    gradients = []
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        output, found = _recorded(model, x)
+        for scores in (output, found[position]):
+            value = margin(scores, batch["y"])
+            gradient = torch.zeros_like(x)
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=True)
+            gradients.append(gradient.flatten(1))
+    # Scaled first: the squares of a saturated gradient underflow.
+    squashed, raw = (F.normalize(g, torch.inf, eps=1e-45) for g in gradients)
+    cosine = F.cosine_similarity(squashed, raw)
+    return ~(cosine >= UNDISTORTED) & raw.any(dim=1)
+
+
+class _Recorder(TorchFunctionMode):
+    """Keeps every tensor that has one number for each image and class."""
+
+    def __init__(self, n: int, classes: int) -> None:
+        super().__init__()
+        self._shape = n, classes
+        self.found: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        n, classes = self._shape
+        is_score = isinstance(out, Tensor) and out.is_floating_point() and out.shape[:1] == (n,)
+        if is_score and out.numel() == n * classes:
+            # A copy, since what follows may overwrite it.
+            self.found.append(out.reshape(n, classes).clone())
+        return out
+
+
+def _recorded(
+    model: Callable[[Tensor], Tensor], x: Tensor, *around: AbstractContextManager[Any]
+) -> tuple[Tensor, list[Tensor]]:
+    """Scores of a pass inside the contexts, and the tensors of their shape on the way to them."""
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    recorder = _Recorder(len(x), classes)
+    with ExitStack() as stack:
+        for context in (eager(), *around, recorder):
+            stack.enter_context(context)
+        return model(x), recorder.found
+
+
+@torch.no_grad()
+def _before_squashing(model: nn.Module, x: Tensor) -> int | None:
+    """Which recorded tensor is the first that ranks the classes as the scores do.
+
+    ``None`` if that is the scores themselves, or nothing.
+    """
+    output, found = _recorded(model, x)
+    top = output.amax(dim=1)
+    for position, scores in enumerate(found):
+        chosen = scores.argmax(dim=1, keepdim=True)
+        # Scores that saturate are tied, so the largest raw score need not be the only largest one.
+        if torch.equal(output.gather(1, chosen).squeeze(1), top):
+            return None if torch.equal(scores, output) else position
+    return None
+
+
+@contextmanager
+def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> Iterator[None]:
+    """Forward passes with gradients return scores that an ascent can climb.
+
+    Those are the recorded scores at ``position`` (``None``: the output), scaled to a spread of
+    :data:`SPREAD`, with the class of the output on top. Passes without gradients, by which success
+    is judged, stay as they are. If bridged, gradients pass through what the model detaches or
+    rounds.
+    """
+    is_own = "forward" in vars(model)
+    plain = model.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return plain(x, *args, **kwargs)
+        bridges = (undetached(), straight_through(model)) if is_bridged else ()
+        output, found = _recorded(lambda x: plain(x.clone(), *args, **kwargs), x, *bridges)
+        recorded = [] if position is None else found[position : position + 1]
+        return _climbable(recorded[0] if recorded else output, output)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if is_own:
+            model.forward = plain
+        else:
+            del model.forward
+
+
+def _climbable(scores: Tensor, output: Tensor) -> Tensor:
+    """The scores in a fixed spread; the class of the output is made the largest."""
+    with torch.no_grad():
+        top, bottom = scores.amax(dim=1, keepdim=True), scores.amin(dim=1, keepdim=True)
+        spread = (top - bottom).clamp_min(torch.finfo(scores.dtype).tiny)
+        chosen = output.argmax(dim=1, keepdim=True)
+        is_top = scores.argmax(dim=1, keepdim=True) == chosen
+        lift = (top - scores.gather(1, chosen) + 1e-3 * spread).masked_fill(is_top, 0.0)
+        shift = torch.zeros_like(scores).scatter_(1, chosen, lift)
+    return (scores + shift) * (SPREAD / spread)
+
+
+def settled(
+    model: nn.Module, batch: Batch, threat: Threat | None, attack: Callable[[], Columns]
+) -> Columns:
+    """Outcomes of an attack, where any image with scores that are not finite is adversarial.
+
+    Attacks move on from such an image, or stop there with a NaN gradient. If a forward pass had
+    one, the attack is repeated, and the first such image inside the ball is kept for each example
+    that withstood the first run. Calls of ``attack`` have to make the same forward passes.
+    """
+    seen = torch.zeros((), dtype=torch.bool, device=batch["x"].device)
+
+    def notice(_: nn.Module, args: tuple[Any, ...], logits: Any) -> None:
+        seen.logical_or_(~torch.isfinite(logits).all())  # without waiting for the device
+
+    with model.register_forward_hook(notice):
+        columns = attack()
+    if threat is None or not bool(seen) or not bool(columns["correct"].any()):
+        return columns
+    images, found = batch["x"].clone(), ~columns["correct"]
+
+    def keep(_: nn.Module, args: tuple[Any, ...], logits: Any) -> None:
+        x = args[0].detach()[~torch.isfinite(logits.detach()).all(dim=1)]
+        if len(x) == 0 or x.shape[1:] != images.shape[1:]:
+            return
+        for row in (~found).nonzero().flatten().tolist():
+            inside = in_ball(x, batch["x"][row], threat)
+            if bool(inside.any()):
+                images[row], found[row] = x[inside][0], True
+
+    with model.register_forward_hook(keep):
+        attack()
+    rows = (found & columns["correct"]).nonzero().flatten()
+    if len(rows) == 0:
+        return columns
+    others = judged(model, part_of(batch, rows), images[rows], threat)
+    broken = ~others["correct"]
+    judged_again = {name: columns[name] for name in others}
+    return columns | merged(judged_again, part_of(others, broken), rows[broken])

@@ -54,9 +54,6 @@ def save_figure(fig: Figure, path: str | Path, dpi: int = DPI) -> Path:
     """Write a figure atomically in the format of the suffix, and return the path.
 
     The same figure gives the same bytes: a PNG gets no date and no version.
-
-    Raises:
-        ValueError: If matplotlib cannot write the format.
     """
     path = Path(path)
     kind = path.suffix.lstrip(".").lower()
@@ -169,9 +166,6 @@ def draw_per_class_bars(
 
     A series has one value per class ``(K,)`` or one row per repeat ``(R, K)``: then the bar is the
     mean and each repeat a dot.
-
-    Raises:
-        ValueError: If a series does not have K columns.
     """
     k = len(class_names)
     width = 0.8 / len(series)

@@ -22,7 +22,6 @@ from common.attacks.randomness import seeded
 from common.errors import ConfigurationError, UserError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.drawing import save_figure
-from common.evaluation.findings import with_findings
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means, measure_steps
@@ -31,7 +30,7 @@ from common.evaluation.models import as_module, as_victim
 from common.evaluation.pictures import draw
 from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress, Progress
-from common.evaluation.report import Evaluation
+from common.evaluation.report import Evaluation, with_findings
 from common.evaluation.runner import Team, run_steps
 from common.evaluation.steps import Step
 from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_suite, steps_of
@@ -67,12 +66,7 @@ class Filing:
         return self.results.parent / name
 
     def check(self, seed: int, remedy: str) -> None:
-        """Check, before the first attack, that the results can be written.
-
-        Raises:
-            RunDirectoryError: If a folder cannot be written.
-            ConfigurationError: If the file holds other results; with the remedy.
-        """
+        """Refuse folders that cannot be written, or a file of other results."""
         check_writable(self.results)
         for folder in map(self.beside, ("outcomes", "figures")):
             if folder.exists():
@@ -196,9 +190,6 @@ def run(
     ``examples`` has ``x``, ``y``, ``index`` and, for a part of the data, ``position``. Processes
     that ``torch.distributed`` joins share the work. All return the same; the first one writes,
     warns and shows progress.
-
-    Raises:
-        ConfigurationError: If the model cannot give a meaningful result, before the first attack.
     """
     begun = time.perf_counter()
     team, measures = Team.of_processes(), measures or {}
@@ -225,12 +216,12 @@ def run(
     if audit is not None and threat is not None:
         steps += audit.steps(victim, threat, checked.classes)
     steps += measure_steps(measures)
-    journal = Journal(None, {})
+    journal = Journal()
     if filing is not None:
         identity = identity_of(victim, examples, seed, filing.config_digest)
         journal = Journal(filing.beside("outcomes"), identity)
     bar = ConsoleProgress(len(steps) + 1)
-    shown = progress if not isinstance(progress, bool) else bar if progress else None
+    shown = progress if isinstance(progress, Progress) else bar if progress else None
     with bar.display, _blaming(checked.state):
         outcomes = run_steps(
             victim,

@@ -136,11 +136,7 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def check_examples(x: Tensor, y: Tensor) -> Tensor:
-    """Images in float32; values outside [0, 1] by no more than rounding are clamped.
-
-    Raises:
-        ConfigurationError: For images of another shape, type or range.
-    """
+    """Images in float32; values outside [0, 1] by no more than rounding are clamped."""
     if x.ndim != 4 or len(x) != len(y) or x.numel() == 0:
         raise ConfigurationError(
             "images must have the shape (N, C, H, W) and labels (N,), none of them empty, got "
@@ -164,11 +160,7 @@ def check_examples(x: Tensor, y: Tensor) -> Tensor:
 
 
 def as_labels(y: Tensor) -> Tensor:
-    """Labels as int64 ``(N,)``, from whole numbers of any type, ``(N,)`` or ``(N, 1)``.
-
-    Raises:
-        ConfigurationError: If they are anything else.
-    """
+    """Labels as int64 ``(N,)``, from whole numbers of any type, ``(N,)`` or ``(N, 1)``."""
     y = y.squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y
     if y.ndim != 1:
         hint = "; if they are one-hot, give y.argmax(dim=1)" if y.ndim == 2 else ""

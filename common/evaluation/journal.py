@@ -1,8 +1,12 @@
 """A journal of outcomes, from which a killed evaluation resumes.
 
 One file for each step and chunk of examples, written atomically and found by what decides its
-content: weights and scores of the model, code of the attacks, data, seed, settings, examples. So
+content: weights and signature of the model, code of the attacks, data, seed, settings, examples. So
 no outdated file is read, and a suite with one more attack runs only that one.
+
+Weights do not determine what a model computes: a normalisation may be in a list, a closure or
+another file. Its scores do. A signature holds a few random projections of them for each example
+and is compared with a tolerance, since rounding differs between threads and batch sizes.
 """
 
 import hashlib
@@ -13,8 +17,8 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +28,17 @@ from torch import Tensor, nn
 
 import common.attacks
 import common.evaluation
+from common.attacks.losses import label_loss
+from common.attacks.pgd import input_gradient
+from common.attacks.randomness import ExampleRandom
 from common.errors import RunDirectoryError
-from common.evaluation.signature import is_same
-from common.evaluation.steps import Step
+from common.evaluation.audit.gradients import anchored
+from common.evaluation.history import is_close
+from common.evaluation.steps import Step, judged
 from common.files import damage_of, write_sealed, write_text_atomically
 from common.objectives import Batch
 from common.results import lines
-from common.results.lines import Columns
+from common.results.lines import Columns, Threat
 from common.results.provenance import weights_digest
 
 _FUNCTION = "function"
@@ -48,7 +56,7 @@ class Journal:
         RunDirectoryError: If the folder cannot be written.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None = None, identity: Any = None) -> None:
         self.folder: Path | None = None
         self._base: Path | None = None
         if folder is None:
@@ -65,7 +73,7 @@ class Journal:
             ) from error
 
     def chosen(self, signature: Columns) -> str | None:
-        """The folder's name for a function with this :mod:`common.evaluation.signature`.
+        """The folder's name for a function with this signature.
 
         Functions with the same weights and other signatures get numbered folders.
         """
@@ -120,11 +128,7 @@ class Journal:
         return arrays, seconds
 
     def write(self, step: Step, index: Tensor, columns: Columns, seconds: float) -> None:
-        """Keep outcomes.
-
-        Raises:
-            RunDirectoryError: If they cannot be written.
-        """
+        """Keep outcomes; a RunDirectoryError if they cannot be written."""
         path = self.path(step, index)
         if path is None:
             return
@@ -182,3 +186,89 @@ def _code_digest() -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+PROBED = 32
+"""Number of examples, spread over all, that are also perturbed."""
+TOLERANCES = {"gradient": 1e-3}
+"""Largest difference in relation to the largest value; a gradient jumps where a ReLU turns."""
+TOLERANCE = 2e-5
+
+
+def projected(values: Tensor) -> Tensor:
+    """Each example's values in four fixed random directions, ``(N, 4)`` float64."""
+    flat = values.detach().flatten(1).double().cpu()
+    generator = torch.Generator().manual_seed(flat.shape[1])
+    return flat @ torch.randn(flat.shape[1], 4, generator=generator, dtype=torch.float64)
+
+
+def clean_step() -> Step:
+    """Outcomes without an attack, and projections of the scores."""
+
+    def run(model: Any, batch: Batch, _: ExampleRandom) -> Columns:
+        with torch.no_grad():
+            logits = model(batch["x"])
+        return judged(lambda _: logits, batch, batch["x"]) | {"scores": projected(logits)}
+
+    return Step("clean", "clean", run, {}, scope="all", kind="probe")
+
+
+def probe_step(threat: Threat | None, networks: Mapping[str, nn.Module]) -> Step:
+    """Scores of perturbed images, gradients, and every loss that is declared."""
+    run = partial(_probe, threat, networks)
+    return Step("probe", "probe", run, {}, scope="all", kind="probe")
+
+
+def _probe(
+    threat: Threat | None,
+    networks: Mapping[str, nn.Module],
+    model: Any,
+    batch: Batch,
+    _: ExampleRandom,
+) -> Columns:
+    x, y = batch["x"], batch["y"]
+    points = _perturbed(x, threat)
+    columns = {}
+    with torch.no_grad():
+        for name, network in {"scores": model, **networks}.items():
+            scores = [projected(network(point)) for point in points]
+            columns[name] = torch.cat(scores, dim=1)
+    loss = anchored(label_loss(model, y))
+    columns["gradient"] = projected(input_gradient(loss, points[0]))
+    losses = dict(getattr(model, "adaptive_losses", dict)())
+    if hasattr(model, "objective"):
+        losses["model"] = model.objective.inner
+    for name, inner in losses.items():
+        try:
+            with torch.no_grad():
+                value = inner(model, batch)(points[0]).detach().double().cpu()
+        except Exception:  # a loss that no suite may use must not stop the evaluation
+            value = torch.full((len(y),), torch.nan, dtype=torch.float64)
+        columns[f"loss/{name}"] = value
+    return columns
+
+
+def _perturbed(x: Tensor, threat: Threat | None) -> list[Tensor]:
+    """Images with fixed noise of several sizes and both signs."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(x.shape[1:], generator=generator).sign().to(x)
+    size = 0.03 if threat is None else threat.per_pixel(x)
+    factors = (size, -size, 4 * size, -4 * size, 0.3)
+    return [(x + factor * noise).clamp(0.0, 1.0) for factor in factors]
+
+
+def is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two signatures agree in everything that both have."""
+    return all(
+        is_close(one[name], other[name], TOLERANCES.get(name.rpartition("/")[2], TOLERANCE))
+        for name in set(one) & set(other)
+    )
+
+
+def networks_of(steps: Sequence[Step]) -> dict[str, nn.Module]:
+    """The other networks that steps use, by step and number."""
+    return {
+        f"{step.key}/{number}": network
+        for step in steps
+        for number, network in enumerate(step.networks)
+    }

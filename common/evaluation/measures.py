@@ -79,11 +79,7 @@ def measure_steps(measures: Mapping[str, Measure]) -> list[Step]:
 
 
 def means(outcomes: Outcomes, measures: Mapping[str, Measure]) -> dict[str, float]:
-    """The mean of every number that the measures gave, by name.
-
-    Raises:
-        ValueError: If two measures give the same name.
-    """
+    """The mean of every number that the measures gave, by name; no two may share a name."""
     found: dict[str, float] = {}
     for name in measures:
         for key, column in outcomes.columns[f"measure_{name}"].items():

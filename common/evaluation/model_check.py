@@ -33,12 +33,9 @@ IMAGES = 64
 class Checked:
     """What is known of a model before it is attacked.
 
-    Args:
-        classes: Number of scores per image.
-        has_gradient: Whether its scores or a loss can be differentiated by the images.
-        state: What depends on earlier calls, as a sentence; empty if nothing does.
-        suspicions: Reasons to doubt the results, as sentences.
-        cost: ``parameters`` and ``macs``, see :func:`common.evaluation.measures.cost`.
+    ``has_gradient``: its scores or a loss can be differentiated by the images. ``state``: what
+    depends on earlier calls, as a sentence; empty if nothing does. ``suspicions``: reasons to doubt
+    the results, as sentences. ``cost``: see :func:`common.evaluation.measures.cost`.
     """
 
     classes: int

@@ -58,11 +58,7 @@ def as_victim(model: nn.Module, num_classes: int) -> nn.Module:
 
 
 def as_module(model: Any) -> nn.Module:
-    """The model itself, or a module without parameters around a function.
-
-    Raises:
-        ConfigurationError: If it is neither, or a class.
-    """
+    """The model itself, or a module without parameters around a function."""
     if isinstance(model, nn.Module):
         return model
     owner = getattr(model, "__self__", None)
@@ -112,14 +108,11 @@ def adapted(model: nn.Module, *, has_gradient: bool = True) -> Iterator[None]:
 def load_run(
     run: str | Path, checkpoint: str = "last"
 ) -> tuple["RobustClassifier", "ImageDataModule"]:
-    """Rebuild a finished run from its directory.
+    """The classifier of a finished run in evaluation mode, and its data module.
 
     Args:
         run: A directory with ``config.yaml`` and ``checkpoints``.
         checkpoint: ``last`` or ``selected``.
-
-    Returns:
-        The classifier in evaluation mode with the checkpoint's weights, and its data module.
 
     Raises:
         RunDirectoryError: If there is no run, or its configuration is damaged.
@@ -150,11 +143,7 @@ def load_run(
 
 
 def build_sections(sections: Mapping[str, Any], file: Path) -> Any:
-    """Build the classifier ``model`` and the data module ``data``, or one of them, of a file.
-
-    Raises:
-        ConfigurationError: If a value is of another kind, or names something forbidden.
-    """
+    """The classifier ``model`` and the data module ``data``, or one of them, of a file."""
     from common.classifier import RobustClassifier
     from common.data.images import ImageDataModule
 

@@ -98,7 +98,7 @@ def _mean(correct: Tensor) -> float:
 
 
 def _fell_to(outcomes: Outcomes) -> tuple[Tensor, Tensor]:
-    """Which examples fell within the threat model, and their prediction in the first break."""
+    """Which examples fell within the threat model, and what they were predicted as at first."""
     predicted = outcomes.columns["clean"]["predicted"].clone()
     fell = torch.zeros_like(outcomes.correct["clean"])
     for key, line in outcomes.lines.items():
@@ -111,7 +111,7 @@ def _fell_to(outcomes: Outcomes) -> tuple[Tensor, Tensor]:
 
 
 def _confusion(outcomes: Outcomes, classes: int, rows: Tensor) -> Tensor:
-    """How often label i was predicted as class j, ``(K, K)``; the first break counts."""
+    """How often label i was predicted as class j when it first fell, ``(K, K)``."""
     y, predicted = outcomes.y[rows], _fell_to(outcomes)[1][rows]
     is_class = (predicted >= 0) & (predicted < classes)  # scores that are not finite give -1
     cells = y[is_class] * classes + predicted[is_class]

@@ -53,8 +53,8 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
     ball of its first attack where all radii are numbers, else 8/255 in ``linf``.
 
     Raises:
-        ConfigurationError: If there is no such suite, a setting in it is wrong or has no use here,
-            or it states another norm.
+        ConfigurationError: If there is no such suite, or a setting in it is wrong or has no use
+        here.
     """
     if norm is not None:
         check_choice("norm", norm, Norm)
@@ -103,8 +103,7 @@ def _section(path: Path) -> dict[str, Any]:
 def chosen_threat(own: Threat | None, eps: float | str | None, norm: Norm | None) -> Threat:
     """The threat model of the given values; by default the suite's own.
 
-    Raises:
-        ConfigurationError: If a norm other than linf is given without a radius.
+    A norm other than linf needs a radius.
     """
     if norm is not None:
         check_choice("norm", norm, Norm)
@@ -119,11 +118,7 @@ def chosen_threat(own: Threat | None, eps: float | str | None, norm: Norm | None
 
 
 def check_overlays(paths: Iterable[str | Path], threat: Threat | None) -> None:
-    """Check that ready suites among configuration files have the norm of the threat model.
-
-    Raises:
-        ConfigurationError: If one has another.
-    """
+    """Refuse a ready suite among configuration files with another norm than the threat model."""
     for path in map(Path, paths):
         if threat is None or path.resolve().parent != CONFIGS.resolve():
             continue
@@ -139,10 +134,7 @@ def fill_threat(node: Any, threat: Threat | None, has_defaults: bool = False) ->
     """Replace the word ``threat`` in a configuration by numbers, in place.
 
     With ``has_defaults`` a parser has filled in defaults: then a norm that is the default need not
-    have been written, and follows the threat model.
-
-    Raises:
-        ConfigurationError: If there is no threat model, or an attack has another norm.
+    have been written, and follows the threat model. An attack in another norm is refused.
     """
     for key, value in _items(node):
         if isinstance(value, str) and (found := _WORD.fullmatch(value.strip())):
@@ -203,10 +195,7 @@ def _norms_of(class_path: str) -> tuple[bool, Norm | None]:
 
 
 def threat_of(evaluation: Any, adversary: Any = None) -> Threat | None:
-    """The threat model of a configuration: its threat, its suite's first ball, or its adversary's.
-
-    Arguments are the sections of these names.
-    """
+    """The threat of the sections: stated, of the suite's first ball, or the adversary's."""
     given = evaluation.get("threat")
     if given:
         return Threat(given["norm"], given["eps"])

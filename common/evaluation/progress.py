@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import Protocol
 
 from rich import progress
 from rich.console import Console
@@ -10,8 +9,8 @@ from rich.console import Console
 from common.evaluation.steps import Step
 
 
-class Progress(Protocol):
-    """What receives the progress of an evaluation."""
+class Progress:
+    """Receives the progress of an evaluation, and shows nothing."""
 
     def begin(self, step: Step, examples: int, survivors: int) -> None:
         """A step starts on ``examples`` examples."""
@@ -23,12 +22,8 @@ class Progress(Protocol):
         """The step is done."""
 
 
-class ConsoleProgress:
-    """A bar in a terminal, inside ``with display``; elsewhere a line for every finished step.
-
-    Args:
-        total: Number of steps.
-    """
+class ConsoleProgress(Progress):
+    """A bar in a terminal, inside ``with display``; elsewhere a line for every finished step."""
 
     def __init__(self, total: int) -> None:
         self.total = total

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from common.attacks.randomness import ExampleRandom, Stream, seeded
 from common.data.subset import lacking_classes, subset
-from common.evaluation.findings import suspicions
-from common.evaluation.journal import Journal
-from common.evaluation.models import adapted
-from common.evaluation.progress import Progress
-from common.evaluation.retries import settled
-from common.evaluation.signature import (
+from common.evaluation.confirm import settled
+from common.evaluation.journal import (
     PROBED,
+    Journal,
     clean_step,
     is_same,
     networks_of,
     probe_step,
 )
+from common.evaluation.models import adapted
+from common.evaluation.progress import Progress
+from common.evaluation.report import suspicions
 from common.evaluation.steps import Step
 from common.modes import frozen
 from common.objectives import Batch
@@ -85,15 +85,20 @@ def run_steps(
     Random starts depend on the seed and an example's index; ``batch_size`` examples make a chunk.
     The worst case is that of ``threat``, by default the ball of the first attack. ``remarks`` go to
     the result.
-
-    Raises:
-        RuntimeError: If the examples are not each there once.
     """
     examples = in_order(examples)
     y = examples["y"]
     threat = threat or next((step.threat for step in steps if step.threat), None)
-    journal, team = journal or Journal(None, {}), team or Team()
-    run = _Run(model, examples, seed, batch_size, journal, team, progress, subset(y, PICTURED))
+    run = _Run(
+        model,
+        examples,
+        seed,
+        batch_size,
+        journal or Journal(),
+        team or Team(),
+        progress or Progress(),
+        subset(y, PICTURED),
+    )
     everything = torch.ones(len(y), dtype=torch.bool)
     parts = {
         size: torch.zeros_like(everything).index_fill(0, subset(y, size), True)
@@ -162,11 +167,7 @@ def _weakness(step: Step, threat: Threat | None, found: Columns, ran: Tensor) ->
 
 
 def in_order(examples: Batch) -> Batch:
-    """The examples sorted by index, on the CPU.
-
-    Raises:
-        RuntimeError: If they are not each there once.
-    """
+    """The examples sorted by index, on the CPU; a RuntimeError if one is missing or repeated."""
     index = examples["index"].cpu()
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(len(index))):
@@ -199,7 +200,7 @@ class _Run:
     batch_size: int
     journal: Journal
     team: Team
-    progress: Progress | None
+    progress: Progress
     pictured: Tensor
     standing: Tensor | None = None
     outcomes: Outcomes | None = None
@@ -208,7 +209,7 @@ class _Run:
         """The columns of a step on a few examples, neither shown nor kept."""
         y = self.examples["y"]
         target = torch.zeros_like(y, dtype=torch.bool).index_fill(0, subset(y, PROBED), True)
-        alone = replace(self, journal=Journal(None, {}), progress=None, outcomes=None)
+        alone = replace(self, journal=Journal(), progress=Progress(), outcomes=None)
         return {name: column[target] for name, column in alone.columns(step, target, {}).items()}
 
     def open_journal(self, signature: Columns) -> None:
@@ -228,22 +229,19 @@ class _Run:
         standing = self.standing.clone() if self.standing is not None else target.clone()
         for i, (columns, _) in found.items():
             _drop(standing, chunks[i], columns)
-        if self.progress is not None:
-            self.progress.begin(step, sum(len(chunks[i]) for i in missing), int(standing.sum()))
+        self.progress.begin(step, sum(len(chunks[i]) for i in missing), int(standing.sum()))
         mine = {}
         for i in missing[self.team.rank :: self.team.size]:
             begun = time.perf_counter()
             columns = self._attacked(step, chunks[i])
             mine[i] = columns, time.perf_counter() - begun
             self.journal.write(step, chunks[i], *mine[i])
-            if self.progress is not None:
-                _drop(standing, chunks[i], columns)
-                done = min(len(chunks[i]) * self.team.size, len(rows))
-                self.progress.advance(done, int(standing.sum()))
+            _drop(standing, chunks[i], columns)
+            done = min(len(chunks[i]) * self.team.size, len(rows))
+            self.progress.advance(done, int(standing.sum()))
         for theirs in self.team.gather(mine):
             found |= theirs
-        if self.progress is not None:
-            self.progress.end()
+        self.progress.end()
         if self.outcomes is not None:
             self.outcomes.seconds[step.key] = sum(seconds for _, seconds in found.values())
         return self._assembled([(chunks[i], found[i][0]) for i in sorted(found)], fill)

@@ -23,8 +23,16 @@ from common.attacks.noise import Noise
 from common.attacks.pgd import PGD, FriendlyPGD, LossFn, climb_until_broken
 from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
-from common.evaluation.confirm import Craft, Crafted, attacked, official, part_of
-from common.evaluation.retries import QUERIES, decided, persisted
+from common.evaluation.confirm import (
+    QUERIES,
+    Craft,
+    Crafted,
+    attacked,
+    decided,
+    official,
+    part_of,
+    persisted,
+)
 from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.limits import check_label
@@ -141,8 +149,7 @@ class SuiteEntry:
 def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
     """The losses of ``model`` that match any of the patterns, in the order of the declaration.
 
-    Raises:
-        ConfigurationError: If a pattern matches nothing; the message lists what there is.
+    A pattern that matches nothing is refused; the message lists what there is.
     """
     declared: dict[str, InnerLoss] = dict(model.adaptive_losses())
     if hasattr(model, "objective"):
@@ -160,11 +167,7 @@ def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
 
 
 def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
-    """Check names and types of a suite.
-
-    Raises:
-        ConfigurationError: For a name that results cannot have, or a value that is no entry.
-    """
+    """Refuse names that results cannot have, and values that are no entry."""
     for name, entry in suite.items():
         if not isinstance(entry, SuiteEntry):
             raise ConfigurationError(
@@ -180,11 +183,7 @@ def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
 
 
 def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
-    """Check a suite against a model, before the first attack.
-
-    Raises:
-        ConfigurationError: For a suite without entries, or a loss that the model does not declare.
-    """
+    """Refuse a suite without entries, or with a loss that the model does not declare."""
     if not suite:
         raise ConfigurationError(
             "evaluation.suite is empty, so there is nothing to test against; name at least one "
@@ -334,7 +333,8 @@ class _Planned:
 def _ascent(
     attack: PGD, inner: InnerLoss, eot: int, model: Any, batch: Batch, random: ExampleRandom, _: Any
 ) -> Crafted:
-    loss = averaged(inner(model, batch), eot)
+    single = inner(model, batch)
+    loss = single if eot == 1 else lambda x: torch.stack([single(x) for _ in range(eot)]).mean(0)
     wrong = partial(is_wrong, model, batch["y"])
     return attack(loss, batch["x"], random, is_adversarial=wrong), None
 
@@ -347,13 +347,6 @@ def _compacted(
         return inner(model, part), partial(is_wrong, model, part["y"])
 
     return climb_until_broken(attack, of, batch["x"], random), None
-
-
-def averaged(loss: Callable[[Tensor], Tensor], times: int) -> Callable[[Tensor], Tensor]:
-    """The mean of a random loss over a number of evaluations."""
-    if times == 1:
-        return loss
-    return lambda x: torch.stack([loss(x) for _ in range(times)]).mean(dim=0)
 
 
 def _on_logits(

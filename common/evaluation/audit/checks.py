@@ -31,7 +31,7 @@ from common.evaluation.audit.probes import (
     forward,
     gradients,
 )
-from common.evaluation.retries import decided
+from common.evaluation.confirm import decided
 from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.suite import resolve_losses
 from common.evaluation.transfer import DistilledTransfer, Transfer

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common.evaluation.findings import FEW
+from common.evaluation.report import FEW
 from common.results.lines import Outcomes
 from common.results.schema import AuditCheck, AuditResult
 from common.results.statistics import wilson_interval

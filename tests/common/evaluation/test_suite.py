@@ -1,5 +1,6 @@
 """Suites: outcomes per example, the worst case, and the file they go to."""
 
+import itertools
 import json
 from itertools import compress
 
@@ -16,7 +17,6 @@ from common.attacks.pgd import FGSM, PGD
 from common.attacks.randomness import ExampleRandom, Stream
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.classifier import RobustClassifier
-from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.data.subset import subset
@@ -24,10 +24,10 @@ from common.errors import ConfigurationError
 from common.evaluation import SuiteEntry, Transfer, check_suite, resolve_losses
 from common.evaluation.runner import run_steps
 from common.evaluation.steps import judged
-from common.evaluation.suite import averaged, steps_of
+from common.evaluation.suite import steps_of
 from common.networks.resnet import ResNet
 from common.objectives import AT, on_logits
-from common.results.lines import Threat
+from common.results.lines import Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.packing import unpack_outcomes
 from common.results.store import read_result
@@ -67,44 +67,38 @@ def batch() -> dict[str, Tensor]:
     return {"x": x, "y": y, "index": torch.arange(len(y))}
 
 
-def suite(**entries: SuiteEntry) -> dict[str, SuiteEntry]:
-    return entries
-
-
-def run(batch: dict[str, Tensor], entries: dict[str, SuiteEntry], size: int = 100):
+def run(batch: dict[str, Tensor], size: int = 100, **entries: SuiteEntry) -> Outcomes:
     check_suite(entries, Model())
     steps = steps_of(entries, Model(), 2, seed=0)
     return run_steps(Model(), batch, steps, seed=0, batch_size=size)
 
 
 def test_a_weak_loss_does_not_hide_a_strong_one(batch) -> None:
-    found = run(batch, suite(pgd=SuiteEntry(PGD(0.12, 0.03, 10, start="zero"), ["none", "ce_f"])))
+    found = run(batch, pgd=SuiteEntry(PGD(0.12, 0.03, 10, start="zero"), ["none", "ce_f"]))
     assert found.correct["pgd/none"].sum() == 9
     assert found.correct["pgd/ce_f"].sum() < 9
 
 
 def test_survivors_only_is_cumulative(batch) -> None:
     strong, weak = PGD(0.22, 0.05, 10), FGSM(0.01)
-    entries = suite(
-        a=SuiteEntry(strong), b=SuiteEntry(weak, survivors_only=True), c=SuiteEntry(weak)
-    )
-    found = run(batch, entries)
+    after = SuiteEntry(weak, survivors_only=True)
+    found = run(batch, a=SuiteEntry(strong), b=after, c=SuiteEntry(weak))
     assert torch.equal(found.correct["b/ce_f"], found.correct["a/ce_f"])
     assert found.correct["c/ce_f"].sum() > found.correct["a/ce_f"].sum()
 
 
 def test_only_some_examples_are_attacked_where_the_entry_says_so(batch) -> None:
-    found = run(batch, suite(pgd=SuiteEntry(PGD(0.5, 0.1, 10), examples=4)), size=3)
+    found = run(batch, 3, pgd=SuiteEntry(PGD(0.5, 0.1, 10), examples=4))
     rows = subset(batch["y"], 4)
     assert found.attacked["pgd/ce_f"].nonzero().flatten().tolist() == rows.tolist()
     assert not found.correct["pgd/ce_f"][rows].any()
 
 
 def test_batches_and_their_order_change_nothing(batch) -> None:
-    entries = suite(pgd=SuiteEntry(PGD(0.12, 0.01, 3, start="uniform"), ["*"]))
-    whole, parts = run(batch, entries), run(batch, entries, size=3)
+    pgd = SuiteEntry(PGD(0.12, 0.01, 3, start="uniform"), ["*"])
+    whole = run(batch, pgd=pgd)
     shuffled = {key: value.flip(0) for key, value in batch.items()}
-    for other in (parts, run(shuffled, entries, size=5)):
+    for other in (run(batch, 3, pgd=pgd), run(shuffled, 5, pgd=pgd)):
         for name in whole.correct:
             assert torch.equal(whole.correct[name], other.correct[name]), name
 
@@ -112,38 +106,42 @@ def test_batches_and_their_order_change_nothing(batch) -> None:
 def test_repeated_or_missing_examples_are_an_error(batch) -> None:
     for index in (torch.zeros(10, dtype=torch.int64), torch.arange(10) + 1):
         with pytest.raises(RuntimeError, match=r"each of 0\.\.n-1 once"):
-            run({**batch, "index": index}, suite(a=SuiteEntry(FGSM(0.1))))
+            run({**batch, "index": index}, a=SuiteEntry(FGSM(0.1)))
 
 
 def test_suite_mistakes_are_found_before_the_first_attack() -> None:
-    with pytest.raises(ConfigurationError, match="empty"):
-        check_suite({}, Model())
-    with pytest.raises(ConfigurationError, match="declares ce_f, none"):
-        resolve_losses(["ce_probe*"], Model())
-    with pytest.raises(ConfigurationError, match=r"the name of a suite entry is .a/b."):
-        check_suite({"a/b": SuiteEntry(FGSM(0.1))}, Model())
-    with pytest.raises(ConfigurationError, match="attacks nothing"):
-        SuiteEntry(FGSM(0.1), losses=[])
-    with pytest.raises(ConfigurationError, match="at least 1"):
-        SuiteEntry(FGSM(0.1), examples=0)
-    with pytest.raises(ConfigurationError, match="got AutoAttack"):
-        RobustEvaluation(validation=SuiteEntry(AutoAttack(eps=0.1)))
+    aa = SuiteEntry(AutoAttack(0.1), ["*"])
+    for mistake, match in (
+        (lambda: check_suite({}, Model()), "empty"),
+        (lambda: resolve_losses(["ce_probe*"], Model()), "declares ce_f, none"),
+        (lambda: check_suite({"a/b": SuiteEntry(FGSM(0.1))}, Model()), "'a/b'"),
+        (lambda: check_suite({"aa": aa}, Model()), "'aa' has ce_f, none"),
+        (lambda: SuiteEntry(FGSM(0.1), losses=[]), "attacks nothing"),
+        (lambda: SuiteEntry(FGSM(0.1), examples=0), "examples .* got 0"),
+        (lambda: RobustEvaluation(validation=SuiteEntry(AutoAttack(eps=0.1))), "got AutoAttack"),
+        (lambda: SuiteEntry(PGD(0.12), sweep={"radius": [1]}), "got radius"),
+        (lambda: SuiteEntry(AutoAttack(0.1), eot=4), "eot 4.*AutoAttack"),
+        (lambda: SuiteEntry(GAMAPGD(0.1), eot=4), "drop eot"),
+        (lambda: SuiteEntry(DeepFool(0.1), ["cw_f"]), "drop losses.*DeepFool"),
+        (lambda: SuiteEntry(UniformNoise([0.1]), survivors_only=True), "drop survivors_only"),
+        (lambda: SuiteEntry(PGD(0.1), survivors_only=True, all_images=True), "survivors_only"),
+        (lambda: SuiteEntry(AutoAttack(0.1), all_images=True), "drop all_images"),
+        (lambda: Transfer(PGD(0.1), Model(), "dlr"), "got 'dlr'"),
+    ):
+        with pytest.raises(ConfigurationError, match=match):
+            mistake()
 
 
 def test_a_larger_ball_or_another_norm_is_reported_and_does_not_count(batch) -> None:
-    entries = suite(
+    found = run(
+        batch,
         small=SuiteEntry(PGD(0.05, 0.05, 2)),
         large=SuiteEntry(PGD(0.5, 0.1, 10)),
         l2=SuiteEntry(PGD(3.0, 1.0, 10, norm="l2")),
         smaller=SuiteEntry(FGSM(0.01)),
     )
-    found = run(batch, entries)
-    assert {key: line.counts for key, line in found.lines.items()} == {
-        "small/ce_f": True,
-        "large/ce_f": False,
-        "l2/ce_f": False,
-        "smaller/ce_f": True,
-    }
+    counts = {line.entry: line.counts for line in found.lines.values()}
+    assert counts == {"small": True, "large": False, "l2": False, "smaller": True}
     assert not found.correct["large/ce_f"].any()
     entry = checkpoint_entry(found)
     assert entry["metrics"]["worst"] == entry["metrics"]["small/ce_f"]
@@ -151,23 +149,20 @@ def test_a_larger_ball_or_another_norm_is_reported_and_does_not_count(batch) -> 
 
 
 def test_a_sweep_is_a_curve_of_the_closed_form(batch) -> None:
-    sweep = {"eps": [0.01, "0.08", 0.12, 0.08, 0.3]}
-    entry = SuiteEntry(PGD(0.12, steps=10), sweep=sweep)
+    entry = SuiteEntry(PGD(0.12, steps=10), sweep={"eps": [0.01, "0.08", 0.12, 0.08, 0.3]})
     assert [at["eps"] for _, at in entry.variants()] == [0.01, 0.08, 0.12, 0.3]
-    found = run(batch, suite(pgd=entry))
+    found = run(batch, pgd=entry)
     assert torch.equal(found.correct["clean"], torch.tensor([True] * 9 + [False]))
     margins = (batch["x"].mean(dim=(1, 2, 3)) - 0.5).abs()
     for eps in (0.01, 0.08, 0.12, 0.3):  # an attack moves the mean by eps
         held = found.correct[f"pgd/ce_f/eps={eps}"]
         assert torch.equal(held, found.correct["clean"] & (margins > eps)), eps
         assert found.lines[f"pgd/ce_f/eps={eps}"].at == {"eps": eps}
-    with pytest.raises(ConfigurationError, match="got radius"):
-        SuiteEntry(PGD(0.12), sweep={"radius": [1]})
 
 
 def test_noise_meets_every_example_and_never_counts(batch) -> None:
     noise = UniformNoise(levels=[0.05, 0.5], draws=2)
-    found = run(batch, suite(noise=SuiteEntry(noise), fgsm=SuiteEntry(FGSM(0.06))))
+    found = run(batch, noise=SuiteEntry(noise), fgsm=SuiteEntry(FGSM(0.06)))
     keys = [f"noise/level={level}/draw={draw}" for level in (0.05, 0.5) for draw in (0, 1)]
     assert list(found.lines) == [*keys, "fgsm/ce_f"]
     assert not any(found.lines[key].counts for key in keys)
@@ -176,49 +171,39 @@ def test_noise_meets_every_example_and_never_counts(batch) -> None:
     assert not torch.equal(first, second)
 
 
-def test_deepfool_finds_the_distances_of_the_closed_form(batch) -> None:
-    found = run(batch, suite(deepfool=SuiteEntry(DeepFool(eps=0.12, norm="linf"))))
-    margins = (batch["x"].mean(dim=(1, 2, 3)) - 0.5).abs()
-    right = found.correct["clean"]
-    distances = found.columns["deepfool"]["linf"]
-    torch.testing.assert_close(distances[right], 1.02 * margins[right], atol=2e-3, rtol=0)
-    assert torch.equal(found.correct["deepfool"], right & (margins * 1.02 > 0.12))
-
-
 def test_transfer_shows_the_surrogates_images_to_the_model(batch) -> None:
-    same = suite(t=SuiteEntry(Transfer(PGD(0.12, 0.03, 10), Model())))
-    white = run(batch, suite(pgd=SuiteEntry(PGD(0.12, 0.03, 10))))
-    assert torch.equal(run(batch, same).correct["t"], white.correct["pgd/ce_f"])
+    pgd = PGD(0.12, 0.03, 10)
+    white = run(batch, pgd=SuiteEntry(pgd)).correct["pgd/ce_f"]
+    same = run(batch, t=SuiteEntry(Transfer(pgd, Model())))
+    assert torch.equal(same.correct["t"], white)
 
     class Blind(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return Threshold()(x * 0 + 0.2 * x.detach() + x[:, :, :1, :1] * 1e-3)
 
-    useless = suite(t=SuiteEntry(Transfer(PGD(0.12, 0.03, 1, start="zero"), Blind())))
-    assert run(batch, useless).correct["t"].sum() > white.correct["pgd/ce_f"].sum()
-
-
-def test_a_transfer_attack_may_climb_the_margin(batch) -> None:
-    pgd = PGD(0.12, 0.03, 10)
-    transfer = Transfer(pgd, Model(), "margin")
-    net = Model()
-    x_adv = pgd(
-        lambda x: hinge_margin(net(x), batch["y"]),
-        batch["x"],
-        ExampleRandom(0, 0, batch["index"], Stream.EVALUATION),
+    useless = Transfer(PGD(0.12, 0.03, 1, start="zero"), Blind())
+    assert run(batch, t=SuiteEntry(useless)).correct["t"].sum() > white.sum()
+    net, (random, again) = (
+        Model(),
+        (ExampleRandom(0, 0, batch["index"], Stream.EVALUATION) for _ in range(2)),
     )
-    found = transfer.run(net, batch, ExampleRandom(0, 0, batch["index"], Stream.EVALUATION))
-    assert torch.equal(found["x_adv"], x_adv)
-    assert transfer.settings() != Transfer(pgd, Model()).settings()
-    with pytest.raises(ConfigurationError, match="cross_entropy, margin, got 'dlr'"):
-        Transfer(pgd, Model(), "dlr")
+    margin = Transfer(pgd, Model(), "margin")
+    x_adv = pgd(lambda x: hinge_margin(net(x), batch["y"]), batch["x"], random)
+    assert torch.equal(margin.run(net, batch, again)["x_adv"], x_adv)
+    assert margin.settings() != Transfer(pgd, Model()).settings()
 
 
-def test_expectation_over_transformation_averages_the_loss() -> None:
-    torch.manual_seed(0)
-    drawn = averaged(lambda x: torch.randn(len(x)), 4000)(torch.zeros(3, 1))
-    assert drawn.shape == (3,)
-    assert drawn.abs().max() < 0.1
+def test_expectation_over_transformation_averages_the_loss(batch) -> None:
+    def standing(eot: int) -> int:
+        factors, model = itertools.cycle([-1.0, -1.0, 3.0]), Model()
+        model.adaptive_losses = lambda: {
+            "ce_f": lambda m, b: lambda x: next(factors) * cross_entropy(m(x), b["y"])
+        }
+        steps = steps_of({"a": SuiteEntry(FGSM(0.12), eot=eot)}, model, 2, seed=0)
+        return run_steps(model, batch, steps, seed=0).correct["a/ce_f"].sum()
+
+    assert standing(eot=1) == 9, "the only draw points the wrong way"
+    assert standing(eot=3) < 9
 
 
 def test_an_image_outside_the_ball_breaks_nothing(batch) -> None:
@@ -229,18 +214,14 @@ def test_an_image_outside_the_ball_breaks_nothing(batch) -> None:
     assert outside["correct"].all()
 
 
-def trainer_with(evaluation: RobustEvaluation, folder) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        callbacks=[evaluation],
-    )
+def tiny() -> RobustClassifier:
+    torch.manual_seed(0)
+    return RobustClassifier(ResNet((1,), (4,), (2,), in_channels=1), AT(), torch.optim.SGD)
 
 
-def test_weights_that_were_tested_are_not_tested_again(tmp_path, monkeypatch) -> None:
+def test_weights_that_were_tested_are_not_tested_again(
+    tmp_path, monkeypatch, quiet_trainer
+) -> None:
     calls = []
     attacked = PGD.__call__
 
@@ -249,16 +230,10 @@ def test_weights_that_were_tested_are_not_tested_again(tmp_path, monkeypatch) ->
         return attacked(self, *args, **kwargs)
 
     monkeypatch.setattr(PGD, "__call__", counted)
-    net = ResNet((1,), (4,), (2,), in_channels=1)
-    module = RobustClassifier(net, AT(), torch.optim.SGD)
-    evaluation = RobustEvaluation(
-        suite(
-            fgsm=SuiteEntry(FGSM(0.02), ["*"]),
-            other=SuiteEntry(FGSM(0.1), checkpoints=["untrained"]),
-        )
-    )
-    trainer = trainer_with(evaluation, tmp_path)
-    data = ImageDataModule(Digits(), test_limit=60)
+    only_here = SuiteEntry(FGSM(0.1), checkpoints=["untrained"])
+    entries = {"fgsm": SuiteEntry(FGSM(0.02), ["*"]), "other": only_here}
+    trainer = quiet_trainer(RobustEvaluation(entries, pictures=False), default_root_dir=tmp_path)
+    module, data = tiny(), ImageDataModule(Digits(), test_limit=30)
     trainer.test(module, datamodule=data, verbose=False)
     assert len(calls) == 4
     trainer.strategy.connect(module)
@@ -275,19 +250,16 @@ def test_weights_that_were_tested_are_not_tested_again(tmp_path, monkeypatch) ->
     assert len(calls) > 4
 
 
-def test_the_result_file_holds_every_outcome(tmp_path) -> None:
-    torch.manual_seed(0)
-    net = ResNet((1, 1), (4, 4), (1, 2), in_channels=1)
-    aa = AutoAttack(eps=0.02, version="custom", attacks=["apgd-ce"])
-    entries = suite(
-        fgsm=SuiteEntry(FGSM(0.02), ["ce_f", "cw_f"]),
-        aa=SuiteEntry(aa, survivors_only=True, examples=20),
-    )
-    evaluation = RobustEvaluation(entries, experiment="tiny", paper="paper_tiny")
-    trainer = trainer_with(evaluation, tmp_path)
-    module = RobustClassifier(net, AT(), torch.optim.SGD)
+def test_the_result_file_holds_every_outcome(tmp_path, quiet_trainer) -> None:
+    aa = AutoAttack(eps=0.02, version="custom", attacks=["apgd-ce"], steps=5)
+    entries = {
+        "fgsm": SuiteEntry(FGSM(0.02), ["ce_f", "cw_f"]),
+        "aa": SuiteEntry(aa, survivors_only=True, examples=20),
+    }
+    evaluation = RobustEvaluation(entries, experiment="tiny", paper="paper_tiny", pictures=False)
+    trainer = quiet_trainer(evaluation, default_root_dir=tmp_path)
     data = ImageDataModule(Digits(), test_limit=30, eval_batch_size=12)
-    trainer.test(module, datamodule=data, verbose=False)
+    trainer.test(tiny(), datamodule=data, verbose=False)
     result = read_result(tmp_path / "results.json")
     entry = result["checkpoints"]["untrained"]
     assert list(entry["attacks"]) == ["fgsm/ce_f", "fgsm/cw_f", "aa/apgd-ce"]
@@ -306,16 +278,17 @@ def test_the_result_file_holds_every_outcome(tmp_path) -> None:
     assert "test/worst" not in trainer.callback_metrics, "it is about 20 of 30 examples"
 
 
-def test_a_limit_that_loses_classes_and_a_weak_suite_reach_the_result(tmp_path) -> None:
-    torch.manual_seed(0)
-    net = ResNet((1, 1), (4, 4), (1, 2), in_channels=1)
+def test_a_limit_that_loses_classes_and_a_weak_suite_reach_the_result(
+    tmp_path, quiet_trainer
+) -> None:
+    module = tiny()
     with torch.no_grad():
-        net.head.linear.bias[1] += 100.0  # one of the four is of this class
-    evaluation = RobustEvaluation(suite(pgd=SuiteEntry(PGD(0.1, steps=0))))
-    trainer = trainer_with(evaluation, tmp_path)
+        module.net.head.linear.bias[1] += 1000.0  # one of the four is of this class
+    evaluation = RobustEvaluation({"pgd": SuiteEntry(PGD(0.1, steps=0))})
+    trainer = quiet_trainer(evaluation, default_root_dir=tmp_path)
     data = ImageDataModule(Digits(), test_limit=4)
     with pytest.warns(UserWarning, match="there is no worst case: no attack used the whole radius"):
-        trainer.test(RobustClassifier(net, AT(), torch.optim.SGD), datamodule=data, verbose=False)
+        trainer.test(module, datamodule=data, verbose=False)
     entry = read_result(tmp_path / "results.json")["checkpoints"]["untrained"]
     lacking, flat, weak = entry["remarks"]
     assert "4 examples taken of 700 have none of 6 of the 10 classes" in lacking
@@ -325,47 +298,20 @@ def test_a_limit_that_loses_classes_and_a_weak_suite_reach_the_result(tmp_path) 
 
 
 def test_gama_without_projection_is_reported_and_does_not_count(batch) -> None:
-    entries = suite(
-        gama=SuiteEntry(GAMAPGD(0.1, steps=4, decay_at=(2, 3))),
-        official=SuiteEntry(GAMAPGD(0.1, steps=4, decay_at=(2, 3), project=False)),
-    )
-    model = Model()
-    found = run_steps(model, batch, steps_of(entries, model, 2, seed=0), seed=0)
+    gama = GAMAPGD(0.1, steps=4, decay_at=(2, 3))
+    official = gama.but(project=False)
+    found = run(batch, gama=SuiteEntry(gama), official=SuiteEntry(official))
     assert found.lines["gama"].counts
     assert not found.lines["official"].counts
     assert found.columns["gama"]["linf"].nan_to_num().max() <= 0.1 + 1e-6
     assert found.correct["official"].sum() <= found.correct["gama"].sum()
 
 
-def test_settings_that_an_attack_does_not_know_are_refused() -> None:
-    for attack, settings, match in (
-        (AutoAttack(0.1), {"eot": 4}, "eot averages the losses of a projected ascent"),
-        (GAMAPGD(0.1), {"eot": 4}, "drop eot"),
-        (DeepFool(0.1), {"losses": ["cw_f"]}, "DeepFool climbs no loss of the model"),
-        (UniformNoise([0.1]), {"survivors_only": True}, "noise is measured for all images"),
-        (PGD(0.1), {"survivors_only": True, "all_images": True}, "all_images asks for all images"),
-        (AutoAttack(0.1), {"all_images": True}, "got AutoAttack; drop all_images"),
-    ):
-        with pytest.raises(ConfigurationError, match=match):
-            SuiteEntry(attack, **settings)
-
-
-def test_an_entry_may_attack_images_that_are_wrong_and_none_of_them_is_robust(batch) -> None:
+@pytest.mark.parametrize("all_images", [False, True])
+def test_an_entry_may_attack_wrong_images_and_none_of_them_is_robust(batch, all_images) -> None:
     """The loss pulls towards the label, as a loss over a batch may: a wrong image turns right."""
-
     batch["x"][-1] = 0.51  # wrong, and right after a small step
-    seen = {}
-    for name, all_images in (("right", False), ("all", True)):
-        entries = suite(a=SuiteEntry(PGD(0.05, 0.05, 2, "zero"), ["none"], all_images=all_images))
-        steps = steps_of(entries, Model(), 2, seed=0)
-        found = run_steps(Model(), batch, steps, seed=0)
-        seen[name] = checkpoint_entry(found)["metrics"]
-        assert found.columns["a/none"]["linf"][-1].isnan() != all_images
-    assert seen["right"] == {
-        "clean_acc": 0.9,
-        "a/none": 0.9,
-        "a": 0.9,
-        "a_union": 0.9,
-        "worst": 0.9,
-    }
-    assert seen["all"] == {"clean_acc": 0.9, "a/none": 1.0, "a": 1.0, "a_union": 1.0, "worst": 0.9}
+    found = run(batch, a=SuiteEntry(PGD(0.05, 0.05, 2, "zero"), ["none"], all_images=all_images))
+    assert found.columns["a/none"]["linf"][-1].isnan() != all_images
+    attack = dict.fromkeys(("a/none", "a", "a_union"), 1.0 if all_images else 0.9)
+    assert checkpoint_entry(found)["metrics"] == {"clean_acc": 0.9, "worst": 0.9} | attack
