@@ -47,9 +47,7 @@ class Found:
         prefix: What the frame takes off a stem to get the method's name.
         seeds: Those asked for.
         runs: Where the run directories ``<stem>/seed<k>`` are.
-        folder: Where the result files are.
-        device: Where networks run.
-        load: How a run is loaded.
+        folder: Where the result files are, and where the output goes.
         labels: What ``reference.yaml`` calls the rows, by stem.
         everything: All results of the seeds, of other rows too.
         results: Those of ``on``.

@@ -220,10 +220,8 @@ def derived(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str
 def outcome_bits(checkpoint: CheckpointResult, metric: str) -> list[bool] | None:
     """Which of its examples a metric counts as right, in the order of the split.
 
-    There is an answer for ``clean_acc``, a step, a group with one member, ``<group>_union``,
-    ``<group>_clean`` and ``worst``. There is none, and ``None`` is returned, for the lowest of
-    several losses (an example has one outcome per loss; the union is what to ask for), for a mean
-    over draws, and for a metric that was not measured or does not come from outcomes.
+    ``None`` for the lowest of several losses (an example has one outcome per loss; ask for the
+    union), for a mean over draws, and for a metric that was not measured or has no outcomes.
     """
     figure = figures(checkpoint["clean"], checkpoint["attacks"]).get(metric)
     if figure is None or figure.bits is None:
@@ -257,14 +255,7 @@ def checkpoint_entry(
     audit: Mapping[str, Any] | None = None,
     measures: Mapping[str, float] | None = None,
 ) -> CheckpointResult:
-    """What a result file says about one checkpoint.
-
-    Args:
-        outcomes: Of the whole split, in the order of its examples.
-        epoch: Of the checkpoint, from 0.
-        global_step: Optimiser steps behind the checkpoint.
-        audit: What an audit found, see :class:`AuditResult`.
-        measures: Other figures to put among the metrics, in any unit.
+    """What a result file says about one checkpoint; ``measures`` are put among the metrics.
 
     Raises:
         ValueError: If a measure has the name of a metric, or a step has a name that does not begin

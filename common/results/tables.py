@@ -61,17 +61,13 @@ def package_folder(package: str) -> Path:
 
 @dataclass
 class Report:
-    """The tables of one paper.
-
-    Args:
-        markdown: All of them as Markdown.
-        compact: The first table with results, for a terminal; ``None`` without any result.
-        missing: Rows without a result, or with what is missing of it.
-    """
+    """The tables of one paper."""
 
     markdown: str
     compact: Table | None
+    """The first table with results, for a terminal."""
     missing: list[str]
+    """Rows without a result, or with what is missing of it."""
 
 
 _LEGEND = (
