@@ -250,7 +250,8 @@ def _report(package: str, on: str, seeds: list[int] | None, check: bool) -> int:
         )
     )
     readme = folder / "README.md"
-    markdown = render_table(package).markdown  # a README holds everything, whatever is printed now
+    is_whole = not on and seeds is None  # a README holds everything, whatever is printed now
+    markdown = (shown if is_whole else render_table(package)).markdown
     if not check:
         write_readme(readme, markdown)
         write_front(folder.parent / "README.md")
