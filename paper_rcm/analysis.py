@@ -67,7 +67,10 @@ def measure(found: Found) -> None:
         }
         if seed == min(found.seeds):
             embeddings[name] = {
-                f"{name}, {kind}: {apart[f'silhouette {kind}']:.2f}": (embed(features), y.cpu())
+                f"{found.label(name)}, {kind}: {apart[f'silhouette {kind}']:.2f}": (
+                    embed(features),
+                    y.cpu(),
+                )
                 for kind, features in kinds.items()
             }
     found.kept |= {"separated": separated, "embeddings": embeddings}
@@ -189,7 +192,7 @@ def figures(found: Found) -> dict[str, Figure | None]:
         "movement": movement_figure(maps, image),
         "cost": draw(found.folder, found.prefix.rstrip("_")),
         "features": features_figure(embeddings) if embeddings else None,
-        "budget": budget_figure(found.metrics),
+        "budget": budget_figure({(found.label(m), s): v for (m, s), v in found.metrics.items()}),
     }
 
 

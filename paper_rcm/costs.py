@@ -160,7 +160,7 @@ def _measure(
         times = relative_times(steps, "base", rounds, 2, device)["this"]
     return {
         **count(section, shape),
-        "peak_memory": float(peak_memory(lambda: make(section), shape, MEMORY_BATCH, classes)),
+        "peak_memory": float(peak_memory(lambda: make(section), shape, MEMORY_BATCH)),
         "step_time": times.median,
         "step_time_lower": times.lower,
         "step_time_upper": times.upper,

@@ -9,6 +9,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -133,6 +134,7 @@ def figures(found: Found) -> dict[str, Figure | None]:
     """Scatter plots, stage-wise curves, and the Lipschitz bound."""
     networks = networks_of(found.results)
     trained = [one for one in networks if not one.name.endswith("natural")] or networks
+    trained = [replace(one, name=found.label(one.name)) for one in trained]
     dataset = found.prefix.rstrip("_")
     pictures: dict[str, Figure | None] = {
         name: scatter(trained, name, dataset) if trained else None
@@ -144,7 +146,7 @@ def figures(found: Found) -> dict[str, Figure | None]:
     }
     measured: Mapping[tuple[str, int], Mapping[str, float]] = found.kept["lipschitz"]
     means = {
-        name: {
+        found.label(name): {
             key: fmean(numbers[key] for (n, _), numbers in measured.items() if n == name)
             for key in ("bound", "largest", "mean")
         }

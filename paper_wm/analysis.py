@@ -27,7 +27,7 @@ from common.analysis.claims import (
 from common.analysis.report import Analysis, Found
 from common.results.statistics import Difference
 from paper_wm.figures import figures
-from paper_wm.gathered import Gathered, base_of, gather, label_of, try_insertions
+from paper_wm.gathered import Gathered, base_of, gather, try_insertions
 from paper_wm.method import Variant
 from paper_wm.tables import amplification_table, checks_table
 
@@ -367,7 +367,6 @@ ANALYSIS = Analysis(
     baseline="base",
     accuracy="worst",
     accuracy_label="worst-case accuracy",
-    label=label_of,
     note=NOTE,
 )
 

@@ -34,14 +34,8 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "a project"
     (folder / "common").mkdir(parents=True)
     for name in (
-        "__init__.py",
-        "errors.py",
-        "files.py",
-        "limits.py",
-        "cli/rows.py",
-        "cli/__init__.py",
-        "results/__init__.py",
-        "results/reference.py",
+        *("__init__.py", "errors.py", "files.py", "limits.py", "cli/__init__.py", "cli/rows.py"),
+        *("results/__init__.py", "results/reference.py", "results/typed.py"),
     ):
         (folder / "common" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "common" / name, folder / "common" / name)

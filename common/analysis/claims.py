@@ -130,27 +130,33 @@ def judge(
     if threshold is None or None not in (above, below):
         raise ValueError(f"claim {id} needs one of above and below, got {above} and {below}")
     sign, word = (1.0, "above") if above is not None else (-1.0, "below")
-    limit = f"{'not below' if above is not None else 'not above'}" if every else word
     test = t_test(values, threshold)
     others = {name: mean(numbers) for name, numbers in (beside or {}).items()}
     extra = "".join(f"; {name} {v:.4g}" for name, v in others.items() if v is not None)
+
+    def decided(verdict: Verdict, reason: str) -> Claim:
+        return Claim(id, claim, {"": Judgement(verdict, reason + extra, values)})
+
     lacking = [str(seed) for seed in seeds if seed not in values]
     if test is None or lacking:
         which = f"no number of seed {', '.join(lacking)}" if lacking else "no seed asked for"
         measured = "" if test is None else f"; mean of the others {test.mean:.4g}"
-        return Claim(id, claim, {"": Judgement("not run", which + measured + extra, values)})
+        return decided("not run", which + measured)
     if every:
+        limit = "not below" if above is not None else "not above"
         held = sum(sign * (value - threshold) >= 0 for value in values.values())
-        verdict: Verdict = "supported" if held == len(values) else "contradicted"
-        reason = f"mean {test.mean:.4g}, {limit} {threshold:.4g} in {held} of {len(values)} seeds"
-    else:
-        up, down = (test.is_up, test.is_down)[:: int(sign)]
-        verdict = "supported" if up else "contradicted" if down else "not decided"
-        interval = f" [{test.low:.4g}, {test.high:.4g}]" if math.isfinite(test.low) else ""
-        reason = f"mean {test.mean:.4g}{interval}, {limit} {threshold:.4g}: p = {test.p:.2g}"
-        if test.seeds == 1:
-            reason = f"{test.mean:.4g} of one seed, which no test decides"
-    return Claim(id, claim, {"": Judgement(verdict, reason + extra, values)})
+        return decided(
+            "supported" if held == len(values) else "contradicted",
+            f"mean {test.mean:.4g}, {limit} {threshold:.4g} in {held} of {len(values)} seeds",
+        )
+    if test.seeds == 1:
+        return decided("not decided", f"{test.mean:.4g} of one seed, which no test decides")
+    up, down = (test.is_up, test.is_down)[:: int(sign)]
+    interval = f"[{test.low:.4g}, {test.high:.4g}]"
+    return decided(
+        "supported" if up else "contradicted" if down else "not decided",
+        f"mean {test.mean:.4g} {interval}, {word} {threshold:.4g}: p = {test.p:.2g}",
+    )
 
 
 NOTE = (
@@ -163,16 +169,13 @@ def verdict_table(claims: Sequence[Claim], note: str = "") -> dict[str, Any]:
     """Claims as an entry of ``tables`` in ``analysis.json``, a line for each variant."""
     lines = [
         [
-            claim.id if i == 0 else "",
-            claim.claim if i == 0 else "",
-            variant,
-            judgement.verdict,
-            judgement.reason,
+            *((claim.id, claim.claim) if i == 0 else ("", "")),
+            *(variant, judgement.verdict, judgement.reason),
         ]
         for claim in claims
         for i, (variant, judgement) in enumerate(claim.judgements.items())
     ]
     header = ["", "claim", "variant", "verdict", "reason"]
     if not any(line[2] for line in lines):
-        header, lines = [*header[:2], *header[3:]], [[*line[:2], *line[3:]] for line in lines]
+        header, *lines = ([*line[:2], *line[3:]] for line in (header, *lines))
     return {"title": "Verdicts", "note": note or NOTE, "header": header, "lines": lines}

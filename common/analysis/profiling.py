@@ -1,8 +1,6 @@
 """What a network costs to train: memory of a step, and its time relative to another network.
 
-Counts of parameters and multiply-accumulates are in :mod:`common.evaluation.measures`. Costs that a
-command measured lie in ``results/costs.json`` of a paper, by experiment, and tables show them
-beside the accuracies.
+Counts of parameters and multiply-accumulates are in :mod:`common.evaluation.measures`.
 """
 
 import copy
@@ -29,20 +27,16 @@ def peak_memory(
     build: Callable[[], nn.Module],
     shape: Sequence[int],
     batch_size: int = 128,
-    num_classes: int = 10,
 ) -> int:
     """Most bytes alive at once in a training step, in float32 with SGD and momentum.
 
-    Counted tensor by tensor as the step makes and frees them, on tensors without storage: so the
-    number is that of no device in particular, needs no memory, and leaves out what an allocator or
-    a convolution's workspace adds. It is that of the update, whose graph is larger than that
-    of an attack's step.
+    It is counted on tensors without storage, for the update and not the attack, and leaves out what
+    an allocator or a convolution's workspace adds.
 
     Args:
         build: Makes the network.
         shape: Channels, height and width of an image.
-        batch_size: How many images a step has.
-        num_classes: How many classes.
+        batch_size: Images in a step.
     """
     with FakeTensorMode():
         net = build().train()
@@ -79,17 +73,10 @@ def relative_times(
     warm_up: int = 2,
     device: torch.device | str = "cpu",
 ) -> dict[str, Ratio]:
-    """Times of steps relative to one of them, all of them once in every round.
+    """Times of steps relative to the step called ``base``, each timed once in every round.
 
     On a CPU it is the processor's time, which other processes disturb less than the clock; every
     second round runs in the opposite order.
-
-    Args:
-        steps: What is timed, by name.
-        base: Name of the one with ratio 1.
-        rounds: How many, at least 2.
-        warm_up: Calls of each beforehand that do not count.
-        device: Where they run.
 
     Raises:
         ConfigurationError: If there is no such base, or fewer than two rounds.
@@ -100,9 +87,8 @@ def relative_times(
             f"{rounds} and {base!r}"
         )
     device = torch.device(device)
-    for step in steps.values():
-        for _ in range(warm_up):
-            step()
+    for step in [*steps.values()] * warm_up:
+        step()
     ratios: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for _ in range(rounds):
@@ -110,24 +96,22 @@ def relative_times(
         for name, seconds in taken.items():
             ratios[name].append(seconds / taken[base])
         names.reverse()
-    return {name: _quartiles(found) for name, found in ratios.items()}
+    quartiles = {
+        name: statistics.quantiles(found, n=4, method="inclusive") for name, found in ratios.items()
+    }
+    return {name: Ratio(median, low, high) for name, (low, median, high) in quartiles.items()}
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cpu":
-        begun = time.process_time()
-        step()
-        return time.process_time() - begun
-    torch.accelerator.synchronize(device)
-    begun = time.perf_counter()
+    clock = time.process_time
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+        clock = time.perf_counter
+    begun = clock()
     step()
-    torch.accelerator.synchronize(device)
-    return time.perf_counter() - begun
-
-
-def _quartiles(values: Sequence[float]) -> Ratio:
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return Ratio(median, lower, upper)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return clock() - begun
 
 
 def adversarial_training_step(
@@ -135,11 +119,7 @@ def adversarial_training_step(
 ) -> Callable[[], None]:
     """One step of adversarial training as a function: the attack in eval mode, then the update.
 
-    Args:
-        net: On the device of ``x``; a copy of it is trained, at a learning rate of zero.
-        attack: Maximises cross-entropy.
-        x: Images in [0, 1], ``(N, C, H, W)``.
-        y: Labels, ``(N,)``.
+    A copy of ``net`` is trained, at a learning rate of zero.
     """
     trained = copy.deepcopy(net).train()
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.0, momentum=0.9)
@@ -157,12 +137,9 @@ def adversarial_training_step(
 
 def device_name(device: torch.device | str) -> str:
     """Of a processor or graphics card, for costs that depend on it."""
-    device = torch.device(device)
-    if device.type != "cpu":
+    if torch.device(device).type != "cpu":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())

@@ -18,21 +18,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis.claims import (
-    BySeed,
-    Claim,
-    by_seed,
-    minus,
-    paired_difference,
-    verdict_table,
-)
+from common.analysis.claims import BySeed, Claim, by_seed, minus, paired_difference, verdict_table
 from common.analysis.figures import forest_plot
 from common.errors import ConfigurationError, UserError
 from common.evaluation.drawing import save_figure
 from common.evaluation.models import load_run
 from common.files import write_sealed_json
 from common.results.bases import comparable, last_of
-from common.results.reference import select
+from common.results.reference import read_reference, select
 from common.results.schema import Result
 from common.results.store import read_result
 
@@ -45,16 +38,6 @@ def load_last(run: Path) -> tuple[Any, Any]:
     return load_run(run, "last")
 
 
-def load_test_split(datamodule: Any) -> tuple[Tensor, Tensor]:
-    """Images of the test split, float32 in [0, 1] ``(N, C, H, W)``, and labels ``(N,)``."""
-    datamodule.prepare_data()
-    datamodule.setup("test")
-    batches = [
-        datamodule.on_after_batch_transfer(batch, 0) for batch in datamodule.test_dataloader()
-    ]
-    return torch.cat([b["x"] for b in batches]), torch.cat([b["y"] for b in batches])
-
-
 @dataclass
 class Found:
     """What an analysis works on.
@@ -64,9 +47,8 @@ class Found:
         prefix: What the frame takes off a stem to get the method's name.
         seeds: Those asked for.
         runs: Where the run directories ``<stem>/seed<k>`` are.
-        folder: Where the result files are.
-        device: Where networks run.
-        load: How a run is loaded.
+        folder: Where the result files are, and where the output goes.
+        labels: What ``reference.yaml`` calls the rows, by stem.
         everything: All results of the seeds, of other rows too.
         results: Those of ``on``.
         metrics: Of the last checkpoints in ``results``, by (method, seed), comparable ones alone.
@@ -82,12 +64,17 @@ class Found:
     folder: Path
     device: str = "cpu"
     load: Load = load_last
+    labels: Mapping[str, str] = field(default_factory=dict)
     everything: list[Result] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     metrics: dict[tuple[str, int], dict[str, float]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
+
+    def label(self, method: str) -> str:
+        """A method in words."""
+        return self.labels.get(f"{self.prefix}{method}", method.replace("_", " "))
 
     @property
     def is_digits(self) -> bool:
@@ -144,17 +131,19 @@ class Found:
         return found
 
     def test_split(self, data: Any) -> tuple[Tensor, Tensor] | None:
-        """Test images and labels on the device; ``None``, and named, where they cannot be had."""
+        """Test images, float32 in [0, 1] ``(N, C, H, W)``, and labels ``(N,)``, on the device.
+
+        ``None``, and named among the missing, where they cannot be had.
+        """
         try:
-            x, y = load_test_split(data)
+            data.prepare_data()
+            data.setup("test")
+            batches = [data.on_after_batch_transfer(one, 0) for one in data.test_dataloader()]
         except (UserError, RuntimeError, OSError) as error:
             self.missing.append(f"test images of {self.on}: {error}")
             return None
-        return x.to(self.device), y.to(self.device)
-
-
-def _no_figures(found: Found) -> dict[str, Figure | None]:
-    return {}
+        x, y = (torch.cat([batch[key] for batch in batches]).to(self.device) for key in "xy")
+        return x, y
 
 
 @dataclass(frozen=True)
@@ -172,7 +161,6 @@ class Analysis:
         figures: Figures by name; ``None`` where there is nothing to draw.
         tables: More tables under the verdicts.
         needed: Metrics by method whose absence is named.
-        label: A method in words.
         compared: Whether a method belongs into the forest plot.
         note: Under the verdicts, where the rule is not the usual one.
     """
@@ -184,10 +172,9 @@ class Analysis:
     accuracy_label: str
     scope: Callable[[str], tuple[str, str]] = lambda on: (on, f"{on.partition('_')[0]}_")
     measure: Callable[[Found], None] = lambda found: None
-    figures: Callable[[Found], Mapping[str, Figure | None]] = _no_figures
+    figures: Callable[[Found], Mapping[str, Figure | None]] = lambda found: {}
     tables: Callable[[Found], list[dict[str, Any]]] = lambda found: []
     needed: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    label: Callable[[str], str] = lambda method: method.replace("_", " ")
     compared: Callable[[str], bool] = lambda method: True
     note: str = ""
 
@@ -200,15 +187,7 @@ class Analysis:
         device: str = "cpu",
         load: Load = load_last,
     ) -> dict[str, Any]:
-        """Draw and judge what can be drawn and judged.
-
-        Args:
-            runs: Where the run directories ``<stem>/seed<k>`` are.
-            results: Where the result files are and the output goes.
-            on: With what the stems begin.
-            seeds: Which.
-            device: Where networks run.
-            load: How a run is loaded.
+        """Draw and judge what can be drawn and judged; the arguments are those of :class:`Found`.
 
         Returns:
             What was written, with ``figures`` and ``path`` added.
@@ -217,7 +196,7 @@ class Analysis:
             ConfigurationError: If there is neither a result nor a measure to work on.
         """
         rows, prefix = self.scope(on)
-        found = Found(rows, prefix, seeds, runs, results, device, load)
+        found = Found(rows, prefix, seeds, runs, results, device, load, self._labels())
         found.read_results(self.needed)
         self.measure(found)
         if not found.metrics and not any(found.measured.values()):
@@ -227,14 +206,12 @@ class Analysis:
                 f"reproduce-{self.package.removeprefix('paper_')} ON={rows}"
             )
         claims = self.claims(found)
+        verdicts = [verdict_table(claims, self.note)] if claims else []
         report: dict[str, Any] = {
             "on": rows,
             "seeds": list(seeds),
             "claims": plain_values([asdict(claim) for claim in claims]),
-            "tables": [
-                *([verdict_table(claims, self.note)] if claims else []),
-                *self.tables(found),
-            ],
+            "tables": [*verdicts, *self.tables(found)],
             **plain_values(found.measured),
             "missing": found.missing,
         }
@@ -249,27 +226,27 @@ class Analysis:
         ]
         return {**report, "figures": figures, "path": str(path)}
 
+    def _labels(self) -> dict[str, str]:
+        path = Path(__file__).parents[2] / self.package / "reference.yaml"
+        rows = read_reference(path).rows if path.is_file() else {}
+        return {stem: row.label for stem, row in rows.items()}
+
     def forest(self, found: Found) -> Figure | None:
         """Differences of all rows to the baseline; ``None`` where there is no other row."""
         base = found.of(self.baseline, self.accuracy)
-        methods = sorted({method for method, _ in found.metrics} - {self.baseline})
         differences = {
-            self.label(method): difference
-            for method in methods
+            found.label(method): difference
+            for method in sorted({method for method, _ in found.metrics} - {self.baseline})
             if self.compared(method)
             and (difference := paired_difference(found.of(method, self.accuracy), base, 100.0))
         }
         if not differences:
             return None
         ordered = dict(sorted(differences.items(), key=lambda item: -item[1].mean))
-        return forest_plot(ordered, self.label(self.baseline), self.accuracy_label)
+        return forest_plot(ordered, found.label(self.baseline), self.accuracy_label)
 
     def main(self, args: Sequence[str] | None = None) -> int:
-        """Run the command.
-
-        Returns:
-            0 for every outcome of the verdicts, 2 where nothing can be done.
-        """
+        """Run the command; 0 for every outcome of the verdicts, 2 where nothing can be done."""
         parser = argparse.ArgumentParser(
             prog=f"python -m {self.package}.analysis",
             description="Figures, and verdicts on claims, from checkpoints and results.",
@@ -291,10 +268,10 @@ class Analysis:
 
 def plain_values(value: Any) -> Any:
     """Tensors and floats as JSON has them: six digits, ``None`` for what is not finite."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): plain_values(inner) for key, inner in value.items()}
-    if isinstance(value, Tensor):
-        return plain_values(value.tolist())
     if isinstance(value, list | tuple):
         return [plain_values(inner) for inner in value]
     if isinstance(value, float):

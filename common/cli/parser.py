@@ -4,6 +4,7 @@ import inspect
 import re
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,6 +68,7 @@ def fill_from_data(config: Namespace) -> None:
                 arguments[name] = list(getattr(spec, name))
 
 
+@cache
 def _defaults(class_path: str) -> dict[str, Any]:
     """Default arguments of a class or function, those it passes on as keywords included."""
     parser, made = ArgumentParser(exit_on_error=False), load_named(class_path)

@@ -83,10 +83,7 @@ def usual(found: Iterable[T]) -> T | None:
 def comparable(
     checkpoints: Mapping[Key, CheckpointResult],
 ) -> tuple[dict[Key, dict[str, float]], list[str]]:
-    """Metrics of checkpoints, of each metric only those about the same examples.
-
-    Args:
-        checkpoints: Of one data set, by experiment and seed.
+    """Metrics of checkpoints of one data set, of each metric only those about the same examples.
 
     Returns:
         Metrics by the same keys, and what was left out, in sentences.

@@ -27,14 +27,7 @@ _KINDS = (
 
 
 def sheet_of(group: Group, rows: list[Row], results: Results, costs: _Costs) -> Sheet:
-    """One table: its rows, published and ours, with its notes.
-
-    Args:
-        group: The table.
-        rows: Its rows.
-        results: Of all experiments.
-        costs: Of training, by experiment and metric.
-    """
+    """One table: its rows, published and ours, with its notes."""
     columns = Columns(group, [row.stem for row in rows], results)
     cells: _Cells = {
         row.stem: {

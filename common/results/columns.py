@@ -17,11 +17,6 @@ class Columns:
     worst case, the checkpoints of one experiment met the same attacks too; experiments differ in
     them, since adaptive attacks depend on the network.
 
-    Args:
-        group: The table.
-        stems: Of its rows.
-        results: Of all experiments.
-
     Attributes:
         basis: Of each column, by key; ``None`` if nothing was measured.
         left_out: What does not fit, in words, with the rows and their seeds.

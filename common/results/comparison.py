@@ -25,17 +25,10 @@ _Bits = tuple[list[bool], list[bool]]
 def comparison_sheet(
     group: Group, rows: Sequence[Row], baselines: Mapping[str, Row], results: Results
 ) -> Sheet | None:
-    """Compare the rows of a table with their baselines, example by example.
+    """Compare the rows of a table with their baselines by stem, example by example.
 
-    Args:
-        group: The table.
-        rows: Its rows; baselines may be among them.
-        baselines: What each is compared with, by stem; rows that are not there or are their own
-            baseline are compared with nothing.
-        results: Of all experiments.
-
-    Returns:
-        ``None`` where there is nothing to compare.
+    Rows without a baseline, or that are their own, are compared with nothing; ``None`` where there
+    is nothing to compare.
     """
     titles = {metric.key: metric.title for metric in group.metrics}
     others = [row for row in rows if baselines.get(row.stem, row).stem != row.stem]
@@ -129,12 +122,7 @@ def _compared(found: Mapping[int, _Bits]) -> list[str]:
 
 
 def audit_notes(rows: Sequence[Row], results: Results) -> list[str]:
-    """Warnings about failed checks and remarks, and a line about the rows that passed all checks.
-
-    Args:
-        rows: Of the table.
-        results: Of all experiments.
-    """
+    """Warnings about failed checks and remarks, and a line about the rows that passed all."""
     warnings, passed = [], []
     remarks: dict[str, list[str]] = {}
     for row in rows:

@@ -84,14 +84,14 @@ class Line:
 
 @dataclass
 class Outcomes:
-    """Outcomes of a whole split in the order of its examples.
+    """Outcomes of a whole split of N examples, in their order.
 
     Args:
-        y: Labels ``(N,)``.
-        correct: Per step (and ``clean``), whether each example is still right, ``(N,)`` bool.
-        attacked: Per step, which examples the figure is about, ``(N,)`` bool.
+        y: Labels.
+        correct: Per step (and ``clean``), whether each example is still right.
+        attacked: Per step, which examples it is about.
         lines: Per step, its nature.
-        columns: Per step (and ``clean``), what else is known of each example, ``(N, ...)``: see
+        columns: Per step (and ``clean``), what else is known of each example: see
             :func:`common.evaluation.steps.judged`; NaN distances where it was not run.
         threat: The adversary of the worst case.
         seconds: Per step, computing time over all devices.

@@ -16,14 +16,8 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 class Sheet:
     """A table; without a header it is only its notes.
 
-    Args:
-        title: Heading.
-        note: Text under the heading.
-        header: Titles of the columns.
-        lines: Cells, a list per line.
-        notes: Paragraphs under the table.
-        level: Of the heading.
-        more: Further columns, in a second table that is folded.
+    ``note`` stands above it, ``notes`` below; ``level`` is that of the heading, and ``more`` a
+    folded table of further columns.
     """
 
     title: str

@@ -73,23 +73,12 @@ def counts_as_attack(attack: AttackResult) -> bool:
 
 
 def figures(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str, Figure]:
-    """What is behind every accuracy, by name.
+    """What is behind every accuracy, by name; README.md lists the names.
 
-    Steps with the same entry, which is what stands before the first ``/`` of their names, and at
-    the same point of a sweep make a group. Its name is the entry, or ``entry/axis=value`` in a
-    sweep; the draws of a noise are one point.
-
-    - ``clean_acc``, and every step under its own name;
-    - a group of attacks: its lowest accuracy over losses. All of them must be about the same
-      examples, and either none or all ``survivors_only``; in the latter case the figure is
-      cumulative;
-    - a group of noise: its mean accuracy over draws, under the same conditions;
-    - ``<group>_union``: examples that withstand every loss of the group; not for
-      ``survivors_only``, where it would say the same, and not for noise;
-    - ``<group>_clean``: clean accuracy on the group's examples, where those are not all;
-    - ``worst``: of the examples that met every attack with ``counts``, those that are right clean
-      and under all of them (see :func:`worst_over`); ``worst_clean`` as above. Absent for the
-      reasons of :func:`missing_worst`.
+    Steps of one entry and one point of a sweep are a group; the draws of a noise are one point. A
+    group has figures if its steps are about the same examples, and a lowest accuracy if none or
+    all of them are cumulative (``survivors_only``). The union is left out where it would say the
+    same. ``worst`` is absent for the reasons of :func:`missing_worst`.
     """
     found = _steps(clean, attacks)
     every = found["clean_acc"]
@@ -220,10 +209,8 @@ def derived(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str
 def outcome_bits(checkpoint: CheckpointResult, metric: str) -> list[bool] | None:
     """Which of its examples a metric counts as right, in the order of the split.
 
-    There is an answer for ``clean_acc``, a step, a group with one member, ``<group>_union``,
-    ``<group>_clean`` and ``worst``. There is none, and ``None`` is returned, for the lowest of
-    several losses (an example has one outcome per loss; the union is what to ask for), for a mean
-    over draws, and for a metric that was not measured or does not come from outcomes.
+    ``None`` for the lowest of several losses (an example has one outcome per loss; ask for the
+    union), for a mean over draws, and for a metric that was not measured or has no outcomes.
     """
     figure = figures(checkpoint["clean"], checkpoint["attacks"]).get(metric)
     if figure is None or figure.bits is None:
@@ -257,14 +244,7 @@ def checkpoint_entry(
     audit: Mapping[str, Any] | None = None,
     measures: Mapping[str, float] | None = None,
 ) -> CheckpointResult:
-    """What a result file says about one checkpoint.
-
-    Args:
-        outcomes: Of the whole split, in the order of its examples.
-        epoch: Of the checkpoint, from 0.
-        global_step: Optimiser steps behind the checkpoint.
-        audit: What an audit found, see :class:`AuditResult`.
-        measures: Other figures to put among the metrics, in any unit.
+    """What a result file says about one checkpoint; ``measures`` are put among the metrics.
 
     Raises:
         ValueError: If a measure has the name of a metric, or a step has a name that does not begin

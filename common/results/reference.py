@@ -127,7 +127,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the root README shows of a paper: columns of a group, and differences in one of them."""
+    """What the root README shows: columns of a group, and differences in one of them."""
 
     __pydantic_config__ = _KNOWN_KEYS
 

@@ -75,10 +75,8 @@ class Difference:
 
     def text(self, digits: int = 1) -> str:
         """Mean and interval; the mean alone with one seed."""
-        middle = f"{self.mean:+.{digits}f}"
-        if not math.isfinite(self.low):
-            return middle
-        return f"{middle} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+        middle, low, high = (f"{n:+.{digits}f}" for n in (self.mean, self.low, self.high))
+        return f"{middle} [{low}, {high}]" if self.seeds > 1 else middle
 
 
 def paired_t_test(numbers: Sequence[float], threshold: float = 0.0) -> Difference | None:

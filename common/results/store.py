@@ -55,7 +55,7 @@ def merge_result(
         paper: Package of the experiment.
         experiment: Its name.
         seed: Of the run.
-        label: Of the checkpoint: ``last``, ``selected`` or another file's stem.
+        label: ``last``, ``selected`` or another stem of a checkpoint.
         entry: What was measured.
         provenance: Where it comes from; ``config_digest`` must be there.
 
@@ -66,9 +66,9 @@ def merge_result(
     path, origin = Path(path), cast(Provenance, dict(provenance))
     check_mergeable(path, paper, experiment, seed, "another file with --evaluation.results")
     found = {label: (entry, origin)}
-    old = _kept(path)
-    for other in old["checkpoints"].keys() - {label} if old else ():
-        kept = old["checkpoints"][other], old["provenance"][other]
+    for other, kept in _kept(path).items():
+        if other == label:
+            continue
         if all(kept[1].get(key) == origin.get(key) for key in ("config_digest", "protocol")):
             found[other] = kept
         else:
@@ -93,29 +93,28 @@ def merge_result(
     return merged
 
 
-def _kept(path: Path) -> Result | None:
-    """What a file holds already; a damaged one is set aside."""
+def _kept(path: Path) -> dict[str, tuple[CheckpointResult, Provenance]]:
+    """The checkpoints a file holds already and their provenance; a damaged file is set aside."""
+    if not path.exists():
+        return {}
     try:
-        return read_result(path) if path.exists() else None
+        old = read_result(path)
+        return {
+            name: (old["checkpoints"][name], old["provenance"][name]) for name in old["provenance"]
+        }
     except ConfigurationError as error:
         names = (f"{path.name}.unreadable{number}" for number in count(1))
         aside = next(file for name in names if not (file := path.with_name(name)).exists())
         path.rename(aside)
         warnings.warn(f"{error} (kept as {aside.name})", stacklevel=3)
-        return None
+        return {}
 
 
 def check_mergeable(path: Path, paper: str, experiment: str, seed: int, remedy: str) -> None:
     """Make sure that a result can go into a file, before it is measured.
 
-    A damaged result is no obstacle: :func:`merge_result` sets it aside.
-
-    Args:
-        path: The result file.
-        paper: Package of the experiment.
-        experiment: Its name.
-        seed: Of the run.
-        remedy: What to choose instead.
+    A damaged result is no obstacle: :func:`merge_result` sets it aside. ``remedy`` says what to
+    choose instead.
 
     Raises:
         ConfigurationError: If the file is no result, or about another experiment or seed.
@@ -232,9 +231,6 @@ COSTS = "costs.json"
 
 def read_costs(results: str | Path) -> dict[str, dict[str, float]]:
     """The costs of a paper's experiments, by stem and metric; empty where none were measured.
-
-    Args:
-        results: Folder of the paper's results.
 
     Raises:
         ConfigurationError: If the file is damaged.

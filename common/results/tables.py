@@ -61,17 +61,13 @@ def package_folder(package: str) -> Path:
 
 @dataclass
 class Report:
-    """The tables of one paper.
-
-    Args:
-        markdown: All of them as Markdown.
-        compact: The first table with results, for a terminal; ``None`` without any result.
-        missing: Rows without a result, or with what is missing of it.
-    """
+    """The tables of one paper."""
 
     markdown: str
     compact: Table | None
+    """The first table with results, for a terminal."""
     missing: list[str]
+    """Rows without a result, or with what is missing of it."""
 
 
 _LEGEND = (
@@ -254,7 +250,8 @@ def _report(package: str, on: str, seeds: list[int] | None, check: bool) -> int:
         )
     )
     readme = folder / "README.md"
-    markdown = render_table(package).markdown  # a README holds everything, whatever is printed now
+    is_whole = not on and seeds is None  # a README holds everything, whatever is printed now
+    markdown = (shown if is_whole else render_table(package)).markdown
     if not check:
         write_readme(readme, markdown)
         write_front(folder.parent / "README.md")

@@ -38,22 +38,10 @@ def test_a_threshold_moves_the_null_hypothesis() -> None:
     assert found is not None
     assert found.p == pytest.approx(ttest_1samp(list(values.values()), 3.0).pvalue)
     assert (found.is_up, found.is_down) == (False, True)
-
-
-@pytest.mark.parametrize(("value", "p", "up"), [(0.5, 0.0, True), (0.0, 1.0, False)])
-def test_values_that_do_not_vary_are_told_by_comparison(value, p, up) -> None:
-    found = t_test(dict.fromkeys(range(3), value))
-    assert found is not None
-    assert (found.p, found.is_up, found.low, found.high) == (p, up, value, value)
-
-
-def test_one_seed_decides_nothing() -> None:
-    alone = paired_difference({3: 0.9}, {3: 0.1})
-    assert alone is not None
-    assert (alone.low, alone.high) == (-math.inf, math.inf)
-    assert (alone.is_up, alone.is_down) == (False, False)
-    assert alone.text() == "+0.8"
-    assert judge("a", "more", {3: 0.8}, [3], above=0.0).verdict == "not decided"
+    for value, p, up in ((0.5, 0.0, True), (0.0, 1.0, False)):  # they do not vary
+        found = t_test(dict.fromkeys(range(3), value))
+        assert found is not None
+        assert (found.p, found.is_up, found.low, found.high) == (p, up, value, value)
 
 
 @pytest.mark.parametrize(
@@ -76,18 +64,14 @@ def test_verdicts_turn_out_every_way(values, above, below) -> None:
     assert "other 7.25" in judgement.reason
 
 
-@pytest.mark.parametrize(
-    ("values", "verdict"), [((0.0, 0.0), "supported"), ((0.0, 0.1), "contradicted")]
-)
-def test_a_claim_about_every_seed_needs_no_test(values, verdict) -> None:
-    found = dict(enumerate(values))
-    assert judge("a", "none", found, [0, 1], below=0.0, every=True).verdict == verdict
-
-
-@pytest.mark.parametrize("limits", [{}, {"above": 0.0, "below": 1.0}])
-def test_a_claim_has_one_threshold(limits) -> None:
-    with pytest.raises(ValueError, match="one of above and below"):
-        judge("a", "more", {0: 1.0}, [0], **limits)
+def test_a_claim_about_every_seed_needs_no_test_but_one_threshold() -> None:
+    for values, verdict in (({0: 0.0, 1: 0.0}, "supported"), ({0: 0.0, 1: 0.1}, "contradicted")):
+        assert judge("a", "none", values, [0, 1], below=0.0, every=True).verdict == verdict
+    for limits in ({}, {"above": 0.0, "below": 1.0}):
+        with pytest.raises(ValueError, match="one of above and below"):
+            judge("a", "more", {0: 1.0}, [0], **limits)
+    alone = judge("a", "more", {3: 0.8}, [3], above=0.0)
+    assert alone.verdict == "not decided", "one seed decides nothing"
 
 
 def test_numbers_that_lack_or_are_not_finite_do_not_count() -> None:

@@ -252,22 +252,16 @@ def test_a_swapped_teacher_is_another_run(tiny) -> None:
 
 # ----------------------------------------------------------------------------------- finished runs
 
-STOPS = {
-    "early stopping": """
-trainer:
+EARLY = """trainer:
   max_epochs: 9
   callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping,
     init_args: {monitor: val/clean_acc, mode: max, patience: 1, min_delta: 1.0}}]
-""",
+"""
+STOPS = {
+    "early stopping": EARLY,
     "time": "trainer: {max_epochs: 9999, max_time: '00:00:00:01'}",
     "steps": "trainer: {max_epochs: 9, max_steps: 3}",
-    "within an epoch": """
-trainer:
-  max_epochs: 9
-  val_check_interval: 0.5
-  callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping,
-    init_args: {monitor: val/clean_acc, mode: max, patience: 2, min_delta: 1.0}}]
-""",
+    "within an epoch": f"{EARLY}  val_check_interval: 0.5\n",
 }
 
 
@@ -306,19 +300,15 @@ trainer:
     assert tiny.last.read_bytes() == before
 
 
-def test_the_average_of_lightnings_averaging_is_named(tiny) -> None:
-    more = tiny.overlay("trainer: {callbacks: "
-                   "[{class_path: common.callbacks.averaging.WarmUpAveraging}]}")  # fmt: skip
-    tiny("reproduce", *more)
-    origin = tiny.result()["provenance"]
-    assert {origin[k]["weights"] for k in origin} == {"averaged by WarmUpAveraging"}
-
-
 # ---------------------------------------------------------------------------------------- protocols
 
 
 def test_two_protocols_never_stand_in_one_file(tiny) -> None:
+    averaging = "[{class_path: common.callbacks.averaging.WarmUpAveraging}]"
+    tiny.config.write_text(tiny.text.replace("trainer: {", f"trainer: {{callbacks: {averaging}, "))
     tiny("reproduce")
+    origin = tiny.result()["provenance"]
+    assert {origin[k]["weights"] for k in origin} == {"averaged by WarmUpAveraging"}
     tiny("test", "--ckpt_path", "last")
     assert list(tiny.result()["checkpoints"]) == ["last", "selected"]
     with pytest.warns(UserWarning, match="held the checkpoint selected of other settings"):
