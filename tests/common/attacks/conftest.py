@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks.losses import cross_entropy
+from common.attacks.randomness import ExampleRandom
 
 
 class Task:
@@ -28,11 +29,20 @@ class Task:
         self.y = self.net(self.x).argmax(dim=1)
         self.index = torch.arange(6)
 
+    def of(self, rows: Tensor):
+        """The loss and the verdict of some rows."""
+        y = self.y[rows]
+        loss = lambda x: cross_entropy(self.net(x), y)  # noqa: E731
+        return loss, lambda x: self.net(x).argmax(dim=1) != y
+
     def loss(self, x: Tensor) -> Tensor:
         return cross_entropy(self.net(x), self.y)
 
     def wrong(self, x: Tensor) -> Tensor:
         return self.net(x).argmax(dim=1) != self.y
+
+    def random(self) -> ExampleRandom:
+        return ExampleRandom(0, 0, self.index)
 
 
 @pytest.fixture
