@@ -6,14 +6,12 @@ from torch import nn
 
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import input_gradient
-from common.attacks.randomness import ExampleRandom
 from common.evaluation.audit.gradients import (
     anchored,
     cosine,
     directional_derivatives,
     gradient_norms,
     in_double,
-    random_signs,
     straight_through,
     undetached,
 )
@@ -30,7 +28,7 @@ def gradient(function, x=X, context=None):
 
 
 def agreement(loss, x, h, own=False):
-    signs = random_signs(x, ExampleRandom(0, 0, torch.arange(len(x))), 16)
+    signs = torch.randint(0, 2, (16, *x.shape), generator=torch.Generator().manual_seed(0)) * 2 - 1
     return cosine(*directional_derivatives(loss, x, signs, h, own))
 
 
