@@ -47,9 +47,8 @@ class Linear:
         self.b = -self.w @ x.flatten(1).mean(0)
         logits = self(x)
         y = logits.argmax(1, keepdim=True)
-        slopes = self.w[y] - self.w
         gaps = logits.gather(1, y) - logits
-        distances = gaps / torch.linalg.vector_norm(slopes, {"linf": 1, "l2": 2}[norm], dim=2)
+        distances = gaps / (self.w[y] - self.w).norm(p={"linf": 1, "l2": 2}[norm], dim=2)
         nearest = distances.scatter(1, y, math.inf).amin(1)
         self.distance, far = nearest.topk(8)
         second = logits.topk(2).indices[far, 1:]

@@ -39,8 +39,6 @@ class Task:
             optimizer.zero_grad()
             cross_entropy(self.net(self.x), self.y).mean().backward()
             optimizer.step()
-        with torch.no_grad():
-            self.net[-1].bias += 30  # torchattacks' C&W takes rivals' logits for at least 0
         self.net.eval().requires_grad_(False)
         self.y[3] = 0  # one that is wrong from the start
         self.foolbox = foolbox.PyTorchModel(self.net, bounds=(0, 1))
@@ -144,14 +142,6 @@ def test_deepfool(task, norm, name, eps, settings, clip):
     assert bool(success.all()) is not clip
 
 
-def test_deepfool_of_torchattacks_goes_about_as_far(task):
-    """It re-linearises from the stretched point and adds no 1e-4: near, not equal."""
-    theirs = torchattacks.DeepFool(task.net)(task.x, task.y)
-    ours = DeepFool(norm="l2")(task.net, task.x, task.y)
-    far = [(x_adv - task.x).flatten(1).norm(dim=1) for x_adv in (ours, theirs)]
-    torch.testing.assert_close(far[0], far[1], rtol=0.03, atol=0)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -187,11 +177,3 @@ def test_carlini_wagner_in_a_batch(task):
     assert torch.equal(success, task.wrong(ours))
     assert success.all()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-
-
-def test_carlini_wagner_of_torchattacks_for_one_constant(task):
-    theirs = torchattacks.CW(task.net, c=10.0, steps=30, lr=0.05)(task.x, task.y)
-    ours = CarliniWagner(None, 0.0, 30, 0.05, 1, 10.0, abort_early=False)(task.net, task.x, task.y)
-    correct = ~task.wrong(task.x)  # a wrong one moves by rounding there, and not at all here
-    assert task.wrong(ours).all()
-    torch.testing.assert_close(ours[correct], theirs[correct], rtol=0, atol=1e-4)
