@@ -46,16 +46,19 @@ class Chain(nn.Module):
 # ------------------------------------------------------------------------------- honest networks
 
 
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+
 def vit() -> nn.Module:
     torch.manual_seed(0)
     return ViT(8, 2, dim=32, depth=1, heads=2, head_dim=16, mlp_dim=64, in_channels=1)
 
 
 AT = PGD(0.2, steps=3)
-LINEAR = (nn.Flatten(), nn.LazyLinear(10))
 HONEST = {
-    "linear": lambda lab: lab.fitted(nn.Sequential(*LINEAR)),
-    "linear, adversarially trained": lambda lab: lab.fitted(nn.Sequential(*LINEAR), AT),
+    "linear": lambda lab: lab.fitted(linear()),
+    "linear, adversarially trained": lambda lab: lab.fitted(linear(), AT),
     "CNN": lambda lab: lab.natural(),
     "CNN, adversarially trained": lambda lab: lab.robust(),
     "max-pooling, no normalisation": lambda lab: lab.fitted(
@@ -119,20 +122,17 @@ def test_a_quantiser_with_a_useful_gradient_of_its_own(lab):
 # ------------------------------------------------------------------ faults and the checks they fail
 
 
-class Masked(nn.Module):
-    """Features times a mask that gives no gradient."""
+class Gate(nn.Linear):
+    """A mask that gives no gradient."""
 
-    sharpness = 40.0
+    def forward(self, h):
+        return h * torch.sigmoid(40.0 * super().forward(h)).detach()
 
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.features = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten())
-        self.gate, self.output = nn.Linear(512, 512), nn.Linear(512, 10)
 
-    def forward(self, x):
-        h = self.features(x)
-        return self.output(h * torch.sigmoid(self.sharpness * self.gate(h)).detach())
+def gated() -> nn.Module:
+    torch.manual_seed(0)
+    features = (nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten())
+    return nn.Sequential(*features, Gate(512, 512), nn.Linear(512, 10))
 
 
 class Zeroed(torch.autograd.Function):
@@ -171,12 +171,10 @@ def quantised(function):
 
 FAULTS = {
     "round": (quantised(lambda x: (3 * x).round() / 3), NO_GRADIENT),
-    "floor": (quantised(lambda x: (15 * x).floor() / 15), NO_GRADIENT),
     "function": (quantised(Zeroed.apply), NO_GRADIENT),
     "bytes": (quantised(lambda x: ((255 * x).to(torch.uint8) // 64).float() / 3), NO_GRADIENT),
-    "threshold": (quantised(lambda x: (x > 0.5).float()), NO_GRADIENT),
     "no_grad": (lambda lab: Silent(lab.natural()), NO_GRADIENT | {"black_box", "random_search"}),
-    "mask": (lambda lab: lab.fitted(Masked(), AT), {"finite_differences", "gradient_path"}),
+    "mask": (lambda lab: lab.fitted(gated(), AT), {"finite_differences", "gradient_path"}),
     "noise": (
         lambda lab: Chain(lambda x: x + 0.2 * torch.randn_like(x), lab.robust()),
         {"deterministic", "finite_differences"},
