@@ -264,12 +264,13 @@ def test_every_reader_of_yaml_refuses_it_quickly(tiny, tmp_path: Path, name: str
     bomb = tmp_path / "bomb.yaml"
     bomb.write_text(BOMBS[name])
     begun = time.monotonic()
-    given = [("--config", bomb), (f"--model={BOMBS[name]}",)]
-    if name in ("levels", "laughs", "digits"):  # the others take the same way
+    given: list[tuple[object, ...]] = []
+    if name in ("levels", "laughs", "digits", "python"):  # the others take the same way
         nested, quoted = tmp_path / "nested.yaml", tmp_path / "quoted.yaml"
         nested.write_text("data: bomb.yaml\n")
         quoted.write_text(json.dumps({"trainer": {"max_epochs": BOMBS[name]}}))
-        given += [("--config", nested), ("--config", quoted)]
+        given = [("--config", path) for path in (bomb, nested, quoted)]
+        given += [(f"--model={BOMBS[name]}",)]
     for options in given:
         assert len(tiny.refused("fit", *options)) < 2000
     for read in (load_suite, read_reference, load_data):

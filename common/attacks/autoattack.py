@@ -106,15 +106,13 @@ class AutoAttack(Settings):
         Args:
             name: One of :meth:`planned`.
             predict: Images to logits ``(N, K)`` (not probabilities), in eval mode and float32,
-                deterministic unless the version is ``rand``; includes the normalisation.
+                deterministic unless the version is ``rand``.
             x: Images in [0, 1], ``(N, C, H, W)``.
             y: Labels, ``(N,)``.
             seed: Of the random starts.
-            steered: Replaces the loss of ``apgd-ce`` and ``square`` (an adaptive attack); its
-                logits give Square's margin and APGD's early stop. ``predict`` alone decides about
-                success.
-            skips_repeats: Square does not evaluate images that its proposal left unchanged; the
-                result is the same up to rounding.
+            steered: Replaces the loss of ``apgd-ce`` and ``square`` (an adaptive attack);
+                ``predict`` alone decides about success.
+            skips_repeats: Square does not evaluate images that its proposal left unchanged.
 
         Returns:
             x' ``(N, C, H, W)``, and whether each example is still correct, bool ``(N,)``.
@@ -231,10 +229,7 @@ class _SteeredAPGD(APGDAttack):  # type: ignore[misc]
 
 
 class _ImageGradient(torch.autograd.Function):
-    """The logits, with a backward pass that ends at the images.
-
-    Otherwise FAB, which calls ``backward()``, adds to the ``.grad`` of every parameter.
-    """
+    """The logits, with a backward pass that ends at the images: FAB calls ``backward()``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, predict: Predict) -> Tensor:
@@ -264,8 +259,7 @@ def _reaching_images_only(predict: Predict) -> Predict:
 def _isolated(device: torch.device) -> Iterator[list[str]]:
     """Differentiable float32 arithmetic; the package prints nothing and changes no global state.
 
-    The list holds its warnings at the end. Restored are the random state and the trace function,
-    which the package's check for dynamic models removes.
+    The list receives its warnings. Its check for dynamic models removes the trace function.
     """
     messages: list[str] = []
 

@@ -56,6 +56,7 @@ class DecisionBased(Settings):
         self.norm: Norm = norm
         self.eps = parse_radius(eps, norm)
         self.queries = check_count("queries", queries, 1)
+        self._first = queries if norm == "linf" else max(queries // 4, 1)
 
     @property
     def cost(self) -> int:
@@ -64,31 +65,26 @@ class DecisionBased(Settings):
 
     @torch.no_grad()
     def __call__(self, labels: Labels, x: Tensor, y: Tensor, random: ExampleRandom) -> Tensor:
-        """Look for an image near each x that is not classified as y.
+        """The nearest images found that are not classified as y, or x; not always in the ball.
 
         Args:
             labels: Images in [0, 1] to classes; an example's may depend on no other example.
             x: Images in [0, 1], ``(N, ...)``, classified as y.
             y: Labels, ``(N,)``.
             random: Of these examples; used in l2 and l1.
-
-        Returns:
-            The nearest image found that is not classified as y, or x. Shaped like x, in [0, 1], not
-            necessarily in the ball.
         """
         best = _Best(x.detach().clone(), x, torch.full_like(y, torch.inf, dtype=x.dtype), self.norm)
-        first = self.queries if self.norm == "linf" else max(self.queries // 4, 1)
-        self._rays(labels, x, y, best, first)
+        self._rays(labels, x, y, best)
         if self.norm != "linf":
-            self._hops(labels, x, y, best, random, self.queries - first)
+            self._hops(labels, x, y, best, random)
         return best.x_adv
 
-    def _rays(self, labels: Labels, x: Tensor, y: Tensor, best: "_Best", queries: int) -> None:
+    def _rays(self, labels: Labels, x: Tensor, y: Tensor, best: "_Best") -> None:
         rows = torch.arange(len(x), device=x.device)
         rays = _Rays.of_images(x)
-        for query in range(1, queries + 1):
+        for query in range(1, self._first + 1):
             rays.tell(labels(rays.points(x[rows])) != y[rows])
-            if query % 10 == 0 or query == queries:  # rarely: it synchronises with the device
+            if query % 10 == 0 or query == self._first:  # rarely: it synchronises with the device
                 best.update(rows, rays.found(x[rows]), torch.isfinite(rays.radius))
                 standing = best.distance[rows] > self.eps
                 rows, rays = rows[standing], rays.at(standing)
@@ -96,17 +92,11 @@ class DecisionBased(Settings):
                     return
 
     def _hops(
-        self,
-        labels: Labels,
-        x: Tensor,
-        y: Tensor,
-        best: "_Best",
-        random: ExampleRandom,
-        queries: int,
+        self, labels: Labels, x: Tensor, y: Tensor, best: "_Best", random: ExampleRandom
     ) -> None:
         rows = torch.arange(len(x), device=x.device)
         standing = (best.distance > self.eps) & torch.isfinite(best.distance)
-        for step, draws in _schedule(queries):
+        for step, draws in _schedule(self.queries - self._first):
             rows, random = rows[standing], random.of(standing)
             if len(rows) == 0:
                 return
@@ -145,25 +135,15 @@ class _Best:
 
 @dataclass
 class _Rays:
-    """One ray per image and the flip being tried; all ``(n,)`` but ``sign``.
+    """One ray per image and the flip being tried."""
 
-    Args:
-        sign: Direction, entries 1 and -1, ``(n, d)``.
-        radius: Where the label changes; infinite before a change was found.
-        level: Blocks are a 2^level-th of the image.
-        block: The block that is flipped.
-        low: Radius at which the flipped ray has the true label; negative if unknown.
-        high: Radius at which it has another one; infinite if unknown.
-        step: The next step downwards from ``high``.
-    """
-
-    sign: Tensor
-    radius: Tensor
-    level: Tensor
-    block: Tensor
-    low: Tensor
-    high: Tensor
-    step: Tensor
+    sign: Tensor  # direction, entries 1 and -1, (n, d); the others are (n,)
+    radius: Tensor  # where the label changes; infinite before a change was found
+    level: Tensor  # blocks are a 2^level-th of the image
+    block: Tensor  # that is flipped
+    low: Tensor  # radius at which the flipped ray has the true label; negative if unknown
+    high: Tensor  # radius at which it has another one; infinite if unknown
+    step: Tensor  # the next one downwards from ``high``
 
     @classmethod
     def of_images(cls, x: Tensor) -> Self:

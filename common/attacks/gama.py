@@ -86,26 +86,10 @@ class GAMAPGD(Settings):
             total += size
         return total
 
-    def weight_at(self, step: int) -> float:
-        """The lambda of a step, from 0."""
-        if step >= self.relaxed_steps:
-            return 0.0
-        return self.weight * (1.0 - step / self.relaxed_steps)
-
     def __call__(self, predict: Predict, x: Tensor, y: Tensor, generator: Random = None) -> Tensor:
-        """Attack every example; calls follow the rules of :class:`~common.attacks.pgd.PGD`.
+        """Attack images x ``(N, ...)`` with labels y ``(N,)`` by the rules of :class:`PGD`.
 
-        Args:
-            predict: Images to logits ``(N, K)``. The first images may lie outside [0, 1] by eps.
-            x: Images in [0, 1], ``(N, ...)``.
-            y: Labels, ``(N,)``.
-            generator: Of the start.
-
-        Returns:
-            x' shaped like x, in [0, 1] and, with ``project``, in the ball up to rounding.
-
-        Raises:
-            ValueError: If x is not floating point or the logits carry no gradient.
+        The start may lie outside [0, 1] by eps; the result does not.
         """
         with torch.inference_mode(False), torch.enable_grad():
             x = as_pixels(x)
@@ -119,7 +103,8 @@ class GAMAPGD(Settings):
             self.idle = torch.ones(len(x), dtype=torch.bool, device=x.device)
             for step in range(self.steps):
                 step_size /= 10.0 ** self.decay_at.count(step)
-                weight = self.weight_at(step)
+                is_relaxed = step < self.relaxed_steps
+                weight = self.weight * (1.0 - step / self.relaxed_steps) if is_relaxed else 0.0
 
                 def loss(x_adv: Tensor, weight: float = weight) -> Tensor:
                     q = _probabilities(predict(x_adv))

@@ -62,11 +62,7 @@ def parse_step(value: float | str, eps: float, norm: Norm) -> float:
 
 
 def check_count(name: str, value: int, least: int) -> int:
-    """The value.
-
-    Raises:
-        ConfigurationError: If it is no whole number of at least ``least``.
-    """
+    """The value, refused if it is no whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigurationError(f"{name} must be a whole number of at least {least}, got {value}")
     return value
@@ -75,12 +71,7 @@ def check_count(name: str, value: int, least: int) -> int:
 def check_number(
     name: str, value: float, most: float = math.inf, *, is_positive: bool = False
 ) -> float:
-    """The value as a float.
-
-    Raises:
-        ConfigurationError: If it is negative, not finite or above ``most``, or, with
-            ``is_positive``, zero.
-    """
+    """The value as a float, refused if negative, not finite, above ``most`` or an excluded zero."""
     is_allowed = math.isfinite(value) and (value > 0.0 if is_positive else value >= 0.0)
     if not is_allowed or value > most:
         least = "above 0" if is_positive else "of at least 0"

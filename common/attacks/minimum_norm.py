@@ -1,7 +1,6 @@
 """Attacks that look for the smallest perturbation that changes a prediction.
 
-One run gives an upper bound on each example's distance to the decision boundary, and so on robust
-accuracy at every radius.
+One run gives an upper bound on robust accuracy at every radius.
 """
 
 import math
@@ -52,21 +51,9 @@ class MinimumNorm(Settings, ABC):
         """Forward and backward passes per example, at most."""
 
     def __call__(self, predict: Predict, x: Tensor, y: Tensor) -> Tensor:
-        """Look for each example's nearest adversarial image, without random numbers.
+        """The nearest adversarial image found, by the rules of :class:`~common.attacks.pgd.PGD`.
 
-        Calls follow the rules of :class:`~common.attacks.pgd.PGD`.
-
-        Args:
-            predict: Images to logits ``(N, K)``.
-            x: Images in [0, 1], ``(N, ...)``.
-            y: Labels, ``(N,)``.
-
-        Returns:
-            The nearest adversarial image found, in [0, 1]; x where none was found or x is
-            misclassified.
-
-        Raises:
-            ValueError: If x is not floating point or the logits carry no gradient.
+        That is x ``(N, ...)`` where none was found, or x is already not classified as y ``(N,)``.
         """
         with torch.inference_mode(False), torch.enable_grad():
             x = as_pixels(x)
@@ -97,14 +84,11 @@ class DeepFool(MinimumNorm):
     Args:
         eps: As in :class:`MinimumNorm`.
         norm: ``linf`` or ``l2``.
-        steps: The most steps an example takes.
+        steps: At most.
         overshoot: The summed steps are multiplied by one plus this (eta).
         candidates: Number of classes considered, including the predicted one.
         clip: Project the result to the eps-ball around x, as foolbox does; it may then be
             classified correctly again.
-
-    Raises:
-        ConfigurationError: If a setting is out of range, or ``clip`` is given without ``eps``.
     """
 
     def __init__(
@@ -194,9 +178,6 @@ class CarliniWagner(MinimumNorm):
         initial_const: The first c.
         abort_early: End a search for an example whose loss fell by less than a ten-thousandth since
             the last of ten checks.
-
-    Raises:
-        ConfigurationError: If a setting is out of range.
     """
 
     norm = "l2"

@@ -45,15 +45,7 @@ class Noise(Settings, ABC):
             )
 
     def apply(self, x: Tensor, level: float | str, random: ExampleRandom) -> Tensor:
-        """Images ``(N, C, ...)`` with fresh noise, clamped to [0, 1].
-
-        Args:
-            x: Images in [0, 1].
-            level: The strength, one of ``levels`` or another.
-            random: Of these examples; the next call draws other numbers.
-
-        Returns:
-            Noisy images, detached; float32, or float64 if x is.
+        """Images ``(N, C, ...)`` with fresh noise of any level, clamped to [0, 1].
 
         Raises:
             ValueError: If x is not floating point, or ``random`` was made for other examples.

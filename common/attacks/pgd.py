@@ -44,8 +44,7 @@ class PGD(Settings):
     r"""Projected gradient descent on the negative loss (Madry et al. 2018, Section 2.1).
 
     Each step moves to :math:`\Pi(x' + \alpha\, d)`, where d is the steepest direction of the norm
-    (:func:`~common.attacks.geometry.steepest`). Every example takes all steps. Gradient entries
-    that are not finite leave their pixel where it is.
+    (:func:`~common.attacks.geometry.steepest`). Gradient entries that are not finite count as 0.
 
     Args:
         eps: Radius of the ball, pixels in [0, 1]; a number or a fraction such as ``8/255``.
@@ -123,10 +122,8 @@ class PGD(Settings):
             loss_fn: x' ``(N, ...)`` -> loss ``(N,)``, differentiable in x'; an example's loss may
                 depend on no other example.
             x: Images in [0, 1], ``(N, ...)``.
-            generator: Of all noise; ``None`` is torch's global one. An :class:`ExampleRandom` makes
-                an example's noise independent of its batch.
-            is_adversarial: x' -> whether each example is misclassified, bool ``(N,)``. With it, a
-                restart that is adversarial is kept over one that is not.
+            generator: Of all noise.
+            is_adversarial: With it, a restart that is adversarial is kept over one that is not.
 
         Returns:
             x' of the same shape, detached, in [0, 1] and in the ball around x up to rounding;
@@ -260,15 +257,10 @@ class FGSM(PGD):
 
 
 class MIM(PGD):
-    """Momentum iterative method (Dong et al. 2018, Algorithm 1); arguments as in :class:`PGD`.
+    """Momentum iterative method (Dong et al. 2018, Algorithm 1).
 
-    Args:
-        eps: Radius.
-        step_size: Length of a step; ``None`` is ``eps / steps``, as in the paper.
-        steps: Number of steps.
-        decay: Of the accumulated gradient (mu).
-        start: The paper starts at x.
-        norm: Of ball and step.
+    Arguments as in :class:`PGD`; ``decay`` is mu. As in the paper, ``step_size`` is by default
+    ``eps / steps``.
     """
 
     def __init__(
@@ -290,15 +282,9 @@ class FriendlyPGD(PGD):
 
     Before each step every example is classified. One found wrong for the (tau + 1)-th time stops at
     that point. The official code also reorders the batch, stopped examples first; here examples
-    keep their places. The first six arguments are those of :class:`PGD`.
+    keep their places. Other arguments as in :class:`PGD`.
 
     Args:
-        eps: Radius.
-        step_size: Length of a step.
-        steps: The most steps an example takes.
-        start: Of the ascent.
-        norm: Of ball and step.
-        start_scale: Of the ``gaussian`` start.
         tau: How many times an example may be found wrong and still move: a number, or a schedule
             ``{first epoch: number}`` such as ``{0: 0, 50: 1, 90: 2}``.
         noise: Size of the noise in every step, before projecting (omega; officially 0.001).
@@ -359,13 +345,8 @@ def climb_until_broken(attack: PGD, of: Of, x: Tensor, random: ExampleRandom) ->
     """The attack, in which examples found wrong keep their point and take no further step.
 
     They are classified after the steps of :func:`check_points`. The others take the steps of
-    :class:`PGD`, so all that PGD breaks is broken.
-
-    Args:
-        attack: Any ascent but :class:`FriendlyPGD`, which stops by another rule.
-        of: Loss and verdict of some rows; an example's loss depends on no other example.
-        x: Images in [0, 1], ``(N, C, H, W)``; the result is that of :meth:`PGD.__call__`.
-        random: Made from the indices of all rows.
+    :class:`PGD`, so all that PGD breaks is broken. Not for :class:`FriendlyPGD`, which stops by
+    another rule.
     """
     return attack._ascent(of, x, random, leaves=True)
 
@@ -381,8 +362,6 @@ def check_points(steps: int) -> set[int]:
 
 def input_gradient(loss_fn: LossFn, x: Tensor) -> Tensor:
     """Gradient of each example's loss with respect to its image, shaped like x.
-
-    The losses are summed, so an example's gradient does not depend on how many others there are.
 
     Raises:
         ValueError: If the loss is not one number per example or does not depend on x.

@@ -21,10 +21,7 @@ SteeredPredict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def finite_scores(logits: Tensor) -> Tensor:
-    """The logits, with zeros for every image that has a NaN or infinite score.
-
-    NaN would spread in the package's arithmetic.
-    """
+    """The logits, with zeros for every image that has a NaN or infinite score."""
     return torch.where(torch.isfinite(logits).all(dim=1, keepdim=True), logits, 0.0)
 
 
@@ -36,7 +33,7 @@ class AnyShapeSquare(SquareAttack):  # type: ignore[misc]
 
     Args:
         official: The package's attack, whose settings are taken.
-        steered: Logits and the loss to maximise; ``None`` for the package's loss.
+        steered: ``None`` for the package's loss.
         skips_repeats: Use the known loss for images that a square left unchanged.
     """
 
@@ -165,10 +162,7 @@ class _Best:
     loss: Tensor
 
     def after(self, x: Tensor, margin: Tensor, loss: Tensor) -> "_Best":
-        """With the proposals that are better or misclassified.
-
-        By the package's sums, so that values that are not finite have the same effect.
-        """
+        """With the proposals that are better or misclassified, by the package's sums."""
         is_better = (loss < self.loss).float()
         is_taken = torch.max(is_better, (margin <= 0).float())
         flags = per_example(is_taken, x)

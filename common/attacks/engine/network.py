@@ -53,9 +53,6 @@ class AttackEngine(Settings):
             then takes from half a minute to several.
         winograd: On a CPU, in float32 and float64, compute wide 3x3 convolutions with fewer
             multiplications and up to six times the rounding error.
-
-    Raises:
-        ConfigurationError: For an unknown precision or mode.
     """
 
     def __init__(
@@ -93,11 +90,8 @@ class AttackEngine(Settings):
     def applied(self, model: nn.Module, x: Tensor) -> Iterator[None]:
         """Let the model compute by the attack-side network until the end of the block.
 
-        Args:
-            model: Images to logits, in eval mode, parameters not requiring gradients. Folded
-                convolutions return scaled and shifted outputs, and large 3x3 ones may have no
-                ``weight``.
-            x: Images ``(N, C, H, W)``; the first two are used to test a new network.
+        The model is in eval mode, and its parameters require no gradients. A new network is tested
+        on the first two images of x ``(N, C, H, W)``.
 
         Raises:
             ValueError: If a batch-norm to be folded is in training mode.
@@ -138,8 +132,7 @@ class AttackEngine(Settings):
         if plan is None or not plan.fits():
             pairs = _tried_out(model, x) if self.fold else []
             plan = _Plan(model, pairs, self, tiles_of(model, x) if self._is_winograd else {})
-            norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-            _LOG.info("%s folds %d of %d batch-norms", self, len(pairs), norms)
+            _LOG.info("%s folds %d batch-norms", self, len(pairs))
             self._plans.of[model] = plan
         return plan
 

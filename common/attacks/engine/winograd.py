@@ -97,16 +97,13 @@ def transformed(weight: Tensor, tile: int) -> Tensor:
 
 
 def convolve(x: Tensor, factors: Tensor, tile: int) -> Tensor:
-    """The convolution with stride 1 and one zero around the image.
+    """The convolution with stride 1 and one zero around the image: ``(N, out, H, W)``.
 
     Args:
-        x: Images ``(N, C, H, W)``; read without a copy where their memory layout is
+        x: Images ``(N, C, H, W)``; not copied if their memory layout is that of the result,
             ``(H, W, N, C)``.
         factors: ``((tile + 2)^2, out, C)``, of :func:`transformed`, in the type of the images.
         tile: Edge of the tiles, 2 or 4.
-
-    Returns:
-        ``(N, out, H, W)``, in the memory layout ``(H, W, N, out)``.
     """
     n, _, height, width = x.shape
     tiles = n * -(-height // tile) * -(-width // tile)

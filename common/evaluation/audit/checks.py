@@ -7,6 +7,7 @@ adaptive attacks") found defences broken. Passing them does not prove robustness
 that accuracies under attack may be too high.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,19 +19,13 @@ from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.decision import DecisionBased
-from common.attacks.geometry import check_count, per_example
+from common.attacks.geometry import check_count, norm_of, per_example
 from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import FGSM, PGD, LossFn
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.audit import verdicts
 from common.evaluation.audit.gradients import anchored, straight_through, undetached
-from common.evaluation.audit.probes import (
-    DIRECTIONS,
-    FINE_STEP,
-    MemoryProbe,
-    forward,
-    gradients,
-)
+from common.evaluation.audit.probes import DIRECTIONS, FINE_STEP, MemoryProbe, forward, gradients
 from common.evaluation.confirm import decided
 from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.suite import resolve_losses
@@ -98,11 +93,7 @@ class Audit:
         return list(self._steps(losses, threat, num_classes, MemoryProbe(model, threat)))
 
     def _steps(
-        self,
-        losses: Mapping[str, InnerLoss],
-        threat: Threat,
-        num_classes: int,
-        memory: MemoryProbe,
+        self, losses: Mapping[str, InnerLoss], threat: Threat, num_classes: int, memory: MemoryProbe
     ) -> Iterator[Step]:
         eps, norm = threat.radius, threat.norm
         whole: dict[str, Any] = {
@@ -185,12 +176,8 @@ class Audit:
 class _Ascent:
     """Ascents of the losses that a model declares.
 
-    Args:
-        attack: One ascent.
-        losses: By name.
-        threat: The ball.
-        path: ``undetached`` follows gradients through what the model cuts; ``straight_through``
-            also through steps.
+    The path ``undetached`` follows gradients through what the model cuts, ``straight_through`` also
+    through steps.
     """
 
     attack: PGD
@@ -234,10 +221,7 @@ class _Ascent:
         return loss_fn if self.path == "default" else loss
 
     def restarted(self, runs: int, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
-        """Ascents from several starts; ``restart`` is the first that succeeded, from 1.
-
-        It is ``runs + 1`` for an example that none has broken.
-        """
+        """Ascents from several starts; ``restart`` is the first successful one, or ``runs + 1``."""
         x = batch["x"]
         first = torch.full((len(x),), runs + 1.0, device=x.device)
         best = x
@@ -329,9 +313,6 @@ def _extreme(x: Tensor, threat: Threat, random: ExampleRandom) -> Tensor:
     if threat.norm == "linf":
         return normal.sign() * threat.radius
     if threat.norm == "l1":
-        flat = normal.flatten(1)
-        largest = flat.abs().argmax(dim=1, keepdim=True)
-        one = torch.zeros_like(flat).scatter_(1, largest, flat.gather(1, largest).sign())
-        return one.view_as(x) * threat.radius
-    norm: Tensor = normal.flatten(1).norm(dim=1)
-    return normal / per_example(norm, x) * threat.radius
+        largest = normal.abs() == norm_of(normal, math.inf)
+        return normal.sign() * largest * threat.radius
+    return normal / norm_of(normal, 2) * threat.radius

@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from common.attacks.geometry import finite
 from common.attacks.pgd import LossFn, input_gradient
-from common.attacks.randomness import ExampleRandom
 
 
 class _Passed(torch.autograd.Function):
@@ -59,8 +58,6 @@ def anchored(loss_fn: LossFn) -> LossFn:
 
     return loss
 
-
-# ------------------------------------------------------------------------------ gradients cut off
 
 _ALIASES = (torch.Tensor.detach, torch.detach, vars(torch._C.TensorBase)["data"].__get__)
 _COPIES = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
@@ -115,8 +112,6 @@ def undetached() -> Iterator[None]:
         module._InferenceMode = original
         torch.set_grad_enabled(before)
 
-
-# ---------------------------------------------------------------------------- gradients flattened
 
 _ROUNDING = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside"}
 _RISING, _FALLING = {"gt", "ge", "greater", "greater_equal"}, {"lt", "le", "less", "less_equal"}
@@ -269,9 +264,6 @@ def straight_through(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-# ----------------------------------------------------------------------------------- measurements
-
-
 @contextmanager
 def in_double(model: Any) -> Iterator[None]:
     """Parameters and buffers in float64 inside the block; afterwards the same tensors as before."""
@@ -300,14 +292,9 @@ def directional_derivatives(
 ) -> tuple[Tensor, Tensor]:
     """What the gradient predicts along directions and central differences measure, ``(N, D)``.
 
-    Images are moved into ``[h, 1 - h]`` first: a defence may clip outside the box.
-
-    Args:
-        loss_fn: x' ``(N, ...)`` -> loss ``(N,)``.
-        x: Images in [0, 1].
-        signs: Directions, each entry 1 or -1, ``(D, N, ...)``.
-        h: Step per pixel.
-        own: Whether the gradient's own signs are one more direction; it outweighs the others.
+    Images are moved into ``[h, 1 - h]`` first, with h the step per pixel: a defence may clip
+    outside the box. Directions have entries 1 and -1, ``(D, N, ...)``; ``own`` adds the signs of
+    the gradient, which outweigh the others.
     """
     x = x.detach().clamp(h, 1.0 - h)
     gradient = input_gradient(anchored(loss_fn), x)
@@ -316,12 +303,6 @@ def directional_derivatives(
         measured = [(loss_fn(x + h * d) - loss_fn(x - h * d)) / (2.0 * h) for d in directions]
     predicted = [(gradient * d).flatten(1).sum(dim=1) for d in directions]
     return torch.stack(predicted, dim=1), torch.stack(measured, dim=1)
-
-
-def random_signs(x: Tensor, random: ExampleRandom, directions: int) -> Tensor:
-    """Directions for :func:`directional_derivatives`, ``(D, *x.shape)``."""
-    draws = [random.integers(2, x.shape[1:]).to(torch.int8) for _ in range(directions)]
-    return torch.stack(draws) * 2 - 1
 
 
 def cosine(predicted: Tensor, measured: Tensor) -> Tensor:

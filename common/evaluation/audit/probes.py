@@ -13,7 +13,6 @@ from common.evaluation.audit.gradients import (
     directional_derivatives,
     gradient_norms,
     in_double,
-    random_signs,
 )
 from common.evaluation.history import changed, copied, state_of
 from common.objectives import Batch, InnerLoss
@@ -36,11 +35,7 @@ def _in_double(model: Any, batch: Batch, measure: Callable[[Batch], Columns]) ->
 
 
 def gradients(
-    losses: Mapping[str, InnerLoss],
-    threat: Threat,
-    model: Any,
-    batch: Batch,
-    random: ExampleRandom,
+    losses: Mapping[str, InnerLoss], threat: Threat, model: Any, batch: Batch, random: ExampleRandom
 ) -> Columns:
     """Size of the gradient, and its agreement with differences over a fine and a coarse step.
 
@@ -54,9 +49,10 @@ def gradients(
     largest = norms.nan_to_num(-1.0).amax(dim=0)
     with torch.no_grad():
         aim = model(batch["x"]).topk(2, dim=1).indices[:, 1]
-    signs = random_signs(batch["x"], random, DIRECTIONS)
-    coarse = threat.per_pixel(batch["x"]) / 4.0
     x = batch["x"]
+    draws = [random.integers(2, x.shape[1:]).to(torch.int8) for _ in range(DIRECTIONS)]
+    signs = torch.stack(draws) * 2 - 1
+    coarse = threat.per_pixel(x) / 4.0
     noise = coarse * random.uniform(x.shape[1:], -1.0, 1.0).to(x)
     is_inside = (x + noise >= 0.0) & (x + noise <= 1.0)
     beside = (x + torch.where(is_inside, noise, -noise)).clamp(0.0, 1.0)

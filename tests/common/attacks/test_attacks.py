@@ -13,7 +13,6 @@ from torch import Tensor
 from common.attacks.autoattack import AutoAttack
 from common.attacks.decision import DecisionBased
 from common.attacks.gama import GAMAPGD
-from common.attacks.losses import cross_entropy
 from common.attacks.minimum_norm import CarliniWagner, DeepFool, MinimumNorm
 from common.attacks.noise import GaussianNoise, Noise, SaltAndPepperNoise, UniformNoise
 from common.attacks.pgd import FGSM, MIM, PGD, FriendlyPGD
@@ -68,9 +67,7 @@ def run(attack, task, rows: Tensor | None = None, seed: int = 1) -> Tensor:
 
     if isinstance(attack, PGD):
         with torch.inference_mode(False):
-            y = task.y[rows]
-        wrong = lambda x: task.net(x).argmax(dim=1) != y  # noqa: E731
-        loss = lambda x: cross_entropy(task.net(x), y)  # noqa: E731
+            loss, wrong = task.of(rows)
         return attack(loss, x, random, is_adversarial=wrong)
     if isinstance(attack, Noise):
         return attack.apply(x, attack.levels[0], random)
@@ -85,9 +82,9 @@ def bound(attack) -> tuple[str, float]:
     """Norm and radius that the images keep to."""
     if isinstance(attack, UniformNoise):
         return "linf", attack.levels[0]
-    if getattr(attack, "clip", True) and getattr(attack, "project", True):
-        is_bounded = isinstance(attack, PGD | GAMAPGD | DeepFool | AutoAttack)
-        return (attack.norm, attack.eps) if is_bounded else ("linf", 1.0)
+    is_projected = getattr(attack, "clip", True) and getattr(attack, "project", True)
+    if is_projected and isinstance(attack, PGD | GAMAPGD | DeepFool | AutoAttack):
+        return attack.norm, attack.eps
     return "linf", 1.0
 
 
@@ -113,15 +110,14 @@ def test_everything_else_is_left_alone(attack, task):
     if not isinstance(attack, AutoAttack):
         task.net[3].train()
         task.net[3].p = 0.0
-    modes = [module.training for module in task.net.modules()]
-    state = {name: value.clone() for name, value in task.net.state_dict().items()}
-    x, y, rng = task.x.clone(), task.y.clone(), torch.get_rng_state()
+
+    def everything() -> list[Tensor]:
+        modes = torch.tensor([module.training for module in task.net.modules()])
+        return [torch.get_rng_state(), task.x, task.y, modes, *task.net.state_dict().values()]
+
+    before = copy.deepcopy(everything())
     run(attack, task)
-    assert torch.equal(rng, torch.get_rng_state())
-    assert torch.equal(x, task.x)
-    assert torch.equal(y, task.y)
-    assert modes == [module.training for module in task.net.modules()]
-    assert all(torch.equal(state[name], value) for name, value in task.net.state_dict().items())
+    assert all(torch.equal(*pair) for pair in zip(before, everything(), strict=True))
     assert all((p.grad == 7.0).all() and p.requires_grad for p in task.net.parameters())
 
 
@@ -252,45 +248,28 @@ def test_settings_are_complete():
     assert PGD(0.1, 0.02, 7).settings() == PGD(steps=7, eps=0.1, step_size=0.02).settings()
     with pytest.raises(TypeError, match="radius"):
         PGD("4/255").but(radius=0.1)
+    assert repr(PGD("8/255", steps=20)) == "PGD(eps='8/255', steps=20)"
 
 
 @pytest.mark.parametrize(
-    ("attack", "cost", "text"),
+    ("attack", "cost"),
     [
-        (
-            PGD("8/255", steps=20),
-            20,
-            "PGD(eps=8/255, step_size=1/255, steps=20, start='uniform', norm='linf')",
-        ),
-        (PGD(0.1, steps=20, restarts=5), 100, "restarts=5"),
-        (PGD(0.1, steps=0, start="gaussian", project_start=False), 1, "project_start=False"),
-        (FGSM(0.1), 1, "start='zero'"),
-        (MIM(0.1, steps=4), 4, "momentum=1"),
-        (DeepFool("8/255", candidates=10), 450, "DeepFool(eps=8/255, candidates=10)"),
-        (CarliniWagner(confidence=5.0, steps=100, binary_search_steps=3), 300, "confidence=5.0"),
-        (
-            GAMAPGD("8/255"),
-            100,
-            "GAMAPGD(eps=8/255, step_size=16/255, steps=100, decay_at=(60, 85), weight=50, "
-            "relaxed_steps=25, project=True)",
-        ),
-        (
-            DecisionBased("8/255", "l2", 200),
-            200,
-            "DecisionBased(eps=8/255, norm='l2', queries=200)",
-        ),
-        (
-            AutoAttack("8/255", version="custom", attacks=["apgd-ce", "square"]),
-            5200,
-            "AutoAttack(eps=8/255, norm='linf', ['apgd-ce', 'square'])",
-        ),
-        (AutoAttack("8/255"), 10600, "'standard'"),
+        (PGD("8/255", steps=20), 20),
+        (PGD(0.1, steps=20, restarts=5), 100),
+        (PGD(0.1, steps=0, start="gaussian", project_start=False), 1),
+        (FGSM(0.1), 1),
+        (MIM(0.1, steps=4), 4),
+        (DeepFool("8/255", candidates=10), 450),
+        (CarliniWagner(confidence=5.0, steps=100, binary_search_steps=3), 300),
+        (GAMAPGD("8/255"), 100),
+        (DecisionBased("8/255", "l2", 200), 200),
+        (AutoAttack("8/255", version="custom", attacks=["apgd-ce", "square"]), 5200),
+        (AutoAttack("8/255"), 10600),
     ],
     ids=repr,
 )
-def test_cost_counts_passes_and_the_text_tells_attacks_apart(attack, cost, text):
+def test_cost_counts_passes(attack, cost):
     assert attack.cost == cost
-    assert text in repr(attack)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,19 @@
+"""The official AutoAttack one attack at a time, and its Square with our additions."""
+
 import logging
 import math
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import pyautoattack
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
-from common.attacks.losses import classify, cross_entropy, margin
+from common.attacks.losses import cross_entropy, margin
 from common.errors import ConfigurationError
 from common.evaluation import SuiteEntry
 from common.evaluation.models import Victim
@@ -27,6 +29,7 @@ class Task:
 
     def __init__(self, classes: int = 10, n: int = 24) -> None:
         torch.manual_seed(0)
+        self.classes = classes
         self.net = nn.Sequential(
             nn.Conv2d(1, 4, 3, padding=1),
             nn.BatchNorm2d(4),
@@ -61,16 +64,15 @@ class Outcome:
         return list(self.correct.values())[-1]
 
 
-def run(attack: AutoAttack, predict, x: Tensor, y: Tensor, seed: int = 0, **steps) -> Outcome:
+def run(attack: AutoAttack, task: Task, seed: int = 0, **steps) -> Outcome:
     """All attacks of the version, as the package goes through them."""
-    with torch.no_grad():
-        logits = predict(x)
-    outcome = Outcome(x.clone(), classify(logits) == y, {})
+    x, y = task.x, task.y
+    outcome = Outcome(x.clone(), task.net(x).argmax(1) == y, {})
     correct = outcome.clean.clone()
-    for name in attack.planned(logits.shape[1]):
+    for name in attack.planned(task.classes):
         for rows in correct.nonzero().squeeze(1).split(attack.batch_size or len(x)):
             if len(rows) > 0:
-                x_new, holds = attack.step(name, predict, x[rows], y[rows], seed, **steps)
+                x_new, holds = attack.step(name, task.net, x[rows], y[rows], seed, **steps)
                 correct[rows] = holds
                 outcome.x_adv[rows[~holds]] = x_new[~holds]
         outcome.correct[name] = correct.clone()
@@ -79,21 +81,16 @@ def run(attack: AutoAttack, predict, x: Tensor, y: Tensor, seed: int = 0, **step
 
 def official_run(task: Task, norm: str, version: str, seed: int) -> tuple[Tensor, Tensor]:
     """The package by itself, all attacks in one call."""
-    name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
-    attack = pyautoattack.AutoAttack(
-        task.net, norm=name, eps=eps_for(norm), version=version, seed=seed, device="cpu"
-    )
+    ball = {"norm": {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm], "eps": eps_for(norm)}
+    attack = pyautoattack.AutoAttack(task.net, **ball, version=version, seed=seed, device="cpu")
     attack.square.n_queries = QUERIES
     attack.fab.n_iter = STEPS
-    settings = vars(
-        pyautoattack.autopgd_base.APGDAttack(None, n_iter=STEPS, norm=name, eps=eps_for(norm))
-    )
+    settings = vars(pyautoattack.autopgd_base.APGDAttack(None, n_iter=STEPS, **ball))
     for apgd in (attack.apgd, attack.apgd_targeted):
         for key in ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr"):
             setattr(apgd, key, settings[key])
-    classes = task.net(task.x).shape[1]
     for targeted in (attack.apgd_targeted, attack.fab):
-        targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
+        targeted.n_target_classes = min(targeted.n_target_classes, task.classes - 1)
     x_adv, y_adv = attack.run_standard_evaluation(task.x, task.y, batch_size=len(task.x))
     return x_adv, y_adv == task.y
 
@@ -112,24 +109,21 @@ def official_run(task: Task, norm: str, version: str, seed: int) -> tuple[Tensor
 def test_verdicts_equal_the_package_run_by_itself(norm, version, classes):
     task = Task(classes)
     x_adv, correct = official_run(task, norm, version, seed=3)
-    outcome = run(small(norm, version=version), task.net, task.x, task.y, seed=3)
+    outcome = run(small(norm, version=version), task, seed=3)
     assert torch.equal(outcome.robust, correct)
     assert 0 < correct.sum() < outcome.clean.sum()  # otherwise nothing was tested
     torch.testing.assert_close(outcome.x_adv, x_adv, rtol=0, atol=1e-6)
 
 
-def check(outcome: Outcome, task: Task, eps: float) -> None:
+def check(outcome: Outcome, task: Task) -> None:
     """What must hold of any outcome in linf."""
     before = outcome.clean
-    assert torch.equal(before, task.net(task.x).argmax(1) == task.y)
     for verdict in outcome.correct.values():
         assert verdict.dtype == torch.bool
         assert not (verdict & ~before).any()  # nothing recovers
         before = verdict
-    assert torch.equal(outcome.robust, before)
-    assert (outcome.x_adv - task.x).abs().max() <= eps + 1e-6
-    assert outcome.x_adv.min() >= 0
-    assert outcome.x_adv.max() <= 1
+    assert (outcome.x_adv - task.x).abs().max() <= eps_for("linf") + 1e-6
+    assert 0 <= outcome.x_adv.min() <= outcome.x_adv.max() <= 1
     fell = outcome.clean & ~outcome.robust
     assert (task.net(outcome.x_adv[fell]).argmax(1) != task.y[fell]).all()
     assert torch.equal(outcome.x_adv[~fell], task.x[~fell])
@@ -137,47 +131,22 @@ def check(outcome: Outcome, task: Task, eps: float) -> None:
 
 def test_outcome_is_consistent_in_several_batches():
     task = Task()
-    outcome = run(small(batch_size=7), task.net, task.x, task.y)
-    check(outcome, task, eps_for("linf"))
+    outcome = run(small(batch_size=7), task)
+    check(outcome, task)
     assert list(outcome.correct) == STANDARD
     assert (~outcome.clean).sum() == 2
     assert outcome.robust.sum() < outcome.correct["apgd-ce"].sum()  # later attacks add something
 
 
-def test_puts_back_the_trace_function_and_the_logger():
-    task, logger = Task(5, 12), logging.getLogger("auto-attack")
-    before = (logger.level, logger.propagate, list(logger.handlers))
-
-    def trace(frame, event, argument):
-        pass
-
-    usual = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        small(steps=1).step("apgd-ce", task.net, task.x, task.y)
-        kept = sys.gettrace()
-    finally:
-        sys.settrace(usual)
-    assert kept is trace
-    assert before == (logger.level, logger.propagate, list(logger.handlers))
-
-
-def test_seed_decides_random_starts():
-    task = Task()
-    attack = small(version="custom", attacks=["square"])
-    first, again, other = (run(attack, task.net, task.x, task.y, s).x_adv for s in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
 def test_custom_runs_the_listed_attacks_with_standard_settings():
     task = Task()
-    outcome = run(small(version="custom", attacks=["square", "apgd-ce"]), task.net, task.x, task.y)
-    check(outcome, task, eps_for("linf"))
-    assert list(outcome.correct) == ["square", "apgd-ce"]
-    first = run(small(version="custom", attacks=["apgd-ce"]), task.net, task.x, task.y)
-    standard = run(small(), task.net, task.x, task.y)
-    assert torch.equal(first.robust, standard.correct["apgd-ce"])
+    one, two = (small(version="custom", attacks=a) for a in (["apgd-ce"], ["square", "apgd-ce"]))
+    first, again, other = (run(two, task, seed) for seed in (1, 1, 2))
+    check(first, task)
+    assert list(first.correct) == ["square", "apgd-ce"]
+    assert torch.equal(first.x_adv, again.x_adv)
+    assert not torch.equal(first.x_adv, other.x_adv)
+    assert torch.equal(run(one, task).robust, run(small(), task).correct["apgd-ce"])
 
 
 @pytest.mark.parametrize(("classes", "left_out"), [(4, []), (3, ["apgd-t"]), (2, ["apgd-t"])])
@@ -189,59 +158,41 @@ def test_few_classes_leave_out_what_cannot_run(classes, left_out, caplog):
     assert [step.key for step in steps] == [f"aa/{name}" for name in names]
     warned = f"leaves out apgd-t: its loss needs more than {classes} classes"
     assert (warned in caplog.text) == bool(left_out)
-    check(run(small(), task.net, task.x, task.y), task, eps_for("linf"))
+    check(run(small(), task), task)
 
 
 def test_in_a_suite_each_attack_gets_what_those_before_left(monkeypatch):
-    task, attack, met = Task(), small(), {}
-    plain = AutoAttack.step
+    task, met, plain = Task(), {}, AutoAttack.step
 
-    def recorded(self, name, predict, x, y, *rest, **settings):
+    def recorded(self, name, predict, x, *rest, **settings):
         met.setdefault(name, len(x))
-        return plain(self, name, predict, x, y, *rest, **settings)
+        return plain(self, name, predict, x, *rest, **settings)
 
     monkeypatch.setattr(AutoAttack, "step", recorded)
     model = Victim(task.net, 10)
     examples = {"x": task.x, "y": task.y, "index": torch.arange(len(task.x))}
-    steps = steps_of({"aa": SuiteEntry(attack)}, model, 10, seed=3)
-    correct = [
-        verdict.sum() for verdict in run_steps(model, examples, steps, seed=0).correct.values()
-    ]
+    steps = steps_of({"aa": SuiteEntry(small())}, model, 10, seed=3)
+    correct = run_steps(model, examples, steps, seed=0).correct.values()
+    left = [int(verdict.sum()) for verdict in correct]
     assert list(met) == STANDARD
-    assert list(met.values()) == correct[:-1]
-    assert correct[-1] < correct[1] < correct[0] == 22
+    assert list(met.values()) == left[:-1]
+    assert left[-1] < left[1] < left[0] == 22
 
 
-def test_nothing_left_to_run_is_an_error():
-    task = Task(2)
-    attack = small(version="custom", attacks=["apgd-dlr", "apgd-t"])
+@pytest.mark.parametrize("name", STANDARD)
+def test_a_batch_may_be_empty_or_one_example(name):
+    task = Task()
+    for n in (0, 1):
+        x_adv, correct = small(steps=2).step(name, task.net, task.x[5 : 5 + n], task.y[5 : 5 + n])
+        assert x_adv.shape == (n, 1, 8, 8)
+        assert (correct.shape, correct.dtype) == ((n,), torch.bool)
+    task, attack = Task(2), small(version="custom", attacks=["apgd-dlr", "apgd-t"])
     with pytest.raises(ConfigurationError, match="cannot run with 2 classes"):
         attack.step("apgd-t", task.net, task.x, task.y)
 
 
-@pytest.mark.parametrize("name", STANDARD)
-@pytest.mark.parametrize("n", [0, 1])
-def test_a_batch_may_be_empty_or_one_example(name, n):
-    task = Task()
-    x_adv, correct = small(steps=2).step(name, task.net, task.x[5 : 5 + n], task.y[5 : 5 + n])
-    assert x_adv.shape == (n, 1, 8, 8)
-    assert correct.shape == (n,)
-    assert correct.dtype == torch.bool
-
-
-def warned(attack: AutoAttack, predict, task: Task) -> str:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        attack.step("apgd-ce", predict, task.x, task.y)
-    return " ".join(str(warning.message) for warning in caught)
-
-
-def test_suspicious_networks_are_reported_and_findings_do_not_leak():
-    task = Task()
-    attack = small(version="custom", attacks=["apgd-ce"], steps=1)
-    assert "probability distribution" in warned(attack, lambda x: task.net(x).softmax(1), task)
-    noisy = lambda x: task.net(x) + 0.1 * torch.rand(len(x), 10)  # noqa: E731
-    assert "randomized" in warned(attack, noisy, task)
+def test_suspicious_networks_are_reported_and_nothing_is_left_behind():
+    task, logger = Task(n=12), logging.getLogger("auto-attack")
 
     def optimised(x: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -249,61 +200,60 @@ def test_suspicious_networks_are_reported_and_findings_do_not_leak():
             torch.autograd.grad(task.net(inner).sum(), inner)
         return task.net(x)
 
-    assert "dynamic" in warned(attack, optimised, task)
-    assert warned(attack, task.net, task) == ""
+    def state() -> list:
+        return [sys.gettrace(), logger.level, logger.propagate, *logger.handlers, *logger.filters]
+
+    suspicious = {
+        "probability distribution": lambda x: task.net(x).softmax(1),
+        "randomized": lambda x: task.net(x) + 0.1 * torch.rand(len(x), 10),
+        "dynamic": optimised,
+        "": task.net,
+    }
+    usual = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: None)
+    before = state()
+    try:
+        for finding, predict in suspicious.items():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                small(steps=1).step("apgd-ce", predict, task.x, task.y)
+            assert finding in " ".join(str(warning.message) for warning in caught)
+            assert bool(caught) is bool(finding)
+        assert state() == before
+    finally:
+        sys.settrace(usual)
 
 
-# A loss of the defence's own
+# Steered by another loss
 
 
 @pytest.mark.parametrize(("name", "loss"), [("apgd-ce", cross_entropy), ("square", margin)])
-def test_steering_by_the_official_loss_is_the_official_attack(name, loss):
+def test_steering_changes_the_path_and_not_the_judgement(name, loss):
+    """The official loss gives the official attack; one that pulls away weakens it."""
     task = Task()
     attack = small(version="custom", attacks=[name], apgd_restarts=2, square_queries=100)
 
-    def steered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def steered(x: Tensor, y: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
         logits = task.net(x)
-        return logits, loss(logits, y)
+        return logits, sign * loss(logits, y)
 
-    plain = run(attack, task.net, task.x, task.y)
-    other = run(attack, task.net, task.x, task.y, steered=steered)
-    assert torch.equal(other.robust, plain.robust)
-    torch.testing.assert_close(other.x_adv, plain.x_adv, rtol=0, atol=1e-6)
-    assert plain.robust.sum() < plain.clean.sum()
-
-
-@pytest.mark.parametrize("name", ["apgd-ce", "square"])
-def test_steering_changes_the_path_and_not_the_judgement(name):
-    """A loss that pulls away from the boundary weakens the attack; ``predict`` still judges."""
-    task = Task()
-    attack = small(version="custom", attacks=[name], square_queries=100)
-    plain = run(attack, task.net, task.x, task.y)
-
-    def steered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        assert x.shape[0] == y.shape[0]
-        logits = task.net(x)
-        return logits, -10 * cross_entropy(logits, y)
-
-    away = run(attack, task.net, task.x, task.y, steered=steered)
-    check(away, task, eps_for("linf"))
-    assert away.robust.sum() > plain.robust.sum()
+    plain, same = run(attack, task), run(attack, task, steered=steered)
+    away = run(attack, task, steered=partial(steered, sign=-10))
+    assert torch.equal(same.robust, plain.robust)
+    torch.testing.assert_close(same.x_adv, plain.x_adv, rtol=0, atol=1e-6)
+    check(away, task)
+    assert plain.robust.sum() < away.robust.sum()
 
 
 def test_steering_helps_where_the_logits_hide_their_gradient():
     """Rounded logits have no gradient; the loss of the unrounded ones has."""
     task = Task()
-
-    def predict(x: Tensor) -> Tensor:
-        return (50 * task.net(x)).round()
-
-    def steered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return predict(x), cross_entropy(task.net(x), y)
-
-    y = predict(task.x).argmax(1)
+    smooth = task.net
+    task.net = lambda x: (50 * smooth(x)).round()
+    task.y = task.net(task.x).argmax(1)
     attack = small(version="custom", attacks=["apgd-ce"])
-    blind = run(attack, predict, task.x, y)
-    seeing = run(attack, predict, task.x, y, steered=steered)
-    assert seeing.robust.sum() < blind.robust.sum()
+    seeing = run(attack, task, steered=lambda x, y: (task.net(x), cross_entropy(smooth(x), y)))
+    assert seeing.robust.sum() < run(attack, task).robust.sum()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -311,7 +261,7 @@ def test_steering_helps_where_the_logits_hide_their_gradient():
 def test_square_skips_what_it_has_seen_and_finds_the_same(norm, is_steered):
     task = Task(n=30)
     x, y = task.x[2:], task.y[2:]
-    attack = small(norm, square_queries=700 if norm == "linf" else 60)
+    attack = small(norm, square_queries=500 if norm == "linf" else 60)
     found, evaluated = {}, {}
 
     def predict(z: Tensor) -> Tensor:
@@ -320,7 +270,7 @@ def test_square_skips_what_it_has_seen_and_finds_the_same(norm, is_steered):
 
     def steered(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = predict(z)
-        return logits, F.cross_entropy(logits, labels, reduction="none")
+        return logits, cross_entropy(logits, labels)
 
     for skips in (False, True):
         evaluated[skips] = 0
@@ -346,7 +296,7 @@ def test_square_gets_over_logits_that_are_not_finite_as_the_package_does(value):
         return torch.where(x[:, :1, 0, 0] > 0.61, torch.full_like(logits, value), logits)
 
     y = predict(task.x).argmax(1)
-    attack = small(square_queries=200)
+    attack = small(square_queries=100)
     plain, skipping = (
         attack.step("square", predict, task.x, y, 0, skips_repeats=skips) for skips in (False, True)
     )

@@ -12,7 +12,7 @@ ATTACKS = {
 
 
 def run(attack: GAMAPGD, task) -> Tensor:
-    return attack(task.net, task.x, task.y, ExampleRandom(0, 0, task.index))
+    return attack(task.net, task.x, task.y, task.random())
 
 
 def rewrite(task, i: int, eps: float, steps: int, lin: int, drops: list[int]) -> list[Tensor]:
@@ -41,17 +41,11 @@ def rewrite(task, i: int, eps: float, steps: int, lin: int, drops: list[int]) ->
 def test_equals_a_loop_over_examples(task64):
     task, eps = task64, 8 / 255
     projected, unprojected = (run(attack, task) for attack in ATTACKS.values())
+    assert (unprojected - task.x).abs().max() > eps + 0.9 * 2 * eps / 100  # by the last step
     for i in range(6):
         before, after = rewrite(task, i, eps, steps=12, lin=4, drops=[6, 9])
         torch.testing.assert_close(projected[i], after, rtol=0, atol=1e-12)
         torch.testing.assert_close(unprojected[i], before, rtol=0, atol=1e-12)
-
-
-def test_weight_falls_linearly_to_zero():
-    attack = GAMAPGD("8/255")
-    weights = [attack.weight_at(step) for step in (0, 1, 24, 25, 26, 99)]
-    assert weights == pytest.approx([50, 48, 2, 0, 0, 0])
-    assert GAMAPGD("8/255", relaxed_steps=0).weight_at(0) == 0.0
 
 
 def test_first_step_goes_by_the_margin_alone(task):
@@ -59,6 +53,7 @@ def test_first_step_goes_by_the_margin_alone(task):
     one = GAMAPGD("8/255", steps=1)
     assert torch.equal(run(one, task), run(one.but(weight=0.0), task))
     two = GAMAPGD("8/255", steps=2, step_size="4/255")
+    assert torch.equal(run(two.but(relaxed_steps=0), task), run(two.but(weight=0.0), task))
     assert not torch.equal(run(two, task), run(two.but(weight=0.0), task))
 
 
@@ -74,13 +69,6 @@ def test_starts_in_a_corner_of_the_cube_and_moves_by_the_step(task):
     inside = (task.x > 0.1) & (task.x < 0.9)
     assert (seen[2] - seen[1])[inside].abs().max().item() == pytest.approx(0.01, abs=1e-6)
     assert (seen[3] - seen[2])[inside].abs().max().item() == pytest.approx(0.001, abs=1e-6)
-
-
-def test_an_unprojected_last_step_leaves_the_ball_by_its_length(task):
-    attack = ATTACKS["gama-unprojected"]
-    farthest = (run(attack, task) - task.x).abs().max().item()
-    last = attack.step_size / 100
-    assert attack.eps + 0.9 * last < farthest <= attack.eps + last + 1e-6
 
 
 def test_a_stateful_generator_or_the_global_one_will_do(task):

@@ -6,14 +6,12 @@ from torch import nn
 
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import input_gradient
-from common.attacks.randomness import ExampleRandom
 from common.evaluation.audit.gradients import (
     anchored,
     cosine,
     directional_derivatives,
     gradient_norms,
     in_double,
-    random_signs,
     straight_through,
     undetached,
 )
@@ -30,7 +28,7 @@ def gradient(function, x=X, context=None):
 
 
 def agreement(loss, x, h, own=False):
-    signs = random_signs(x, ExampleRandom(0, 0, torch.arange(len(x))), 16)
+    signs = torch.randint(0, 2, (16, *x.shape), generator=torch.Generator().manual_seed(0)) * 2 - 1
     return cosine(*directional_derivatives(loss, x, signs, h, own))
 
 
@@ -40,11 +38,6 @@ def agreement(loss, x, h, own=False):
 def without_grad(x):
     with torch.no_grad():
         return 3 * x
-
-
-@torch.no_grad()
-def decorated(x):
-    return 3 * x
 
 
 def in_inference(x):
@@ -61,10 +54,6 @@ def enabled_again(x):
         return x * 1
 
 
-def leaf_again(x):
-    return 3 * x.detach().requires_grad_()
-
-
 CUTS = {
     "detach": lambda x: 3 * x.detach(),
     "torch.detach": lambda x: 3 * torch.detach(x),
@@ -72,10 +61,10 @@ CUTS = {
     "data": lambda x: 3 * x.data,
     "tensor": lambda x: 3 * x.new_tensor(x),
     "no_grad": without_grad,
-    "decorator": decorated,
+    "decorator": torch.no_grad()(lambda x: 3 * x),
     "inference": in_inference,
     "enabled": enabled_again,
-    "leaf": leaf_again,
+    "leaf": lambda x: 3 * x.detach().requires_grad_(),
 }
 
 
@@ -89,31 +78,27 @@ def test_undetached_restores_a_gradient_and_no_value(cut):
     assert torch.equal(found, torch.full_like(X, 3.0))
 
 
-def test_undetached_masks_take_part_in_the_product_rule():
-    y, found = gradient(lambda x: x * torch.sigmoid(x).detach(), context=undetached())
-    s = torch.sigmoid(X)
-    assert torch.equal(y, X * s)
-    assert torch.allclose(found, s + X * s * (1 - s))
+def clipped(x):
+    """Writes into aliases."""
+    x = 2 * x
+    x.detach().clamp_(max=1.0)
+    x.data.clamp_(min=0.5)
+    return x
 
 
-def test_undetached_writing_into_an_alias_still_writes_through():
-    def clipped(x):
-        x = 2 * x
-        x.detach().clamp_(max=1.0)
-        x.data.clamp_(min=0.5)
-        return x
-
-    y, found = gradient(clipped, context=undetached())
-    assert torch.equal(y, (2 * X).clamp(0.5, 1.0))
-    assert torch.equal(found, 2.0 * ((2 * X >= 0.5) & (2 * X <= 1.0)))
+S = torch.sigmoid(X)
+USES = {
+    "mask": (lambda x: x * torch.sigmoid(x).detach(), S + X * S * (1 - S)),
+    "alias": (clipped, 2.0 * ((2 * X >= 0.5) & (2 * X <= 1.0))),
+    "number for numpy": (lambda x: x * float(x.detach().numpy().max()), X.max().expand_as(X)),
+}
 
 
-def test_undetached_numbers_still_leave_for_numpy():
-    def counted(x):
-        return x * float(x.detach().numpy().max())
-
-    _, found = gradient(counted, context=undetached())
-    assert torch.equal(found, torch.full_like(X, X.max().item()))
+@pytest.mark.parametrize(("function", "expected"), USES.values(), ids=USES)
+def test_undetached_what_is_cut_takes_part_and_values_stay(function, expected):
+    y, found = gradient(function, context=undetached())
+    assert torch.equal(y, function(X.clone()))
+    torch.testing.assert_close(found, expected)
 
 
 @torch.enable_grad()
@@ -178,11 +163,6 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-def in_place(x):
-    x = x * 1
-    return x.round_()
-
-
 STEPS = {
     "round": (lambda x: (4 * x).round() / 4, 1.0),
     "decimals": (lambda x: torch.round(x, decimals=1), 1.0),
@@ -191,7 +171,7 @@ STEPS = {
     "trunc": (lambda x: x.trunc(), 1.0),
     "sign": (lambda x: torch.sign(x - 0.5), 1.0),
     "heaviside": (lambda x: torch.heaviside(x - 0.5, x.new_zeros(())), 1.0),
-    "in place": (in_place, 1.0),
+    "in place": (lambda x: (x * 1).round_(), 1.0),
     "floor_divide": (lambda x: x // 0.25, 4.0),
     "rounding_mode": (lambda x: torch.div(x, 0.25, rounding_mode="floor"), 4.0),
     "int": (lambda x: (x * 255).int().float() / 255, 1.0),
@@ -211,17 +191,16 @@ def test_straight_through_has_identity_gradients_and_the_same_values(step, slope
     assert torch.allclose(found, torch.full_like(X, slope))
 
 
-@pytest.mark.parametrize(
-    ("module", "slope"),
-    [
-        (Codec(), 1.0),
-        (Calling(zeroed), 3.0),
-        (Calling(Halved.apply), 1.5),
-        (Doubled(), 2.0),
-        (nn.ReLU(), 1.0),
-    ],
-    ids=["codec", "zeroed", "halved", "doubled", "relu"],
-)
+MODULES = {
+    "codec": (Codec(), 1.0),
+    "zeroed": (Calling(zeroed), 3.0),
+    "halved": (Calling(Halved.apply), 1.5),
+    "doubled": (Doubled(), 2.0),
+    "relu": (nn.ReLU(), 1.0),
+}
+
+
+@pytest.mark.parametrize(("module", "slope"), MODULES.values(), ids=MODULES)
 def test_straight_through_bridges_only_modules_without_a_gradient(module, slope):
     net = nn.Sequential(module)
     y, found = gradient(net, context=straight_through(net))
@@ -288,17 +267,12 @@ def smooth(x):
     return (3 * x).sin().flatten(1).sum(dim=1)
 
 
-class Noisy:
-    def __call__(self, x):
-        return smooth(x + 0.1 * torch.randn_like(x))
-
-
 LOSSES = {
     "smooth": (smooth, 0.999, 1.0),
     "half cut": (lambda x: smooth(x[:, :, :2]) + smooth(x[:, :, 2:].detach()), 0.2, 0.9),
     "cut": (lambda x: smooth(x.detach()), 0.0, 0.0),
     "reversed": (lambda x: smooth(x.detach()) * 2 - smooth(x), -1.0, -0.999),
-    "noisy": (Noisy(), -0.6, 0.6),
+    "noisy": (lambda x: smooth(x + 0.1 * torch.randn_like(x)), -0.6, 0.6),
 }
 
 
