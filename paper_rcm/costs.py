@@ -139,9 +139,9 @@ def count(section: Section, shape: Sequence[int]) -> dict[str, float]:
     """``parameters``, ``macs`` of one image ``(C, H, W)`` and ``map_side``, 0 without maps."""
     with torch.device("meta"):
         net, image = make(section).eval(), torch.empty(*shape)
-        features = net.features(image[None])
-        side = features.shape[-1] if features.ndim == 4 else 0
-        return {**cost(net, image), "map_side": float(side)}
+    features = net.features(image[None])
+    side = features.shape[-1] if features.ndim == 4 else 0
+    return {**cost(net, image), "map_side": float(side)}
 
 
 def _measure(

@@ -1,6 +1,5 @@
 """The anchors, typed a second time; names and sizes of networks; the official recipes."""
 
-import json
 import re
 from typing import Any
 
@@ -10,9 +9,8 @@ import torch
 from common.cli.main import RobustCLI
 from common.evaluation.measures import cost
 from common.evaluation.suite import check_suite, steps_of
-from common.parsing import load_named
-from paper_rcm.costs import DATA
-from paper_rcm.method import EnlargedNetwork, parse_strides
+from paper_rcm.costs import DATA, make, net_section
+from paper_rcm.method import parse_strides
 
 DEFENCES = ("at", "alp", "trades", "mart", "fat", "fattrades", "atawp", "tradesawp", "dajat")
 SIZES = ("parameters", "macs")
@@ -176,10 +174,10 @@ def test_the_experiments_are_complete(reference) -> None:
 
 
 def test_the_name_is_that_of_the_network(paper) -> None:
-    counted: dict[tuple[str, str], float] = {}
+    counted: dict[str, float] = {}
     for stem, path in paper.paths.items():
         settings = paper.config(stem)["model"]["init_args"]["net"]["init_args"]
-        arguments = dict(settings["arch"].get("init_args", {}))
+        arguments = settings["arch"].get("init_args", {})
         parts = stem.split("_")
         strides = [part for part in parts if part.isdigit() and len(part) > 2]
         if strides:
@@ -190,20 +188,15 @@ def test_the_name_is_that_of_the_network(paper) -> None:
         assert settings["scale_factor"] == float(number[1])
         assert settings.get("mode", "nearest") == (number[2] or "nearest")
         assert arguments.get("pool", "avg") == ("max" if "max" in parts else "avg")
-        if "init" in arguments:
-            arguments["init"] = load_named(arguments["init"])
-        shape, classes = DATA[parts[0]]
-        setting = json.dumps(settings, sort_keys=True)
-        if (setting, parts[0]) not in counted:  # many rows share a network
+        section = net_section(path)
+        for name in ("mean", "std", "mode"):
+            section["init_args"].pop(name, None)
+        key = f"{section} {DATA[parts[0]][0]}"
+        if key not in counted:  # many rows share a network
             with torch.device("meta"):
-                arch = load_named(settings["arch"]["class_path"])(
-                    num_classes=classes, in_channels=shape[0], **arguments
-                )
-                net = EnlargedNetwork(
-                    arch, settings["scale_factor"], settings.get("mode", "nearest")
-                )
-                counted[setting, parts[0]] = cost(net.eval(), torch.empty(shape))["macs"] / 1e6
-        macs = counted[setting, parts[0]]
+                net = make(section).eval()
+            counted[key] = cost(net, torch.empty(DATA[parts[0]][0], device="meta"))["macs"] / 1e6
+        macs = counted[key]
         said = re.search(r"parameters, ([\d.]+) M MACs", path.read_text())
         assert said is not None
         assert float(said[1]) == round(macs, 2 if parts[0] == "digits" else 1), stem
