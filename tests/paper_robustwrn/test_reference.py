@@ -7,7 +7,7 @@ import pytest
 from common.results.tables import render_table
 from paper_robustwrn.method import EQUAL_BUDGET, NETWORKS, STAGE_GRID, Configuration, named
 
-SPECIAL = {"cifar10_wrn34_12": "WRN-34-12", "cifar10_wrn34r": "WRN-34-R"}
+SIZES = ("parameters", "macs")
 WIDE = "paper_robustwrn.method.RobustWideResNet"
 
 # (stem, metric) -> what was published of the selected checkpoint
@@ -80,49 +80,34 @@ def test_numbers_have_a_public_source(paper) -> None:
     for stem, row in paper.reference.rows.items():
         assert not row.last, f"{stem}: nobody published the end of training"
         assert not stem.startswith("digits_") or not row.selected
-        accuracies = {k: v for k, v in row.selected.items() if k not in ("parameters", "macs")}
-        if any(value is not None for value in accuracies.values()):
+        known = {key for key, value in row.selected.items() if value is not None}
+        if accuracies := known - set(SIZES):
             assert row.source in ("P", "F"), f"{stem} has numbers without a public source"
-        elif any(value is not None for value in row.selected.values()):
+            assert row.source != "P" or accuracies <= {"clean_acc", "aa"}
+        elif known:
             assert row.source in ("C", "F"), stem
-        known = {key for key, value in accuracies.items() if value is not None}
-        assert row.source != "P" or known <= {"clean_acc", "aa"}
 
 
 def test_numbers_are_percentages_and_sizes_are_those_of_the_networks(paper) -> None:
     checked, networks = 0, wide_rows(paper)
+    order = ("clean_acc", "pgd20/ce_f", "cw40/cw_f", "aa")  # each harder to hold
     for stem, row in paper.reference.rows.items():
-        for key, number in row.selected.items():
-            if number is None:
-                continue
-            assert isinstance(number, float | int)
-            if key not in ("parameters", "macs"):
-                assert 20.0 < number < 100.0
-            elif network := networks.get(stem):
-                exact = network.parameters() / 1e6 if key == "parameters" else network.macs() / 1e9
-                digits = 3 if row.source == "C" else 0.015 * exact
-                tolerance = 0.0006 if digits == 3 else digits
-                assert abs(number - exact) <= tolerance, (stem, key)
-                checked += 1
+        known = {key: number for key, number in row.selected.items() if number is not None}
+        assert all(20.0 < number < 100.0 for key, number in known.items() if key not in SIZES)
+        values = [known[key] for key in order if key in known]
+        assert values == sorted(values, reverse=True), stem
+        for key in known.keys() & SIZES if stem in networks else ():
+            exact = networks[stem].cost(key) / (1e6 if key == "parameters" else 1e9)
+            tolerance = 0.0006 if row.source == "C" else 0.015 * exact
+            assert abs(known[key] - exact) <= tolerance, (stem, key)
+            checked += 1
     assert checked > 60
 
 
-def test_a_ball_that_is_harder_to_hold_is_held_less(paper) -> None:
-    order = ("clean_acc", "pgd20/ce_f", "cw40/cw_f", "aa")
-    for stem, row in paper.reference.rows.items():
-        values = [row.selected[key] for key in order if row.selected.get(key) is not None]
-        assert values == sorted(values, reverse=True), stem  # type: ignore[type-var]
-
-
 def test_columns_of_sizes_have_their_units(paper) -> None:
-    for group in paper.reference.groups:
-        for metric in group.metrics:
-            if metric.key == "lipschitz":
-                assert metric.unit == "plain"
-            elif metric.key in ("parameters", "macs"):
-                assert metric.unit != "percent"
-            else:
-                assert metric.unit == "percent"
+    for metric in (metric for group in paper.reference.groups for metric in group.metrics):
+        assert (metric.unit == "plain") == (metric.key == "lipschitz")
+        assert (metric.unit == "percent") == (metric.key not in ("lipschitz", *SIZES))
 
 
 def test_the_tables_show_the_published_numbers() -> None:
@@ -140,11 +125,10 @@ def test_the_name_is_that_of_the_network(paper) -> None:
         else:
             label = re.match(r"cifar\d+_wrn(\d+)(?:r|_(\d+))", stem)
             assert label is not None
-            special = "WRN-34-R" if label[2] is None else f"WRN-{label[1]}-{label[2]}"
-            width = 0 if label[2] is None else int(label[2])
-            depth = (int(label[1]) - 4) // 6
-            usual = Configuration((depth,) * 3, (width,) * 3) if width else None
-            assert network == NETWORKS.get(special, usual)
+            expected = NETWORKS["WRN-34-R"]
+            if label[2] is not None:
+                expected = Configuration(((int(label[1]) - 4) // 6,) * 3, (int(label[2]),) * 3)
+            assert network == expected
         text = paper.paths[stem].read_text()
         said = re.search(r"^# ([\d.]+) M parameters, ([\d.]+) G MACs", text, re.M)
         assert said is not None
@@ -221,10 +205,13 @@ def test_the_sweeps_are_complete(paper) -> None:
     assert rows == {"w10-20-8", "w4-10-12", "w4-4-13"}
     assert rows <= grid
     reference = paper.reference
-    members = {g.id: {s for s, r in reference.rows.items() if g.id in r.groups}
-               for g in reference.groups}  # fmt: skip
+    members = {
+        g.id: {s for s, r in reference.rows.items() if g.id in r.groups} for g in reference.groups
+    }
     assert len(members["X4-widths"] | members["X4-depths"]) == 25
     assert len(members["X5"]) == 5
     for partner in ("sat", "trades", "mart", "trades_500k"):
-        assert {f"{network}_{partner}" for network in SPECIAL} <= members["T2"]
+        assert {f"cifar10_{network}_{partner}" for network in ("wrn34_12", "wrn34r")} <= members[
+            "T2"
+        ]
     assert len(members["T2"]) == 9
