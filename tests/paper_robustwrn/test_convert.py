@@ -1,6 +1,5 @@
 """Official files, written by an independent model with the official names, read by our network."""
 
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
 from common.cli.main import RobustCLI
-from common.cli.main import main as run
-from common.errors import CheckpointError, ConfigurationError
+from common.errors import CheckpointError, ConfigurationError, UserError
 from common.objectives import AT
 from paper_robustwrn.convert import convert, main, recover, rename
 from paper_robustwrn.method import RobustWideResNet, count_parameters
@@ -147,9 +145,8 @@ def test_logits_are_those_of_the_official_network(tmp_path, settings):
     assert len(net.state_dict()) == len(model.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("wrapper", "prefix"), [("", ""), ("", "module."), ("state_dict", "module.")]
-)
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapper", ["", "state_dict"])
 def test_published_copies_are_read_too(tmp_path, wrapper, prefix):
     model = Official().eval()
     state = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
@@ -186,8 +183,6 @@ def test_strides_that_the_file_does_not_tell_are_given(tmp_path, capsys, stem_st
     main([*arguments, *told])
     assert f"stem stride {stem_stride}" in capsys.readouterr().out
     assert torch.allclose(converted_net(tmp_path / "out.ckpt")(x), model(x), atol=1e-6)
-    with pytest.raises(ConfigurationError, match="3 stages"):
-        convert(tmp_path / "official.pth", tmp_path / "out.ckpt", strides=(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -204,8 +199,6 @@ def test_stated_logits_that_say_nothing_are_refused(source, tmp_path, stated, me
     torch.save(stated, tmp_path / "logits.pt")
     with pytest.raises(CheckpointError, match=message):
         convert(source, tmp_path / "out.ckpt", stated=tmp_path / "logits.pt")
-    with pytest.raises(ConfigurationError, match="stem_stride"):
-        convert(source, tmp_path / "out.ckpt", stem_stride=0)
 
 
 # ----------------------------------------------------------------------- what comes out is used
@@ -294,10 +287,7 @@ MISSHAPEN = {"blocks.2.layer.1.conv1.weight": torch.zeros(5, 4, 3, 3)}
         (lambda state: state | MISSHAPEN, r"conv1.weight is \(5, 4, 3, 3\), .*\(5, 5, 3, 3\)"),
         (flat, r"have shapes \(5,\)"),
         (gap, r"stages \[0, 2, 7\]"),
-        (
-            without("blocks.2.layer.0.convShortcut.weight"),
-            "missing .*blocks.2.layer.0.convShortcut",
-        ),
+        (without("blocks.2.layer.0.convShortcut.weight"), "missing .*0.convShortcut"),
         (lambda state: [1, 2], "no state dict"),
         (lambda state: {"a": 1}, "no state dict"),
         (lambda state: {}, "first entries: nothing"),
@@ -311,40 +301,21 @@ def test_files_that_are_not_official_are_refused(tmp_path, damage, message):
     assert not target.exists()
 
 
-class Malice:
-    def __init__(self, trace: str) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (self.trace,)
-
-
-def test_code_in_a_file_is_not_executed(tmp_path):
-    content = official_file(Official()) | {"genotype": Malice(str(tmp_path / "trace"))}
-    torch.save(content, tmp_path / "official.pth")
-    with pytest.raises(CheckpointError, match=r"asks for \w+\.mkdir.*nothing in it is executed"):
-        convert(tmp_path / "official.pth", tmp_path / "out.ckpt")
-    assert not (tmp_path / "trace").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere.pth", "out.ckpt"], "nowhere.pth does not exist"),
         (["official.pth", "out.pth"], "is a .ckpt file, got out.pth"),
         (["official.pth", "out.ckpt", "--strides", "1", "0", "2"], "at least 1"),
+        (["official.pth", "out.ckpt", "--stem_stride", "0"], "stem_stride"),
+        (["official.pth", "out.ckpt", "--strides", "1", "2"], "3 stages"),
         (["official.pth", "official.pth/out.ckpt"], "cannot write"),
     ],
 )
-def test_wrong_arguments_are_one_line(source, tmp_path, monkeypatch, capsys, arguments, message):
+def test_wrong_arguments_are_refused(source, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        run(["convert", *arguments], "paper_robustwrn", {"convert": "paper_robustwrn.convert"})
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    with pytest.raises(UserError, match=message):
+        main(arguments)
 
 
 def test_other_files_are_never_overwritten(source, tmp_path):
