@@ -102,18 +102,9 @@ def measure_costs(
     rounds: int = 20,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure what has not been measured on this device, and file it network by network.
+    """The costs of experiments, by stem, measured unless they are in ``results/costs.json``.
 
-    Args:
-        configs: Of the experiments.
-        results: Folder for ``costs.json``; other experiments in it stay.
-        batch_size: Of the steps that are timed.
-        device: Where they run.
-        rounds: How often each is timed.
-        console: Where progress is shown.
-
-    Returns:
-        The entries of these experiments, by stem.
+    Each is filed with the device and the batch size of its timed steps; other experiments stay.
     """
     path = Path(results) / COSTS
     # The first reading says what is wrong with a file.

@@ -57,11 +57,7 @@ Arguments = dict[str, Any]
 
 
 def read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The official state dict in a file, and what else the file holds; nothing in it is executed.
-
-    Raises:
-        CheckpointError: If the file is missing, damaged or holds code, or no state dict is in it.
-    """
+    """The official state dict in a file, and what else the file holds; nothing in it is executed."""
     found, rest = read_content(path), {}
     for wrapper in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
@@ -85,12 +81,7 @@ def recover(
     strides: Sequence[int] | None = None,
     stem_stride: int = 1,
 ) -> Arguments:
-    """The arguments of the network behind an official state dict.
-
-    Raises:
-        CheckpointError: If the names are not those of the official network.
-        ConfigurationError: If there are not as many strides as stages.
-    """
+    """The arguments of the network behind an official state dict."""
     blocks = {(int(m[1]), int(m[2])) for key in weights if (m := BLOCK.fullmatch(key))}
     stages = sorted({stage for stage, _ in blocks})
     imagenet_stem = "stem_conv.0.weight" in weights
@@ -133,11 +124,7 @@ def recover(
 
 
 def rename(weights: Mapping[str, Tensor], arguments: Arguments, origin: str) -> dict[str, Tensor]:
-    """Our state dict from the official one, entry by entry.
-
-    Raises:
-        CheckpointError: If an entry is missing, unknown or of another shape.
-    """
+    """Our state dict from the official one, entry by entry."""
     with torch.device("meta"):
         own = RobustWideResNet(**arguments).state_dict()
     official = {}
@@ -200,10 +187,7 @@ def convert(
         target: Where the Lightning checkpoint goes; its name ends in ``.ckpt``.
         strides: Of the stages, where they are not the usual ones.
         stem_stride: Of the 3x3 stem.
-        stated: Images with their logits, see :func:`check_logits`; ``None`` checks nothing.
-
-    Returns:
-        The arguments of the network that was recovered.
+        stated: See :func:`check_logits`; ``None`` checks nothing.
 
     Raises:
         UserError: If ``source`` is not what it should be, the logits are others, ``target`` cannot

@@ -64,10 +64,10 @@ def batch_norm_gain(norm: nn.BatchNorm2d) -> float:
 
 
 def upper_bound(net: WideResNet, shape: tuple[int, ...]) -> dict[str, float]:
-    """``stem``, ``stage1``, ``stage2``, ..., ``head`` of the bound, and their product ``total``.
+    """``stem``, ``stage1``, ..., ``head`` of the bound, and their product ``total``.
 
     Args:
-        net: A network with ReLU only, in evaluation mode.
+        net: A network in evaluation mode.
         shape: Of an image, ``(C, H, W)``.
 
     Raises:

@@ -257,12 +257,7 @@ def smallest_robust(
 ) -> int:
     """The smallest w whose R(w) reaches a budget; 20 for that of WRN-34-12 [R].
 
-    Args:
-        budget: Parameters or multiply-accumulates to reach, at least 1.
-        depths: Blocks per stage.
-        measure: What the budget counts.
-        ratio: Of :func:`robust_widths`.
-        **images: ``num_classes``, ``in_channels`` and ``size``, as for :func:`count_macs`.
+    ``images`` are ``num_classes``, ``in_channels`` and ``size``, as for :func:`count_macs`.
     """
     check_positive(budget=budget)
     for w in itertools.count(1):
@@ -279,8 +274,6 @@ def search(
     **images: int,
 ) -> Configuration:
     """The smallest of some networks that reaches a budget; the first among equals.
-
-    Arguments are those of :func:`smallest_robust`.
 
     Raises:
         ConfigurationError: If none of them reaches it.
