@@ -57,7 +57,7 @@ Arguments = dict[str, Any]
 
 
 def read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The official state dict in a file, and what else the file holds; nothing in it is executed."""
+    """The official state dict in a file, and what else it holds; nothing in it is executed."""
     found, rest = read_content(path), {}
     for wrapper in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
