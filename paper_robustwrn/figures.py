@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -85,7 +86,7 @@ def scatter(networks: Sequence[Network], against: str, dataset: str) -> Figure:
         x, accuracy = getattr(network, against) * unit, fmean(network.accuracies)
         error_bars(ax, {x: network.accuracies})
         if accuracy <= low or accuracy >= high:
-            place = {"xytext": (3, 3), "textcoords": "offset points"}
+            place: dict[str, Any] = {"xytext": (3, 3), "textcoords": "offset points"}
             ax.annotate(network.name, (x, accuracy), fontsize=FONT - 2, **place)
     ax.margins(x=0.25, y=0.15)  # room for the names
     _finish(ax, title)

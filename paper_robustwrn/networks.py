@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from common.errors import ConfigurationError, check_choice
 from common.networks.backbone import Backbone
 from common.networks.normalize import Normalize, Statistics
-from common.networks.resnet import check_positive, conv1x1, conv3x3, named_sequence
+from common.networks.resnet import (
+    check_drop_rates,
+    check_positive,
+    conv1x1,
+    conv3x3,
+    named_sequence,
+    preactivated_head,
+)
 
 # ------------------------------------------------------------------------------------ DenseNet
 
@@ -92,13 +99,7 @@ class DenseNet(Backbone):
             inside = width + depth * growth_rate
             widths = range(width, inside, growth_rate)
             self.stages.append(nn.Sequential(*(Bottleneck(w, growth_rate) for w in widths)))
-        self.head = named_sequence(
-            norm=nn.BatchNorm2d(inside),
-            act=nn.ReLU(),
-            pool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(inside, num_classes),
-        )
+        self.head = preactivated_head(inside, num_classes, nn.ReLU, "avg")
 
 
 # ---------------------------------------------------------------------- operations and cells
@@ -368,8 +369,7 @@ class CellNetwork(nn.Module):
                 "channels are one count for the stem and one for each of the three stages, got "
                 f"{list(channels)}"
             )
-        if not 0 <= drop_path < 1:
-            raise ConfigurationError(f"drop_path must lie in [0, 1), got {drop_path}")
+        check_drop_rates(drop_path=drop_path)
         self.drop_path = drop_path
         self.drop_path_prob = 0.0
         self.normalize = Normalize(in_channels, mean, std)
