@@ -74,19 +74,7 @@ def evaluate_corruptions(
     batch_size: int = 250,
     console: Console | None = None,
 ) -> Entry:
-    """Measure the corruptions that are missing; write the file after each.
-
-    Args:
-        model: Images in [0, 1] to logits.
-        data: The corrupted images.
-        results: The file; other checkpoints in it stay.
-        label: Of the checkpoint.
-        names: Which corruptions.
-        batch_size: How many images go through the network at once.
-        console: Where progress is shown.
-
-    Returns:
-        All that is known about the checkpoint.
+    """Measure the corruptions that the file ``results`` lacks of a checkpoint; write after each.
 
     Raises:
         UserError: There is no such corruption, or a file cannot be read or written.
@@ -121,11 +109,7 @@ def network_digest(model: nn.Module) -> str:
 
 
 def read_corruptions(path: str | Path) -> dict[str, Entry]:
-    """Entries of a ``corruptions.json`` by checkpoint; none where there is no file.
-
-    Raises:
-        RunDirectoryError: If it cannot be read or is something else.
-    """
+    """Entries of a ``corruptions.json`` by checkpoint; none where there is no file."""
     try:
         entries: dict[str, Entry] = dict(read_sealed_json(path)["checkpoints"])
         for entry in entries.values():
@@ -164,9 +148,6 @@ def load(checkpoint: Path, config: str | None) -> tuple[RobustClassifier, ImageD
     """The classifier behind a checkpoint, and its data.
 
     Without ``config``, the experiment's file, the checkpoint lies in a run directory.
-
-    Raises:
-        UserError: If either is missing, damaged, or belongs to another network.
     """
     found = load_checkpoint(checkpoint)  # says which others there are
     if config is None:

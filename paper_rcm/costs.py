@@ -102,18 +102,9 @@ def measure_costs(
     rounds: int = 20,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure what has not been measured on this device, and file it network by network.
+    """The costs of experiments, by stem, measured unless they are in ``results/costs.json``.
 
-    Args:
-        configs: Of the experiments.
-        results: Folder for ``costs.json``; other experiments in it stay.
-        batch_size: Of the steps that are timed.
-        device: Where they run.
-        rounds: How often each is timed.
-        console: Where progress is shown.
-
-    Returns:
-        The entries of these experiments, by stem.
+    Each is filed with the device and the batch size of its timed steps; other experiments stay.
     """
     path = Path(results) / COSTS
     # The first reading says what is wrong with a file.
@@ -139,9 +130,9 @@ def count(section: Section, shape: Sequence[int]) -> dict[str, float]:
     """``parameters``, ``macs`` of one image ``(C, H, W)`` and ``map_side``, 0 without maps."""
     with torch.device("meta"):
         net, image = make(section).eval(), torch.empty(*shape)
-        features = net.features(image[None])
-        side = features.shape[-1] if features.ndim == 4 else 0
-        return {**cost(net, image), "map_side": float(side)}
+    features = net.features(image[None])
+    side = features.shape[-1] if features.ndim == 4 else 0
+    return {**cost(net, image), "map_side": float(side)}
 
 
 def _measure(

@@ -1,7 +1,4 @@
-"""The figures: what moves, what it gains, what it costs, and what the features look like.
-
-Everything here draws numbers it is given; ``analysis.py`` finds them.
-"""
+"""The figures: what moves, what it gains, what it costs, and what the features look like."""
 
 import re
 from collections.abc import Mapping
@@ -50,7 +47,7 @@ def _draw(ax: Axes, line: Mapping[Any, float], number: int, label: str) -> None:
     ax.plot(at, [line[x] for x in at], label=label, **style)
 
 
-def _finish(ax: Axes, xlabel: str, ylabel: str, **limits: float) -> None:
+def _finish(ax: Axes, xlabel: str, ylabel: str, **limits: Any) -> None:
     ax.set_xlabel(xlabel, fontsize=FONT)
     ax.set_ylabel(ylabel, fontsize=FONT)
     ax.set_ylim(**limits)
@@ -164,11 +161,7 @@ def cost_figure(costs: Mapping[str, Mapping[str, float]]) -> Figure | None:
 
 
 def features_figure(embeddings: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> Figure:
-    """Pooled features in two dimensions, a column per network, clean above attacked (E8).
-
-    Args:
-        embeddings: By network, then by title: points ``(N, 2)`` and labels ``(N,)``.
-    """
+    """Points ``(N, 2)`` and labels ``(N,)``, a column per network, a panel per title (E8)."""
     rows = len(next(iter(embeddings.values())))
     fig = blank_figure(2.5 * len(embeddings), 2.7 * rows)
     axes = fig.subplots(rows, len(embeddings), squeeze=False)

@@ -83,7 +83,7 @@ def attacked(
 ) -> Tensor:
     """Adversarial images of ``x`` against cross-entropy, batch by batch in evaluation mode."""
     generator = torch.Generator(x.device).manual_seed(seed)
-    batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    batches = zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
     with frozen(model):
         return torch.cat(
             [attack(label_loss(model, labels), images, generator) for images, labels in batches]
@@ -93,7 +93,7 @@ def attacked(
 def pooled_features(model: Any, x: Tensor, batch_size: int = 1000) -> Tensor:
     """Features ``(N, C)`` behind the pooling of ``model.net``, in evaluation mode."""
     with torch.no_grad(), frozen(model):
-        return torch.cat([model.net.pooled(part).float() for part in x.split(batch_size)])
+        return torch.cat([model.net.pooled(part).float() for part in torch.split(x, batch_size)])
 
 
 def separation(features: Tensor, y: Tensor, clean: Tensor) -> dict[str, float]:

@@ -83,7 +83,7 @@ class EnlargedNetwork(nn.Module):
                 f"scale_factor={scale_factor} is no integer, and mode=nearest would repeat pixels "
                 "unevenly; use mode=bilinear, or an integer"
             )
-        inner = getattr(arch, "normalize", None)
+        inner: Any = getattr(arch, "normalize", None)
         linear = getattr(getattr(arch, "head", None), "linear", None)
         if getattr(inner, "mean", None) is not None:
             raise ConfigurationError(
@@ -116,9 +116,10 @@ class EnlargedNetwork(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """The vector f that the global pooling gives to the classifier, ``(N, D)`` [choice]."""
-        z: Any = self.features(x)
+        z = self.features(x)
         names = [name for name, _ in self.arch.head.named_children()]
-        return self.arch.head[: names.index("pool") + 1](z).flatten(1)
+        f: Tensor = self.arch.head[: names.index("pool") + 1](z).flatten(1)
+        return f
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""

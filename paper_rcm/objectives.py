@@ -159,11 +159,7 @@ def branches(batch: Batch) -> list[Branch]:
 
 
 def jensen_shannon(logits: list[Tensor]) -> Tensor:
-    """Mean KL ``(N,)`` of each view's prediction from their mean, which is clamped [code].
-
-    Args:
-        logits: One ``(N, K)`` per view.
-    """
+    """Mean KL ``(N,)`` of views' predictions ``(N, K)`` from their clamped mean [code]."""
     log_p = torch.stack([full_precision(z).log_softmax(dim=1) for z in logits])
     p = log_p.exp()
     log_m = p.mean(dim=0).clamp(1e-7, 1.0).log()

@@ -40,27 +40,30 @@ from paper_robustwrn.method import RobustWideResNet
 WRAPPERS = ("model_state_dict", "state_dict")
 PROFILER = ("total_ops", "total_params")  # buffers the official FLOP counter leaves behind [C]
 DATA = {10: "cifar10", 100: "cifar100", 200: "tiny_imagenet"}  # by the number of classes
-BLOCK = re.compile(r"blocks\.(\d+)\.layer\.(\d+)\.(.+)")
-
+BLOCK = re.compile(r"blocks\.(\d+)\.layer\.(\d+)\..+")
+NAMES = (
+    (r"^stages\.(\d+)\.(\d+)\.", r"blocks.\1.layer.\2."),
+    (r"^stem\.conv\.", "stem_conv.0."),
+    (r"^stem\.bn\.", "stem_conv.1."),
+    (r"^stem\.", "stem_conv."),
+    (r"^head\.norm\.", "bn1."),
+    (r"^head\.linear\.", "fc."),
+    (r"\.shortcut\.", ".convShortcut."),
+)
+"""From names in our state dict to the official ones."""
 
 Arguments = dict[str, Any]
 """Of :class:`RobustWideResNet`, as plain values."""
 
 
 def read_official(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The official state dict in a file, and what else the file holds; nothing in it is executed.
-
-    Raises:
-        CheckpointError: If the file is missing, damaged or holds code, or no state dict is in it.
-    """
-    found = read_content(path)
-    rest = dict(found) if isinstance(found, Mapping) else {}
+    """The official state dict in a file, and what else it holds; nothing in it is executed."""
+    found, rest = read_content(path), {}
     for wrapper in WRAPPERS:
-        if isinstance(rest.get(wrapper), Mapping):
-            found = rest.pop(wrapper)
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            rest = {key: value for key, value in found.items() if key != wrapper}
+            found = found[wrapper]
             break
-    else:
-        rest = {}
     if not isinstance(found, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
     ):
@@ -78,50 +81,40 @@ def recover(
     strides: Sequence[int] | None = None,
     stem_stride: int = 1,
 ) -> Arguments:
-    """The arguments of the network behind an official state dict.
-
-    Args:
-        weights: Official names to tensors.
-        origin: What to call the file in messages.
-        strides: Of the stages, where they are not the usual ones.
-        stem_stride: Of the 3x3 stem.
-
-    Raises:
-        CheckpointError: If the names are not those of the official network.
-        ConfigurationError: If there are not as many strides as stages.
-    """
+    """The arguments of the network behind an official state dict."""
     blocks = {(int(m[1]), int(m[2])) for key in weights if (m := BLOCK.fullmatch(key))}
     stages = sorted({stage for stage, _ in blocks})
-    depths = [sum(stage == s for s, _ in blocks) for stage in stages]
     imagenet_stem = "stem_conv.0.weight" in weights
     names = ["stem_conv.0.weight" if imagenet_stem else "stem_conv.weight"]
     names += [f"blocks.{stage}.layer.0.conv2.weight" for stage in stages]
-    missing = [name for name in (*names, "fc.weight") if name not in weights]
-    if not stages or stages != list(range(len(stages))) or missing:
+    names += ["fc.weight"]
+    shapes = [tuple(weights[name].shape) for name in names if name in weights]
+    missing = [name for name in names if name not in weights]
+    problem = ""
+    if missing:
+        problem = f"it lacks {missing[0]}"
+    elif not stages or stages != list(range(len(stages))):
+        problem = f"it has blocks of stages {stages}"
+    elif [len(shape) for shape in shapes] != [4] * (len(names) - 1) + [2]:
+        problem = f"{names[0]} and its like have shapes {', '.join(map(str, shapes))}"
+    if problem:
         first = ", ".join(list(weights)[:3]) or "nothing"
-        lack = f"; it lacks {missing[0]}" if missing else ""
         raise CheckpointError(
-            f"{origin} is no checkpoint of the official RobustWideResNet{lack} (its first entries: "
-            f"{first}); give a file of HanxunH/RobustWRN"
+            f"{origin} is no checkpoint of the official RobustWideResNet: {problem} (its first "
+            f"entries: {first}); give a file of HanxunH/RobustWRN"
         )
-    shapes = [tuple(weights[name].shape) for name in (*names, "fc.weight")]
-    if any(len(shape) != 4 for shape in shapes[:-1]) or len(shapes[-1]) != 2:
-        raise CheckpointError(
-            f"{origin} is no checkpoint of the official RobustWideResNet: {names[0]} and its like "
-            f"have shapes {', '.join(map(str, shapes))}; give a file of HanxunH/RobustWRN"
-        )
-    channels = tuple(shape[0] for shape in shapes[:-1])
-    found = []
-    for stage, (a, b) in enumerate(itertools.pairwise(channels)):
-        shortcut = f"blocks.{stage}.layer.0.convShortcut.weight" in weights
-        found.append((2 if shortcut else 1) if a == b else (2 if stage else 1))
     if strides is not None and len(strides) != len(stages):
         raise ConfigurationError(
             f"strides are one for each of the {len(stages)} stages, got {list(strides)}"
         )
+    channels = [shape[0] for shape in shapes[:-1]]
+    found = []
+    for stage, (a, b) in enumerate(itertools.pairwise(channels)):
+        shortcut = f"blocks.{stage}.layer.0.convShortcut.weight" in weights
+        found.append(2 if (shortcut if a == b else stage) else 1)
     return {
-        "depths": depths,
-        "channels": list(channels),
+        "depths": [sum(stage == s for s, _ in blocks) for stage in stages],
+        "channels": channels,
         "strides": list(strides or found),
         "num_classes": shapes[-1][0],
         "in_channels": shapes[0][1],
@@ -130,51 +123,32 @@ def recover(
     }
 
 
-def official_name(name: str) -> str:
-    """What the official code calls an entry of our state dict."""
-    name = re.sub(r"^stages\.(\d+)\.(\d+)\.", r"blocks.\1.layer.\2.", name)
-    for ours, theirs in (
-        (r"^stem\.conv\.", "stem_conv.0."),
-        (r"^stem\.bn\.", "stem_conv.1."),
-        (r"^stem\.", "stem_conv."),
-        (r"^head\.norm\.", "bn1."),
-        (r"^head\.linear\.", "fc."),
-        (r"\.shortcut\.", ".convShortcut."),
-    ):
-        name = re.sub(ours, theirs, name)
-    return name
-
-
 def rename(weights: Mapping[str, Tensor], arguments: Arguments, origin: str) -> dict[str, Tensor]:
-    """Our state dict from the official one, entry by entry.
-
-    Raises:
-        CheckpointError: If an entry is missing, unknown or of another shape.
-    """
+    """Our state dict from the official one, entry by entry."""
     with torch.device("meta"):
         own = RobustWideResNet(**arguments).state_dict()
-    official = {official_name(name): name for name in own}
+    official = {}
+    for name in own:
+        theirs = name
+        for ours, replacement in NAMES:
+            theirs = re.sub(ours, replacement, theirs)
+        official[theirs] = name
     read_as = ", ".join(f"{name} {arguments[name]}" for name in ("depths", "channels", "strides"))
     check_weights_fit(
-        {name: own[ours] for name, ours in official.items()},
+        {theirs: own[name] for theirs, name in official.items()},
         weights,
         f"{origin}, read as {read_as},",
         "Give the file as its authors published it, or its strides with --strides",
     )
-    return {ours: weights[name].detach().clone() for name, ours in official.items()}
+    return {name: weights[theirs].detach().clone() for theirs, name in official.items()}
 
 
 def check_logits(state: Mapping[str, Tensor], arguments: Arguments, stated: str | Path) -> None:
     """Refuse a network that gives other logits than those stated, up to rounding.
 
-    Args:
-        state: Its state dict, under our names.
-        arguments: Of the network.
-        stated: A file of ``torch.save`` with ``x``, images ``(N, C, H, W)`` in [0, 1], and
-            ``logits`` ``(N, K)``.
-
     Raises:
-        CheckpointError: If the logits differ, or the file does not hold such tensors.
+        CheckpointError: If the logits differ, or the file ``stated`` does not hold images ``x`` in
+            [0, 1], ``(N, C, H, W)``, and ``logits`` ``(N, K)``.
     """
     try:
         found = torch.load(stated, map_location="cpu", weights_only=True)
@@ -213,21 +187,20 @@ def convert(
         target: Where the Lightning checkpoint goes; its name ends in ``.ckpt``.
         strides: Of the stages, where they are not the usual ones.
         stem_stride: Of the 3x3 stem.
-        stated: Images with their logits, see :func:`check_logits`; ``None`` checks nothing.
-
-    Returns:
-        The arguments of the network that was recovered.
+        stated: See :func:`check_logits`; ``None`` checks nothing.
 
     Raises:
-        CheckpointError: If ``source`` is not what it should be, or the logits are others.
-        ConfigurationError: If ``target`` has another suffix or cannot be written, or a stride does
-            not fit the network.
+        UserError: If ``source`` is not what it should be, the logits are others, ``target`` cannot
+            be written, or a stride does not fit the network.
     """
     source, target = Path(source), Path(target)
+    config = target.with_suffix(".yaml")
     if target.suffix != ".ckpt":
         raise ConfigurationError(f"the converted checkpoint is a .ckpt file, got {target}")
     if target.exists() and source.exists() and target.samefile(source):
         raise ConfigurationError(f"{target} is the official file itself; choose another name")
+    if config.exists() and not config.read_bytes().startswith(b"# Converted from "):
+        raise ConfigurationError(f"{config} is there and was not written by convert; move it away")
     weights, rest = read_official(source)
     arguments = recover(weights, str(source), strides, stem_stride)
     state = rename(weights, arguments, str(source))
@@ -235,31 +208,24 @@ def convert(
         check_logits(state, arguments, stated)
     environment = rest.get("ENV")
     steps = environment.get("global_step") if isinstance(environment, Mapping) else 0
+    net = {"class_path": "paper_robustwrn.method.RobustWideResNet", "init_args": arguments}
+    model = {"class_path": "common.classifier.RobustClassifier", "init_args": {"net": net}}
+    content = io.BytesIO()
     checkpoint = {
         "epoch": _count(rest.get("epoch")),
         "global_step": _count(steps),
         "pytorch-lightning_version": version("lightning"),
         "state_dict": {f"net.{name}": value for name, value in state.items()},
         "callbacks": {},
-        SETTINGS: {"package": "paper_robustwrn", "model": _model(arguments)},
+        SETTINGS: {"package": "paper_robustwrn", "model": model},
     }
-    config = target.with_suffix(".yaml")
-    if config.exists() and not config.read_bytes().startswith(b"# Converted from "):
-        raise ConfigurationError(f"{config} is there and was not written by convert; move it away")
-    content = io.BytesIO()
     torch.save(checkpoint, content)
     try:
-        write_text_atomically(config, describe(arguments, source.name))
+        write_text_atomically(config, describe(net, source.name))
         write_sealed(target, content)
     except RunDirectoryError as error:
         raise ConfigurationError(str(error)) from error
     return arguments
-
-
-def _model(arguments: Arguments) -> dict[str, Any]:
-    """The model section, as far as the file tells it."""
-    net = {"class_path": "paper_robustwrn.method.RobustWideResNet", "init_args": arguments}
-    return {"class_path": "common.classifier.RobustClassifier", "init_args": {"net": net}}
 
 
 def _count(value: Any) -> int:
@@ -267,15 +233,15 @@ def _count(value: Any) -> int:
     return int(value) if isinstance(value, int | np.integer) and value >= 0 else 0
 
 
-def describe(arguments: Arguments, origin: str) -> str:
+def describe(net: Mapping[str, Any], origin: str) -> str:
     """The YAML file: the model, and the data set where the number of classes tells it."""
-    model = _model(arguments)
-    model["init_args"]["objective"] = {"class_path": "common.objectives.AT"}
+    parts = {"net": net, "objective": {"class_path": "common.objectives.AT"}}
+    model = {"class_path": "common.classifier.RobustClassifier", "init_args": parts}
     sections: dict[str, Any] = {"model": model}
     note = "# The objective plays no part in evaluation.\n"
-    if arguments["num_classes"] in DATA and arguments["in_channels"] == 3:
-        name = f"{DATA[arguments['num_classes']]}.yaml"
-        sections["data"] = str(Path(common.__file__).resolve().parent / "configs" / name)
+    name = DATA.get(net["init_args"]["num_classes"])
+    if name and net["init_args"]["in_channels"] == 3:
+        sections["data"] = str(Path(common.__file__).resolve().parent / "configs" / f"{name}.yaml")
     else:
         note += "# Which data these classes belong to is not known: give one more --config.\n"
     text = yaml.safe_dump(sections, sort_keys=False, default_flow_style=None)
@@ -288,23 +254,12 @@ def main(args: list[str]) -> None:
         "python -m paper_robustwrn convert",
         description="Turn an official checkpoint into one of ours, with a configuration beside it.",
     )
-    parser.add_argument("source", help="official .pth file")
-    parser.add_argument("target", help="checkpoint to write; out.yaml is written beside out.ckpt")
-    parser.add_argument(
-        "--strides",
-        type=int,
-        nargs="+",
-        help="stride of each stage, if not 1 2 2 ...; the file does not tell them",
-    )
-    parser.add_argument(
-        "--stem_stride", type=int, default=1, help="stride of the 3x3 stem; the file does not tell"
-    )
-    parser.add_argument(
-        "--check",
-        metavar="FILE",
-        help="images and the official network's logits for them, {'x': ..., 'logits': ...} as "
-        "torch.save writes it",
-    )
+    add = parser.add_argument
+    add("source", help="official .pth file")
+    add("target", help="checkpoint to write; out.yaml is written beside out.ckpt")
+    add("--strides", type=int, nargs="+", help="stride of each stage, if not 1 2 2 ...")
+    add("--stem_stride", type=int, default=1, help="stride of the 3x3 stem")
+    add("--check", metavar="FILE", help="x and the official network's logits, by torch.save")
     given = parser.parse_args(args)
     found = convert(given.source, given.target, given.strides, given.stem_stride, given.check)
     if given.check is None:

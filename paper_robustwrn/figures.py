@@ -3,12 +3,13 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from common.analysis.figures import error_bars
 from common.evaluation.drawing import (
     CYCLE,
     FONT,
@@ -21,32 +22,23 @@ from common.results.bases import comparable
 from common.results.schema import Result
 
 METRIC = "pgd20/ce_f"
+NEEDED = (METRIC, "parameters", "macs")
 LABELLED = {"cifar10": (50.0, 52.5)}
 """The paper writes names at networks up to the first and from the second number on [P]."""
 
 
-# ----------------------------------------------------------------------------------- the networks
-
-
 @dataclass(frozen=True)
 class Network:
-    """What the figures need of one experiment, means over seeds.
+    """What the figures need of one experiment.
 
-    Attributes:
-        name: What tells it from others of its data set.
-        accuracy: Under PGD-20, in percent, of the selected checkpoint where that was attacked so.
-        spread: Standard deviation of ``accuracy`` over seeds; 0 with one seed.
-        parameters: How many.
-        macs: Multiply-accumulates per image.
-        shape: ``d`` or ``w`` and the numbers of the stages, where the name has them.
+    ``accuracies``, by seed, are under PGD-20, in percent, of the selected checkpoint where that
+    was attacked so; ``macs`` are per image.
     """
 
     name: str
-    accuracy: float
-    spread: float
+    accuracies: Sequence[float]
     parameters: float
     macs: float
-    shape: tuple[str, tuple[float, ...]] | None
 
 
 def networks_of(results: Sequence[Result]) -> list[Network]:
@@ -55,49 +47,49 @@ def networks_of(results: Sequence[Result]) -> list[Network]:
     for result in results:
         for label in ("selected", "last"):
             checkpoint = result["checkpoints"].get(label)
-            if checkpoint and {METRIC, "parameters", "macs"} <= set(checkpoint["metrics"]):
+            if checkpoint and set(NEEDED) <= set(checkpoint["metrics"]):
                 chosen[result["experiment"], result["seed"]] = checkpoint
                 break
-    by_stem: dict[str, list[dict[str, float]]] = {}
+    by_stem: dict[str, list[tuple[float, ...]]] = {}
     for (stem, _), metrics in comparable(chosen)[0].items():
-        if {METRIC, "parameters", "macs"} <= set(metrics):
-            by_stem.setdefault(stem, []).append(metrics)
+        if set(NEEDED) <= set(metrics):
+            by_stem.setdefault(stem, []).append(tuple(metrics[key] for key in NEEDED))
     found = []
     for stem, every in by_stem.items():
-        mean = {key: fmean(m[key] for m in every) for key in (METRIC, "parameters", "macs")}
-        name = stem.partition("_")[2]
-        spread = stdev(100 * m[METRIC] for m in every) if len(every) > 1 else 0.0
-        numbers = (100 * mean[METRIC], spread, mean["parameters"], mean["macs"])
-        found.append(Network(name, *numbers, shape_of(stem)))
+        accuracies, parameters, macs = zip(*every, strict=True)
+        percent = [100 * value for value in accuracies]
+        found.append(Network(stem.partition("_")[2], percent, fmean(parameters), fmean(macs)))
     return sorted(found, key=lambda network: network.parameters)
 
 
-def shape_of(stem: str) -> tuple[str, tuple[float, ...]] | None:
-    """``("w", (10, 10, 8))`` of ``cifar10_grid_w10-10-8``."""
-    found = re.search(r"_([dw])(\d+(?:\.\d+)?(?:-\d+(?:\.\d+)?)+)(?:_|$)", stem)
+def shape_of(name: str) -> tuple[str, tuple[float, ...]] | None:
+    """``("w", (10, 10, 8))`` of ``grid_w10-10-8``."""
+    found = re.search(r"(?:^|_)([dw])(\d+(?:\.\d+)?(?:-\d+(?:\.\d+)?)+)(?:_|$)", name)
     return (found[1], tuple(float(n) for n in found[2].split("-"))) if found else None
 
 
-# ------------------------------------------------------------------------------------ the figures
+def _finish(ax: Axes, xlabel: str, ylabel: str = "PGD-20 accuracy (%), ± sd over seeds") -> None:
+    ax.set_xlabel(xlabel, fontsize=FONT)
+    ax.set_ylabel(ylabel, fontsize=FONT)
+    tidy_axes(ax)
 
 
 def scatter(networks: Sequence[Network], against: str, dataset: str) -> Figure:
     """Robust accuracy of every network against ``parameters`` or ``macs``."""
     unit, title = (1e-6, "parameters (M)") if against == "parameters" else (1e-9, "MACs (G)")
-    if max(getattr(network, against) for network in networks) < 1e6 / (unit * 1e6):
+    if max(getattr(network, against) for network in networks) < 1 / unit:
         unit, title = unit * 1e3, title.replace("(M)", "(k)").replace("(G)", "(M)")
     fig = blank_figure(5.2, 3.4)
     ax = fig.subplots()
     low, high = LABELLED.get(dataset, (float("inf"), float("-inf")))
     for network in networks:
-        at = (getattr(network, against) * unit, network.accuracy)
-        ax.errorbar(*at, yerr=network.spread, fmt="o", color=CYCLE[0], markersize=4, capsize=2)
-        if network.accuracy <= low or network.accuracy >= high:
-            ax.annotate(network.name, at, (3, 3), textcoords="offset points", fontsize=FONT - 2)
+        x, accuracy = getattr(network, against) * unit, fmean(network.accuracies)
+        error_bars(ax, {x: network.accuracies})
+        if accuracy <= low or accuracy >= high:
+            place: dict[str, Any] = {"xytext": (3, 3), "textcoords": "offset points"}
+            ax.annotate(network.name, (x, accuracy), fontsize=FONT - 2, **place)
     ax.margins(x=0.25, y=0.15)  # room for the names
-    ax.set_xlabel(title, fontsize=FONT)
-    ax.set_ylabel("PGD-20 accuracy (%), ± sd over seeds", fontsize=FONT)
-    tidy_axes(ax)
+    _finish(ax, title)
     return fig
 
 
@@ -106,59 +98,46 @@ def stage_curves(networks: Sequence[Network], kind: str) -> Figure | None:
 
     ``None`` without two networks that differ in one stage alone.
     """
-    points: dict[tuple[float, ...], tuple[float, float]] = {}
+    points: dict[tuple[float, ...], Sequence[float]] = {}
     for network in networks:
-        if network.shape is not None and network.shape[0] == kind:
-            points[network.shape[1]] = network.accuracy, network.spread
-    if len(points) < 2:
-        return None
+        if (shape := shape_of(network.name)) and shape[0] == kind:
+            points[shape[1]] = network.accuracies
 
-    def neighbours(base: tuple[float, ...], stage: int) -> dict[float, tuple[float, float]]:
-        return {
-            shape[stage]: point
-            for shape, point in points.items()
-            if len(shape) == len(base)
-            and all(a == b for i, (a, b) in enumerate(zip(shape, base, strict=True)) if i != stage)
-        }
+    def lines(base: tuple[float, ...]) -> dict[int, dict[float, Sequence[float]]]:
+        found = {}
+        for i in range(len(base)):
+            rest = (base[:i], base[i + 1 :])
+            line = {s[i]: p for s, p in points.items() if (s[:i], s[i + 1 :]) == rest}
+            if len(line) > 1:
+                found[i] = line
+        return found
 
-    base = max(points, key=lambda s: sum(len(neighbours(s, i)) for i in range(len(s))))
-    fig = blank_figure(4.8, 3.1)
-    ax = fig.subplots()
-    drawn = 0
-    for stage in range(len(base)):
-        line = sorted(neighbours(base, stage).items())
-        if len(line) > 1:
-            drawn += 1
-            style: dict[str, Any] = {
-                "color": CYCLE[stage % len(CYCLE)],
-                "marker": MARKERS[stage % len(MARKERS)],
-            }
-            at = [x for x, _ in line]
-            middle, spread = zip(*(point for _, point in line), strict=True)
-            label = f"stage {stage + 1}"
-            ax.errorbar(at, middle, spread, label=label, markersize=4, capsize=2, **style)
+    def neighbours(found: dict[int, dict[float, Sequence[float]]]) -> int:
+        return sum(len(points) - 1 for points in found.values())
+
+    drawn = max(map(lines, points), key=neighbours, default={})
     if not drawn:
         return None
-    ax.set_xlabel({"w": "widening factor", "d": "blocks"}[kind] + " of the stage", fontsize=FONT)
-    ax.set_ylabel("PGD-20 accuracy (%), ± sd over seeds", fontsize=FONT)
-    tidy_axes(ax)
+    fig = blank_figure(4.8, 3.1)
+    ax = fig.subplots()
+    for stage, found in drawn.items():
+        error_bars(ax, found, stage, f"stage {stage + 1}")
+    _finish(ax, {"w": "widening factor", "d": "blocks"}[kind] + " of the stage")
     put_legend_above(fig, ax)
     return fig
 
 
-def lipschitz_figure(measured: Mapping[str, Mapping[str, float]]) -> Figure:
-    """The bound, and the largest and the mean measured ratio, of every experiment."""
+def lipschitz_figure(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """The bound, the largest and the mean measured ratio of every experiment, means over seeds."""
     fig = blank_figure(max(3.6, 1.1 * len(measured) + 1.5), 3.1)
     ax = fig.subplots()
-    at = np.arange(len(measured))
-    for key, label in (("bound", "bound"), ("largest", "largest ratio"), ("mean", "mean ratio")):
-        values = [numbers[key] for numbers in measured.values()]
-        style: dict[str, Any] = {"color": CYCLE[len(ax.lines)], "marker": MARKERS[len(ax.lines)]}
-        ax.plot(at, values, linestyle="", markersize=6, label=label, **style)
+    labels = {"bound": "bound", "largest": "largest ratio", "mean": "mean ratio"}
+    for i, (key, label) in enumerate(labels.items()):
+        values = [fmean(numbers[key] for numbers in runs) for runs in measured.values()]
+        ax.plot(values, MARKERS[i], color=CYCLE[i], markersize=6, label=label)
     ax.set_yscale("log")
-    ax.set_xticks(at, list(measured), fontsize=FONT - 1)
+    ax.set_xticks(range(len(measured)), list(measured), fontsize=FONT - 1)
     ax.set_xlim(-0.5, len(measured) - 0.5)
-    ax.set_ylabel("l2 stretch of the logits", fontsize=FONT)
-    tidy_axes(ax)
+    _finish(ax, "", "l2 stretch of the logits")
     put_legend_above(fig, ax)
     return fig

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.attacks.randomness import ExampleRandom
+from common.attacks.pgd import PGD
+from common.attacks.randomness import ExampleRandom, Stream
 from common.errors import ConfigurationError
 from common.evaluation.measures import AttackMeasure
-from common.networks.wide_resnet import WideBlock, WideResNet
+from common.modes import frozen
+from common.networks.wide_resnet import WideResNet
 from common.objectives import Batch
 from common.results.lines import Columns
 
@@ -33,12 +35,7 @@ SLACK = 1e-4
 
 
 def operator_norm(linear: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> float:
-    """Largest l2 stretch of a linear map, by power iteration in float64.
-
-    Args:
-        linear: A map without offset, differentiable.
-        shape: Of its input, without the batch.
-    """
+    """Largest l2 stretch of a linear map of ``(1, *shape)``, by power iteration in float64."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(1, *shape, generator=generator, dtype=torch.float64)
     size = torch.tensor(0.0, dtype=torch.float64)
@@ -66,16 +63,12 @@ def batch_norm_gain(norm: nn.BatchNorm2d) -> float:
     return float((scale.abs() / (norm.running_var + norm.eps).sqrt()).max())
 
 
-def upper_bound(net: WideResNet, shape: tuple[int, int, int]) -> dict[str, float]:
-    """The bound, stage by stage.
+def upper_bound(net: WideResNet, shape: tuple[int, ...]) -> dict[str, float]:
+    """``stem``, ``stage1``, ..., ``head`` of the bound, and their product ``total``.
 
     Args:
-        net: A network of our :class:`~common.networks.wide_resnet.WideResNet`, rectified linear
-            units only, in evaluation mode.
+        net: A network in evaluation mode.
         shape: Of an image, ``(C, H, W)``.
-
-    Returns:
-        ``stem``, ``stage1``, ``stage2``, ..., ``head``, and their product ``total``.
 
     Raises:
         ConfigurationError: If the network has other activations or another stem.
@@ -83,7 +76,7 @@ def upper_bound(net: WideResNet, shape: tuple[int, int, int]) -> dict[str, float
     for module in net.modules():
         if isinstance(module, nn.SiLU | nn.GELU | nn.Mish | nn.PReLU | nn.MaxPool2d):
             raise ConfigurationError(
-                f"the bound knows convolutions, batch-norm and ReLU, the network has "
+                "the bound knows convolutions, batch-norm and ReLU, the network has "
                 f"{type(module).__name__}"
             )
     if not isinstance(net.stem, nn.Conv2d):
@@ -91,33 +84,27 @@ def upper_bound(net: WideResNet, shape: tuple[int, int, int]) -> dict[str, float
     std = net.normalize.std
     factors = {"stem": _gain(net.stem, shape) / (1.0 if std is None else float(std.min()))}
     at = _shape_after(net.stem, shape)
-    for number, stage in enumerate(net.stages.children(), start=1):
+    stages: Any = net.stages
+    for number, stage in enumerate(stages, start=1):
         factor = 1.0
-        blocks: Any = stage.children()
-        for block in blocks:
-            factor *= _block(block, at)
-            at = _shape_after(block.conv1, at)
+        for block in stage:
+            inside, g1 = _shape_after(block.conv1, at), batch_norm_gain(block.bn1)
+            branch = _gain(block.conv2, inside) * batch_norm_gain(block.bn2)
+            branch *= _gain(block.conv1, at) * g1
+            skip = _gain(block.shortcut, at) * (g1 if block.changes_width else 1.0)
+            factor *= skip + branch
+            at = inside
         factors[f"stage{number}"] = factor
     head: Any = net.head
-    weight = head.linear.weight.detach().double()
-    spread = float(at[1] * at[2]) ** 0.5
-    sigma = float(torch.linalg.matrix_norm(weight, 2))
-    factors["head"] = batch_norm_gain(head.norm) * sigma / spread
+    sigma = float(torch.linalg.matrix_norm(head.linear.weight.detach().double(), 2))
+    factors["head"] = batch_norm_gain(head.norm) * sigma / math.sqrt(at[1] * at[2])
     return factors | {"total": math.prod(factors.values())}
 
 
-def _block(block: WideBlock, shape: tuple[int, ...]) -> float:
-    g1, g2 = batch_norm_gain(block.bn1), batch_norm_gain(block.bn2)
-    inside = _shape_after(block.conv1, shape)
-    branch = _gain(block.conv2, inside) * g2 * _gain(block.conv1, shape) * g1
-    if isinstance(block.shortcut, nn.Identity):
-        return 1.0 + branch
-    shortcut: Any = block.shortcut
-    return _gain(shortcut, shape) * (g1 if block.changes_width else 1.0) + branch
-
-
-def _gain(conv: nn.Conv2d, shape: tuple[int, ...]) -> float:
-    return operator_norm(copy.deepcopy(conv).double().cpu(), shape)
+def _gain(layer: nn.Module, shape: tuple[int, ...]) -> float:
+    if isinstance(layer, nn.Identity):
+        return 1.0
+    return operator_norm(copy.deepcopy(layer).double().cpu(), shape)
 
 
 def _shape_after(conv: nn.Conv2d, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -134,3 +121,18 @@ class L2Ratio(AttackMeasure):
             moved = (model(x) - model(x_adv)).norm(dim=1)
         distance = (x - x_adv).flatten(1).norm(dim=1)
         return {"l2_ratio": torch.where(distance > 0, moved / distance.clamp_min(1e-12), 0.0)}
+
+
+def lipschitz_of(model: Any, x: Tensor, y: Tensor, attack: PGD) -> dict[str, float]:
+    """The bound, and the largest and the mean ratio on images ``x``, of a trained classifier."""
+    batch = {"x": x, "y": y, "index": torch.arange(len(y))}
+    random = ExampleRandom(0, 0, batch["index"], Stream.EVALUATION)
+    with frozen(model, "eval"):
+        ratios = L2Ratio(attack)(model, batch, random)["l2_ratio"]
+        bound = upper_bound(model.net, tuple(x.shape[1:]))
+    return {
+        "bound": bound.pop("total"),
+        "largest": ratios.max().item(),
+        "mean": ratios.mean().item(),
+        **{f"bound_{part}": value for part, value in bound.items()},
+    }

@@ -52,12 +52,9 @@ def usual_strides(stages: int) -> tuple[int, ...]:
 class RobustWideResNet(WideResNet):
     """A wide residual network with depth and width free per stage; by default WRN-34-R [C].
 
-    Blocks are pre-activation. Where the width changes, the 1x1 shortcut reads the activated input;
-    where only the resolution does, it reads the raw input; elsewhere the raw input is added as it
-    is. The head is BN - ReLU - global pool - linear in every case.
-
-    Stems: one convolution without batch-norm or activation, or for large images conv7x7 (stride 2)
-    - BN - ReLU - max-pool (stride 2) [C].
+    Where the width changes, the 1x1 shortcut reads the activated input; where only the resolution
+    does, the raw input. The stem is one convolution without batch-norm or activation, or for large
+    images conv7x7 (stride 2) - BN - ReLU - max-pool (stride 2) [C].
 
     Args:
         depths: Residual blocks per stage, D; any number of stages.
@@ -109,33 +106,26 @@ class RobustWideResNet(WideResNet):
             drop_rates=drop_rates,
             activations=activations,
         )
+        if imagenet_stem and stem_stride != 1:
+            raise ConfigurationError(
+                f"stem_stride is {stem_stride} and imagenet_stem is true; that stem has its "
+                "own strides, so drop one of the two"
+            )
         if imagenet_stem:
-            if stem_stride != 1:
-                raise ConfigurationError(
-                    f"stem_stride is {stem_stride} and imagenet_stem is true; that stem has its "
-                    "own strides, so drop one of the two"
-                )
             self.stem = named_sequence(
                 conv=nn.Conv2d(in_channels, channels[0], 7, stride=2, padding=3, bias=False),
                 bn=nn.BatchNorm2d(channels[0]),
                 act=nn.ReLU(),
                 pool=nn.MaxPool2d(3, stride=2, padding=1),
-            )
+            ).apply(initialize)
         elif stem_stride != 1:
-            self.stem = conv3x3(in_channels, channels[0], stem_stride)
-        if imagenet_stem or stem_stride != 1:
-            self.stem.apply(initialize)
+            self.stem = conv3x3(in_channels, channels[0], stem_stride).apply(initialize)
 
 
 def check_configuration(
     depths: Sequence[int], channels: Sequence[int], strides: Sequence[int]
 ) -> None:
-    """Refuse lists that do not describe the same stages.
-
-    Raises:
-        ConfigurationError: If ``channels`` has not one entry more than ``depths`` and ``strides``,
-            or a value is below 1.
-    """
+    """Refuse lists that do not describe the same stages, as a ``ConfigurationError``."""
     if len(channels) != len(depths) + 1:
         raise ConfigurationError(
             f"depths={list(depths)} need as many widths, or one channel count more for the stem, "
@@ -162,9 +152,6 @@ def count_parameters(
 
     with :math:`a = c_{s-1}`, :math:`b = c_s`. A stage has a shortcut convolution exactly where its
     width or its resolution changes.
-
-    Raises:
-        ConfigurationError: If the lists do not describe the same stages.
     """
     count = 9 * in_channels * channels[0]
     for depth, _, a, b, shortcut in _stages(depths, channels, strides):
@@ -188,9 +175,6 @@ def count_macs(
 
     with :math:`h` the side of the image and :math:`h_s` the side behind the stride of stage s. The
     published numbers also count batch-norm, which adds some 0.2 % [C].
-
-    Raises:
-        ConfigurationError: If the lists do not describe the same stages.
     """
     count = 9 * in_channels * channels[0] * size**2
     for depth, stride, a, b, shortcut in _stages(depths, channels, strides):
@@ -240,9 +224,9 @@ class Configuration:
     def cost(self, measure: Measure, size: int = 32, **images: int) -> int:
         """Parameters or multiply-accumulates, by name."""
         check_choice("measure", measure, Measure)
-        return (
-            self.parameters(**images) if measure == "parameters" else self.macs(size=size, **images)
-        )
+        if measure == "parameters":
+            return self.parameters(**images)
+        return self.macs(size=size, **images)
 
 
 # ---------------------------------------------------------------------------- rule and search
@@ -273,24 +257,14 @@ def smallest_robust(
 ) -> int:
     """The smallest w whose R(w) reaches a budget; 20 for that of WRN-34-12 [R].
 
-    Args:
-        budget: Parameters or multiply-accumulates to reach.
-        depths: Blocks per stage.
-        measure: What the budget counts.
-        ratio: Of :func:`robust_widths`.
-        **images: ``num_classes``, ``in_channels`` and ``size``, as for :func:`count_macs`.
-
-    Raises:
-        ConfigurationError: If the budget is below 1.
+    ``images`` are ``num_classes``, ``in_channels`` and ``size``, as for :func:`count_macs`.
     """
-    check_choice("measure", measure, Measure)
     check_positive(budget=budget)
-
-    def reaches(w: int) -> bool:
+    for w in itertools.count(1):
         rule = Configuration(tuple(depths), robust_widths(w, ratio, len(depths)))
-        return rule.cost(measure, **images) >= budget
-
-    return next(w for w in itertools.count(1) if reaches(w))
+        if rule.cost(measure, **images) >= budget:
+            break
+    return w
 
 
 def search(
@@ -301,12 +275,9 @@ def search(
 ) -> Configuration:
     """The smallest of some networks that reaches a budget; the first among equals.
 
-    Arguments are those of :func:`smallest_robust`.
-
     Raises:
         ConfigurationError: If none of them reaches it.
     """
-    check_choice("measure", measure, Measure)
     sized = [(c.cost(measure, **images), c) for c in configurations]
     large = [(cost, c) for cost, c in sized if cost >= budget]
     if not large:
@@ -325,17 +296,13 @@ def grid(
     depths: Iterable[Sequence[int]] = ((5, 5, 5),), widths: Iterable[Sequence[int]] = ((10,) * 3,)
 ) -> tuple[Configuration, ...]:
     """Every combination of depth vectors and width vectors."""
-    pairs = itertools.product(list(depths), list(widths))
+    pairs = itertools.product(depths, widths)
     return tuple(Configuration(tuple(d), tuple(w)) for d, w in pairs)
 
 
 def one_stage_at_a_time(usual: int, reduced: Sequence[int]) -> list[tuple[int, ...]]:
     """``(usual, usual, usual)`` with each entry in turn replaced by each reduced value."""
-    return [
-        tuple(value if s == stage else usual for s in range(3))
-        for stage in range(3)
-        for value in reduced
-    ]
+    return [(*(usual,) * s, value, *(usual,) * (2 - s)) for s in range(3) for value in reduced]
 
 
 NETWORKS = {
@@ -372,15 +339,18 @@ def named(name: str) -> Configuration:
     """
     if name in NETWORKS:
         return NETWORKS[name]
-    d, w = r"d(?P<d>\d+(?:-\d+)*)", r"w(?P<w>\d+(?:-\d+)*)"
-    found = re.fullmatch(d, name) or re.fullmatch(w, name) or re.fullmatch(f"{d}-{w}", name)
+    numbers = r"(\d+(?:-\d+)*)"
+    found = re.fullmatch(f"d{numbers}-w{numbers}|d{numbers}|w{numbers}", name)
     if found is None:
         raise ConfigurationError(
             f"there is no network {name!r}; names are {', '.join(NETWORKS)}, blocks per stage like "
             "d5-5-4, widening factors like w10-10-8, or both like d4-4-4-w11-13-6"
         )
-    lists = {k: tuple(map(int, part.split("-"))) for k, part in found.groupdict().items()}
-    depths = lists.get("d") or (5,) * len(lists["w"])
-    widths = lists.get("w") or (10,) * len(depths)
+    d, w = (
+        tuple(map(int, part.split("-"))) if part else ()
+        for part in (found[1] or found[3], found[2] or found[4])
+    )
+    depths = d or (5,) * len(w)
+    widths = w or (10,) * len(depths)
     check_configuration(depths, channels_of(widths), usual_strides(len(depths)))
     return Configuration(depths, widths)

@@ -10,11 +10,7 @@ from common.objectives import Batch, InnerLoss, Model, differentiable
 
 
 class RobustWRNClassifier(RobustClassifier):
-    """A classifier whose network may use drop path with a growing probability.
-
-    The probability grows linearly over the epochs, as in DARTS [C], towards the network's own
-    ``drop_path``; networks without that attribute are left alone.
-    """
+    """A classifier whose network may use drop path, with a probability that grows linearly [C]."""
 
     def on_train_epoch_start(self) -> None:
         """Set the probability of this epoch."""
@@ -29,15 +25,11 @@ class RobustWRNClassifier(RobustClassifier):
 
 
 def coupled_margin(model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
-    r"""The margin loss as the official code has it [C], :math:`-\max(\sum_i m_i, 0)`.
+    r"""The margin loss as the official code has it [C]: x' -> ``(N,)``, whose sum is that loss.
 
-    :math:`m_i = z_{i,y} - \max_{j \ne y} z_{i,j}` is summed over the batch inside the rectifier:
-    as soon as the sum is not positive, the gradient is zero for every image and the attack stops.
-    So it overestimates robustness and depends on which images share a batch. It is here to
-    reproduce that number; the valid attack is ``cw_f``.
-
-    Returns:
-        x' -> ``(N,)``, whose sum has the value and gradient of the official loss.
+    It is :math:`-\max(\sum_i m_i, 0)` with :math:`m_i = z_{i,y} - \max_{j \ne y} z_{i,j}`: as soon
+    as the batch sum is not positive, the attack stops for every image. So it overestimates
+    robustness and depends on the batch. The valid attack is ``cw_f``.
     """
     y = differentiable(batch["y"])
 

@@ -6,17 +6,26 @@ those of the configurations are our choice [R]. Tags as in :mod:`paper_robustwrn
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.networks.backbone import Backbone
 from common.networks.normalize import Normalize, Statistics
-from common.networks.resnet import check_positive, conv1x1, conv3x3, named_sequence
-from paper_robustwrn.cells import DARTS_V2, NASNET, Cell, Genotype
+from common.networks.resnet import (
+    check_drop_rates,
+    check_positive,
+    conv1x1,
+    conv3x3,
+    named_sequence,
+    preactivated_head,
+)
+
+# ------------------------------------------------------------------------------------ DenseNet
 
 
 class Bottleneck(nn.Module):
@@ -41,8 +50,8 @@ class Bottleneck(nn.Module):
 class DenseNet(Backbone):
     """DenseNet for small images, by default DenseNet-121, with the width of each stage free [C].
 
-    A transition BN - ReLU - conv1x1 - average pool leads from stage to stage and sets the width of
-    the next. Pools round up and the last is global, so any image size works.
+    A transition BN - ReLU - conv1x1 - average pool leads from stage to stage. Pools round up and
+    the last is global, so any image size works.
 
     Args:
         depths: Bottlenecks per stage.
@@ -69,43 +78,232 @@ class DenseNet(Backbone):
     ) -> None:
         super().__init__(in_channels, mean, std)
         check_positive(num_classes=num_classes, growth_rate=growth_rate)
-        given = f"depths={list(depths)}, channels={list(channels)}"
         if not len(depths) == len(channels) >= 1 or min(*depths, *channels) < 1:
             raise ConfigurationError(
-                f"depths and channels need one value of at least 1 for each stage, got {given}"
+                "depths and channels need one value of at least 1 for each stage, got "
+                f"depths={list(depths)}, channels={list(channels)}"
             )
         self.stem = conv3x3(in_channels, channels[0])
-        self.stages = nn.Sequential()
-        width = channels[0]
-        for i, depth in enumerate(depths):
-            stage = nn.Sequential()
-            for _ in range(depth):
-                stage.append(Bottleneck(width, growth_rate))
-                width += growth_rate
-            if i + 1 < len(depths):
-                transition = named_sequence(
-                    bn=nn.BatchNorm2d(width),
-                    act=nn.ReLU(),
-                    conv=conv1x1(width, channels[i + 1]),
-                    pool=nn.AvgPool2d(2, ceil_mode=True),
+        self.stages, inside = nn.Sequential(), channels[0]
+        for i, (depth, width) in enumerate(zip(depths, channels, strict=True)):
+            if i > 0:
+                self.stages[-1].add_module(
+                    "transition",
+                    named_sequence(
+                        bn=nn.BatchNorm2d(inside),
+                        act=nn.ReLU(),
+                        conv=conv1x1(inside, width),
+                        pool=nn.AvgPool2d(2, ceil_mode=True),
+                    ),
                 )
-                stage.add_module("transition", transition)
-                width = channels[i + 1]
-            self.stages.append(stage)
-        self.head = named_sequence(
-            norm=nn.BatchNorm2d(width),
-            act=nn.ReLU(),
-            pool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(width, num_classes),
+            inside = width + depth * growth_rate
+            widths = range(width, inside, growth_rate)
+            self.stages.append(nn.Sequential(*(Bottleneck(w, growth_rate) for w in widths)))
+        self.head = preactivated_head(inside, num_classes, nn.ReLU, "avg")
+
+
+# ---------------------------------------------------------------------- operations and cells
+
+
+def relu_conv_bn(in_channels: int, out_channels: int) -> nn.Sequential:
+    """ReLU - conv1x1 - BN."""
+    conv = conv1x1(in_channels, out_channels)
+    return nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(out_channels))
+
+
+def depthwise(channels: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    """ReLU - depthwise convolution - conv1x1 - BN."""
+    padding = dilation * (kernel - 1) // 2
+    each = nn.Conv2d(
+        channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False
+    )
+    return nn.Sequential(nn.ReLU(), each, conv1x1(channels, channels), nn.BatchNorm2d(channels))
+
+
+class FactorizedReduce(nn.Module):
+    """Halves the map: ReLU, two 1x1 convolutions on the even and the odd pixels, BN.
+
+    The official code fails on odd sides; here the odd pixels are followed by a zero [R].
+
+    Raises:
+        ConfigurationError: If ``out_channels`` is odd, which two convolutions cannot share.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        if out_channels % 2:
+            raise ConfigurationError(
+                f"a reduction halves its channels, got {out_channels}; choose an even number"
+            )
+        self.even = conv1x1(in_channels, out_channels // 2, 2)
+        self.odd = conv1x1(in_channels, out_channels // 2, 2)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in, H, W)`` to ``(N, out, H / 2, W / 2)``, rounded up."""
+        x = x.relu()
+        shifted = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))[:, :, 1:, 1:]
+        out: Tensor = self.bn(torch.cat([self.even(x), self.odd(shifted)], dim=1))
+        return out
+
+
+Op = Literal[
+    "skip_connect",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "sep_conv_7x7",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+    "conv_7x1_1x7",
+]
+"""An operation of a cell, as genotypes name it."""
+
+
+def make_op(name: Op, channels: int, stride: int) -> nn.Module:
+    """One operation that keeps the channels."""
+    kernel = int(name[-1]) if name[-1].isdigit() else 0
+    match name:
+        case "skip_connect":
+            return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels)
+        case "max_pool_3x3":
+            return nn.MaxPool2d(3, stride, padding=1)
+        case "avg_pool_3x3":
+            return nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
+        case "sep_conv_3x3" | "sep_conv_5x5" | "sep_conv_7x7":
+            return nn.Sequential(*depthwise(channels, kernel, stride), *depthwise(channels, kernel))
+        case "dil_conv_3x3" | "dil_conv_5x5":
+            return depthwise(channels, kernel, stride, dilation=2)
+        case _:  # "conv_7x1_1x7"
+            return nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(channels, channels, (1, 7), (1, stride), (0, 3), bias=False),
+                nn.Conv2d(channels, channels, (7, 1), (stride, 1), (3, 0), bias=False),
+                nn.BatchNorm2d(channels),
+            )
+
+
+def drop_path(x: Tensor, probability: float) -> Tensor:
+    """Zero whole examples of ``(N, C, H, W)`` and scale the others up, so that the mean is kept."""
+    keep = 1.0 - probability
+    return x / keep * x.new_empty(len(x), 1, 1, 1).bernoulli_(keep)
+
+
+@dataclass(frozen=True)
+class Genotype:
+    """The two cells of a network.
+
+    ``normal`` and ``reduce`` list (operation, state it reads): two for each node in turn, whose sum
+    is the next state. States 0 and 1 are the outputs of the two cells before; ``*_concat`` are the
+    states a cell returns.
+    """
+
+    normal: Sequence[tuple[Op, int]]
+    normal_concat: Sequence[int]
+    reduce: Sequence[tuple[Op, int]]
+    reduce_concat: Sequence[int]
+
+    def __post_init__(self) -> None:
+        for ops, concat in ((self.normal, self.normal_concat), (self.reduce, self.reduce_concat)):
+            known = 2 + len(ops) // 2
+            for position, (name, state) in enumerate(ops):
+                check_choice("an operation", name, Op)
+                if not 0 <= state < 2 + position // 2:
+                    raise ConfigurationError(
+                        f"operation {position} of a cell reads state {state}; there are states 0 "
+                        f"to {1 + position // 2} before it"
+                    )
+            if not concat or min(concat) < 0 or max(concat) >= known:
+                raise ConfigurationError(
+                    f"a cell of {len(ops)} operations has states 0 to {known - 1} to return, got "
+                    f"{list(concat)}"
+                )
+
+
+DARTS_V2 = Genotype(
+    normal=(
+        *(("sep_conv_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 0), ("sep_conv_3x3", 1)),
+        *(("sep_conv_3x3", 1), ("skip_connect", 0), ("skip_connect", 0), ("dil_conv_3x3", 2)),
+    ),
+    normal_concat=(2, 3, 4, 5),
+    reduce=(
+        *(("max_pool_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("max_pool_3x3", 1)),
+        *(("max_pool_3x3", 0), ("skip_connect", 2), ("skip_connect", 2), ("max_pool_3x3", 1)),
+    ),
+    reduce_concat=(2, 3, 4, 5),
+)
+"""The cells of DARTS, second order (Liu et al., ICLR 2019), ``DARTS_ORIGINAL`` in [C]."""
+
+NASNET = Genotype(
+    normal=(
+        *(("sep_conv_5x5", 1), ("sep_conv_3x3", 0), ("sep_conv_5x5", 0), ("sep_conv_3x3", 0)),
+        *(("avg_pool_3x3", 1), ("skip_connect", 0), ("avg_pool_3x3", 0), ("avg_pool_3x3", 0)),
+        *(("sep_conv_3x3", 1), ("skip_connect", 1)),
+    ),
+    normal_concat=(2, 3, 4, 5, 6),
+    reduce=(
+        *(("sep_conv_5x5", 1), ("sep_conv_7x7", 0), ("max_pool_3x3", 1), ("sep_conv_7x7", 0)),
+        *(("avg_pool_3x3", 1), ("sep_conv_5x5", 0), ("skip_connect", 3), ("avg_pool_3x3", 2)),
+        *(("sep_conv_3x3", 2), ("max_pool_3x3", 1)),
+    ),
+    reduce_concat=(4, 5, 6),
+)
+"""The cells of NASNet (Zoph et al., CVPR 2018) as [C] has them."""
+
+
+class Cell(nn.Module):
+    """One cell: two inputs brought to C channels, nodes, their concatenation [C].
+
+    Args:
+        genotype: What the cells of the network compute.
+        before_previous: Channels of the output of the cell before the previous one.
+        previous: Channels of the output of the previous cell.
+        channels: Channels C of every state.
+        reduction: Whether operations on the two inputs halve the map.
+        after_reduction: Whether the previous cell did, so that the older input is larger.
+    """
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        before_previous: int,
+        previous: int,
+        channels: int,
+        reduction: bool,
+        after_reduction: bool,
+    ) -> None:
+        super().__init__()
+        ops = genotype.reduce if reduction else genotype.normal
+        self.concat = tuple(genotype.reduce_concat if reduction else genotype.normal_concat)
+        adapt = FactorizedReduce if after_reduction else relu_conv_bn
+        self.input0 = adapt(before_previous, channels)
+        self.input1 = relu_conv_bn(previous, channels)
+        self.ops = nn.ModuleList(
+            make_op(name, channels, 2 if reduction and state < 2 else 1) for name, state in ops
         )
+        self.reads = [state for _, state in ops]
+        self.out_channels = len(self.concat) * channels
+
+    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
+        """The two outputs before to the next, ``(N, len(concat) C, H', W')``."""
+        states = [self.input0(s0), self.input1(s1)]
+        for position, (op, state) in enumerate(zip(self.ops, self.reads, strict=True)):
+            h: Tensor = op(states[state])
+            if drop_path_prob > 0 and self.training and not isinstance(op, nn.Identity):
+                h = drop_path(h, drop_path_prob)
+            if position % 2 == 0:
+                first = h
+            else:
+                states.append(first + h)
+        return torch.cat([states[i] for i in self.concat], dim=1)
+
+
+# ---------------------------------------------------------------------------- networks of cells
 
 
 class TwoByTwo(nn.Module):
-    """Average pool to 2x2 with overlapping windows: 5 wide and 3 apart on the usual 8x8 map.
-
-    On other sides n the windows are 5n/8 wide, rounded up [R].
-    """
+    """Average pool to 2x2, windows 5 wide and 3 apart at side 8, 5n/8 wide at other sides n [R]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, C, 2, 2)``."""
@@ -117,7 +315,7 @@ class TwoByTwo(nn.Module):
 
 
 def auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
-    """The classifier on the output of the second reduction: 2x2 pool, two convolutions, linear."""
+    """The classifier on the output of the second reduction."""
     return named_sequence(
         act=nn.ReLU(),
         pool=TwoByTwo(),
@@ -135,9 +333,6 @@ def auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
 class CellNetwork(nn.Module):
     """A stack of searched cells; a third and two thirds of the way up a cell halves the map [C].
 
-    ``forward`` returns the main logits in every mode. Training with an auxiliary head calls
-    :meth:`forward_with_auxiliary`, as :class:`~paper_robustwrn.objectives.SATAuxiliary` does.
-
     Args:
         genotype: What the cells compute.
         layers: Number of cells, at least 3.
@@ -147,8 +342,7 @@ class CellNetwork(nn.Module):
         mean: Means of :class:`~common.networks.normalize.Normalize`; ``None`` keeps the pixels.
         std: Its standard deviations.
         auxiliary: Whether there is a second classifier on two thirds of the cells.
-        drop_path: Probability of dropping an operation of one example at the end of training, to
-            which :meth:`set_progress` raises it.
+        drop_path: Probability of dropping an operation of one example at the end of training.
 
     Raises:
         ConfigurationError: If a setting is out of range.
@@ -175,8 +369,7 @@ class CellNetwork(nn.Module):
                 "channels are one count for the stem and one for each of the three stages, got "
                 f"{list(channels)}"
             )
-        if not 0 <= drop_path < 1:
-            raise ConfigurationError(f"drop_path must lie in [0, 1), got {drop_path}")
+        check_drop_rates(drop_path=drop_path)
         self.drop_path = drop_path
         self.drop_path_prob = 0.0
         self.normalize = Normalize(in_channels, mean, std)
@@ -188,16 +381,9 @@ class CellNetwork(nn.Module):
         self.cells = nn.ModuleList()
         before_previous = previous = channels[0]
         for i in range(layers):
-            reduction = i in reductions
-            cell = Cell(
-                genotype.reduce if reduction else genotype.normal,
-                genotype.reduce_concat if reduction else genotype.normal_concat,
-                before_previous,
-                previous,
-                channels[1 + sum(i >= r for r in reductions)],
-                reduction,
-                after_reduction=i - 1 in reductions,
-            )
+            width = channels[1 + sum(i >= r for r in reductions)]
+            is_reduction, is_after = i in reductions, i - 1 in reductions
+            cell = Cell(genotype, before_previous, previous, width, is_reduction, is_after)
             self.cells.append(cell)
             before_previous, previous = previous, cell.out_channels
             if auxiliary and i == self.auxiliary_after:

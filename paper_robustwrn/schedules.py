@@ -12,7 +12,7 @@ class ShiftedCosine(LambdaLR):
     r"""Cosine decay, one epoch late [C].
 
     In epoch e, from 0, of E the rate is :math:`\frac{1}{2} (1 + \cos(\pi (e - 1) / E))` times the
-    optimiser's: epoch 1 has the largest, epochs 0 and 2 the same, and the last does not reach 0.
+    optimiser's.
 
     Args:
         optimizer: Whose rates are set.

@@ -24,11 +24,12 @@ def error_bars(
         label: Of the series.
         **more: As for ``Axes.errorbar``.
     """
-    style = {"color": CYCLE[number % len(CYCLE)], "marker": MARKERS[number % len(MARKERS)]}
+    color, marker = CYCLE[number % len(CYCLE)], MARKERS[number % len(MARKERS)]
+    style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5, "capsize": 2}
     at = sorted(points)
     spread = [stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in at]
     middle = [fmean(points[x]) for x in at]
-    ax.errorbar(at, middle, spread, markersize=5, capsize=2, label=label, **style, **more)
+    ax.errorbar(at, middle, spread, label=label, **style, **more)
 
 
 def forest_plot(differences: Mapping[str, Difference], baseline: str, accuracy: str) -> Figure:

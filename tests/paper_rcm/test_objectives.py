@@ -13,7 +13,6 @@ from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.averaging import LateAveraging
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
-from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
@@ -186,24 +185,19 @@ class Recording(DAJAT):
         return super().outer(model, batch)
 
 
-def test_it_trains(tmp_path: Any) -> None:
+def test_it_trains(quiet_trainer: Any) -> None:
     objective = Recording()
     model = RobustClassifier(small(), objective, partial(torch.optim.SGD, lr=0.01))
     data = ImageDataModule(
         Digits(), batch_size=20, train_limit=40, val_size=20, crop_padding=1, seed=0,
         views=AutoAugmentViews(),
     )  # fmt: skip
-    trainer = Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        default_root_dir=tmp_path,
-        callbacks=[
-            LateAveraging(0.9, from_epoch=1),
-            AdversarialTraining(GrowingPGD(0.2, epochs=2)),
-            AdversarialWeightPerturbation(0.005, start_epoch=1),
-        ],
-    )  # fmt: skip
-    trainer.fit(model, data)
+    quiet_trainer(
+        LateAveraging(0.9, from_epoch=1),
+        AdversarialTraining(GrowingPGD(0.2, epochs=2)),
+        AdversarialWeightPerturbation(0.005, start_epoch=1),
+        max_epochs=2,
+    ).fit(model, data)
     assert len(objective.batches) == 4
     for i, batch in enumerate(objective.batches):
         assert batch["x"].shape == batch["x_adv"].shape == (60, 1, 8, 8)

@@ -1,6 +1,5 @@
 """The anchors, typed a second time; names and sizes of networks; the official recipes."""
 
-import json
 import re
 from typing import Any
 
@@ -10,9 +9,8 @@ import torch
 from common.cli.main import RobustCLI
 from common.evaluation.measures import cost
 from common.evaluation.suite import check_suite, steps_of
-from common.parsing import load_named
-from paper_rcm.costs import DATA
-from paper_rcm.method import EnlargedNetwork, parse_strides
+from paper_rcm.costs import DATA, make, net_section
+from paper_rcm.figures import network_of
 
 DEFENCES = ("at", "alp", "trades", "mart", "fat", "fattrades", "atawp", "tradesawp", "dajat")
 SIZES = ("parameters", "macs")
@@ -70,12 +68,7 @@ AWP = {
     "tradesawp": {"gamma": 0.005, "start_epoch": 10},
     "dajat": {"gamma": 0.005, "start_epoch": 9},
 }
-
-
-BASES = {
-    "alexnet": "1122", "vgg16": "11222", "resnet18": "1222", "preactresnet18": "1222",
-    "wrn28_10": "122",
-}  # fmt: skip
+BASES = ("alexnet_1122", "vgg16_11222", "resnet18_1222", "preactresnet18_1222", "wrn28_10_122")
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +83,6 @@ def reference(paper):
 
 def defence_of(stem: str) -> str:
     return stem.rpartition("_")[2]
-
-
-def anchored(stem: str) -> bool:
-    return stem.removeprefix("cifar10_resnet18_1222_") in ANCHORS
 
 
 # --------------------------------------------------------------------------------------- reference
@@ -118,7 +107,7 @@ def test_no_cell_of_the_paper_was_found(reference) -> None:
             known = {k: v for k, v in numbers.items() if k not in SIZES and v is not None}
             if stem == "cifar100_resnet18_1222_std":
                 assert known == ({"clean_acc": 76.34} if label == "last" else {})
-            elif anchored(stem):
+            elif stem.removeprefix("cifar10_resnet18_1222_") in ANCHORS:
                 rest = {k: v for k, v in known.items() if k not in ("clean_acc", "aa")}
                 is_natural = stem.endswith("_std") and label == "last"
                 assert rest == (natural if is_natural else {}), stem
@@ -158,14 +147,14 @@ def test_the_experiments_are_complete(reference) -> None:
     strings = ("2222", "1222", "1122", "1112")
     pools = {f"cifar10_resnet18_{s}{pool}_at" for s in strings for pool in ("", "_max")}
     assert members["E7"] == pools
-    for net in ("alexnet", "vgg16", "resnet18", "preactresnet18", "wrn28_10"):
+    for base in BASES:
+        net = base.rpartition("_")[0]
         defences = {defence_of(stem) for stem in members[f"E9-{net}"]}
         assert defences == ({"at"} if net == "wrn28_10" else {"at", "alp", "trades"})
         assert len(members[f"E9-{net}"]) == 3 * len(defences)
         for stem in members[f"E9-{net}"]:
-            base = f"cifar10_{net}_{BASES[net]}_"
-            baseline = reference.rows[stem].baseline or f"{base}at"
-            assert baseline == f"{base}{defence_of(stem)}"
+            baseline = reference.rows[stem].baseline or f"cifar10_{base}_at"
+            assert baseline == f"cifar10_{base}_{defence_of(stem)}"
     for data in ("cifar10", "cifar100"):
         rows = {f"{data}_resnet18_{s}_{d}" for s in ("1222", "1122") for d in DEFENCES}
         released = {f"cifar10_resnet18_{s}_martreleased" for s in ("1222", "1122")}
@@ -176,37 +165,25 @@ def test_the_experiments_are_complete(reference) -> None:
 
 
 def test_the_name_is_that_of_the_network(paper) -> None:
-    counted: dict[tuple[str, str], float] = {}
+    counted: dict[str, float] = {}
     for stem, path in paper.paths.items():
-        settings = paper.config(stem)["model"]["init_args"]["net"]["init_args"]
-        arguments = dict(settings["arch"].get("init_args", {}))
-        parts = stem.split("_")
-        strides = [part for part in parts if part.isdigit() and len(part) > 2]
-        if strides:
-            assert tuple(arguments["strides"]) == parse_strides(strides[0])
-        factor = next((part for part in parts if re.match(r"m\d", part)), "m1")
-        number = re.match(r"m([\d.]+)(\w*)", factor)
-        assert number is not None
-        assert settings["scale_factor"] == float(number[1])
-        assert settings.get("mode", "nearest") == (number[2] or "nearest")
-        assert arguments.get("pool", "avg") == ("max" if "max" in parts else "avg")
-        if "init" in arguments:
-            arguments["init"] = load_named(arguments["init"])
-        shape, classes = DATA[parts[0]]
-        setting = json.dumps(settings, sort_keys=True)
-        if (setting, parts[0]) not in counted:  # many rows share a network
+        dataset, _, method = stem.partition("_")
+        section, (strides, pool, factor) = net_section(path), network_of(method)
+        settings = section["init_args"]
+        arguments = settings["arch"]["init_args"]
+        assert "".join(map(str, arguments.get("strides", ()))) == strides
+        assert (settings["scale_factor"], arguments.get("pool", "avg")) == (factor, pool)
+        mode = settings.pop("mode", "nearest")
+        assert mode == ("bilinear" if "bilinear" in method else "nearest")
+        key = f"{settings['arch']} {factor} {dataset}"
+        if key not in counted:  # many rows share a network
             with torch.device("meta"):
-                arch = load_named(settings["arch"]["class_path"])(
-                    num_classes=classes, in_channels=shape[0], **arguments
-                )
-                net = EnlargedNetwork(
-                    arch, settings["scale_factor"], settings.get("mode", "nearest")
-                )
-                counted[setting, parts[0]] = cost(net.eval(), torch.empty(shape))["macs"] / 1e6
-        macs = counted[setting, parts[0]]
+                net = make(section).eval()
+            counted[key] = cost(net, torch.empty(DATA[dataset][0], device="meta"))["macs"] / 1e6
+        macs = counted[key]
         said = re.search(r"parameters, ([\d.]+) M MACs", path.read_text())
         assert said is not None
-        assert float(said[1]) == round(macs, 2 if parts[0] == "digits" else 1), stem
+        assert float(said[1]) == round(macs, 2 if dataset == "digits" else 1), stem
         known = paper.reference.rows[stem].last.get("macs")
         # Official counts of transformers leave attention's products out.
         if known is not None and "vit" not in stem:
@@ -240,19 +217,15 @@ def test_the_official_recipe(paper) -> None:
             epochs, rate, decay, factors = RECIPES[defence]
             assert trainer == {"max_epochs": epochs}, stem
             assert optimizer == {"lr": rate, "momentum": 0.9, "weight_decay": decay}, stem
-            if "milestones" in schedule:
-                assert schedule["gamma"] == 0.1
-                schedule = {
-                    "factors": {e: 0.1 ** (i + 1) for i, e in enumerate(schedule["milestones"])}
-                }
-            assert schedule["factors"] == pytest.approx(factors), stem
+            milestones = schedule.get("milestones", ())
+            steps = {e: schedule["gamma"] ** (i + 1) for i, e in enumerate(milestones)}
+            assert schedule.get("factors", steps) == pytest.approx(factors), stem
             assert normalises
             assert (data["crop_padding_mode"], data["validate_on"]) == ("reflect", "test")
         assert (data["batch_size"], data["crop_padding"], data["flip"]) == (128, 4, True)
         assert data.get("drop_last", False) is False
-        names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "tiny": "TinyImageNet"}
-        source = names[stem.partition("_")[0]]
-        assert data["source"]["class_path"].endswith(f".{source}")
+        source = data["source"]["class_path"].rpartition(".")[2].lower()
+        assert source.removesuffix("imagenet") == stem.partition("_")[0]
 
 
 def test_nothing_but_the_strides_changes_from_base_to_shrunk(paper) -> None:
@@ -282,9 +255,8 @@ def test_the_recipe_on_digits(paper) -> None:
         optimizer = model["optimizer"]["init_args"]
         assert optimizer == {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
         assert model["scheduler"]["init_args"] == {"milestones": milestones, "gamma": 0.1}
-        assert (model["net"]["init_args"]["mean"], model["net"]["init_args"]["std"]) == (
-            [0.3], [0.37],
-        )  # fmt: skip
+        net = model["net"]["init_args"]
+        assert (net["mean"], net["std"]) == ([0.3], [0.37])
     # In time for the order of strides, which short training reverses.
     assert epochs * 800 / 50 > 600
 

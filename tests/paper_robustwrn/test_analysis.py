@@ -9,7 +9,7 @@ from common.analysis.report import Found
 from common.errors import ConfigurationError
 from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
-from common.results.store import merge_result, result_path
+from common.results.store import load_results, merge_result, result_path
 from paper_robustwrn.analysis import ANALYSIS, claims
 from paper_robustwrn.figures import networks_of, shape_of, stage_curves
 
@@ -40,7 +40,7 @@ def write(folder, stem: str, accuracy: float, parameters: float, seed: int = 0, 
 
 def test_names_tell_the_shape() -> None:
     assert shape_of("cifar10_grid_w10-10-8") == ("w", (10, 10, 8))
-    assert shape_of("digits_d3-1-1_sat") == ("d", (3, 1, 1))
+    assert shape_of("d3-1-1_sat") == ("d", (3, 1, 1))
     assert shape_of("cifar10_wrn34r_sat") is None
 
 
@@ -63,8 +63,6 @@ def test_sweep_figures_come_from_whatever_has_finished(tmp_path) -> None:
 
 
 def test_a_stage_curve_needs_networks_that_differ_in_one_stage(tmp_path) -> None:
-    from common.results.store import load_results
-
     write(tmp_path, "cifar10_grid_w10-10-8", 0.5, 1e6)
     write(tmp_path, "cifar10_grid_w8-8-10", 0.5, 2e6)
     assert stage_curves(networks_of(load_results(tmp_path)), "w") is None

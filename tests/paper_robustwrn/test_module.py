@@ -1,9 +1,7 @@
-"""The official margin attack: its loss, and its number over batches of all images."""
+"""The passes of a training step; the official margin attack and its number over all images."""
 
-from pathlib import Path
-
+import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 
 from common.attacks.losses import hinge_margin
@@ -11,8 +9,10 @@ from common.attacks.pgd import PGD
 from common.evaluation import SuiteEntry
 from common.evaluation.runner import run_steps
 from common.evaluation.suite import steps_of
-from common.objectives import AT
+from common.modes import frozen
+from common.objectives import AT, MART, TRADES
 from common.results.outcomes import checkpoint_entry
+from paper_robustwrn.method import RobustWideResNet
 from paper_robustwrn.module import RobustWRNClassifier, coupled_margin
 
 
@@ -93,9 +93,44 @@ def test_the_official_number_is_that_of_the_official_loop() -> None:
     assert metrics["cw/cw_official"] != found["repacked"]["metrics"]["cw/cw_official"]
 
 
-def test_the_columns_called_official_attack_all_images() -> None:
-    file = Path(__file__).parents[2] / "paper_robustwrn/configs/shared/evaluation_cifar.yaml"
-    suite = yaml.safe_load(file.read_text())["suite"]
-    assert {name for name in suite if suite[name].get("all_images")} == {
-        name for name in suite if name.endswith("_official")
-    }
+def test_the_columns_called_official_attack_all_images(paper_of) -> None:
+    suite = paper_of("paper_robustwrn").read("configs/shared/evaluation_cifar.yaml")["suite"]
+    for name, entry in suite.items():
+        assert bool(entry.get("all_images")) == name.endswith("_official")
+
+
+@pytest.mark.parametrize(
+    ("objective", "scale", "evaluated", "trained"),
+    [
+        pytest.param(AT(), "2/255", 10, 1, id="SAT"),
+        pytest.param(TRADES(6.0), 0.001, 11, 2, id="TRADES"),
+        pytest.param(MART(6.0), "2/255", 10, 2, id="MART"),
+    ],
+)
+def test_a_step_costs_the_passes_of_the_official_code(objective, scale, evaluated, trained) -> None:
+    """Section "Losses used for training" of the official code: [C], invariants 9 to 11."""
+    torch.manual_seed(0)
+    net = RobustWideResNet(depths=[1, 1, 1], channels=[4, 4, 8, 8], in_channels=1)
+    model = RobustWRNClassifier(net, objective, torch.optim.SGD).train()
+    passes = {True: 0, False: 0}
+
+    def count(module, *_) -> None:
+        passes[module.training] += 1
+
+    net.register_forward_hook(count)
+    batch = {"x": torch.rand(6, 1, 8, 8), "y": torch.arange(6), "index": torch.arange(6)}
+    attack = PGD("8/255", "2/255", 10, start="gaussian", start_scale=scale, project_start=False)
+    norm = net.head.norm
+    before = norm.running_mean.clone()
+    with frozen(model, "eval"):
+        batch["x_adv"] = attack(objective.inner(model, batch), batch["x"])
+    assert torch.equal(norm.running_mean, before)
+    assert norm.num_batches_tracked == 0
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert model.training
+    delta = (batch["x_adv"] - batch["x"]).abs().max()
+    assert 0 < delta <= 8 / 255 + 1e-6
+    objective.outer(model, batch).backward()
+    assert passes == {False: evaluated, True: trained}
+    assert norm.num_batches_tracked == trained
+    assert all(p.grad is not None for p in model.parameters())

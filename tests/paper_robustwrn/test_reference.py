@@ -7,47 +7,30 @@ import pytest
 from common.results.tables import render_table
 from paper_robustwrn.method import EQUAL_BUDGET, NETWORKS, STAGE_GRID, Configuration, named
 
-SPECIAL = {"cifar10_wrn34_12": "WRN-34-12", "cifar10_wrn34r": "WRN-34-R"}
+SIZES = ("parameters", "macs")
 WIDE = "paper_robustwrn.method.RobustWideResNet"
 
-# (stem, metric) -> what was published of the selected checkpoint
+METRICS = ("clean_acc", "pgd20/ce_f", "cw40/cw_f", "aa")  # each harder to hold
+NOTHING = (None, None, None, None)
+# what was published of the selected checkpoint
 PUBLISHED = {
-    ("cifar10_wrn34r_trades_500k", "clean_acc"): 90.56,
-    ("cifar10_wrn34r_trades_500k", "aa"): 61.56,
-    ("cifar10_wrn34r_trades_500k_ema", "clean_acc"): 91.23,
-    ("cifar10_wrn34r_trades_500k_ema", "aa"): 62.54,
-    ("cifar10_wrn34_12_trades_500k", "aa"): None,
-    ("cifar10_wrn34r_sat", "pgd20/ce_f"): None,
-    ("cifar10_wrn34r_mart", "aa"): None,
-    ("cifar10_wrn34_12_sat", "pgd20/ce_f"): 52.85,
-    ("cifar10_wrn34_12_sat", "cw40/cw_f"): 51.36,
-    ("cifar10_wrn34_12_mart", "pgd20/ce_f"): 57.40,
-    ("cifar10_wrn34_12_mart", "cw40/cw_f"): 53.11,
-    ("cifar10_wrn34_12_trades", "clean_acc"): 84.93,
-    ("cifar10_wrn34_12_trades", "pgd20/ce_f"): 56.01,
-    ("cifar10_wrn34_12_trades", "cw40/cw_f"): 53.53,
-    ("cifar10_wrn34_12_trades", "aa"): 51.97,
-    ("cifar10_wrn34r_trades", "clean_acc"): 85.80,
-    ("cifar10_wrn34r_trades", "pgd20/ce_f"): 57.35,
-    ("cifar10_wrn34r_trades", "cw40/cw_f"): 54.77,
-    ("cifar10_wrn34r_trades", "aa"): 53.23,
-    ("cifar10_wrn28_10_trades", "clean_acc"): 84.62,
-    ("cifar10_wrn28_10_trades", "aa"): 51.66,
-    ("cifar10_wrn70_16_trades", "pgd20/ce_f"): 56.78,
-    ("cifar10_wrn70_16_trades", "cw40/cw_f"): 54.52,
-    ("cifar100_wrn34_12_trades", "clean_acc"): 56.08,
-    ("cifar100_wrn34_12_trades", "aa"): 25.47,
-    ("cifar100_wrn34r_trades", "pgd20/ce_f"): 31.17,
-    ("cifar100_wrn34r_trades", "cw40/cw_f"): 27.33,
-    ("cifar10_d4-4-4-w11-13-6_trades", "pgd20/ce_f"): 56.89,
-    ("cifar10_w13-16-7_trades", "cw40/cw_f"): 54.29,
-    ("cifar10_d5-5-2_trades", "pgd20/ce_f"): 56.05,
-    ("cifar10_d6-6-3-w12-12-12_trades", "cw40/cw_f"): 53.91,
-    ("cifar10_grid_w10-10-4", "parameters"): 17.051,
-    ("cifar10_grid_d5-5-1", "macs"): 4.771,
-    ("cifar10_grid_w4-4-13", "parameters"): 58.915,
-    ("cifar10_grid_d5-5-4", "pgd20/ce_f"): None,
-    ("cifar10_vgg16_reduced_sat", "parameters"): 9.334,
+    "cifar10_wrn34r_trades_500k": (90.56, None, None, 61.56),
+    "cifar10_wrn34r_trades_500k_ema": (91.23, None, None, 62.54),
+    "cifar10_wrn34_12_trades_500k": NOTHING,
+    "cifar10_wrn34r_sat": NOTHING,
+    "cifar10_wrn34r_mart": NOTHING,
+    "cifar10_wrn34_12_sat": (None, 52.85, 51.36, None),
+    "cifar10_wrn34_12_mart": (None, 57.40, 53.11, None),
+    "cifar10_wrn34_12_trades": (84.93, 56.01, 53.53, 51.97),
+    "cifar10_wrn34r_trades": (85.80, 57.35, 54.77, 53.23),
+    "cifar10_wrn28_10_trades": (84.62, 55.90, 53.15, 51.66),
+    "cifar10_wrn70_16_trades": (85.51, 56.78, 54.52, 52.80),
+    "cifar100_wrn34_12_trades": (56.08, 29.87, 26.51, 25.47),
+    "cifar100_wrn34r_trades": (58.78, 31.17, 27.33, 26.31),
+    "cifar10_d4-4-4-w11-13-6_trades": (None, 56.89, 53.87, None),
+    "cifar10_w13-16-7_trades": (None, 57.06, 54.29, None),
+    "cifar10_d5-5-2_trades": (None, 56.05, 53.14, None),
+    "cifar10_d6-6-3-w12-12-12_trades": (None, 56.42, 53.91, None),
 }
 
 
@@ -70,59 +53,43 @@ def wide_rows(paper) -> dict[str, Configuration]:
 
 
 def test_published_numbers(paper) -> None:
-    for (stem, metric), number in PUBLISHED.items():
-        numbers = paper.reference.rows[stem].selected
-        assert metric in numbers, "not found is written as null, not left out"
-        assert numbers[metric] == number, (stem, metric)
+    for stem, numbers in PUBLISHED.items():
+        found = paper.reference.rows[stem].selected
+        assert {key: found.get(key) for key in METRICS} == dict(zip(METRICS, numbers, strict=True))
+        assert "aa" in found, "not found is written as null, not left out"
 
 
 def test_numbers_have_a_public_source(paper) -> None:
     for stem, row in paper.reference.rows.items():
         assert not row.last, f"{stem}: nobody published the end of training"
         assert not stem.startswith("digits_") or not row.selected
-        accuracies = {k: v for k, v in row.selected.items() if k not in ("parameters", "macs")}
-        if any(value is not None for value in accuracies.values()):
+        known = {key for key, value in row.selected.items() if value is not None}
+        if accuracies := known - set(SIZES):
             assert row.source in ("P", "F"), f"{stem} has numbers without a public source"
-        elif any(value is not None for value in row.selected.values()):
+            assert row.source != "P" or accuracies <= {"clean_acc", "aa"}
+        elif known:
             assert row.source in ("C", "F"), stem
-        known = {key for key, value in accuracies.items() if value is not None}
-        assert row.source != "P" or known <= {"clean_acc", "aa"}
 
 
 def test_numbers_are_percentages_and_sizes_are_those_of_the_networks(paper) -> None:
     checked, networks = 0, wide_rows(paper)
     for stem, row in paper.reference.rows.items():
-        for key, number in row.selected.items():
-            if number is None:
-                continue
-            assert isinstance(number, float | int)
-            if key not in ("parameters", "macs"):
-                assert 20.0 < number < 100.0
-            elif network := networks.get(stem):
-                exact = network.parameters() / 1e6 if key == "parameters" else network.macs() / 1e9
-                digits = 3 if row.source == "C" else 0.015 * exact
-                tolerance = 0.0006 if digits == 3 else digits
-                assert abs(number - exact) <= tolerance, (stem, key)
-                checked += 1
+        known = {key: number for key, number in row.selected.items() if number is not None}
+        assert all(20.0 < number < 100.0 for key, number in known.items() if key not in SIZES)
+        values = [known[key] for key in METRICS if key in known]
+        assert values == sorted(values, reverse=True), stem
+        for key in known.keys() & SIZES if stem in networks else ():
+            exact = networks[stem].cost(key) / (1e6 if key == "parameters" else 1e9)
+            tolerance = 0.0006 if row.source == "C" else 0.015 * exact
+            assert abs(known[key] - exact) <= tolerance, (stem, key)
+            checked += 1
     assert checked > 60
 
 
-def test_a_ball_that_is_harder_to_hold_is_held_less(paper) -> None:
-    order = ("clean_acc", "pgd20/ce_f", "cw40/cw_f", "aa")
-    for stem, row in paper.reference.rows.items():
-        values = [row.selected[key] for key in order if row.selected.get(key) is not None]
-        assert values == sorted(values, reverse=True), stem  # type: ignore[type-var]
-
-
 def test_columns_of_sizes_have_their_units(paper) -> None:
-    for group in paper.reference.groups:
-        for metric in group.metrics:
-            if metric.key == "lipschitz":
-                assert metric.unit == "plain"
-            elif metric.key in ("parameters", "macs"):
-                assert metric.unit != "percent"
-            else:
-                assert metric.unit == "percent"
+    for metric in (metric for group in paper.reference.groups for metric in group.metrics):
+        assert (metric.unit == "plain") == (metric.key == "lipschitz")
+        assert (metric.unit == "percent") == (metric.key not in ("lipschitz", *SIZES))
 
 
 def test_the_tables_show_the_published_numbers() -> None:
@@ -140,11 +107,10 @@ def test_the_name_is_that_of_the_network(paper) -> None:
         else:
             label = re.match(r"cifar\d+_wrn(\d+)(?:r|_(\d+))", stem)
             assert label is not None
-            special = "WRN-34-R" if label[2] is None else f"WRN-{label[1]}-{label[2]}"
-            width = 0 if label[2] is None else int(label[2])
-            depth = (int(label[1]) - 4) // 6
-            usual = Configuration((depth,) * 3, (width,) * 3) if width else None
-            assert network == NETWORKS.get(special, usual)
+            expected = NETWORKS["WRN-34-R"]
+            if label[2] is not None:
+                expected = Configuration(((int(label[1]) - 4) // 6,) * 3, (int(label[2]),) * 3)
+            assert network == expected
         text = paper.paths[stem].read_text()
         said = re.search(r"^# ([\d.]+) M parameters, ([\d.]+) G MACs", text, re.M)
         assert said is not None
@@ -176,19 +142,20 @@ def test_the_official_recipe(paper) -> None:
         assert data["batch_size"] == data["eval_batch_size"] == size
         assert (data["validate_on"], data["drop_last"]) == ("test", True)
         assert ("extra" in data) == is_long
-        assert data["source"]["class_path"].endswith(
-            "CIFAR100" if "cifar100" in stem else "CIFAR10"
-        )
+        source = data["source"]["class_path"].rpartition(".")[2]
+        assert source.lower() == stem.partition("_")[0]
         averaged = [entry["class_path"] for entry in trainer.get("callbacks", [])]
         warm_up = ["common.callbacks.averaging.WarmUpAveraging"]
         assert averaged == (warm_up if stem.endswith("_ema") else [])
 
 
 def test_the_recipe_on_digits(paper) -> None:
+    start = {"start": "gaussian", "start_scale": 0.05}
+    attacks = {"natural": None, "sat": {"eps": 0.2, "step_size": "eps/4", "steps": 5, **start}}
     stems = [stem for stem in paper.paths if stem.startswith("digits")]
     assert len(stems) == 7
     for stem in stems:
-        config = paper.config(stem)
+        config, (_, network, training) = paper.config(stem), stem.split("_")
         model, trainer = config["model"]["init_args"], config["trainer"]
         rate = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
         assert model["optimizer"]["init_args"] == rate
@@ -196,21 +163,16 @@ def test_the_recipe_on_digits(paper) -> None:
         milestones = [round(0.75 * epochs), round(0.9 * epochs)]
         assert model["scheduler"]["init_args"]["milestones"] == milestones
         assert config["checkpoint"]["from_epoch"] == epochs // 2
-        assert trainer["gradient_clip_val"] == 5.0
-        assert config["data"]["batch_size"] == 64
+        assert (trainer["gradient_clip_val"], config["data"]["batch_size"]) == (5.0, 64)
         net = model["net"]["init_args"]
-        name = re.match(r"digits_(?:d([\d-]+)|w([\d-]+))_(?:sat|natural)$", stem)
-        assert name is not None
-        if name[1]:
-            assert "-".join(map(str, net["depths"])) == name[1]
-            assert net["channels"] == [4, 12, 24, 48]
-        else:
-            assert "-".join(map(str, net["channels"])) == f"4-{name[2]}"
+        depths, channels = ("-".join(map(str, net[name])) for name in ("depths", "channels"))
+        assert network in (f"d{depths}", f"w{channels.removeprefix('4-')}")
+        assert network.startswith("w") or channels == "4-12-24-48"
         attack = config["adversary"]["attack"]
-        assert (attack is None) == ("natural" in stem)
+        wanted = attacks[training]
+        assert (attack is None) == (wanted is None)
         if attack is not None:
-            wanted = {"eps": 0.2, "step_size": "eps/4", "steps": 5, "start": "gaussian"}
-            assert (wanted | {"start_scale": 0.05}).items() <= attack["init_args"].items()
+            assert wanted.items() <= attack["init_args"].items()
 
 
 def test_the_sweeps_are_complete(paper) -> None:
@@ -221,10 +183,11 @@ def test_the_sweeps_are_complete(paper) -> None:
     assert rows == {"w10-20-8", "w4-10-12", "w4-4-13"}
     assert rows <= grid
     reference = paper.reference
-    members = {g.id: {s for s, r in reference.rows.items() if g.id in r.groups}
-               for g in reference.groups}  # fmt: skip
+    members = {
+        g.id: {s for s, r in reference.rows.items() if g.id in r.groups} for g in reference.groups
+    }
     assert len(members["X4-widths"] | members["X4-depths"]) == 25
     assert len(members["X5"]) == 5
-    for partner in ("sat", "trades", "mart", "trades_500k"):
-        assert {f"{network}_{partner}" for network in SPECIAL} <= members["T2"]
-    assert len(members["T2"]) == 9
+    partners = ("sat", "trades", "mart", "trades_500k")
+    pairs = {f"cifar10_{net}_{partner}" for net in ("wrn34_12", "wrn34r") for partner in partners}
+    assert members["T2"] == pairs | {"cifar10_wrn34r_trades_500k_ema"}
