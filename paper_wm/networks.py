@@ -3,14 +3,19 @@
 Which networks the paper uses is not known. Tags as in ``method.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
+import torchvision
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError, check_choice
+from common.networks.alexnet import AlexNet
 from common.networks.normalize import Normalize, Statistics
-from common.networks.resnet import ResNet, check_positive, conv3x3, named_sequence
+from common.networks.preact_resnet import PreActResNet18
+from common.networks.resnet import ResNet, ResNet18, check_positive, conv3x3, named_sequence
+from common.networks.vgg import VGG
 from common.networks.wide_resnet import WideResNet
 from paper_wm.method import Variant, insert_weight_maps
 
@@ -172,3 +177,37 @@ def with_weight_maps(
             net, stages, image_shape, variant, init_value=stage_init_value, **settings
         )
     return net
+
+
+# ------------------------------------------------------------------------- kinds of networks, C1
+
+ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
+    "small CNN": (SmallCNN, (1, 28, 28)),
+    "ResNet-18": (ResNet18, (3, 32, 32)),
+    "PreActResNet-18": (PreActResNet18, (3, 32, 32)),
+    "WRN-16-4": (lambda: WideResNet(16, 4), (3, 32, 32)),
+    "VGG-16": (VGG, (3, 32, 32)),
+    "AlexNet": (AlexNet, (3, 32, 32)),
+    "torchvision ResNet-18": (lambda: torchvision.models.resnet18(), (3, 224, 224)),
+    "torchvision MobileNetV2": (lambda: torchvision.models.mobilenet_v2(), (3, 224, 224)),
+}
+
+
+def try_insertions(variant: Variant) -> dict[str, bool]:
+    """Whether one call puts a map behind the first convolution of each kind of network.
+
+    It has worked if the logits keep their shape and no key of the base network's state dict is
+    lost. On the meta device: shapes need no weights.
+    """
+    check_choice("variant", variant, Variant)
+    found = {}
+    for name, (make, shape) in ZOO.items():
+        with torch.device("meta"):
+            net, images = make().eval(), torch.empty(2, *shape)
+            keys, before = set(net.state_dict()), net(images).shape
+            convolutions = (n for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+            insert_weight_maps(net, [next(convolutions)], shape, variant)
+            added = set(net.state_dict()) - keys
+            kept = keys <= set(net.state_dict()) and len(added) == 1
+            found[name] = kept and net(images).shape == before
+    return found
