@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from common.errors import ConfigurationError
@@ -259,16 +258,6 @@ def test_past_the_maps_outputs_stay_and_gradients_change() -> None:
         (mapped,) = torch.autograd.grad(net.conv1(x).sum(), x)
     (bare,) = torch.autograd.grad(plain().conv1(x).sum(), x)
     torch.testing.assert_close(mapped, bare)
-
-
-def test_a_torchvision_network_on_the_meta_device() -> None:
-    with torch.device("meta"):
-        net = torchvision.models.resnet18(num_classes=10)
-        insert_weight_maps(net, ["conv1", "layer2"], (3, 224, 224), "smoothing")
-    shapes = {name: m.shape for name, m in weight_maps(net).items()}
-    assert shapes == {"conv1": (64, 112, 112), "layer2.1": (128, 28, 28)}
-    assert net.conv1.weight_map.map.numel() == 802_816
-    assert net.conv1.weight_map.map.is_meta
 
 
 @pytest.mark.parametrize(

@@ -28,43 +28,23 @@ def tiny_resnet(**settings) -> ResNet:
     return ResNet(depths=(1, 1), widths=(4, 6), strides=(1, 2), **settings)
 
 
-# ----------------------------------------------------------------------------------------- sizes
+SIZES = [  # network, images, its parameters, and those of maps by placement
+    (lambda: SmallCNN((8, 16, 16), image_shape=DIGITS), DIGITS, 6_178, (2_048, 3_328)),
+    (SmallCNN, MNIST, 155_626, (25_088, 43_904)),
+    (lambda: SmallCNN(image_shape=CIFAR), CIFAR, 175_402, (32_768, 57_344)),
+    (ResNet18, CIFAR, 11_173_962, (65_536, 188_416)),
+    (lambda: WideResNet(16, 4), CIFAR, 2_748_890, (16_384, 131_072)),
+    (lambda: WideResNet(28, 10), CIFAR, 36_479_194, (16_384, 303_104)),
+]
 
 
-@pytest.mark.parametrize(
-    ("widths", "shape", "base", "first", "every"),
-    [
-        ((8, 16, 16), DIGITS, 6_178, 8_226, 9_506),
-        ((32, 64, 128), MNIST, 155_626, 180_714, 199_530),
-        ((32, 64, 128), CIFAR, 175_402, 208_170, 232_746),
-    ],
-)
-def test_sizes_of_the_small_network(widths, shape, base, first, every) -> None:
-    """Invariant 14."""
-    with torch.device("meta"):
-        found = [
-            count(SmallCNN(widths, image_shape=shape)),
-            count(mapped(SmallCNN(widths, image_shape=shape), shape, placement="first")),
-            count(mapped(SmallCNN(widths, image_shape=shape), shape, placement="all")),
-            count(mapped(SmallCNN(widths, image_shape=shape), shape, position="post")),
-        ]
-    assert found == [base, first, every, first]
-
-
-@pytest.mark.parametrize(
-    ("make", "base", "stem", "stages"),
-    [
-        (ResNet18, 11_173_962, 65_536, 122_880),
-        (lambda: WideResNet(16, 4), 2_748_890, 16_384, 64 * 1024 + 128 * 256 + 256 * 64),
-        (lambda: WideResNet(28, 10), 36_479_194, 16_384, 160 * 1024 + 320 * 256 + 640 * 64),
-    ],
-)
-def test_sizes_of_residual_networks(make, base, stem, stages) -> None:
-    """Invariant 14."""
+@pytest.mark.parametrize(("make", "shape", "base", "in_maps"), SIZES)
+def test_sizes(make, shape, base, in_maps) -> None:
     with torch.device("meta"):
         assert count(make()) == base
-        assert count(mapped(make(), CIFAR)) == base + stem
-        assert count(mapped(make(), CIFAR, placement="stages")) == base + stem + stages
+        every = "all" if isinstance(make(), SmallCNN) else "stages"
+        for placement, size in zip((None, every), in_maps, strict=True):
+            assert count(mapped(make(), shape, placement=placement)) == base + size
 
 
 # ---------------------------------------------------------------------------------------- places
