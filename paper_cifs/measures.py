@@ -96,12 +96,9 @@ def final_linear(model: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def record(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """What a network computes in eval mode on the way to its logits.
+    """What a network, or a classifier's, computes in eval mode on the way to its logits.
 
-    Args:
-        model: A network of this paper or a plain one, or a classifier that holds one as ``net``.
-        x: Images in [0, 1], ``(N, C, H, W)``.
-        y: Labels, ``(N,)``; they decide which class's relevance is recorded, never a mask.
+    Labels decide which class's relevance is recorded, never a mask.
 
     Returns:
         ``logits`` f, ``(N, K)``, and by channel ``(N, C)`` the pooled feature ``penultimate`` and,
@@ -179,15 +176,8 @@ def measure(
     """Attacks a network with PGD-20 and compares its channels on natural and adversarial images.
 
     PGD-20 takes steps of eps / 10 from the image itself and climbs cross-entropy, joint with
-    beta = 2 where the network has probes.
-
-    Args:
-        model: As in :func:`record`.
-        x: Images in [0, 1], ``(N, C, H, W)``, on any device.
-        y: Labels, ``(N,)``, with every class among them.
-        num_classes: Number of classes K.
-        eps: Radius, pixels in [0, 1].
-        batch_size: Images at a time.
+    beta = 2 where the network has probes. Images in [0, 1] ``(N, C, H, W)`` and labels ``(N,)`` may
+    be on any device, and every class must be among them.
     """
     radius = parse_radius(eps)
     attack = PGD(eps=radius, step_size=radius / 10, steps=20, start="zero")

@@ -171,12 +171,9 @@ def _positive(name: str, value: float) -> float:
 class SoftmaxMask(ImportanceMask):
     """m = s softmax_c(g / T), the default; sums to s over the channels.
 
-    The scale is 1 at the repository's tip [R] and in its WRN code [R0], 2 in the ResNet code of
-    [R0] and so, by inference, in the logged ResNet-18 results; for other k the authors' variants
-    use s = k.
-
     Args:
-        scale: s, positive.
+        scale: s, positive: 1 at the repository's tip [R] and in its WRN code [R0], 2 in the ResNet
+            code of [R0] and so, by inference, in the logged results; the variants use s = k [B].
         temperature: T, positive; {1/2, 1, 4, 8, 10, 12, 16, 24} were tried with s = 2 [B].
     """
 
@@ -275,12 +272,9 @@ def autocast_off(z: Tensor) -> AbstractContextManager[Any]:
 class ChannelSelection(_Described, ABC):
     """Multiplies the channels of a feature by multipliers from a probe on it.
 
-    Masked activations are about C times smaller, with variances near batch-norm's eps, so the
-    module and those that read its output compute in the precision of its weights, without autocast.
-
-    Args:
-        probe: Gives the raw logits.
-        label_free: Never look at labels, also in train mode (for TRADES).
+    With ``label_free`` it never looks at labels, also in train mode (for TRADES). Masked
+    activations are about C times smaller, with variances near batch-norm's eps, so the module and
+    those that read its output compute in the precision of its weights, without autocast.
     """
 
     def __init__(self, probe: Probe, label_free: bool = False) -> None:
@@ -316,8 +310,8 @@ class CIFS(ChannelSelection):
     """Channel-wise importance-based feature selection, z_bar = z * IMGF(g).
 
     The relevance g is taken on a detached feature: the loss reaches the probe's weights through
-    the mask, but not z. With a nonlinear probe the input gradient an attacker back-propagates is
-    therefore not the true one; :func:`undetached` restores it.
+    the mask, but not z. So with a nonlinear probe the input gradient is not the true one;
+    :func:`undetached` restores it.
 
     Args:
         channels: Channels C of the feature; given by the network.
@@ -327,7 +321,7 @@ class CIFS(ChannelSelection):
         mask: From relevance to multipliers; ``SoftmaxMask()`` where none is given.
         top_k: Selected classes k.
         detach_mask_input: Cut the gradient from mask to feature [R].
-        label_free: Select by the probe's own ranking in train mode too.
+        label_free: Select by the probe's ranking in train mode too.
         dedupe_label: See :func:`select_classes`.
 
     Raises:
@@ -413,10 +407,9 @@ class SelectiveNetwork(nn.Module):
     """A backbone's stem, stages and head, with channel selections between its modules.
 
     ``net(x, y)`` returns the final logits f ``(N, K)`` and the list of raw logits in forward order.
-    Weights have the names of the backbone, so a plain state dict loads with ``strict=False``; the
-    names of added weights start with ``selections.<position>``.
+    Weights have the names of the backbone, so a plain state dict loads with ``strict=False``.
 
-    A position is a module of the backbone whose output is masked. It is written with underscores,
+    A position is a module of the backbone whose output is masked, written with underscores,
     ``stages_3_0`` for ``stages.3.0``, since dots separate levels on the command line.
     ``positions`` are the channels at every legal one, in forward order. Without ``selections`` the
     last two get CIFS, with a nonlinear probe of width ``hidden`` and a linear one.
@@ -590,10 +583,7 @@ class CIFSWideResNet(SelectiveNetwork):
 
 
 def joint_logits(model: Any, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Final logits and the list of raw logits, of any network or classifier; plain ones have none.
-
-    Labels ``y`` ``(N,)`` are for the selections in train mode.
-    """
+    """Final logits and raw logits of any network or classifier; plain ones have no raw logits."""
     net = network_of(model)
     if not hasattr(net, "selections"):
         return net(x), []
@@ -621,9 +611,7 @@ def training_factor(beta: float) -> float:
 
 
 class JointCrossEntropy(Objective):
-    """Adversarial training with the joint loss: max_x' L_beta, then min over x_adv [R].
-
-    Clean images never enter the loss. For a plain network this is AT, times the factor.
+    """Adversarial training with the joint loss: max_x' L_beta, then min over x_adv alone [R].
 
     Args:
         beta: Weight of the probes; 2 in the paper. At 0 their last biases get no gradient.
@@ -695,7 +683,7 @@ class JointTRADES(Objective):
         return lambda x: self.divergence(clean, joint_logits(model, x))
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
-        """L_beta of the clean images plus lam D, batch mean; gradients reach both predictions."""
+        """L_beta of the clean images plus lam D, batch mean."""
         x_adv = adversarial_images(batch)
         clean, adv = joint_logits(model, batch["x"]), joint_logits(model, x_adv)
         loss = joint_loss(*clean, batch["y"], self.beta) + self.lam * self.divergence(clean, adv)

@@ -123,12 +123,7 @@ def first_of(order: Sequence[Verdict], verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def judge_insertion(inserted: Mapping[str, bool], trained: Sequence[str]) -> Judgement:
-    """C1: one call puts maps into networks of many kinds, and their weights still load.
-
-    Args:
-        inserted: Network -> whether that worked.
-        trained: Of which networks with maps there are results.
-    """
+    """C1: one call puts maps into networks of many kinds, by name, and some were ``trained``."""
     worked = sum(inserted.values())
     evidence = f"inserted into {worked} of {len(inserted)} networks ({', '.join(inserted)})"
     evidence += f"; trained in {', '.join(trained) or 'none'}"
@@ -183,11 +178,7 @@ def masking_signs(metrics: Metrics, method: str, got: Evidence) -> list[str]:
 
 
 def judge_clean(found: Mapping[str, Difference]) -> Judgement:
-    """C4: comparable clean accuracy, on every data set there is.
-
-    Args:
-        found: Data set and network -> :func:`clean_difference`.
-    """
+    """C4: comparable clean accuracy, from the :func:`clean_difference` of every data set."""
     if not found:
         return Judgement("not run", "no results")
     evidence = ", ".join(f"{name} {one.text()}" for name, one in found.items())
@@ -214,10 +205,9 @@ def judge_both(noise: Judgement, attacks: Judgement) -> Judgement:
 def judge_amplification(metrics: Metrics, summaries: Summaries, method: str) -> Judgement:
     """C6: the layer amplifies variance, adaptively, and that is why it is robust.
 
-    Three conditions: the median signal gain is above 1 in every seed; the correlation over units of
-    input variance and gain differs from that of the frozen control; and the learned map is more
-    robust to noise than the frozen one. Contradicted if the gain is below 1 in every seed, or the
-    learned map is less robust than the frozen one.
+    Supported if the median signal gain is above 1 in every seed, the correlation over units of
+    input variance and gain differs from the frozen control's, and the learned map is more robust to
+    noise than the frozen one. Contradicted if the gain is below 1 in every seed, or it is less so.
     """
     frozen_map, key = f"{method}_frozen", "spearman_variance_gain"
     gains = by_seed(summaries, method, "signal_gain")

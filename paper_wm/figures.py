@@ -103,12 +103,9 @@ def curve_figure(metrics: Metrics, labels: Mapping[str, str], panels: Mapping[st
 
 
 def map_figure(maps: Mapping[str, Tensor], start: float = 1.0, channels: int = 8) -> Figure:
-    """(3) Images of maps, a row per network, one colour scale around the value at the start.
+    """(3) Images of maps ``(C or 1, H, W)`` by label, a row per network.
 
-    Args:
-        maps: Label -> map, ``(C or 1, H, W)``.
-        start: The value of all maps before training, white in the picture.
-        channels: Number of channels to show.
+    White is ``start``, the value of all maps before training.
     """
     shown = {label: m[:channels] for label, m in maps.items()}
     reach = max(float((m - start).abs().max()) for m in shown.values()) or 1e-3

@@ -3,10 +3,7 @@
 How the paper measures it is not known. v1 speaks of the variance of noise, v2 of that of
 activations: ``noise_gain`` and ``signal_gain``. "Adaptive" is read as: the gain differs between
 units in a way that the map has learned. Filtering alone makes gains differ too, so every number
-needs the same one with a frozen map, and with the map's values shuffled, beside it.
-
-Batch-norm undoes the scale of a channel's map, so in front of it only the pattern within a channel
-tells maps apart [M].
+stands beside the same with a frozen map, and with the map's values shuffled.
 """
 
 import copy
@@ -130,16 +127,10 @@ def summarise(
     sensitivity: Tensor,
     border: int = 3,
 ) -> dict[str, float | None]:
-    """The numbers of a layer, from what goes in and comes out. A unit is a position ``(c, i, j)``.
+    """The numbers of a layer from its inputs ``a`` and outputs ``b``, ``(N, C, H, W)``, N > 1.
 
-    Args:
-        a: Input for clean images, ``(N, C, H, W)``, N at least 2.
-        a_noisy: Input for the same images with noise.
-        b: Output for clean images.
-        b_noisy: Output for noisy images.
-        weight: The map, ``(C or 1, H, W)``.
-        sensitivity: Mean absolute gradient of the loss with respect to the input, ``(C, H, W)``.
-        border: Units nearer to the edge are left out of medians and spreads.
+    A unit is a position ``(c, i, j)``; those nearer to the edge than ``border`` are left out of
+    medians and spreads. ``weight`` is the map, ``sensitivity`` that of :func:`sensitivity_at`.
 
     Returns:
         ``signal_gain`` and ``noise_gain``, medians over units of the variance over images at the
@@ -219,17 +210,9 @@ def sensitivity_at(model: nn.Module, layer: WeightMap, x: Tensor, y: Tensor) -> 
 def measure_layer(
     model: nn.Module, layer: WeightMap, x: Tensor, y: Tensor, level: float = 0.2, seed: int = 1
 ) -> dict[str, float | None]:
-    """The numbers of :func:`summarise` for one weight map of a trained network.
+    """:func:`summarise` for a weight map of a network in evaluation mode, on images and labels.
 
     Noise is uniform in [-level, level], one draw, and not clipped to the box [D].
-
-    Args:
-        model: Images to logits, in evaluation mode.
-        layer: One of its weight maps.
-        x: Clean images, ``(N, C, H, W)``.
-        y: Labels, ``(N,)``.
-        level: Of the noise.
-        seed: Of the noise.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = (2.0 * torch.rand(x.shape, generator=generator) - 1.0) * level

@@ -23,10 +23,8 @@ from common.errors import ConfigurationError, check_choice
 from common.modes import try_out
 
 Variant = Literal["smoothing", "unsharp", "highpass", "scale", "subtract", "subtract_summed"]
-"""``smoothing`` and ``unsharp`` are the two variants [S]; ``highpass`` is another reading of an
-unsharp mask and ``scale`` the control without a filter [D]. ``subtract`` takes a weighted blur from
-an unweighted input, ``subtract_summed`` takes the same single map, summed over channels, from every
-channel: further readings of the second variant, unverified [D]."""
+"""``smoothing`` and ``unsharp`` are the two variants [S]; ``scale`` is the control without a filter
+and the others are further readings of the second variant, unverified [D]."""
 
 KernelNorm = Literal["sum", "mean"]
 Order = Literal["weight_then_reduce", "reduce_then_weight"]
@@ -200,13 +198,11 @@ def insert_weight_maps(
 
     The map becomes a child ``weight_map`` of the module it follows, and a forward hook applies it
     to its output. So no key of the state dict changes, and ``<module>.weight_map.map`` is new for
-    each map. One forward pass of a blank image in evaluation mode finds the sizes of the maps; it
-    changes neither buffers nor random generators, and works on the meta device.
+    each map. One forward pass of a blank image finds the sizes of the maps, on any device.
 
     Args:
-        net: The network; it is changed.
-        after: Names as in ``net.named_modules()``, such as ``stem.conv``. Behind a ``Sequential``
-            means behind its last module.
+        net: The network.
+        after: Names as in ``net.named_modules()``; for a ``Sequential``, behind its last module.
         example_shape: Of one image, ``(C, H, W)``.
         variant: As in :class:`WeightMap`.
         **settings: Of :class:`WeightMap`, the same for all maps.
@@ -226,10 +222,13 @@ def insert_weight_maps(
             f"two of the places {list(after)} are the same module; name each of them once"
         )
     seen: dict[str, list[Any]] = {name: [] for name in after}
+
+    def keep(name: str, _: Any, __: Any, output: Any) -> None:
+        seen[name].append(output)
+
     with ExitStack() as hooks:
         for name, module in places.items():
-            keep = partial(_keep_output, seen[name])
-            hooks.enter_context(module.register_forward_hook(keep))
+            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
         try_out(net, example_shape, "give the example_shape of the images it is for")
     maps = {}
     for name, outputs in seen.items():
@@ -295,19 +294,15 @@ def _module_after(net: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _keep_output(seen: list[Any], _: Any, __: Any, output: Any) -> None:
-    seen.append(output)
-
-
 def _misfit(name: str, seen: list[Any]) -> str:
-    if len(seen) != 1:
-        times = "never" if not seen else f"{len(seen)} times"
+    if len(seen) == 1:
+        what = tuple(seen[0].shape) if isinstance(seen[0], Tensor) else type(seen[0]).__name__
         return (
-            f"module {name!r} runs {times} in a forward pass, and a map belongs to one place; name "
-            "a module that runs once"
+            f"module {name!r} puts out {what}, and a weight map needs a feature (N, C, H, W); name "
+            "a module before pooling and flattening"
         )
-    what = tuple(seen[0].shape) if isinstance(seen[0], Tensor) else type(seen[0]).__name__
+    times = f"{len(seen)} times" if seen else "never"
     return (
-        f"module {name!r} puts out {what}, and a weight map needs a feature (N, C, H, W); name a "
-        "module before pooling and flattening"
+        f"module {name!r} runs {times} in a forward pass, and a map belongs to one place; name a "
+        "module that runs once"
     )
