@@ -1,6 +1,5 @@
 """Probes, relevance, masks and channel selection against slow rewrites and closed forms."""
 
-import copy
 import math
 from functools import partial
 
@@ -222,15 +221,6 @@ def test_undetached_restores_each_module_even_after_an_error():
     with pytest.raises(RuntimeError, match="False, False"), undetached(modules):
         raise RuntimeError([module.detach_mask_input for module in modules])
     assert [module.detach_mask_input for module in modules] == [False, True]
-
-
-def test_a_copy_dedupes_labels_where_told(sharpen):
-    module, z = sharpen(CIFS(C, K, hidden=8)).double(), feature()
-    second = module.probe(z).topk(2).indices[:, 1]  # the label that counts twice
-    other = copy.deepcopy(module)
-    other.dedupe_label = True
-    assert torch.equal(other(z, second)[0], module.eval()(z)[0])
-    assert not torch.equal(other(z, second)[0], module.train()(z, second)[0])
 
 
 @pytest.mark.parametrize(

@@ -277,22 +277,3 @@ def test_yaml_describes_selections_and_the_command_line_overrides_them(tmp_path)
     assert first.mask.scale == 3.5
     assert first.probe.hidden.out_features == 9
     assert second.probe.output.out_features == 7
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("CIFSResNet18", []),
-        ("CIFSResNet10", []),
-        ("CIFSDigitsResNet", []),
-        ("CIFSWideResNet", ["--net.depth=10", "--net.widen_factor=1"]),
-    ],
-)
-def test_networks_take_their_sizes_from_the_data(tmp_path, name, arguments):
-    text = f"net:\n  class_path: paper_cifs.method.{name}\n"
-    arguments = [*arguments, "--net.num_classes=4", "--net.in_channels=2", "--net.hidden=3"]
-    with torch.device("meta"):
-        net = instantiate(tmp_path, text, *arguments).eval()
-        f, raw = net(torch.rand(2, 2, 16, 16))
-    assert [t.shape for t in (f, *raw)] == [(2, 4)] * 3
-    assert next(iter(net.selections.values())).probe.hidden.out_features == 3

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import ConfigurationError
 from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.store import merge_result, result_path
@@ -162,11 +161,6 @@ def test_results_alone_are_enough_for_verdicts(results) -> None:
     assert by_id["C6"]["verdict"] == "not run"
     names = [Path(path).stem.removeprefix("digits_cnn3_") for path in report["figures"]]
     assert sorted(names) == ["1_noise", "2_attacks", "differences"]
-
-
-def test_nothing_to_work_on_is_told(tmp_path) -> None:
-    with pytest.raises(ConfigurationError, match=r"no usable result .*mnist_cnn3.*ON=mnist_cnn3"):
-        ANALYSIS.analyse(tmp_path, tmp_path, "mnist", [0])
 
 
 def test_transfer_is_the_accuracy_under_images_of_another_network() -> None:

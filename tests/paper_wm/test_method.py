@@ -90,53 +90,21 @@ def test_parameters_are_the_map_alone(settings, total, trainable) -> None:
     assert list(made.state_dict()) == ["map"]
     assert not list(made.buffers())
     assert made.map.dtype == torch.float32
-
-
-def test_settings_are_printed() -> None:
-    frozen = WeightMap("smoothing", SHAPE, trainable=False, order="reduce_then_weight")
-    assert "smoothing, 3x6x5, k=3, sum, reduce_then_weight, frozen" in repr(frozen)
-    assert "unsharp, 3x6x5, k=5, lam=0.5)" in repr(WeightMap("unsharp", SHAPE, 5, lam=0.5))
-
-
-def test_batch_norm_undoes_the_scale_of_a_map() -> None:
-    """The gauge freedom, and no gradient along it."""
-    made, bn = layer("smoothing"), nn.BatchNorm2d(3, eps=1e-12).double().train()
-    x, target = features(8), features(8)
-    scaled = copy.deepcopy(made)
-    scaled.map.data *= torch.tensor([0.2, 3.0, 7.0], dtype=torch.float64)[:, None, None]
-    torch.testing.assert_close(bn(scaled(x)), bn(made(x)))
-    (bn(made(x)) - target).square().sum().backward()
-    along = (made.map.grad * made.map).sum(dim=(1, 2))
-    assert along.abs().max() < 1e-6 * made.map.grad.norm()
-    assert made.map.grad.norm() > 0.1
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("variant", FILTERS)
-def test_gradients_have_their_closed_forms(variant, shared) -> None:
-    """dL/dX = M * K(T) and dL/dM = sum X * K(T): the filter is its own transpose."""
-    made, ones = layer(variant, shared=shared), layer(variant, random=False)
-    x, upstream = features(3).requires_grad_(), features(3)
-    to_x, to_map = torch.autograd.grad(made(x), (x, made.map), upstream)
-    torch.testing.assert_close(to_x, made.map * ones(upstream))
-    expected = (x * ones(upstream)).sum(0)
-    torch.testing.assert_close(to_map, expected.sum(0, keepdim=True) if shared else expected)
+    assert ("frozen" in repr(made)) == (trainable == 0)
 
 
 def test_starts() -> None:
-    torch.manual_seed(3)
-    state = torch.random.get_rng_state()
-    constant = WeightMap("smoothing", (8, 16, 16), init_value=0.25).map
+    shape, state = (8, 16, 16), torch.random.get_rng_state()
+    assert (WeightMap("smoothing", shape, init_value=0.25).map == 0.25).all()
     assert torch.equal(torch.random.get_rng_state(), state), "no random number is drawn"
-    assert (constant == 0.25).all()
-    uniform = WeightMap("scale", (8, 16, 16), init="uniform").map
+    uniform = WeightMap("scale", shape, init="uniform").map
     assert 0.0 <= uniform.min() < 0.01
     assert 0.99 < uniform.max() <= 1.0
-    normal = WeightMap("scale", (8, 16, 16), init="normal").map
-    assert abs(normal.mean() - 1.0) < 0.01
-    assert abs(normal.std() - 0.1) < 0.005
-    scaled = WeightMap("scale", (8, 16, 16), init="normal", init_value=2.0).map
-    assert abs(scaled.mean() - 2.0) < 0.02
+    normal = WeightMap("scale", shape, init="normal", init_value=2.0).map.detach()
+    assert (normal.mean(), normal.std()) == (
+        pytest.approx(2.0, abs=0.02),
+        pytest.approx(0.2, abs=0.01),
+    )
 
 
 def test_the_layer_computes_in_float32_under_autocast() -> None:
@@ -290,18 +258,9 @@ def test_a_second_map_and_images_that_do_not_fit_are_refused() -> None:
     assert len(net.conv1._forward_hooks) == 1
     with pytest.raises(ConfigurationError, match=r"images of shape 2x8x8.*give the example_shape"):
         insert_weight_maps(plain(), ["conv1"], (2, 8, 8), "smoothing")
-
-
-def test_a_sequential_that_runs_otherwise_is_refused() -> None:
-    class Backwards(nn.Sequential):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for module in reversed(list(self)):
-                x = module(x)
-            return x
-
-    net = nn.Sequential(Backwards(nn.Conv2d(4, 4, 3), nn.Conv2d(1, 4, 3)))
+    net.tail = type("Backwards", (nn.Sequential,), {"forward": lambda self, x: x})(nn.ReLU())
     with pytest.raises(ConfigurationError, match="overrides forward"):
-        insert_weight_maps(net, ["0"], (1, 8, 8), "smoothing")
+        insert_weight_maps(net, ["tail"], (1, 8, 8), "smoothing")
 
 
 # ----------------------------------------------------------------------------------- on a device
@@ -319,19 +278,6 @@ def test_on_a_gpu_the_layer_is_the_same_and_in_float32_under_autocast(variant, d
         y = there(x.cuda().to(dtype))
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.cpu(), made(x.to(dtype).float()))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_maps_go_to_the_device_of_the_network_and_train_there_in_half_precision() -> None:
-    net = insert_weight_maps(plain().cuda(), ["conv1", "tail"], (1, 8, 8), "smoothing")
-    assert all(p.is_cuda for p in net.parameters())
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        loss = net(torch.rand(4, 1, 8, 8, device="cuda")).square().mean()
-    loss.backward()
-    for weight_map in weight_maps(net).values():
-        assert weight_map.map.grad.dtype == torch.float32
-        assert weight_map.map.grad.abs().sum() > 0
 
 
 def test_a_compiled_network_uses_its_maps() -> None:
