@@ -91,6 +91,8 @@ def test_parameters_are_the_map_alone(settings, total, trainable) -> None:
     assert not list(made.buffers())
     assert made.map.dtype == torch.float32
     assert ("frozen" in repr(made)) == (trainable == 0)
+    other = WeightMap("unsharp", SHAPE, lam=0.5, order="reduce_then_weight")
+    assert "unsharp, 3x6x5, k=3, lam=0.5, reduce_then_weight" in repr(other)
 
 
 def test_starts() -> None:
