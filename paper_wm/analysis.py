@@ -116,7 +116,7 @@ def counted(differences: Mapping[str, Difference], what: str) -> str:
 # ---------------------------------------------------------------------------------------- C1 to C7
 
 
-def first_of(order: Sequence[Verdict], verdicts: Iterable[Verdict]) -> Verdict:
+def _first_of(order: Sequence[Verdict], verdicts: Iterable[Verdict]) -> Verdict:
     """The first in ``order`` that is among the verdicts of parts, else supported."""
     given = set(verdicts)
     return next((verdict for verdict in order if verdict in given), "supported")
@@ -198,7 +198,7 @@ def clean_difference(metrics: Metrics, method: str) -> Difference | None:
 def judge_both(noise: Judgement, attacks: Judgement) -> Judgement:
     """C5: this variant is more robust to noise and to attacks."""
     verdicts = noise.verdict, attacks.verdict
-    verdict = first_of(("not run", "contradicted", "not decided"), verdicts)
+    verdict = _first_of(("not run", "contradicted", "not decided"), verdicts)
     return Judgement(verdict, f"C2 {noise.verdict}, C3 {attacks.verdict}")
 
 
@@ -246,11 +246,13 @@ def judge_scaled_up(by_base: Mapping[str, Metrics], method: str) -> Judgement:
                 judge_clean({} if clean is None else {base: clean}),
             )
             order: tuple[Verdict, ...] = ("not run", "contradicted", "not decided")
-            found[base] = first_of(order, (part.verdict for part in parts))
+            found[base] = _first_of(order, (part.verdict for part in parts))
     if not found:
         return Judgement("not run", "no results of scaled-up networks")
     evidence = ", ".join(f"{base} {verdict}" for base, verdict in found.items())
-    return Judgement(first_of(("contradicted", "not decided", "not run"), found.values()), evidence)
+    return Judgement(
+        _first_of(("contradicted", "not decided", "not run"), found.values()), evidence
+    )
 
 
 def _untested(method: str) -> Judgement:

@@ -163,7 +163,7 @@ def scatter_figure(metrics: Metrics, summaries: Summaries, labels: Mapping[str, 
             style: dict[str, Any] = {"color": CYCLE[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
             style["markerfacecolor"] = "white" if i >= 6 else CYCLE[i % 6]
             points = gains_and_accuracy(metrics, summaries, method, gain)
-            x, y = [gain for gain, _ in points], [100 * accuracy for _, accuracy in points]
+            x, y = [at for at, _ in points], [100 * accuracy for _, accuracy in points]
             ax.plot(x, y, linestyle="", markersize=5, label=label, **style)
         ax.set_xscale("log")
         ax.set_xlabel(f"median {title}", fontsize=FONT)
