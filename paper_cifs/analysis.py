@@ -13,28 +13,21 @@ from matplotlib.figure import Figure
 
 from common.analysis.claims import BySeed, Claim, by_seed, combined, judge, minus
 from common.analysis.report import Analysis, Found
-from paper_cifs.figures import MODELS, figure_f1, figure_f2, figure_f4, shown_classes
+from paper_cifs.figures import channel_figure, figure_f2, masked_features, shown_classes
 from paper_cifs.measures import Measurement, measure
 
-NETWORKS = {"digits": "resnet", "fashion_mnist": "resnet10"}  # what a data set alone stands for
-USUAL_NETWORK = "resnet18"
-EPS: dict[str, float | str] = {"digits": 0.2}
-USUAL_EPS = "8/255"
-ON_F, WORST = "pgd20/ce_f", "pgd20"
+MODELS = {"plain_natural": "natural training", "plain": "adversarial training", "cifs": "CIFS"}
+"""What the checkpoints are needed of, and what the figures call it."""
 
-METRICS = {
-    "plain": (ON_F, WORST),
-    "cifs": (ON_F, WORST),
-    "aux": (ON_F, WORST),
-    "cas": (ON_F, "pgd20/ce_p1"),
-}
-"""What the result files are needed of, and which of their metrics."""
+NETWORKS = {"digits": "resnet", "fashion_mnist": "resnet10"}  # of a data set; else ResNet-18
+EPS: dict[str, float | str] = {"digits": 0.2}  # else 8/255
+ON_F, WORST = "pgd20/ce_f", "pgd20"
 
 
 def experiment_of(on: str) -> tuple[str, str]:
     """Data set and network, with which stems begin, of a data set, such a pair or a whole stem."""
     found = re.match(r"(.+?)_((?:resnet|wrn)\d*(?:_\d+)?)(?:_|$)", on)
-    return (found[1], found[2]) if found else (on, NETWORKS.get(on, USUAL_NETWORK))
+    return (found[1], found[2]) if found else (on, NETWORKS.get(on, "resnet18"))
 
 
 def scope(on: str) -> tuple[str, str]:
@@ -46,15 +39,14 @@ def scope(on: str) -> tuple[str, str]:
 def measure_runs(found: Found) -> None:
     """Measures the channels of every checkpoint there is."""
     measurements: dict[tuple[str, int], Measurement] = {}
+    summaries: dict[tuple[str, int], dict[str, Any]] = {}
     channels: dict[str, dict[str, Any]] = {}
-    dataset = next((name for name in EPS if found.prefix.startswith(f"{name}_")), "")
-    summaries = {}
+    eps = EPS.get(experiment_of(found.on)[0], "8/255")
     for (method, seed), (model, data) in found.load_runs(list(MODELS)).items():
         if images := found.test_split(data):
-            one = measure(model, *images, data.num_classes, EPS.get(dataset, USUAL_EPS))
-            measurements[method, seed], summaries[method, seed] = one, one.summary()
-            entry = channels.setdefault(f"{found.prefix}{method}", {})
-            entry[f"seed{seed}"] = summaries[method, seed]
+            one = measurements[method, seed] = measure(model, *images, data.num_classes, eps)
+            numbers = summaries[method, seed] = one.summary()
+            channels.setdefault(f"{found.prefix}{method}", {})[f"seed{seed}"] = numbers
             found.kept["class_names"] = tuple(data.class_names)
     found.kept |= {"measurements": measurements, "summaries": summaries}
     found.measured["channels"] = channels
@@ -62,19 +54,21 @@ def measure_runs(found: Found) -> None:
 
 def claims(found: Found) -> list[Claim]:
     """The five claims of the small-scale run."""
-    summaries = found.kept["summaries"]
-    seeds = found.seeds
 
     def channels(method: str, number: str, feature: str = "penultimate") -> BySeed:
-        return by_seed(summaries, method, "features", feature, number)
+        return by_seed(found.kept["summaries"], method, "features", feature, number)
 
-    after_at, after_natural = channels("plain", "cosine"), channels("plain_natural", "cosine")
-    excess, excess_natural = (
-        channels(method, "over_activation") for method in ("plain", "plain_natural")
+    at, natural = channels("plain", "cosine"), channels("plain_natural", "cosine")
+    excess, excess_natural = (channels(m, "over_activation") for m in ("plain", "plain_natural"))
+    before, after = (
+        channels("cifs", "negative_share_adversarial", f"module2_{side}_by_class")
+        for side in ("unmasked", "masked")
     )
-    share = "negative_share_adversarial"
-    before = channels("cifs", share, "module2_unmasked_by_class")
-    after = channels("cifs", share, "module2_masked_by_class")
+    gains = {
+        f"{first} - {second}, {title}": found.gain(first, second, metric)
+        for first, second in (("cifs", "plain"), ("aux", "plain"), ("cifs", "aux"))
+        for metric, title in ((ON_F, "on f"), (WORST, "worst loss"))
+    }
     return [
         judge(
             "a",
@@ -82,29 +76,25 @@ def claims(found: Found) -> list[Claim]:
             "Beside it: the same with each network's worst loss, and aux, which has the probes and "
             "the joint loss but no mask: a gain it shares is not the mask's",
             found.gain("cifs", "plain", ON_F),
-            seeds,
+            found.seeds,
             above=0.0,
-            beside={
-                f"{first} - {second}, {title}": found.gain(first, second, metric)
-                for first, second in (("cifs", "plain"), ("aux", "plain"), ("cifs", "aux"))
-                for metric, title in ((ON_F, "on f"), (WORST, "worst loss"))
-            },
+            beside=gains,
         ),
         judge(
             "b",
             "cosine(a_nat, a_adv), mean over classes: above 0.9 after adversarial training and "
             "below 0.9 after natural training; the smaller of the two margins is positive",
-            combined(after_at, after_natural, lambda at, natural: min(at - 0.9, 0.9 - natural)),
-            seeds,
+            combined(at, natural, lambda high, low: min(high - 0.9, 0.9 - low)),
+            found.seeds,
             above=0.0,
-            beside={"adversarial training": after_at, "natural training": after_natural},
+            beside={"adversarial training": at, "natural training": natural},
         ),
         judge(
             "c",
             "over-activation of the quarter of lowest relevance, mean over classes: natural minus "
             "adversarial training is positive",
             minus(excess_natural, excess),
-            seeds,
+            found.seeds,
             above=0.0,
             beside={"natural training": excess_natural, "adversarial training": excess},
         ),
@@ -113,7 +103,7 @@ def claims(found: Found) -> list[Claim]:
             "CAS under PGD-20: accuracy when f alone is attacked minus that when a probe is (the "
             "worse one) is above 15 points",
             minus(found.of("cas", ON_F), through_probes(found), 100.0),
-            seeds,
+            found.seeds,
             above=15.0,
         ),
         judge(
@@ -121,7 +111,7 @@ def claims(found: Found) -> list[Claim]:
             "adversarial images: the share of activation on channels of negative relevance to the "
             "class (second probe) falls by more than a third across the mask of CIFS module 2",
             combined(before, after, lambda unmasked, masked: 1 - masked / unmasked),
-            seeds,
+            found.seeds,
             above=1 / 3,
             beside={"share before the mask": before, "share after the mask": after},
         ),
@@ -140,24 +130,25 @@ def through_probes(found: Found) -> BySeed:
 
 def figures(found: Found) -> dict[str, Figure | None]:
     """F1, F2 and F4 as far as checkpoints allow; F1 and F4 show the first complete seed."""
-    of: dict[str, dict[int, Measurement]] = {method: {} for method in MODELS}
-    for (method, seed), one in found.kept["measurements"].items():
-        of[method][seed] = one
-    natural, plain, cifs = of["plain_natural"], of["plain"], of["cifs"]
-    names = found.kept.get("class_names", ())
-    dataset = found.prefix.partition("_")[0]
+    natural, plain, cifs = (
+        {seed: one for (owner, seed), one in found.kept["measurements"].items() if owner == method}
+        for method in MODELS
+    )
+    names, dataset = found.kept.get("class_names", ()), found.prefix.partition("_")[0]
     pictures: dict[str, Figure | None] = {}
     for seed in [*(s for s in plain if s in natural), *plain, *natural][:1]:
-        sides = (("plain_natural", natural), ("plain", plain))
-        models = {name: side[seed] for name, side in sides if seed in side}
+        sides = {"plain_natural": natural, "plain": plain}
+        models = {name: side[seed] for name, side in sides.items() if seed in side}
         robust = plain.get(seed, next(iter(models.values()))).robust
-        pictures["f1_channels"] = figure_f1(models, shown_classes(dataset, robust, names), names)
+        columns = {MODELS[name]: one.channels["penultimate"] for name, one in models.items()}
+        classes = shown_classes(dataset, robust, names)
+        pictures["f1_channels"] = channel_figure(columns, classes, names)
     if plain:
         pictures["f2_classes"] = figure_f2(list(plain.values()), names)
     for seed in [*(s for s in cifs if s in plain), *cifs][:1]:
         # The classes of F1, so that the two can be compared.
         classes = shown_classes(dataset, plain.get(seed, cifs[seed]).robust, names)
-        pictures["f4_masks"] = figure_f4(cifs[seed], classes, names)
+        pictures["f4_masks"] = channel_figure(masked_features(cifs[seed]), classes, names)
     return pictures
 
 
@@ -171,7 +162,7 @@ ANALYSIS = Analysis(
     accuracy=WORST,
     accuracy_label="PGD-20 accuracy, worst loss",
     compared=lambda method: not method.endswith("_natural"),
-    needed=METRICS,
+    needed=dict.fromkeys(("plain", "cifs", "aux"), (ON_F, WORST)) | {"cas": (ON_F, "pgd20/ce_p1")},
 )
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The figures of the channels: F1, F2 and F4."""
+"""The figures of the channels: F1 and F4, which show single channels, and F2."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.ndimage import uniform_filter1d
 from torch import Tensor
 
 from common.evaluation.drawing import (
@@ -24,31 +24,27 @@ from paper_cifs.measures import Channels, Measurement, correlation
 
 SHOWN = {"cifar10": ("automobile", "cat")}  # a robust and a non-robust class, as published [R0]
 
-MODELS = {"plain_natural": "natural training", "plain": "adversarial training", "cifs": "CIFS"}
-"""What the checkpoints are needed of, and what the figures call it."""
-
-
-def smoothed(curve: Tensor) -> Tensor:
-    """Mean of each channel and its two neighbours; the published curves look like it [C]."""
-    padded = F.pad(curve[None, None], (1, 1), mode="replicate")
-    return F.avg_pool1d(padded, 3, stride=1)[0, 0]
-
 
 def draw_channels(top: Axes, bottom: Axes, channels: Channels, c: int) -> None:
     """F1 for one class: activations above, relevance below, channels by descending relevance.
 
-    Activations are divided by their common maximum, the relevance by its largest magnitude. A
+    Activations are means over a channel and its two neighbours, which the published curves look
+    like [C], divided by their common maximum; the relevance is divided by its largest magnitude. A
     dotted line separates positive from negative relevance.
     """
     relevance = channels.relevance[c]
     order = relevance.argsort(descending=True, stable=True)
-    curves = [smoothed(a[c][order]) for a in (channels.natural, channels.adversarial)]
-    highest = max(float(curve.max()) for curve in curves) or 1.0
+    curves = [
+        uniform_filter1d(a[c][order].numpy(), 3, mode="nearest")
+        for a in (channels.natural, channels.adversarial)
+    ]
+    highest = max(curve.max() for curve in curves) or 1.0
     index = np.arange(len(order))
     looks = (("natural", BLUE, 0.85), ("adversarial (PGD-20)", VERMILION, 0.65))
     for curve, (label, colour, alpha) in zip(curves, looks, strict=True):
-        height = (curve / highest).numpy()
-        top.fill_between(index, height, color=colour, alpha=alpha, linewidth=0, label=label)
+        top.fill_between(
+            index, curve / highest, color=colour, alpha=alpha, linewidth=0, label=label
+        )
     largest = float(relevance.abs().max()) or 1.0
     bottom.fill_between(
         index, (relevance[order] / largest).numpy(), color=GREEN, linewidth=0, label="relevance"
@@ -63,28 +59,29 @@ def draw_channels(top: Axes, bottom: Axes, channels: Channels, c: int) -> None:
     bottom.set(ylim=(-1, 1), yticks=[-1, 0, 1])
 
 
-def channel_figure(panels: Sequence[Sequence[tuple[str, Channels, int]]]) -> Figure:
-    """A grid of F1 panels.
+def channel_figure(
+    columns: Mapping[str, Channels], classes: Sequence[int], class_names: Sequence[str]
+) -> Figure:
+    """A grid of F1 panels, a row per class.
 
     Titles give the cosine of the two curves, and the share of each on channels of negative
     relevance (NR), first natural, then adversarial.
-
-    Args:
-        panels: Rows of (title, channels, class).
     """
-    rows, columns = len(panels), len(panels[0])
-    fig = blank_figure(0.5 + (3.3 if columns < 3 else 2.45) * columns, 0.5 + 2.45 * rows)
-    axes = fig.subplots(2 * rows, columns, squeeze=False, height_ratios=[1.7, 1.0] * rows)
-    for i, row in enumerate(panels):
-        for j, (title, channels, c) in enumerate(row):
-            top, bottom = axes[2 * i, j], axes[2 * i + 1, j]
-            draw_channels(top, bottom, channels, c)
+    width = 3.3 if len(columns) < 3 else 2.45
+    fig = blank_figure(0.5 + width * len(columns), 0.5 + 2.45 * len(classes))
+    ratios = [1.7, 1.0] * len(classes)
+    axes = fig.subplots(len(ratios), len(columns), squeeze=False, height_ratios=ratios)
+    for i, c in enumerate(classes):
+        for j, (title, channels) in enumerate(columns.items()):
+            top = axes[2 * i, j]
+            draw_channels(top, axes[2 * i + 1, j], channels, c)
             numbers = {key: float(value[c]) for key, value in channels.numbers().items()}
-            shares = (numbers[f"negative_share_{kind}"] for kind in ("natural", "adversarial"))
-            note = f"cosine {numbers['cosine']:.2f}, NR share " + " → ".join(
-                f"{share:.2f}" for share in shares
+            top.set_title(
+                f"{title}, class {class_names[c]}\ncosine {numbers['cosine']:.2f}, NR share "
+                f"{numbers['negative_share_natural']:.2f} → "
+                f"{numbers['negative_share_adversarial']:.2f}",
+                fontsize=FONT - 1,
             )
-            top.set_title(f"{title}\n{note}", fontsize=FONT - 1)
         axes[2 * i, 0].set_ylabel("activation", fontsize=FONT - 1)
         axes[2 * i + 1, 0].set_ylabel("relevance", fontsize=FONT - 1)
     for ax in axes[-1]:
@@ -102,19 +99,16 @@ def shown_classes(dataset: str, robust: Tensor, class_names: Sequence[str]) -> t
     return int(robust.argmax()), int(robust.argmin())
 
 
-def figure_f1(
-    models: Mapping[str, Measurement], classes: Sequence[int], class_names: Sequence[str]
-) -> Figure:
-    """F1: natural beside adversarial training, a row per class."""
-    return channel_figure(
-        [
-            [
-                (f"{MODELS[name]}, class {class_names[c]}", found.channels["penultimate"], c)
-                for name, found in models.items()
-            ]
-            for c in classes
-        ]
-    )
+def masked_features(found: Measurement) -> dict[str, Channels]:
+    """The columns of F4: the features around the masks of CIFS.
+
+    The relevance is each module's g, and W of the final layer for the last masked feature, which is
+    the penultimate one.
+    """
+    names = [name for name in found.channels if name.endswith("masked")]
+    words = {name: name.replace("_", ", ").replace("module", "module ") for name in names}
+    columns = {words[name]: found.channels[name] for name in names[:-1]}
+    return columns | {f"{words[names[-1]]} (W)": found.channels["penultimate"]}
 
 
 def figure_f2(found: Sequence[Measurement], class_names: Sequence[str]) -> Figure:
@@ -128,48 +122,17 @@ def figure_f2(found: Sequence[Measurement], class_names: Sequence[str]) -> Figur
     names = [class_names[c] for c in order.tolist()]
     fig = blank_figure(max(5.0, 0.55 * len(names) + 1.5), 4.4)
     top, bottom = fig.subplots(2, 1, height_ratios=[1.5, 1.0])
-    draw_per_class_bars(
-        top,
-        {
-            "natural": 100 * clean[:, order].numpy(),
-            "PGD-20": 100 * robust[:, order].numpy(),
-        },
-        names,
-    )
-    draw_per_class_bars(bottom, {"corr(a_nat, W[c, :])": alignment[:, order].numpy()}, names)
+    accuracies = {"natural": 100 * clean, "PGD-20": 100 * robust}
+    draw_per_class_bars(top, {k: v[:, order].numpy() for k, v in accuracies.items()}, names)
+    draw_per_class_bars(bottom, {"alignment": alignment[:, order].numpy()}, names)
     for bar in bottom.patches:
         bar.set_color(GREEN)
     bottom.axhline(0, color=GREY, linewidth=0.8)
-    links = correlation(robust, alignment)
+    links = ", ".join(f"{float(link):+.2f}" for link in correlation(robust, alignment))
     top.set(ylim=(0, 100))
     top.set_ylabel("accuracy (%)", fontsize=FONT)
     bottom.set_ylabel("corr($a_{nat}$, W[c, :])", fontsize=FONT)
-    bottom.set_title(
-        "correlation with PGD-20 accuracy across classes: "
-        + ", ".join(f"{float(link):+.2f}" for link in links),
-        fontsize=FONT - 1,
-    )
+    bottom.set_title(f"correlation with PGD-20 accuracy across classes: {links}", fontsize=FONT - 1)
     bottom.set_xlabel("class", fontsize=FONT)
     put_legend_above(fig, top)
     return fig
-
-
-def figure_f4(found: Measurement, classes: Sequence[int], class_names: Sequence[str]) -> Figure:
-    """F4: the four features around the two masks of CIFS, a row per class.
-
-    The relevance is each module's g, and W of the final layer for the last masked feature, which is
-    the penultimate one.
-    """
-    last = max(name for name in found.channels if name.endswith("_masked"))
-    features = [name for name in found.channels if name.endswith("masked") and name != last]
-    titles = {name: name.replace("_", ", ").replace("module", "module ") for name in features}
-    titles["penultimate"] = f"{last.replace('_', ', ').replace('module', 'module ')} (W)"
-    return channel_figure(
-        [
-            [
-                (f"{title}, class {class_names[c]}", found.channels[n], c)
-                for n, title in titles.items()
-            ]
-            for c in classes
-        ]
-    )

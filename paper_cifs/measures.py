@@ -4,8 +4,8 @@ Relevance has a row per class: class c's is W[c, :] at the penultimate feature. 
 ``method.py``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from common.modes import network_of
 from paper_cifs.method import CIFS, AdaptiveLoss, global_average, joint_logits
 
 BETA = 2.0  # of the joint loss that PGD-20 climbs
-
 
 # -------------------------------------------------------------------------- numbers per class
 
@@ -61,58 +60,32 @@ class Channels:
     adversarial: Tensor
     relevance: Tensor
 
-    def cosine(self) -> Tensor:
-        """Cosine of a_nat and a_adv, ``(K,)``: 1 where the attack only rescales."""
-        return F.cosine_similarity(self.natural, self.adversarial, dim=1)
-
-    def over_activation(self) -> Tensor:
-        r"""Excess on the negatively relevant channels, ``(K,)``.
-
-        :math:`\sum_{i \in R} (a_{adv} - a_{nat})_i / \sum_i (a_{nat})_i`, with R the quarter of the
-        channels that has the lowest relevance.
-        """
-        count = max(1, self.relevance.shape[1] // 4)
-        lowest = self.relevance.argsort(dim=1, stable=True)[:, :count]
-        excess = (self.adversarial - self.natural).gather(1, lowest).sum(1)
-        return excess / self.natural.sum(1)
-
     def alignment(self) -> Tensor:
         """Pearson correlation of a_nat with the relevance, ``(K,)``."""
         return correlation(self.natural, self.relevance)
 
-    def negative_share(self, activation: Tensor) -> Tensor:
-        """Share of an activation ``(K, C)`` on channels of negative relevance, ``(K,)``."""
-        return (activation * (self.relevance < 0)).sum(1) / activation.sum(1)
-
     def numbers(self) -> dict[str, Tensor]:
-        """Everything above by name, each ``(K,)``."""
+        r"""Numbers of each class by name, ``(K,)`` each.
+
+        ``cosine`` of a_nat and a_adv; :meth:`alignment`; ``negative_share_*``, the share of an
+        activation on channels of negative relevance; and ``over_activation``,
+        :math:`\sum_{i \in R} (a_{adv} - a_{nat})_i / \sum_i (a_{nat})_i`, with R the quarter of the
+        channels that has the lowest relevance.
+        """
+        nat, adv = self.natural, self.adversarial
+        quarter = max(1, nat.shape[1] // 4)
+        lowest = self.relevance.argsort(dim=1, stable=True)[:, :quarter]
+        negative = self.relevance < 0
         return {
-            "cosine": self.cosine(),
-            "over_activation": self.over_activation(),
+            "cosine": F.cosine_similarity(nat, adv, dim=1),
+            "over_activation": (adv - nat).gather(1, lowest).sum(1) / nat.sum(1),
             "alignment": self.alignment(),
-            "negative_share_natural": self.negative_share(self.natural),
-            "negative_share_adversarial": self.negative_share(self.adversarial),
+            "negative_share_natural": (nat * negative).sum(1) / nat.sum(1),
+            "negative_share_adversarial": (adv * negative).sum(1) / adv.sum(1),
         }
 
 
 # --------------------------------------------------------------------- from a network to them
-
-
-@dataclass
-class Recording:
-    """What a network computes on the way to its logits.
-
-    Attributes:
-        logits: f, ``(N, K)``.
-        features: Pooled features ``(N, C)``: ``penultimate``, and for the s-th CIFS module
-            ``module<s>_unmasked`` and ``module<s>_masked``.
-        relevance: For ``module<s>``, g of its own selection in eval mode, and for
-            ``module<s>_by_class`` the relevance to the label's class, both ``(N, C)``.
-    """
-
-    logits: Tensor
-    features: dict[str, Tensor]
-    relevance: dict[str, Tensor]
 
 
 def final_linear(model: nn.Module) -> nn.Linear:
@@ -121,56 +94,41 @@ def final_linear(model: nn.Module) -> nn.Linear:
     return [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
 
 
-@contextmanager
-def _hooked(hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
-def record(model: nn.Module, x: Tensor, y: Tensor) -> Recording:
-    """Runs a network in eval mode on images ``(N, C, H, W)`` and keeps what the figures need.
+def record(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """What a network, or a classifier's, computes in eval mode on the way to its logits.
 
-    Args:
-        model: A network of this paper or a plain one, or a classifier that holds one as ``net``.
-        x: Images in [0, 1].
-        y: Labels, ``(N,)``; they decide which class's relevance is recorded, never a mask.
+    Labels decide which class's relevance is recorded, never a mask.
+
+    Returns:
+        ``logits`` f, ``(N, K)``, and by channel ``(N, C)`` the pooled feature ``penultimate`` and,
+        for the s-th CIFS module, the pooled features ``module<s>_unmasked`` and
+        ``module<s>_masked``, ``module<s>_relevance`` (g of its own selection), and
+        ``module<s>_by_class`` (the relevance to the label's class).
     """
-    features: dict[str, Tensor] = {}
-    relevance: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
 
-    def keep_input(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        features["penultimate"] = inputs[0]
+    def keep_input(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
+        found["penultimate"] = inputs[0]
 
     def keep_masking(s: int) -> Callable[..., None]:
         def keep(module: CIFS, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
             z, (z_bar, p) = inputs[0], output
-            features[f"module{s}_unmasked"] = global_average(z)
-            features[f"module{s}_masked"] = global_average(z_bar)
-            relevance[f"module{s}"] = module.relevance(z, p).sum(dim=1)  # g
-            relevance[f"module{s}_by_class"] = module.probe.relevance(z, y[:, None])[:, 0]
+            found[f"module{s}_unmasked"] = global_average(z)
+            found[f"module{s}_masked"] = global_average(z_bar)
+            found[f"module{s}_relevance"] = module.relevance(z, p).sum(dim=1)
+            found[f"module{s}_by_class"] = module.probe.relevance(z, y[:, None])[:, 0]
 
         return keep
 
-    hooks: dict[nn.Module, Callable[..., None]] = {final_linear(model): keep_input}
-    modules = [module for module in model.modules() if isinstance(module, CIFS)]
-    hooks |= {module: keep_masking(s) for s, module in enumerate(modules, start=1)}
     model.eval()
-    with _hooked(hooks):
-        logits, _ = joint_logits(model, x)
-    return Recording(logits, features, relevance)
-
-
-def _joined(parts: Sequence[Recording]) -> Recording:
-    def join(pick: Callable[[Recording], dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.cat([pick(part)[name] for part in parts]) for name in pick(parts[0])}
-
-    logits = torch.cat([part.logits for part in parts])
-    return Recording(logits, join(lambda part: part.features), join(lambda part: part.relevance))
+    with ExitStack() as hooks:
+        hooks.enter_context(final_linear(model).register_forward_hook(keep_input))
+        modules = [module for module in model.modules() if isinstance(module, CIFS)]
+        for s, module in enumerate(modules, start=1):
+            hooks.enter_context(module.register_forward_hook(keep_masking(s)))
+        found["logits"] = joint_logits(model, x)[0]
+    return found
 
 
 @dataclass(frozen=True)
@@ -192,19 +150,17 @@ class Measurement:
 
     def summary(self) -> dict[str, Any]:
         """The numbers, means over classes first; accuracies in [0, 1]."""
+        numbers = {name: channels.numbers() for name, channels in self.channels.items()}
         return {
             "clean_acc_per_class": self.clean,
             "pgd20_acc_per_class": self.robust,
             # F2's link: are the classes whose channels are aligned the robust ones?
             "correlation_of_robustness_and_alignment": correlation(
-                self.robust, self.channels["penultimate"].alignment()
+                self.robust, numbers["penultimate"]["alignment"]
             ),
             "features": {
-                name: {
-                    **{key: value.mean() for key, value in channels.numbers().items()},
-                    "per_class": channels.numbers(),
-                }
-                for name, channels in self.channels.items()
+                name: {**{key: value.mean() for key, value in one.items()}, "per_class": one}
+                for name, one in numbers.items()
             },
         }
 
@@ -220,42 +176,37 @@ def measure(
     """Attacks a network with PGD-20 and compares its channels on natural and adversarial images.
 
     PGD-20 takes steps of eps / 10 from the image itself and climbs cross-entropy, joint with
-    beta = 2 where the network has probes.
-
-    Args:
-        model: As in :func:`record`.
-        x: Images in [0, 1], ``(N, C, H, W)``, on any device.
-        y: Labels, ``(N,)``, with every class among them.
-        num_classes: Number of classes K.
-        eps: Radius, pixels in [0, 1].
-        batch_size: Images at a time.
+    beta = 2 where the network has probes. Images in [0, 1] ``(N, C, H, W)`` and labels ``(N,)`` may
+    be on any device, and every class must be among them.
     """
     radius = parse_radius(eps)
     attack = PGD(eps=radius, step_size=radius / 10, steps=20, start="zero")
     device = next(model.parameters()).device
+    y = y.to(device)
     model.eval()
     natural, adversarial = [], []
-    for start in range(0, len(x), batch_size):
-        part_x, part_y = (part[start : start + batch_size].to(device) for part in (x, y))
+    for part_x, part_y in zip(*(torch.split(part, batch_size) for part in (x, y)), strict=True):
+        part_x = part_x.to(device)
         x_adv = attack(AdaptiveLoss(beta=BETA)(model, {"x": part_x, "y": part_y}), part_x)
         natural.append(record(model, part_x, part_y))
         adversarial.append(record(model, x_adv, part_y))
-    nat, adv, y = _joined(natural), _joined(adversarial), y.to(device)
+    nat, adv = (
+        {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for parts in (natural, adversarial)
+    )
 
     def channels(feature: str, relevance: Tensor) -> Channels:
-        a_nat, a_adv = (class_means(part.features[feature], y, num_classes) for part in (nat, adv))
-        return Channels(a_nat.cpu(), a_adv.cpu(), relevance.detach().double().cpu())
+        a_nat, a_adv = (class_means(side[feature], y, num_classes).cpu() for side in (nat, adv))
+        return Channels(a_nat, a_adv, relevance.detach().double().cpu())
 
     found = {"penultimate": channels("penultimate", final_linear(model).weight)}
-    for name, values in nat.relevance.items():
-        module, _, kind = name.partition("_")
-        for side in ("unmasked", "masked"):
-            key = f"{module}_{side}"
-            found[f"{key}_{kind}" if kind else key] = channels(
-                key, class_means(values, y, num_classes)
-            )
-    is_clean = classify(nat.logits) == y
-    is_robust = is_clean & (classify(adv.logits) == y)
+    for kind, suffix in (("relevance", ""), ("by_class", "_by_class")):
+        for name in [name for name in nat if name.endswith(f"_{kind}")]:
+            module, relevance = name.partition("_")[0], class_means(nat[name], y, num_classes)
+            for key in (f"{module}_unmasked", f"{module}_masked"):
+                found[key + suffix] = channels(key, relevance)
+    is_clean = classify(nat["logits"]) == y
+    is_robust = is_clean & (classify(adv["logits"]) == y)
     clean, robust = (
         class_means(right[:, None], y, num_classes)[:, 0].cpu() for right in (is_clean, is_robust)
     )

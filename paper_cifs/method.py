@@ -60,31 +60,17 @@ class Probe(nn.Module, ABC):
 
     @abstractmethod
     def relevance(self, z: Tensor, selected: Tensor) -> Tensor:
-        r"""The gradient of each selected logit with respect to the channels, in closed form.
+        r"""Gradients of the selected logits, ``(N, k)``, by the channels: ``(N, k, C)``.
 
-        .. math:: g_{jc} = \sum_{h,w} \partial \tilde p_j / \partial z_{c,h,w}
-            = \partial \tilde p_j / \partial v_c
-
-        The sum over positions cancels the 1/(HW) of the average pooling, so no inner autograd call
-        is needed [C]: the mask works in inference mode, compiles, and needs no double backward.
-        :func:`relevance_by_autograd` is the definition.
-
-        Args:
-            z: Feature, ``(N, C, H, W)``.
-            selected: Classes, ``(N, k)``; a class may occur twice.
-
-        Returns:
-            One row per selected class, ``(N, k, C)``; the paper's g is their sum.
+        :math:`g_{jc} = \sum_{h,w} \partial \tilde p_j / \partial z_{c,h,w} = \partial \tilde p_j /
+        \partial v_c`; the paper's g is their sum over the selected j, which may occur twice. In
+        closed form [C]: the sum cancels the 1/(HW) of the pooling, so no inner autograd call is
+        needed. :func:`relevance_by_autograd` is the definition.
         """
 
 
 class LinearProbe(Probe):
-    """p = W GAP(z) + b, hence g_j = W[j, :] whatever the feature [R].
-
-    Args:
-        channels: Channels C of the feature.
-        num_classes: Number of classes K.
-    """
+    """p = W GAP(z) + b, hence g_j = W[j, :] for every feature [R]."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -103,12 +89,8 @@ class LinearProbe(Probe):
 class NonlinearProbe(Probe):
     """p = W2 s(W1 GAP(z) + b1) + b2 with s the softplus of sharpness 5 [R].
 
-    Its derivative is s'(t) = sigmoid(5 t), hence g_j = (W2[j, :] * s'(W1 v + b1)) W1.
-
-    Args:
-        channels: Channels C of the feature.
-        num_classes: Number of classes K.
-        hidden: Width of the hidden layer: 128 in ResNets [R], 240 in WRN [R0].
+    With s'(t) = sigmoid(5 t), g_j = (W2[j, :] * s'(W1 v + b1)) W1. The hidden width is 128 in
+    ResNets [R] and 240 in WRN [R0].
     """
 
     def __init__(self, channels: int, num_classes: int, hidden: int = 128) -> None:
@@ -129,47 +111,25 @@ class NonlinearProbe(Probe):
 
 
 def relevance_by_autograd(probe: Probe, z: Tensor, selected: Tensor) -> Tensor:
-    """:meth:`Probe.relevance` by its definition, as the official code computes it [R].
+    """:meth:`Probe.relevance` by its definition, as the official code computes it; for tests [R].
 
-    The reference for tests: slow, with one backward pass per selected class and a graph for the
-    second derivative, and unusable in inference mode.
-
-    Args:
-        probe: Any probe.
-        z: Feature, ``(N, C, H, W)``; detach it to keep the mask path cut.
-        selected: Classes, ``(N, k)``.
-
-    Returns:
-        ``(N, k, C)``, differentiable.
+    Differentiable again. Detach ``z`` to keep the mask path cut.
     """
     with torch.enable_grad():
         z = z if z.requires_grad else z.detach().requires_grad_()
-        chosen = probe(z).gather(1, selected)
-        gradients = [
-            torch.autograd.grad(chosen[:, j].sum(), z, create_graph=True)[0]
-            for j in range(selected.shape[1])
-        ]
-        return torch.stack([gradient.sum(dim=(2, 3)) for gradient in gradients], dim=1)
+        totals = probe(z).gather(1, selected).sum(dim=0)
+        rows = [torch.autograd.grad(total, z, create_graph=True)[0] for total in totals]
+        return torch.stack(rows, dim=1).sum(dim=(3, 4))
 
 
 def select_classes(
     p: Tensor, k: int, y: Tensor | None = None, dedupe_label: bool = False
 ) -> Tensor:
-    """The k classes whose logits the relevance explains.
+    """Classes whose logits the relevance explains, ``(N, k)``: the k largest of ``p`` ``(N, K)``.
 
-    Without a label, as in eval mode, the k largest logits. With a label, as in training, the label
-    takes rank 1 and ranks 2 to k are unchanged [R]: a label among these counts twice, and the
-    strongest class is ignored.
-
-    Args:
-        p: Raw logits, ``(N, K)``.
-        k: How many classes, at most K; 2 in the main results.
-        y: Labels, ``(N,)``.
-        dedupe_label: Replace the duplicate by the strongest class [C], so that each class counts
-            once.
-
-    Returns:
-        Classes, ``(N, k)``.
+    With labels ``y`` ``(N,)``, as in training, the label takes rank 1 and ranks 2 to k are
+    unchanged [R]: a label among these counts twice, and the strongest class is ignored.
+    ``dedupe_label`` puts the strongest class in place of the duplicate [C].
     """
     top = p.topk(k, dim=1).indices
     if y is None:
@@ -183,17 +143,15 @@ def select_classes(
 # --------------------------------------------------------------------------- mask, m = IMGF(g)
 
 
-def _settings(module: nn.Module) -> str:
-    numbers = {k: v for k, v in vars(module).items() if isinstance(v, int | float)}
-    return ", ".join(f"{k}={v}" for k, v in numbers.items() if k != "training")
+class _Described(nn.Module):
+    def extra_repr(self) -> str:
+        """Settings, for ``print(net)``."""
+        numbers = {k: v for k, v in vars(self).items() if isinstance(v, int | float)}
+        return ", ".join(f"{k}={v}" for k, v in numbers.items() if k != "training")
 
 
-class ImportanceMask(nn.Module, ABC):
-    """Importance mask generating function (IMGF): from relevance to non-negative multipliers.
-
-    Most are a function of the summed relevance g, :meth:`importance`; one that needs the relevance
-    of each class overrides :meth:`forward`.
-    """
+class ImportanceMask(_Described, ABC):
+    """Importance mask generating function (IMGF): from relevance to non-negative multipliers."""
 
     def forward(self, relevance: Tensor) -> Tensor:
         """Mask m of shape ``(N, C)`` from the selected classes' relevances ``(N, k, C)``."""
@@ -201,11 +159,7 @@ class ImportanceMask(nn.Module, ABC):
 
     @abstractmethod
     def importance(self, g: Tensor) -> Tensor:
-        """The function itself, m = IMGF(g): ``(N, C)`` to ``(N, C)``."""
-
-    def extra_repr(self) -> str:
-        """Settings, for ``print(net)``."""
-        return _settings(self)
+        """The same from the summed relevance, m = IMGF(g): ``(N, C)`` to ``(N, C)``."""
 
 
 def _positive(name: str, value: float) -> float:
@@ -217,12 +171,9 @@ def _positive(name: str, value: float) -> float:
 class SoftmaxMask(ImportanceMask):
     """m = s softmax_c(g / T), the default; sums to s over the channels.
 
-    The scale is 1 at the repository's tip [R] and in its WRN code [R0], 2 in the ResNet code of
-    [R0] and so, by inference, in the logged ResNet-18 results; for other k the authors' variants
-    use s = k. Both settings end within 0.3 points of each other.
-
     Args:
-        scale: s, positive.
+        scale: s, positive: 1 at the repository's tip [R] and in its WRN code [R0], 2 in the ResNet
+            code of [R0] and so, by inference, in the logged results; the variants use s = k [B].
         temperature: T, positive; {1/2, 1, 4, 8, 10, 12, 16, 24} were tried with s = 2 [B].
     """
 
@@ -237,10 +188,7 @@ class SoftmaxMask(ImportanceMask):
 
 
 class SummedSoftmaxMask(SoftmaxMask):
-    """m = s sum_j softmax_c(g_j / T): one softmax per selected class instead of one of the sum [B].
-
-    Sums to k s over the channels.
-    """
+    """m = s sum_j softmax_c(g_j / T), one softmax per selected class; sums to k s [B]."""
 
     def forward(self, relevance: Tensor) -> Tensor:
         """Mask ``(N, C)`` from relevances ``(N, k, C)``."""
@@ -248,12 +196,7 @@ class SummedSoftmaxMask(SoftmaxMask):
 
 
 class MagnitudeMask(SoftmaxMask):
-    """m = s softmax_c(|g| / T), the control that ignores the sign of the relevance [B].
-
-    Args:
-        scale: s, positive.
-        temperature: T, positive.
-    """
+    """m = s softmax_c(|g| / T), the control that ignores the sign of the relevance [B]."""
 
     def __init__(self, scale: float = 2.0, temperature: float = 1.0) -> None:
         super().__init__(scale, temperature)
@@ -326,16 +269,12 @@ def autocast_off(z: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
-class ChannelSelection(nn.Module, ABC):
+class ChannelSelection(_Described, ABC):
     """Multiplies the channels of a feature by multipliers from a probe on it.
 
-    Masked activations are about C times smaller, with variances near batch-norm's eps, so the
-    module computes in the precision of its weights, without autocast, and the networks below also
-    run the modules that read its output without autocast.
-
-    Args:
-        probe: Gives the raw logits.
-        label_free: Never look at labels, also in train mode (for TRADES).
+    With ``label_free`` it never looks at labels, also in train mode (for TRADES). Masked
+    activations are about C times smaller, with variances near batch-norm's eps, so the module and
+    those that read its output compute in the precision of its weights, without autocast.
     """
 
     def __init__(self, probe: Probe, label_free: bool = False) -> None:
@@ -350,12 +289,8 @@ class ChannelSelection(nn.Module, ABC):
     def forward(self, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The masked feature z_bar, shaped like ``z``, and the raw logits p of the unmasked one.
 
-        Args:
-            z: Feature, ``(N, C, H, W)``.
-            y: Labels, ``(N,)``; used in train mode only.
-
         Raises:
-            ConfigurationError: In train mode without labels, unless ``label_free``.
+            ConfigurationError: In train mode without labels ``y`` ``(N,)``, unless ``label_free``.
         """
         sees_label = self.training and not self.label_free
         if sees_label and y is None:
@@ -370,17 +305,13 @@ class ChannelSelection(nn.Module, ABC):
             m = self.multiplier(z, p, y if sees_label else None)
             return z * m[:, :, None, None], p
 
-    def extra_repr(self) -> str:
-        """Settings, for ``print(net)``."""
-        return _settings(self)
-
 
 class CIFS(ChannelSelection):
     """Channel-wise importance-based feature selection, z_bar = z * IMGF(g).
 
     The relevance g is taken on a detached feature: the loss reaches the probe's weights through
-    the mask, but not z. With a nonlinear probe the input gradient an attacker back-propagates is
-    therefore not the true one; ``detach_mask_input=False`` (:func:`undetached`) restores it.
+    the mask, but not z. So with a nonlinear probe the input gradient is not the true one;
+    :func:`undetached` restores it.
 
     Args:
         channels: Channels C of the feature; given by the network.
@@ -390,7 +321,7 @@ class CIFS(ChannelSelection):
         mask: From relevance to multipliers; ``SoftmaxMask()`` where none is given.
         top_k: Selected classes k.
         detach_mask_input: Cut the gradient from mask to feature [R].
-        label_free: Select by the probe's own ranking in train mode too.
+        label_free: Select by the probe's ranking in train mode too.
         dedupe_label: See :func:`select_classes`.
 
     Raises:
@@ -441,13 +372,8 @@ class CIFS(ChannelSelection):
 class CAS(ChannelSelection):
     """Channel-wise activation suppression (Bai et al., ICLR 2021), as the authors of CIFS ran it.
 
-    z_bar = z * W[c, :] with W the weight of a linear probe on z and c the label in training, the
-    probe's prediction otherwise. The multiplier may be negative, and gradients reach W through it.
-
-    Args:
-        channels: Channels C of the feature; given by the network.
-        num_classes: Number of classes K; given by the network.
-        label_free: Use the probe's prediction in train mode too.
+    z_bar = z * W[c, :] with W the weight of a linear probe and c the label in training, else its
+    prediction. The multiplier may be negative, and gradients reach W through it.
     """
 
     def __init__(self, channels: int, num_classes: int, label_free: bool = False) -> None:
@@ -460,18 +386,14 @@ class CAS(ChannelSelection):
 
 @contextmanager
 def undetached(model: nn.Module) -> Iterator[None]:
-    """Let gradients run through the masks of every CIFS module, until the context ends.
-
-    Forward passes made inside keep the full graph when they are differentiated later.
-    """
-    cifs = [module for module in model.modules() if isinstance(module, CIFS)]
-    before = [(module, module.detach_mask_input) for module in cifs]
+    """Let gradients of forward passes made inside run through the masks of every CIFS module."""
+    before = {m: m.detach_mask_input for m in model.modules() if isinstance(m, CIFS)}
     try:
-        for module, _ in before:
+        for module in before:
             module.detach_mask_input = False
         yield
     finally:
-        for module, flag in before:
+        for module, flag in before.items():
             module.detach_mask_input = flag
 
 
@@ -485,19 +407,12 @@ class SelectiveNetwork(nn.Module):
     """A backbone's stem, stages and head, with channel selections between its modules.
 
     ``net(x, y)`` returns the final logits f ``(N, K)`` and the list of raw logits in forward order.
-    Weights have the names of the backbone, so a plain state dict loads with ``strict=False``; the
-    names of added weights start with ``selections.<position>``.
+    Weights have the names of the backbone, so a plain state dict loads with ``strict=False``.
 
-    A position is a module of the backbone whose output is masked. It is written with underscores,
+    A position is a module of the backbone whose output is masked, written with underscores,
     ``stages_3_0`` for ``stages.3.0``, since dots separate levels on the command line.
-
-    Args:
-        backbone: Its modules are used; the object is not kept.
-        positions: Channels at every legal position, in forward order.
-        selections: Position -> selection; ``None`` means the paper's choice.
-        num_classes: Number of classes K.
-        hidden: Hidden width of the paper's choice: a nonlinear probe at the last legal position
-            but one, a linear one at the last.
+    ``positions`` are the channels at every legal one, in forward order. Without ``selections`` the
+    last two get CIFS, with a nonlinear probe of width ``hidden`` and a linear one.
 
     Raises:
         ConfigurationError: If a position does not exist.
@@ -529,11 +444,7 @@ class SelectiveNetwork(nn.Module):
                 f"choose among {', '.join(positions)}"
             )
         self.selections = nn.ModuleDict(
-            {
-                name: chosen[name](channels, num_classes)
-                for name, channels in positions.items()
-                if name in chosen
-            }
+            {name: chosen[name](c, num_classes) for name, c in positions.items() if name in chosen}
         )
 
     def select(
@@ -549,9 +460,7 @@ class SelectiveNetwork(nn.Module):
 
 def _run(module: Callable[[Tensor], Tensor], z: Tensor, masked: bool) -> Tensor:
     """``module(z)``, without autocast where z was masked (see :class:`ChannelSelection`)."""
-    if not masked:
-        return module(z)
-    with autocast_off(z):
+    with autocast_off(z) if masked else nullcontext():
         return module(z)
 
 
@@ -565,12 +474,12 @@ def _blocks(stages: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class CIFSResNet(SelectiveNetwork):
     """ResNet with channel selections after the final activation of chosen blocks.
 
-    Without ``selections`` the last two blocks get CIFS, with a nonlinear and a linear probe. A mask
-    reaches both branches of the following block, the identity shortcut too.
+    A mask reaches both branches of the following block, the identity shortcut too.
 
     Args:
         num_classes: Number of classes K.
-        selections: Position -> selection; positions are ``stages_<stage>_<block>``, from 0.
+        selections: Position -> selection; positions are ``stages_<stage>_<block>``, from 0. By
+            default the last two get CIFS, with a nonlinear and a linear probe.
         hidden: Hidden width of the nonlinear probe, where ``selections`` does not say.
         **kwargs: Of :class:`~common.networks.resnet.ResNet`; ResNet-18 by default. The paper
             does not normalise its inputs.
@@ -585,11 +494,7 @@ class CIFSResNet(SelectiveNetwork):
     ) -> None:
         backbone = ResNet(num_classes=num_classes, **kwargs)
         positions = {
-            f"stages_{i}_{j}": width
-            for (i, stage), width in zip(
-                backbone.stages.named_children(), backbone.widths, strict=True
-            )
-            for j, _ in stage.named_children()
+            name: backbone.widths[int(name.split("_")[1])] for name, _ in _blocks(backbone.stages)
         }
         super().__init__(backbone, positions, selections, num_classes, hidden)
 
@@ -598,8 +503,7 @@ class CIFSResNet(SelectiveNetwork):
         logits: list[Tensor] = []
         z, masked = self.stem(self.normalize(x)), False
         for position, block in _blocks(self.stages):
-            z = _run(block, z, masked)
-            z, masked = self.select(position, z, y, logits)
+            z, masked = self.select(position, _run(block, z, masked), y, logits)
         return _run(self.head, z, masked), logits
 
 
@@ -608,25 +512,14 @@ class CIFSResNet18(CIFSResNet):
 
 
 class CIFSResNet10(CIFSResNet):
-    """ResNet-10 for Fashion-MNIST, CIFS at stages_2_0 and stages_3_0 [R0]: 4,941,406 parameters.
-
-    Args:
-        in_channels: Channels of the images.
-        **kwargs: Of :class:`CIFSResNet`.
-    """
+    """ResNet-10 for Fashion-MNIST, CIFS at stages_2_0 and stages_3_0 [R0]: 4,941,406 parameters."""
 
     def __init__(self, in_channels: int = 1, **kwargs: Any) -> None:
         super().__init__(depths=(1, 1, 1, 1), in_channels=in_channels, **kwargs)
 
 
 class CIFSDigitsResNet(CIFSResNet):
-    """The ResNet for 8x8 digits, CIFS at stages_2_0 and stages_3_0 [C].
-
-    Args:
-        in_channels: Channels of the images.
-        hidden: Hidden width of the nonlinear probe, where ``selections`` does not say.
-        **kwargs: Of :class:`CIFSResNet`.
-    """
+    """The ResNet for 8x8 digits, CIFS at stages_2_0 and stages_3_0 [C]."""
 
     def __init__(self, in_channels: int = 1, hidden: int = 32, **kwargs: Any) -> None:
         super().__init__(
@@ -643,15 +536,13 @@ class CIFSWideResNet(SelectiveNetwork):
     """WRN with channel selections: WRN-28-10 with CIFS has 36,641,854 parameters.
 
     Positions are ``stages_<i>_<j>_act1``, where the residual branch of a block begins (its shortcut
-    does not see the mask), and ``head_act``, after the final activation. Without ``selections`` the
-    last block and the head get CIFS, with a nonlinear probe of width 240 and a linear one [R0].
-
-    With CAS at both positions the probe of the second is the "extra linear layer on the final
-    feature" that the authors' WRN has: the parameter counts agree, 36,492,014 [R0].
+    does not see the mask), and ``head_act``, after the final activation. With CAS at the last two
+    the probe of the second is the "extra linear layer on the final feature" that the authors' WRN
+    has: the parameter counts agree, 36,492,014 [R0].
 
     Args:
         num_classes: Number of classes K.
-        selections: Position -> selection.
+        selections: Position -> selection; by default as in :class:`CIFSResNet` [R0].
         hidden: Hidden width of the nonlinear probe, where ``selections`` does not say.
         **kwargs: Of :class:`~common.networks.wide_resnet.WideResNet`; WRN-28-10 by default.
     """
@@ -692,13 +583,7 @@ class CIFSWideResNet(SelectiveNetwork):
 
 
 def joint_logits(model: Any, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Final logits and the list of raw logits, of any network or classifier; plain ones have none.
-
-    Args:
-        model: A network, or a classifier that holds one as ``net``.
-        x: Images, ``(N, C, H, W)``.
-        y: Labels, ``(N,)``, for the selections in train mode.
-    """
+    """Final logits and raw logits of any network or classifier; plain ones have no raw logits."""
     net = network_of(model)
     if not hasattr(net, "selections"):
         return net(x), []
@@ -726,13 +611,10 @@ def training_factor(beta: float) -> float:
 
 
 class JointCrossEntropy(Objective):
-    """Adversarial training with the joint loss: max_x' L_beta, then min over x_adv [R].
-
-    Clean images never enter the loss. For a plain network this is AT, times the factor.
+    """Adversarial training with the joint loss: max_x' L_beta, then min over x_adv alone [R].
 
     Args:
-        beta: Weight of the probes; 2 in the paper. At 0 the last biases of the probes get gradient
-            0.
+        beta: Weight of the probes; 2 in the paper. At 0 their last biases get no gradient.
         attack_beta: Weight of the probes in what the adversary maximises; ``beta`` if not given.
         rescale: Multiply the training loss by :func:`training_factor`, which is 1 at beta = 2.
 
@@ -759,10 +641,7 @@ class JointCrossEntropy(Objective):
 
 
 class NaturalJointCrossEntropy(JointCrossEntropy):
-    """The joint loss on clean images: natural training and the warm start of adversarial training.
-
-    Only evaluation uses ``inner`` and ``attack_beta``.
-    """
+    """The joint loss on clean images, for natural training and warm starts."""
 
     needs_x_adv = False
 
@@ -770,11 +649,10 @@ class NaturalJointCrossEntropy(JointCrossEntropy):
 class JointTRADES(Objective):
     """TRADES on all logits, without showing labels to the network [C].
 
-    The loss is L_beta(x; y) + lam D with the divergence
-    D = KL(f(x) || f(x_adv)) + (beta / S) sum_s KL(p^s(x) || p^s(x_adv)), which the adversary
-    maximises. The repository logs such a run but not its loss; a disabled line of its networks
-    treats a missing label as eval mode "for TRADES", so the selections need ``label_free: true``.
-    A plain network gives TRADES with weight ``lam``.
+    The loss is L_beta(x; y) + lam D, and the adversary maximises the divergence
+    D = KL(f(x) || f(x_adv)) + (beta / S) sum_s KL(p^s(x) || p^s(x_adv)). The repository logs such a
+    run but not its loss; a disabled line of its networks treats a missing label as eval mode "for
+    TRADES", so the selections need ``label_free: true``.
 
     Args:
         beta: Weight of the probes, 4 in the logged run.
@@ -805,7 +683,7 @@ class JointTRADES(Objective):
         return lambda x: self.divergence(clean, joint_logits(model, x))
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
-        """L_beta of the clean images plus lam D, batch mean; gradients reach both predictions."""
+        """L_beta of the clean images plus lam D, batch mean."""
         x_adv = adversarial_images(batch)
         clean, adv = joint_logits(model, batch["x"]), joint_logits(model, x_adv)
         loss = joint_loss(*clean, batch["y"], self.beta) + self.lam * self.divergence(clean, adv)
@@ -845,14 +723,14 @@ class AdaptiveLoss:
         def loss(x: Tensor) -> Tensor:
             with undetached(model) if self.through_mask else nullcontext():
                 f, probes = joint_logits(model, x, y)
-            if self.probe is not None and self.probe > len(probes):
+            if self.probe is None:
+                return joint_loss(f, probes, y, self.beta, self.base)
+            if self.probe > len(probes):
                 raise ConfigurationError(
                     f"probe {self.probe} is to be attacked and the network has {len(probes)}; "
                     "probes are counted from 1"
                 )
-            if self.probe is not None:
-                return self.base(probes[self.probe - 1], y)
-            return joint_loss(f, probes, y, self.beta, self.base)
+            return self.base(probes[self.probe - 1], y)
 
         return loss
 
@@ -860,10 +738,9 @@ class AdaptiveLoss:
 def adaptive_losses(model: Any) -> dict[str, InnerLoss]:
     """The losses a fair evaluation attacks with, by name [R0].
 
-    ``ce_f``, ``ce_p1`` .. ``ce_pS``, ``ce_joint<beta>`` for beta in 0.1, 1, 2, 10, 100, 1000, each
-    also as ``cw_`` with the hinge margin (the official C&W falls back to cross-entropy for single
-    logits; here it does not), and ``ce_undetached``, joint with beta 2 through the masks [C].
-    A plain network has ``ce_f`` and ``cw_f`` only, and ``ce_undetached`` needs a CIFS module.
+    ``ce_f`` and, with probes, ``ce_p1`` .. ``ce_pS`` and ``ce_joint<beta>``; each also as ``cw_``
+    with the hinge margin (the official C&W falls back to cross-entropy for single logits; here it
+    does not). With a CIFS module ``ce_undetached``, joint with beta 2 through the masks [C].
     """
     count = len(getattr(network_of(model), "selections", ()))
     losses: dict[str, InnerLoss] = {}

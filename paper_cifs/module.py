@@ -1,9 +1,10 @@
 """The classifier: final logits for attacks and metrics, adaptive losses, masks for TensorBoard."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from common.classifier import RobustClassifier
 from common.objectives import Batch, InnerLoss
@@ -26,27 +27,21 @@ class CIFSClassifier(RobustClassifier):
 
     def log_histograms(self, add: Callable[[str, Tensor], None], batch: Batch) -> None:
         """Hand the channel masks on clean and adversarial images to TensorBoard."""
-        masks: dict[str, Tensor] = {}
 
-        def watch(name: str, selection: ChannelSelection) -> RemovableHandle:
-            def hook(_: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-                p = output[1]  # masked / unmasked feature would be undefined where channels are 0
-                with autocast_off(p):
-                    masks[name] = selection.multiplier(args[0].to(p.dtype), p, None)
+        def tell(
+            name: str,
+            selection: ChannelSelection,
+            args: tuple[Tensor, ...],
+            output: tuple[Tensor, ...],
+        ) -> None:
+            p = output[1]  # masked / unmasked feature would be undefined where channels are 0
+            with autocast_off(p):
+                add(name, selection.multiplier(args[0].to(p.dtype), p, None))
 
-            return selection.register_forward_hook(hook)
-
-        handles = [
-            watch(name, module)
-            for name, module in self.net.named_modules()
-            if isinstance(module, ChannelSelection)
-        ]
-        try:
-            for kind in ("x", "x_adv"):
-                if kind in batch:
-                    self(batch[kind])
-                    for name, mask in masks.items():
-                        add(f"masks/{name}/{kind}", mask)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for kind in (kind for kind in ("x", "x_adv") if kind in batch):
+            with ExitStack() as hooks:
+                for name, module in self.net.named_modules():
+                    if isinstance(module, ChannelSelection):
+                        hook = partial(tell, f"masks/{name}/{kind}")
+                        hooks.enter_context(module.register_forward_hook(hook))
+                self(batch[kind])

@@ -10,7 +10,7 @@ against is not decided, however large it is. Tags as in ``method.py``.
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from common.analysis.claims import (
     BySeed,
@@ -26,33 +26,32 @@ from common.analysis.claims import (
 )
 from common.analysis.report import Analysis, Found
 from common.results.statistics import Difference
-from paper_wm.figures import figures
-from paper_wm.gathered import Gathered, base_of, gather, try_insertions
+from paper_wm.figures import amplification_table, checks_table, figures
+from paper_wm.measures import (
+    SCALED_UP,
+    STRONGER,
+    WHITE_BOX,
+    Evidence,
+    Summaries,
+    measure_runs,
+    of_method,
+    scope,
+)
 from paper_wm.method import Variant
-from paper_wm.tables import amplification_table, checks_table
+from paper_wm.networks import try_insertions
 
-VARIANTS = {
+VARIANTS: dict[Variant, str] = {
     "smoothing": "smoothing",
     "unsharp": "unsharp, lam 1",
     "subtract_summed": "summed map subtracted (unverified reading of unsharp)",
 }
 """Methods that are judged, with what the table calls them."""
 
-JUDGED: tuple[Variant, ...] = ("smoothing", "unsharp", "subtract_summed")
-SCALED_UP = ("resnet18", "wrn16_4", "wrn28_10")
 CLEAN_LOSS = 1.5  # points
 LEVELS = 2  # how many levels or radii make a claim
 MASKING_GAP = 5.0  # points that a stronger attack may take beyond PGD-20
 
-Audits = Mapping[tuple[str, int], Sequence[str]]
-"""(method, seed) -> the checks for gradient masking that failed."""
-
-Transferred = Mapping[tuple[str, int], float]
-"""(method, seed) -> accuracy under images made on the base network, in [0, 1]."""
-
-Summaries = Mapping[tuple[str, int], Mapping[str, float | None]]
-"""(method, seed) -> numbers of :func:`paper_wm.measures.summarise`."""
-
+Differences = Callable[[Metrics, str, str], dict[str, Difference]]
 _NOISE = re.compile(r"(uniform|gaussian|saltpepper)/level=[\d.e-]+")
 _ATTACK = re.compile(r"(fgsm|bim10|mim10|pgd20|pgd100)/eps=([\d.e-]+)")
 
@@ -63,9 +62,7 @@ _ATTACK = re.compile(r"(fgsm|bim10|mim10|pgd20|pgd100)/eps=([\d.e-]+)")
 def noise_differences(metrics: Metrics, method: str, control: str) -> dict[str, Difference]:
     """Accuracy of a method minus that of its control, in points, at every noise level."""
     keys = {key for found in metrics.values() for key in found if _NOISE.fullmatch(key)}
-    return _differences(
-        {key: (by_seed(metrics, method, key), by_seed(metrics, control, key)) for key in keys}
-    )
+    return _differences(metrics, method, control, {key: [key] for key in keys})
 
 
 def attack_differences(metrics: Metrics, method: str, control: str) -> dict[str, Difference]:
@@ -73,30 +70,35 @@ def attack_differences(metrics: Metrics, method: str, control: str) -> dict[str,
     radii: dict[str, list[str]] = {}
     for key in {key for found in metrics.values() for key in found}:
         if match := _ATTACK.fullmatch(key):
-            radii.setdefault(match[2], []).append(key)
+            radii.setdefault(f"eps={match[2]}", []).append(key)
+    return _differences(metrics, method, control, radii)
 
+
+def _differences(
+    metrics: Metrics, method: str, control: str, levels: Mapping[str, Sequence[str]]
+) -> dict[str, Difference]:
     def lowest(name: str, keys: Sequence[str]) -> BySeed:
-        return {
-            seed: min(found[key] for key in keys if key in found)
-            for (owner, seed), found in metrics.items()
-            if owner == name and any(key in found for key in keys)
+        found = {
+            s: [m[k] for k in keys if k in m] for (owner, s), m in metrics.items() if owner == name
         }
+        return {seed: min(values) for seed, values in found.items() if values}
 
-    return _differences(
-        {f"eps={r}": (lowest(method, keys), lowest(control, keys)) for r, keys in radii.items()}
-    )
+    differences = {
+        level: paired_difference(lowest(method, keys), lowest(control, keys), scale=100.0)
+        for level, keys in sorted(levels.items())
+    }
+    return {level: one for level, one in differences.items() if one is not None}
 
 
-def _differences(pairs: Mapping[str, tuple[BySeed, BySeed]]) -> dict[str, Difference]:
-    """In points, by name, where there are any."""
-    named = {name: paired_difference(*pairs[name], scale=100.0) for name in sorted(pairs)}
-    return {name: found for name, found in named.items() if found is not None}
+def ups_and_downs(differences: Mapping[str, Difference]) -> tuple[int, int]:
+    """How many levels are significantly up, and how many down."""
+    found = differences.values()
+    return sum(one.is_up for one in found), sum(one.is_down for one in found)
 
 
 def direction(differences: Mapping[str, Difference]) -> Verdict:
     """The rule: two or more levels one way, fewer than two the other."""
-    up = sum(one.is_up for one in differences.values())
-    down = sum(one.is_down for one in differences.values())
+    up, down = ups_and_downs(differences)
     if up >= LEVELS > down:
         return "supported"
     return "contradicted" if down >= LEVELS > up else "not decided"
@@ -104,104 +106,78 @@ def direction(differences: Mapping[str, Difference]) -> Verdict:
 
 def counted(differences: Mapping[str, Difference], what: str) -> str:
     """How many levels are up and down, and the two that move most."""
-    up = sum(one.is_up for one in differences.values())
-    down = sum(one.is_down for one in differences.values())
+    up, down = ups_and_downs(differences)
     largest = sorted(differences, key=lambda name: -abs(differences[name].mean))[:2]
     shown = ", ".join(f"{name} {differences[name].text()}" for name in sorted(largest))
     return f"up at {up}, down at {down} of {len(differences)} {what}; {shown}"
 
 
-def beside(
-    differences: Callable[[Metrics, str, str], Mapping[str, Difference]],
-    metrics: Metrics,
-    method: str,
-    control: str,
-) -> str:
-    """The same count for the controls that must accompany a result, where there are any."""
-    parts = []
-    for name in (f"{method}_frozen", "scale", "wide"):
-        found = differences(metrics, name, control)
-        if found:
-            up = sum(one.is_up for one in found.values())
-            down = sum(one.is_down for one in found.values())
-            parts.append(f"{name.rpartition('_')[2]} {up} up, {down} down")
-    return f"; controls: {', '.join(parts)}" if parts else ""
-
-
 # ---------------------------------------------------------------------------------------- C1 to C7
 
 
-def judge_insertion(inserted: Mapping[str, bool], trained: Sequence[str]) -> Judgement:
-    """C1: one call puts maps into networks of many kinds, and their weights still load.
+def _first_of(order: Sequence[Verdict], verdicts: Iterable[Verdict]) -> Verdict:
+    """The first in ``order`` that is among the verdicts of parts, else supported."""
+    given = set(verdicts)
+    return next((verdict for verdict in order if verdict in given), "supported")
 
-    Args:
-        inserted: Network -> whether that worked.
-        trained: Of which networks with maps there are results.
-    """
+
+def judge_insertion(inserted: Mapping[str, bool], trained: Sequence[str]) -> Judgement:
+    """C1: one call puts maps into networks of many kinds, by name, and some were ``trained``."""
     worked = sum(inserted.values())
     evidence = f"inserted into {worked} of {len(inserted)} networks ({', '.join(inserted)})"
-    evidence += f"; trained in {', '.join(trained)}" if trained else "; trained in none"
+    evidence += f"; trained in {', '.join(trained) or 'none'}"
     if not trained:
         return Judgement("not run", evidence)
     return Judgement("supported" if worked == len(inserted) else "contradicted", evidence)
 
 
-def judge_noise(metrics: Metrics, method: str, control: str = "base") -> Judgement:
-    """C2: more accurate under noise than the network without maps."""
-    found = noise_differences(metrics, method, control)
+def _judge_levels(differences: Differences, what: str, metrics: Metrics, method: str) -> Judgement:
+    """By :func:`direction` against base; the same count for the controls stands beside."""
+    found = differences(metrics, method, "base")
     if not found:
         return _untested(method)
-    evidence = counted(found, "noise levels") + beside(noise_differences, metrics, method, control)
+    controls = []
+    for name in (f"{method}_frozen", "scale", "wide"):
+        if beside := differences(metrics, name, "base"):
+            up, down = ups_and_downs(beside)
+            controls.append(f"{name.rpartition('_')[2]} {up} up, {down} down")
+    evidence = counted(found, what) + (f"; controls: {', '.join(controls)}" if controls else "")
     return Judgement(direction(found), evidence)
 
 
-def judge_attacks(
-    metrics: Metrics,
-    method: str,
-    audits: Audits | None = None,
-    transferred: Transferred | None = None,
-    control: str = "base",
-) -> Judgement:
+def judge_noise(metrics: Metrics, method: str) -> Judgement:
+    """C2: more accurate under noise than the network without maps."""
+    return _judge_levels(noise_differences, "noise levels", metrics, method)
+
+
+def judge_attacks(metrics: Metrics, method: str, got: Evidence | None = None) -> Judgement:
     """C3: more accurate under attack, and not by masking gradients."""
-    found = attack_differences(metrics, method, control)
-    if not found:
-        return _untested(method)
-    verdict = direction(found)
-    evidence = counted(found, "radii") + beside(attack_differences, metrics, method, control)
-    signs = masking_signs(metrics, method, audits or {}, transferred or {})
-    evidence += f"; signs of masking: {'; '.join(signs) if signs else 'none'}"
-    return Judgement("not decided" if signs and verdict == "supported" else verdict, evidence)
+    judged = _judge_levels(attack_differences, "radii", metrics, method)
+    if judged.verdict == "not run":
+        return judged
+    signs = masking_signs(metrics, method, got or Evidence())
+    verdict = "not decided" if signs and judged.verdict == "supported" else judged.verdict
+    return Judgement(verdict, f"{judged.reason}; signs of masking: {'; '.join(signs) or 'none'}")
 
 
-def masking_signs(
-    metrics: Metrics, method: str, audits: Audits, transferred: Transferred
-) -> list[str]:
+def masking_signs(metrics: Metrics, method: str, got: Evidence) -> list[str]:
     """What speaks for masked gradients: failed checks, and attacks that should be weaker."""
     signs = [
         f"seed {seed} fails {', '.join(failed)}"
-        for (owner, seed), failed in audits.items()
+        for (owner, seed), failed in got.audits.items()
         if owner == method and failed
     ]
-    white_box = by_seed(metrics, method, "bypass/ce_f")
-    stronger = {
-        "PGD-100 with restarts": by_seed(metrics, method, "pgd100"),
-        "gradients past the map": by_seed(metrics, method, "bypass/ce_bypass"),
-        "AutoAttack": by_seed(metrics, method, "aa"),
-        "transfer from base": {s: a for (owner, s), a in transferred.items() if owner == method},
-    }
+    stronger = {name: by_seed(metrics, method, key) for key, name in STRONGER.items()}
+    stronger["transfer from base"] = of_method(got.transferred, method)
     for name, accuracy in stronger.items():
-        gap = paired_difference(white_box, accuracy, scale=100.0)
+        gap = paired_difference(by_seed(metrics, method, WHITE_BOX), accuracy, scale=100.0)
         if gap is not None and gap.mean > MASKING_GAP:
             signs.append(f"{name} takes {gap.mean:.1f} points more than PGD-20")
     return signs
 
 
 def judge_clean(found: Mapping[str, Difference]) -> Judgement:
-    """C4: comparable clean accuracy, on every data set there is.
-
-    Args:
-        found: Data set and network -> :func:`clean_difference`.
-    """
+    """C4: comparable clean accuracy, from the :func:`clean_difference` of every data set."""
     if not found:
         return Judgement("not run", "no results")
     evidence = ", ".join(f"{name} {one.text()}" for name, one in found.items())
@@ -212,44 +188,47 @@ def judge_clean(found: Mapping[str, Difference]) -> Judgement:
     return Judgement("contradicted" if lost else "not decided", evidence)
 
 
+def clean_difference(metrics: Metrics, method: str) -> Difference | None:
+    """Clean accuracy of a method minus that of base, in points, tested against the loss allowed."""
+    ours, theirs = (by_seed(metrics, name, "clean_acc") for name in (method, "base"))
+    return t_test(minus(ours, theirs, 100.0), -CLEAN_LOSS)
+
+
 def judge_both(noise: Judgement, attacks: Judgement) -> Judgement:
     """C5: this variant is more robust to noise and to attacks."""
-    verdicts = (noise.verdict, attacks.verdict)
-    evidence = f"C2 {noise.verdict}, C3 {attacks.verdict}"
-    for verdict in ("not run", "contradicted"):
-        if verdict in verdicts:
-            return Judgement(verdict, evidence)
-    is_supported = verdicts == ("supported", "supported")
-    return Judgement("supported" if is_supported else "not decided", evidence)
+    verdicts = noise.verdict, attacks.verdict
+    verdict = _first_of(("not run", "contradicted", "not decided"), verdicts)
+    return Judgement(verdict, f"C2 {noise.verdict}, C3 {attacks.verdict}")
 
 
 def judge_amplification(metrics: Metrics, summaries: Summaries, method: str) -> Judgement:
     """C6: the layer amplifies variance, adaptively, and that is why it is robust.
 
-    Three conditions: the median signal gain is above 1 in every seed; the correlation over units of
-    input variance and gain differs from that of the frozen control; and the learned map is more
-    robust to noise than the frozen one. Contradicted if the gain is below 1 in every seed, or the
-    learned map is less robust than the frozen one.
+    Supported if the median signal gain is above 1 in every seed, the correlation over units of
+    input variance and gain differs from the frozen control's, and the learned map is more robust to
+    noise than the frozen one. Contradicted if the gain is below 1 in every seed, or it is less so.
     """
-    frozen = f"{method}_frozen"
+    frozen_map, key = f"{method}_frozen", "spearman_variance_gain"
     gains = by_seed(summaries, method, "signal_gain")
     if not gains:
         return _untested(method)
     noise_gain = mean(by_seed(summaries, method, "noise_gain"))
-    key = "spearman_variance_gain"
-    adaptive = paired_difference(by_seed(summaries, method, key), by_seed(summaries, frozen, key))
-    robust = noise_differences(metrics, method, frozen)
     evidence = f"median signal gain {mean(gains):.2f}, noise gain {noise_gain:.2f}"
+    learned, fixed = (by_seed(summaries, name, key) for name in (method, frozen_map))
+    adaptive, robust = (
+        paired_difference(learned, fixed),
+        noise_differences(metrics, method, frozen_map),
+    )
     if adaptive is None or not robust:
         return Judgement("not decided", f"{evidence}; no frozen control")
     evidence += (
         f"; learned minus frozen: rank correlation of variance and gain {adaptive.text(3)}, "
         f"accuracy {counted(robust, 'noise levels')}"
     )
-    amplifies = all(gain > 1.0 for gain in gains.values())
     if all(gain < 1.0 for gain in gains.values()) or direction(robust) == "contradicted":
         return Judgement("contradicted", evidence)
     is_adaptive = adaptive.is_up or adaptive.is_down
+    amplifies = all(gain > 1.0 for gain in gains.values())
     is_whole = amplifies and is_adaptive and direction(robust) == "supported"
     return Judgement("supported" if is_whole else "not decided", evidence)
 
@@ -258,70 +237,25 @@ def judge_scaled_up(by_base: Mapping[str, Metrics], method: str) -> Judgement:
     """C7: C2 to C4 on every scaled-up network there is."""
     found: dict[str, Verdict] = {}
     for base, metrics in by_base.items():
-        if base.partition("_")[2] not in SCALED_UP or not by_seed(metrics, method, "clean_acc"):
-            continue
-        clean = clean_difference(metrics, method)
-        parts = [
-            judge_noise(metrics, method).verdict,
-            judge_attacks(metrics, method).verdict,
-            judge_clean({} if clean is None else {base: clean}).verdict,
-        ]
-        order: tuple[Verdict, ...] = ("not run", "contradicted", "not decided")
-        found[base] = next((one for one in order if one in parts), "supported")
+        if base.partition("_")[2] in SCALED_UP and by_seed(metrics, method, "clean_acc"):
+            clean = clean_difference(metrics, method)
+            parts = (
+                judge_noise(metrics, method),
+                judge_attacks(metrics, method),
+                judge_clean({} if clean is None else {base: clean}),
+            )
+            order: tuple[Verdict, ...] = ("not run", "contradicted", "not decided")
+            found[base] = _first_of(order, (part.verdict for part in parts))
     if not found:
         return Judgement("not run", "no results of scaled-up networks")
     evidence = ", ".join(f"{base} {verdict}" for base, verdict in found.items())
-    for verdict in ("contradicted", "not decided", "not run"):
-        if verdict in found.values():
-            return Judgement(verdict, evidence)
-    return Judgement("supported", evidence)
-
-
-def clean_difference(metrics: Metrics, method: str) -> Difference | None:
-    """Clean accuracy of a method minus that of base, in points, tested against the loss allowed."""
-    ours, theirs = (by_seed(metrics, name, "clean_acc") for name in (method, "base"))
-    return t_test(minus(ours, theirs, 100.0), -CLEAN_LOSS)
+    return Judgement(
+        _first_of(("contradicted", "not decided", "not run"), found.values()), evidence
+    )
 
 
 def _untested(method: str) -> Judgement:
     return Judgement("not run", f"no results of {method} beside its control")
-
-
-def judge_claims(
-    base: str,
-    by_base: Mapping[str, Metrics],
-    audits: Audits,
-    transferred: Transferred,
-    summaries: Summaries,
-    inserted: Mapping[str, Mapping[str, bool]],
-) -> list[Claim]:
-    """All seven claims for every variant that has results.
-
-    Args:
-        base: Data set and network that C2, C3, C5 and C6 are judged on, ``digits_cnn3``.
-        by_base: Data set and network -> metrics.
-        audits: Of ``base``.
-        transferred: Of ``base``.
-        summaries: Of ``base``.
-        inserted: Method -> network -> whether its maps could be inserted.
-    """
-    metrics = by_base.get(base, {})
-    judged: dict[str, dict[str, Judgement]] = {f"C{i}": {} for i in range(1, 8)}
-    for method, name in VARIANTS.items():
-        having = {b: m for b, m in by_base.items() if by_seed(m, method, "clean_acc")}
-        if method not in ("smoothing", "unsharp") and base not in having:
-            continue
-        noise = judge_noise(metrics, method)
-        attacks = judge_attacks(metrics, method, audits, transferred)
-        clean = {b: d for b, m in having.items() if (d := clean_difference(m, method))}
-        judged["C1"][name] = judge_insertion(inserted.get(method, {}), list(having))
-        judged["C2"][name] = noise
-        judged["C3"][name] = attacks
-        judged["C4"][name] = judge_clean(clean)
-        judged["C5"][name] = judge_both(noise, attacks)
-        judged["C6"][name] = judge_amplification(metrics, summaries, method)
-        judged["C7"][name] = judge_scaled_up(by_base, method)
-    return [Claim(id, text, judged[id]) for id, text in CLAIMS.items()]
 
 
 CLAIMS = {
@@ -345,22 +279,36 @@ NOTE = (
 
 
 def claims(found: Found) -> list[Claim]:
-    """The seven claims of what was found."""
-    got: Gathered = found.kept["gathered"]
-    inserted = {str(variant): try_insertions(variant) for variant in JUDGED}
+    """All seven claims for every variant that has results."""
+    got: Evidence = found.kept["evidence"]
+    inserted = {str(variant): try_insertions(variant) for variant in VARIANTS}
     found.measured["inserted"] = inserted
-    return judge_claims(found.on, got.by_base, got.audits, got.transferred, got.summaries, inserted)
-
-
-def scope(on: str) -> tuple[str, str]:
-    """Data set and network, and the prefix of the methods."""
-    return base_of(on), f"{base_of(on)}_"
+    metrics = got.by_base.get(found.on, {})
+    judged: dict[str, dict[str, Judgement]] = {id: {} for id in CLAIMS}
+    for method, name in VARIANTS.items():
+        having = {b: m for b, m in got.by_base.items() if by_seed(m, method, "clean_acc")}
+        if method == "subtract_summed" and found.on not in having:
+            continue
+        noise, attacks = judge_noise(metrics, method), judge_attacks(metrics, method, got)
+        clean = {b: d for b, m in having.items() if (d := clean_difference(m, method))}
+        judgements = (
+            judge_insertion(inserted[method], list(having)),
+            noise,
+            attacks,
+            judge_clean(clean),
+            judge_both(noise, attacks),
+            judge_amplification(metrics, got.summaries, method),
+            judge_scaled_up(got.by_base, method),
+        )
+        for id, judgement in zip(CLAIMS, judgements, strict=True):
+            judged[id][name] = judgement
+    return [Claim(id, text, judged[id]) for id, text in CLAIMS.items()]
 
 
 ANALYSIS = Analysis(
     package="paper_wm",
     claims=claims,
-    measure=gather,
+    measure=measure_runs,
     figures=figures,
     tables=lambda found: [amplification_table(found), checks_table(found)],
     scope=scope,

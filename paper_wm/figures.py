@@ -1,8 +1,11 @@
-"""The figures of the analysis [D]; which figures the paper has is not known."""
+"""The figures and tables of the analysis [D]; which figures the paper has is not known.
+
+``metrics`` and ``summaries`` are by (method, seed), and ``labels`` are what the legends call
+methods, in their order.
+"""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,57 +16,45 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.analysis.claims import Metrics, by_seed
+from common.analysis.claims import BySeed, Metrics, by_seed
 from common.analysis.report import Found
 from common.evaluation.drawing import (
     CYCLE,
     FONT,
+    GREY,
     MARKERS,
     blank_figure,
     put_legend_above,
     tidy_axes,
 )
-from paper_wm.gathered import LABELS, Gathered, methods_of
+from paper_wm.measures import (
+    WHITE_BOX,
+    Evidence,
+    Summaries,
+    correlations,
+    methods_of,
+    of_method,
+)
 
 CURVES = ("base", "smoothing", "smoothing_frozen", "unsharp", "unsharp_frozen", "unsharp_lam-0.5")
 SCATTER = {"uniform/level=0.4": "uniform noise of 0.4", "uniform/level=0.1": "uniform noise of 0.1"}
 NOISES = {
-    "uniform": "uniform noise, half width",
-    "gaussian": "Gaussian noise, standard deviation",
-    "saltpepper": "salt and pepper, share of pixels",
+    "uniform/level=": "uniform noise, half width",
+    "gaussian/level=": "Gaussian noise, standard deviation",
+    "saltpepper/level=": "salt and pepper, share of pixels",
 }
-
-
-@dataclass(frozen=True)
-class Point:
-    """One trained network in the scatter plot.
-
-    Attributes:
-        method: Whose.
-        signal_gain: Median over units.
-        noise_gain: Median over units.
-        accuracy: Under noise, in [0, 1].
-    """
-
-    method: str
-    signal_gain: float
-    noise_gain: float
-    accuracy: float
-
-    @property
-    def gains(self) -> tuple[float, float, float]:
-        """Signal gain, noise gain, and the first over the second."""
-        ratio = self.signal_gain / max(self.noise_gain, 1e-12)
-        return self.signal_gain, self.noise_gain, ratio
+ATTACKS = {"pgd20/eps=": "radius of PGD-20, linf", "fgsm/eps=": "radius of FGSM, linf"}
+GAINS = {
+    "signal_gain": "signal gain (v2)",
+    "noise_gain": "noise gain (v1)",
+    "ratio": "signal gain / noise gain",
+}
 
 
 def curve(metrics: Metrics, method: str, prefix: str) -> dict[float, list[float]]:
     """Accuracies of a method by strength, one per seed, clean accuracy at 0.
 
-    Args:
-        metrics: (method, seed) -> metrics.
-        method: Whose.
-        prefix: What stands before the number: ``uniform/level=``, ``pgd20/eps=``.
+    ``prefix`` is what stands before the number: ``uniform/level=``, ``pgd20/eps=``.
     """
     keys = {
         float(match[1]): key
@@ -78,19 +69,12 @@ def curve(metrics: Metrics, method: str, prefix: str) -> dict[float, list[float]
     return {at: values for at, values in found.items() if values} if keys else {}
 
 
-def draw_curves(
-    ax: Axes, metrics: Metrics, methods: Mapping[str, str], prefix: str, xlabel: str
-) -> None:
+def draw_curves(ax: Axes, metrics: Metrics, labels: Mapping[str, str], prefix: str) -> None:
     """Mean accuracy by strength, one line per method, a band of one standard deviation over seeds.
 
-    Args:
-        ax: Where to.
-        metrics: (method, seed) -> metrics.
-        methods: Method -> label.
-        prefix: As in :func:`curve`.
-        xlabel: Of the axis.
+    ``prefix`` is as in :func:`curve`.
     """
-    for i, (method, label) in enumerate(methods.items()):
+    for i, (method, label) in enumerate(labels.items()):
         found = curve(metrics, method, prefix)
         if not found:
             continue
@@ -103,41 +87,27 @@ def draw_curves(
         ax.fill_between(at, middle - spread, middle + spread, color=color, alpha=0.15, linewidth=0)
         ax.plot(at, middle, marker=MARKERS[i % 6], markersize=3.5, label=label, **style)
     ax.set_ylim(0, 101)
-    ax.set_xlabel(xlabel, fontsize=FONT)
     tidy_axes(ax)
 
 
-def noise_figure(metrics: Metrics, methods: Mapping[str, str]) -> Figure:
-    """(1) Accuracy against the strength of noise, a panel for each kind."""
-    fig = blank_figure(9.0, 3.3)
-    axes = fig.subplots(1, len(NOISES), sharey=True)
-    for ax, (name, xlabel) in zip(axes, NOISES.items(), strict=True):
-        draw_curves(ax, metrics, methods, f"{name}/level=", xlabel)
+def curve_figure(metrics: Metrics, labels: Mapping[str, str], panels: Mapping[str, str]) -> Figure:
+    """(1, 2) Accuracy against strength, a panel for each prefix with the label of its axis."""
+    fig = blank_figure(3.0 + 2.0 * len(panels), 3.3)
+    axes = fig.subplots(1, len(panels), sharey=True)
+    for ax, (prefix, xlabel) in zip(axes, panels.items(), strict=True):
+        draw_curves(ax, metrics, labels, prefix)
+        ax.set_xlabel(xlabel, fontsize=FONT)
     axes[0].set_ylabel("accuracy (%)", fontsize=FONT)
     put_legend_above(fig, axes[0])
     return fig
 
 
-def attack_figure(metrics: Metrics, methods: Mapping[str, str]) -> Figure:
-    """(2) Accuracy against the radius of PGD-20, and of FGSM beside it."""
-    fig = blank_figure(7.0, 3.3)
-    axes = fig.subplots(1, 2, sharey=True)
-    for ax, (prefix, name) in zip(axes, (("pgd20", "PGD-20"), ("fgsm", "FGSM")), strict=True):
-        draw_curves(ax, metrics, methods, f"{prefix}/eps=", f"radius of {name}, linf")
-    axes[0].set_ylabel("accuracy (%)", fontsize=FONT)
-    put_legend_above(fig, axes[0])
-    return fig
+def map_figure(maps: Mapping[str, Tensor], start: float = 1.0, channels: int = 8) -> Figure:
+    """(3) Images of maps ``(C or 1, H, W)`` by label, a row per network.
 
-
-def map_figure(maps: Mapping[str, Tensor], start: float, channels: int = 8) -> Figure:
-    """(3) Images of maps, a row per network, one colour scale around the value at the start.
-
-    Args:
-        maps: Label -> map, ``(C or 1, H, W)``.
-        start: The value of all maps before training, white in the picture.
-        channels: Show the first so many.
+    White is ``start``, the value of all maps before training.
     """
-    shown = {label: m.detach().cpu()[:channels] for label, m in maps.items()}
+    shown = {label: m[:channels] for label, m in maps.items()}
     reach = max(float((m - start).abs().max()) for m in shown.values()) or 1e-3
     columns = max(len(m) for m in shown.values())
     fig = blank_figure(0.95 * columns + 1.3, 1.0 * len(shown) + 0.5)
@@ -157,22 +127,17 @@ def map_figure(maps: Mapping[str, Tensor], start: float, channels: int = 8) -> F
     return fig
 
 
-def histogram_figure(maps: Mapping[str, Tensor], start: float) -> Figure:
-    """(4) How the values of maps are distributed, all seeds together.
-
-    Args:
-        maps: Label -> values, any shape.
-        start: The value before training.
-    """
+def histogram_figure(maps: Mapping[str, Tensor], start: float = 1.0) -> Figure:
+    """(4) The distribution of the values of maps by label; ``start`` is that before training."""
     fig = blank_figure(4.8, 3.0)
     ax = fig.subplots()
-    values = {label: m.detach().cpu().flatten().numpy() for label, m in maps.items()}
-    low, high = min(v.min() for v in values.values()), max(v.max() for v in values.values())
-    bins = np.linspace(low, max(high, low + 1e-3), 40)
-    for i, (label, v) in enumerate(values.items()):
-        style: dict[str, Any] = {"color": CYCLE[(i + 2) % len(CYCLE)], "linewidth": 1.4}
-        ax.hist(v, bins=bins.tolist(), histtype="step", density=True, label=label, **style)
-    ax.axvline(start, color="#6b6b6b", linewidth=0.8, linestyle=":")
+    every = torch.cat(list(maps.values()))
+    low, high = float(every.min()), float(every.max())
+    bins = np.linspace(low, max(high, low + 1e-3), 40).tolist()
+    for (label, values), color in zip(maps.items(), CYCLE[2:], strict=False):
+        style: dict[str, Any] = {"color": color, "linewidth": 1.4, "histtype": "step"}
+        ax.hist(values.numpy(), bins=bins, density=True, label=label, **style)
+    ax.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
     ax.set_xlabel("value of the map (dotted: at the start)", fontsize=FONT)
     ax.set_ylabel("density", fontsize=FONT)
     tidy_axes(ax)
@@ -180,57 +145,32 @@ def histogram_figure(maps: Mapping[str, Tensor], start: float) -> Figure:
     return fig
 
 
-def scatter_figure(points: Sequence[Point], labels: Mapping[str, str], noise: str) -> Figure:
-    """(5) Accuracy under noise against gains, a dot for each trained network.
+def gains_and_accuracy(
+    metrics: Metrics, summaries: Summaries, method: str, gain: str
+) -> list[tuple[float, float]]:
+    """A gain and the accuracy under :func:`noise_key`, for each seed of a method with both."""
+    gains = by_seed(summaries, method, gain)
+    accuracy = by_seed(metrics, method, noise_key(metrics))
+    return [(gains[seed], accuracy[seed]) for seed in gains if seed in accuracy]
 
-    Args:
-        points: The networks.
-        labels: Method -> label, in the order of the legend.
-        noise: What the accuracy is under.
-    """
+
+def scatter_figure(metrics: Metrics, summaries: Summaries, labels: Mapping[str, str]) -> Figure:
+    """(5) Accuracy under noise against gains, a dot for each trained network."""
     fig = blank_figure(9.0, 3.6)
     axes = fig.subplots(1, 3, sharey=True)
-    titles = ("signal gain (v2)", "noise gain (v1)", "signal gain / noise gain")
-    for panel, (ax, title) in enumerate(zip(axes, titles, strict=True)):
+    for ax, (gain, title) in zip(axes, GAINS.items(), strict=True):
         for i, (method, label) in enumerate(labels.items()):
-            mine = [p for p in points if p.method == method]
             style: dict[str, Any] = {"color": CYCLE[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
             style["markerfacecolor"] = "white" if i >= 6 else CYCLE[i % 6]
-            x, y = [p.gains[panel] for p in mine], [100 * p.accuracy for p in mine]
+            points = gains_and_accuracy(metrics, summaries, method, gain)
+            x, y = [at for at, _ in points], [100 * accuracy for _, accuracy in points]
             ax.plot(x, y, linestyle="", markersize=5, label=label, **style)
         ax.set_xscale("log")
         ax.set_xlabel(f"median {title}", fontsize=FONT)
         tidy_axes(ax)
-    axes[0].set_ylabel(f"accuracy under {noise} (%)", fontsize=FONT)
+    axes[0].set_ylabel(f"accuracy under {SCATTER[noise_key(metrics)]} (%)", fontsize=FONT)
     put_legend_above(fig, axes[0])
     return fig
-
-
-def figures(found: Found) -> dict[str, Figure | None]:
-    """Figures (1) to (5), as far as there is something to draw."""
-    got: Gathered = found.kept["gathered"]
-    pictures: dict[str, Figure | None] = {}
-    methods = methods_of(found)
-    shown = {method: LABELS[method] for method in CURVES if method in methods}
-    if shown:
-        pictures["1_noise"] = noise_figure(found.metrics, shown)
-        pictures["2_attacks"] = attack_figure(found.metrics, shown)
-    seed = min((s for _, s in got.maps), default=None)
-    learned = [m for m in ("smoothing", "unsharp") if (m, seed) in got.maps]
-    if learned and seed is not None:
-        firsts = {LABELS[m]: got.maps[m, seed] for m in learned}
-        pictures["3_maps"] = map_figure(firsts, start=1.0)
-        every = {
-            LABELS[m]: torch.cat([v.flatten() for (n, _), v in got.maps.items() if n == m])
-            for m in learned
-        }
-        pictures["4_histogram"] = histogram_figure(every, start=1.0)
-    noise = noise_key(found.metrics)
-    points = scatter_points(found.metrics, got.summaries, noise)
-    if points:
-        labels = {m: LABELS[m] for m in methods if any(p.method == m for p in points)}
-        pictures["5_scatter"] = scatter_figure(points, labels, SCATTER[noise])
-    return pictures
 
 
 def noise_key(metrics: Metrics) -> str:
@@ -238,14 +178,107 @@ def noise_key(metrics: Metrics) -> str:
     return next((k for k in SCATTER if any(k in found for found in metrics.values())), "")
 
 
-def scatter_points(
-    metrics: Metrics, summaries: Mapping[tuple[str, int], Mapping[str, float | None]], noise: str
-) -> list[Point]:
-    """One for every trained network with a map and a result."""
-    points = []
-    for (method, seed), numbers in summaries.items():
-        accuracy = metrics.get((method, seed), {}).get(noise)
-        signal, noisy = numbers["signal_gain"], numbers["noise_gain"]
-        if accuracy is not None and signal is not None and noisy is not None:
-            points.append(Point(method, signal, noisy, accuracy))
-    return points
+def figures(found: Found) -> dict[str, Figure | None]:
+    """Figures (1) to (5) by name, as far as there is something to draw."""
+    metrics, got = found.metrics, found.kept["evidence"]
+    maps: dict[tuple[str, int], Tensor] = got.maps
+    methods = methods_of(metrics)
+    pictures: dict[str, Figure | None] = {}
+    if shown := {method: methods[method] for method in CURVES if method in methods}:
+        pictures["1_noise"] = curve_figure(metrics, shown, NOISES)
+        pictures["2_attacks"] = curve_figure(metrics, shown, ATTACKS)
+    seed = min((s for _, s in maps), default=0)
+    if learned := [m for m in ("smoothing", "unsharp") if (m, seed) in maps]:
+        pictures["3_maps"] = map_figure({m: maps[m, seed] for m in learned})
+        every = {m: [v.flatten() for (n, _), v in maps.items() if n == m] for m in learned}
+        pictures["4_histogram"] = histogram_figure({m: torch.cat(v) for m, v in every.items()})
+    points = {m: gains_and_accuracy(metrics, got.summaries, m, "ratio") for m in methods}
+    if labels := {method: label for method, label in methods.items() if points[method]}:
+        pictures["5_scatter"] = scatter_figure(metrics, got.summaries, labels)
+    return pictures
+
+
+# -------------------------------------------------------------------------- tables of E4 and E6
+
+
+def spread(values: BySeed, digits: int = 2, scale: float = 1.0) -> str:
+    """Mean ± standard deviation over seeds; empty where there is none."""
+    found = [scale * value for value in values.values()]
+    if not found:
+        return ""
+    error = f" ± {stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{fmean(found):.{digits}f}{error}"
+
+
+AMPLIFICATION = {
+    "signal_gain": "signal gain (v2)",
+    "noise_gain": "noise gain (v1)",
+    "ratio": "ratio",
+    "signal_spread": "spread of log signal gain",
+    "snr_in": "SNR in",
+    "snr_out": "SNR out",
+    "spearman_variance_gain": "variance, gain",
+    "spearman_variance_map": "variance, map",
+    "spearman_map_sensitivity": "map, gradient",
+    "map_sd": "sd of the map",
+    "white_noise_theory": "white noise, theory",
+    "white_noise_measured": "measured",
+}
+
+
+def amplification_table(found: Found) -> dict[str, Any]:
+    """E4: gains of the first map, with frozen and shuffled maps as controls."""
+    summaries: Summaries = found.kept["evidence"].summaries
+    lines, points = [], []
+    for method, label in methods_of(found.metrics).items():
+        for name, title in ((method, label), (f"{method}_shuffled", f"{label}, values shuffled")):
+            if by_seed(summaries, name, "signal_gain"):
+                cells = [spread(by_seed(summaries, name, key)) for key in AMPLIFICATION]
+                lines.append([title, *cells])
+        points += gains_and_accuracy(found.metrics, summaries, method, "ratio")
+    note = (
+        "Of trained networks, their first map. Gains are variances at the output over variances "
+        "at the input, of clean test images (signal) and of what uniform noise of 0.2 changes "
+        "(noise); medians over units off the border. SNR: clean variance over noise variance, all "
+        "units. Rank correlations over units of input variance with gain (confounded: read it "
+        "against the frozen map), of input variance with the map, of the map's magnitude with the "
+        "gradient at its input. Before batch-norm the scale of a channel is undone, so absolute "
+        "gains say little there. White noise: mean gain over units, by the closed form and put "
+        "through the layer."
+    )
+    if len(points) > 2:
+        link = correlations(*torch.tensor(points).T)["spearman"]
+        if link is not None:
+            note += (
+                f" Across {len(points)} networks, the rank correlation of signal gain over noise "
+                f"gain with accuracy under {SCATTER[noise_key(found.metrics)]} is {link:+.2f}."
+            )
+    header = ["map", *AMPLIFICATION.values()]
+    return {"title": "E4: amplification", "note": note, "header": header, "lines": lines}
+
+
+def checks_table(found: Found) -> dict[str, Any]:
+    """E6: whether the accuracy under PGD-20 survives what should break masked gradients."""
+    columns = {
+        WHITE_BOX: "PGD-20",
+        "pgd100": "PGD-100x3",
+        "bypass/ce_bypass": "past the map",
+        "aa": "AutoAttack",
+        "deepfool": "DeepFool",
+    }
+    got: Evidence = found.kept["evidence"]
+    lines = []
+    for method, label in methods_of(found.metrics).items():
+        cells = [spread(by_seed(found.metrics, method, key), 1, 100.0) for key in columns]
+        failed = of_method(got.audits, method)
+        words = "; ".join(f"seed {s}: {', '.join(ids)}" for s, ids in failed.items() if ids)
+        moved = spread(of_method(got.transferred, method), 1, 100.0)
+        lines.append([label, *cells, moved, words or ("none" if failed else "")])
+    note = (
+        "Accuracy in percent on the same examples of the test split, all at the radius of the "
+        "threat model. Honest gradients: more steps and restarts, and AutoAttack, take little "
+        "beyond PGD-20; gradients past the map and images made on the base network of the same "
+        "seed attack worse. The last column: checks of the audit that failed."
+    )
+    header = ["network", *columns.values(), "transfer from base", "failed checks"]
+    return {"title": "E6: adaptive checks", "note": note, "header": header, "lines": lines}

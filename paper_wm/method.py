@@ -11,7 +11,8 @@ weight for every position of the feature X, and a local filter without parameter
 
 import difflib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,10 +23,8 @@ from common.errors import ConfigurationError, check_choice
 from common.modes import try_out
 
 Variant = Literal["smoothing", "unsharp", "highpass", "scale", "subtract", "subtract_summed"]
-"""``smoothing`` and ``unsharp`` are the two variants [S]; ``highpass`` is another reading of an
-unsharp mask and ``scale`` the control without a filter [D]. ``subtract`` takes a weighted blur from
-an unweighted input, ``subtract_summed`` takes the same single map, summed over channels, from every
-channel: further readings of the second variant, unverified [D]."""
+"""``smoothing`` and ``unsharp`` are the two variants [S]; ``scale`` is the control without a filter
+and the others are further readings of the second variant, unverified [D]."""
 
 KernelNorm = Literal["sum", "mean"]
 Order = Literal["weight_then_reduce", "reduce_then_weight"]
@@ -47,35 +46,23 @@ def box_mean(z: Tensor, k: int) -> Tensor:
 def reduce(
     z: Tensor, variant: Variant, k: int = 3, kernel_norm: KernelNorm = "sum", lam: float = 1.0
 ) -> Tensor:
-    r"""The local filter of a variant [D].
+    r"""The local filter of a variant, ``(N, C, H, W)`` to the same shape [D].
 
-    ``smoothing`` is :math:`B_k z` or :math:`A_k z`, ``highpass`` :math:`z - A_k z`, ``unsharp``
-    :math:`z + \lambda (z - A_k z)`, ``scale`` :math:`z`. So :math:`\lambda` leads from the local
-    mean (-1) past no filter (0) to sharpening (1) [M].
-
-    Args:
-        z: Features, ``(N, C, H, W)``.
-        variant: Any but ``subtract`` and ``subtract_summed``, which need the unweighted input.
-        k: Side of the window, odd.
-        kernel_norm: Of ``smoothing``: ``sum`` is B_k, ``mean`` is A_k.
-        lam: Of ``unsharp``.
-
-    Returns:
-        The same shape.
-
-    Raises:
-        ConfigurationError: If the variant is unknown or needs the unweighted input.
+    ``smoothing`` is :math:`B_k z`, or :math:`A_k z` with ``kernel_norm`` ``mean``; ``highpass``
+    :math:`z - A_k z`; ``unsharp`` :math:`z + \lambda (z - A_k z)`; ``scale`` :math:`z`. So
+    :math:`\lambda` leads from the local mean (-1) past no filter (0) to sharpening (1) [M]. The
+    ``subtract`` variants are :math:`A_k z`, which the layer takes from its input.
     """
     check_choice("variant", variant, Variant)
     check_choice("kernel_norm", kernel_norm, KernelNorm)
     if variant == "scale":
         return z
-    if variant == "smoothing":
-        return box_sum(z, k) if kernel_norm == "sum" else box_mean(z, k)
-    if variant in ("subtract", "subtract_summed"):
-        raise ConfigurationError(f"{variant} needs the unweighted input; use a WeightMap")
-    detail = z - box_mean(z, k)
-    return detail if variant == "highpass" else z + lam * detail
+    if variant == "smoothing" and kernel_norm == "sum":
+        return box_sum(z, k)
+    mean = box_mean(z, k)
+    if variant == "highpass":
+        return z - mean
+    return z + lam * (z - mean) if variant == "unsharp" else mean
 
 
 # -------------------------------------------------------------------------------------- the layer
@@ -85,15 +72,13 @@ class WeightMap(nn.Module):
     r"""Y = K(M * X): a weight for every position, then a filter without parameters [D].
 
     The two ``subtract`` variants are :math:`X - A_k(M X)` and :math:`X - \sum_c A_k(M_c X_c)`. The
-    layer is the same in training and evaluation. It computes in float32, under autocast too: sums
-    of nine compound where layers are stacked.
+    layer computes in float32, under autocast too: sums of nine compound where layers are stacked.
 
     Args:
         variant: What follows the weighting.
         shape: Of the feature, ``(C, H, W)``; another one is refused and never resized.
         kernel_size: Side k of the window, odd.
-        kernel_norm: Of ``smoothing`` alone. Sum and mean are one class of functions, the map of
-            one being k^2 times that of the other [M].
+        kernel_norm: Of ``smoothing`` alone; the mean with a map of k^2 M is the sum with M [M].
         lam: Of ``unsharp`` alone; ``None`` is 1.
         order: ``reduce_then_weight`` weights what comes out of the filter instead.
         shared: One map for all channels, ``(1, H, W)``.
@@ -180,18 +165,12 @@ class WeightMap(nn.Module):
     def _computed(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         is_last = self.order == "reduce_then_weight"
-        y = self._filtered(x if is_last else self.map * x)
+        z = x if is_last else self.map * x
+        y = reduce(z, self.variant, self.kernel_size, self.kernel_norm, self.lam)
         y = self.map * y if is_last else y
         if self.variant == "subtract":
             return x - y
-        if self.variant == "subtract_summed":
-            return x - y.sum(dim=1, keepdim=True)
-        return y
-
-    def _filtered(self, z: Tensor) -> Tensor:
-        if self.variant in ("subtract", "subtract_summed"):
-            return box_mean(z, self.kernel_size)
-        return reduce(z, self.variant, self.kernel_size, self.kernel_norm, self.lam)
+        return x - y.sum(dim=1, keepdim=True) if self.variant == "subtract_summed" else y
 
     def extra_repr(self) -> str:
         """Settings, for ``print(net)``."""
@@ -215,24 +194,18 @@ def insert_weight_maps(
     variant: Variant,
     **settings: Any,
 ) -> nn.Module:
-    """Put a weight map behind named modules of a network, in place.
+    """Put a weight map behind named modules of a network, in place, and return the network.
 
     The map becomes a child ``weight_map`` of the module it follows, and a forward hook applies it
     to its output. So no key of the state dict changes, and ``<module>.weight_map.map`` is new for
-    each map. Behind a ``Sequential`` means behind its last module.
-
-    One forward pass of a blank image in evaluation mode finds the sizes of the maps; it changes
-    neither buffers nor random generators, and works on the meta device.
+    each map. One forward pass of a blank image finds the sizes of the maps, on any device.
 
     Args:
-        net: The network; it is changed.
-        after: Names as in ``net.named_modules()``, such as ``stem.conv``.
+        net: The network.
+        after: Names as in ``net.named_modules()``; for a ``Sequential``, behind its last module.
         example_shape: Of one image, ``(C, H, W)``.
         variant: As in :class:`WeightMap`.
         **settings: Of :class:`WeightMap`, the same for all maps.
-
-    Returns:
-        The network.
 
     Raises:
         ConfigurationError: If a module does not exist, has a map already, is run never or several
@@ -248,14 +221,21 @@ def insert_weight_maps(
         raise ConfigurationError(
             f"two of the places {list(after)} are the same module; name each of them once"
         )
-    outputs = _outputs(net, places, example_shape)
+    seen: dict[str, list[Any]] = {name: [] for name in after}
+
+    def keep(name: str, _: Any, __: Any, output: Any) -> None:
+        seen[name].append(output)
+
+    with ExitStack() as hooks:
+        for name, module in places.items():
+            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
+        try_out(net, example_shape, "give the example_shape of the images it is for")
     maps = {}
-    for name in after:
-        seen = outputs[name]
-        if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim != 4:
-            raise ConfigurationError(_misfit(name, seen))
-        shape = tuple(seen[0].shape[1:])
-        maps[name] = WeightMap(variant, shape, **settings).to(seen[0].device)
+    for name, outputs in seen.items():
+        if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].ndim != 4:
+            raise ConfigurationError(_misfit(name, outputs))
+        (output,) = outputs
+        maps[name] = WeightMap(variant, output.shape[1:], **settings).to(output.device)
     for name, weight_map in maps.items():
         places[name].add_module("weight_map", weight_map)
         places[name].register_forward_hook(_apply_weight_map)
@@ -264,12 +244,8 @@ def insert_weight_maps(
 
 def weight_maps(net: nn.Module) -> dict[str, WeightMap]:
     """The maps of a network by the name of the module they follow, in the order of the modules."""
-    found = net.named_modules()
-    return {
-        name.removesuffix(".weight_map"): module
-        for name, module in found
-        if isinstance(module, WeightMap)
-    }
+    maps = ((name, module) for name, module in net.named_modules() if isinstance(module, WeightMap))
+    return {name.removesuffix(".weight_map"): weight_map for name, weight_map in maps}
 
 
 @contextmanager
@@ -283,12 +259,10 @@ def bypassed(net: nn.Module) -> Iterator[None]:
     def straight_through(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return args[0] + (output - args[0]).detach()
 
-    handles = [m.register_forward_hook(straight_through) for m in weight_maps(net).values()]
-    try:
+    with ExitStack() as hooks:
+        for weight_map in weight_maps(net).values():
+            hooks.enter_context(weight_map.register_forward_hook(straight_through))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _apply_weight_map(module: Any, _: Any, output: Tensor) -> Tensor:
@@ -320,32 +294,15 @@ def _module_after(net: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _outputs(
-    net: nn.Module, places: dict[str, nn.Module], example_shape: Sequence[int]
-) -> dict[str, list[Any]]:
-    """What each place puts out for a blank image, one entry per call."""
-    seen: dict[str, list[Any]] = {name: [] for name in places}
-    handles = [
-        module.register_forward_hook(lambda _m, _a, output, name=name: seen[name].append(output))
-        for name, module in places.items()
-    ]
-    try:
-        try_out(net, example_shape, "give the example_shape of the images it is for")
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
 def _misfit(name: str, seen: list[Any]) -> str:
-    if len(seen) != 1:
-        times = "never" if not seen else f"{len(seen)} times"
+    if len(seen) == 1:
+        what = tuple(seen[0].shape) if isinstance(seen[0], Tensor) else type(seen[0]).__name__
         return (
-            f"module {name!r} runs {times} in a forward pass, and a map belongs to one place; name "
-            "a module that runs once"
+            f"module {name!r} puts out {what}, and a weight map needs a feature (N, C, H, W); name "
+            "a module before pooling and flattening"
         )
-    what = tuple(seen[0].shape) if isinstance(seen[0], Tensor) else type(seen[0]).__name__
+    times = f"{len(seen)} times" if seen else "never"
     return (
-        f"module {name!r} puts out {what}, and a weight map needs a feature (N, C, H, W); name a "
-        "module before pooling and flattening"
+        f"module {name!r} runs {times} in a forward pass, and a map belongs to one place; name a "
+        "module that runs once"
     )

@@ -3,14 +3,19 @@
 Which networks the paper uses is not known. Tags as in ``method.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
+import torchvision
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError, check_choice
+from common.networks.alexnet import AlexNet
 from common.networks.normalize import Normalize, Statistics
-from common.networks.resnet import ResNet, check_positive, conv3x3, named_sequence
+from common.networks.preact_resnet import PreActResNet18
+from common.networks.resnet import ResNet, ResNet18, check_positive, conv3x3, named_sequence
+from common.networks.vgg import VGG
 from common.networks.wide_resnet import WideResNet
 from paper_wm.method import Variant, insert_weight_maps
 
@@ -21,8 +26,7 @@ Position = Literal["pre", "post"]
 class SmallCNN(nn.Module):
     """Three blocks conv3x3 - BN - ReLU, max-pooling behind the first two, a linear layer [D].
 
-    6,178 parameters with widths 8, 16, 16 on 1x16x16, 155,626 with the defaults on 1x28x28, 175,402
-    on 3x32x32. Weights start from PyTorch's defaults.
+    155,626 parameters with the defaults, which PyTorch initialises.
 
     Args:
         widths: Channels of the three blocks.
@@ -80,12 +84,10 @@ def places(
 ) -> tuple[list[str], list[str]]:
     """Modules that maps go after: those at convolutions, and those at the outputs of stages.
 
-    Args:
-        net: A :class:`SmallCNN`, or a ResNet or WideResNet of ``common.networks``.
-        placement: ``first`` or ``all`` blocks of a small CNN; ``stem`` of a residual network, or
-            ``stages``, which is the stem and the output of every stage. ``None`` is ``first`` and
-            ``stem``.
-        position: ``pre`` is before batch-norm, ``post`` behind the activation and before pooling.
+    ``placement`` is ``first`` (default) or ``all`` blocks of a small CNN, ``stem`` (default) of a
+    ResNet or WideResNet of ``common.networks``, or ``stages``, which is the stem and the output of
+    every stage; ``position`` is ``pre``, before batch-norm, or ``post``, behind the activation and
+    before pooling.
 
     Raises:
         ConfigurationError: If the network does not have such places.
@@ -93,16 +95,15 @@ def places(
     check_choice("position", position, Position)
     if placement is not None:
         check_choice("placement", placement, Placement)
+    kind = type(net).__name__
     if not isinstance(net, SmallCNN | ResNet | WideResNet):
         raise ConfigurationError(
-            f"where weight maps go in a {type(net).__name__} is not known; name the modules, for "
-            "instance after: [conv1]"
+            f"where weight maps go in a {kind} is not known; name modules: after: [conv1]"
         )
     known = ("first", "all") if isinstance(net, SmallCNN) else ("stem", "stages")
     if placement not in (*known, None):
         raise ConfigurationError(
-            f"a {type(net).__name__} has no place {placement!r}; placement must be "
-            f"{' or '.join(known)}"
+            f"a {kind} has no place {placement!r}; placement must be {' or '.join(known)}"
         )
     if isinstance(net, SmallCNN):
         layer = "conv" if position == "pre" else "act"
@@ -144,12 +145,8 @@ def with_weight_maps(
             [D]. Elsewhere ``None`` is ``init_value``.
         **settings: Others of :class:`~paper_wm.method.WeightMap`, the same for all maps.
 
-    Returns:
-        ``net``.
-
     Raises:
-        ConfigurationError: If the shape is not known, there is no such place, or a setting is out
-            of range.
+        ConfigurationError: If there is no shape, no such place, or a setting is out of range.
     """
     check_choice("variant", variant, Variant)
     if after is not None and placement is not None:
@@ -164,11 +161,42 @@ def with_weight_maps(
         )
     insert_weight_maps(net, first, image_shape, variant, init_value=init_value, **settings)
     if stages:
+        is_sum = variant == "smoothing" and settings.get("kernel_norm", "sum") == "sum"
         if stage_init_value is None:
-            is_sum = variant == "smoothing" and settings.get("kernel_norm", "sum") == "sum"
-            k = settings.get("kernel_size", 3)
-            stage_init_value = 1.0 / k**2 if is_sum else init_value
-        insert_weight_maps(
-            net, stages, image_shape, variant, init_value=stage_init_value, **settings
-        )
+            stage_init_value = 1.0 / settings.get("kernel_size", 3) ** 2 if is_sum else init_value
+        settings |= {"init_value": stage_init_value}
+        insert_weight_maps(net, stages, image_shape, variant, **settings)
     return net
+
+
+# ------------------------------------------------------------------------- kinds of networks, C1
+
+ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
+    "small CNN": (SmallCNN, (1, 28, 28)),
+    "ResNet-18": (ResNet18, (3, 32, 32)),
+    "PreActResNet-18": (PreActResNet18, (3, 32, 32)),
+    "WRN-16-4": (lambda: WideResNet(16, 4), (3, 32, 32)),
+    "VGG-16": (VGG, (3, 32, 32)),
+    "AlexNet": (AlexNet, (3, 32, 32)),
+    "torchvision ResNet-18": (lambda: torchvision.models.resnet18(), (3, 224, 224)),
+    "torchvision MobileNetV2": (lambda: torchvision.models.mobilenet_v2(), (3, 224, 224)),
+}
+
+
+def try_insertions(variant: Variant) -> dict[str, bool]:
+    """Whether one call puts a map behind the first convolution of each kind of network.
+
+    It has worked if the logits keep their shape and the state dict its keys, but for a new one. On
+    the meta device: shapes need no weights.
+    """
+    check_choice("variant", variant, Variant)
+    found = {}
+    for name, (make, shape) in ZOO.items():
+        with torch.device("meta"):
+            net, images = make().eval(), torch.empty(2, *shape)
+            keys, before = set(net.state_dict()), net(images).shape
+            first = next(n for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+            insert_weight_maps(net, [first], shape, variant)
+            kept = set(net.state_dict()) == keys | {f"{first}.weight_map.map"}
+            found[name] = kept and net(images).shape == before
+    return found

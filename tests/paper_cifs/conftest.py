@@ -5,7 +5,7 @@ import torch
 
 from common.networks.resnet import ResNet
 from paper_cifs.measures import Channels
-from paper_cifs.method import CIFSResNet
+from paper_cifs.method import CIFSResNet, Probe
 
 K = 3
 SETTINGS = {
@@ -24,7 +24,7 @@ def _plain_network(seed=0):
 
 def _cifs_network(seed=0, **settings):
     torch.manual_seed(seed)
-    return CIFSResNet(**SETTINGS, hidden=5, **settings).eval()
+    return CIFSResNet(**{**SETTINGS, "hidden": 5, **settings}).eval()
 
 
 def _images(n=12, seed=0):
@@ -38,6 +38,14 @@ def _random_channels(classes=K, channels=16, seed=0):
     nat, adv = torch.rand(2, classes, channels, generator=generator, dtype=torch.float64)
     relevance = torch.randn(classes, channels, generator=generator, dtype=torch.float64)
     return Channels(nat, adv, relevance)
+
+
+def _sharpen(net, factor=5.0):
+    """Scale probes up, so that masks are far from uniform and classes are well apart."""
+    for module in net.modules():
+        if isinstance(module, Probe):
+            module.output.weight.data *= factor
+    return net
 
 
 @pytest.fixture
@@ -58,3 +66,8 @@ def images():
 @pytest.fixture
 def random_channels():
     return _random_channels
+
+
+@pytest.fixture
+def sharpen():
+    return _sharpen

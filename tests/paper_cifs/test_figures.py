@@ -3,39 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from scipy.ndimage import convolve1d
 
-from common.evaluation.drawing import blank_figure, save_figure
+from common.evaluation.drawing import blank_figure
 from paper_cifs.figures import (
+    channel_figure,
     draw_channels,
-    figure_f1,
     figure_f2,
-    figure_f4,
+    masked_features,
     shown_classes,
-    smoothed,
 )
-from paper_cifs.measures import Measurement, correlation, measure
+from paper_cifs.measures import Measurement, correlation
 
-K, EPS = 3, 0.1
-NAMES = ("zero", "one", "two")
-
-# ---------------------------------------------------------------------------------------- figures
-
-
-def decoded(fig, tmp_path):
-    path = save_figure(fig, tmp_path / "figure.png")
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")), path
-
-
-def has_colour(pixels, colour, tolerance=40):
-    return (np.abs(pixels.astype(int) - colour).max(axis=-1) < tolerance).mean() > 0.002
-
-
-def test_smoothing_averages_three_neighbours():
-    curve = torch.tensor([1.0, 4.0, 1.0, 0.0, 8.0])
-    expected = [2.0, 2.0, 5 / 3, 3.0, 16 / 3]
-    assert smoothed(curve).tolist() == pytest.approx(expected)
+K, NAMES = 3, ("zero", "one", "two")
 
 
 def heights(filled):
@@ -47,14 +27,16 @@ def heights(filled):
 
 def test_a_panel_sorts_by_relevance_and_scales_by_the_common_maximum(random_channels):
     channels = random_channels()
-    fig = blank_figure(3, 3)
-    top, bottom = fig.subplots(2, 1)
+    top, bottom = blank_figure(3, 3).subplots(2, 1)
     draw_channels(top, bottom, channels, 1)
     order = sorted(range(16), key=lambda i: -channels.relevance[1, i])
-    nat, adv = (smoothed(a[1][order]) for a in (channels.natural, channels.adversarial))
-    highest = max(float(nat.max()), float(adv.max()))
-    assert heights(top.collections[0]) == pytest.approx((nat / highest).tolist())
-    assert heights(top.collections[1]) == pytest.approx((adv / highest).tolist())
+    nat, adv = (
+        convolve1d(a[1].numpy()[order], [1 / 3] * 3, mode="nearest")
+        for a in (channels.natural, channels.adversarial)
+    )
+    highest = max(*nat, *adv)
+    assert heights(top.collections[0]) == pytest.approx(nat / highest)
+    assert heights(top.collections[1]) == pytest.approx(adv / highest)
     relevance = channels.relevance[1].numpy()[order]
     assert heights(bottom.collections[0]) == pytest.approx(relevance / np.abs(relevance).max())
     assert top.get_ylim() == (0, 1)
@@ -63,21 +45,17 @@ def test_a_panel_sorts_by_relevance_and_scales_by_the_common_maximum(random_chan
     assert x == pytest.approx((relevance >= 0).sum() - 0.5)
 
 
-def test_f1_compares_the_trainings(tmp_path, plain_network, images):
-    found = measure(plain_network(), *images(), K, EPS)
-    fig = figure_f1({"plain_natural": found, "plain": found}, (0, 2), NAMES)
+def test_panels_stand_in_a_row_per_class_with_their_numbers(random_channels):
+    columns = {"natural training": random_channels(), "adversarial training": random_channels()}
+    fig = channel_figure(columns, (0, 2), NAMES)
     titles = [ax.get_title() for ax in fig.axes if ax.get_title()]
     assert [title.splitlines()[0] for title in titles] == [
-        "natural training, class zero",
-        "adversarial training, class zero",
-        "natural training, class two",
-        "adversarial training, class two",
+        f"{training}, class {name}" for name in ("zero", "two") for training in columns
     ]
-    cosine = float(found.channels["penultimate"].cosine()[2])
-    assert f"cosine {cosine:.2f}" in titles[3]
-    pixels, _ = decoded(fig, tmp_path)
-    assert has_colour(pixels, (0, 158, 115))  # the relevance
-    assert pixels.std() > 10
+    numbers = {k: float(v[2]) for k, v in random_channels().numbers().items()}
+    shares = (numbers[f"negative_share_{kind}"] for kind in ("natural", "adversarial"))
+    note = f"cosine {numbers['cosine']:.2f}, NR share {' → '.join(f'{s:.2f}' for s in shares)}"
+    assert titles[3].splitlines()[1] == note
 
 
 def test_f2_orders_classes_and_averages_seeds(random_channels):
@@ -97,22 +75,17 @@ def test_f2_orders_classes_and_averages_seeds(random_channels):
     assert ", ".join(f"{link:+.2f}" for link in links) in bottom.get_title()
 
 
-def test_f4_shows_four_features(tmp_path, cifs_network, images):
-    found = measure(cifs_network(), *images(), K, EPS)
-    fig = figure_f4(found, (1, 2), NAMES)
-    titles = [ax.get_title().splitlines()[0] for ax in fig.axes if ax.get_title()]
-    features = [
-        "module 1, unmasked",
-        "module 1, masked",
-        "module 2, unmasked",
-        "module 2, masked (W)",
-    ]
-    assert titles == [f"{feature}, class {name}" for name in ("one", "two") for feature in features]
-    last = [ax for ax in fig.axes if ax.get_title()][3]
-    assert f"cosine {float(found.channels['penultimate'].cosine()[1]):.2f}" in last.get_title()
-    pixels, path = decoded(fig, tmp_path)
-    assert pixels.shape == (540, 1030, 3)
-    assert path.stat().st_size < 150_000
+def test_f4_shows_the_features_around_the_masks(random_channels):
+    names = [f"module{s}_{side}" for s in (1, 2) for side in ("unmasked", "masked")]
+    names = ["penultimate", *names, *(f"{name}_by_class" for name in names)]
+    channels = {name: random_channels(seed=seed) for seed, name in enumerate(names)}
+    columns = masked_features(Measurement(torch.ones(K), torch.ones(K), channels))
+    assert columns == {
+        "module 1, unmasked": channels["module1_unmasked"],
+        "module 1, masked": channels["module1_masked"],
+        "module 2, unmasked": channels["module2_unmasked"],
+        "module 2, masked (W)": channels["penultimate"],
+    }
 
 
 def test_classes_shown_are_the_published_ones_or_the_extremes():

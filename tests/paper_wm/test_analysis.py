@@ -9,20 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from common.analysis.report import Found
-from common.errors import ConfigurationError
 from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.store import merge_result, result_path
-from common.results.tables import render_table
 from paper_wm import analysis
 from paper_wm.analysis import ANALYSIS
-from paper_wm.figures import curve, scatter_points
-from paper_wm.gathered import base_of, methods_of, split_stem, transfer, try_insertions
+from paper_wm.figures import curve, gains_and_accuracy
+from paper_wm.measures import methods_of, scope, split_stem, transfer
 from paper_wm.method import weight_maps
-from paper_wm.networks import SmallCNN, with_weight_maps
+from paper_wm.networks import SmallCNN, try_insertions, with_weight_maps
 
-N, SHAPE = 40, (1, 8, 8)
+N, SHAPE, SEEDS = 40, (1, 8, 8), (0, 1, 2)
 HELD = {  # method -> how many images stand (uniform 0.4, salt and pepper, PGD-20)
     "base": (20, 22, 6),
     "smoothing": (36, 35, 24),
@@ -30,62 +27,51 @@ HELD = {  # method -> how many images stand (uniform 0.4, salt and pepper, PGD-2
     "unsharp": (12, 11, 1),
     "scale": (20, 22, 6),
 }
+LINES = {
+    "uniform/level=0.4": Line("uniform", kind="noise", at={"level": 0.4}),
+    "saltpepper/level=0.1": Line("saltpepper", kind="noise", at={"level": 0.1}),
+    "pgd20/ce_f/eps=0.05": Line("pgd20", norm="linf", eps=0.05, at={"eps": 0.05}),
+    "pgd20/ce_f/eps=0.03": Line("pgd20", norm="linf", eps=0.03, at={"eps": 0.03}),
+    "bypass/ce_f": Line("bypass", norm="linf", eps=0.05),
+}
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> Path:
+def results(tmp_path: Path, monkeypatch) -> Path:
+    """Result files of three seeds; nothing is inserted into other networks."""
+    monkeypatch.setattr(analysis, "try_insertions", lambda variant: {"a": True})
     y, right = torch.arange(N) % 10, torch.ones(N, dtype=torch.bool)
-    for method, held in HELD.items():
-        for seed in (0, 1, 2):
-            lines = {
-                "uniform/level=0.4": Line("uniform", kind="noise", at={"level": 0.4}),
-                "saltpepper/level=0.1": Line("saltpepper", kind="noise", at={"level": 0.1}),
-                "pgd20/ce_f/eps=0.05": Line("pgd20", norm="linf", eps=0.05, at={"eps": 0.05}),
-                "pgd20/ce_f/eps=0.03": Line("pgd20", norm="linf", eps=0.03, at={"eps": 0.03}),
-                "bypass/ce_f": Line("bypass", norm="linf", eps=0.05),
-            }
-            counts = (*held, held[2], held[2])
-            correct = {
-                key: torch.arange(N) < count + (seed if count > 2 else 0)
-                for key, count in zip(lines, counts, strict=True)
-            }
-            outcomes = Outcomes(
-                y,
-                {"clean": right, **correct},
-                dict.fromkeys(lines, right),
-                lines,
-                threat=Threat("linf", 0.05),
-            )
-            check = {"id": "black_box", "question": "?", "value": 0.0, "threshold": 0.0}
-            is_bad = method == "unsharp" and seed == 1
-            check |= {"verdict": "fail" if is_bad else "pass", "detail": ""}
-            merge_result(
-                result_path(tmp_path, f"digits_cnn3_{method}", seed),
-                paper="paper_wm",
-                experiment=f"digits_cnn3_{method}",
-                seed=seed,
-                label="last",
-                entry=checkpoint_entry(outcomes, audit={"examples": N, "checks": [check]}),
-                provenance={"config_digest": "x"},
-            )
+    for (method, held), seed in ((item, seed) for item in HELD.items() for seed in SEEDS):
+        counts = (*held, held[2], held[2])
+        correct = {
+            key: torch.arange(N) < count + (seed if count > 2 else 0)
+            for key, count in zip(LINES, counts, strict=True)
+        }
+        outcomes = Outcomes(
+            y,
+            {"clean": right, **correct},
+            dict.fromkeys(LINES, right),
+            LINES,
+            threat=Threat("linf", 0.05),
+        )
+        verdict = "fail" if (method, seed) == ("unsharp", 1) else "pass"
+        check = {"id": "black_box", "question": "?", "value": 0.0, "threshold": 0.0}
+        check |= {"verdict": verdict, "detail": ""}
+        stem = f"digits_cnn3_{method}"
+        merge_result(
+            result_path(tmp_path, stem, seed),
+            paper="paper_wm",
+            experiment=stem,
+            seed=seed,
+            label="last",
+            entry=checkpoint_entry(outcomes, audit={"examples": N, "checks": [check]}),
+            provenance={"config_digest": "x"},
+        )
     return tmp_path
 
 
-def network(method: str, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    net: nn.Module = SmallCNN((4, 4, 4), image_shape=SHAPE)
-    if method != "base":
-        variant = method.partition("_")[0]
-        trainable = not method.endswith("frozen")
-        net = with_weight_maps(net, variant, image_shape=SHAPE, trainable=trainable)
-        for weight_map in weight_maps(net).values():
-            if trainable:
-                weight_map.map.data += 0.1 * torch.randn_like(weight_map.map)
-    return net.eval()
-
-
 def load(run: Path):
-    """A network instead of a run, and blank data."""
+    """A network instead of a run, and random data."""
     x, y = torch.rand(N, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 10
     data = SimpleNamespace(
         prepare_data=lambda: None,
@@ -94,18 +80,15 @@ def load(run: Path):
         on_after_batch_transfer=lambda batch, _: batch,
     )
     method = split_stem(run.parent.name)[1]
-    return network(method, int(run.name.removeprefix("seed"))), data
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    folder = tmp_path / "runs"
-    for method in ("base", "smoothing", "smoothing_frozen", "unsharp"):
-        for seed in (0, 1, 2):
-            checkpoint = folder / f"digits_cnn3_{method}" / f"seed{seed}" / "checkpoints/last.ckpt"
-            checkpoint.parent.mkdir(parents=True)
-            checkpoint.touch()
-    return folder
+    torch.manual_seed(int(run.name.removeprefix("seed")))
+    net: nn.Module = SmallCNN((4, 4, 4), image_shape=SHAPE)
+    if method != "base":
+        trainable = not method.endswith("frozen")
+        variant = method.partition("_")[0]
+        net = with_weight_maps(net, variant, image_shape=SHAPE, trainable=trainable)
+        for weight_map in weight_maps(net).values():
+            weight_map.map.data += 0.1 * trainable * torch.randn_like(weight_map.map)
+    return net.eval(), data
 
 
 def test_stems_and_what_is_asked_for() -> None:
@@ -118,17 +101,13 @@ def test_stems_and_what_is_asked_for() -> None:
         ("cifar10_resnet18", "cifar10_resnet18"),
         ("cifar10_wrn16_4_smoothing", "cifar10_wrn16_4"),
     ):
-        assert base_of(on) == base
+        assert scope(on) == (base, f"{base}_")
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        "smoothing",
-        pytest.param("unsharp", marks=pytest.mark.slow),
-        pytest.param("subtract_summed", marks=pytest.mark.slow),
-    ],
-)
+SLOW = [pytest.param(v, marks=pytest.mark.slow) for v in ("unsharp", "subtract_summed")]
+
+
+@pytest.mark.parametrize("variant", ["smoothing", *SLOW])
 def test_maps_go_into_every_kind_of_network(variant) -> None:
     """C1."""
     found = try_insertions(variant)
@@ -136,9 +115,14 @@ def test_maps_go_into_every_kind_of_network(variant) -> None:
     assert all(found.values())
 
 
-def test_the_whole_analysis(results, runs, monkeypatch) -> None:
-    monkeypatch.setattr(analysis, "try_insertions", lambda variant: {"a": True})
-    report = ANALYSIS.analyse(runs, results, "digits", [0, 1, 2], load=load)
+def test_the_whole_analysis(results) -> None:
+    runs = results / "runs"
+    for method in ("base", "smoothing", "smoothing_frozen", "unsharp"):
+        for seed in SEEDS:
+            folder = runs / f"digits_cnn3_{method}" / f"seed{seed}" / "checkpoints"
+            folder.mkdir(parents=True)
+            (folder / "last.ckpt").touch()
+    report = ANALYSIS.analyse(runs, results, "digits", SEEDS, load=load)
     assert report["on"] == "digits_cnn3"
     verdicts = {
         claim["id"]: {name: one["verdict"] for name, one in claim["judgements"].items()}
@@ -164,51 +148,42 @@ def test_the_whole_analysis(results, runs, monkeypatch) -> None:
     assert checks["unsharp"][-1] == "seed 1: black_box"
     assert checks["smoothing"][-1] == "none"
     assert checks["base"][-2] == "", "base is the source of the transferred images"
-    layers = report["amplification"]["digits_cnn3_smoothing"]["seed1"]
-    assert set(layers) == {"blocks.0.conv"}
+    assert set(report["amplification"]["digits_cnn3_smoothing"]["seed1"]) == {"blocks.0.conv"}
     assert json.loads((results / "analysis.json").read_text())["claims"] == json.loads(
         json.dumps(report["claims"])
     )
 
 
-def test_results_alone_are_enough_for_verdicts(results, monkeypatch) -> None:
-    monkeypatch.setattr(analysis, "try_insertions", lambda variant: {"a": True})
-    report = ANALYSIS.analyse(results / "nowhere", results, "digits", [0, 1, 2], load=load)
+def test_results_alone_are_enough_for_verdicts(results) -> None:
+    report = ANALYSIS.analyse(results / "nowhere", results, "digits", SEEDS, load=load)
     by_id = {claim["id"]: claim["judgements"]["smoothing"] for claim in report["claims"]}
     assert by_id["C2"]["verdict"] == "supported"
     assert by_id["C6"]["verdict"] == "not run"
-    assert {Path(path).name for path in report["figures"]} == {
-        "digits_cnn3_differences.png",
-        "digits_cnn3_1_noise.png",
-        "digits_cnn3_2_attacks.png",
-    }
-
-
-def test_nothing_to_work_on_is_told(tmp_path) -> None:
-    with pytest.raises(ConfigurationError, match=r"no usable result .*mnist_cnn3.*ON=mnist_cnn3"):
-        ANALYSIS.analyse(tmp_path, tmp_path, "mnist", [0])
+    names = [Path(path).stem.removeprefix("digits_cnn3_") for path in report["figures"]]
+    assert sorted(names) == ["1_noise", "2_attacks", "differences"]
 
 
 def test_transfer_is_the_accuracy_under_images_of_another_network() -> None:
-    torch.manual_seed(0)
     source, victim = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2))
     x = torch.rand(30, *SHAPE)
     with torch.no_grad():
-        y = source(x).argmax(1)
+        y, predicted = source(x).argmax(1), victim(x).argmax(1)
     assert transfer(source, source, x, y, 0.0) == 1.0
-    assert transfer(source, source, x, y, 0.3) == 0.0
-    with torch.no_grad():
-        agree = float((victim(x).argmax(1) == y).float().mean())
+    assert transfer(copy.deepcopy(source), source, x, y, 0.3) == 0.0
+    agree = float((predicted == y).float().mean())
     assert transfer(source, victim, x, y, 0.0) == pytest.approx(agree)
     assert transfer(source, victim, x, y, 0.3) <= agree
-    assert transfer(copy.deepcopy(source), source, x, y, 0.3) == 0.0
 
 
-def test_methods_without_a_label_of_their_own_are_found_too() -> None:
-    found = Found("mnist_cnn3", "mnist_cnn3_", [0], Path(), Path())
-    found.metrics = {("smoothing_k5", 0): {}, ("unsharp", 0): {}, ("base", 0): {}}
-    expected = {"base": "base", "unsharp": "unsharp", "smoothing_k5": "smoothing, k5"}
-    assert list(methods_of(found).items()) == list(expected.items())
+def test_methods_are_named_the_known_ones_first() -> None:
+    methods = ("smoothing_k5", "unsharp", "unsharp_lam-0.5", "subtract_summed", "base")
+    assert list(methods_of({(method, 0): {} for method in methods}).items()) == [
+        ("base", "base"),
+        ("unsharp", "unsharp"),
+        ("unsharp_lam-0.5", "unsharp, lam -0.5"),
+        ("subtract_summed", "summed map subtracted"),
+        ("smoothing_k5", "smoothing, k5"),
+    ]
 
 
 def test_curves_begin_at_clean_accuracy() -> None:
@@ -223,17 +198,8 @@ def test_curves_begin_at_clean_accuracy() -> None:
 
 
 def test_points_need_gains_and_accuracy() -> None:
-    numbers = {"signal_gain": 2.0, "noise_gain": 0.5}
-    summaries = {("a", 0): numbers, ("b", 0): numbers, ("c", 0): numbers | {"noise_gain": None}}
-    metrics = {("a", 0): {"noise": 0.7}, ("b", 0): {}, ("c", 0): {"noise": 0.7}}
-    (point,) = scatter_points(metrics, summaries, "noise")
-    assert (point.method, point.accuracy, point.gains) == ("a", 0.7, (2.0, 0.5, 4.0))
-
-
-def test_tables_of_the_analysis_reach_the_readme() -> None:
-    folder = Path(__file__).parents[2] / "paper_wm"
-    if not (folder / "results/analysis.json").is_file():
-        pytest.skip("no results yet")
-    markdown = render_table("paper_wm").markdown
-    for title in ("### Verdicts", "### E4: amplification", "### E6: adaptive checks"):
-        assert title in markdown
+    noise = "uniform/level=0.1"
+    summaries = {("a", seed): {"ratio": gain} for seed, gain in enumerate((4.0, 2.0, None))}
+    metrics = {("a", 0): {noise: 0.7}, ("a", 1): {}, ("a", 2): {noise: 0.7}, ("b", 0): {noise: 0.7}}
+    assert gains_and_accuracy(metrics, summaries, "a", "ratio") == [(4.0, 0.7)]
+    assert gains_and_accuracy(metrics, summaries, "b", "ratio") == []

@@ -1,259 +1,187 @@
 """Every verdict, either way, and what keeps it from being given."""
 
+from pathlib import Path
+
 import pytest
 
-from paper_wm.analysis import (
-    CLAIMS,
-    VARIANTS,
-    attack_differences,
-    clean_difference,
-    direction,
-    judge_amplification,
-    judge_attacks,
-    judge_both,
-    judge_claims,
-    judge_clean,
-    judge_insertion,
-    judge_noise,
-    judge_scaled_up,
-    masking_signs,
-    noise_differences,
-)
+from common.analysis.report import Found
+from paper_wm import analysis
+from paper_wm.analysis import CLAIMS, VARIANTS, attack_differences, claims, noise_differences
+from paper_wm.measures import Evidence
 
-SEEDS = (0, 1, 2)
-JITTER = (-0.01, 0.0, 0.01)
-
-
-def accuracies(noise: float, attack: float, clean: float = 0.98, seed: int = 0) -> dict[str, float]:
-    """Accuracies that vary a little between seeds."""
-    shift = JITTER[seed]
-    found = {"clean_acc": clean + 0.1 * shift}
-    for level in (0.1, 0.2, 0.3):
-        found[f"uniform/level={level}"] = noise + shift
-        found[f"uniform/level={level}/draw=0"] = 0.0  # single draws are no levels
-    found["saltpepper/level=0.1"] = noise + shift
-    for eps in ("0.03", "0.05"):
-        found[f"fgsm/eps={eps}"] = 0.9
-        found[f"pgd20/eps={eps}"] = attack + shift
-        found[f"pgd20/eps={eps}_union"] = 0.0
-    found |= {"bypass/ce_f": attack, "bypass/ce_bypass": attack + 0.1, "pgd100": attack - 0.02}
-    return found | {"aa": attack - 0.03}
+SEEDS, JITTER = (0, 1, 2), (-0.01, 0.0, 0.01)
+LEVELS = (*(f"uniform/level={x}" for x in (0.1, 0.2, 0.3)), "saltpepper/level=0.1")
+BASE, BETTER = (0.5, 0.1), (0.8, 0.4)
+DIGITS, SMOOTHING = "digits_cnn3", VARIANTS["smoothing"]
 
 
 def metrics(**methods: tuple[float, ...]):
-    return {
-        (method, seed): accuracies(*values, seed=seed)
-        for method, values in methods.items()
-        for seed in SEEDS
-    }
+    """(method, seed) -> accuracies for (noise, attack[, clean]) that vary a little over seeds."""
+    found = {}
+    for method, (noise, attack, *clean) in ({"base": BASE} | methods).items():
+        for seed, shift in zip(SEEDS, JITTER, strict=True):
+            one = {"clean_acc": (clean or [0.98])[0] + 0.1 * shift}
+            one |= dict.fromkeys(LEVELS, noise + shift)
+            one["uniform/level=0.1/draw=0"] = 0.0  # single draws are no levels
+            for eps in ("0.03", "0.05"):
+                one |= {f"fgsm/eps={eps}": 0.9, f"pgd20/eps={eps}": attack + shift}
+                one[f"pgd20/eps={eps}_union"] = 0.0
+            one |= {"bypass/ce_f": attack, "bypass/ce_bypass": attack + 0.1}
+            found[method, seed] = one | {"pgd100": attack - 0.02, "aa": attack - 0.03}
+    return found
 
 
-# ----------------------------------------------------------------------------------- differences
-
-
-def test_differences_are_paired_and_in_points() -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(0.8, 0.4))
-    noise = noise_differences(found, "smoothing", "base")
-    assert set(noise) == {f"uniform/level={x}" for x in (0.1, 0.2, 0.3)} | {"saltpepper/level=0.1"}
-    for one in noise.values():
-        assert one.mean == pytest.approx(30.0)
-        assert one.high - one.low == pytest.approx(0.0, abs=1e-9), "what seeds share drops out"
-    attacks = attack_differences(found, "smoothing", "base")
-    assert set(attacks) == {"eps=0.03", "eps=0.05"}
-    assert attacks["eps=0.03"].mean == pytest.approx(30.0), "the lowest over attacks counts"
-
-
-def test_a_gain_under_fgsm_alone_is_no_gain() -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(0.5, 0.1))
+def shifted(found, method: str, **of_key: float):
+    """Something added to the accuracies of a method whose names hold a key."""
     for seed in SEEDS:
-        for eps in ("0.03", "0.05"):
-            found["base", seed][f"fgsm/eps={eps}"] = 0.3
-    assert judge_attacks(found, "smoothing").verdict == "not decided"
+        for key in found[method, seed]:
+            found[method, seed][key] += next((v for k, v in of_key.items() if k in key), 0.0)
+    return found
 
 
-def test_a_difference_that_is_not_significant_counts_for_nothing() -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(0.5, 0.1))
-    for seed, shift in zip(SEEDS, (-0.1, 0.02, 0.11), strict=True):
-        for key in found["smoothing", seed]:
-            if key.startswith(("uniform", "saltpepper")):
-                found["smoothing", seed][key] += shift
-    noise = noise_differences(found, "smoothing", "base")
-    assert all(one.mean > 0 for one in noise.values())
-    assert not any(one.is_up or one.is_down for one in noise.values())
-    assert direction(noise) == "not decided"
+@pytest.fixture
+def judged(monkeypatch):
+    """Claims by id, for metrics of the digits or by data set and network, and other evidence."""
+
+    def judge(found, inserted=True, **evidence):
+        monkeypatch.setattr(analysis, "try_insertions", lambda _: {"a": True, "b": inserted})
+        analysed = Found(DIGITS, f"{DIGITS}_", SEEDS, Path(), Path())
+        by_base = {DIGITS: found} if ("base", 0) in found else found
+        analysed.kept["evidence"] = Evidence(by_base, **evidence)
+        return {claim.id: claim.judgements for claim in claims(analysed)}
+
+    return judge
 
 
-# ---------------------------------------------------------------------------------- single claims
-
-
-@pytest.mark.parametrize(
-    ("noise", "verdict"), [(0.8, "supported"), (0.2, "contradicted"), (0.5, "not decided")]
-)
-def test_c2_turns_out_either_way(noise, verdict) -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(noise, 0.1))
-    assert judge_noise(found, "smoothing").verdict == verdict
-
-
-def test_c2_needs_two_levels_and_none_the_other_way() -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(0.5, 0.1))
-    for seed in SEEDS:
-        found["smoothing", seed]["uniform/level=0.1"] += 0.2
-    assert judge_noise(found, "smoothing").verdict == "not decided"
-    for seed in SEEDS:
-        found["smoothing", seed]["uniform/level=0.2"] += 0.2
-    assert judge_noise(found, "smoothing").verdict == "supported"
-    for seed in SEEDS:
-        found["smoothing", seed]["uniform/level=0.3"] -= 0.2
-        found["smoothing", seed]["saltpepper/level=0.1"] -= 0.2
-    judged = judge_noise(found, "smoothing")
-    assert judged.verdict == "not decided"
-    assert judged.reason.startswith("up at 2, down at 2 of 4 noise levels")
-
-
-def test_one_seed_decides_nothing() -> None:
-    found = {k: v for k, v in metrics(base=(0.5, 0.1), smoothing=(0.9, 0.6)).items() if k[1] == 0}
-    assert judge_noise(found, "smoothing").verdict == "not decided"
-    assert judge_attacks(found, "smoothing").verdict == "not decided"
-    clean = clean_difference(found, "smoothing")
-    assert clean is not None
-    assert judge_clean({"digits_cnn3": clean}).verdict == "not decided"
-
-
-def test_controls_stand_beside() -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(0.8, 0.4), smoothing_frozen=(0.9, 0.4))
-    found |= metrics(wide=(0.4, 0.1))
-    evidence = judge_noise(found, "smoothing").reason
-    assert "controls: frozen 4 up, 0 down, wide 0 up, 4 down" in evidence
-
-
-def test_c3_is_not_supported_by_masked_gradients() -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(0.8, 0.4))
-    assert judge_attacks(found, "smoothing").verdict == "supported"
-    failed = judge_attacks(found, "smoothing", {("smoothing", 1): ["black_box"]})
-    assert failed.verdict == "not decided"
-    assert "seed 1 fails black_box" in failed.reason
-    elsewhere = judge_attacks(found, "smoothing", {("base", 1): ["black_box"]})
-    assert elsewhere.verdict == "supported"
-    bad = {("smoothing", seed): 0.3 for seed in SEEDS}
-    assert judge_attacks(found, "smoothing", {}, bad).verdict == "not decided"
-    fine = {("smoothing", seed): 0.9 for seed in SEEDS}
-    assert judge_attacks(found, "smoothing", {}, fine).verdict == "supported"
-
-
-@pytest.mark.parametrize("key", ["pgd100", "bypass/ce_bypass", "aa"])
-def test_an_attack_that_should_be_no_stronger_is_a_sign(key) -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(0.8, 0.4))
-    assert masking_signs(found, "smoothing", {}, {}) == []
-    for seed in SEEDS:
-        found["smoothing", seed][key] = 0.3
-    (sign,) = masking_signs(found, "smoothing", {}, {})
-    assert "takes 10.0 points more than PGD-20" in sign
-    assert judge_attacks(found, "smoothing").verdict == "not decided"
-
-
-def test_masking_does_not_excuse_a_loss() -> None:
-    found = metrics(base=(0.5, 0.4), smoothing=(0.8, 0.1))
-    judged = judge_attacks(found, "smoothing", {("smoothing", 1): ["black_box"]})
-    assert judged.verdict == "contradicted"
-
-
-@pytest.mark.parametrize(
-    ("clean", "verdict"),
-    [(0.98, "supported"), (0.97, "supported"), (0.964, "contradicted"), (0.999, "supported")],
-)
-def test_c4_allows_a_point_and_a_half(clean, verdict) -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(0.8, 0.4, clean))
-    difference = clean_difference(found, "smoothing")
-    assert difference is not None
-    judged = judge_clean({"digits_cnn3": difference})
-    assert judged.verdict == verdict
-    assert judged.reason.startswith(f"digits_cnn3 {100 * (clean - 0.98):+.1f}")
-    fine = clean_difference(metrics(base=(0.5, 0.1), smoothing=(0.8, 0.4)), "smoothing")
-    assert fine is not None
-    both = judge_clean({"mnist_cnn3": fine, "digits_cnn3": difference})
-    assert both.verdict == verdict, "on every data set"
-
-
-def test_c5_takes_both() -> None:
-    found = metrics(base=(0.5, 0.1), good=(0.8, 0.4), half=(0.8, 0.1), bad=(0.8, 0.0))
-    for method, verdict in (
-        ("good", "supported"),
-        ("half", "not decided"),
-        ("bad", "contradicted"),
-    ):
-        judged = judge_both(judge_noise(found, method), judge_attacks(found, method))
-        assert judged.verdict == verdict
-    untested = judge_both(judge_noise(found, "none"), judge_attacks(found, "none"))
-    assert untested.verdict == "not run"
-
-
-def summaries(gain: float, learned: float, frozen: float):
+def measured(gain: float, learned: float, frozen: float | None = 0.1):
+    """Summaries of learned and frozen maps: the signal gain, correlations of variance and gain."""
     found = {}
     for seed in SEEDS:
         numbers = {"signal_gain": gain, "noise_gain": 7.0}
         found["smoothing", seed] = numbers | {"spearman_variance_gain": learned + JITTER[seed]}
         found["smoothing_frozen", seed] = numbers | {"spearman_variance_gain": frozen}
-    return found
+    return {"summaries": found}
+
+
+def of_seeds(accuracy: float):
+    return {"transferred": {("smoothing", seed): accuracy for seed in SEEDS}}
+
+
+def learned_and_frozen(accuracy: float):
+    return metrics(smoothing=(accuracy, 0.4), smoothing_frozen=(0.8, 0.4))
+
+
+BETTER_MAPS, FAILED = metrics(smoothing=BETTER), {"audits": {("smoothing", 1): ["black_box"]}}
 
 
 @pytest.mark.parametrize(
-    ("gain", "learned", "robust", "verdict"),
+    ("id", "found", "evidence", "verdict"),
     [
-        (50.0, 0.5, 0.9, "supported"),
-        (50.0, 0.1, 0.9, "not decided"),  # no more adaptive than the frozen control
-        (50.0, 0.5, 0.8, "not decided"),  # no more robust than it
-        (50.0, 0.5, 0.7, "contradicted"),
-        (0.5, 0.5, 0.9, "contradicted"),  # no amplification at all
+        ("C1", BETTER_MAPS, {}, "supported"),
+        ("C1", BETTER_MAPS, {"inserted": False}, "contradicted"),
+        ("C1", metrics(), {}, "not run"),
+        ("C2", metrics(smoothing=(0.8, 0.1)), {}, "supported"),
+        ("C2", metrics(smoothing=(0.2, 0.1)), {}, "contradicted"),
+        ("C2", metrics(smoothing=(0.5, 0.1)), {}, "not decided"),
+        ("C2", metrics(), {}, "not run"),
+        ("C3", BETTER_MAPS, {}, "supported"),
+        ("C3", shifted(metrics(smoothing=BASE), "base", fgsm=-0.6), {}, "not decided"),
+        ("C3", BETTER_MAPS, FAILED, "not decided"),
+        ("C3", BETTER_MAPS, {"audits": {("base", 1): ["x"], ("smoothing", 1): []}}, "supported"),
+        ("C3", BETTER_MAPS, of_seeds(0.3), "not decided"),
+        ("C3", BETTER_MAPS, of_seeds(0.9), "supported"),
+        ("C3", metrics(base=(0.5, 0.4), smoothing=BASE), FAILED, "contradicted"),
+        ("C4", metrics(smoothing=(*BETTER, 0.97)), {}, "supported"),
+        ("C4", metrics(smoothing=(*BETTER, 0.964)), {}, "contradicted"),
+        ("C4", metrics(smoothing=(*BETTER, 0.999)), {}, "supported"),
+        ("C4", metrics(), {}, "not run"),
+        ("C5", BETTER_MAPS, {}, "supported"),
+        ("C5", metrics(smoothing=(0.8, 0.1)), {}, "not decided"),
+        ("C5", metrics(smoothing=(0.8, 0.0)), {}, "contradicted"),
+        ("C5", metrics(), {}, "not run"),
+        ("C6", learned_and_frozen(0.9), measured(50.0, 0.5), "supported"),
+        ("C6", learned_and_frozen(0.9), measured(50.0, 0.1), "not decided"),  # not adaptive
+        ("C6", learned_and_frozen(0.8), measured(50.0, 0.5), "not decided"),  # no more robust
+        ("C6", learned_and_frozen(0.7), measured(50.0, 0.5), "contradicted"),
+        ("C6", learned_and_frozen(0.9), measured(0.5, 0.5), "contradicted"),  # no amplification
+        ("C6", learned_and_frozen(0.9), measured(50.0, 0.5, None), "not decided"),  # no control
+        ("C6", learned_and_frozen(0.9), {}, "not run"),
+        ("C7", BETTER_MAPS, {}, "not run"),  # not scaled up
+        ("C7", {"cifar10_resnet18": BETTER_MAPS}, {}, "supported"),
+        (
+            "C7",
+            {"cifar10_resnet18": BETTER_MAPS, "svhn_wrn16_4": metrics(smoothing=(0.2, 0.4))},
+            {},
+            "contradicted",
+        ),
     ],
 )
-def test_c6_takes_amplification_adaptivity_and_their_use(gain, learned, robust, verdict) -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(robust, 0.4), smoothing_frozen=(0.8, 0.4))
-    judged = judge_amplification(found, summaries(gain, learned, 0.1), "smoothing")
-    assert judged.verdict == verdict
-    assert f"median signal gain {gain:.2f}" in judged.reason
+def test_a_claim_turns_out_either_way(id, found, evidence, verdict, judged) -> None:
+    assert judged(found, **evidence)[id][SMOOTHING].verdict == verdict
 
 
-def test_c6_without_the_control_is_undecided() -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(0.9, 0.4))
-    alone = {k: v for k, v in summaries(50.0, 0.5, 0.1).items() if k[0] == "smoothing"}
-    judged = judge_amplification(found, alone, "smoothing")
-    assert (judged.verdict, "no frozen control" in judged.reason) == ("not decided", True)
-    assert judge_amplification(found, {}, "smoothing").verdict == "not run"
+@pytest.mark.parametrize("key", ["pgd100", "ce_bypass", "aa"])
+def test_an_attack_that_should_be_no_stronger_is_a_sign_of_masking(key, judged) -> None:
+    found = shifted(metrics(smoothing=BETTER), "smoothing", **{key: -0.2})
+    one = judged(found)["C3"][SMOOTHING]
+    assert one.verdict == "not decided"
+    assert "points more than PGD-20" in one.reason
 
 
-def test_c7_asks_for_scaled_up_networks() -> None:
-    good = metrics(base=(0.5, 0.1), smoothing=(0.8, 0.4))
-    bad = metrics(base=(0.5, 0.1), smoothing=(0.2, 0.4))
-    assert judge_scaled_up({"digits_cnn3": good}, "smoothing").verdict == "not run"
-    assert judge_scaled_up({"cifar10_resnet18": good}, "smoothing").verdict == "supported"
-    both = judge_scaled_up({"cifar10_resnet18": good, "svhn_wrn16_4": bad}, "smoothing")
-    assert both.verdict == "contradicted"
-    assert both.reason == "cifar10_resnet18 supported, svhn_wrn16_4 contradicted"
+def test_c2_needs_two_levels_and_none_the_other_way(judged) -> None:
+    found = shifted(metrics(smoothing=BASE), "smoothing", **{"uniform/level=0.1": 0.2})
+    assert judged(found)["C2"][SMOOTHING].verdict == "not decided"
+    found = shifted(found, "smoothing", **{"uniform/level=0.2": 0.2})
+    assert judged(found)["C2"][SMOOTHING].verdict == "supported"
+    found = shifted(found, "smoothing", **{"uniform/level=0.3": -0.2, "saltpepper": -0.2})
+    one = judged(found)["C2"][SMOOTHING]
+    assert one.verdict == "not decided"
+    assert one.reason.startswith("up at 2, down at 2 of 4 noise levels")
 
 
-def test_c1_takes_every_network() -> None:
-    assert judge_insertion({"a": True, "b": True}, ["digits_cnn3"]).verdict == "supported"
-    assert judge_insertion({"a": True, "b": False}, ["digits_cnn3"]).verdict == "contradicted"
-    assert judge_insertion({"a": True}, []).verdict == "not run"
+def test_one_seed_decides_nothing(judged) -> None:
+    found = {k: v for k, v in metrics(smoothing=(0.9, 0.6)).items() if k[1] == 0}
+    assert {judged(found)[id][SMOOTHING].verdict for id in ("C2", "C3", "C4")} == {"not decided"}
 
 
-# ------------------------------------------------------------------------------------ all of them
+def test_reasons_give_numbers_and_controls(judged) -> None:
+    found = metrics(smoothing=BETTER, smoothing_frozen=(0.9, 0.4), wide=(0.4, 0.1))
+    reasons = {id: one[SMOOTHING].reason for id, one in judged(found, **measured(50, 0.5)).items()}
+    assert "controls: frozen 4 up, 0 down, wide 0 up, 4 down" in reasons["C2"]
+    assert "signs of masking: none" in reasons["C3"]
+    assert reasons["C4"].startswith(f"{DIGITS} +0.0")
+    assert "median signal gain 50.00" in reasons["C6"]
+    bases = {"cifar10_resnet18": found, "svhn_wrn16_4": metrics(smoothing=(*BETTER, 0.9))}
+    reasons = {id: one[SMOOTHING].reason for id, one in judged(bases).items()}
+    assert reasons["C7"] == "cifar10_resnet18 supported, svhn_wrn16_4 contradicted"
 
 
-def test_every_claim_is_judged_for_both_variants() -> None:
-    found = metrics(base=(0.5, 0.1), smoothing=(0.8, 0.4), unsharp=(0.2, 0.0))
-    inserted = {"smoothing": {"a": True}, "unsharp": {"a": True}}
-    claims = judge_claims("digits_cnn3", {"digits_cnn3": found}, {}, {}, {}, inserted)
-    assert [claim.id for claim in claims] == list(CLAIMS)
-    verdicts = {
-        claim.id: {name: judged.verdict for name, judged in claim.judgements.items()}
-        for claim in claims
-    }
-    smoothing, unsharp = VARIANTS["smoothing"], VARIANTS["unsharp"]
-    assert all(set(found) == {smoothing, unsharp} for found in verdicts.values())
-    assert [verdicts[c][smoothing] for c in ("C1", "C2", "C3", "C4", "C5")] == ["supported"] * 5
-    assert [verdicts[c][unsharp] for c in ("C2", "C3", "C5")] == ["contradicted"] * 3
-    assert verdicts["C7"] == {smoothing: "not run", unsharp: "not run"}
-    third = metrics(subtract_summed=(0.5, 0.1)) | found
-    claims = judge_claims("digits_cnn3", {"digits_cnn3": third}, {}, {}, {}, inserted)
-    assert all(len(claim.judgements) == 3 for claim in claims)
+def test_differences_are_paired_and_in_points() -> None:
+    noise = noise_differences(BETTER_MAPS, "smoothing", "base")
+    assert set(noise) == set(LEVELS)
+    for one in noise.values():
+        assert one.mean == pytest.approx(30.0)
+        assert one.high - one.low == pytest.approx(0.0, abs=1e-9), "what seeds share drops out"
+    attacks = attack_differences(BETTER_MAPS, "smoothing", "base")
+    assert set(attacks) == {"eps=0.03", "eps=0.05"}
+    assert attacks["eps=0.03"].mean == pytest.approx(30.0), "the lowest over attacks counts"
+
+
+def test_a_difference_that_is_not_significant_counts_for_nothing(judged) -> None:
+    found = metrics(smoothing=BASE)
+    for seed, shift in zip(SEEDS, (-0.1, 0.02, 0.11), strict=True):
+        for key in LEVELS:
+            found["smoothing", seed][key] += shift
+    noise = noise_differences(found, "smoothing", "base")
+    assert all(one.mean > 0 and not (one.is_up or one.is_down) for one in noise.values())
+    assert judged(found)["C2"][SMOOTHING].verdict == "not decided"
+
+
+def test_every_claim_is_judged_for_every_variant_with_results(judged) -> None:
+    smoothing, unsharp, third = VARIANTS.values()
+    found = judged(metrics(smoothing=BETTER, unsharp=(0.2, 0.0)))
+    assert list(found) == list(CLAIMS)
+    assert all(set(one) == {smoothing, unsharp} for one in found.values())
+    assert {found[id][unsharp].verdict for id in ("C2", "C3", "C5")} == {"contradicted"}
+    found = judged(metrics(smoothing=BETTER, subtract_summed=BASE))
+    assert all(set(one) == {smoothing, unsharp, third} for one in found.values())
