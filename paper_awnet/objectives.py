@@ -17,9 +17,17 @@ from torch import Tensor, nn
 from common.attacks.losses import classify, cross_entropy, full_precision, kl_divergence
 from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.errors import ConfigurationError, check_choice
-from common.objectives import Batch, Objective, adversarial_images, check_weight, differentiable
+from common.modes import network_of
+from common.objectives import (
+    Batch,
+    Model,
+    Objective,
+    adversarial_images,
+    check_weight,
+    differentiable,
+)
 from paper_awnet.method import ADVERSARIAL
-from paper_awnet.networks import AWNet, OATNet, Teacher, forced, network_as, require_network
+from paper_awnet.networks import AWNet, OATNet, Teacher, forced, require_network
 
 Scale = Literal["classmean", "batchmean"]
 Branch = Literal["soft", "adv"]
@@ -27,30 +35,20 @@ Branch = Literal["soft", "adv"]
 LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)
 """Values of OAT's lambda."""
 
-# -------------------------------------------------------------------------------- the equations
-
 
 def distillation(teacher_logits: Tensor, logits: Tensor, scale: Scale = "classmean") -> Tensor:
-    r"""KL(q, s), the mean of :math:`q_k \log(q_k + 10^{-5}) - q_k \log s_k` [M].
+    r"""KL(q, s), the mean of :math:`q_k \log(q_k + 10^{-5}) - q_k \log s_k` [M]; a scalar.
 
-    ``classmean`` is the code's form: the mean over classes as well as images, times K/10, so that
-    its size does not depend on K. ``batchmean`` sums over classes, which is ten times as much, for
-    short training [D].
-
-    Both logits are ``(N, K)``, those of the teacher constant. Returns a scalar.
+    Both logits are ``(N, K)``, those of the teacher constant. ``classmean`` is the code's form: the
+    mean over classes as well as images, times K/10, so that its size does not depend on K.
+    ``batchmean`` sums over classes, which is ten times as much, for short training [D].
     """
-    check_choice("scale", scale, Scale)
     q = full_precision(teacher_logits).detach().softmax(dim=1)
     log_s = full_precision(logits).log_softmax(dim=1)
     terms = q * torch.log(q + 1e-5) - q * log_s
     if scale == "batchmean":
         return terms.sum(dim=1).mean()
     return terms.mean() * (logits.shape[1] / 10)
-
-
-def type_loss(type_logits: Tensor, types: Tensor) -> Tensor:
-    """L_type, the mean cross-entropy of u ``(N, 2)`` with the types ``(N,)`` [F][D]."""
-    return cross_entropy(type_logits, types).mean()
 
 
 def balanced(w_nat: Tensor, losses: Tensor, initial: Tensor, eta: float, beta: float) -> Tensor:
@@ -72,10 +70,10 @@ def negative_entropy(probabilities: Tensor) -> Tensor:
 
 
 def signal_statistics(clean: Tensor, adversarial: Tensor) -> dict[str, Tensor]:
-    """Whether the filters of one block move: from omega_j ``(N, S_j)`` of images of both types.
+    """Movement of the filters of one block, from omega_j ``(N, S_j)`` of images of both types.
 
-    ``mean``; ``std`` over the images of both types, mean over filters; ``shift``, the absolute
-    difference between the means of the two types, mean over filters.
+    Means over filters: ``std`` over all images, and ``shift``, the absolute difference between the
+    means of the two types; and ``mean``.
     """
     both = torch.cat([clean, adversarial])
     return {
@@ -85,7 +83,9 @@ def signal_statistics(clean: Tensor, adversarial: Tensor) -> dict[str, Tensor]:
     }
 
 
-# --------------------------------------------------------------------------------- the objectives
+def both_types(x: Tensor) -> Tensor:
+    """The types ``(2N,)`` of N clean images and, after them, their adversarial versions."""
+    return torch.arange(2, device=x.device).repeat_interleave(len(x))
 
 
 class PairedObjective(Objective, nn.Module, ABC):
@@ -95,13 +95,10 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     Args:
         lambda_type: Weight of the type loss [D]; without effect on static networks.
-        concat: Whether both kinds of images share one pass [D]; with two passes the router's own
+        concat: Whether both kinds of images share one pass [D]; with two passes the router's
             batch-norms see each kind apart, which they do not in evaluation.
         branch: The function that the training attack sees: the deployed ``soft`` mixture [D], or
             every image through the ``adv`` batch-norms.
-
-    Raises:
-        ConfigurationError: If the weight is negative or the branch unknown.
     """
 
     def __init__(
@@ -112,34 +109,33 @@ class PairedObjective(Objective, nn.Module, ABC):
         self.concat = concat
         check_choice("branch", branch, Branch)
         self.branch: Branch = branch
+        self.teachers: Mapping[str, Teacher] = {}
         self.report: dict[str, Tensor] = {}
 
-    @property
-    def teachers(self) -> Mapping[str, Teacher]:
-        """By name; none by default."""
-        return {}
-
-    def attacked(self, model: Any) -> Callable[[Tensor], Tensor]:
-        """The function that the training attack sees: images to logits."""
-        net = network_as(model, AWNet) if self.branch == "adv" else None
-        deployed: Callable[[Tensor], Tensor] = model
-        return deployed if net is None else forced(net, ADVERSARIAL)
+    def attacked(self, model: Model) -> Model:
+        """The function that the training attack sees."""
+        net = network_of(model)
+        is_forced = self.branch == "adv" and isinstance(net, AWNet)
+        return forced(net, ADVERSARIAL) if is_forced else model
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Cross-entropy with the label."""
         return super().inner(self.attacked(model), batch)
 
+    def divergence_from(self, logits: Tensor, model: Model) -> Callable[[Tensor], Tensor]:
+        """X' -> KL(p || f(x')), with p of constant logits ``(N, K)``."""
+        attacked = self.attacked(model)
+        return lambda x: kl_divergence(logits, attacked(x))
+
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """The classification loss and the weighted type loss; a scalar."""
-        x_adv, net = adversarial_images(batch), network_as(model, AWNet)
-        if net is None:
-            logits_adv: Tensor = model(x_adv)
-            logits: Tensor = model(batch["x"])
-            penalty = logits.new_zeros(())
-            self.report = {}
-        else:
+        x_adv, net = adversarial_images(batch), network_of(model)
+        if isinstance(net, AWNet):
             logits, logits_adv, penalty = self._routed(net, batch["x"], x_adv)
-        return self.classification(batch, logits, logits_adv) + self.lambda_type * penalty
+            return self.classification(batch, logits, logits_adv) + self.lambda_type * penalty
+        self.report = {}
+        logits_adv = model(x_adv)
+        return self.classification(batch, model(batch["x"]), logits_adv)
 
     @abstractmethod
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
@@ -147,8 +143,7 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     def _routed(self, net: AWNet, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of both kinds and the type loss, in one pass or two."""
-        n = len(x)
-        types = torch.arange(2, device=x.device).repeat_interleave(n)
+        n, types = len(x), both_types(x)
         if self.concat:
             logits, u, _, signals = net.outputs(torch.cat([x, x_adv]), types)
         else:
@@ -156,7 +151,7 @@ class PairedObjective(Objective, nn.Module, ABC):
             clean = net.outputs(x, types[:n])
             logits, u = (torch.cat(pair) for pair in zip(clean[:2], adv[:2], strict=True))
             signals = [torch.cat(pair) for pair in zip(clean.signals, adv.signals, strict=True)]
-        penalty = type_loss(u, types)
+        penalty = cross_entropy(u, types).mean()  # L_type [F][D]
         type_acc = (classify(u.detach()) == types).float().mean()
         self.report = {"loss_type": penalty.detach(), "type_acc": type_acc}
         for j, omega in enumerate(signals, 1):
@@ -174,7 +169,7 @@ class MTARD(PairedObjective):
 
     The weights are updated once per optimiser step, before the backward pass, by the losses over
     all processes; :meth:`advance` ends the step. Where gradients are accumulated, each batch is
-    weighted by the losses so far, and the step ends with the mean over its examples.
+    weighted by the losses so far.
 
     Args:
         clean: T_nat, which sees the clean images.
@@ -182,12 +177,8 @@ class MTARD(PairedObjective):
         scale: See :func:`distillation`.
         eta_w: Rate of the weights.
         beta: Exponent of the relative losses.
-        milestones: Epochs, from 0, at each of which the rates are multiplied by 0.1; those of the
-            learning rate.
+        milestones: Epochs at which the rates are multiplied by 0.1; those of the learning rate.
         **kwargs: Of :class:`PairedObjective`.
-
-    Raises:
-        ConfigurationError: If a setting is out of range.
     """
 
     w_nat: Tensor
@@ -214,24 +205,17 @@ class MTARD(PairedObjective):
                 f"milestones are epochs from 0 in increasing order, got {list(milestones)}; give "
                 "those of the learning rate"
             )
-        self.clean, self.robust = clean, robust
         check_choice("scale", scale, Scale)
         self.scale: Scale = scale
+        self.teachers = {"clean": clean, "robust": robust}
         self.eta_w, self.beta = eta_w, beta
         self.milestones = tuple(milestones)
         self.decay = 1.0
-        # Sums of the statistics, and the number of examples, of this optimiser step: without and
-        # with the current batch.
-        self._before: Tensor | None = None
-        self._with_this: Tensor | None = None
+        self._before: Tensor | None = None  # what this optimiser step observed, without and
+        self._with_this: Tensor | None = None  # with the current batch
         self.register_buffer("w_nat", torch.tensor(0.5))
         self.register_buffer("initial", torch.zeros(2))
         self.register_buffer("has_begun", torch.tensor(False))
-
-    @property
-    def teachers(self) -> Mapping[str, Teacher]:
-        """Both."""
-        return {"clean": self.clean, "robust": self.robust}
 
     def set_epoch(self, epoch: int) -> None:
         """Set the factor of the rates."""
@@ -239,19 +223,17 @@ class MTARD(PairedObjective):
 
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """w_nat L_nat + w_adv L_adv, with the weights of this step as plain numbers."""
-        soft = self.targets(self.clean(batch["x"]), self.robust(adversarial_images(batch)))
+        teachers, x_adv = self.teachers, adversarial_images(batch)
+        soft = self.targets(teachers["clean"](batch["x"]), teachers["robust"](x_adv))
         loss_nat = distillation(soft[0], logits, self.scale)
         loss_adv = distillation(soft[1], logits_adv, self.scale)
+        constants = {"loss_nat": loss_nat.detach(), "loss_adv": loss_adv.detach()}
         w_nat = self.w_nat
         if self.training:
-            losses = torch.stack([loss_nat.detach(), loss_adv.detach()])
-            self._with_this = self._observed(self._statistics(losses, *soft), len(logits))
+            h = [negative_entropy(full_precision(z).softmax(dim=1)) for z in soft]
+            self._with_this = self._observed(torch.stack([*constants.values(), *h]), len(logits))
             w_nat = self._moved(self._with_this)[0]
-        self.report |= {
-            "loss_nat": loss_nat.detach(),
-            "loss_adv": loss_adv.detach(),
-            "w_nat": w_nat.clone(),
-        }
+        self.report |= constants | {"w_nat": w_nat.clone()}
         return w_nat * loss_nat + (1 - w_nat) * loss_adv
 
     @torch.no_grad()
@@ -261,21 +243,16 @@ class MTARD(PairedObjective):
             return
         self._before, self._with_this = self._with_this, None
         if is_step_over:
-            self._remember(self._before)
+            self.update(self._before)
             self._before = None
 
     def targets(self, clean: Tensor, robust: Tensor) -> tuple[Tensor, Tensor]:
         """The teachers' logits as they are distilled."""
         return clean, robust
 
-    @staticmethod
-    def _statistics(losses: Tensor, clean: Tensor, robust: Tensor) -> Tensor:
-        """Per-batch means that the update reads: L_nat, L_adv."""
-        return losses
-
     @torch.no_grad()
     def _observed(self, statistics: Tensor, count: int) -> Tensor:
-        """Sums, and last the number of examples, of this step so far, over all processes."""
+        """Sums of means, and last the number of examples, of this step, over all processes."""
         total = count * F.pad(statistics.double(), (0, 1), value=1.0)  # float64: sums are exact
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
@@ -288,7 +265,8 @@ class MTARD(PairedObjective):
         initial = torch.where(self.has_begun, self.initial, losses)
         return balanced(self.w_nat, losses, initial, self.eta_w * self.decay, self.beta), initial
 
-    def _remember(self, seen: Tensor) -> None:
+    def update(self, seen: Tensor) -> None:
+        """Take over what a step observed: sums of L_nat, L_adv and h of both teachers, and N."""
         self.w_nat, self.initial = self._moved(seen)
         self.has_begun = torch.ones_like(self.has_begun)
 
@@ -297,27 +275,15 @@ class BMTARD(MTARD):
     """MTARD with temperatures that make both teachers equally certain [M].
 
     Each teacher's logits are divided by a temperature in [1, 10]; after each step (:meth:`advance`)
-    that of the more certain teacher grows by ``rate`` and the other falls. The code compares the
-    quotient of the two entropies with 1. Here their difference is compared with 0, which is the
-    same as long as both are positive; where a teacher is so certain that the constant in the
-    logarithm makes its entropy negative, the quotient would give the wrong sign.
-
-    Args:
-        clean: T_nat.
-        robust: T_adv.
-        rate: Step of the temperatures; decays with the milestones.
-        **kwargs: Of :class:`MTARD`.
+    that of the more certain teacher grows by ``rate``, which decays with the milestones, and the
+    other falls. The code compares the quotient of the two entropies with 1. Here their difference
+    is compared with 0: where a teacher is so certain that the constant in the logarithm makes its
+    entropy negative, the quotient would give the wrong sign.
     """
 
     temperatures: Tensor  # (clean, robust)
 
-    def __init__(
-        self,
-        clean: Teacher,
-        robust: Teacher,
-        rate: float = 0.001,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, clean: Teacher, robust: Teacher, rate: float = 0.001, **kwargs: Any) -> None:
         super().__init__(clean, robust, **kwargs)
         self.rate = check_weight("rate", rate)
         self.register_buffer("temperatures", torch.ones(2))
@@ -328,15 +294,9 @@ class BMTARD(MTARD):
         self.report |= {"temperature_nat": nat.clone(), "temperature_adv": adv.clone()}
         return clean / nat, robust / adv
 
-    @staticmethod
-    @torch.no_grad()
-    def _statistics(losses: Tensor, clean: Tensor, robust: Tensor) -> Tensor:
-        """L_nat, L_adv, and h of both teachers."""
-        h = [negative_entropy(full_precision(z).softmax(dim=1)) for z in (clean, robust)]
-        return torch.cat([losses, torch.stack(h)])
-
-    def _remember(self, seen: Tensor) -> None:
-        super()._remember(seen)
+    def update(self, seen: Tensor) -> None:
+        """Also move the temperatures."""
+        super().update(seen)
         h = seen[2:-1] / seen[-1]
         sign = torch.sign(h - h.flip(0)).to(self.temperatures)
         self.temperatures = (self.temperatures + self.rate * self.decay * sign).clamp(1.0, 10.0)
@@ -352,12 +312,7 @@ class HybridCE(PairedObjective):
 
 
 class RoutedTRADES(PairedObjective):
-    """TRADES (Zhang et al. 2019) with types; see :class:`common.objectives.TRADES`.
-
-    Args:
-        beta: Weight of the divergence.
-        **kwargs: Of :class:`PairedObjective`.
-    """
+    """TRADES (Zhang et al. 2019) with types; see :class:`common.objectives.TRADES`."""
 
     def __init__(self, beta: float = 6.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -367,8 +322,7 @@ class RoutedTRADES(PairedObjective):
         """KL(f(x) || f(x')), the clean prediction of the deployed network held constant."""
         with torch.inference_mode(False), torch.no_grad():
             logits = model(batch["x"])
-        attacked = self.attacked(model)
-        return lambda x: kl_divergence(logits, attacked(x))
+        return self.divergence_from(logits, model)
 
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """CE(f(x), y) + beta KL(f(x) || f(x_adv)), batch mean."""
@@ -379,32 +333,22 @@ class RoutedTRADES(PairedObjective):
 class RSLAD(PairedObjective):
     """Robust soft label distillation (Zi et al. 2021): one robust teacher, which sees clean images.
 
-    Args:
-        robust: T_adv.
-        scale: See :func:`distillation`.
-        **kwargs: Of :class:`PairedObjective`.
+    For ``scale`` see :func:`distillation`.
     """
 
     def __init__(self, robust: Teacher, scale: Scale = "classmean", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.robust = robust
         check_choice("scale", scale, Scale)
         self.scale: Scale = scale
-
-    @property
-    def teachers(self) -> Mapping[str, Teacher]:
-        """One."""
-        return {"robust": self.robust}
+        self.teachers = {"robust": robust}
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """KL(T_adv(x) || f(x'))."""
-        soft = differentiable(self.robust(batch["x"]))
-        attacked = self.attacked(model)
-        return lambda x: kl_divergence(soft, attacked(x))
+        return self.divergence_from(differentiable(self.teachers["robust"](batch["x"])), model)
 
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """5/6 KL(T_adv(x), f(x_adv)) + 1/6 KL(T_adv(x), f(x))."""
-        soft = self.robust(batch["x"])
+        soft = self.teachers["robust"](batch["x"])
         robust = distillation(soft, logits_adv, self.scale)
         return (5 * robust + distillation(soft, logits, self.scale)) / 6
 
@@ -433,9 +377,8 @@ class OAT(Objective):
         """Both cross-entropies by lambda, from one pass; batch mean."""
         x_adv, x, y = adversarial_images(batch), batch["x"], batch["y"]
         lam = self.drawn(batch["index"])
-        types = torch.arange(2, device=x.device).repeat_interleave(len(x))
         net = require_network(model, OATNet)
-        both = net.at(torch.cat([x, x_adv]), torch.cat([lam, lam]), types)
+        both = net.at(torch.cat([x, x_adv]), torch.cat([lam, lam]), both_types(x))
         clean, adv = torch.split(both, len(x))
         loss: Tensor = ((1 - lam) * cross_entropy(clean, y) + lam * cross_entropy(adv, y)).mean()
         return loss
