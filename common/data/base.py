@@ -17,13 +17,8 @@ Arrays = tuple[NDArray[np.uint8], NDArray[Any]]
 class ImageSpec:
     """What is known about a data set before any file is read.
 
-    Args:
-        name: As papers print it.
-        num_classes: Labels lie in ``[0, num_classes)``.
-        shape: Of one image, ``(C, H, W)``.
-        mean: Of the training split, per channel, for pixels in [0, 1].
-        std: Of the training split's pixels, per channel, for pixels in [0, 1].
-        class_names: In the order of the labels.
+    ``shape`` is that of one image, ``(C, H, W)``; ``mean`` and ``std`` are of the training split,
+    per channel, for pixels in [0, 1]; ``class_names`` are in the order of the labels.
     """
 
     name: str
@@ -35,35 +30,26 @@ class ImageSpec:
 
 
 class ImageSource(ABC):
-    """A data set with a training and a test split, held in memory as uint8."""
+    """A data set with a training and a test split, held in memory as uint8.
+
+    A file that is missing, altered or cannot be read raises a DataUnavailableError.
+    """
 
     spec: ImageSpec
 
     @abstractmethod
     def prepare(self) -> None:
-        """Fetches and checks the files; called by one process per machine.
-
-        Raises:
-            DataUnavailableError: A file is missing, altered or cannot be fetched.
-        """
+        """Fetches and checks the files; called by one process per machine."""
 
     @abstractmethod
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Images, uint8 ``(N, C, H, W)`` in [0, 255], and labels, int64 ``(N,)``.
-
-        Raises:
-            DataUnavailableError: A file is missing, altered or cannot be read.
-        """
+        """Images, uint8 ``(N, C, H, W)`` in [0, 255], and labels, int64 ``(N,)``."""
 
 
 def as_tensors(
     images: NDArray[np.uint8], labels: NDArray[Any], spec: ImageSpec
 ) -> tuple[Tensor, Tensor]:
-    """Checks what a file held against the specification.
-
-    Raises:
-        ValueError: Saying what does not fit.
-    """
+    """Checks what a file held against the specification; a ValueError says what does not fit."""
     if images.dtype != np.uint8 or images.shape[1:] != spec.shape:
         raise ValueError(
             f"images are {images.dtype} {tuple(images.shape[1:])}, expected uint8 {spec.shape}"

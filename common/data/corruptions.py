@@ -19,8 +19,6 @@ CORRUPTIONS = (
     *("snow", "frost", "fog", "brightness", "spatter"),
     *("contrast", "elastic_transform", "pixelate", "jpeg_compression", "saturate"),
 )
-"""Names of the files, kind by kind: noise, blur, weather, digital."""
-
 SEVERITIES = 5
 
 
@@ -28,7 +26,8 @@ class CIFAR10C:
     """Corrupted CIFAR-10 (Hendrycks & Dietterich 2019, "Benchmarking neural network robustness").
 
     A file for each corruption has the 10,000 test images five times, in the order of severity; one
-    more has the labels. They are read a batch at a time, so none has to fit into memory.
+    more has the labels. They are read a batch at a time. A file that is missing, damaged or
+    something else raises a DataUnavailableError.
 
     Args:
         root: Folder that has ``CIFAR-10-C`` in it, or this folder itself.
@@ -48,18 +47,7 @@ class CIFAR10C:
         self.verify = verify
 
     def check(self, names: tuple[str, ...] = CORRUPTIONS) -> int:
-        """Open all files, so that what is wrong with any is known before the first is used.
-
-        Args:
-            names: Corruptions, of :data:`CORRUPTIONS`.
-
-        Returns:
-            How many images each has.
-
-        Raises:
-            ConfigurationError: There is no such corruption.
-            DataUnavailableError: A file is missing, damaged or something else.
-        """
+        """Open the files of these corruptions, and count the images that each has."""
         labels = self._labels()
         for name in names:
             self._images(name, len(labels))
@@ -74,10 +62,6 @@ class CIFAR10C:
             name: Corruption.
             size: Of a batch.
             severity: From 1 to 5; ``None`` goes through all.
-
-        Raises:
-            ConfigurationError: There is no such corruption or severity.
-            DataUnavailableError: A file is missing, damaged or something else.
         """
         if severity is not None and not 1 <= severity <= SEVERITIES:
             raise ConfigurationError(f"severity goes from 1 to {SEVERITIES}, got {severity}")
@@ -86,9 +70,7 @@ class CIFAR10C:
         y = self._labels()
         x = self._images(name, len(y))
         block = len(y) // SEVERITIES
-        first, last = (
-            (0, len(y)) if severity is None else ((severity - 1) * block, severity * block)
-        )
+        first, last = ((severity - 1) * block, severity * block) if severity else (0, len(y))
         for begin in range(first, last, size):
             rows = slice(begin, min(begin + size, last))
             images = np.ascontiguousarray(x[rows].transpose(0, 3, 1, 2))
@@ -100,9 +82,8 @@ class CIFAR10C:
         wanted = f"{self.SIZE:,}" if self.verify else f"a multiple of {SEVERITIES}"
         is_whole = len(y) == self.SIZE if self.verify else len(y) and len(y) % SEVERITIES == 0
         if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or not is_whole:
-            raise self._unavailable(
-                "labels", f"holds {y.dtype} {y.shape}, expected {wanted} whole numbers"
-            )
+            what = f"holds {y.dtype} {y.shape}, expected {wanted} whole numbers"
+            raise self._unavailable("labels", what)
         if y.min() < 0 or y.max() > 9:
             raise self._unavailable("labels", f"has labels from {y.min()} to {y.max()}, not 0 to 9")
         return y
@@ -113,10 +94,9 @@ class CIFAR10C:
                 f"there is no corruption {name!r}; there are {', '.join(CORRUPTIONS)}"
             )
         x = self._read(name)
-        if x.dtype != np.uint8 or x.shape != (count, *self.SHAPE):
-            raise self._unavailable(
-                name, f"holds {x.dtype} {x.shape}, expected uint8 {(count, *self.SHAPE)}"
-            )
+        expected = (count, *self.SHAPE)
+        if x.dtype != np.uint8 or x.shape != expected:
+            raise self._unavailable(name, f"holds {x.dtype} {x.shape}, expected uint8 {expected}")
         return x
 
     def _read(self, name: str) -> NDArray[Any]:
@@ -133,11 +113,12 @@ class CIFAR10C:
 
     def _unavailable(self, name: str, what: str) -> DataUnavailableError:
         archive = self.root / f"{self.FOLDER}.tar"
-        way = f"{archive} is there: unpack it"
-        if not archive.is_file():
-            way = f"fetch {archive.name} from {self.ADDRESS} and unpack it"
+        is_there = archive.is_file()
+        way = (
+            f"{archive} is there:" if is_there else f"fetch {archive.name} from {self.ADDRESS} and"
+        )
         return DataUnavailableError(
             f"{self.folder / name}.npy {what}. It belongs to CIFAR-10-C, the 10,000 test images "
             f"under {len(CORRUPTIONS)} corruptions with {SEVERITIES} severities (2.9 GB): {way} "
-            f"in {self.root}"
+            f"unpack it in {self.root}"
         )

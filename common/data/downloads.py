@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from filelock import FileLock
 from torch import Tensor
@@ -19,6 +19,7 @@ from common.errors import DataUnavailableError, check_choice
 from common.files import strangeness_of
 
 _NETWORK_TIMEOUT = 15.0  # seconds without an answer; torchvision sets no limit
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _OWN = "if it is your own or a subset, set --data.source.verify false"
 
 
@@ -38,13 +39,13 @@ class DownloadedSource(ImageSource):
     Args:
         root: Folder that has, or will have, the files in torchvision's layout; or the inner folder
             of that layout, with the files straight in it.
-        download: Whether missing files may be fetched. They arrive in a temporary folder first:
-            an interrupted download leaves nothing half-written and nothing is ever overwritten.
-            An official archive that is there is unpacked in any case.
+        download: Whether missing files may be fetched. Nothing is ever overwritten. An official
+            archive that is there is unpacked in any case.
         verify: Whether the files must be the official ones, by checksum. Switch it off for a
             subset or for images of your own in the same format; then only their form is checked.
     """
 
+    dataset: ClassVar[Any]  # of torchvision
     folder: ClassVar[str]  # of the files, below root
     archives: ClassVar[tuple[str, ...]]  # what to put into root by hand, relative to it
     address: ClassVar[str]
@@ -61,9 +62,9 @@ class DownloadedSource(ImageSource):
     def _checksums(self) -> dict[str, str]:
         """Names of the files in the folder, with their official MD5."""
 
-    @abstractmethod
     def _fetch(self, folder: Path) -> None:
         """Lets torchvision fill ``folder``, using archives that are already there."""
+        self.dataset(folder, download=True)
 
     @abstractmethod
     def _read(self, split: Split) -> Arrays:
@@ -105,14 +106,15 @@ class DownloadedSource(ImageSource):
         except DataUnavailableError:
             raise
         except Exception as error:  # sockets, servers, archives and disks fail in many ways
-            if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
-                way = f"cannot be put there ({one_line(error)}): make the folder writable, or name "
-                way += "another with --data.source.root"
-            else:
-                way = f"could not be downloaded from {self.address} ({one_line(error)}): connect "
-                way += f"to a network, or put {listed(self.archives)} into {self.root} by hand"
+            way = (
+                f"cannot be put there ({one_line(error)}): make the folder writable, or name "
+                "another with --data.source.root"
+                if getattr(error, "errno", None) in _NOT_WRITABLE
+                else f"could not be downloaded from {self.address} ({one_line(error)}): connect "
+                f"to a network, or put {listed(self.archives)} into {self.root} by hand"
+            )
             raise DataUnavailableError(
-                f"{self._lack(folder, missing)} and {way}{self._package_hint()}"
+                f"{self._lack(folder, missing)} and {way}{self._package_hint}"
             ) from error
 
     def load(self, split: Split) -> tuple[Tensor, Tensor]:
@@ -130,31 +132,25 @@ class DownloadedSource(ImageSource):
                 "the official files downloaded again, or correct your own"
             ) from error
 
-    # ------------------------------------------------------------------------- what is there
-
     def _folders(self) -> list[Path]:
         """Where the files may be, the usual place first."""
         parts = Path(self.folder).parts
-        folders = [self.root / self.folder]
-        folders += [
-            self.root.joinpath(*parts[n:])
-            for n in range(1, len(parts))
-            if self.root.parts[-n:] == parts[:n]
-        ]
+        inner = [n for n in range(1, len(parts)) if self.root.parts[-n:] == parts[:n]]
+        folders = [self.root.joinpath(*parts[n:]) for n in (0, *inner)]
         return [*dict.fromkeys([*folders, self.root]), *map(Path, self.elsewhere)]
 
     def _find(self, folder: Path) -> dict[str, tuple[Path, str]]:
         """The files in a folder, by their official names, and what is strange about them."""
         found = {}
         for name in self._checksums():
-            paths = {folder / spelling: "" for spelling in self._spellings(name)}
-            for path in paths:
+            there = []
+            for path in (folder / spelling for spelling in self._spellings(name)):
                 strangeness = strangeness_of(path)
                 is_packed = name.endswith(".gz") and strangeness.startswith("compressed by gzip")
-                paths[path] = "" if is_packed else strangeness
-            there = {path: what for path, what in paths.items() if what != "missing"}
+                if strangeness != "missing":
+                    there.append((path, "" if is_packed else strangeness))
             if there:
-                found[name] = min(there.items(), key=lambda item: bool(item[1]))
+                found[name] = min(there, key=lambda item: bool(item[1]))
         return found
 
     def _worth(self, folder: Path, found: dict[str, tuple[Path, str]]) -> int:
@@ -204,7 +200,9 @@ class DownloadedSource(ImageSource):
             )
         return bool(official) and len(there) == len(official)
 
-    # ---------------------------------------------------------------------- what is not there
+    @property
+    def _package_hint(self) -> str:
+        return f", or install the Debian package {self.package}" if self.package else ""
 
     def _lack(self, folder: Path, missing: list[str]) -> str:
         name, total = self.spec.name, len(self._checksums())
@@ -227,13 +225,10 @@ class DownloadedSource(ImageSource):
                 return f"; it is in {path}: set --data.source.root {path}"
         return ""
 
-    def _package_hint(self) -> str:
-        return f", or install the Debian package {self.package}" if self.package else ""
-
     def _missing(self, folder: Path, missing: list[str]) -> DataUnavailableError:
         way = (
             "set --data.source.download true, with a network or with "
-            f"{listed(self.archives)} put into {self.root} by hand{self._package_hint()}"
+            f"{listed(self.archives)} put into {self.root} by hand{self._package_hint}"
             if not self.download
             else f"put what is missing into {folder}"
             if not self.verify

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from common.attacks.randomness import ExampleRandom, Stream
 from common.data.base import ImageSpec, as_tensors
+from common.data.loading import EpochSampler
 from common.data.reading import check_folder, listed, one_line, read_pickle, whole_numbers
 from common.errors import ConfigurationError, DataUnavailableError
 from common.files import strangeness_of
@@ -22,9 +23,7 @@ class ExtraImages:
 
     A pickle with ``data``, uint8 ``(N, 32, 32, 3)``, and ``extrapolated_targets``, ``(N,)``, such
     as the 500 K images that Carmon et al. 2019 found for CIFAR-10; or an npz file with ``image``
-    and ``label``, as generated images are published (Rebuffi et al. 2021, Wang et al. 2023). They
-    are read without running anything that a pickle could run. The 500 K images come from 80 Million
-    Tiny Images, which its authors withdrew in 2020; the file cannot be made again from there.
+    and ``label``, as generated images are published (Rebuffi et al. 2021, Wang et al. 2023).
 
     Args:
         root: Folder that has the file.
@@ -38,13 +37,10 @@ class ExtraImages:
         self.path = Path(root).expanduser().absolute() / name
 
     def load(self, spec: ImageSpec) -> tuple[Tensor, Tensor]:
-        """Images, uint8 ``(N, C, H, W)``, and pseudo-labels, int64 ``(N,)``.
-
-        Args:
-            spec: Of the data set they go with, whose classes and shape they must have.
+        """Images, uint8 ``(N, C, H, W)``, and pseudo-labels, int64 ``(N,)``, for a data set.
 
         Raises:
-            DataUnavailableError: The file is missing, or holds something else.
+            DataUnavailableError: The file is missing, or does not fit ``spec``.
         """
         check_folder(self.path.parent, self.path.name)
         strangeness = strangeness_of(self.path)
@@ -79,14 +75,7 @@ class ExtraImages:
 
 
 class MixedDataset(Dataset[dict[str, Tensor]]):
-    """Labelled examples, followed by the extra ones: ``index`` tells them apart.
-
-    Args:
-        labelled: Fetches a batch by positions in ``[0, n)``.
-        n: How many labelled examples there are; the index of the first extra one.
-        x: Extra images, uint8 ``(M, C, H, W)``.
-        y: Their pseudo-labels, int64 ``(M,)``.
-    """
+    """``n`` labelled examples, followed by extra images ``x`` with pseudo-labels ``y``."""
 
     def __init__(self, labelled: Dataset[dict[str, Tensor]], n: int, x: Tensor, y: Tensor) -> None:
         self.labelled, self.n = labelled, n
@@ -106,16 +95,13 @@ class MixedDataset(Dataset[dict[str, Tensor]]):
         return {"x": x, "y": y, "index": index}
 
 
-class MixedSampler(Sampler[int]):
+class MixedSampler(EpochSampler):
     """Batches that are partly labelled and partly extra (Carmon et al. 2019, official sampler).
 
     An epoch has as many batches as the labelled examples alone would fill. Each batch takes the
     next labelled ones of the epoch's permutation, at most once each, and fills up with extra ones
-    drawn uniformly with replacement, in mixed order. Half and half, an epoch therefore sees half
-    of the labelled set. A permutation that ends within a batch leaves more room for extra ones.
-
-    The order is a function of seed and epoch. Every batch is full, so process r of W taking every
-    W-th example makes the b-th batches of all processes together the b-th batch of a single one.
+    drawn uniformly with replacement, in mixed order. Half and half, an epoch sees half of the
+    labelled set. Every batch is full; process r of W takes every W-th example of it.
 
     Args:
         n: Number of labelled examples, positions ``[0, n)``.
@@ -125,9 +111,6 @@ class MixedSampler(Sampler[int]):
         seed: Of the order.
         world_size: Number of processes, W.
         rank: This one, r.
-
-    Raises:
-        ConfigurationError: A batch would have no labelled or no extra example.
     """
 
     def __init__(
@@ -150,14 +133,9 @@ class MixedSampler(Sampler[int]):
         self.n, self.m, self.batch_size = n, m, batch_size
         self.seed, self.world_size, self.rank = seed, world_size, rank
         self.batches = math.ceil(n / batch_size)
-        self.epoch = 0
 
     def __len__(self) -> int:
         return self.batches * self.batch_size // self.world_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch's order comes next; the trainer calls it."""
-        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         yield from self.order()[:, self.rank :: self.world_size].flatten().tolist()

@@ -6,6 +6,7 @@ import re
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,13 +26,11 @@ Listing = tuple[list[Path], list[int]]
 class FolderSource(ImageSource):
     """Images ``train/<class>/images/*.JPEG`` and ``val/images/*.JPEG`` with their annotations.
 
-    Images may be directly in their class's folder; those for validation, the test split,
-    may be sorted into such folders, and need no ``val_annotations.txt`` then. Training images are
-    ordered by their rank within the class, so that the first n hold all classes alike; those for
-    validation as annotated, or else by the number in their names, which is the same order.
-
-    Decoding takes about a minute, once: the pixels are kept beside the folder as
-    ``.<folder>.<split>.decoded.pt``. Delete these files after editing an image in place.
+    Images may be directly in their class's folder; those for validation, the test split, may be
+    sorted into such folders, and need no ``val_annotations.txt`` then. Training images are ordered
+    by their rank within the class, those for validation as annotated, or else by the number in
+    their names. The decoded pixels are kept beside the folder as ``.<folder>.<split>.decoded.pt``:
+    delete these files after editing an image in place.
 
     Args:
         root: Folder that has the data set's folder in it, or this folder itself.
@@ -69,7 +68,7 @@ class FolderSource(ImageSource):
             raise self._unavailable(
                 f"{folder} has {len(files):,} images of the {split} split, expected "
                 f"{self.sizes[split]:,}",
-                f"{self._way}; for a subset set --data.source.verify false",
+                more="; for a subset set --data.source.verify false",
             )
         names = "\n".join(
             f"{self.folder}/{path.relative_to(folder)} {y}"
@@ -82,8 +81,6 @@ class FolderSource(ImageSource):
             x = self._decode(files)
             self._keep(cache, {"x": x, "digest": digest})
         return x, torch.tensor(labels, dtype=torch.int64)
-
-    # ------------------------------------------------------------------------------- the files
 
     def _find(self) -> Path:
         """The folder that has ``train`` and ``val``."""
@@ -99,8 +96,8 @@ class FolderSource(ImageSource):
                 raise self._unavailable(f"{archive} is there but not unpacked", way)
             raise self._unavailable(f"{archive} is there but damaged")
         if usual.is_dir():
-            parts = [p for p in ("train", "val") if not (usual / p).is_dir()]
-            raise self._unavailable(f"{usual} is not complete ({' and '.join(parts)} missing)")
+            parts = " and ".join(p for p in ("train", "val") if not (usual / p).is_dir())
+            raise self._unavailable(f"{usual} is not complete ({parts} missing)")
         raise self._unavailable(f"{usual} is {'a file' if usual.exists() else 'missing'}")
 
     def _list(self, folder: Path, split: Split) -> Listing:
@@ -118,27 +115,25 @@ class FolderSource(ImageSource):
 
     def _sorted(self, folder: Path) -> Listing:
         """Images in a folder for each class: by rank for training, else by their number."""
-        number = {name: label for label, name in enumerate(self.spec.class_names)}
         found: list[tuple[int, int, Path]] = []
         for path in sorted(folder.iterdir()):
             if not path.is_dir() or path.name.startswith(".") or path.name == "images":
                 continue
-            files = [*_jpegs(path), *_jpegs(path / "images")]
-            found += [(rank, number[path.name], file) for rank, file in enumerate(files)]
-        if folder.name == "val":
-            found = [(_number(path), label, path) for _, label, path in found]
+            files = [file for part in (path, path / "images") for file in sorted(part.glob("*"))]
+            for rank, file in enumerate(file for file in files if _is_jpeg(file)):
+                place = rank if folder.name != "val" else _number(file)
+                found.append((place, self._labels[path.name], file))
         found.sort(key=lambda item: item[:2])
         return [path for *_, path in found], [label for _, label, _ in found]
 
     def _annotated(self, folder: Path, lines: list[str]) -> Listing:
         """Images as annotated, in one folder or sorted into those of their classes."""
-        number = {name: label for label, name in enumerate(self.spec.class_names)}
         files, labels = [], []
         for line in filter(str.strip, lines):
             name, label, *_ = line.split("\t")
             if not name or name == ".." or name != Path(name).name:
                 raise ValueError(f"{name!r} is no name of a file in the folder")
-            labels.append(number[label])
+            labels.append(self._labels[label])
             usual = folder / "images" / name
             places = (usual, folder / label / "images" / name, folder / label / name)
             files.append(next((path for path in places if path.is_file()), usual))
@@ -149,14 +144,13 @@ class FolderSource(ImageSource):
             )
         return files, labels
 
-    @property
-    def _way(self) -> str:
-        return f"fetch {self.address} and unpack it in {self.root}"
+    @cached_property
+    def _labels(self) -> dict[str, int]:
+        return {name: label for label, name in enumerate(self.spec.class_names)}
 
-    def _unavailable(self, what: str, way: str = "") -> DataUnavailableError:
-        return DataUnavailableError(f"{self.spec.name}: {what}: {way or self._way}")
-
-    # ------------------------------------------------------------------------------ the pixels
+    def _unavailable(self, what: str, way: str = "", more: str = "") -> DataUnavailableError:
+        way = way or f"fetch {self.address} and unpack it in {self.root}"
+        return DataUnavailableError(f"{self.spec.name}: {what}: {way}{more}")
 
     def _decode(self, files: list[Path]) -> Tensor:
         x = torch.empty((len(files), *self.spec.shape), dtype=torch.uint8)
@@ -170,9 +164,8 @@ class FolderSource(ImageSource):
             return read_jpeg(path, self.spec.shape[:0:-1])
         except Exception as error:  # a damaged file can fail at any depth of its decoder
             what = strangeness_of(path) or one_line(error)
-            raise self._unavailable(
-                f"{path} is a damaged image or none of this set ({what})"
-            ) from error
+            what = f"{path} is a damaged image or none of this set ({what})"
+            raise self._unavailable(what) from error
 
     def _cached(self, cache: Path, digest: str, count: int) -> Tensor | None:
         """The kept pixels, or None where there are none of these very files."""
@@ -187,35 +180,23 @@ class FolderSource(ImageSource):
             if content["digest"] == digest and is_fit:
                 return x
         except Exception as error:  # the images are decoded again in any case
-            warnings.warn(
-                f"{cache} is damaged ({one_line(error)}); the images are decoded again",
-                stacklevel=2,
-            )
+            what = f"{cache} is damaged ({one_line(error)}); the images are decoded again"
+            warnings.warn(what, stacklevel=2)
         return None
 
     def _keep(self, cache: Path, content: dict[str, Any]) -> None:
+        archive = io.BytesIO()
+        torch.save(content, archive)
         try:
-            archive = io.BytesIO()
-            torch.save(content, archive)
             write_sealed(cache, archive)
         except RunDirectoryError as error:
-            warnings.warn(
-                f"the decoded images could not be kept as {cache} ({error}); every run will decode "
-                "them again",
-                stacklevel=2,
-            )
+            what = f"the decoded images could not be kept as {cache} ({error})"
+            warnings.warn(f"{what}; every run will decode them again", stacklevel=2)
 
 
-def _jpegs(folder: Path) -> list[Path]:
-    """JPEG files in a folder by name, without those that only describe others on a Mac."""
-    if not folder.is_dir():
-        return []
-    suffixes = (".jpeg", ".jpg")
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in suffixes and not path.name.startswith(".")
-    )
+def _is_jpeg(path: Path) -> bool:
+    """Whether it is named so, and does not only describe another file on a Mac."""
+    return path.suffix.lower() in (".jpeg", ".jpg") and not path.name.startswith(".")
 
 
 def _number(path: Path) -> int:

@@ -6,7 +6,7 @@ operation; its bytes become float32 in [0, 1] on the device.
 
 import warnings
 from abc import ABC, abstractmethod
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,9 +24,6 @@ from common.data.loading import (
     ImageDataset,
     ShuffledShare,
     TrainLoader,
-    as_fetched,
-    batches_done,
-    loss_factors,
 )
 from common.data.sources import stratified_split
 from common.data.subset import lacking_classes, subset
@@ -44,15 +41,7 @@ class Views(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor, random: ExampleRandom) -> list[Tensor]:
-        """Versions of the whole images, before crop and flip.
-
-        Args:
-            x: Images, uint8 ``(N, C, H, W)``.
-            random: Random numbers of these images.
-
-        Returns:
-            Each like ``x``; the images themselves are not among them.
-        """
+        """Other versions of whole images uint8 ``(N, C, H, W)``, before crop and flip."""
 
 
 def shift_and_flip(
@@ -64,15 +53,11 @@ def shift_and_flip(
 
     Args:
         x: Images, ``(N, C, H, W)``, any type.
-        shift: Top and left corner of the crops in the padded images, int64 in
-            ``[0, 2 * padding]``, ``(N, 2)``.
+        shift: Top and left corner of the crops, int64 in ``[0, 2 * padding]``, ``(N, 2)``.
         is_flipped: Whether the crop is mirrored left to right, bool ``(N,)``.
         padding: Pixels added on each side.
         padding_mode: ``zero``, or ``reflect`` (the pixels of the edge are not repeated), which
             needs a ``padding`` below the sides of the image.
-
-    Returns:
-        Images of the same shape and type.
     """
     check_choice("padding_mode", padding_mode, CropPadding)
     n, channels, height, width = x.shape
@@ -91,15 +76,13 @@ def shift_and_flip(
     ]
 
 
+@dataclass(eq=False, repr=False)
 class ImageDataModule(LightningDataModule):
     """Batches ``{"x": float32 (N, C, H, W) in [0, 1], "y": int64 (N,), "index": int64 (N,)}``.
 
-    ``index`` counts from 0 within the split the batch comes from. Order and augmentation depend on
-    seed, epoch and index alone, not on the number of devices or on interruptions; augmentation
-    does not depend on the batch size either. No example is repeated: where devices cannot share
-    the last training batch evenly, their parts of it are weighted by size.
-
-    The trainer must be made with ``use_distributed_sampler=False``.
+    ``index`` counts from 0 within the split. Order and augmentation depend on seed, epoch and index
+    alone. No example is repeated: where devices cannot share the last training batch evenly, their
+    parts of it are weighted by size. The trainer needs ``use_distributed_sampler=False``.
 
     Args:
         source: The data set.
@@ -107,72 +90,46 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: Of validation and test, per device.
         val_size: How much of the training split is held out for validation, in equal proportions
             of the classes: a number of examples (int) or a fraction (float).
-        validate_on: ``"held-out"``, or ``"test"`` to hold nothing out and validate on the test
-            split, as some papers select their checkpoints.
+        validate_on: ``"held-out"``, or ``"test"`` to hold nothing out and use the test split.
         split_seed: Decides which examples are held out; independent of the training seed.
         crop_padding: Pixels added on each side before the random crop in training; 0 for no crop.
         crop_padding_mode: What they are: ``zero``, or ``reflect`` for the image mirrored.
         flip: Whether half of the training images are mirrored left to right.
         seed: Of order and augmentation; ``None`` for the run's own (``seed_everything``).
-        train_limit: Largest number of training examples, a stratified subset
-            (:func:`common.data.subset.subset`); ``None`` for all.
+        train_limit: Largest number of training examples, a stratified subset; ``None`` for all.
         val_limit: The same for validation.
         test_limit: The same for test.
-        num_workers: Processes that fetch batches. The set is in memory, so 0 is usually best; with
-            0 and without ``extra`` it stays in the memory of a GPU (CIFAR-10 takes 150 MB).
+        num_workers: Processes that fetch batches. With 0, usually best, and without ``extra`` the
+            set stays in the memory of a GPU.
         drop_last: Whether a last training batch that is not full is left out.
-        extra: Pseudo-labelled images for a part of every training batch, see
-            :class:`~common.data.extra.MixedSampler`. Their ``index`` counts on from that of the
-            labelled ones. All batches are full then.
+        extra: Pseudo-labelled images for a part of every training batch; all batches are full then.
         extra_fraction: Size of that part, between 0.0 and 1.0.
-        views: More versions of each training image. A training batch is then the images, followed
-            by their second versions, and so on; each is cropped and flipped by itself, has the
-            label of its image and a unique ``index``, and ``view`` counts the versions from 0.
-
-    Raises:
-        ConfigurationError: A size, limit or fraction is out of range, or the padding unknown.
+        views: More versions of each training image, which follow the images in a training batch;
+            each has its own crop, the label of its image and a unique ``index``, and ``view``
+            counts them from 0.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        batch_size: int = 128,
-        eval_batch_size: int = 250,
-        val_size: int | float = 0.1,
-        validate_on: ValidateOn = "held-out",
-        split_seed: int = 0,
-        crop_padding: int = 0,
-        crop_padding_mode: CropPadding = "zero",
-        flip: bool = False,
-        seed: int | None = None,
-        train_limit: int | None = None,
-        val_limit: int | None = None,
-        test_limit: int | None = None,
-        num_workers: int = 0,
-        drop_last: bool = False,
-        extra: ExtraImages | None = None,
-        extra_fraction: float = 0.5,
-        views: Views | None = None,
-    ) -> None:
+    source: ImageSource
+    batch_size: int = 128
+    eval_batch_size: int = 250
+    val_size: int | float = 0.1
+    validate_on: ValidateOn = "held-out"
+    split_seed: int = 0
+    crop_padding: int = 0
+    crop_padding_mode: CropPadding = "zero"
+    flip: bool = False
+    seed: int | None = None
+    train_limit: int | None = None
+    val_limit: int | None = None
+    test_limit: int | None = None
+    num_workers: int = 0
+    drop_last: bool = False
+    extra: ExtraImages | None = None
+    extra_fraction: float = 0.5
+    views: Views | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.source = source
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.val_size = val_size
-        self.validate_on = validate_on
-        self.split_seed = split_seed
-        self.crop_padding = crop_padding
-        self.crop_padding_mode: CropPadding = crop_padding_mode
-        self.flip = flip
-        self.seed = seed
-        self.train_limit = train_limit
-        self.val_limit = val_limit
-        self.test_limit = test_limit
-        self.num_workers = num_workers
-        self.drop_last = drop_last
-        self.extra = extra
-        self.extra_fraction = extra_fraction
-        self.views = views
         self.train_set: ImageDataset | None = None
         self.val_set: ImageDataset | None = None
         self.test_set: ImageDataset | None = None
@@ -210,7 +167,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; like the properties below, known before a file is read."""
+        """Number of classes; like the shape and the names, known before a file is read."""
         return self.source.spec.num_classes
 
     @property
@@ -233,12 +190,7 @@ class ImageDataModule(LightningDataModule):
         self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Loads what the stage needs (``fit``, ``validate``, ``test``, ``predict``, None for all).
-
-        Raises:
-            ConfigurationError: The devices cannot share a batch evenly, or a split would be empty.
-            DataUnavailableError: The files are missing, altered or cannot be read.
-        """
+        """Loads what the stage needs (fit, validate, test, predict; None for all)."""
         self._check_devices()
         if stage in (None, "fit", "validate") and self.val_set is None:
             if self.validate_on == "test":
@@ -259,10 +211,9 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """This process's share of the training batches; the epoch decides the order.
 
-        Process r of W takes every W-th example from the r-th on: the b-th batches of all processes
-        together are the b-th batch of one process.
+        The b-th batches of all processes together are the b-th batch of one process.
         """
-        labelled = self._ready(self.train_set, "fit")
+        labelled = _ready(self.train_set, "fit")
         n, seed, rank, devices = len(labelled), self.order_seed, self._rank, self._world_size
         sizes = self._batch_sizes(n)
         dataset: Dataset[Batch] = labelled
@@ -279,17 +230,16 @@ class ImageDataModule(LightningDataModule):
             drop_last=self.drop_last,
             **self._loader_options(),
         )
-        loader.batches_done = partial(batches_done, self.trainer)
-        loader.factors_of = partial(loss_factors, self.trainer, sizes)
+        loader.trainer, loader.sizes = self.trainer, sizes
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """This process's share of the validation examples, each in exactly one process."""
-        return self._eval_loader(self._ready(self.val_set, "validate"))
+        return self._eval_loader(_ready(self.val_set, "validate"))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """This process's share of the test examples, each in exactly one process."""
-        return self._eval_loader(self._ready(self.test_set, "test"))
+        return self._eval_loader(_ready(self.test_set, "test"))
 
     predict_dataloader = test_dataloader
 
@@ -310,13 +260,7 @@ class ImageDataModule(LightningDataModule):
         return batch
 
     def augment(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
-        """Crops and flips each image as its index and the epoch decide.
-
-        Args:
-            x: Images, ``(N, C, H, W)``.
-            index: Positions in the training set, ``(N,)``.
-            epoch: Counts from 0.
-        """
+        """Crops and flips images ``(N, C, H, W)`` as their index ``(N,)`` and the epoch decide."""
         if not self.crop_padding and not self.flip:
             return x
         random = ExampleRandom(self.order_seed, epoch, index, stream=Stream.AUGMENTATION)
@@ -350,9 +294,8 @@ class ImageDataModule(LightningDataModule):
                 f"data.batch_size {self.batch_size} is the batch over all devices and {devices} "
                 f"cannot share it evenly: choose {choices}, or another number of devices"
             )
-        if self.trainer is None or devices == 1:
-            return
-        if self.trainer._accelerator_connector.use_distributed_sampler:
+        connector = getattr(self.trainer, "_accelerator_connector", None)
+        if devices > 1 and connector is not None and connector.use_distributed_sampler:
             raise ConfigurationError(
                 "trainer.use_distributed_sampler is true, but the data already come divided over "
                 "the devices, without repeating examples in evaluation: set it to false"
@@ -388,13 +331,13 @@ class ImageDataModule(LightningDataModule):
         return x, y
 
     @property
+    def _is_on_cuda(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    @property
     def _is_resident(self) -> bool:
         """Whether the images are kept in the memory of a GPU."""
         return self._is_on_cuda and self.num_workers == 0 and self.extra is None
-
-    @property
-    def _is_on_cuda(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _split(self) -> tuple[Tensor, Tensor]:
         """Rows of the training split to train on, and rows held out."""
@@ -422,11 +365,6 @@ class ImageDataModule(LightningDataModule):
             )
         return dataset
 
-    def _ready(self, dataset: ImageDataset | None, stage: str) -> ImageDataset:
-        if dataset is None:
-            raise RuntimeError(f"call setup({stage!r}) before asking for batches")
-        return dataset
-
     def _eval_loader(self, dataset: ImageDataset) -> DataLoader[Batch]:
         sampler = UnrepeatedDistributedSampler(
             dataset, num_replicas=self._world_size, rank=self._rank, shuffle=False
@@ -437,10 +375,20 @@ class ImageDataModule(LightningDataModule):
 
     def _loader_options(self) -> dict[str, Any]:
         return {
-            "collate_fn": as_fetched,
+            "collate_fn": _as_fetched,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": self._is_on_cuda and not self._is_resident,
             # Its own generator: a loader otherwise draws from the global one at every start.
             "generator": torch.Generator(),
         }
+
+
+def _ready(dataset: ImageDataset | None, stage: str) -> ImageDataset:
+    if dataset is None:
+        raise RuntimeError(f"call setup({stage!r}) before asking for batches")
+    return dataset
+
+
+def _as_fetched(batch: Batch) -> Batch:
+    return batch  # the data set has collated it

@@ -1,4 +1,7 @@
-"""Readers of untrusted files: they run no code, bound the memory and say what is wrong."""
+"""Readers of untrusted files: they run no code, bound the memory and say what is wrong.
+
+A damaged file can fail at any depth of its reader, with exceptions of many kinds.
+"""
 
 import gzip
 import hashlib
@@ -16,11 +19,7 @@ from common.files import expansion_of, most_unpacked
 
 
 def check_folder(root: Path, name: str) -> None:
-    """Make sure that a root is a folder that can be listed, or is not there yet.
-
-    Raises:
-        DataUnavailableError: It is a file, or may not be read.
-    """
+    """Refuse a root that is neither a folder that can be listed nor a place for a new one."""
     try:
         with os.scandir(root):
             pass
@@ -66,11 +65,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """A dictionary of arrays and lists, without running anything that a pickle could run.
-
-    Raises:
-        Exception: Of many kinds, if it is damaged or something else.
-    """
+    """A dictionary of arrays and lists, without running anything that a pickle could run."""
     with path.open("rb") as file:
         entry = _ArrayUnpickler(file, encoding="latin1").load()
     if not isinstance(entry, dict):
@@ -80,11 +75,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 def whole_numbers(values: Any) -> NDArray[Any]:
-    """An array, or a list of numbers, as an array; nested lists could be longer than any memory.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """An array, or a list of numbers, as an array; nested lists could be longer than any memory."""
     is_list = isinstance(values, list) and all(isinstance(v, int | np.integer) for v in values)
     if not is_list and not isinstance(values, np.ndarray):
         raise ValueError(f"labels are a {type(values).__name__}, expected whole numbers")
@@ -92,16 +83,10 @@ def whole_numbers(values: Any) -> NDArray[Any]:
 
 
 def read_unpacked(path: Path) -> bytes:
-    """Content of a file, unpacked if it is a gzip file by content.
-
-    Raises:
-        ValueError: If it unpacks to far more than images would.
-        OSError, EOFError, zlib.error: If it is damaged.
-    """
+    """Content of a file, unpacked if it is a gzip file by content."""
     with path.open("rb") as plain:
-        is_packed = plain.read(2) == b"\x1f\x8b"
-    if not is_packed:
-        return path.read_bytes()
+        if plain.read(2) != b"\x1f\x8b":
+            return path.read_bytes()
     with gzip.open(path) as file:
         content = file.read(most_unpacked(path) + 1)
     if problem := expansion_of(len(content), path):
@@ -110,11 +95,7 @@ def read_unpacked(path: Path) -> bytes:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """An array of bytes in the IDX format: two zeros, type, rank, big-endian sizes, content.
-
-    Raises:
-        ValueError: If it is something else; others as :func:`read_unpacked`.
-    """
+    """An array of bytes in the IDX format: two zeros, type, rank, big-endian sizes, content."""
     content = read_unpacked(path)
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path.name} is no IDX file of bytes")
@@ -123,11 +104,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def read_mat(path: Path, names: tuple[str, ...]) -> list[NDArray[Any]]:
-    """Arrays of a MATLAB file up to version 7.
-
-    Raises:
-        Exception: Of many kinds, if it is damaged, lacks an array or unpacks to far too much.
-    """
+    """Arrays of a MATLAB file up to version 7."""
     from scipy.io import loadmat, whosmat  # slow to import, and only needed here
 
     try:
@@ -144,15 +121,9 @@ def read_mat(path: Path, names: tuple[str, ...]) -> list[NDArray[Any]]:
 
 
 def read_jpeg(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """An image as ``(3, H, W)``.
+    """An image as ``(3, H, W)`` that has this width and height.
 
-    Args:
-        path: Of the file; no other format is tried, since some run programs.
-        size: Width and height that it must have; nothing is decoded otherwise.
-
-    Raises:
-        ValueError: If it has another size, or more pixels than PIL opens.
-        OSError: If it is damaged or no JPEG.
+    Nothing is decoded otherwise, and no other format is tried, since some run programs.
     """
     from PIL import Image
 

@@ -10,16 +10,8 @@ def subset(y: Tensor, n: int | None) -> Tensor:
     """Positions of ``n`` examples with the classes in the proportions of all.
 
     Within each class examples are ordered by a hash of their position. Then all are sorted by
-    (rank in class + 1/2) / size of the class, and the first ``n`` are taken. So a smaller subset is
-    part of every larger one, and the order of the data (sorted by class, for instance) is
-    irrelevant.
-
-    Args:
-        y: Labels in ``[0, K)``, ``(N,)``.
-        n: How many; ``None``, or N and more, takes all.
-
-    Returns:
-        Ascending positions, ``(min(n, N),)`` int64, on the CPU.
+    (rank in class + 1/2) / size of the class, and the first ``n`` (``None`` for all) are taken: a
+    smaller subset is part of every larger one. Returns ascending positions, int64, on the CPU.
     """
     y = y.detach().cpu().long()
     if n is None or n >= len(y):
@@ -35,12 +27,7 @@ def subset(y: Tensor, n: int | None) -> Tensor:
 
 
 def lacking_classes(y: Tensor, chosen: Tensor) -> str:
-    """Which classes of a set a part of it has no example of, as a sentence; empty if none.
-
-    Args:
-        y: Labels of the set, ``(N,)``.
-        chosen: Positions of the part.
-    """
+    """Which classes of ``y`` have no example at the chosen positions, in words; empty if none."""
     if len(chosen) == len(y):
         return ""
     y = y.detach().cpu()

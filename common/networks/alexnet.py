@@ -1,6 +1,7 @@
 """AlexNet (Krizhevsky et al., NeurIPS 2012) cut down to small images, without batch-norm."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from common.networks.resnet import (
     Pool,
     check_drop_rates,
     check_positive,
-    global_pool,
+    make_head,
     named_sequence,
 )
 
@@ -24,11 +25,8 @@ class AlexNet(Backbone):
     pool behind, all with bias; ``head`` is pool - flatten - (dropout - linear - act) -
     (dropout - linear - act) - linear at the default ``hidden``, the last hidden layer without
     dropout behind it. Weights start from PyTorch's defaults. 2,850,634 parameters at 10 classes
-    and 3 channels.
-
-    A pool of stride 1 stays, so the map shrinks by one pixel there, and pools of stride 2 round
-    down: (1, 1, 2, 2) turns 32 pixels into 32, 31, 15 and 7. Three pools need maps of at least two
-    pixels each; (2, 2, 2, 2) takes images of 15x15 and larger.
+    and 3 channels. A pool of stride 1 shrinks the map by one pixel, and pools of stride 2 round
+    down: (1, 1, 2, 2) turns 32 pixels into 32, 31, 15 and 7.
 
     Args:
         strides: Of the first convolution and of the three max-pools.
@@ -41,10 +39,6 @@ class AlexNet(Backbone):
         std: Its standard deviations.
         activation: Makes one activation.
         pool: Of the head: average or maximum over each map.
-
-    Raises:
-        ConfigurationError: If there are not four strides or five widths, a count is below 1, the
-            drop rate is no probability below 1, or there is no such pool.
     """
 
     def __init__(
@@ -61,13 +55,13 @@ class AlexNet(Backbone):
         pool: Pool = "avg",
     ) -> None:
         super().__init__(in_channels, mean, std)
-        for name, values, layers, count in (
+        for name, values, what, count in (
             ("strides", strides, "the first convolution and three pools", 4),
             ("widths", widths, "each convolution", 5),
         ):
             if len(values) != count:
                 raise ConfigurationError(
-                    f"{name} needs {count} values, for {layers}, got {list(values)}"
+                    f"{name} needs {count} values, for {what}, got {list(values)}"
                 )
             check_positive(**{f"{name}[{i}]": value for i, value in enumerate(values)})
         check_positive(num_classes=num_classes, **{f"hidden[{i}]": h for i, h in enumerate(hidden)})
@@ -87,14 +81,9 @@ class AlexNet(Backbone):
         )
         for stage, stride in zip(self.stages.children(), strides[1:], strict=True):
             stage.add_module("pool", nn.MaxPool2d(2, stride))
-        self.head = named_sequence(pool=global_pool(pool), flatten=nn.Flatten())
-        features = widths[-1]
-        for i, out in enumerate(hidden):
-            self.head.add_module(
-                f"hidden{i}",
-                named_sequence(
-                    drop=nn.Dropout(drop_rate), linear=nn.Linear(features, out), act=activation()
-                ),
-            )
-            features = out
-        self.head.add_module("linear", nn.Linear(features, num_classes))
+        sizes = (widths[-1], *hidden)
+        layers = [
+            named_sequence(drop=nn.Dropout(drop_rate), linear=nn.Linear(*pair), act=activation())
+            for pair in pairwise(sizes)
+        ]
+        self.head = make_head(sizes[-1], num_classes, pool, layers)

@@ -1,6 +1,7 @@
 """MobileNetV2 (Sandler et al., CVPR 2018) for small images."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -13,20 +14,14 @@ from common.networks.resnet import (
     check_positive,
     conv1x1,
     conv3x3,
-    global_pool,
+    make_head,
+    make_stage,
     named_sequence,
 )
 
 
 class Stage(NamedTuple):
-    """Blocks of the same width.
-
-    Attributes:
-        expansion: Channels inside a block are those of its input times it.
-        width: Channels of the output.
-        depth: Number of blocks.
-        stride: Of the first one.
-    """
+    """Blocks of the same width; inside one are ``expansion`` times the channels of its input."""
 
     expansion: int
     width: int
@@ -34,14 +29,12 @@ class Stage(NamedTuple):
     stride: int
 
 
-CIFAR_STAGES = (
-    Stage(1, 16, 1, 1),
-    Stage(6, 24, 2, 1),  # stride 2 on large images
-    Stage(6, 32, 3, 2),
-    Stage(6, 64, 4, 2),
-    Stage(6, 96, 3, 1),
-    Stage(6, 160, 3, 2),
-    Stage(6, 320, 1, 1),
+CIFAR_STAGES = tuple(
+    Stage(*sizes)
+    for sizes in (
+        *((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2)),
+        *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+    )
 )
 """The stages of common CIFAR code: 17 blocks, and three strides of 2 instead of five."""
 
@@ -50,14 +43,7 @@ class InvertedResidual(nn.Module):
     """conv1x1 - BN - act - depthwise conv3x3 - BN - act - conv1x1 - BN; a shortcut at stride 1.
 
     The shortcut is the identity, or conv1x1 - BN where the width changes; a block that strides has
-    none. Nothing follows the sum.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Of the depthwise convolution.
-        expansion: Channels inside are those of the input times it.
-        activation: Makes one activation.
+    none. Nothing follows the sum. ``expansion`` times the channels of the input are inside.
     """
 
     def __init__(
@@ -109,9 +95,6 @@ class MobileNetV2(Backbone):
         std: Its standard deviations.
         activation: Makes one activation.
         pool: Of the head: average or maximum over each map.
-
-    Raises:
-        ConfigurationError: If a count is below 1, or there is no such pool.
     """
 
     def __init__(
@@ -135,17 +118,8 @@ class MobileNetV2(Backbone):
         inside = stem_width
         for expansion, width, depth, stride in stages:
             check_positive(expansion=expansion, width=width, depth=depth, stride=stride)
-            blocks = nn.Sequential()
-            for i in range(depth):
-                step = stride if i == 0 else 1
-                blocks.append(InvertedResidual(inside, width, step, expansion, activation))
-                inside = width
-            self.stages.append(blocks)
-        self.head = named_sequence(
-            conv=conv1x1(inside, head_width),
-            bn=nn.BatchNorm2d(head_width),
-            act=activation(),
-            pool=global_pool(pool),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(head_width, num_classes),
-        )
+            block = partial(InvertedResidual, expansion=expansion, activation=activation)
+            self.stages.append(make_stage(block, inside, depth, width, stride))
+            inside = width
+        conv, bn = conv1x1(inside, head_width), nn.BatchNorm2d(head_width)
+        self.head = make_head(head_width, num_classes, pool, conv=conv, bn=bn, act=activation())

@@ -16,28 +16,20 @@ the command line puts the statistics of the data set."""
 class Normalize(nn.Module):
     """Checks a batch of images and standardises it, ``(x - mean) / std`` per channel.
 
-    It is the first module of every backbone, so that attacks, noise and corruptions always act on
-    pixels in [0, 1]. ``mean`` and ``std`` are buffers: a checkpoint brings back the statistics it
-    was trained with, and one trained without them does not load silently.
+    The first module of every backbone: attacks, noise and corruptions act on pixels in [0, 1].
+    ``mean`` and ``std`` are buffers, so that a checkpoint brings back those it was trained with.
 
     Args:
         in_channels: Channels of the images.
         mean: One mean per channel, in pixel units; ``None`` leaves the pixels as they are.
         std: One standard deviation per channel, in pixel units; given exactly when ``mean`` is.
-
-    Raises:
-        ConfigurationError: If only one of the two is given, if a length differs from
-            ``in_channels``, or if a standard deviation is not positive.
     """
 
     mean: Tensor | None
     std: Tensor | None
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        mean: Statistics = None,
-        std: Statistics = None,
+        self, in_channels: int = 3, mean: Statistics = None, std: Statistics = None
     ) -> None:
         super().__init__()
         if in_channels < 1:
@@ -64,11 +56,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", None if std is None else torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Standardised images, ``(N, C, H, W)``.
-
-        Raises:
-            ValueError: If ``x`` is not a batch of images with ``in_channels`` channels.
-        """
+        """Standardised images, ``(N, C, H, W)``."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"the network was built for images of shape (N, {self.in_channels}, H, W), got "
@@ -80,9 +68,5 @@ class Normalize(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings, for ``print(net)``."""
-        if self.mean is None or self.std is None:
-            return f"{self.in_channels}, pixels unchanged"
-        return (
-            f"{self.in_channels}, mean={self.mean.flatten().tolist()}, "
-            f"std={self.std.flatten().tolist()}"
-        )
+        given = {name: b.flatten().tolist() for name, b in self.named_buffers()}
+        return f"{self.in_channels}, {given or 'pixels unchanged'}"

@@ -13,8 +13,8 @@ from common.networks.resnet import (
     check_positive,
     check_stages,
     conv3x3,
+    make_head,
     make_stages,
-    preactivated_head,
 )
 from common.networks.wide_resnet import WideBlock
 
@@ -22,9 +22,9 @@ from common.networks.wide_resnet import WideBlock
 class PreActBlock(WideBlock):
     """BN - act - conv3x3 - BN - act - conv3x3, plus the shortcut.
 
-    The shortcut is the raw input, or where stride or width change a 1x1 convolution, without
-    batch-norm, of the activated input; a :class:`~common.networks.wide_resnet.WideBlock` that only
-    strides convolves the raw input instead.
+    The shortcut is the raw input, or where stride or width change a 1x1 convolution of the
+    activated input; a :class:`~common.networks.wide_resnet.WideBlock` that only strides convolves
+    the raw input instead.
     """
 
     def skip(self, x: Tensor, a: Tensor) -> Tensor:
@@ -51,10 +51,6 @@ class PreActResNet(Backbone):
         block: Makes one block from (in_channels, out_channels, stride, activation).
         activation: Makes one activation.
         pool: Of the head: average or maximum over each map.
-
-    Raises:
-        ConfigurationError: If depths, widths and strides do not describe the same stages, or there
-            is no such pool.
     """
 
     def __init__(
@@ -75,8 +71,10 @@ class PreActResNet(Backbone):
         check_stages(depths, widths, strides)
         self.widths = tuple(widths)
         self.stem = conv3x3(in_channels, widths[0])
-        self.stages = make_stages(block, widths[0], depths, widths, strides, activation)
-        self.head = preactivated_head(widths[-1], num_classes, activation, pool)
+        self.stages = make_stages(block, depths, widths, strides, activation)
+        self.head = make_head(
+            widths[-1], num_classes, pool, norm=nn.BatchNorm2d(widths[-1]), act=activation()
+        )
 
 
 class PreActResNet18(PreActResNet):

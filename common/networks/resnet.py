@@ -1,7 +1,7 @@
 """CIFAR-style ResNets (He et al., CVPR 2016), and the parts other residual networks share."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -38,66 +38,42 @@ def named_sequence(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
-def preactivated_head(
-    width: int, num_classes: int, activation: Activation, pool: Pool
+def make_head(
+    width: int, num_classes: int, pool: Pool, hidden: Iterable[nn.Module] = (), **before: nn.Module
 ) -> nn.Sequential:
-    """The head of pre-activation networks: norm - act - pool - flatten - linear."""
+    """Modules before the pool, pool - flatten, hidden layers, and the linear layer of ``width``."""
+    check_choice("pool", pool, Pool)
     return named_sequence(
-        norm=nn.BatchNorm2d(width),
-        act=activation(),
-        pool=global_pool(pool),
+        **before,
+        pool=nn.AdaptiveAvgPool2d(1) if pool == "avg" else nn.AdaptiveMaxPool2d(1),
         flatten=nn.Flatten(),
+        **{f"hidden{i}": layer for i, layer in enumerate(hidden)},
         linear=nn.Linear(width, num_classes),
     )
 
 
 def kaiming(module: nn.Module) -> None:
-    """Starting weights of one layer, for ``init``: convolutions alone are changed.
-
-    Their weights are normal with variance ``2 / (k_h k_w out)`` (He et al., ICCV 2015, fan-out).
-    """
+    """Draw a convolution's weights with variance ``2 / (k_h k_w out)`` (He et al., ICCV 2015)."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def global_pool(pool: Pool) -> nn.Module:
-    """Pools each map of any size to 1x1.
-
-    Raises:
-        ConfigurationError: If there is no such pool.
-    """
-    check_choice("pool", pool, Pool)
-    return nn.AdaptiveAvgPool2d(1) if pool == "avg" else nn.AdaptiveMaxPool2d(1)
-
-
 def check_positive(**values: int) -> None:
-    """Refuse counts below 1, by name.
-
-    Raises:
-        ConfigurationError: If a value is below 1.
-    """
+    """Refuse counts below 1, by name."""
     for name, value in values.items():
         if value < 1:
             raise ConfigurationError(f"{name} must be at least 1, got {value}")
 
 
 def check_drop_rates(**rates: float) -> None:
-    """Refuse what is no probability below 1, by name.
-
-    Raises:
-        ConfigurationError: If a rate lies outside [0, 1).
-    """
+    """Refuse what is no probability below 1, by name."""
     for name, rate in rates.items():
         if not 0 <= rate < 1:
             raise ConfigurationError(f"{name} must lie in [0, 1), got {rate}")
 
 
 def check_stages(depths: Sequence[int], widths: Sequence[int], strides: Sequence[int]) -> None:
-    """Refuse lists that do not describe the same stages.
-
-    Raises:
-        ConfigurationError: If the lists differ in length, are empty, or hold a value below 1.
-    """
+    """Refuse lists that differ in length, are empty, or hold a value below 1."""
     given = f"depths={list(depths)}, widths={list(widths)}, strides={list(strides)}"
     if not len(depths) == len(widths) == len(strides) >= 1:
         raise ConfigurationError(
@@ -107,46 +83,37 @@ def check_stages(depths: Sequence[int], widths: Sequence[int], strides: Sequence
         raise ConfigurationError(f"depths, widths and strides must be at least 1, got {given}")
 
 
+def make_stage(
+    block: Callable[[int, int, int], nn.Module], inside: int, depth: int, width: int, stride: int
+) -> nn.Sequential:
+    """Blocks of which the first changes width (from ``inside``) and resolution."""
+    stage = nn.Sequential(block(inside, width, stride))
+    for _ in range(depth - 1):
+        stage.append(block(width, width, 1))
+    return stage
+
+
 def make_stages(
     block: Block,
-    in_channels: int,
     depths: Sequence[int],
     widths: Sequence[int],
     strides: Sequence[int],
-    activation: Activation = nn.ReLU,
+    activation: Activation,
 ) -> nn.Sequential:
-    """The stages of a residual network, one ``Sequential`` of blocks each.
+    """Stages of the same blocks, after a stem as wide as the first."""
 
-    The first block of a stage changes width and resolution, the others keep both.
+    def make(inside: int, width: int, stride: int) -> nn.Module:
+        return block(inside, width, stride, activation)
 
-    Args:
-        block: Makes one block.
-        in_channels: Channels the stem hands to the first stage.
-        depths: Blocks per stage.
-        widths: Channels per stage.
-        strides: Stride of each stage's first block.
-        activation: Makes one activation.
-    """
-    stages = nn.Sequential()
-    for depth, width, stride in zip(depths, widths, strides, strict=True):
-        blocks = nn.Sequential()
-        for i in range(depth):
-            blocks.append(block(in_channels, width, stride if i == 0 else 1, activation))
-            in_channels = width
-        stages.append(blocks)
-    return stages
+    insides = (widths[0], *widths[:-1])
+    stages = zip(insides, depths, widths, strides, strict=True)
+    return nn.Sequential(*(make_stage(make, *sizes) for sizes in stages))
 
 
 class BasicBlock(nn.Module):
     """conv3x3 - BN - act - conv3x3 - BN, plus the shortcut, act (He et al. 2016, Fig. 2).
 
     The shortcut is the identity, or conv1x1 - BN where stride or width change (option B).
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the projection.
-        activation: Makes one activation.
     """
 
     def __init__(
@@ -189,8 +156,8 @@ class ResNet(Backbone):
     """Post-activation ResNet for small images: 3x3 stem without pooling, stages, linear head.
 
     ``stem`` is conv - bn - act, ``stages[i][j]`` is one block, ``head`` is pool - flatten - linear.
-    The pool is global, so any image size works; at 32x32 it equals the 4x4 average pooling of the
-    usual code. Weights start from PyTorch's defaults unless ``init`` is given.
+    The pool is global, so any image size works. Weights start from PyTorch's defaults unless
+    ``init`` is given.
 
     Args:
         depths: Blocks per stage.
@@ -204,10 +171,6 @@ class ResNet(Backbone):
         activation: Makes one activation.
         pool: Of the head: average or maximum over each map.
         init: Sets starting weights, for example :func:`kaiming`; ``None`` keeps the defaults.
-
-    Raises:
-        ConfigurationError: If depths, widths and strides do not describe the same stages, or there
-            is no such pool.
     """
 
     def __init__(
@@ -231,12 +194,8 @@ class ResNet(Backbone):
         self.stem = named_sequence(
             conv=conv3x3(in_channels, widths[0]), bn=nn.BatchNorm2d(widths[0]), act=activation()
         )
-        self.stages = make_stages(block, widths[0], depths, widths, strides, activation)
-        self.head = named_sequence(
-            pool=global_pool(pool),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(widths[-1], num_classes),
-        )
+        self.stages = make_stages(block, depths, widths, strides, activation)
+        self.head = make_head(widths[-1], num_classes, pool)
         if init is not None:
             self.apply(init)
 
@@ -246,11 +205,7 @@ class ResNet18(ResNet):
 
 
 class ResNet10(ResNet):
-    """ResNet-10, one block per stage: 4,902,090 parameters at 10 classes and 1 channel.
-
-    Args:
-        **kwargs: Of :class:`ResNet`.
-    """
+    """ResNet-10, one block per stage: 4,902,090 parameters at 10 classes and 1 channel."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(depths=(1, 1, 1, 1), **kwargs)
@@ -265,10 +220,6 @@ class CifarResNet(ResNet):
     Args:
         depth: Layers in all, 2 and six for each block of a stage.
         strides: Stride of each stage's first block.
-        **kwargs: Of :class:`ResNet`.
-
-    Raises:
-        ConfigurationError: If ``depth - 2`` is not a positive multiple of 6.
     """
 
     def __init__(self, depth: int = 20, strides: Sequence[int] = (1, 2, 2), **kwargs: Any) -> None:
@@ -287,12 +238,7 @@ class CifarResNet(ResNet):
 
 
 class DigitsResNet(ResNet):
-    """A ResNet for 8x8 gray digits: blocks of 16, 32, 64, 64 channels on 8, 4, 2, 2 pixels.
-
-    Args:
-        in_channels: Channels of the images.
-        **kwargs: Of :class:`ResNet`.
-    """
+    """A ResNet for 8x8 gray digits: blocks of 16, 32, 64, 64 channels on 8, 4, 2, 2 pixels."""
 
     def __init__(self, in_channels: int = 1, **kwargs: Any) -> None:
         super().__init__(

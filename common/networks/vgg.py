@@ -1,11 +1,13 @@
 """VGG for small images (Simonyan & Zisserman, ICLR 2015), its pools and batch-norm free."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from torch import nn
 
 from common.errors import ConfigurationError
+from common.networks import resnet
 from common.networks.backbone import Backbone
 from common.networks.normalize import Statistics
 from common.networks.resnet import (
@@ -15,7 +17,7 @@ from common.networks.resnet import (
     check_drop_rates,
     check_positive,
     check_stages,
-    global_pool,
+    make_head,
     named_sequence,
 )
 
@@ -24,14 +26,7 @@ Config = Sequence[int | Literal["M"]]
 
 
 def stages_of(config: Config) -> tuple[list[list[int]], list[int]]:
-    """Cut a list such as ``[64, "M", 128, "M"]`` behind every "M".
-
-    Returns:
-        The channels of each stage, and its stride: 2 where it ends in a pool, else 1.
-
-    Raises:
-        ConfigurationError: If a stage has no convolution, or an entry is neither a count nor "M".
-    """
+    """Channels of each stage of ``[64, "M", 128]``, and its stride: 2 where it ends in a pool."""
     stages: list[list[int]] = [[]]
     for entry in config:
         if entry == "M":
@@ -54,14 +49,12 @@ def stages_of(config: Config) -> tuple[list[list[int]], list[int]]:
 
 
 def kaiming(module: nn.Module) -> None:
-    """Starting weights of one layer, for ``init``: those of torchvision's VGG.
+    """Starting weights of one layer as in torchvision's VGG: linear layers from N(0, 0.01^2).
 
-    Convolutions are normal with variance ``2 / (k_h k_w out)`` (He et al., ICCV 2015, fan-out),
-    linear layers with standard deviation 0.01; both have zero bias.
+    Convolutions by :func:`common.networks.resnet.kaiming`; both have zero bias.
     """
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
+    resnet.kaiming(module)
+    if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.01)
     if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
@@ -72,11 +65,8 @@ class VGG(Backbone):
 
     ``stages[i][j]`` is one conv - bn - act, ``stages[i].pool`` the pool behind them, ``head`` is
     pool - flatten - linear. The last pool is global and the others round up, so any image size
-    works; at 32x32 with five pools both are the usual ones. Weights start from PyTorch's defaults
-    unless ``init`` is given.
-
-    The stages are given either as ``depths``, ``widths`` and ``strides`` (the default is VGG-16) or
-    as one ``config`` in the notation of most code.
+    works. Weights start from PyTorch's defaults unless ``init`` is given. The stages are given as
+    ``depths``, ``widths`` and ``strides`` (the default is VGG-16) or as one ``config``.
 
     Args:
         depths: Convolutions per stage.
@@ -93,10 +83,6 @@ class VGG(Backbone):
         pool: Of the head: average or maximum over each map.
         norm: Whether batch-norm follows each convolution.
         init: Sets starting weights, for example :func:`kaiming`; ``None`` keeps the defaults.
-
-    Raises:
-        ConfigurationError: If the lists do not describe the same stages, a count is below 1, or
-            there is no such pool.
     """
 
     def __init__(
@@ -140,37 +126,25 @@ class VGG(Backbone):
             if stride > 1:
                 stage.add_module("pool", nn.MaxPool2d(stride, ceil_mode=True))
             self.stages.append(stage)
-        self.head = named_sequence(pool=global_pool(pool), flatten=nn.Flatten())
-        for i, out in enumerate(hidden):
-            self.head.add_module(
-                f"hidden{i}",
-                named_sequence(
-                    linear=nn.Linear(inside, out), act=activation(), drop=nn.Dropout(drop_rate)
-                ),
-            )
-            inside = out
-        self.head.add_module("linear", nn.Linear(inside, num_classes))
+        sizes = (inside, *hidden)
+        layers = [
+            named_sequence(linear=nn.Linear(*pair), act=activation(), drop=nn.Dropout(drop_rate))
+            for pair in pairwise(sizes)
+        ]
+        self.head = make_head(sizes[-1], num_classes, pool, layers)
         if init is not None:
             self.apply(init)
 
 
 class VGG11(VGG):
-    """VGG-11: 9,231,114 parameters at 10 classes and 3 channels.
-
-    Args:
-        **kwargs: Of :class:`VGG`.
-    """
+    """VGG-11: 9,231,114 parameters at 10 classes and 3 channels."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(depths=(1, 1, 2, 2, 2), **kwargs)
 
 
 class VGG13(VGG):
-    """VGG-13: 9,416,010 parameters at 10 classes and 3 channels.
-
-    Args:
-        **kwargs: Of :class:`VGG`.
-    """
+    """VGG-13: 9,416,010 parameters at 10 classes and 3 channels."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(depths=(2, 2, 2, 2, 2), **kwargs)
@@ -181,11 +155,7 @@ class VGG16(VGG):
 
 
 class VGG19(VGG):
-    """VGG-19: 20,040,522 parameters at 10 classes and 3 channels.
-
-    Args:
-        **kwargs: Of :class:`VGG`.
-    """
+    """VGG-19: 20,040,522 parameters at 10 classes and 3 channels."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(depths=(2, 2, 4, 4, 4), **kwargs)

@@ -21,15 +21,7 @@ class Tokens(nn.Module):
 
     With ``shifted`` a patch also holds the same pixels of the image moved by one pixel to each of
     the four sides, with zeros moving in, and is layer-normalised (Lee et al. 2021, Sec. 3.2). The
-    class token and the positions start from N(0, 1).
-
-    Args:
-        in_channels: Channels of the images.
-        image_size: Height and width of the images.
-        patch: Height and width of a patch.
-        dim: Length of a token.
-        drop_rate: Dropout of the finished tokens.
-        shifted: Whether patches see the shifted images too.
+    class token and the positions start from N(0, 1). ``dim`` is the length of a token.
     """
 
     def __init__(
@@ -51,11 +43,7 @@ class Tokens(nn.Module):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, T + 1, dim)``, T patches in reading order.
-
-        Raises:
-            ValueError: If the images are not of size ``image_size``.
-        """
+        """``(N, C, H, W)`` to ``(N, T + 1, dim)``, T patches in reading order."""
         if x.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"the positions were made for {self.image_size}x{self.image_size} pixels, got "
@@ -76,13 +64,6 @@ class Attention(nn.Module):
 
     With ``local`` the temperature is learned, one for the layer, and no token attends to itself
     (Lee et al. 2021, Sec. 3.3). It is stored as a logarithm and starts from the usual one.
-
-    Args:
-        dim: Length of a token.
-        heads: Number of heads.
-        head_dim: Length of a query.
-        drop_rate: Dropout of attention weights and of the output.
-        local: Whether this is locality self-attention.
     """
 
     def __init__(
@@ -113,16 +94,7 @@ class Attention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """One pre-norm layer: attention and a two-layer perceptron, each added to its input.
-
-    Args:
-        dim: Length of a token.
-        heads: Number of heads.
-        head_dim: Length of a query.
-        mlp_dim: Width of the perceptron's hidden layer.
-        drop_rate: Dropout.
-        local: Whether attention is locality self-attention.
-    """
+    """One pre-norm layer: attention and a two-layer perceptron, each added to its input."""
 
     def __init__(
         self,
@@ -182,10 +154,6 @@ class ViT(Backbone):
         in_channels: Channels of the images.
         mean: Means of :class:`~common.networks.normalize.Normalize`; ``None`` keeps the pixels.
         std: Its standard deviations.
-
-    Raises:
-        ConfigurationError: If patches do not tile the image, a count is below 1, or a drop rate is
-            no probability below 1.
     """
 
     def __init__(
@@ -230,22 +198,14 @@ class ViTBase(ViT):
 
 
 class ViTSmall(ViT):
-    """Shifted patches and local attention: 9,622,512 parameters at 32x32, 10 classes, 3 channels.
-
-    Args:
-        **kwargs: Of :class:`ViT`.
-    """
+    """Shifted patches and local attention: 9,622,512 parameters at 32x32 and 10 classes."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(shifted=True, local=True, **kwargs)
 
 
 class ViTTiny(ViT):
-    """A smaller :class:`ViTSmall`: 4,371,438 parameters at 32x32, 10 classes, 3 channels.
-
-    Args:
-        **kwargs: Of :class:`ViT`.
-    """
+    """A smaller :class:`ViTSmall`: 4,371,438 parameters at 32x32, 10 classes, 3 channels."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(depth=4, heads=6, mlp_dim=256, shifted=True, local=True, **kwargs)

@@ -17,7 +17,9 @@ from common.networks.resnet import (
     check_stages,
     conv1x1,
     conv3x3,
-    preactivated_head,
+    kaiming,
+    make_head,
+    make_stage,
 )
 
 WideBlockFactory = Callable[[int, int, int, Activation, float], nn.Module]
@@ -25,15 +27,12 @@ WideBlockFactory = Callable[[int, int, int, Activation, float], nn.Module]
 
 
 def initialize(module: nn.Module) -> None:
-    """Starting weights of one layer, for ``net.apply(initialize)``.
+    """Starting weights of one layer, as in the WRN code that TRADES made common.
 
-    Convolutions are normal with variance ``2 / (k_h k_w out)`` (He et al., ICCV 2015, fan-out),
-    batch-norms start at scale 1 and shift 0, linear layers keep PyTorch's default weight and lose
-    their bias, as in the WRN code that TRADES made common.
+    Convolutions by :func:`~common.networks.resnet.kaiming`; linear layers lose their bias.
     """
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
+    kaiming(module)
+    if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
 
 
@@ -42,13 +41,6 @@ class WideBlock(nn.Module):
 
     :meth:`forward` is ``residual(a) + skip(x, a)`` with ``a = activate(x)``; the three are public
     so that a method can change what the residual branch reads and leave the shortcut alone.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
-        activation: Makes one activation.
-        drop_rate: Probability of zeroing an activation between the convolutions.
     """
 
     def __init__(
@@ -117,11 +109,7 @@ class SamePaddingBlock(WideBlock):
 
 
 def equal_depths(depth: int, stages: int = 3) -> list[int]:
-    """Blocks per stage of a WRN of ``depth`` layers with equal stages: 4 each for WRN-28.
-
-    Raises:
-        ConfigurationError: If ``depth - 4`` is not a positive multiple of ``2 * stages``.
-    """
+    """Blocks per stage of a WRN of ``depth`` layers with equal stages: 4 each for WRN-28."""
     blocks, rest = divmod(depth - 4, 2 * stages) if stages > 0 else (0, 0)
     if rest != 0 or blocks < 1:
         raise ConfigurationError(
@@ -139,8 +127,7 @@ class WideResNet(Backbone):
     start from :func:`initialize`.
 
     Args:
-        depth: Layers in all, 4 and two for each block; three equal stages get ``(depth - 4) / 6``
-            blocks each. Unused where ``depths`` is given.
+        depth: Layers in all, 4 and two for each block. Unused where ``depths`` is given.
         widen_factor: Widths are 16, 32, 64, ... times it. Unused where ``widths`` is given.
         num_classes: Number of classes K.
         in_channels: Channels of the images.
@@ -156,10 +143,6 @@ class WideResNet(Backbone):
         drop_rates: One ``drop_rate`` for each stage, instead of the same for all.
         activations: One ``activation`` for each stage; the head keeps ``activation``.
         pool: Of the head: average or maximum over each map.
-
-    Raises:
-        ConfigurationError: If ``depth`` does not divide into equal stages, the lists differ in
-            length, a drop rate is no probability below 1, or there is no such pool.
     """
 
     def __init__(
@@ -182,32 +165,27 @@ class WideResNet(Backbone):
         pool: Pool = "avg",
     ) -> None:
         super().__init__(in_channels, mean, std)
-        if depths is None:
-            depths = equal_depths(depth, len(strides))
-        if widths is None:
-            widths = [16 * widen_factor * 2**i for i in range(len(strides))]
-        if drop_rates is None:
-            drop_rates = [drop_rate] * len(strides)
-        if activations is None:
-            activations = [activation] * len(strides)
+        n = len(strides)
+        depths = equal_depths(depth, n) if depths is None else depths
+        widths = [16 * widen_factor * 2**i for i in range(n)] if widths is None else widths
+        drop_rates = [drop_rate] * n if drop_rates is None else drop_rates
+        activations = [activation] * n if activations is None else activations
         check_positive(num_classes=num_classes, stem_width=stem_width)
         check_stages(depths, widths, strides)
         for name, values in (("drop_rates", drop_rates), ("activations", activations)):
-            if len(values) != len(strides):
+            if len(values) != n:
                 raise ConfigurationError(
-                    f"{name} needs one value for each of the {len(strides)} stages, got "
-                    f"{len(values)}"
+                    f"{name} needs one value for each of the {n} stages, got {len(values)}"
                 )
         check_drop_rates(**{f"drop_rate of stage {i}": r for i, r in enumerate(drop_rates, 1)})
         self.widths = tuple(widths)
         self.stem: nn.Module = conv3x3(in_channels, stem_width)
         self.stages = nn.Sequential()
-        inside, listed = stem_width, (depths, widths, strides, activations, drop_rates)
-        for blocks, width, stride, act, rate in zip(*listed, strict=True):
-            stage = nn.Sequential()
-            for i in range(blocks):
-                stage.append(block(inside, width, stride if i == 0 else 1, act, rate))
-                inside = width
-            self.stages.append(stage)
-        self.head = preactivated_head(widths[-1], num_classes, activation, pool)
+        insides = (stem_width, *widths[:-1])
+        kinds = zip(activations, drop_rates, strict=True)
+        for kind, *sizes in zip(kinds, insides, depths, widths, strides, strict=True):
+            self.stages.append(make_stage(lambda *given, kind=kind: block(*given, *kind), *sizes))
+        self.head = make_head(
+            widths[-1], num_classes, pool, norm=nn.BatchNorm2d(widths[-1]), act=activation()
+        )
         self.apply(initialize)

@@ -1,16 +1,20 @@
-"""Files that are missing, altered or of another kind."""
+"""Files that are missing, altered, of another kind, archived or downloaded."""
 
 import gzip
 import pickle
 import shutil
+import socket
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision.datasets
 
 from common import files
+from common.data import downloads
 from common.data.sources import (
     CIFAR10,
     CIFAR100,
@@ -27,21 +31,7 @@ DOWNLOADED = [CIFAR10, CIFAR100, SVHN, MNIST, FashionMNIST]
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-def test_without_files_and_network_one_line_says_what_to_do(
-    cls, tmp_path, no_network, error_of
-) -> None:
-    root = tmp_path / "data"
-    message = error_of(cls(root=str(root)).prepare)
-    assert no_network  # it did try
-    assert cls.spec.name in message
-    assert str(root) in message
-    assert "connect to a network" in message
-    assert all(name in message for name in cls.archives)
-    assert not [path for path in root.iterdir() if path.name != ".download.lock"]
-
-
-@pytest.mark.parametrize("cls", DOWNLOADED)
-def test_without_files_and_download(cls, tmp_path, no_network, error_of) -> None:
+def test_without_files_one_line_says_what_to_do(cls, tmp_path, no_network, error_of) -> None:
     source = cls(root=str(tmp_path), download=False)
     for call in (source.prepare, lambda: source.load("train")):
         message = error_of(call)
@@ -49,6 +39,11 @@ def test_without_files_and_download(cls, tmp_path, no_network, error_of) -> None
         assert str(tmp_path) in message
     assert no_network == []
     assert list(tmp_path.iterdir()) == []
+    message = error_of(cls(root=str(tmp_path)).prepare)
+    assert no_network  # it did try
+    for words in (cls.spec.name, str(tmp_path), "connect to a network", *cls.archives):
+        assert words in message
+    assert not [path for path in tmp_path.iterdir() if path.name != ".download.lock"]
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
@@ -77,31 +72,15 @@ def test_truncated_files_are_refused_even_unverified(cls, verify, root, error_of
     assert str(root) in message
 
 
-@pytest.mark.parametrize("cls", DOWNLOADED)
-def test_one_missing_file_of_an_own_set_is_not_mixed_with_official_ones(
-    cls, root, no_network, error_of
-) -> None:
-    path = sorted(p for p in root.rglob("*") if p.is_file())[-1]
-    path.unlink()
-    message = error_of(cls(root=str(root), verify=False).prepare)
-    assert path.name in message
-    assert no_network == []
-
-
-def test_own_subset_is_refused_with_the_flag_and_read_with_it(
-    tmp_path, write_cifar10, error_of
-) -> None:
-    root = write_cifar10(tmp_path / "data", per_batch=7)
-    assert "--data.source.verify false" in error_of(CIFAR10(root=str(root)).prepare)
-    source = CIFAR10(root=str(root), verify=False)
-    source.prepare()
-    assert len(source.load("train")[0]) == 35
-    assert len(source.load("test")[0]) == 7
-
-
 def rewrite(root: Path, **changes: object) -> None:
     path = root / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | changes))
+
+
+NESTED: list[object] = [1]
+for _ in range(40):  # 2^40 numbers for whoever unfolds it
+    NESTED = [NESTED, NESTED]
+NO_LABELS = (NESTED, [0.5] * 20, np.full(20, 0.5), "labels")
 
 
 @pytest.mark.parametrize(
@@ -112,22 +91,13 @@ def rewrite(root: Path, **changes: object) -> None:
         ({"labels": [1] * 19}, "99 labels"),
         ({"data": np.zeros((20, 3072), dtype=np.float32)}, "expected uint8"),
         ({"data": np.zeros((20, 100), dtype=np.uint8)}, "cannot be read"),
+        *(({"labels": labels}, "whole numbers") for labels in NO_LABELS),
     ],
 )
 def test_content_that_does_not_fit_is_refused(fake_cifar10, changes, reason, error_of) -> None:
     rewrite(fake_cifar10, **changes)
     source = CIFAR10(root=str(fake_cifar10), verify=False)
     assert reason in error_of(lambda: source.load("train"))
-
-
-def test_keys_as_bytes_are_understood(fake_cifar10) -> None:
-    expected = CIFAR10(root=str(fake_cifar10)).load("train")
-    path = fake_cifar10 / "cifar-10-batches-py" / "data_batch_1"
-    entry = {k.encode(): v for k, v in pickle.loads(path.read_bytes()).items()}
-    path.write_bytes(pickle.dumps(entry))
-    found = CIFAR10(root=str(fake_cifar10), verify=False).load("train")
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
 
 
 class Harmful:
@@ -144,24 +114,13 @@ def test_pickles_cannot_run_code(fake_cifar10, error_of) -> None:
     assert not hasattr(builtins, "harm_was_done")
 
 
-def test_idx_file_of_another_type_is_refused(fake_mnist, error_of) -> None:
-    path = fake_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
-    path.write_bytes(gzip.compress(struct.pack(">BBBBI", 0, 0, 0x0D, 1, 1) + b"\0" * 4))
-    source = MNIST(root=str(fake_mnist), verify=False)
-    assert "no IDX file of bytes" in error_of(lambda: source.load("train"))
-
-
-def test_folder_that_cannot_be_made_is_an_error_of_the_data(tmp_path, no_network, error_of) -> None:
-    (tmp_path / "data").write_text("a file is in the way")
-    assert str(tmp_path / "data") in error_of(CIFAR10(root=str(tmp_path / "data")).prepare)
-
-
 # ------------------------------------------------------------------- folders as people have them
 
 
-@pytest.mark.parametrize("download", [True, False])
-@pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("content", [b"", b"garbage" * 99, b"<html>quota exceeded</html>", None])
+@pytest.mark.parametrize(
+    ("content", "download", "verify"),
+    [(b"", True, True), (b"garbage" * 99, False, True), (None, True, False)],
+)
 def test_a_damaged_archive_is_not_called_absent(
     tmp_path, no_network, content, download, verify, error_of
 ) -> None:
@@ -191,12 +150,15 @@ def test_a_set_one_folder_below_is_named(cls, root, no_network, error_of) -> Non
     assert f"it is in {root}: set --data.source.root {root}" in message
 
 
-@pytest.mark.parametrize("cls", [*DOWNLOADED, TinyImageNet])
+@pytest.mark.parametrize("cls", [CIFAR10, MNIST, TinyImageNet])
 def test_a_root_that_is_a_file_is_called_that(cls, tmp_path, error_of) -> None:
     path = tmp_path / "data"
     path.write_text("a file")
     for call in (cls(str(path)).prepare, lambda: cls(str(path)).load("test")):
         assert f"{path} is a file, expected the folder" in error_of(call)
+    assert "is below a file" in error_of(cls(str(path / "data")).prepare)
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    assert "is not readable (No such file" in error_of(cls(str(tmp_path / "link")).prepare)
 
 
 @pytest.mark.parametrize("cls", [CIFAR10, MNIST, TinyImageNet])
@@ -236,18 +198,12 @@ def test_a_folder_that_may_not_be_written(
 
 
 @pytest.mark.parametrize("cls", DOWNLOADED)
-@pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        (b"", "empty (0 bytes)"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        (b"<!DOCTYPE html>", "a web page"),
-        (None, "a folder, not a file"),
-    ],
+    ("content", "word", "verify"),
+    [(b"", "empty (0 bytes)", True), (b"<html>", "web page", False), (None, "a folder", False)],
 )
 def test_a_file_that_is_something_else_is_called_that(
-    cls, verify, content, word, root, no_network, error_of
+    cls, content, word, verify, root, no_network, error_of
 ) -> None:
     path = sorted(p for p in root.rglob("*") if p.is_file())[-1]
     path.unlink()
@@ -263,38 +219,23 @@ def test_a_half_copied_set_is_incomplete_and_not_absent(cls, root, no_network, e
     files = sorted(p for p in root.rglob("*") if p.is_file())
     files[-1].unlink()
     count = f"{len(files) - 1} of {len(files)} files are there"
-    for download in (True, False):
-        message = error_of(cls(str(root), download=download).prepare)
+    for settings in ({}, {"download": False}, {"verify": False}):
+        no_network.clear()
+        message = error_of(cls(str(root), **settings).prepare)
         assert f"{cls.spec.name} is not complete in {files[0].parent}" in message
         assert files[-1].name in message
         assert count in message
-
-
-@pytest.mark.parametrize("cls", [CIFAR10, TinyImageNet])
-def test_a_root_that_leads_nowhere(cls, tmp_path, error_of) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
-    assert "is not readable (No such file" in error_of(cls(str(tmp_path / "link")).prepare)
-    (tmp_path / "file").touch()
-    assert "is below a file" in error_of(cls(str(tmp_path / "file" / "data")).prepare)
-
-
-def test_names_of_packed_files_may_lie(fake_fashion_mnist) -> None:
-    expected = FashionMNIST(str(fake_fashion_mnist)).load("test")[0]
-    one, other = sorted((fake_fashion_mnist / FashionMNIST.folder).glob("t10k*"))
-    one.write_bytes(gzip.decompress(one.read_bytes()))  # as some browsers do
-    other.rename(other.with_suffix(""))
-    source = FashionMNIST(str(fake_fashion_mnist))
-    source.prepare()
-    assert torch.equal(source.load("test")[0], expected)
+        assert bool(no_network) == (not settings)  # one's own set is not mixed with official files
 
 
 def unpack(path: Path, name: str) -> None:
-    (path.parent / name).parent.mkdir(exist_ok=True)
-    (path.parent / name).write_bytes(gzip.decompress(path.read_bytes()))
+    content = gzip.decompress(path.read_bytes())
     path.unlink()
+    (path.parent / name).parent.mkdir(exist_ok=True)
+    (path.parent / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("spelling", ["{}-idx{}", "{}.idx{}", "{}-idx{}/{}-idx{}"])
+@pytest.mark.parametrize("spelling", ["{}-idx{}.gz", "{}.idx{}", "{}-idx{}/{}-idx{}"])
 def test_unpacked_files_are_read_and_verified_where_their_content_is_known(
     fake_mnist, fake_fashion_mnist, spelling, error_of
 ) -> None:
@@ -306,8 +247,8 @@ def test_unpacked_files_are_read_and_verified_where_their_content_is_known(
         found = cls(str(root), verify=False).load("test")
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     message = error_of(MNIST(str(fake_mnist)).prepare)
-    assert "is there" in message
-    assert "unpacked, and only the MD5 of train-images-idx3-ubyte.gz is known" in message
+    only = "unpacked, and only the MD5 of train-images-idx3-ubyte.gz is known"
+    assert (only in message) == ("gz" not in spelling)  # by its name it is packed, and altered
     source = FashionMNIST(str(fake_fashion_mnist))
     source.prepare()
     assert torch.equal(source.load("test")[0], expected[0])
@@ -347,42 +288,107 @@ def test_the_package_is_official(tmp_path) -> None:
     assert FashionMNIST.spec.mean[0] == pytest.approx(x.double().mean().item() / 255, abs=5e-5)
 
 
-def test_packed_files_that_unpack_to_far_more_are_refused(
-    fake_mnist, monkeypatch, error_of
+def test_files_that_unpack_to_far_more_are_refused(
+    fake_mnist, monkeypatch, tmp_path, error_of
 ) -> None:
+    from scipy.io import savemat
+
     monkeypatch.setattr(files, "_ROOM", 2**16)
     path = fake_mnist / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(struct.pack(">II", 2049, 10) + bytes(2**18)))
-    source = MNIST(str(fake_mnist), verify=False)
-    assert "more than 50 times as many" in error_of(lambda: source.load("test"))
-
-
-def test_matlab_files_that_unpack_to_far_more_are_refused(fake_svhn, monkeypatch, error_of) -> None:
-    monkeypatch.setattr(files, "_ROOM", 2**16)
-    from scipy.io import savemat
-
     content = {"X": np.zeros((32, 32, 3, 90), np.uint8), "y": np.ones((90, 1), np.uint8)}
-    savemat(fake_svhn / "test_32x32.mat", content, do_compression=True)
-    svhn = SVHN(str(fake_svhn), verify=False)
-    assert "more than 50 times as many" in error_of(lambda: svhn.load("test"))
+    for name in ("train", "test"):
+        savemat(tmp_path / f"{name}_32x32.mat", content, do_compression=True)
+    for source in (MNIST(str(fake_mnist), verify=False), SVHN(str(tmp_path), verify=False)):
+        assert "more than 50 times" in error_of(lambda source=source: source.load("test"))
 
 
-def test_labels_are_whole_numbers_in_a_flat_list(fake_cifar10, error_of) -> None:
-    nested: list[object] = [1]
-    for _ in range(40):  # 2^40 numbers for whoever unfolds it
-        nested = [nested, nested]
-    for labels in (nested, [0.5] * 20, np.full(20, 0.5), "labels"):
-        rewrite(fake_cifar10, labels=labels)
-        source = CIFAR10(str(fake_cifar10), verify=False)
-        assert "whole numbers" in error_of(lambda source=source: source.load("train"))
-
-
-def test_matlab_files_of_another_kind(fake_svhn, error_of) -> None:
+def test_files_of_another_kind(fake_svhn, fake_mnist, error_of) -> None:
     from scipy.io import savemat
 
+    path = fake_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(struct.pack(">BBBBI", 0, 0, 0x0D, 1, 1) + b"\0" * 4))
+    mnist = MNIST(root=str(fake_mnist), verify=False)
+    assert "no IDX file of bytes" in error_of(lambda: mnist.load("train"))
     path = fake_svhn / "test_32x32.mat"
     source = SVHN(str(fake_svhn), verify=False)
     savemat(path, {"Z": np.zeros(3)})
     assert "there is no X in it, only Z" in error_of(lambda: source.load("test"))
     path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM" + bytes(400))
     assert "version 7.3" in error_of(lambda: source.load("test"))
+
+
+# ------------------------------------------------------------------------- archives
+
+
+@pytest.fixture
+def archived_cifar10(
+    fake_cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    """An archive that passes for the official one, and an empty root."""
+    cls = torchvision.datasets.CIFAR10
+    folder = fake_cifar10 / cls.base_folder
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": downloads.md5_of(folder / "batches.meta")})
+    archive = tmp_path / cls.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, arcname=cls.base_folder)
+    monkeypatch.setattr(cls, "tgz_md5", downloads.md5_of(archive))
+    root = tmp_path / "empty"
+    root.mkdir()
+    return archive, root
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_archive_put_there_by_hand_replaces_the_network(
+    archived_cifar10, no_network, download
+) -> None:
+    archive, root = archived_cifar10
+    shutil.copy(archive, root)
+    source = CIFAR10(root=str(root), download=download)
+    source.prepare()
+    assert len(source.load("train")[0]) == 100
+    assert no_network == []
+    names = {".download.lock", "cifar-10-batches-py", archive.name}
+    assert {path.name for path in root.iterdir()} == names
+
+
+def test_download_is_fetched_beside_and_moved_in_place(archived_cifar10, monkeypatch) -> None:
+    archive, root = archived_cifar10
+    timeouts = []
+
+    def fetch(url: str, fpath: str) -> None:
+        timeouts.append(socket.getdefaulttimeout())
+        shutil.copy(archive, fpath)
+
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fetch)
+    source = CIFAR10(root=str(root))
+    source.prepare()
+    assert len(source.load("test")[0]) == 20
+    assert timeouts == [pytest.approx(15.0)]  # a silent server is not waited for for ever
+    assert socket.getdefaulttimeout() is None
+    source.prepare()
+    CIFAR10(root=str(root)).prepare()
+    assert len(timeouts) == 1
+
+
+@pytest.mark.parametrize("is_interrupted", [True, False])
+def test_half_a_download_leaves_nothing_behind(
+    archived_cifar10, is_interrupted, monkeypatch, error_of
+) -> None:
+    archive, root = archived_cifar10
+
+    def fetch(url: str, fpath: str) -> None:
+        Path(fpath).write_bytes(archive.read_bytes()[:1000])
+        if is_interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fetch)
+    if is_interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            CIFAR10(root=str(root)).prepare()
+    else:
+        assert "could not be downloaded" in error_of(CIFAR10(root=str(root)).prepare)
+    assert {p.name for p in root.iterdir()} <= {".download.lock"}

@@ -15,8 +15,6 @@ from common.data.images import ImageDataModule
 from common.errors import ConfigurationError
 from common.objectives import weighted
 
-CONFIGS = Path(__file__).parents[3] / "common" / "configs"
-
 # ---------------------------------------------------------------------------- several processes
 
 
@@ -127,7 +125,9 @@ def test_evaluation_sees_each_example_once(world_size, stage, stub_trainer, modu
     assert sorted(seen) == list(range(11 if stage == "val" else 23))
 
 
-def test_batch_that_cannot_be_shared_is_refused(stub_trainer, module) -> None:
+def test_examples_that_cannot_be_shared_are_refused(stub_trainer, module) -> None:
+    with pytest.raises(ConfigurationError, match="2 examples cannot be divided over 4"):
+        module(trainer=stub_trainer(world_size=4), val_limit=2)
     with pytest.raises(ConfigurationError, match=r"batch_size 128 .* 3 .* 126 or 129"):
         module(trainer=stub_trainer(world_size=3), batch_size=128)
     with pytest.raises(ConfigurationError, match=r"choose 4, or another"):
@@ -142,11 +142,6 @@ def test_lightnings_sampler_is_refused_with_several_devices(stub_trainer, module
     alone = stub_trainer(world_size=1)
     alone._accelerator_connector.use_distributed_sampler = True
     module(trainer=alone)
-
-
-def test_too_few_examples_for_the_devices(stub_trainer, module) -> None:
-    with pytest.raises(ConfigurationError, match="2 examples cannot be divided over 4"):
-        module(trainer=stub_trainer(world_size=4), val_limit=2)
 
 
 def test_the_runs_seed_is_the_default(Memory, module) -> None:
@@ -220,7 +215,7 @@ def test_trainer_tests_and_predicts_without_augmentation(
     assert torch.cat(predicted).tolist() == list(range(23))
 
 
-@pytest.mark.parametrize(("workers", "step"), [(0, 2), (0, 5), (0, 7), (0, 10), (1, 7)])
+@pytest.mark.parametrize(("workers", "step"), [(0, 5), (0, 7), (1, 7)])
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path, workers, step, Recorder, InterruptAt, data_of
 ) -> None:
@@ -241,19 +236,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert all(torch.equal(a[3], b[3]) for a, b in zip(joined, expected, strict=True))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_training_longer_continues_with_the_next_epoch(
-    tmp_path, workers, Recorder, data_of
-) -> None:
+def test_training_longer_continues_with_the_next_epoch(tmp_path, Recorder, data_of) -> None:
     whole = Recorder()
     trainer_of(tmp_path, 3).fit(whole, data_of())
     first, second = Recorder(), Recorder()
     trainer = trainer_of(tmp_path, 2)
-    trainer.fit(first, data_of(num_workers=workers))
+    trainer.fit(first, data_of())
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    trainer_of(tmp_path, 3).fit(
-        second, data_of(num_workers=workers), ckpt_path=str(tmp_path / "end.ckpt")
-    )
+    trainer_of(tmp_path, 3).fit(second, data_of(), ckpt_path=str(tmp_path / "end.ckpt"))
     joined = [s[:3] for r in (first, second) for s in r.steps if s[0] == "train"]
     assert joined == [s[:3] for s in whole.steps if s[0] == "train"]
 

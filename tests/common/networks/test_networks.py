@@ -128,6 +128,41 @@ def test_features_of_images_of_32_pixels(make, shape):
         net, x = make(), torch.rand(2, 3, 32, 32)
         assert net.features(x).shape == (2, *shape)
         assert net(x).shape == (2, 10)
+    pools = sum(isinstance(m, nn.MaxPool2d) for m in net.modules())
+    if isinstance(net, AlexNet):
+        assert pools == 3  # a stride of 1 keeps the pool
+    elif isinstance(net, VGG):
+        assert pools == make.keywords["strides"].count(2)  # a stride of 1 leaves it out
+
+
+class Largest(nn.Module):
+    def forward(self, x):
+        return x.amax((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("name", ["resnet", "preact", "wide", "vgg", "alexnet", "mobilenet"])
+def test_maximum_over_the_map(name):
+    make, size = TINY[name]
+    net, x = make(pool="max").eval(), torch.rand(2, 3, size, size)
+    assert net.state_dict().keys() == make().state_dict().keys()
+    logits = net(x)
+    net.head.pool = Largest()
+    assert torch.equal(net(x), logits)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        *((partial(wide, drop_rate=0.5), 8), (partial(vit, drop_rate=0.5), 6)),
+        *((partial(vgg, hidden=(9,), drop_rate=0.5), 8), (partial(alexnet, drop_rate=0.5), 16)),
+    ],
+)
+def test_dropout_acts_in_training_only(make, size):
+    net, x = make().eval(), torch.rand(4, 3, size, size)
+    assert torch.equal(net(x), net(x))
+    for module in net.modules():
+        module.train(isinstance(module, nn.Dropout))
+    assert not torch.equal(net(x), net(x))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -140,7 +175,7 @@ def test_backward_reaches_every_parameter(name):
         assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet", "preact", "wide", "vit-small"])
+@pytest.mark.parametrize("name", ["resnet", "wide", "vit-small"])
 def test_compiles_in_one_graph_and_pickles(name):
     make, size = TINY[name]
     net = pickle.loads(pickle.dumps(make().eval()))

@@ -64,22 +64,12 @@ def test_forward_equals_the_layers_written_out(small):
     assert torch.allclose(net(x), torch.stack([forward(image) for image in x]), atol=1e-10)
 
 
-def test_local_attention_starts_at_the_usual_temperature():
+def test_starting_weights():
     scale = ViTTiny(dim=8).stages[0].attention.log_scale
-    assert scale.exp().item() == pytest.approx(64**-0.5)
-
-
-def test_positions_start_from_a_standard_normal():
+    assert scale.exp().item() == pytest.approx(64**-0.5)  # the usual temperature
     tokens = Tokens(3, 32, 4, 64)
     assert tokens.positions.std().item() == pytest.approx(1, abs=0.05)
     assert tokens.token.std().item() == pytest.approx(1, abs=0.3)
-
-
-def test_dropout_acts_in_training_only():
-    net, x = tiny(drop_rate=0.5), torch.rand(2, 3, 6, 6)
-    assert not torch.equal(net(x), net(x))
-    net.eval()
-    assert torch.equal(net(x), net(x))
 
 
 def test_says_when_the_images_have_another_size():
