@@ -21,8 +21,8 @@ from common.networks.resnet import (
     check_positive,
     conv1x1,
     conv3x3,
+    make_head,
     named_sequence,
-    preactivated_head,
 )
 
 # ------------------------------------------------------------------------------------ DenseNet
@@ -99,7 +99,9 @@ class DenseNet(Backbone):
             inside = width + depth * growth_rate
             widths = range(width, inside, growth_rate)
             self.stages.append(nn.Sequential(*(Bottleneck(w, growth_rate) for w in widths)))
-        self.head = preactivated_head(inside, num_classes, nn.ReLU, "avg")
+        self.head = make_head(
+            inside, num_classes, "avg", norm=nn.BatchNorm2d(inside), act=nn.ReLU()
+        )
 
 
 # ---------------------------------------------------------------------- operations and cells
