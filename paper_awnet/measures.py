@@ -5,48 +5,42 @@ The paper compares a standard and a robust network of one architecture [A]; the 
 into it, so conclusions are drawn from folded weights. Tags as in :mod:`paper_awnet.method`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from scipy.special import rel_entr
+from scipy.spatial.distance import jensenshannon
 from scipy.stats import kurtosis, wasserstein_distance
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from common.attacks.losses import classify, label_loss, margin
 from common.attacks.pgd import FGSM, PGD, input_gradient
 from common.attacks.randomness import ExampleRandom, Stream
 from common.evaluation.measures import AttackMeasure
-from common.objectives import Batch, InnerLoss
+from common.objectives import Batch
 from common.results.lines import Columns
 from paper_awnet.method import ADVERSARIAL, CLEAN, DynamicConv2d, MixBatchNorm2d
 from paper_awnet.networks import AWNet, OATNet, forced, require_network
 from paper_awnet.objectives import LAMBDAS, at_lambda, signal_statistics
 
-BINS = 101
+JOINT = ("joint_clean_0.1", "joint_clean_1", "joint_clean_10")
+"""Attacks on class and type at once, in which the router is to be misled."""
 
 # ---------------------------------------------------------------------------------- the router
 
 
-def attacked(model: Any, loss: InnerLoss, attack: PGD, batch: Batch, seed: int) -> Tensor:
-    """Adversarial images of one loss, in evaluation mode."""
-    random = ExampleRandom(seed, 0, batch["index"], Stream.EVALUATION)
-    return attack(loss(model, batch), batch["x"], random)
-
-
 @torch.no_grad()
 def routing(net: AWNet, images: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """P_type of clean images and of each kind of adversarial ones.
+    """P_type of ``clean`` images and of each kind of adversarial ones, by name.
 
-    Args:
-        net: In evaluation mode.
-        images: By name; ``clean`` among them.
-
-    Returns:
-        By name: ``p_adv`` ``(N,)``, ``type_acc`` against the true type, ``auroc`` against the clean
-        ones.
+    ``p_adv`` ``(N,)``; ``type_acc`` against the true type; ``auroc`` against the clean ones.
     """
     found: dict[str, dict[str, Any]] = {}
     clean = net.outputs(images["clean"]).p[:, ADVERSARIAL]
@@ -65,11 +59,7 @@ def forced_accuracies(
     net: AWNet, images: Mapping[str, Tensor], y: Tensor
 ) -> dict[str, dict[str, float]]:
     """Accuracy by kind of images and by P_type: ``soft``, forced ``clean``, forced ``adv``."""
-    ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "soft": net,
-        "clean": forced(net, CLEAN),
-        "adv": forced(net, ADVERSARIAL),
-    }
+    ways = {"soft": net, "clean": forced(net, CLEAN), "adv": forced(net, ADVERSARIAL)}
     return {
         kind: {way: float((classify(f(x)) == y).float().mean()) for way, f in ways.items()}
         for kind, x in images.items()
@@ -174,37 +164,27 @@ class Filters(NamedTuple):
     folded: Tensor | None
 
 
-# -------------------------------------------------------------------------- filters of a network
-
-
 def filters(
-    net: nn.Module,
-    image: Tensor,
-    kind: str = "clean",
-    scales: Mapping[str, Tensor] | None = None,
+    net: nn.Module, image: Tensor, kind: str = "clean", signals: Sequence[Tensor] = ()
 ) -> dict[str, Filters]:
     """All convolutions of a network by name, without those of the side network.
 
-    A forward pass finds which batch-norm reads which convolution.
-
     Args:
         net: In evaluation mode.
-        image: One image, ``(C, H, W)``.
+        image: One image, ``(C, H, W)``, whose forward pass finds the batch-norms.
         kind: The folded one of two batch-norms: ``clean`` or ``adv``.
-        scales: By name, a scale for every filter ``(O,)`` that multiplies the weights first, for
-            instance mean signals.
+        signals: An AW-Net's omega_j ``(N, S_j)``, whose means over images scale the filters first.
     """
-    backbone = net.arch if isinstance(net, AWNet) else net
-    prefix = "arch." if isinstance(net, AWNet) else ""
+    scales = net.by_convolution(signals) if isinstance(net, AWNet) and signals else []
     norms = readers(net, image)
     found = {}
-    for name, conv in backbone.named_modules():
+    for name, conv in (net.arch if isinstance(net, AWNet) else net).named_modules():
         if not isinstance(conv, nn.Conv2d):
             continue
         raw = conv.weight.detach().clone()
-        if scales is not None and name in scales:
-            raw = raw * scales[name].to(raw)[:, None, None, None]
-        norm = norms.get(prefix + name)
+        if scales and isinstance(conv, DynamicConv2d):
+            raw = raw * scales[conv.position].mean(dim=0)[:, None, None, None]
+        norm = norms.get(conv)
         if isinstance(norm, MixBatchNorm2d):
             norm = norm.get_submodule(kind)
         folded = None
@@ -217,74 +197,37 @@ def filters(
 
 
 @torch.no_grad()
-def readers(net: nn.Module, image: Tensor) -> dict[str, nn.Module]:
-    """By name of a convolution, the batch-norm whose input is its output."""
-    outputs: list[tuple[str, Tensor]] = []
-    read: dict[str, nn.Module] = {}
-    handles = []
+def readers(net: nn.Module, image: Tensor) -> dict[nn.Module, nn.Module]:
+    """By convolution, the batch-norm whose input is its output."""
+    made: list[tuple[Tensor, nn.Module]] = []  # keeps outputs alive, so that identity is unique
+    read: dict[nn.Module, nn.Module] = {}
 
-    def made(name: str) -> object:
-        def hook(_: nn.Module, __: object, out: Tensor) -> None:
-            outputs.append((name, out))  # kept alive, so that the identity stays unique
-
-        return hook
-
-    def taken(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        for name, out in outputs:
-            if out is args[0]:
-                read[name] = module
-
-    inside = [m for mix in net.modules() if isinstance(mix, MixBatchNorm2d) for m in mix.children()]
-    for name, module in net.named_modules():
+    def after(module: nn.Module, _: Any, out: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(made(name)))  # type: ignore[arg-type]
-        elif isinstance(module, MixBatchNorm2d | nn.BatchNorm2d) and module not in inside:
-            handles.append(module.register_forward_pre_hook(taken))
-    try:
+            made.append((out, module))
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if isinstance(module, MixBatchNorm2d | nn.BatchNorm2d):
+            read.update({conv: module for out, conv in made if out is args[0]})
+
+    with register_module_forward_hook(after), register_module_forward_pre_hook(before):
         net(image[None])
-    finally:
-        for handle in handles:
-            handle.remove()
     return read
-
-
-def mean_scales(net: AWNet, signals: Sequence[Tensor]) -> dict[str, Tensor]:
-    """By name of a dynamic convolution, its filters' mean scale over images, ``(O,)``."""
-    parts = [
-        part.mean(dim=0)
-        for omega, widths in zip(signals, net.widths, strict=True)
-        for part in torch.split(omega, widths, dim=1)
-    ]
-    return {
-        name: parts[conv.position]
-        for name, conv in net.arch.named_modules()
-        if isinstance(conv, DynamicConv2d)
-    }
 
 
 # ---------------------------------------------------------------------- filters of two networks
 
 
-def histograms(first: Tensor, second: Tensor, bins: int = BINS) -> tuple[Tensor, Tensor, float]:
+def histograms(first: Tensor, second: Tensor, bins: int = 101) -> tuple[Tensor, Tensor, float]:
     """Relative frequencies of two sets of weights over common equal bins on [-b, b].
 
     b is the larger of the two 99.9 % quantiles of the absolute values; values beyond b count in the
-    outermost bins. Zero is the centre of the middle bin: at an edge, rounding would decide whether
-    pruned weights and tiny ones of either sign share a bin.
-
-    Args:
-        first: Weights of any shape.
-        second: Others.
-        bins: Number of bins, odd.
+    outermost bins. The number of bins is odd, so that zero is the centre of the middle one: at an
+    edge, rounding would decide whether pruned weights and tiny ones of either sign share a bin.
 
     Returns:
         Both histograms, ``(bins,)``, each with sum 1, and b.
-
-    Raises:
-        ValueError: If ``bins`` is even.
     """
-    if bins % 2 == 0:
-        raise ValueError(f"bins must be odd, so that zero is the centre of one, got {bins}")
     values = [w.detach().flatten().double() for w in (first, second)]
     bound = max(float(np.quantile(w.abs().cpu().numpy(), 0.999)) for w in values) or 1.0
     half, width = bins // 2, 2 * bound / bins
@@ -293,70 +236,118 @@ def histograms(first: Tensor, second: Tensor, bins: int = BINS) -> tuple[Tensor,
     return one, other, bound
 
 
-def js_divergence(p: Tensor, q: Tensor) -> float:
-    """Jensen-Shannon divergence of two histograms in nats, between 0 and log 2."""
-    a, b = p.numpy(), q.numpy()
-    middle = (a + b) / 2
-    return float((rel_entr(a, middle) + rel_entr(b, middle)).sum() / 2)
-
-
-def wasserstein(first: Tensor, second: Tensor) -> float:
-    """1-Wasserstein distance of two sets of numbers."""
-    return float(wasserstein_distance(_flat(first), _flat(second)))
-
-
-def _flat(weights: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return weights.detach().flatten().double().cpu().numpy()
-
-
-class Shape(NamedTuple):
-    """Numbers about one set of weights.
-
-    Attributes:
-        mean_abs: Mean of the absolute value.
-        std: Standard deviation of the population.
-        kurtosis: Excess kurtosis, 0 for a normal distribution.
-        sparsity: Share of weights below a hundredth of the largest.
-        l1: L1 norm of a filter, mean over filters.
-        l2: L2 norm of a filter, mean over filters.
-    """
-
-    mean_abs: float
-    std: float
-    kurtosis: float
-    sparsity: float
-    l1: float
-    l2: float
-
-
-def shape_of(weights: Tensor) -> Shape:
-    """The numbers about the filters of one convolution, ``(O, I, k, k)``."""
-    w = weights.flatten().double()
-    per_filter = weights.flatten(1).double()
-    return Shape(
-        float(w.abs().mean()),
-        float(w.std(correction=0)),
-        float(kurtosis(_flat(weights))),
-        float((w.abs() < 0.01 * w.abs().max()).double().mean()),
-        float(per_filter.abs().sum(dim=1).mean()),
-        float(per_filter.norm(dim=1).mean()),
-    )
+def distance(first: Tensor, second: Tensor) -> dict[str, float]:
+    """``wasserstein`` distance, and ``js`` divergence of the histograms in nats, of two weights."""
+    p, q, _ = histograms(first, second)
+    a, b = (w.detach().flatten().double().cpu() for w in (first, second))
+    return {
+        "wasserstein": float(wasserstein_distance(a, b)),
+        "js": float(jensenshannon(p, q)) ** 2,
+    }
 
 
 def distances(
-    first: Mapping[str, Filters], second: Mapping[str, Filters], folded: bool = True
+    first: Mapping[str, Filters], second: Mapping[str, Filters]
 ) -> dict[str, dict[str, float]]:
-    """By layer, ``wasserstein`` and ``js`` between two networks of one architecture.
+    """The distances of two networks' folded weights, by layer in front of a batch-norm."""
+    pairs = {name: (one.folded, second[name].folded) for name, one in first.items()}
+    return {
+        name: distance(a, b) for name, (a, b) in pairs.items() if a is not None and b is not None
+    }
 
-    Args:
-        first: Of one network.
-        second: Of the other.
-        folded: Whether of folded weights; layers without a batch-norm are left out then.
+
+def shape_of(weights: Tensor) -> dict[str, float]:
+    """Numbers about the filters of one convolution, ``(O, I, k, k)``.
+
+    ``kurtosis`` is the excess over a normal distribution, ``sparsity`` the share of weights below a
+    hundredth of the largest; ``l1`` and ``l2`` are norms of a filter, means over filters.
     """
-    found = {}
-    for name, one in first.items():
-        a, b = (f.folded if folded else f.raw for f in (one, second[name]))
-        if a is not None and b is not None:
-            p, q, _ = histograms(a, b)
-            found[name] = {"wasserstein": wasserstein(a, b), "js": js_divergence(p, q)}
-    return found
+    per_filter = weights.detach().flatten(1).double()
+    w = per_filter.flatten()
+    return {
+        "mean_abs": float(w.abs().mean()),
+        "std": float(w.std(correction=0)),
+        "kurtosis": float(kurtosis(w.cpu())),
+        "sparsity": float((w.abs() < 0.01 * w.abs().max()).double().mean()),
+        "l1": float(per_filter.abs().sum(dim=1).mean()),
+        "l2": float(per_filter.norm(dim=1).mean()),
+    }
+
+
+# ---------------------------------------------------------------------------- for the analysis
+
+
+def compare_weights(
+    standard: Mapping[int, Mapping[str, Filters]],
+    robust: Mapping[int, Mapping[str, Filters]],
+    seeds: Sequence[int],
+) -> dict[int, dict[str, Any]]:
+    """C1 by seed: standard against robust, and standard against the next seed's standard [D]."""
+    compared: dict[int, dict[str, Any]] = {}
+    for seed, following in zip(seeds, [*seeds[1:], seeds[0]], strict=True):
+        if seed not in standard or seed not in robust:
+            continue
+        one, other = standard[seed], robust[seed]
+        between = distances(one, other)
+        entry: dict[str, Any] = {"layers": len(between), "between": between}
+        if len(seeds) > 1 and following in standard:
+            entry["seeds"] = distances(one, standard[following])
+            entry["further"] = sum(
+                between[n]["wasserstein"] > entry["seeds"][n]["wasserstein"] for n in between
+            )
+        pairs = {n: (one[n], other[n]) for n in between}
+        shapes = {n: [shape_of(cast(Tensor, f.folded)) for f in pair] for n, pair in pairs.items()}
+        raw = [[shape_of(f.raw)["kurtosis"] for f in pair] for pair in pairs.values()]
+        entry["smaller_l1"] = sum(b["l1"] < a["l1"] for a, b in shapes.values())
+        entry["larger_kurtosis"] = sum(b > a for a, b in raw)
+        compared[seed] = entry | {"shapes": shapes}
+    return compared
+
+
+def examine(
+    model: Any, x: Tensor, y: Tensor, seed: int, eps: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Routing, forced accuracies, signals and effective weights of an AW-Net; signals by block."""
+    net = require_network(model, AWNet)
+    batch = {"x": x, "y": y, "index": torch.arange(len(y), device=y.device)}
+    losses = model.adaptive_losses()
+
+    def attack(name: str) -> Tensor:
+        random = ExampleRandom(seed, 0, batch["index"], Stream.EVALUATION)
+        return PGD(eps, eps / 10, 20)(losses[name](model, batch), x, random)
+
+    images = {"clean": x, "pgd": attack("ce_f")} | {name: attack(name) for name in JOINT}
+    shown = {k: images[k] for k in ("clean", "pgd")}
+    # Each of the two networks with a forced P_type is also attacked directly.
+    shown |= {f"pgd_{kind}": attack(f"ce_branch{kind}") for kind in ("clean", "adv")}
+    found: dict[str, Any] = {
+        "routing": routing(net, images),
+        "forced": forced_accuracies(net, shown, y),
+    }
+    blocks = signal_summary(net, x, images["pgd"])
+    if blocks:
+        found["omega_std"] = max(block["std"] for block in blocks)
+        found["omega_shift"] = max(block["shift"] for block in blocks)
+    with torch.no_grad():
+        one, other = (
+            filters(net, x[0], kind, net.outputs(images[name]).signals)
+            for kind, name in (("clean", "clean"), ("adv", "pgd"))
+        )
+    found["effective"] = {n: d["wasserstein"] for n, d in distances(one, other).items()}
+    return found, blocks
+
+
+def curves_of(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What training logged, from TensorBoard's files; empty where there are none."""
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
+
+    if not run.is_dir():
+        return {}
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("train/")]
+    return {
+        tag.removeprefix("train/"): [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags
+    }

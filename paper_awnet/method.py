@@ -10,10 +10,11 @@ features z ``(N, d)``; type logits u ``(N, 2)``; P_type = softmax(u), columns (c
 regulation signals omega_j ``(N, S_j)``, one number for every dynamic filter of block j.
 """
 
+import copy
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -44,14 +45,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 def signal_head(features: int, size: int, init: SignalInit = "zero", std: float = 1.0) -> nn.Linear:
     """The linear layer [F] with weight A_j and bias b_j that gives the S_j signals of one block.
 
-    Args:
-        features: Size of its input.
-        size: S_j.
-        init: ``zero``, so that omega is 1 for every image and the network starts as the static one
-            [D]; or ``normal``, entries of A_j with standard deviation ``std`` and b_j = 0.
-        std: Of ``normal``.
+    With ``zero`` omega is 1 for every image, so the network starts as the static one [D]; with
+    ``normal`` the entries of A_j have standard deviation ``std``, and b_j = 0.
     """
-    check_choice("init", init, SignalInit)
     head = nn.Linear(features, size)
     nn.init.zeros_(head.bias)
     if init == "zero":
@@ -64,7 +60,7 @@ def signal_head(features: int, size: int, init: SignalInit = "zero", std: float 
 # --------------------------------------------------------------------- the side network [F][S][D]
 
 
-class SideNetwork(nn.Module, ABC):
+class SideNetwork(nn.Module):
     """The feature extractor D, the type head, and a signal head for each block.
 
     D is three times conv3x3 - BN - ReLU and a global average pool [D]; its batch-norms are ordinary
@@ -77,15 +73,15 @@ class SideNetwork(nn.Module, ABC):
         strides: Their strides [D].
         type_hidden: Hidden units of the type head [D].
         activation: From head to signal [D].
-        init: Initialisation of the signal heads [D].
+        init: Initialisation of the signal heads [D], see :func:`signal_head`.
         init_std: Standard deviation of ``normal``.
 
     Raises:
         ConfigurationError: If a setting is out of range.
     """
 
-    splits_batch_norm: bool
-    """Whether a network with this side network has two batch-norms by default."""
+    follows_type: bool
+    """Whether signals are a function of P_type, and not of the features."""
 
     def __init__(
         self,
@@ -122,60 +118,34 @@ class SideNetwork(nn.Module, ABC):
         self.type_head = nn.Sequential(
             nn.Linear(in_channels, type_hidden), nn.ReLU(), nn.Linear(type_hidden, 2)
         )
-        read = self.signal_features(in_channels)
+        read = 2 if self.follows_type else in_channels
         self.signal_heads = nn.ModuleList(signal_head(read, s, init, init_std) for s in sizes)
-
-    @staticmethod
-    @abstractmethod
-    def signal_features(width: int) -> int:
-        """Input size of a signal head, given the number of features."""
-
-    @abstractmethod
-    def signals(self, z: Tensor, p: Tensor) -> list[Tensor]:
-        """All omega_j from features z ``(N, d)`` and type probabilities p ``(N, 2)``."""
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features z ``(N, d)`` and type logits u ``(N, 2)`` of images."""
         z = self.features(x)
         return z, self.type_head(z)
 
-    def _omega(self, read: Tensor) -> list[Tensor]:
-        activate = ACTIVATIONS[self.activation]
-        return [activate(head(read)) for head in self.signal_heads]
+    def signals(self, z: Tensor, p: Tensor) -> list[Tensor]:
+        """All omega_j = act(A_j r + b_j), with r the features z or the type probabilities p."""
+        read = p if self.follows_type else z
+        return [ACTIVATIONS[self.activation](head(read)) for head in self.signal_heads]
 
 
 class Router(SideNetwork):
     """The multi-head adversarial router of version 4 [F][S]: signal heads read the features."""
 
-    splits_batch_norm = True
-
-    @staticmethod
-    def signal_features(width: int) -> int:
-        """All features."""
-        return width
-
-    def signals(self, z: Tensor, p: Tensor) -> list[Tensor]:
-        """omega_j = act(A_j z + b_j); p is not read."""
-        return self._omega(z)
+    follows_type = False
 
 
 class Detector(SideNetwork):
     """The adversarial detector of versions 1 and 2 [A], a reconstruction [D].
 
-    Signals are a function of the detector's output alone, so the filters move along a curve from
-    those of a clean image, p = (1, 0), to those of an adversarial one, p = (0, 1).
+    Signals are a function of the detector's output alone, in training as well, so the filters move
+    along a curve from those of a clean image, p = (1, 0), to those of an adversarial one, (0, 1).
     """
 
-    splits_batch_norm = False
-
-    @staticmethod
-    def signal_features(width: int) -> int:
-        """The two probabilities."""
-        return 2
-
-    def signals(self, z: Tensor, p: Tensor) -> list[Tensor]:
-        """omega_j = act(A_j p + b_j), p the detector's own in training as well."""
-        return self._omega(p)
+    follows_type = True
 
 
 # ------------------------------------------------------------ what the layers receive in each pass
@@ -185,6 +155,7 @@ Rows = slice | Tensor
 """Which images of a batch: a slice where they stand together, else their positions."""
 
 
+@dataclass(eq=False)
 class Route:
     """What the dynamic layers of one network receive for the duration of one forward pass.
 
@@ -194,10 +165,9 @@ class Route:
         rows: The images of each type, for batch-norms in training mode.
     """
 
-    def __init__(self) -> None:
-        self.signals: Sequence[Tensor] = ()
-        self.mixture: Tensor | None = None
-        self.rows: tuple[Rows, Rows] | None = None
+    signals: Sequence[Tensor] = ()
+    mixture: Tensor | None = None
+    rows: tuple[Rows, Rows] | None = None
 
     @contextmanager
     def told(
@@ -205,23 +175,21 @@ class Route:
         signals: Sequence[Tensor],
         mixture: Tensor | None,
         rows: tuple[Rows, Rows] | None = None,
+        **more: Tensor,
     ) -> Iterator[None]:
         """Set the values for one pass and clear them afterwards, even after an exception."""
-        self.signals, self.mixture, self.rows = signals, mixture, rows
+        vars(self).update(signals=signals, mixture=mixture, rows=rows, **more)
         try:
             yield
         finally:
-            self.signals, self.mixture, self.rows = (), None, None
+            vars(self).update(vars(type(self)()))
 
 
 def rows_by_type(types: Tensor) -> tuple[Rows, Rows]:
-    """Where the clean and where the adversarial images of a batch are.
-
-    Args:
-        types: 0 or 1, ``(N,)``.
+    """Where the clean and where the adversarial images of a batch are, from types ``(N,)``.
 
     Raises:
-        ConfigurationError: If there are other types.
+        ConfigurationError: If there are types other than 0 and 1.
     """
     if types.ndim != 1 or not ((types == CLEAN) | (types == ADVERSARIAL)).all():
         raise ConfigurationError(
@@ -297,30 +265,18 @@ class MixBatchNorm2d(nn.Module):
 
     def __init__(self, norm: nn.BatchNorm2d, route: Route) -> None:
         super().__init__()
-        self.clean = norm
-        self.adv = nn.BatchNorm2d(
-            norm.num_features,
-            norm.eps,
-            norm.momentum,
-            norm.affine,
-            norm.track_running_stats,
-            device=norm.weight.device,
-            dtype=norm.weight.dtype,
-        )
-        self.adv.load_state_dict(norm.state_dict())
+        self.clean, self.adv = norm, copy.deepcopy(norm)
         self.route = route
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised maps, ``(N, C, H, W)``."""
-        if self.training:
-            return self._by_type(x)
+        return self._by_type(x) if self.training else self._mixed(x)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """The average of both outputs, computed as one affine map per image."""
         p = self.route.mixture
         if p is None:
             raise RuntimeError("MixBN has P_type only in AWNet's forward pass")
-        return self._mixed(x, p)
-
-    def _mixed(self, x: Tensor, p: Tensor) -> Tensor:
-        """The average of both outputs, computed as one affine map per image."""
         scales, shifts = [], []
         for norm in (self.clean, self.adv):
             mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
@@ -348,33 +304,18 @@ class MixBatchNorm2d(nn.Module):
 # ------------------------------------------------- OAT's batch-norm, conditioned on lambda [D]
 
 
+@dataclass(eq=False)
 class Knob(Route):
-    """A route that also gives the layers OAT's lambda, ``(N, 1)``."""
+    """A route that also gives the layers OAT's lambda as ``condition``, ``(N, 1)``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.condition: Tensor | None = None
-
-    @contextmanager
-    def turned(self, condition: Tensor) -> Iterator[None]:
-        """Set lambda for one pass and clear it afterwards, even after an exception."""
-        self.condition = condition
-        try:
-            yield
-        finally:
-            self.condition = None
+    condition: Tensor | None = None
 
 
 class FiLMBatchNorm2d(nn.Module):
     r"""Two batch-norms, then :math:`(1 + \gamma(\lambda)) h + \beta(\lambda)` by channel.
 
-    gamma and beta come from two layers. The last one starts at zero, so that the network starts as
-    one with two batch-norms [D].
-
-    Args:
-        norm: Initial state of both batch-norms.
-        route: Gives lambda.
-        hidden: Units between the two layers.
+    gamma and beta come from two layers with ``hidden`` units between them. The last one starts at
+    zero, so that the network starts as one with two batch-norms [D].
     """
 
     def __init__(self, norm: nn.BatchNorm2d, route: Knob, hidden: int) -> None:
@@ -417,11 +358,7 @@ def straight_through(p: Tensor) -> Tensor:
 
 
 def check_probabilities(p: Tensor, count: int) -> Tensor:
-    """Given type probabilities for each of ``count`` images, ``(N, 2)``.
-
-    Args:
-        p: One pair for all images, ``(2,)``, or one for each, ``(N, 2)``.
-        count: N.
+    """Type probabilities ``(N, 2)`` for each of ``count`` images, given so or as one pair ``(2,)``.
 
     Raises:
         ConfigurationError: If they are not distributions over the two types.

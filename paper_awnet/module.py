@@ -1,6 +1,6 @@
 """The classifier: loads teachers before training and defines the adaptive attacks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from paper_awnet.networks import AWNet, OATNet, forced, require_network
 from paper_awnet.objectives import LAMBDAS, PairedObjective, at_lambda
 
 WEIGHTS = (0.1, 1, 10)
-"""lambda of the joint attacks."""
+"""Of the type loss in the joint attacks."""
 
 
 class AWNetClassifier(RobustClassifier):
@@ -48,8 +48,8 @@ class AWNetClassifier(RobustClassifier):
             losses |= {"ce_routerdetached": router_detached, "ce_routerfrozen": router_frozen}
             for name, kind in (("clean", CLEAN), ("adv", ADVERSARIAL)):
                 for weight in WEIGHTS:
-                    losses[f"joint_{name}_{weight}"] = partial(joint, kind, weight)
-                losses[f"ce_branch{name}"] = partial(forced_branch, kind)
+                    losses[f"joint_{name}_{weight}"] = joint(kind, weight)
+                losses[f"ce_branch{name}"] = forced_branch(kind)
             losses["misroute"] = misroute
         if isinstance(self.net, OATNet):
             losses |= {f"ce_knob_{lam:g}": partial(at_lambda, lam) for lam in LAMBDAS}
@@ -70,15 +70,14 @@ class AWNetClassifier(RobustClassifier):
 # ------------------------------------------------------------------------------ adaptive attacks
 
 
-def router_detached(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-    """X' -> cross-entropy; signals and P_type of x' are constants to the gradient (A1)."""
-    net, y = require_network(model, AWNet), differentiable(batch["y"])
+def aware(loss: Callable[[AWNet, Tensor, Tensor], Tensor]) -> InnerLoss:
+    """The inner loss that is a function of an AW-Net, the attacked images and their labels."""
 
-    def loss(x: Tensor) -> Tensor:
-        routing = _routing(net, x)
-        return cross_entropy(net.outputs(x, **routing).logits, y)
+    def inner(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        net, y = require_network(model, AWNet), differentiable(batch["y"])
+        return lambda x: loss(net, x, y)
 
-    return loss
+    return inner
 
 
 def router_frozen(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
@@ -89,32 +88,36 @@ def router_frozen(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
     return lambda x: cross_entropy(net.outputs(x, **routing).logits, y)
 
 
-def joint(kind: int, weight: float, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-    """X' -> CE(f(x'), y) - weight CE(u(x'), kind): wrong, and of that type (A3)."""
-    net, y = require_network(model, AWNet), differentiable(batch["y"])
+@aware
+def router_detached(net: AWNet, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy; signals and P_type of x' are constants to the gradient (A1)."""
+    return cross_entropy(net.outputs(x, **_routing(net, x)).logits, y)
 
-    def loss(x: Tensor) -> Tensor:
+
+@aware
+def misroute(net: AWNet, x: Tensor, y: Tensor) -> Tensor:
+    """CE(u(x'), clean), which has nothing to do with the class (A5)."""
+    return cross_entropy(net.router.read(x)[1], torch.full_like(y, CLEAN))
+
+
+def joint(kind: int, weight: float) -> InnerLoss:
+    """CE(f(x'), y) - weight CE(u(x'), kind): wrong, and of that type (A3)."""
+
+    def loss(net: AWNet, x: Tensor, y: Tensor) -> Tensor:
         outputs = net.outputs(x)
         looks = cross_entropy(outputs.type_logits, torch.full_like(y, kind))
         return cross_entropy(outputs.logits, y) - weight * looks
 
-    return loss
+    return aware(loss)
 
 
-def forced_branch(kind: int, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-    """X' -> cross-entropy of the network with P_type forced to one type (A4)."""
-    branch, y = forced(require_network(model, AWNet), kind), differentiable(batch["y"])
-    return lambda x: cross_entropy(branch(x), y)
-
-
-def misroute(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-    """X' -> CE(u(x'), clean), which has nothing to do with the class (A5)."""
-    net, y = require_network(model, AWNet), batch["y"]
-    return lambda x: cross_entropy(net.router.read(x)[1], torch.full_like(y, CLEAN))
+def forced_branch(kind: int) -> InnerLoss:
+    """Cross-entropy of the network with P_type forced to one type (A4)."""
+    return aware(lambda net, x, y: cross_entropy(forced(net, kind)(x), y))
 
 
 @torch.no_grad()
-def _routing(net: AWNet, x: Tensor) -> Mapping[str, Any]:
+def _routing(net: AWNet, x: Tensor) -> dict[str, Any]:
     """Signals and mixture of images, as arguments of :meth:`AWNet.outputs`, constant."""
     z, type_logits = net.router.read(x)
     p = type_logits.softmax(dim=1)

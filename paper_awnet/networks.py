@@ -15,7 +15,7 @@ from common.checkpoints import checkpoint_beside, load_weights
 from common.errors import CheckpointError, ConfigurationError, check_choice
 from common.modes import network_of, try_out
 from common.networks.backbone import Backbone
-from common.networks.resnet import Initialize, ResNet, kaiming
+from common.networks.resnet import ResNet, kaiming
 from paper_awnet.method import (
     DynamicConv2d,
     FiLMBatchNorm2d,
@@ -24,6 +24,7 @@ from paper_awnet.method import (
     Outputs,
     Route,
     Router,
+    Rows,
     SideNetwork,
     check_probabilities,
     rows_by_type,
@@ -50,8 +51,8 @@ class AWNet(nn.Module):
         router: The side network: :class:`~paper_awnet.method.Router` or
             :class:`~paper_awnet.method.Detector`, with their settings.
         dynamic: Whether filters are scaled; without, omega is 1 and there are no signal heads.
-        scope: Which convolutions are dynamic: all of each residual ``block`` [D], or its
-            ``last_conv``, the literal reading of the figure.
+        scope: Dynamic convolutions: all of each residual ``block`` [D], or its ``last_conv``, the
+            literal reading of the figure.
         mixbn: Whether there are two batch-norms; ``None`` is yes with a router and no with a
             detector [A][F].
         mixing: How they are mixed in evaluation mode: ``soft`` by P_type [F]; ``hard`` by its
@@ -72,8 +73,8 @@ class AWNet(nn.Module):
         mixing: Mixing = "soft",
     ) -> None:
         super().__init__()
-        for name, value, choices in (("scope", scope, Scope), ("mixing", mixing, Mixing)):
-            check_choice(name, value, choices)
+        check_choice("scope", scope, Scope)
+        check_choice("mixing", mixing, Mixing)
         self.route = Route()
         self.mixing: Mixing = mixing
         self.arch = arch
@@ -81,9 +82,9 @@ class AWNet(nn.Module):
         self.widths = [[conv.out_channels for _, conv in branch] for branch in branches]
         channels = arch.normalize.in_channels if isinstance(arch, Backbone) else 3
         self.router = router(channels, [sum(widths) for widths in self.widths])
-        self.has_mixbn = self.router.splits_batch_norm if mixbn is None else mixbn
+        self.has_mixbn = not self.router.follows_type if mixbn is None else mixbn
         for position, (name, conv) in enumerate(pair for branch in branches for pair in branch):
-            replace(arch, name, DynamicConv2d(conv, self.route, position))
+            arch.set_submodule(name, DynamicConv2d(conv, self.route, position))
         if self.has_mixbn:
             replace_norms(arch, lambda norm: MixBatchNorm2d(norm, self.route))
 
@@ -104,37 +105,34 @@ class AWNet(nn.Module):
             x: Images in [0, 1], ``(N, C, H, W)``.
             types: 0 clean or 1 adversarial, ``(N,)``; only the two batch-norms in training mode
                 read them.
-            p: P_type instead of the network's own, ``(2,)`` or ``(N, 2)``: for the mixture of
+            p: P_type instead of the network's, ``(2,)`` or ``(N, 2)``: for the mixture of
                 batch-norms, and for a detector's signals, which follow it.
-            signals: All omega_j ``(N, S_j)`` instead of the network's own.
+            signals: All omega_j ``(N, S_j)`` instead of the network's.
 
         Raises:
             ConfigurationError: If types are missing in training mode, ``p`` is not a distribution
                 or signals have other shapes.
         """
-        rows = None
-        if self.training and self.has_mixbn:
-            if types is None:
-                raise ConfigurationError(
-                    "in training mode every image goes through the batch-norms of its type: call "
-                    "outputs(x, types=...), or put the network into evaluation mode. An objective "
-                    "of paper_awnet.objectives does so, an attack needs adversary.mode: eval"
-                )
-            rows = rows_by_type(types)
+        rows = training_rows(types, "AWNet") if self.training and self.has_mixbn else None
         z, type_logits = self.router.read(x)
         own = type_logits.softmax(dim=1)
         used = own if p is None else check_probabilities(p, len(x)).to(own)
         if signals is None:
             signals = self.router.signals(z, used)
-        self._check_signals(signals, len(x))
-        each = [
-            part
-            for omega, widths in zip(signals, self.widths, strict=True)
-            for part in torch.split(omega, widths, dim=1)
-        ]
-        with self.route.told(each, used if p is not None else self.mixture(own), rows):
+        expected = [(len(x), sum(widths)) for widths in self.widths]
+        if (got := [tuple(omega.shape) for omega in signals]) != expected:
+            raise ConfigurationError(
+                f"signals must have the shapes {expected}, one for each block, got {got}"
+            )
+        mixture = self.mixture(own) if p is None else used
+        with self.route.told(self.by_convolution(signals), mixture, rows):
             logits = self.arch(x)
         return Outputs(logits, type_logits, used, list(signals))
+
+    def by_convolution(self, signals: Sequence[Tensor]) -> list[Tensor]:
+        """All omega_j ``(N, S_j)`` as one tensor ``(N, O)`` for each dynamic convolution."""
+        blocks = zip(signals, self.widths, strict=True)
+        return [part for omega, widths in blocks for part in torch.split(omega, widths, dim=1)]
 
     def mixture(self, p: Tensor) -> Tensor:
         """Weights of the two batch-norms in evaluation mode, ``(N, 2)``, by ``mixing``."""
@@ -143,14 +141,6 @@ class AWNet(nn.Module):
         if self.mixing == "hard":
             return straight_through(p)
         return p.new_tensor([1.0, 0.0] if self.mixing == "clean" else [0.0, 1.0]).expand_as(p)
-
-    def _check_signals(self, signals: Sequence[Tensor], count: int) -> None:
-        expected = [(count, sum(widths)) for widths in self.widths]
-        if [tuple(omega.shape) for omega in signals] != expected:
-            raise ConfigurationError(
-                f"signals must have the shapes {expected}, one for each block, got "
-                f"{[tuple(omega.shape) for omega in signals]}"
-            )
 
     def extra_repr(self) -> str:
         """Settings, for ``print(net)``."""
@@ -161,9 +151,8 @@ def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, n
     """By block, the convolutions of the residual branch in forward order, with their full names.
 
     Raises:
-        ConfigurationError: If there are none, or there is no such scope.
+        ConfigurationError: If there are none.
     """
-    check_choice("scope", scope, Scope)
     branches = []
     for i, stage in enumerate(arch.stages if isinstance(arch, Backbone) else ()):
         blocks = stage if isinstance(stage, nn.Sequential) else ()
@@ -184,23 +173,26 @@ def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, n
     return branches
 
 
-def replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule of the given name."""
-    parent, _, last = name.rpartition(".")
-    setattr(root.get_submodule(parent), last, module)
-
-
 def replace_norms(root: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
     """Replace every batch-norm by what ``make`` returns for it."""
-    norms = [(name, m) for name, m in root.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    for name, norm in norms:
-        replace(root, name, make(norm))
+    for name, module in list(root.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            root.set_submodule(name, make(module))
 
 
-def network_as(model: Any, kind: type[Network]) -> Network | None:
-    """The network that a classifier holds or that the model is, if it is of this class."""
-    net = network_of(model)
-    return net if isinstance(net, kind) else None
+def training_rows(types: Tensor | None, network: str) -> tuple[Rows, Rows]:
+    """The images of each type, which training mode needs.
+
+    Raises:
+        ConfigurationError: If the types are missing.
+    """
+    if types is None:
+        raise ConfigurationError(
+            f"in training mode every image of {network} goes through the batch-norms of its type: "
+            "give types=..., or put the network into evaluation mode. An objective of "
+            "paper_awnet.objectives does so, an attack needs adversary.mode: eval"
+        )
+    return rows_by_type(types)
 
 
 def require_network(model: Any, kind: type[Network]) -> Network:
@@ -209,11 +201,11 @@ def require_network(model: Any, kind: type[Network]) -> Network:
     Raises:
         ConfigurationError: If it is of another class.
     """
-    net = network_as(model, kind)
-    if net is None:
+    net = network_of(model)
+    if not isinstance(net, kind):
         raise ConfigurationError(
-            f"this needs a paper_awnet.networks.{kind.__name__}, got "
-            f"{type(network_of(model)).__name__}; wrap the backbone in one"
+            f"this needs a paper_awnet.networks.{kind.__name__}, got {type(net).__name__}; wrap "
+            "the backbone in one"
         )
     return net
 
@@ -234,9 +226,6 @@ class OATNet(nn.Module):
         arch: A backbone of ``common.networks``; it is changed in place.
         knob: lambda of the deployed network, in [0, 1].
         hidden: Hidden units of the modulating layers [D].
-
-    Raises:
-        ConfigurationError: If lambda is outside [0, 1].
     """
 
     def __init__(self, arch: nn.Module, knob: float = 0.2, hidden: int = 64) -> None:
@@ -255,29 +244,15 @@ class OATNet(nn.Module):
         return self.at(x, self.knob)
 
     def at(self, x: Tensor, lam: float | Tensor, types: Tensor | None = None) -> Tensor:
-        """Logits ``(N, K)`` at any lambda.
+        """Logits ``(N, K)`` at one lambda for all images or at that of each ``(N,)``.
 
-        Args:
-            x: Images, ``(N, C, H, W)``.
-            lam: lambda of all images, or of each ``(N,)``.
-            types: 0 clean or 1 adversarial, ``(N,)``, which selects the batch-norm in training
-                mode; in evaluation mode lambda selects it.
-
-        Raises:
-            ConfigurationError: If types are missing in training mode.
+        In training mode the types ``(N,)`` select the batch-norm, in evaluation mode lambda does.
         """
-        rows = None
-        if self.training:
-            if types is None:
-                raise ConfigurationError(
-                    "in training mode OAT needs types beside lambda: train it with "
-                    "paper_awnet.objectives.OAT and adversary.mode: eval"
-                )
-            rows = rows_by_type(types)
+        rows = training_rows(types, "OATNet") if self.training else None
         each = lam.to(x) if isinstance(lam, Tensor) else x.new_full((len(x),), lam)
         is_adversarial = (each > 0).to(x)
         mixture = torch.stack([1 - is_adversarial, is_adversarial], dim=1)
-        with self.route.told((), mixture, rows), self.route.turned(each[:, None]):
+        with self.route.told((), mixture, rows, condition=each[:, None]):
             logits: Tensor = self.arch(x)
         return logits
 
@@ -293,12 +268,9 @@ class Teacher:
         net: Images in [0, 1] to logits ``(N, K)``, with the classes of the student.
         experiment: The experiment that trained it; its run directory with the same seed is looked
             up beside the student's.
-        checkpoint: Which of its checkpoints: ``last`` or ``selected``.
+        checkpoint: ``last`` or ``selected``.
         path: A file with its weights; takes precedence over ``experiment``.
         as_it_is: Whether ``net`` already has its weights; then no file is read.
-
-    Raises:
-        ConfigurationError: If the source of the weights is missing.
     """
 
     net: nn.Module
@@ -328,32 +300,22 @@ class Teacher:
         return logits
 
     def load(self, run: str | Path, shape: Sequence[int], num_classes: int) -> None:
-        """Read the weights and run the network on a blank image.
-
-        Args:
-            run: The student's run directory.
-            shape: Of an image, ``(C, H, W)``.
-            num_classes: K of the student.
+        """Read the weights, given the student's run directory, and try the network out.
 
         Raises:
             CheckpointError: If there is no such file, or it belongs to another network.
-            ConfigurationError: If the network does not fit images or classes.
+            ConfigurationError: If the network does not fit images ``(C, H, W)`` or classes.
         """
         if not self.as_it_is:
             load_weights(self.net, self._find(Path(run)))
+        name = f"the teacher {self.path or self.experiment or type(self.net).__name__}"
         remedy = "give the network it was trained with"
-        scores = try_out(self.net, shape, remedy, what=f"the teacher {self._name}").shape[1:]
-        if tuple(scores) != (num_classes,):
+        scores = tuple(try_out(self.net, shape, remedy, what=name).shape[1:])
+        if scores != (num_classes,):
             raise ConfigurationError(
-                f"the teacher {self._name} has {tuple(scores)} classes and the data have "
-                f"{num_classes}; choose a teacher that was trained on these data"
+                f"{name} has {scores} classes and the data have {num_classes}; choose a teacher "
+                "that was trained on these data"
             )
-
-    @property
-    def _name(self) -> str:
-        if self.as_it_is:
-            return type(self.net).__name__
-        return str(self.path or self.experiment)
 
     def _find(self, run: Path) -> Path:
         if self.path is not None:
@@ -373,38 +335,19 @@ class Teacher:
 class DigitsStudent(ResNet):
     """The scaled-down student: three basic blocks of 8, 16, 32 channels for 8x8 digits [D].
 
-    Args:
-        in_channels: Channels of the images.
-        widths: Of the blocks; the teachers' are twice these.
-        init: Sets starting weights.
-        **kwargs: Of :class:`~common.networks.resnet.ResNet`.
+    The teachers' ``widths`` are twice these.
     """
 
     def __init__(
-        self,
-        in_channels: int = 1,
-        widths: Sequence[int] = (8, 16, 32),
-        init: Initialize | None = None,
-        **kwargs: Any,
+        self, in_channels: int = 1, widths: Sequence[int] = (8, 16, 32), **kwargs: Any
     ) -> None:
         super().__init__(
-            depths=(1, 1, 1),
-            widths=widths,
-            strides=(1, 2, 2),
-            in_channels=in_channels,
-            init=init,
-            **kwargs,
+            depths=(1, 1, 1), widths=widths, strides=(1, 2, 2), in_channels=in_channels, **kwargs
         )
 
 
 class ResNet56(ResNet):
-    """ResNet-56 with projections by conv1x1 - BN [M]: 855,770 parameters at 10 classes.
-
-    Weights start as in :func:`common.networks.resnet.kaiming`.
-
-    Args:
-        **kwargs: Of :class:`~common.networks.resnet.ResNet`.
-    """
+    """ResNet-56 with projections by conv1x1 - BN [M]: 855,770 parameters at 10 classes."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -413,11 +356,7 @@ class ResNet56(ResNet):
 
 
 class ResNet34(ResNet):
-    """ResNet-34 for small images: 21,282,122 parameters at 10 classes.
-
-    Args:
-        **kwargs: Of :class:`~common.networks.resnet.ResNet`.
-    """
+    """ResNet-34 for small images: 21,282,122 parameters at 10 classes."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(depths=(3, 4, 6, 3), **kwargs)

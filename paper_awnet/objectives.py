@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from common.attacks.losses import classify, cross_entropy, full_precision, kl_divergence
 from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.errors import ConfigurationError, check_choice
-from common.objectives import Batch, Objective, adversarial_images, check_weight, differentiable
+from common.modes import network_of
+from common.objectives import (
+    Batch,
+    Objective,
+    adversarial_images,
+    check_weight,
+    differentiable,
+)
 from paper_awnet.method import ADVERSARIAL
-from paper_awnet.networks import AWNet, OATNet, Teacher, forced, network_as, require_network
+from paper_awnet.networks import AWNet, OATNet, Teacher, forced, require_network
 
 Scale = Literal["classmean", "batchmean"]
 Branch = Literal["soft", "adv"]
@@ -31,15 +38,12 @@ LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)
 
 
 def distillation(teacher_logits: Tensor, logits: Tensor, scale: Scale = "classmean") -> Tensor:
-    r"""KL(q, s), the mean of :math:`q_k \log(q_k + 10^{-5}) - q_k \log s_k` [M].
+    r"""KL(q, s), the mean of :math:`q_k \log(q_k + 10^{-5}) - q_k \log s_k` [M]; a scalar.
 
-    ``classmean`` is the code's form: the mean over classes as well as images, times K/10, so that
-    its size does not depend on K. ``batchmean`` sums over classes, which is ten times as much, for
-    short training [D].
-
-    Both logits are ``(N, K)``, those of the teacher constant. Returns a scalar.
+    Both logits are ``(N, K)``, those of the teacher constant. ``classmean`` is the code's form: the
+    mean over classes as well as images, times K/10, so that its size does not depend on K.
+    ``batchmean`` sums over classes, which is ten times as much, for short training [D].
     """
-    check_choice("scale", scale, Scale)
     q = full_precision(teacher_logits).detach().softmax(dim=1)
     log_s = full_precision(logits).log_softmax(dim=1)
     terms = q * torch.log(q + 1e-5) - q * log_s
@@ -85,6 +89,11 @@ def signal_statistics(clean: Tensor, adversarial: Tensor) -> dict[str, Tensor]:
     }
 
 
+def both_types(x: Tensor) -> Tensor:
+    """The types ``(2N,)`` of N clean images and, after them, their adversarial versions."""
+    return torch.arange(2, device=x.device).repeat_interleave(len(x))
+
+
 # --------------------------------------------------------------------------------- the objectives
 
 
@@ -95,13 +104,10 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     Args:
         lambda_type: Weight of the type loss [D]; without effect on static networks.
-        concat: Whether both kinds of images share one pass [D]; with two passes the router's own
+        concat: Whether both kinds of images share one pass [D]; with two passes the router's
             batch-norms see each kind apart, which they do not in evaluation.
         branch: The function that the training attack sees: the deployed ``soft`` mixture [D], or
             every image through the ``adv`` batch-norms.
-
-    Raises:
-        ConfigurationError: If the weight is negative or the branch unknown.
     """
 
     def __init__(
@@ -112,18 +118,15 @@ class PairedObjective(Objective, nn.Module, ABC):
         self.concat = concat
         check_choice("branch", branch, Branch)
         self.branch: Branch = branch
+        self.teachers: Mapping[str, Teacher] = {}
         self.report: dict[str, Tensor] = {}
-
-    @property
-    def teachers(self) -> Mapping[str, Teacher]:
-        """By name; none by default."""
-        return {}
 
     def attacked(self, model: Any) -> Callable[[Tensor], Tensor]:
         """The function that the training attack sees: images to logits."""
-        net = network_as(model, AWNet) if self.branch == "adv" else None
-        deployed: Callable[[Tensor], Tensor] = model
-        return deployed if net is None else forced(net, ADVERSARIAL)
+        net = network_of(model)
+        is_forced = self.branch == "adv" and isinstance(net, AWNet)
+        seen: Callable[[Tensor], Tensor] = forced(net, ADVERSARIAL) if is_forced else model
+        return seen
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Cross-entropy with the label."""
@@ -131,15 +134,13 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """The classification loss and the weighted type loss; a scalar."""
-        x_adv, net = adversarial_images(batch), network_as(model, AWNet)
-        if net is None:
-            logits_adv: Tensor = model(x_adv)
-            logits: Tensor = model(batch["x"])
-            penalty = logits.new_zeros(())
-            self.report = {}
-        else:
+        x_adv, net = adversarial_images(batch), network_of(model)
+        if isinstance(net, AWNet):
             logits, logits_adv, penalty = self._routed(net, batch["x"], x_adv)
-        return self.classification(batch, logits, logits_adv) + self.lambda_type * penalty
+            return self.classification(batch, logits, logits_adv) + self.lambda_type * penalty
+        self.report = {}
+        logits_adv = model(x_adv)
+        return self.classification(batch, model(batch["x"]), logits_adv)
 
     @abstractmethod
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
@@ -147,8 +148,7 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     def _routed(self, net: AWNet, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of both kinds and the type loss, in one pass or two."""
-        n = len(x)
-        types = torch.arange(2, device=x.device).repeat_interleave(n)
+        n, types = len(x), both_types(x)
         if self.concat:
             logits, u, _, signals = net.outputs(torch.cat([x, x_adv]), types)
         else:
@@ -185,9 +185,6 @@ class MTARD(PairedObjective):
         milestones: Epochs, from 0, at each of which the rates are multiplied by 0.1; those of the
             learning rate.
         **kwargs: Of :class:`PairedObjective`.
-
-    Raises:
-        ConfigurationError: If a setting is out of range.
     """
 
     w_nat: Tensor
@@ -214,9 +211,9 @@ class MTARD(PairedObjective):
                 f"milestones are epochs from 0 in increasing order, got {list(milestones)}; give "
                 "those of the learning rate"
             )
-        self.clean, self.robust = clean, robust
         check_choice("scale", scale, Scale)
         self.scale: Scale = scale
+        self.teachers = {"clean": clean, "robust": robust}
         self.eta_w, self.beta = eta_w, beta
         self.milestones = tuple(milestones)
         self.decay = 1.0
@@ -228,18 +225,14 @@ class MTARD(PairedObjective):
         self.register_buffer("initial", torch.zeros(2))
         self.register_buffer("has_begun", torch.tensor(False))
 
-    @property
-    def teachers(self) -> Mapping[str, Teacher]:
-        """Both."""
-        return {"clean": self.clean, "robust": self.robust}
-
     def set_epoch(self, epoch: int) -> None:
         """Set the factor of the rates."""
         self.decay = 0.1 ** sum(milestone <= epoch for milestone in self.milestones)
 
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """w_nat L_nat + w_adv L_adv, with the weights of this step as plain numbers."""
-        soft = self.targets(self.clean(batch["x"]), self.robust(adversarial_images(batch)))
+        teachers, x_adv = self.teachers, adversarial_images(batch)
+        soft = self.targets(teachers["clean"](batch["x"]), teachers["robust"](x_adv))
         loss_nat = distillation(soft[0], logits, self.scale)
         loss_adv = distillation(soft[1], logits_adv, self.scale)
         w_nat = self.w_nat
@@ -297,27 +290,15 @@ class BMTARD(MTARD):
     """MTARD with temperatures that make both teachers equally certain [M].
 
     Each teacher's logits are divided by a temperature in [1, 10]; after each step (:meth:`advance`)
-    that of the more certain teacher grows by ``rate`` and the other falls. The code compares the
-    quotient of the two entropies with 1. Here their difference is compared with 0, which is the
-    same as long as both are positive; where a teacher is so certain that the constant in the
-    logarithm makes its entropy negative, the quotient would give the wrong sign.
-
-    Args:
-        clean: T_nat.
-        robust: T_adv.
-        rate: Step of the temperatures; decays with the milestones.
-        **kwargs: Of :class:`MTARD`.
+    that of the more certain teacher grows by ``rate``, which decays with the milestones, and the
+    other falls. The code compares the quotient of the two entropies with 1. Here their difference
+    is compared with 0: where a teacher is so certain that the constant in the logarithm makes its
+    entropy negative, the quotient would give the wrong sign.
     """
 
     temperatures: Tensor  # (clean, robust)
 
-    def __init__(
-        self,
-        clean: Teacher,
-        robust: Teacher,
-        rate: float = 0.001,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, clean: Teacher, robust: Teacher, rate: float = 0.001, **kwargs: Any) -> None:
         super().__init__(clean, robust, **kwargs)
         self.rate = check_weight("rate", rate)
         self.register_buffer("temperatures", torch.ones(2))
@@ -352,12 +333,7 @@ class HybridCE(PairedObjective):
 
 
 class RoutedTRADES(PairedObjective):
-    """TRADES (Zhang et al. 2019) with types; see :class:`common.objectives.TRADES`.
-
-    Args:
-        beta: Weight of the divergence.
-        **kwargs: Of :class:`PairedObjective`.
-    """
+    """TRADES (Zhang et al. 2019) with types; see :class:`common.objectives.TRADES`."""
 
     def __init__(self, beta: float = 6.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -379,32 +355,24 @@ class RoutedTRADES(PairedObjective):
 class RSLAD(PairedObjective):
     """Robust soft label distillation (Zi et al. 2021): one robust teacher, which sees clean images.
 
-    Args:
-        robust: T_adv.
-        scale: See :func:`distillation`.
-        **kwargs: Of :class:`PairedObjective`.
+    For ``scale`` see :func:`distillation`.
     """
 
     def __init__(self, robust: Teacher, scale: Scale = "classmean", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.robust = robust
         check_choice("scale", scale, Scale)
         self.scale: Scale = scale
-
-    @property
-    def teachers(self) -> Mapping[str, Teacher]:
-        """One."""
-        return {"robust": self.robust}
+        self.teachers = {"robust": robust}
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """KL(T_adv(x) || f(x'))."""
-        soft = differentiable(self.robust(batch["x"]))
+        soft = differentiable(self.teachers["robust"](batch["x"]))
         attacked = self.attacked(model)
         return lambda x: kl_divergence(soft, attacked(x))
 
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """5/6 KL(T_adv(x), f(x_adv)) + 1/6 KL(T_adv(x), f(x))."""
-        soft = self.robust(batch["x"])
+        soft = self.teachers["robust"](batch["x"])
         robust = distillation(soft, logits_adv, self.scale)
         return (5 * robust + distillation(soft, logits, self.scale)) / 6
 
@@ -433,9 +401,8 @@ class OAT(Objective):
         """Both cross-entropies by lambda, from one pass; batch mean."""
         x_adv, x, y = adversarial_images(batch), batch["x"], batch["y"]
         lam = self.drawn(batch["index"])
-        types = torch.arange(2, device=x.device).repeat_interleave(len(x))
         net = require_network(model, OATNet)
-        both = net.at(torch.cat([x, x_adv]), torch.cat([lam, lam]), types)
+        both = net.at(torch.cat([x, x_adv]), torch.cat([lam, lam]), both_types(x))
         clean, adv = torch.split(both, len(x))
         loss: Tensor = ((1 - lam) * cross_entropy(clean, y) + lam * cross_entropy(adv, y)).mean()
         return loss

@@ -199,7 +199,7 @@ def test_switches_on_the_command_line() -> None:
     assert model.net.mixing == "hard"
     assert model.net.router.signal_heads[0].weight.std() > 0.5
     assert model.objective.lambda_type == 0.0
-    assert model.objective.robust.path == "elsewhere.ckpt"
+    assert model.objective.teachers["robust"].path == "elsewhere.ckpt"
     trained = {id(p) for g in model.configure_optimizers()["optimizer"].param_groups
                for p in g["params"]}  # fmt: skip
     assert trained == {id(p) for p in model.net.parameters()}, "no teacher among them"
