@@ -1,16 +1,12 @@
 """The paper's claims, measures and figures: ``python -m paper_awnet.analysis``.
 
-- C1, figure F1: filter weights of a standard against a robust network, and of two seeds.
-- C2, C6: W-Robust of AW-Net and of its parts against the static network with the same loss.
-- C5: the same under adaptive attacks.
-- Figures F3 to F5 and those of section "gradients": signals, the router, the plane of trade-offs,
-  gradient regularisation, and the course of training.
-
-Tags as in ``method.py``.
+C1 and figure F1 compare filters of a standard and a robust network, C2 and C6 AW-Net and its parts
+with the static network, C5 the same under adaptive attacks. Tags as in ``method.py``.
 """
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -48,11 +44,7 @@ def roles_of(on: str) -> Roles:
 
 
 def w_robust(metrics: Mapping[str, float], attack: str, w: float = 0.5) -> float:
-    """Weighted robust accuracy, w A_nat + (1 - w) A_adv [M][S], both of the attack's examples.
-
-    Raises:
-        ConfigurationError: If w is no weight in [0, 1].
-    """
+    """Weighted robust accuracy, w A_nat + (1 - w) A_adv [M][S], both of the attack's examples."""
     if not 0.0 <= w <= 1.0:
         raise ConfigurationError(f"w weighs the clean accuracy and lies in [0, 1], got {w}")
     clean = metrics.get(f"{attack.partition('/')[0]}_clean", metrics["clean_acc"])
@@ -141,6 +133,7 @@ def accuracy_claims(found: Found) -> list[Claim]:
 
 def router_claims(found: Found) -> list[Claim]:
     """F4: the router's types, and both forced types."""
+    claim = partial(judge, seeds=found.seeds)
     examined = {("", seed): entry for seed, entry in found.kept["examined"].items()}
 
     def points(*keys: str) -> BySeed:
@@ -150,30 +143,27 @@ def router_claims(found: Found) -> list[Claim]:
         return points("routing", name, "type_acc")
 
     return [
-        judge(
+        claim(
             "F4a",
             "the router finds the type of clean and of PGD images: accuracy of the worse above 95",
             combined(types("clean"), types("pgd"), min),
-            found.seeds,
             above=95.0,
             beside={name: types(name) for name in JOINT},
         ),
-        judge(
+        claim(
             "F4b",
             "P_type forced to clean: accuracy on PGD images of the deployed network below 10",
             points("forced", "pgd", "clean"),
-            found.seeds,
             below=10.0,
             beside={
                 "clean accuracy": points("forced", "clean", "clean"),
                 "attacked by itself": points("forced", "pgd_clean", "clean"),
             },
         ),
-        judge(
+        claim(
             "F4c",
             "P_type forced to adversarial: clean accuracy lost, in points, is above 2",
             minus(points("forced", "clean", "soft"), points("forced", "clean", "adv")),
-            found.seeds,
             above=2.0,
             beside={
                 "PGD accuracy": points("forced", "pgd", "adv"),
@@ -181,11 +171,10 @@ def router_claims(found: Found) -> list[Claim]:
                 "PGD accuracy, soft": points("forced", "pgd", "soft"),
             },
         ),
-        judge(
+        claim(
             "2.8",
             "signals hardly move beside two batch-norms: shift between types below 0.05",
             by_seed(examined, "", "omega_shift"),
-            found.seeds,
             below=0.05,
             beside={"std over images": by_seed(examined, "", "omega_std")},
         ),
@@ -194,32 +183,29 @@ def router_claims(found: Found) -> list[Claim]:
 
 def network_claims(found: Found) -> list[Claim]:
     """C1 and 7.5: filters of, and distances to the boundary of, the two teachers."""
-    roles = roles_of(found.on)
+    roles, claim = roles_of(found.on), partial(judge, seeds=found.seeds)
     compared = {("", seed): entry for seed, entry in found.kept["compared"].items()}
     standard, robust = (found.kept["reach"].get(n, {}) for n in (roles.standard, roles.robust))
     return [
-        judge(
+        claim(
             "C1a",
             "layers of 9 whose folded weights are further from clean to robust teacher than "
             "between two seeds of the clean one: more than 6",
             by_seed(compared, "", "further"),
-            found.seeds,
             above=6.0,
         ),
-        judge(
+        claim(
             "C1b",
             "layers of 9 with smaller filters (l1, folded) in the robust teacher: more than 7",
             by_seed(compared, "", "smaller_l1"),
-            found.seeds,
             above=7.0,
             beside={"layers with larger kurtosis (raw)": by_seed(compared, "", "larger_kurtosis")},
         ),
-        judge(
+        claim(
             "7.5",
             "median first-order distance to the boundary: the robust teacher's over the clean "
             "one's is above 1",
             combined(robust, standard, lambda a, b: a / b),
-            found.seeds,
             above=1.0,
             beside={"clean teacher": standard, "robust teacher": robust},
         ),

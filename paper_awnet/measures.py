@@ -26,14 +26,12 @@ from common.attacks.randomness import ExampleRandom, Stream
 from common.evaluation.measures import AttackMeasure
 from common.objectives import Batch
 from common.results.lines import Columns
-from paper_awnet.method import ADVERSARIAL, CLEAN, DynamicConv2d, MixBatchNorm2d
+from paper_awnet.method import ADVERSARIAL, CLEAN, DynamicConv2d, MixBatchNorm2d, gain_of
 from paper_awnet.networks import AWNet, OATNet, forced, require_network
 from paper_awnet.objectives import LAMBDAS, at_lambda, signal_statistics
 
 JOINT = ("joint_clean_0.1", "joint_clean_1", "joint_clean_10")
 """Attacks on class and type at once, in which the router is to be misled."""
-
-# ---------------------------------------------------------------------------------- the router
 
 
 @torch.no_grad()
@@ -78,9 +76,6 @@ def signal_summary(net: AWNet, clean: Tensor, adversarial: Tensor) -> list[dict[
         }
         for one, other in zip(*both, strict=True)
     ]
-
-
-# ----------------------------------------------------------------------- gradient regularisation
 
 
 def smoothness(model: Any, x: Tensor, y: Tensor, eps: float) -> dict[str, Tensor]:
@@ -148,16 +143,11 @@ class KnobAccuracy(AttackMeasure):
         return columns
 
 
-# ------------------------------------------------------------------------------------- filters
-
-
 class Filters(NamedTuple):
-    """The weights of one convolution.
+    """The weights of one convolution, ``(O, I, k, k)``.
 
-    Attributes:
-        raw: W, ``(O, I, k, k)``.
-        folded: W_o times gamma_o / sqrt(v_o + eps) of the batch-norm that reads its output, or
-            ``None`` where none does directly.
+    ``folded`` is W_o times gamma_o / sqrt(v_o + eps) of the batch-norm that reads its output, or
+    ``None`` where none does directly.
     """
 
     raw: Tensor
@@ -187,11 +177,8 @@ def filters(
         norm = norms.get(conv)
         if isinstance(norm, MixBatchNorm2d):
             norm = norm.get_submodule(kind)
-        folded = None
-        if isinstance(norm, nn.BatchNorm2d):
-            variance = cast(Tensor, norm.running_var)
-            gain = (norm.weight * torch.rsqrt(variance + norm.eps)).detach()
-            folded = raw * gain[:, None, None, None]
+        is_read = isinstance(norm, nn.BatchNorm2d)
+        folded = raw * gain_of(norm).detach()[:, None, None, None] if is_read else None
         found[name] = Filters(raw, folded)
     return found
 
@@ -213,9 +200,6 @@ def readers(net: nn.Module, image: Tensor) -> dict[nn.Module, nn.Module]:
     with register_module_forward_hook(after), register_module_forward_pre_hook(before):
         net(image[None])
     return read
-
-
-# ---------------------------------------------------------------------- filters of two networks
 
 
 def histograms(first: Tensor, second: Tensor, bins: int = 101) -> tuple[Tensor, Tensor, float]:
@@ -272,9 +256,6 @@ def shape_of(weights: Tensor) -> dict[str, float]:
         "l1": float(per_filter.abs().sum(dim=1).mean()),
         "l2": float(per_filter.norm(dim=1).mean()),
     }
-
-
-# ---------------------------------------------------------------------------- for the analysis
 
 
 def compare_weights(

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,6 @@ CLEAN, ADVERSARIAL = 0, 1
 
 SignalActivation = Literal["two_sigmoid", "one_plus_tanh", "sigmoid", "softplus", "linear"]
 SignalInit = Literal["zero", "normal"]
-
-# --------------------------------------------------------------- regulation signals, omega_j [F][D]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "two_sigmoid": lambda a: 2.0 * torch.sigmoid(a),  # in (0, 2), 1 at 0
@@ -57,9 +55,6 @@ def signal_head(features: int, size: int, init: SignalInit = "zero", std: float 
     return head
 
 
-# --------------------------------------------------------------------- the side network [F][S][D]
-
-
 class SideNetwork(nn.Module):
     """The feature extractor D, the type head, and a signal head for each block.
 
@@ -75,9 +70,6 @@ class SideNetwork(nn.Module):
         activation: From head to signal [D].
         init: Initialisation of the signal heads [D], see :func:`signal_head`.
         init_std: Standard deviation of ``normal``.
-
-    Raises:
-        ConfigurationError: If a setting is out of range.
     """
 
     follows_type: bool
@@ -148,26 +140,17 @@ class Detector(SideNetwork):
     follows_type = True
 
 
-# ------------------------------------------------------------ what the layers receive in each pass
-
-
 Rows = slice | Tensor
 """Which images of a batch: a slice where they stand together, else their positions."""
 
 
 @dataclass(eq=False)
 class Route:
-    """What the dynamic layers of one network receive for the duration of one forward pass.
+    """What the dynamic layers of one network receive for the duration of one forward pass."""
 
-    Attributes:
-        signals: By dynamic convolution, ``(N, O)``.
-        mixture: Weights of the two batch-norms in evaluation mode, ``(N, 2)``.
-        rows: The images of each type, for batch-norms in training mode.
-    """
-
-    signals: Sequence[Tensor] = ()
-    mixture: Tensor | None = None
-    rows: tuple[Rows, Rows] | None = None
+    signals: Sequence[Tensor] = ()  # by dynamic convolution, (N, O)
+    mixture: Tensor | None = None  # weights of the two batch-norms in evaluation mode, (N, 2)
+    rows: tuple[Rows, Rows] | None = None  # images of each type, for batch-norms in training mode
 
     @contextmanager
     def told(
@@ -202,22 +185,12 @@ def rows_by_type(types: Tensor) -> tuple[Rows, Rows]:
     return (types == CLEAN).nonzero()[:, 0], (types == ADVERSARIAL).nonzero()[:, 0]
 
 
-# --------------------------------------------------------------------- dynamic convolution [A][F]
-
-
 class DynamicConv2d(nn.Conv2d):
     r"""A convolution whose filters are scaled for each image.
 
     :math:`\tilde W_b[o] = \omega_b[o] W[o]` [F]. There is no bias, so scaling the filter equals
-    scaling its output: one ordinary convolution and one product.
-
-    Args:
-        conv: The convolution whose weight is used.
-        route: Gives the signals.
-        position: Index of this convolution among the dynamic ones.
-
-    Raises:
-        ConfigurationError: If the convolution has a bias.
+    scaling its output: one ordinary convolution and one product. ``position`` is the index of this
+    convolution among the dynamic ones of the route.
     """
 
     def __init__(self, conv: nn.Conv2d, route: Route, position: int) -> None:
@@ -226,17 +199,9 @@ class DynamicConv2d(nn.Conv2d):
                 f"dynamic convolutions need bias=False, got {conv}; use a network whose "
                 "convolutions have no bias"
             )
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]  # typed as a tuple of any length
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            bias=False,
-            device="meta",
-        )
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+        settings: dict[str, Any] = {name: getattr(conv, name) for name in (*names, "groups")}
+        super().__init__(**settings, bias=False, device="meta")
         self.weight = conv.weight
         self.route = route
         self.position = position
@@ -248,7 +213,9 @@ class DynamicConv2d(nn.Conv2d):
         return super().forward(input) * self.route.signals[self.position][:, :, None, None]
 
 
-# --------------------------------------------------------------------------------------- MixBN [F]
+def gain_of(norm: nn.BatchNorm2d) -> Tensor:
+    """What a batch-norm multiplies each channel by in evaluation mode, ``(C,)``."""
+    return norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
 
 
 class MixBatchNorm2d(nn.Module):
@@ -256,11 +223,7 @@ class MixBatchNorm2d(nn.Module):
 
     In training each image goes through the one of its type, with the batch statistics of the images
     of that type; P_type is not read. In evaluation the two *outputs* are averaged,
-    :math:`\sum_i P_i BN_i(h)`, with running statistics [F].
-
-    Args:
-        norm: Initial state of both.
-        route: Gives types and mixture.
+    :math:`\sum_i P_i BN_i(h)`, with running statistics [F]. Both start from ``norm``.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, route: Route) -> None:
@@ -277,12 +240,10 @@ class MixBatchNorm2d(nn.Module):
         p = self.route.mixture
         if p is None:
             raise RuntimeError("MixBN has P_type only in AWNet's forward pass")
-        scales, shifts = [], []
-        for norm in (self.clean, self.adv):
-            mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-            scale = norm.weight * torch.rsqrt(variance + norm.eps)
-            scales.append(scale)
-            shifts.append(norm.bias - mean * scale)
+        norms = (self.clean, self.adv)
+        scales = [gain_of(norm) for norm in norms]
+        means = [cast(Tensor, norm.running_mean) for norm in norms]
+        shifts = [n.bias - m * s for n, m, s in zip(norms, means, scales, strict=True)]
         scale = (p[:, :, None] * torch.stack(scales)).sum(dim=1)  # no product of matrices, which
         shift = (p[:, :, None] * torch.stack(shifts)).sum(dim=1)  # autocast would round
         return (x * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype)
@@ -299,9 +260,6 @@ class MixBatchNorm2d(nn.Module):
             if len(part):  # else the statistics of this type stay unchanged
                 out[rows] = norm(part)
         return out
-
-
-# ------------------------------------------------- OAT's batch-norm, conditioned on lambda [D]
 
 
 @dataclass(eq=False)
@@ -332,23 +290,13 @@ class FiLMBatchNorm2d(nn.Module):
         return out
 
 
-# ------------------------------------------------------------------------------ outputs and P_type
-
-
 class Outputs(NamedTuple):
-    """The outputs of AW-Net.
+    """The outputs of AW-Net."""
 
-    Attributes:
-        logits: Of the classes, ``(N, K)``.
-        type_logits: u, ``(N, 2)``.
-        p: P_type as used, ``(N, 2)``.
-        signals: All omega_j, ``(N, S_j)``.
-    """
-
-    logits: Tensor
-    type_logits: Tensor
-    p: Tensor
-    signals: list[Tensor]
+    logits: Tensor  # of the classes, (N, K)
+    type_logits: Tensor  # u, (N, 2)
+    p: Tensor  # P_type as used, (N, 2)
+    signals: list[Tensor]  # all omega_j, (N, S_j)
 
 
 def straight_through(p: Tensor) -> Tensor:

@@ -48,8 +48,7 @@ class AWNet(nn.Module):
 
     Args:
         arch: A backbone of ``common.networks`` with residual blocks; it is changed in place.
-        router: The side network: :class:`~paper_awnet.method.Router` or
-            :class:`~paper_awnet.method.Detector`, with their settings.
+        router: :class:`~paper_awnet.method.Router` or :class:`~paper_awnet.method.Detector`.
         dynamic: Whether filters are scaled; without, omega is 1 and there are no signal heads.
         scope: Dynamic convolutions: all of each residual ``block`` [D], or its ``last_conv``, the
             literal reading of the figure.
@@ -58,9 +57,6 @@ class AWNet(nn.Module):
         mixing: How they are mixed in evaluation mode: ``soft`` by P_type [F]; ``hard`` by its
             argmax, with the gradient of the soft mixture so that attacks are not misled [D]; or
             always ``clean`` or ``adv``.
-
-    Raises:
-        ConfigurationError: If the backbone has no residual blocks or a choice is unknown.
     """
 
     def __init__(
@@ -99,19 +95,17 @@ class AWNet(nn.Module):
         p: Tensor | None = None,
         signals: Sequence[Tensor] | None = None,
     ) -> Outputs:
-        """Logits, type logits, P_type and signals of images.
+        """Logits, type logits, P_type and signals of images ``(N, C, H, W)``.
 
         Args:
-            x: Images in [0, 1], ``(N, C, H, W)``.
-            types: 0 clean or 1 adversarial, ``(N,)``; only the two batch-norms in training mode
-                read them.
+            x: In [0, 1].
+            types: 0 clean or 1 adversarial, ``(N,)``; read by the two batch-norms in training mode.
             p: P_type instead of the network's, ``(2,)`` or ``(N, 2)``: for the mixture of
                 batch-norms, and for a detector's signals, which follow it.
             signals: All omega_j ``(N, S_j)`` instead of the network's.
 
         Raises:
-            ConfigurationError: If types are missing in training mode, ``p`` is not a distribution
-                or signals have other shapes.
+            ConfigurationError: If one of them is missing or has another shape.
         """
         rows = training_rows(types, "AWNet") if self.training and self.has_mixbn else None
         z, type_logits = self.router.read(x)
@@ -141,10 +135,6 @@ class AWNet(nn.Module):
         if self.mixing == "hard":
             return straight_through(p)
         return p.new_tensor([1.0, 0.0] if self.mixing == "clean" else [0.0, 1.0]).expand_as(p)
-
-    def extra_repr(self) -> str:
-        """Settings, for ``print(net)``."""
-        return f"mixbn={self.has_mixbn}, mixing={self.mixing}, blocks={len(self.widths)}"
 
 
 def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, nn.Conv2d]]]:
@@ -181,11 +171,7 @@ def replace_norms(root: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) 
 
 
 def training_rows(types: Tensor | None, network: str) -> tuple[Rows, Rows]:
-    """The images of each type, which training mode needs.
-
-    Raises:
-        ConfigurationError: If the types are missing.
-    """
+    """The images of each type, which training mode needs; missing ones are an error."""
     if types is None:
         raise ConfigurationError(
             f"in training mode every image of {network} goes through the batch-norms of its type: "
@@ -196,11 +182,7 @@ def training_rows(types: Tensor | None, network: str) -> tuple[Rows, Rows]:
 
 
 def require_network(model: Any, kind: type[Network]) -> Network:
-    """The network that a classifier holds or that the model is.
-
-    Raises:
-        ConfigurationError: If it is of another class.
-    """
+    """The network that a classifier holds or that the model is; another class is an error."""
     net = network_of(model)
     if not isinstance(net, kind):
         raise ConfigurationError(
@@ -219,13 +201,9 @@ class OATNet(nn.Module):
     """A backbone all of whose batch-norms depend on lambda; a baseline, reconstructed [D].
 
     Wang et al. 2020, "Once-for-All Adversarial Training": one network for all trade-offs. A number
-    lambda, drawn for each image in training and set by hand in testing, modulates the output of
-    every batch-norm, and there are two batch-norms, for lambda = 0 and for lambda > 0.
-
-    Args:
-        arch: A backbone of ``common.networks``; it is changed in place.
-        knob: lambda of the deployed network, in [0, 1].
-        hidden: Hidden units of the modulating layers [D].
+    lambda, drawn for each image in training and set by hand in testing (``knob``), modulates the
+    output of every batch-norm with ``hidden`` units [D], and there are two batch-norms, for
+    lambda = 0 and for lambda > 0. The backbone is changed in place.
     """
 
     def __init__(self, arch: nn.Module, knob: float = 0.2, hidden: int = 64) -> None:
@@ -261,8 +239,8 @@ class OATNet(nn.Module):
 class Teacher:
     """A frozen network in evaluation mode, evaluated without gradient.
 
-    It is not a module on purpose: an objective that holds it neither trains it, nor saves its
-    weights, nor switches its mode; and copies of the objective share it.
+    It is not a module, so that an objective neither trains, saves nor switches it; copies of the
+    objective share it.
 
     Args:
         net: Images in [0, 1] to logits ``(N, K)``, with the classes of the student.
@@ -293,10 +271,7 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Logits ``(N, K)``, constant."""
-        parameter = next(self.net.parameters(), None)
-        if parameter is not None and (parameter.device, parameter.dtype) != (x.device, x.dtype):
-            self.net.to(x.device, x.dtype)
-        logits: Tensor = self.net(x)
+        logits: Tensor = self.net.to(x.device, x.dtype)(x)
         return logits
 
     def load(self, run: str | Path, shape: Sequence[int], num_classes: int) -> None:
@@ -307,7 +282,7 @@ class Teacher:
             ConfigurationError: If the network does not fit images ``(C, H, W)`` or classes.
         """
         if not self.as_it_is:
-            load_weights(self.net, self._find(Path(run)))
+            load_weights(self.net, Path(self.path) if self.path else self._find(Path(run)))
         name = f"the teacher {self.path or self.experiment or type(self.net).__name__}"
         remedy = "give the network it was trained with"
         scores = tuple(try_out(self.net, shape, remedy, what=name).shape[1:])
@@ -318,16 +293,14 @@ class Teacher:
             )
 
     def _find(self, run: Path) -> Path:
-        if self.path is not None:
-            return Path(self.path)
         path = checkpoint_beside(run, str(self.experiment), self.checkpoint)
         if not path.is_file():
             seed = path.parents[1].name.removeprefix("seed")
+            command = f"fit --config paper_awnet/configs/{self.experiment}.yaml"
             raise CheckpointError(
                 f"the teacher {self.experiment} has not been trained: {path} does not exist; train "
-                f"it first with python -m paper_awnet fit --config "
-                f"paper_awnet/configs/{self.experiment}.yaml --seed_everything {seed}, or give a "
-                "file with its weights as path"
+                f"it first with python -m paper_awnet {command} --seed_everything {seed}, or give "
+                "a file with its weights as path"
             )
         return path
 

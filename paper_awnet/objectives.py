@@ -20,6 +20,7 @@ from common.errors import ConfigurationError, check_choice
 from common.modes import network_of
 from common.objectives import (
     Batch,
+    Model,
     Objective,
     adversarial_images,
     check_weight,
@@ -33,8 +34,6 @@ Branch = Literal["soft", "adv"]
 
 LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)
 """Values of OAT's lambda."""
-
-# -------------------------------------------------------------------------------- the equations
 
 
 def distillation(teacher_logits: Tensor, logits: Tensor, scale: Scale = "classmean") -> Tensor:
@@ -50,11 +49,6 @@ def distillation(teacher_logits: Tensor, logits: Tensor, scale: Scale = "classme
     if scale == "batchmean":
         return terms.sum(dim=1).mean()
     return terms.mean() * (logits.shape[1] / 10)
-
-
-def type_loss(type_logits: Tensor, types: Tensor) -> Tensor:
-    """L_type, the mean cross-entropy of u ``(N, 2)`` with the types ``(N,)`` [F][D]."""
-    return cross_entropy(type_logits, types).mean()
 
 
 def balanced(w_nat: Tensor, losses: Tensor, initial: Tensor, eta: float, beta: float) -> Tensor:
@@ -94,9 +88,6 @@ def both_types(x: Tensor) -> Tensor:
     return torch.arange(2, device=x.device).repeat_interleave(len(x))
 
 
-# --------------------------------------------------------------------------------- the objectives
-
-
 class PairedObjective(Objective, nn.Module, ABC):
     """A classification loss on both kinds of images, plus lambda_type L_type.
 
@@ -121,12 +112,11 @@ class PairedObjective(Objective, nn.Module, ABC):
         self.teachers: Mapping[str, Teacher] = {}
         self.report: dict[str, Tensor] = {}
 
-    def attacked(self, model: Any) -> Callable[[Tensor], Tensor]:
-        """The function that the training attack sees: images to logits."""
+    def attacked(self, model: Model) -> Model:
+        """The function that the training attack sees."""
         net = network_of(model)
         is_forced = self.branch == "adv" and isinstance(net, AWNet)
-        seen: Callable[[Tensor], Tensor] = forced(net, ADVERSARIAL) if is_forced else model
-        return seen
+        return forced(net, ADVERSARIAL) if is_forced else model
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Cross-entropy with the label."""
@@ -156,7 +146,7 @@ class PairedObjective(Objective, nn.Module, ABC):
             clean = net.outputs(x, types[:n])
             logits, u = (torch.cat(pair) for pair in zip(clean[:2], adv[:2], strict=True))
             signals = [torch.cat(pair) for pair in zip(clean.signals, adv.signals, strict=True)]
-        penalty = type_loss(u, types)
+        penalty = cross_entropy(u, types).mean()  # L_type [F][D]
         type_acc = (classify(u.detach()) == types).float().mean()
         self.report = {"loss_type": penalty.detach(), "type_acc": type_acc}
         for j, omega in enumerate(signals, 1):
@@ -174,7 +164,7 @@ class MTARD(PairedObjective):
 
     The weights are updated once per optimiser step, before the backward pass, by the losses over
     all processes; :meth:`advance` ends the step. Where gradients are accumulated, each batch is
-    weighted by the losses so far, and the step ends with the mean over its examples.
+    weighted by the losses so far.
 
     Args:
         clean: T_nat, which sees the clean images.
@@ -182,8 +172,7 @@ class MTARD(PairedObjective):
         scale: See :func:`distillation`.
         eta_w: Rate of the weights.
         beta: Exponent of the relative losses.
-        milestones: Epochs, from 0, at each of which the rates are multiplied by 0.1; those of the
-            learning rate.
+        milestones: Epochs at which the rates are multiplied by 0.1; those of the learning rate.
         **kwargs: Of :class:`PairedObjective`.
     """
 
@@ -217,10 +206,8 @@ class MTARD(PairedObjective):
         self.eta_w, self.beta = eta_w, beta
         self.milestones = tuple(milestones)
         self.decay = 1.0
-        # Sums of the statistics, and the number of examples, of this optimiser step: without and
-        # with the current batch.
-        self._before: Tensor | None = None
-        self._with_this: Tensor | None = None
+        self._before: Tensor | None = None  # what this optimiser step observed, without and
+        self._with_this: Tensor | None = None  # with the current batch
         self.register_buffer("w_nat", torch.tensor(0.5))
         self.register_buffer("initial", torch.zeros(2))
         self.register_buffer("has_begun", torch.tensor(False))
@@ -235,16 +222,13 @@ class MTARD(PairedObjective):
         soft = self.targets(teachers["clean"](batch["x"]), teachers["robust"](x_adv))
         loss_nat = distillation(soft[0], logits, self.scale)
         loss_adv = distillation(soft[1], logits_adv, self.scale)
+        constants = {"loss_nat": loss_nat.detach(), "loss_adv": loss_adv.detach()}
         w_nat = self.w_nat
         if self.training:
-            losses = torch.stack([loss_nat.detach(), loss_adv.detach()])
-            self._with_this = self._observed(self._statistics(losses, *soft), len(logits))
+            h = [negative_entropy(full_precision(z).softmax(dim=1)) for z in soft]
+            self._with_this = self._observed(torch.stack([*constants.values(), *h]), len(logits))
             w_nat = self._moved(self._with_this)[0]
-        self.report |= {
-            "loss_nat": loss_nat.detach(),
-            "loss_adv": loss_adv.detach(),
-            "w_nat": w_nat.clone(),
-        }
+        self.report |= constants | {"w_nat": w_nat.clone()}
         return w_nat * loss_nat + (1 - w_nat) * loss_adv
 
     @torch.no_grad()
@@ -254,21 +238,16 @@ class MTARD(PairedObjective):
             return
         self._before, self._with_this = self._with_this, None
         if is_step_over:
-            self._remember(self._before)
+            self.update(self._before)
             self._before = None
 
     def targets(self, clean: Tensor, robust: Tensor) -> tuple[Tensor, Tensor]:
         """The teachers' logits as they are distilled."""
         return clean, robust
 
-    @staticmethod
-    def _statistics(losses: Tensor, clean: Tensor, robust: Tensor) -> Tensor:
-        """Per-batch means that the update reads: L_nat, L_adv."""
-        return losses
-
     @torch.no_grad()
     def _observed(self, statistics: Tensor, count: int) -> Tensor:
-        """Sums, and last the number of examples, of this step so far, over all processes."""
+        """Sums of means, and last the number of examples, of this step, over all processes."""
         total = count * F.pad(statistics.double(), (0, 1), value=1.0)  # float64: sums are exact
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
@@ -281,7 +260,8 @@ class MTARD(PairedObjective):
         initial = torch.where(self.has_begun, self.initial, losses)
         return balanced(self.w_nat, losses, initial, self.eta_w * self.decay, self.beta), initial
 
-    def _remember(self, seen: Tensor) -> None:
+    def update(self, seen: Tensor) -> None:
+        """Take over what a step observed: sums of L_nat, L_adv and h of both teachers, and N."""
         self.w_nat, self.initial = self._moved(seen)
         self.has_begun = torch.ones_like(self.has_begun)
 
@@ -309,15 +289,9 @@ class BMTARD(MTARD):
         self.report |= {"temperature_nat": nat.clone(), "temperature_adv": adv.clone()}
         return clean / nat, robust / adv
 
-    @staticmethod
-    @torch.no_grad()
-    def _statistics(losses: Tensor, clean: Tensor, robust: Tensor) -> Tensor:
-        """L_nat, L_adv, and h of both teachers."""
-        h = [negative_entropy(full_precision(z).softmax(dim=1)) for z in (clean, robust)]
-        return torch.cat([losses, torch.stack(h)])
-
-    def _remember(self, seen: Tensor) -> None:
-        super()._remember(seen)
+    def update(self, seen: Tensor) -> None:
+        """Also move the temperatures."""
+        super().update(seen)
         h = seen[2:-1] / seen[-1]
         sign = torch.sign(h - h.flip(0)).to(self.temperatures)
         self.temperatures = (self.temperatures + self.rate * self.decay * sign).clamp(1.0, 10.0)
