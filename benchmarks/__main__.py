@@ -46,16 +46,7 @@ def measured(section: str, given: argparse.Namespace) -> dict[str, Any]:
         return accuracy.compare(seeds=10 if given.full else 5, epochs=12)
     if section == "growth":
         return training.growth(given.full, given.device)
-    found = [overheads.lightning(32, 10, 40, is_small=True), overheads.lightning(32, 10, 8)]
-    # With one step of attack what is beside the attack weighs most.
-    found.append(overheads.lightning(128, 1, 8))
-    if given.full:
-        found.append(overheads.lightning(128, 10, 8))
-    return {
-        "lightning": found,
-        "imports": overheads.imports(),
-        "command_line": overheads.command_line(),
-    }
+    return overheads.compare(given.full)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ class Goal(NamedTuple):
 
     def row(self, whole: Whole) -> list[str]:
         """Cells of the table."""
-        sign = "≥" if self.is_least else "≤"
+        limit = f"{'≥' if self.is_least else '≤'} {self.bound:g}"
         try:
             value = self.measured(whole)
         except KeyError:
-            return [self.what, f"{sign} {self.bound:g}", "", "not measured"]
+            return [self.what, limit, "", "not measured"]
         median, *quartiles = (
             number >= self.bound if self.is_least else number <= self.bound for number in value
         )
@@ -50,7 +50,7 @@ class Goal(NamedTuple):
             verdict = "; ".join(filter(None, ["missed within the quartiles", self.excuse(whole)]))
         else:
             verdict = self.excuse(whole) or "not reached"
-        return [self.what, f"{sign} {self.bound:g}", f"{value.value:.3f}", verdict]
+        return [self.what, limit, f"{value.value:.3f}", verdict]
 
 
 def rows(whole: Whole) -> list[list[str]]:
@@ -58,63 +58,63 @@ def rows(whole: Whole) -> list[list[str]]:
     return [goal.row(whole) for goal in GOALS]
 
 
-def _found(whole: Whole, section: str) -> Any:
-    return whole[section]["found"]
+def _found(whole: Whole, section: str, *keys: str) -> Any:
+    found = whole[section]["found"]
+    for key in keys:
+        found = found[key]
+    return found
 
 
 def _without_matrix_units(whole: Whole) -> str | None:
     """The bf16 goals presuppose a processor with units for matrices in it."""
     if whole["training"]["machine"]["bf16_units"] == "AMX":
         return None
-    peaks = _found(whole, "training")["peaks_gflops"]
+    peaks = _found(whole, "training", "peaks_gflops")
     times = peaks["matmul bf16"] / peaks["matmul fp32"]
     return f"no AMX: bf16 multiplies {times:.1f} times as fast as fp32"
 
 
 def _passes(whole: Whole) -> str | None:
     """A backward pass to the weights costs about what one to the images does."""
-    table = _found(whole, "training")["rows"]
+    table = _found(whole, "training", "rows")
     counts = {name: sum(row["passes"].values()) for name, row in table.items() if "passes" in row}
     peers = [count for name, count in counts.items() if name.startswith(BACKWARD)]
     if not peers or EAGER not in counts:
         return None
-    return (
-        f"they take {min(peers)} passes and ours {counts[EAGER]}: {min(peers) / counts[EAGER]:.2f} "
-        "times as many"
-    )
+    least, own = min(peers), counts[EAGER]
+    return f"they take {least} passes and ours {own}: {least / own:.2f} times as many"
 
 
 def _second_pass(whole: Whole) -> str | None:
     """What bf16 does not break is attacked again in float32, and that alone takes so long."""
-    table = _found(whole, "evaluation")["autoattack"]["rows"]
-    examples = _found(whole, "evaluation").get("examples")
-    if examples is None:  # a file from before it was kept
-        return None
-    again = table[ENGINE]["ratio"] * table[ENGINE]["robust"] / examples
+    row = _found(whole, "evaluation", "autoattack", "rows", ENGINE)
+    examples = _found(whole, "evaluation", "examples")
+    again = row["ratio"] * row["robust"] / examples
     return (
-        f"{table[ENGINE]['robust']} of {examples} withstand it, and attacking those again in "
-        f"float32 takes about {again:.2f}"
+        f"{row['robust']} of {examples} withstand it, and attacking those again in float32 takes "
+        f"about {again:.2f}"
     )
+
+
+def _at(*keys: str) -> Callable[[Whole], Ratio]:
+    """A timed row, or a number without quartiles, under some keys of a section's findings."""
+
+    def measured(whole: Whole) -> Ratio:
+        found = _found(whole, *keys)
+        return _ratio(found) if isinstance(found, dict) else Ratio(found, found, found)
+
+    return measured
 
 
 def _ratio(row: dict[str, float]) -> Ratio:
     return Ratio(row["ratio"], row["lower"], row["upper"])
 
 
-def _number(value: float) -> Ratio:
-    return Ratio(value, value, value)
-
-
-def _step(name: str) -> Callable[[Whole], Ratio]:
-    """A candidate relative to the bare loop."""
-    return lambda whole: _ratio(_found(whole, "training")["rows"][name])
-
-
 def _against(peers: tuple[str, ...], ours: str) -> Callable[[Whole], Ratio]:
     """How many times slower the fastest of some peers is than ours; quartiles at their worst."""
 
     def measured(whole: Whole) -> Ratio:
-        table = _found(whole, "training")["rows"]
+        table = _found(whole, "training", "rows")
         ratios = [_ratio(row) for name, row in table.items() if name.startswith(peers)]
         if not ratios:
             raise KeyError(peers)
@@ -126,7 +126,7 @@ def _against(peers: tuple[str, ...], ours: str) -> Callable[[Whole], Ratio]:
 
 def _lightning(words: str) -> Callable[[Whole], Ratio]:
     def measured(whole: Whole) -> Ratio:
-        for row in _found(whole, "overheads")["lightning"]:
+        for row in _found(whole, "overheads", "lightning"):
             if row["setting"].startswith(words):
                 return _ratio(row)
         raise KeyError(words)
@@ -134,13 +134,10 @@ def _lightning(words: str) -> Callable[[Whole], Ratio]:
     return measured
 
 
-def _evaluation(part: str, name: str) -> Callable[[Whole], Ratio]:
-    return lambda whole: _ratio(_found(whole, "evaluation")[part]["rows"][name])
-
-
 def _disagreements(whole: Whole) -> Ratio:
-    table = _found(whole, "evaluation")["autoattack"]["rows"].values()
-    return _number(sum(row["broken_here_alone"] + row["broken_there_alone"] for row in table))
+    table = _found(whole, "evaluation", "autoattack", "rows").values()
+    count = sum(row["broken_here_alone"] + row["broken_there_alone"] for row in table)
+    return Ratio(count, count, count)
 
 
 GOALS = (
@@ -148,24 +145,27 @@ GOALS = (
          _lightning("ResNet-18, batch 32, PGD-10")),
     Goal("the same, batch 128, one attack step", 1.02,
          _lightning("ResNet-18, batch 128, PGD-1,")),
-    Goal("step in fp32 / bare loop", 0.93, _step(EAGER)),
-    Goal("the same, compiled", 0.90, _step(COMPILED)),
-    Goal("step in bf16 / bare loop", 0.28, _step(BF16), excuse=_without_matrix_units),
-    Goal("the same, compiled", 0.18, _step(BF16_COMPILED), excuse=_without_matrix_units),
+    Goal("step in fp32 / bare loop", 0.93, _at("training", "rows", EAGER)),
+    Goal("the same, compiled", 0.90, _at("training", "rows", COMPILED)),
+    Goal("step in bf16 / bare loop", 0.28, _at("training", "rows", BF16),
+         excuse=_without_matrix_units),
+    Goal("the same, compiled", 0.18, _at("training", "rows", BF16_COMPILED),
+         excuse=_without_matrix_units),
     Goal("loops with backward() / ours in fp32", 1.6, _against(BACKWARD, EAGER), True, _passes),
-    Goal("the same, ours in bf16", 8.0, _against(BACKWARD, BF16), True,
-         _without_matrix_units),
+    Goal("the same, ours in bf16", 8.0, _against(BACKWARD, BF16), True, _without_matrix_units),
     Goal("torchattacks / ours in fp32", 1.08, _against(("torchattacks",), EAGER), True),
     Goal("the same, ours in bf16", 5.0, _against(("torchattacks",), BF16), True,
          _without_matrix_units),
     Goal("peak memory of a step / bare loop's", 1.1,
-         lambda whole: _number(_found(whole, "training")["rows"][EAGER]["memory_ratio"])),
-    Goal("AutoAttack in fp32 / official package", 0.65, _evaluation("autoattack", ENGINE)),
-    Goal("the same, bf16 first", 0.35, _evaluation("autoattack", "bf16 first, float32 after it"),
+         _at("training", "rows", EAGER, "memory_ratio")),
+    Goal("AutoAttack in fp32 / official package", 0.65,
+         _at("evaluation", "autoattack", "rows", ENGINE)),
+    Goal("the same, bf16 first", 0.35,
+         _at("evaluation", "autoattack", "rows", "bf16 first, float32 after it"),
          excuse=_second_pass),
     Goal("verdicts of AutoAttack that differ", 0, _disagreements),
     Goal("PGD-100 / loop without compaction", 0.45,
-         _evaluation("pgd100", "ours, until broken, folded")),
+         _at("evaluation", "pgd100", "rows", "ours, until broken, folded")),
     Goal("command line to the first step, seconds", 8.0,
-         lambda whole: _number(_found(whole, "overheads")["command_line"]["first_step_wall_s"])),
+         _at("overheads", "command_line", "first_step_wall_s")),
 )  # fmt: skip

@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +30,12 @@ class Task:
     step_size: float = 2 / 255
     steps: int = 10
 
-    def with_steps(self, steps: int) -> "Task":
-        """The same with other steps."""
-        return replace(self, steps=steps)
 
+def bare(task: Task, by_backward: bool = False) -> Attack:
+    """The loop one writes by hand: input gradients only, no clones, no last forward pass.
 
-def bare(task: Task) -> Attack:
-    """The loop one writes by hand: input gradients only, no clones, no last forward pass."""
+    ``by_backward`` is the same with ``loss.backward()``, which computes every weight gradient too.
+    """
 
     def attack(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         lower, upper = (x - task.eps).clamp(min=0), (x + task.eps).clamp(max=1)
@@ -43,26 +43,13 @@ def bare(task: Task) -> Attack:
         for _ in range(task.steps):
             x_adv = x_adv.detach().requires_grad_()
             loss = F.cross_entropy(net(x_adv), y, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, x_adv)
+            if by_backward:
+                loss.backward()  # type: ignore[no-untyped-call]
+                gradient = cast(Tensor, x_adv.grad)
+            else:
+                (gradient,) = torch.autograd.grad(loss, x_adv)
             x_adv = x_adv.detach() + task.step_size * gradient.sign()
             x_adv = torch.min(torch.max(x_adv, lower), upper)
-        return x_adv
-
-    return attack
-
-
-def by_backward(task: Task) -> Attack:
-    """The same with ``loss.backward()``, which computes every weight gradient as well."""
-
-    def attack(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x_adv = x.clone()
-        for _ in range(task.steps):
-            x_adv = x_adv.detach().requires_grad_()
-            loss = F.cross_entropy(net(x_adv), y, reduction="sum")
-            loss.backward()  # type: ignore[no-untyped-call]
-            gradient = torch.zeros_like(x) if x_adv.grad is None else x_adv.grad
-            x_adv = x_adv.detach() + task.step_size * gradient.sign()
-            x_adv = (x + (x_adv - x).clamp(-task.eps, task.eps)).clamp(0, 1)
         return x_adv
 
     return attack

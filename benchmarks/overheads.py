@@ -1,6 +1,7 @@
 """What stands between the loop and the user: Lightning, imports, the command line."""
 
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,8 @@ from common.networks.resnet import ResNet, ResNet18
 from common.objectives import AT
 
 ROOT = Path(__file__).parent.parent
-IMPORTS = (
-    "torch",
-    "common.attacks.pgd",
-    "common.evaluation",
-    "common.results.tables",
-    "common.cli.main",
-)
+IMPORTS = ("torch", *(f"common.{n}" for n in ("attacks.pgd", "evaluation", "results.tables")))
+IMPORTS += ("common.cli.main",)
 
 
 class Noise(ImageSource):
@@ -61,24 +58,23 @@ class _TimedImages(ImageDataModule):
 
     spent = 0.0
 
-    def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        fetch = ImageDataset.__getitems__
-
-        def timed_fetch(dataset: ImageDataset, indices: list[int]) -> Batch:
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
             begun = time.process_time()
-            found = fetch(dataset, indices)
+            found = function(*args)
             self.spent += time.process_time() - begun
             return found
 
-        kind = type("TimedDataset", (ImageDataset,), {"__getitems__": timed_fetch})
-        assert self.train_set is not None
-        self.train_set.__class__ = kind
+        return timed
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        begun = time.process_time()
-        found = super().on_after_batch_transfer(batch, dataloader_idx)
-        self.spent += time.process_time() - begun
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        fetch = self._timed(ImageDataset.__getitems__)
+        assert self.train_set is not None
+        self.train_set.__class__ = type("Timed", (ImageDataset,), {"__getitems__": fetch})
+
+    def on_after_batch_transfer(self, *args: Any) -> Batch:
+        found: Batch = self._timed(super().on_after_batch_transfer)(*args)
         return found
 
 
@@ -103,11 +99,9 @@ class _Beside(AdversarialTraining):
 
         A bare step's time is the mean of those before and after the trainer's.
         """
+        spent = zip(pairwise(self._began[1:]), pairwise(self._bare_s), strict=False)
         return [
-            (after - before - own, (earlier + own) / 2)
-            for before, after, own, earlier in zip(
-                self._began[1:], self._began[2:], self._bare_s[1:], self._bare_s, strict=False
-            )
+            (after - before - own, (earlier + own) / 2) for (before, after), (earlier, own) in spent
         ]
 
 
@@ -128,10 +122,10 @@ def lightning(batch: int, attack_steps: int, steps: int, is_small: bool = False)
     beside = _Beside(PGD(8 / 255, 2 / 255, attack_steps, "zero"), engine=engine, bare=bare)
     torch.manual_seed(0)
     module = RobustClassifier(build(), AT(), partial(torch.optim.SGD, lr=0.0, momentum=0.9))
-    source = Noise(batch * (steps + 3))
     data = _TimedImages(
-        source, batch_size=batch, val_size=batch, drop_last=True, crop_padding=4, flip=True
-    )
+        Noise(batch * (steps + 3)), batch_size=batch, val_size=batch, drop_last=True,
+        crop_padding=4, flip=True,
+    )  # fmt: skip
     trainer = Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
@@ -140,7 +134,7 @@ def lightning(batch: int, attack_steps: int, steps: int, is_small: bool = False)
     trainer.fit(module, datamodule=data)
     pairs = beside.pairs()
     lower, median, upper = quartiles([through / alone for through, alone in pairs])
-    through = statistics.median(seconds for seconds, _ in pairs)
+    through, alone = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
     return {
         "setting": f"{'small ResNet' if is_small else 'ResNet-18'}, batch {batch}, "
         f"PGD-{attack_steps}, loading, crop and flip included",
@@ -148,9 +142,17 @@ def lightning(batch: int, attack_steps: int, steps: int, is_small: bool = False)
         "ratio": median,
         "lower": lower,
         "upper": upper,
-        "bare_cpu_s": statistics.median(alone for _, alone in pairs),
+        "bare_cpu_s": alone,
         "data_share": data.spent / (len(pairs) + 2) / through,
     }
+
+
+def compare(is_full: bool) -> dict[str, Any]:
+    """All overheads. With one step of attack what is beside the attack weighs most."""
+    found = [lightning(32, 10, 40, is_small=True), lightning(32, 10, 8), lightning(128, 1, 8)]
+    if is_full:
+        found.append(lightning(128, 10, 8))
+    return {"lightning": found, "imports": imports(), "command_line": command_line()}
 
 
 def imports(repeats: int = 3) -> dict[str, Any]:
@@ -163,8 +165,7 @@ def imports(repeats: int = 3) -> dict[str, Any]:
 
 def command_line(repeats: int = 3) -> dict[str, Any]:
     """From the start of the command to the first optimiser step and to its end, in seconds."""
-    found: dict[str, list[float]] = {"first_step_cpu_s": [], "first_step_wall_s": []}
-    found |= {"whole_cpu_s": []}
+    found = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             marker = Path(folder) / "first"
@@ -173,11 +174,10 @@ def command_line(repeats: int = 3) -> dict[str, Any]:
                 "--config", "paper_robustwrn/configs/digits_d3-1-1_sat.yaml", "--runs", folder,
                 "--trainer.max_steps", "1", "--trainer.enable_progress_bar", "false",
             ]  # fmt: skip
-            found["whole_cpu_s"].append(_cpu(command))
-            cpu, wall = map(float, marker.read_text().split())
-            found["first_step_cpu_s"].append(cpu)
-            found["first_step_wall_s"].append(wall)
-    return {name: min(values) for name, values in found.items()}
+            whole = _cpu(command)
+            found.append((*map(float, marker.read_text().split()), whole))
+    names = ("first_step_cpu_s", "first_step_wall_s", "whole_cpu_s")
+    return dict(zip(names, map(min, zip(*found, strict=True)), strict=True))
 
 
 # Writes processor and wall time when the first step of the optimiser is over.
@@ -196,12 +196,9 @@ main(package="paper_robustwrn")
 
 
 def _cpu(command: list[str]) -> float:
-    before = os.times()
+    before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr[-500:]}")
-    after = os.times()
-    return (after.children_user - before.children_user) + (
-        after.children_system - before.children_system
-    )
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before

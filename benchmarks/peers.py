@@ -4,7 +4,7 @@ import importlib
 import importlib.metadata
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,14 +15,9 @@ from benchmarks.loops import Attack, Task
 
 def torchattacks(task: Task) -> Attack:
     """torchattacks.PGD."""
-    library = importlib.import_module("torchattacks")
-
-    def attack(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        made = library.PGD(net, task.eps, task.step_size, task.steps, random_start=False)
-        found: Tensor = made(x, y)
-        return found
-
-    return attack
+    pgd = importlib.import_module("torchattacks").PGD
+    settings = {"eps": task.eps, "alpha": task.step_size, "steps": task.steps}
+    return lambda net, x, y: cast(Tensor, pgd(net, **settings, random_start=False)(x, y))
 
 
 def foolbox(task: Task) -> Attack:
@@ -32,8 +27,7 @@ def foolbox(task: Task) -> Attack:
 
     def attack(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         model = library.PyTorchModel(net, bounds=(0, 1), device=x.device)
-        found: Tensor = pgd.run(model, x, y, epsilon=task.eps)
-        return found
+        return cast(Tensor, pgd.run(model, x, y, epsilon=task.eps))
 
     return attack
 
@@ -42,46 +36,42 @@ def art(task: Task) -> Attack:
     """ProjectedGradientDescentPyTorch of adversarial-robustness-toolbox."""
     classification = importlib.import_module("art.estimators.classification")
     evasion = importlib.import_module("art.attacks.evasion")
-
     made: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-
-    def build(net: nn.Module, x: Tensor) -> Any:
-        with torch.no_grad():
-            classes = net(x[:1]).shape[1]
-        model = classification.PyTorchClassifier(
-            net, nn.CrossEntropyLoss(), tuple(x.shape[1:]), classes, clip_values=(0.0, 1.0),
-            device_type="gpu" if x.is_cuda else "cpu",
-        )  # fmt: skip
-        return evasion.ProjectedGradientDescentPyTorch(
-            model, np.inf, task.eps, task.step_size, max_iter=task.steps, num_random_init=0,
-            batch_size=len(x), verbose=False,
-        )  # fmt: skip
 
     def attack(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if net not in made:
-            made[net] = build(net, x)
-        found: Any = made[net].generate(x.cpu().numpy(), y.cpu().numpy())
+            with torch.no_grad():
+                classes = net(x[:1]).shape[1]
+            model = classification.PyTorchClassifier(
+                net, nn.CrossEntropyLoss(), tuple(x.shape[1:]), classes, clip_values=(0.0, 1.0),
+                device_type="gpu" if x.is_cuda else "cpu",
+            )  # fmt: skip
+            made[net] = evasion.ProjectedGradientDescentPyTorch(
+                model, np.inf, task.eps, task.step_size, max_iter=task.steps, num_random_init=0,
+                batch_size=len(x), verbose=False,
+            )  # fmt: skip
+        found = made[net].generate(x.cpu().numpy(), y.cpu().numpy())
         net.eval()
         return torch.from_numpy(found).to(x.device)
 
     return attack
 
 
-PEERS: dict[str, tuple[str, Callable[[Task], Attack]]] = {
-    "torchattacks": ("torchattacks", torchattacks),
-    "foolbox": ("foolbox", foolbox),
-    "adversarial-robustness-toolbox": ("adversarial-robustness-toolbox", art),
+PEERS: dict[str, Callable[[Task], Attack]] = {
+    "torchattacks": torchattacks,
+    "foolbox": foolbox,
+    "adversarial-robustness-toolbox": art,
 }
+"""By the name of the distribution."""
 
 
 def available(task: Task) -> tuple[dict[str, Attack], dict[str, str]]:
     """The peers that can be imported, by name and version, and why the others cannot."""
     found: dict[str, Attack] = {}
     missing: dict[str, str] = {}
-    for name, (distribution, build) in PEERS.items():
+    for name, build in PEERS.items():
         try:
-            attack = build(task)
-            found[f"{name} {importlib.metadata.version(distribution)}"] = attack
+            found[f"{name} {importlib.metadata.version(name)}"] = build(task)
         except Exception as error:  # a library may fail to import in many ways
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return found, missing

@@ -2,9 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 Step = Callable[[], object]
@@ -12,14 +14,10 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one candidate over all rounds.
+    """Of one candidate over all rounds: the median and the quartiles of its time over the base's.
 
-    Attributes:
-        ratio: Median over the rounds of its time relative to the base's in the same round.
-        lower: First quartile of those ratios.
-        upper: Third quartile.
-        cpu_s: Median processor time of one call, all threads; of the device on a GPU.
-        wall_s: Median time by the clock.
+    ``cpu_s`` is the median processor time of one call, all threads, or the time of a GPU;
+    ``wall_s`` the median time by the clock.
     """
 
     ratio: float
@@ -30,27 +28,17 @@ class Timing:
 
 
 def interleaved(
-    steps: Mapping[str, Step],
-    base: str,
-    rounds: int,
-    warm_up: int = 1,
-    device: str = "cpu",
+    steps: Mapping[str, Step], base: str, rounds: int, warm_up: int = 0, device: str = "cpu"
 ) -> dict[str, Timing]:
     """Call all candidates once per round, in alternating order, and compare within the rounds.
 
     The base begins a round and ends it, so that a machine that slows down meanwhile counts for it
     by half as it does for the others.
-
-    On a CPU the ratio is that of processor time, which other processes disturb less than the clock;
-    on a GPU it is that of the clock, with the device synchronised around each call.
     """
-    if base not in steps:
-        raise ValueError(f"the base {base!r} is none of {', '.join(steps)}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    for step in steps.values():
-        for _ in range(warm_up):
-            step()
+    if base not in steps or rounds < 1:
+        raise ValueError(f"need a base among {', '.join(steps)} and a round, got {base}, {rounds}")
+    for step in [*steps.values()] * warm_up:
+        step()
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     wall: dict[str, list[float]] = {name: [] for name in steps}
     others = [name for name in steps if name != base]
@@ -60,18 +48,20 @@ def interleaved(
             cpu[name].append(spent)
             wall[name].append(passed)
         others.reverse()
-    bases = [(first + last) / 2 for first, last in _pairs(cpu[base])]
-    spent_by = cpu | {base: bases}
-    return {name: _timing(spent_by[name], bases, wall[name]) for name in steps}
-
-
-def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
-    """Neighbours in pairs."""
-    return list(zip(values[::2], values[1::2], strict=True))
+    cpu[base] = [(first + last) / 2 for first, last in zip(*[iter(cpu[base])] * 2, strict=True)]
+    found = {}
+    for name, spent_by_round in cpu.items():
+        lower, median, upper = quartiles(np.divide(spent_by_round, cpu[base]))
+        times = statistics.median(spent_by_round), statistics.median(wall[name])
+        found[name] = Timing(median, lower, upper, *times)
+    return found
 
 
 def timed(step: Step, device: str = "cpu") -> tuple[float, float]:
-    """Processor time and time by the clock of one call, in seconds."""
+    """Processor time and time by the clock of one call, in seconds; on a GPU twice the latter.
+
+    Other processes disturb processor time less than the clock. A GPU is synchronised around it.
+    """
     is_cpu = torch.device(device).type == "cpu"
     if not is_cpu:
         torch.accelerator.synchronize()
@@ -83,22 +73,13 @@ def timed(step: Step, device: str = "cpu") -> tuple[float, float]:
     return (time.process_time() - processor if is_cpu else wall), wall
 
 
-def _timing(cpu: Sequence[float], base: Sequence[float], wall: Sequence[float]) -> Timing:
-    ratios = [one / other for one, other in zip(cpu, base, strict=True)]
-    lower, median, upper = quartiles(ratios)
-    return Timing(median, lower, upper, statistics.median(cpu), statistics.median(wall))
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile; of a single value three times that."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+def quartiles(values: npt.ArrayLike) -> tuple[float, float, float]:
+    """First quartile, median and third quartile."""
+    lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return lower, median, upper
 
 
-def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
-    """The b of the power law time = a * size^b that fits best on logarithmic axes."""
-    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (sizes, times))
-    x, y = x - x.mean(), y - y.mean()
-    return float((x @ y) / (x @ x))
+def exponent(times: Mapping[int, float], offset: float = 0.0) -> float:
+    """The b of the power law time = a * (size + offset)^b that fits best on logarithmic axes."""
+    sizes = np.add(list(times), offset)
+    return float(np.polyfit(np.log(sizes), np.log(list(times.values())), 1)[0])

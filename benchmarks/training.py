@@ -1,15 +1,15 @@
 """One step of PGD adversarial training: ours, peers, and the bare loop, which is 1."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from statistics import harmonic_mean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import peers
-from benchmarks.loops import Attack, Candidate, Task, bare, by_backward, candidate, one_graph, ours
-from benchmarks.passes import Passes, counted
-from benchmarks.peak import flops_of, memory_of, peaks
+from benchmarks.loops import Attack, Candidate, Task, bare, candidate, one_graph, ours
+from benchmarks.peak import Passes, counted, flops_of, memory_of, peaks
 from benchmarks.timing import exponent, interleaved, timed
 from common.attacks.engine.network import AttackEngine
 from common.networks.resnet import DigitsResNet, ResNet18
@@ -33,17 +33,9 @@ COMPILED = {
 }
 
 
-def task(
-    net: nn.Module | None = None,
-    batch: int = 32,
-    size: int = 32,
-    steps: int = 10,
-    device: str = "cpu",
-) -> Task:
+def task(net: nn.Module, batch: int, steps: int, device: str = "cpu") -> Task:
     """Random images for a network with the statistics of one that has been trained."""
-    torch.manual_seed(0)
-    net = net if net is not None else ResNet18()
-    x, y = torch.rand(batch, 3, size, size), torch.randint(10, (batch,))
+    x, y = torch.rand(batch, 3, 32, 32), torch.randint(10, (batch,))
     for _ in range(3):  # the running statistics of a fresh one are zeros and ones
         net.train()(x[:16])
     return Task(net.eval().to(device), x.to(device), y.to(device), steps=steps)
@@ -57,18 +49,9 @@ def attacks(what: Task, is_compiled: bool) -> tuple[dict[str, Attack], dict[str,
         found["ours, folded, channels_last, Winograd, one compiled graph per step"] = one_graph(
             what, AttackEngine()
         )
-    found["loop with backward()"] = by_backward(what)
+    found["loop with backward()"] = bare(what, by_backward=True)
     there, missing = peers.available(what)
     return found | there, missing
-
-
-def agreement(found: Tensor, wanted: Tensor) -> dict[str, float]:
-    """How far adversarial images are from those of the bare loop."""
-    difference = (found - wanted).abs()
-    return {
-        "largest_difference": difference.max().item(),
-        "pixels_apart": (difference > 1e-5).float().mean().item(),
-    }
 
 
 def compare(
@@ -79,23 +62,28 @@ def compare(
     Images and passes come first, of an attack of three steps: what disagrees there is no
     candidate, and longer ones amplify rounding.
     """
-    what = task(batch=batch, steps=steps, device=device)
+    torch.manual_seed(0)
+    what = task(ResNet18(), batch, steps, device)
     found, missing = attacks(what, is_compiled)
     steps_of = {name: candidate(what, attack) for name, attack in found.items()}
-    short = what.with_steps(3)
+    short = replace(what, steps=3)
     checked, _ = attacks(short, is_compiled)
     wanted = candidate(short, checked[BASE]).images()
     rows: dict[str, Any] = {}
     counts: dict[str, Passes] = {}
     for name, step in steps_of.items():
         tried = Candidate(short, checked[name], step.net, step.optimizer)
-        rows[name] = agreement(tried.images(), wanted)
+        difference = (tried.images() - wanted).abs()
+        rows[name] = {
+            "largest_difference": difference.max().item(),
+            "pixels_apart": (difference > 1e-5).float().mean().item(),
+        }
         if "compiled" not in name:
             with counted(step.net) as counts[name]:
                 step()
             memory = memory_of(step, *step.alive())  # the second step has gradients of the first
             rows[name] |= {"passes": asdict(counts[name]), "peak_memory_mb": memory / 1e6}
-    times = interleaved(steps_of, BASE, rounds, warm_up=0, device=device)
+    times = interleaved(steps_of, BASE, rounds, device=device)
     best = peaks(device, batch)
     base = steps_of[BASE]
     operations = flops_of(base.net, what.x, counts[BASE])
@@ -105,7 +93,9 @@ def compare(
         rows[name] |= asdict(timing) | {
             "useful_gflops": rate,
             "of_matmul_peak": rate / best[f"matmul {precision}"],
-            "of_conv_peak": rate / _mean_conv(best, precision),
+            # the stages have equally many operations
+            "of_conv_peak": rate
+            / harmonic_mean(v for k, v in best.items() if k[:4] == "conv" and precision in k),
             "images_per_s": batch / timing.wall_s,
         }
     for row in rows.values():
@@ -120,12 +110,6 @@ def compare(
     }
 
 
-def _mean_conv(best: dict[str, float], precision: str) -> float:
-    """Harmonic mean over the stages, which have equally many operations."""
-    rates = [v for name, v in best.items() if name.startswith("conv") and name.endswith(precision)]
-    return len(rates) / sum(1.0 / rate for rate in rates)
-
-
 def growth(is_full: bool, device: str = "cpu") -> dict[str, Any]:
     """Time of our step against batch size, attack steps and network, with the exponents."""
     batches = (8, 16, 32, 64, 128, 256) if is_full else (8, 16, 32, 64)
@@ -134,29 +118,22 @@ def growth(is_full: bool, device: str = "cpu") -> dict[str, Any]:
     def small() -> nn.Module:
         return DigitsResNet(in_channels=3)
 
-    by_batch = {n: _seconds(task(small(), batch=n, steps=10, device=device)) for n in batches}
-    by_steps = {k: _seconds(task(small(), batch=32, steps=k, device=device)) for k in steps}
+    def seconds(net: nn.Module, batch: int, steps: int) -> float:
+        what = task(net, batch, steps, device)
+        step = candidate(what, ours(what))
+        step()
+        return min(timed(step, device)[0] for _ in range(3))
+
+    by_batch = {n: seconds(small(), n, 10) for n in batches}
+    by_steps = {k: seconds(small(), 32, k) for k in steps}
     nets: dict[str, Any] = {"DigitsResNet": small, "ResNet-18": ResNet18}
     if is_full:
         nets["WRN-34-10"] = lambda: WideResNet(34, 10)
-    by_net = {
-        name: _seconds(task(build(), batch=8, steps=3, device=device))
-        for name, build in nets.items()
-    }
     return {
         "setting": "our step without an engine; DigitsResNet on 3x32x32, batch 32, PGD-10 where "
         "not varied; networks at batch 8, PGD-3",
-        "batch": {"seconds": by_batch, "exponent": exponent(list(by_batch), [*by_batch.values()])},
+        "batch": {"seconds": by_batch, "exponent": exponent(by_batch)},
         # One step of the attack is beside the update, so its time grows with steps plus 1.5.
-        "steps": {
-            "seconds": by_steps,
-            "exponent": exponent([k + 1.5 for k in by_steps], [*by_steps.values()]),
-        },
-        "network": {"seconds": by_net},
+        "steps": {"seconds": by_steps, "exponent": exponent(by_steps, 1.5)},
+        "network": {"seconds": {name: seconds(build(), 8, 3) for name, build in nets.items()}},
     }
-
-
-def _seconds(what: Task) -> float:
-    step: Candidate = candidate(what, ours(what))
-    step()
-    return min(timed(step, what.x.device.type)[0] for _ in range(3))

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from benchmarks import accuracy, overheads
-from benchmarks.loops import Task, bare, by_backward, candidate, one_graph, ours
-from benchmarks.passes import Passes, counted
+from benchmarks.loops import Task, bare, candidate, one_graph, ours
+from benchmarks.peak import Passes, counted
 from benchmarks.peers import PEERS, available
 from common.attacks.engine.network import AttackEngine
-from common.attacks.pgd import FGSM
+from common.attacks.pgd import FGSM, PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.classifier import RobustClassifier
 from common.cli.trainer import Trainer
@@ -27,45 +27,35 @@ def task() -> Task:
     return Task(net.eval(), x, y)
 
 
-def passes_of(step) -> Passes:
-    with counted(step.net) as passes:
-        step()
-    return passes
+def share_apart(images, wanted) -> float:
+    return (images - wanted).abs().gt(1e-5).float().mean().item()
 
 
-@pytest.mark.parametrize("engine", [None, AttackEngine(), AttackEngine(precision="bf16")])
-def test_a_training_step_is_eleven_passes_and_one_weight_gradient(task, engine) -> None:
-    step = candidate(task, ours(task, engine))
-    step.images()  # a new network is tried out once
-    assert passes_of(step) == passes_of(candidate(task, bare(task))) == Passes(11, 11, 1)
+def test_a_training_step_is_eleven_passes_and_one_weight_gradient(task) -> None:
+    for attack, gradients in (
+        (bare(task), 1),
+        (bare(task, by_backward=True), 11),
+        *((ours(task, e), 1) for e in (None, AttackEngine(), AttackEngine(precision="bf16"))),
+    ):
+        step = candidate(task, attack)
+        step.images()  # a new network is tried out once
+        with counted(step.net) as passes:
+            step()
+        assert passes == Passes(11, 11, gradients)
+        head = step.net.head.linear
+        assert not head._forward_hooks
+        assert not head.weight._backward_hooks
 
 
-def test_backward_in_the_attack_is_seen_for_what_it_is(task) -> None:
-    assert passes_of(candidate(task, by_backward(task))) == Passes(11, 11, 11)
-
-
-def test_counting_leaves_nothing_behind(task) -> None:
-    head = task.net.head.linear
-    with counted(task.net):
-        task.net(task.x)
-    assert not head._forward_hooks
-    assert not head.weight._backward_hooks
-
-
-def test_images_are_those_of_the_bare_loop(task) -> None:
+def test_images_are_those_of_the_bare_loop(task, monkeypatch) -> None:
     wanted = candidate(task, bare(task)).images()
     assert (wanted - task.x).abs().max() > 0.03
     there, missing = available(task)
-    attacks = {"ours": ours(task), "backward": by_backward(task), **there}
-    for name, attack in attacks.items():
-        found = candidate(task, attack).images()
-        assert (found - wanted).abs().gt(1e-5).float().mean() < 0.01, name
-    folded = candidate(task, ours(task, AttackEngine())).images()
-    assert (folded - wanted).abs().gt(1e-5).float().mean() < 0.03
+    for name, attack in {"ours": ours(task), "backward": bare(task, True), **there}.items():
+        assert share_apart(candidate(task, attack).images(), wanted) < 0.01, name
+    assert share_apart(candidate(task, ours(task, AttackEngine())).images(), wanted) < 0.03
     assert len(there) + len(missing) == len(PEERS)
 
-
-def test_a_missing_peer_says_why(task, monkeypatch) -> None:
     def refuse(name):
         raise ImportError(f"no {name} here")
 
@@ -75,71 +65,61 @@ def test_a_missing_peer_says_why(task, monkeypatch) -> None:
     assert missing["foolbox"] == "ImportError: no foolbox here"
 
 
-def test_candidates_leave_the_task_alone_and_keep_their_weights(task) -> None:
+def test_a_step_keeps_weights_and_leaves_gradients_and_momentum_alive(task) -> None:
     before = {name: value.clone() for name, value in task.net.state_dict().items()}
     step = candidate(task, ours(task, AttackEngine()))
-    step()
-    for name, value in task.net.state_dict().items():
-        assert torch.equal(value, before[name])
-    for one, other in zip(step.net.parameters(), task.net.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_between_steps_weights_gradients_and_momentum_are_alive(task) -> None:
-    step = candidate(task, ours(task))
     at_first = sum(tensor.numel() for tensor in step.alive())
-    assert at_first == sum(value.numel() for value in step.net.state_dict().values())
+    assert at_first == sum(value.numel() for value in before.values())
     step()
+    assert all(torch.equal(v, before[name]) for name, v in task.net.state_dict().items())
+    assert all(torch.equal(v, before[name]) for name, v in step.net.named_parameters())
     weights = sum(parameter.numel() for parameter in step.net.parameters())
     assert sum(tensor.numel() for tensor in step.alive()) == at_first + 2 * weights
 
 
 @pytest.mark.parametrize(
-    ("objective", "expected"),
+    ("objective", "expected", "engine"),
     [
-        (AT(), Passes(4, 4, 1)),
-        (TRADES(), Passes(6, 5, 1)),
-        (MART(), Passes(5, 5, 1)),
-        (ALP(), Passes(5, 5, 1)),
+        (AT(), Passes(4, 4, 1), None),
+        (TRADES(), Passes(6, 5, 1), AttackEngine()),
+        (MART(), Passes(5, 5, 1), None),
+        (ALP(), Passes(5, 5, 1), AttackEngine()),
     ],
-    ids=["AT", "TRADES", "MART", "ALP"],
+    ids=["AT", "TRADES, engine", "MART", "ALP, engine"],
 )
-@pytest.mark.parametrize("engine", [None, AttackEngine()], ids=["plain", "engine"])
 def test_lightning_adds_no_pass(objective, expected, engine) -> None:
     """Three steps of attack, clean and adversarial images once each, clean logits before it."""
-    from common.attacks.pgd import PGD
-
     module = RobustClassifier(DigitsResNet(), objective)
     data = ImageDataModule(Digits(), batch_size=20)
 
-    def trainer(steps: int) -> Trainer:
-        return Trainer(
+    def fit(steps: int) -> None:
+        trainer = Trainer(
             max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
             callbacks=[AdversarialTraining(PGD(0.1, 0.05, 3), engine=engine)], accelerator="cpu",
             log_every_n_steps=0,
         )  # fmt: skip
+        trainer.fit(module, datamodule=data)
 
-    trainer(1).fit(module, datamodule=data)  # a new network is tried out once
+    fit(1)  # a new network is tried out once
     with counted(module.net) as passes:
-        trainer(2).fit(module, datamodule=data)
-    tried_out = 1  # two blank images before training
-    assert (passes.forward - tried_out, passes.backward, passes.weight_gradient) == (
-        2 * expected.forward,
-        2 * expected.backward,
-        2 * expected.weight_gradient,
-    )
+        fit(2)
+    twice = Passes(2 * expected.forward, 2 * expected.backward, 2 * expected.weight_gradient)
+    twice.forward += 1  # two blank images before training
+    assert passes == twice
 
 
 def test_what_an_engine_does_to_robustness_is_measured_over_seeds(monkeypatch) -> None:
-    suite = {"fgsm": SuiteEntry(FGSM(accuracy.EPS))}
-    monkeypatch.setattr(accuracy, "SUITE", suite)
+    monkeypatch.setattr(accuracy, "SUITE", {"fgsm": SuiteEntry(FGSM(accuracy.EPS))})
+    monkeypatch.setattr(
+        accuracy, "ENGINES", {"no engine": None, "bf16": AttackEngine(precision="bf16")}
+    )
     found = accuracy.compare(seeds=1, epochs=1)
     for name, row in found["rows"].items():
         assert row["worst"] == found["accuracies"][name][0]["worst"]
         assert 0.05 < row["worst"] < row["clean"] < 1.0
-    folded, reduced = (found["accuracies"][name][0] for name in list(accuracy.ENGINES)[1:])
-    assert folded != reduced  # bf16 takes another path
+    base, reduced = found["accuracies"].values()
+    assert base != reduced  # bf16 takes another path
 
 
 def test_steps_of_the_trainer_and_bare_ones_are_timed_in_turns() -> None:
@@ -152,6 +132,5 @@ def test_steps_of_the_trainer_and_bare_ones_are_timed_in_turns() -> None:
 
 @pytest.mark.slow
 def test_a_step_in_one_compiled_graph_gives_the_images_of_the_bare_loop(task) -> None:
-    wanted = candidate(task, bare(task)).images()
     found = candidate(task, one_graph(task, AttackEngine())).images()
-    assert (found - wanted).abs().gt(1e-5).float().mean() < 0.05
+    assert share_apart(found, candidate(task, bare(task)).images()) < 0.05
