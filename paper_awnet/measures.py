@@ -81,10 +81,10 @@ def signal_summary(net: AWNet, clean: Tensor, adversarial: Tensor) -> list[dict[
 def smoothness(model: Any, x: Tensor, y: Tensor, eps: float) -> dict[str, Tensor]:
     r"""First-order predictions against an actual step [D], per image ``(N,)``.
 
-    The size of the loss's gradient is not comparable between models, since robust ones are less
-    certain. ``reach`` is the margin over the l1 norm of its gradient, to first order the linf
-    distance to the decision boundary. ``rise`` is :math:`CE(x + \delta_{FGSM}) - CE(x)` and
-    ``predicted`` its first order, :math:`\epsilon \|\nabla CE\|_1`.
+    ``reach`` is the margin over the l1 norm of its gradient, to first order the linf distance to
+    the decision boundary, which unlike a gradient of the loss can be compared between models.
+    ``rise`` is :math:`CE(x + \delta_{FGSM}) - CE(x)` and ``predicted`` its first order,
+    :math:`\epsilon \|\nabla CE\|_1`.
     """
     loss = label_loss(model, y)
 
@@ -297,23 +297,20 @@ def examine(
         random = ExampleRandom(seed, 0, batch["index"], Stream.EVALUATION)
         return PGD(eps, eps / 10, 20)(losses[name](model, batch), x, random)
 
-    images = {"clean": x, "pgd": attack("ce_f")} | {name: attack(name) for name in JOINT}
-    shown = {k: images[k] for k in ("clean", "pgd")}
+    images = {"clean": x, "pgd": attack("ce_f")}
     # Each of the two networks with a forced P_type is also attacked directly.
-    shown |= {f"pgd_{kind}": attack(f"ce_branch{kind}") for kind in ("clean", "adv")}
+    branches = {f"pgd_{kind}": attack(f"ce_branch{kind}") for kind in ("clean", "adv")}
     found: dict[str, Any] = {
-        "routing": routing(net, images),
-        "forced": forced_accuracies(net, shown, y),
+        "routing": routing(net, images | {name: attack(name) for name in JOINT}),
+        "forced": forced_accuracies(net, images | branches, y),
     }
     blocks = signal_summary(net, x, images["pgd"])
     if blocks:
-        found["omega_std"] = max(block["std"] for block in blocks)
-        found["omega_shift"] = max(block["shift"] for block in blocks)
+        found |= {f"omega_{k}": max(block[k] for block in blocks) for k in ("std", "shift")}
     with torch.no_grad():
-        one, other = (
-            filters(net, x[0], kind, net.outputs(images[name]).signals)
-            for kind, name in (("clean", "clean"), ("adv", "pgd"))
-        )
+        signals = [net.outputs(images[name]).signals for name in ("clean", "pgd")]
+    kinds = zip(("clean", "adv"), signals, strict=True)
+    one, other = (filters(net, x[0], kind, omega) for kind, omega in kinds)
     found["effective"] = {n: d["wasserstein"] for n, d in distances(one, other).items()}
     return found, blocks
 

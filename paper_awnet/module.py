@@ -67,9 +67,6 @@ class AWNetClassifier(RobustClassifier):
                     add(f"omega{j}/{kind}", omega)
 
 
-# ------------------------------------------------------------------------------ adaptive attacks
-
-
 def aware(loss: Callable[[AWNet, Tensor, Tensor], Tensor]) -> InnerLoss:
     """The inner loss that is a function of an AW-Net, the attacked images and their labels."""
 

@@ -70,10 +70,10 @@ def negative_entropy(probabilities: Tensor) -> Tensor:
 
 
 def signal_statistics(clean: Tensor, adversarial: Tensor) -> dict[str, Tensor]:
-    """Whether the filters of one block move: from omega_j ``(N, S_j)`` of images of both types.
+    """Movement of the filters of one block, from omega_j ``(N, S_j)`` of images of both types.
 
-    ``mean``; ``std`` over the images of both types, mean over filters; ``shift``, the absolute
-    difference between the means of the two types, mean over filters.
+    Means over filters: ``std`` over all images, and ``shift``, the absolute difference between the
+    means of the two types; and ``mean``.
     """
     both = torch.cat([clean, adversarial])
     return {
@@ -121,6 +121,11 @@ class PairedObjective(Objective, nn.Module, ABC):
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Cross-entropy with the label."""
         return super().inner(self.attacked(model), batch)
+
+    def divergence_from(self, logits: Tensor, model: Model) -> Callable[[Tensor], Tensor]:
+        """X' -> KL(p || f(x')), with p of constant logits ``(N, K)``."""
+        attacked = self.attacked(model)
+        return lambda x: kl_divergence(logits, attacked(x))
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """The classification loss and the weighted type loss; a scalar."""
@@ -317,8 +322,7 @@ class RoutedTRADES(PairedObjective):
         """KL(f(x) || f(x')), the clean prediction of the deployed network held constant."""
         with torch.inference_mode(False), torch.no_grad():
             logits = model(batch["x"])
-        attacked = self.attacked(model)
-        return lambda x: kl_divergence(logits, attacked(x))
+        return self.divergence_from(logits, model)
 
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """CE(f(x), y) + beta KL(f(x) || f(x_adv)), batch mean."""
@@ -340,9 +344,7 @@ class RSLAD(PairedObjective):
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """KL(T_adv(x) || f(x'))."""
-        soft = differentiable(self.teachers["robust"](batch["x"]))
-        attacked = self.attacked(model)
-        return lambda x: kl_divergence(soft, attacked(x))
+        return self.divergence_from(differentiable(self.teachers["robust"](batch["x"])), model)
 
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """5/6 KL(T_adv(x), f(x_adv)) + 1/6 KL(T_adv(x), f(x))."""

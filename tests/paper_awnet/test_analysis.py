@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from common.analysis.report import Found
 from common.attacks import pgd
@@ -13,18 +14,9 @@ from common.results.lines import Line, Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.reference import Metric
 from common.results.store import merge_result, result_path
-from paper_awnet import analysis
-from paper_awnet.analysis import (
-    ANALYSIS,
-    claims,
-    compare_weights,
-    curves_of,
-    plane,
-    roles_of,
-    w_robust,
-    without_tensors,
-)
-from paper_awnet.measures import Filters
+from paper_awnet import measures
+from paper_awnet.analysis import ANALYSIS, claims, plane, roles_of, w_robust, without_tensors
+from paper_awnet.measures import Filters, compare_weights, curves_of
 from paper_awnet.method import Router
 from paper_awnet.module import AWNetClassifier
 from paper_awnet.networks import AWNet, DigitsStudent
@@ -45,12 +37,6 @@ def test_weighted_robust_accuracy() -> None:
     assert column.of(found) == pytest.approx(w_robust(found, PGD))
     with pytest.raises(ConfigurationError, match=r"lies in \[0, 1\], got 1.5"):
         w_robust(found, PGD, 1.5)
-
-
-def test_roles() -> None:
-    assert roles_of("digits").static == "static_mtard"
-    real = roles_of("cifar10_resnet18")
-    assert (real.base, real.robust, real.pgd) == ("cifar10_resnet18", "trades", "pgd_trades/ce_f")
 
 
 def verdicts(good: bool, seeds=(0, 1)) -> dict[str, str]:
@@ -78,8 +64,9 @@ def verdicts(good: bool, seeds=(0, 1)) -> dict[str, str]:
     }
     count = 8 if good else 3
     compared = {s: {"further": count, "smaller_l1": count, "larger_kurtosis": count} for s in seeds}
-    reach = {("teacher_clean", s): {"reach": 0.1} for s in seeds}
-    reach |= {("teacher_robust", s): {"reach": 0.3 if good else 0.05} for s in seeds}
+    of_robust = 0.3 if good else 0.05
+    reach = {"teacher_clean": dict.fromkeys(seeds, 0.1)}
+    reach |= {"teacher_robust": dict.fromkeys(seeds, of_robust)}
     found = Found("digits", "digits_", [0, 1], Path(), Path(), metrics=metrics)
     found.kept |= {"compared": compared, "examined": examined, "reach": reach}
     return {one.id: one.verdict for one in claims(found)}
@@ -97,24 +84,18 @@ def test_verdicts_turn_out_either_way() -> None:
 
 
 def test_weights_are_compared_with_the_next_seeds() -> None:
-    roles, n = roles_of("digits"), 4
-
-    def net(scale: float) -> dict[str, Filters]:
-        w = scale * torch.linspace(-1, 1, 72).reshape(n, 2, 3, 3)
-        return {"a": Filters(w, w)}
-
-    found = {("teacher_clean", s): net(1.0 + 0.01 * s) for s in (0, 1)}
-    found |= {("teacher_robust", s): net(0.5) for s in (0, 1)}
-    compared = compare_weights(found, roles, [0, 1])
+    w = torch.linspace(-1, 1, 72).reshape(4, 2, 3, 3)
+    standard = {s: {"a": Filters(w * (1 + 0.01 * s), w * (1 + 0.01 * s))} for s in (0, 1)}
+    robust = {s: {"a": Filters(w / 2, w / 2)} for s in (0, 1)}
+    compared = compare_weights(standard, robust, [0, 1])
     assert set(compared) == {0, 1}
     for entry in compared.values():
         assert (entry["layers"], entry["further"], entry["smaller_l1"]) == (1, 1, 1)
-    same = compare_weights(found, roles, [0, 1])[0]["seeds"]["a"]["wasserstein"]
-    assert same == pytest.approx(0.01 * torch.linspace(-1, 1, 72).abs().mean().item(), rel=1e-3)
-    alone = compare_weights(found, roles, [0])[0]
+        same = entry["seeds"]["a"]["wasserstein"]
+        assert same == pytest.approx(0.01 * w.abs().mean().item(), rel=1e-3)
+    alone = compare_weights(standard, robust, [0])[0]
     assert "further" not in alone, "there is no second seed to compare with"
-    del found["teacher_robust", 1]
-    assert set(compare_weights(found, roles, [0, 1])) == {0}
+    assert set(compare_weights(standard, {0: robust[0]}, [0, 1])) == {0}
 
 
 def put_result(folder, name: str, seed: int, held: int) -> None:
@@ -161,7 +142,7 @@ def load(run):
 
 
 def test_the_whole_analysis(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(analysis, "PGD", lambda eps, step, steps: _pgd(eps, step))
+    monkeypatch.setattr(measures, "PGD", lambda eps, step, steps: pgd.PGD(eps, step, 1))
     runs, results = tmp_path / "runs", tmp_path / "results"
     for name, held in (("static_mtard", 10), ("awnet_mtard", 20)):
         for seed in (0, 1):
@@ -171,6 +152,12 @@ def test_the_whole_analysis(tmp_path, monkeypatch) -> None:
             path = runs / f"digits_{name}/seed{seed}/checkpoints/last.ckpt"
             path.parent.mkdir(parents=True)
             path.touch()
+    run = runs / "digits_awnet_mtard/seed0"
+    with SummaryWriter(str(run)) as writer:
+        for step, value in enumerate((0.5, 0.25)):
+            writer.add_scalar("train/w_nat", value, step)
+            writer.add_scalar("val/clean_acc", value, step)
+    assert curves_of(run) == {"w_nat": [(0, 0.5), (1, 0.25)]}
     report = ANALYSIS.analyse(runs, results, "digits", [0, 1], load=load)
     assert report["missing"] == []
     verdict = {line[0]: line[2] for line in report["tables"][0]["lines"]}
@@ -183,26 +170,15 @@ def test_the_whole_analysis(tmp_path, monkeypatch) -> None:
     assert set(forced) == {"clean", "pgd", "pgd_clean", "pgd_adv"}
     assert set(forced["pgd"]) == {"soft", "clean", "adv"}
     assert len(saved["weights"]["0"]["between"]) == 9
-    names = {path.rpartition("/digits_")[2] for path in report["figures"]}
-    assert names == {
-        f"{n}.png"
-        for n in (
-            "router",
-            "signals",
-            "weights",
-            "distances",
-            "gradients",
-            "trade_off",
-            "differences",
-        )
+    names = "router signals weights distances gradients trade_off differences training"
+    assert {p.rpartition("/digits_")[2] for p in report["figures"]} == {
+        f"{name}.png" for name in names.split()
     }
 
 
-def _pgd(eps: float, step: float) -> pgd.PGD:
-    return pgd.PGD(eps, step, 1)
-
-
 def test_results_alone_are_enough_for_some_verdicts(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match=r"nothing to analyse.*make reproduce-awnet"):
+        ANALYSIS.analyse(tmp_path, tmp_path, "digits", [0])
     for seed in (0, 1):
         put_result(tmp_path, "static_mtard", seed, 10)
         put_result(tmp_path, "awnet_mtard", seed, 10)
@@ -217,27 +193,6 @@ def test_results_alone_are_enough_for_some_verdicts(tmp_path) -> None:
     }
 
 
-def test_nothing_to_analyse(tmp_path) -> None:
-    with pytest.raises(ConfigurationError, match=r"nothing to analyse.*make reproduce-awnet"):
-        ANALYSIS.analyse(tmp_path, tmp_path, "digits", [0])
-
-
-def test_what_training_logged_is_read_back(tmp_path) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    assert curves_of(tmp_path) == {}
-    with SummaryWriter(str(tmp_path)) as writer:
-        for step, value in enumerate((0.5, 0.25)):
-            writer.add_scalar("train/w_nat", value, step)
-            writer.add_scalar("val/clean_acc", value, step)
-    assert curves_of(tmp_path) == {"w_nat": [(0, 0.5), (1, 0.25)]}
-
-
-def test_tensors_are_for_pictures() -> None:
-    entry = {"a": {"p": torch.ones(2), "auroc": 0.5}, "b": 1}
-    assert without_tensors(entry) == {"a": {"auroc": 0.5}, "b": 1}
-
-
 def test_a_weighted_mean_is_about_the_examples_of_the_attack() -> None:
     metrics = {"clean_acc": 0.1, "pgd/f": 1.0, "worst": 0.5, "worst_clean": 0.9}
     assert w_robust(metrics, "worst") == pytest.approx(0.7)
@@ -245,3 +200,8 @@ def test_a_weighted_mean_is_about_the_examples_of_the_attack() -> None:
     roles = roles_of("digits")
     points = plane({("awnet", 0): metrics | {roles.pgd: 0.4}}, roles)
     assert points == {"awnet": [(0.1, 0.4, None)]}, "a worst case of a part of the images"
+    real = roles_of("cifar10_resnet18")
+    assert (real.base, real.robust, real.pgd) == ("cifar10_resnet18", "trades", "pgd_trades/ce_f")
+    assert ANALYSIS.scope("cifar10_resnet18") == ("cifar10_resnet18", "cifar10_resnet18_")
+    entry = {"a": {"p": torch.ones(2), "auroc": 0.5}, "b": 1}
+    assert without_tensors(entry) == {"a": {"auroc": 0.5}, "b": 1}, "tensors are for pictures"

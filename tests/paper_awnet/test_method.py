@@ -23,9 +23,6 @@ from paper_awnet.method import (
 SMALL = {"widths": (4, 6, 8), "type_hidden": 5}
 
 
-# ---------------------------------------------------------------------------- the side network
-
-
 @pytest.mark.parametrize(
     ("kind", "heads"), [(Router, 129 * 3840), (Detector, 3 * 3840)], ids=lambda v: str(v)
 )
@@ -53,29 +50,25 @@ def test_signals_begin_at_one_and_stay_between_zero_and_two(kind) -> None:
     assert all((head.bias == 0).all() for head in wild.signal_heads)
 
 
-def test_what_signals_depend_on() -> None:
-    x = torch.rand(4, 1, 8, 8)
-    p = torch.tensor([[1.0, 0.0]]).expand(4, 2)
-    router = Router(1, [6], **SMALL, init="normal").eval()
-    detector = Detector(1, [6], **SMALL, init="normal").eval()
-    z, _ = router.read(x)
-    assert torch.equal(router.signals(z, p)[0], router.signals(z, 1 - p)[0])
-    assert router.signals(z, p)[0].std(dim=0).max() > 0
-    same = detector.signals(z, p)[0]
-    assert (same == same[0]).all(), "one point of the curve for all images of one p"
-    assert not torch.allclose(same, detector.signals(z, 1 - p)[0])
+def test_signals_depend_on_features_or_on_probabilities() -> None:
+    x, p = torch.rand(4, 1, 8, 8), torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    for kind, follows_p in ((Router, False), (Detector, True)):
+        net = kind(1, [6], **SMALL, init="normal").eval()
+        z, _ = net.read(x)
+        (one,), (other,) = net.signals(z, p), net.signals(z, 1 - p)
+        assert torch.equal(one, other) != follows_p
+        assert (one.std(dim=0).max() > 0) != follows_p, "one p is one point of the curve"
 
 
 def test_activations() -> None:
     a = torch.linspace(-4, 4, 50)
-    assert torch.allclose(ACTIVATIONS["two_sigmoid"](a), ACTIVATIONS["one_plus_tanh"](a))
-    assert torch.allclose(ACTIVATIONS["two_sigmoid"](a), 2 / (1 + (-a).exp()))
-    assert torch.allclose(ACTIVATIONS["sigmoid"](a), 1 / (1 + (-a).exp()))
-    assert torch.allclose(ACTIVATIONS["softplus"](a), (1 + a.exp()).log(), atol=1e-6)
-    assert torch.equal(ACTIVATIONS["linear"](a), 1 + a)
-    zero = torch.zeros(1)
-    for name in ("two_sigmoid", "one_plus_tanh", "linear"):
-        assert ACTIVATIONS[name](zero) == 1
+    twice = 2 / (1 + (-a).exp())
+    expected = {"two_sigmoid": twice, "one_plus_tanh": twice, "sigmoid": twice / 2}
+    expected |= {"softplus": (1 + a.exp()).log(), "linear": 1 + a}
+    for name, values in expected.items():
+        torch.testing.assert_close(ACTIVATIONS[name](a), values)
+        starts_static = name in ("two_sigmoid", "one_plus_tanh", "linear")
+        assert (ACTIVATIONS[name](torch.zeros(1)) == 1) == starts_static
 
 
 @pytest.mark.parametrize(
@@ -92,9 +85,6 @@ def test_activations() -> None:
 def test_bad_settings_of_the_router(settings, message) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Router(1, [4], **settings)
-
-
-# ----------------------------------------------------------------------- dynamic convolution
 
 
 def grouped_convolution(x: Tensor, conv: nn.Conv2d, omega: Tensor) -> Tensor:
@@ -134,9 +124,6 @@ def test_a_dynamic_convolution_needs_signals_and_no_bias() -> None:
         dynamic(torch.rand(2, 4, 8, 8))
     with pytest.raises(ConfigurationError, match="bias=False"):
         DynamicConv2d(nn.Conv2d(4, 6, 3), Route(), 0)
-
-
-# ------------------------------------------------------------------------------------- MixBN
 
 
 def mixed(channels: int = 5) -> tuple[MixBatchNorm2d, Route]:
@@ -218,9 +205,6 @@ def test_rows_by_type() -> None:
     assert adv.tolist() == [0, 2]
     with pytest.raises(ConfigurationError, match=r"\[0, 2\]"):
         rows_by_type(torch.tensor([0, 2]))
-
-
-# ----------------------------------------------------------------------------------- P_type
 
 
 def test_straight_through_has_hard_values_and_soft_gradients() -> None:

@@ -69,36 +69,23 @@ def test_every_attack_has_a_gradient_and_depends_on_its_own_image_alone(model, d
         torch.testing.assert_close(loss(moved)[1:], loss(digits["x"])[1:])
 
 
-def test_a1_has_the_value_of_the_deployed_network_and_another_gradient(model, digits) -> None:
-    x, y = digits["x"], digits["y"]
-    loss = losses(model, digits, "ce_routerdetached")
-    torch.testing.assert_close(loss(x), F.cross_entropy(model(x), y, reduction="none"))
-    live, cut = gradient(losses(model, digits, "ce_f"), x), gradient(loss, x)
-    assert (live - cut).abs().max() > 1e-3 * live.abs().max()
-
-
-def test_a2_keeps_the_route_of_the_clean_image(model, digits) -> None:
-    x, y = digits["x"], digits["y"]
-    out = model.net.outputs(x)
-    other = torch.rand_like(x)
-    kept = model.net.outputs(other, p=out.p, signals=out.signals).logits
-    expected = F.cross_entropy(kept, y, reduction="none")
-    found = losses(model, digits, "ce_routerfrozen")(other)
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, losses(model, digits, "ce_f")(other))
-
-
 @pytest.mark.parametrize(("name", "kind"), [("clean", 0), ("adv", 1)])
-def test_a3_and_a4_and_a5(model, digits, name, kind) -> None:
-    x, y = digits["x"], digits["y"]
-    out = model.net.outputs(x)
+def test_what_each_attack_climbs(model, digits, name, kind) -> None:
+    x, y, out = digits["x"], digits["y"], model.net.outputs(digits["x"])
     looks = F.cross_entropy(out.type_logits, torch.full_like(y, kind), reduction="none")
     wrong = F.cross_entropy(out.logits, y, reduction="none")
-    torch.testing.assert_close(losses(model, digits, f"joint_{name}_10")(x), wrong - 10 * looks)
     branch = F.cross_entropy(forced(model.net, kind)(x), y, reduction="none")
-    torch.testing.assert_close(losses(model, digits, f"ce_branch{name}")(x), branch)
-    if kind == 0:
-        torch.testing.assert_close(losses(model, digits, "misroute")(x), looks)
+    expected = {f"joint_{name}_10": wrong - 10 * looks, f"ce_branch{name}": branch}  # A3, A4
+    expected |= {"ce_routerdetached": wrong} | ({"misroute": looks} if kind == 0 else {})  # A1, A5
+    for key, values in expected.items():
+        torch.testing.assert_close(losses(model, digits, key)(x), values)
+    live, cut = (gradient(losses(model, digits, k), x) for k in ("ce_f", "ce_routerdetached"))
+    assert (live - cut).abs().max() > 1e-3 * live.abs().max()
+    other = torch.rand_like(x)  # A2 keeps the route of the clean image
+    kept = model.net.outputs(other, p=out.p, signals=out.signals).logits
+    found = losses(model, digits, "ce_routerfrozen")(other)
+    torch.testing.assert_close(found, F.cross_entropy(kept, y, reduction="none"))
+    assert not torch.allclose(found, losses(model, digits, "ce_f")(other))
 
 
 def test_attacks_work_inside_inference_mode(model, digits) -> None:
@@ -131,9 +118,6 @@ def test_histograms_of_the_route(model, digits) -> None:
     model.log_histograms(lambda name, values: added.update({name: values}), digits)
     names = ("p_adv", "omega1", "omega2", "omega3")
     assert set(added) == {f"{name}/{kind}" for name in names for kind in ("x", "x_adv")}
-
-
-# ------------------------------------------------------------------------- the whole command line
 
 
 def run(command: str, stem: str, *more: str) -> None:

@@ -1,7 +1,7 @@
 """Nothing invented in the reference, and recipes as they were decided."""
 
 import re
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,9 +9,14 @@ import torch
 import yaml
 
 from common.cli.main import RobustCLI
+from common.evaluation.presets import load_suite
 from common.evaluation.suite import check_suite, resolve_losses, steps_of
+from common.evaluation.transfer import Transfer
+from common.networks.resnet import ResNet
+from common.objectives import Natural
+from paper_awnet.module import AWNetClassifier
+from paper_awnet.networks import AWNet, OATNet
 
-PAPER = Path(__file__).parents[2] / "paper_awnet"
 BACKBONES = {
     "cifar10_resnet18": 11.174,
     "cifar100_resnet18": 11.220,
@@ -37,12 +42,9 @@ def reference(paper):
     return paper.reference
 
 
-def test_the_ten_experiments_have_rows(reference) -> None:
+def test_no_number_but_counted_parameters_and_every_experiment_has_rows(reference) -> None:
     filled = {group for row in reference.rows.values() for group in row.groups}
     assert {f"E{i}" for i in range(1, 11)} < filled
-
-
-def test_no_number_but_counted_parameters(reference) -> None:
     for stem, row in reference.rows.items():
         assert not row.selected
         known = {key: value for key, value in row.last.items() if value is not None}
@@ -50,18 +52,13 @@ def test_no_number_but_counted_parameters(reference) -> None:
             (v for k, v in BACKBONES.items() if stem.startswith(k) and row.source == "M"), None
         )
         assert known == ({} if expected is None else {"parameters": expected}), stem
-        if "awnet" in stem or stem.startswith("digits"):
-            assert not known
+        assert not (known and ("awnet" in stem or stem.startswith("digits")))
 
 
-def test_tags_of_the_notes_are_in_the_legend(paper) -> None:
+def test_groups_explain_their_tags_and_weigh_every_attack(paper, reference) -> None:
     tags = paper.read("reference.yaml")["tags"]
-    for group in paper.reference.groups:
-        assert set(re.findall(r"\[([A-Z])\]", group.note)) <= set(tags)
-
-
-def test_w_robust_stands_beside_every_attack_of_the_main_tables(reference) -> None:
     for group in reference.groups:
+        assert set(re.findall(r"\[([A-Z])\]", group.note)) <= set(tags)
         if group.id in ("E1", "E2", "E3", "E4", "E5"):
             attacks = {m.key for m in group.metrics if "/" in m.key or m.key in ("aa", "worst")}
             weighted = [m.mean_of for m in group.metrics if m.mean_of]
@@ -123,49 +120,57 @@ def test_the_digits_differ_in_the_network_alone(paper) -> None:
     assert static["trainer"]["max_epochs"] * 800 / 100 == pytest.approx(330, rel=0.02)
 
 
-def command_line(stem: str, *options: str) -> RobustCLI:
-    path = f"{PAPER}/configs/{stem}.yaml"
-    return RobustCLI("paper_awnet", ["--config", path, *options], run=False)
+STATIC = partial(ResNet, (1,), (4,), (1,))
 
 
-def runs_of_pgd(suite: dict[str, Any], model: Any) -> int:
-    """How many ascents behind the named PGD an image meets, at most."""
-    total = 0
-    for name in ("pgd20", "pgd_trades", "restarts", "adaptive"):
-        if name in suite:
-            entry = suite[name]
-            total += entry.attack.restarts * len(resolve_losses(entry.losses, model))
-    return total
+@pytest.fixture
+def suite_of(paper, tmp_path):
+    """``suite_of(file)``: the entries of a shared suite."""
+
+    def entries(file: str) -> dict[str, Any]:
+        section = paper.read(f"configs/shared/{file}.yaml")
+        path = tmp_path / f"{file}.yaml"
+        evaluation = {"suite": section["suite"]}
+        path.write_text(yaml.safe_dump({"evaluation": evaluation}, sort_keys=False))
+        return load_suite(path, section["threat"]["eps"]).entries
+
+    return entries
 
 
 @pytest.mark.parametrize(
-    "stem", ["digits_static_mtard", "digits_awnet_mtard", "cifar10_resnet18_oat",
-             "cifar10_resnet18_at", "tiny_resnet18_awnet_mtard"]
-)  # fmt: skip
-def test_every_network_meets_as_many_attacks(stem) -> None:
-    with torch.device("meta"):
-        cli = command_line(stem)
-    suite = cli.config_init["evaluation"].suite
-    check_suite(suite, cli.model)
-    assert runs_of_pgd(suite, cli.model) == 16
+    ("file", "net"),
+    [
+        ("evaluation", STATIC),
+        ("evaluation_dynamic", lambda: AWNet(STATIC())),
+        ("evaluation_oat", lambda: OATNet(STATIC())),
+        ("evaluation_digits", STATIC),
+        ("evaluation_digits_dynamic", lambda: AWNet(STATIC())),
+    ],
+)
+def test_every_network_meets_as_many_attacks(suite_of, file, net) -> None:
+    """Sixteen ascents behind the named PGD, at most."""
+    model, suite = AWNetClassifier(net(), Natural(), torch.optim.SGD), suite_of(file)
+    check_suite(suite, model)
+    entries = [suite[n] for n in ("pgd20", "pgd_trades", "restarts", "adaptive") if n in suite]
+    assert sum(e.attack.restarts * len(resolve_losses(e.losses, model)) for e in entries) == 16
 
 
-@pytest.mark.parametrize("name", ["evaluation_adaptive", "evaluation_blackbox"])
-def test_the_longer_suites_begin_with_the_usual_one(name, monkeypatch) -> None:
-    from common.evaluation.transfer import Transfer
-
+@pytest.mark.parametrize(
+    ("file", "more"),
+    [
+        ("evaluation_adaptive", set()),
+        ("evaluation_blackbox", {"transfer_pgd", "transfer_cw", "square/square"}),
+    ],
+)
+def test_the_longer_suites_begin_with_the_usual_one(suite_of, monkeypatch, file, more) -> None:
     monkeypatch.setattr(Transfer, "network", torch.nn.Linear(1, 1))
-    suite_file = str(PAPER / f"configs/shared/{name}.yaml")
-    with torch.device("meta"):
-        cli = command_line("cifar10_resnet18_awnet_mtard", "--evaluation", suite_file)
-    suite = cli.config_init["evaluation"].suite
-    check_suite(suite, cli.model)
-    steps = [step.key for step in steps_of(suite, cli.model, 10, 0)]
+    model = AWNetClassifier(AWNet(STATIC()), Natural(), torch.optim.SGD)
+    suite = suite_of(file)
+    check_suite(suite, model)
+    steps = [step.key for step in steps_of(suite, model, 10, 0)]
     assert steps[:4] == ["fgsm/ce_f", "pgd_sat/ce_f", "pgd_trades/ce_f", "cw30/cw_f"]
-    wanted = {"each/joint_clean_0.1", "each/ce_branchadv", "each/misroute"}
-    if name == "evaluation_blackbox":
-        wanted = {"transfer_pgd", "transfer_cw", "square/square"}
-    assert wanted <= set(steps)
+    adaptive = {"each/joint_clean_0.1", "each/ce_branchadv", "each/misroute"}
+    assert (more or adaptive) <= set(steps)
 
 
 def test_the_attacks_are_those_of_the_overlay_for_any_model(paper, entries_of) -> None:
@@ -175,31 +180,23 @@ def test_the_attacks_are_those_of_the_overlay_for_any_model(paper, entries_of) -
     assert entries_of(overlay, "8/255") == entries_of(own, "8/255")
 
 
-def made(stem: str, *options: str) -> Any:
-    return command_line(stem, *options).model
-
-
-def test_signal_heads_may_learn_at_a_rate_of_their_own(paper) -> None:
+def test_switches_on_the_command_line(paper) -> None:
     groups = '[{"parameters": ["net.router.signal_heads.*"], "lr_mult": 10}]'
-    model = made("digits_awnet_mtard", "--model.groups", groups)
-    rest, heads = model.configure_optimizers()["optimizer"].param_groups
-    assert heads["lr"] == pytest.approx(10 * rest["lr"])
-    count = sum(p.numel() for p in model.net.router.signal_heads.parameters())
-    assert sum(p.numel() for p in heads["params"]) == count
     lr10 = paper.config("cifar10_resnet18_awnet_mtard_signallr10")["model"]["init_args"]
     assert lr10["groups"] == yaml.safe_load(groups)
-
-
-def test_switches_on_the_command_line() -> None:
-    model = made(
-        "digits_awnet_mtard",
-        *("--model.net.mixing", "hard", "--model.net.router.init", "normal"),
-        *("--model.objective.lambda_type", "0", "--model.objective.robust.path", "elsewhere.ckpt"),
-    )
+    options = {"groups": groups, "net.mixing": "hard", "net.router.init": "normal"}
+    options |= {"objective.lambda_type": "0", "objective.robust.path": "elsewhere.ckpt"}
+    more = [part for key, value in options.items() for part in (f"--model.{key}", value)]
+    config = str(paper.paths["digits_awnet_mtard"])
+    model = RobustCLI("paper_awnet", ["--config", config, *more], run=False).model
     assert model.net.mixing == "hard"
     assert model.net.router.signal_heads[0].weight.std() > 0.5
     assert model.objective.lambda_type == 0.0
     assert model.objective.teachers["robust"].path == "elsewhere.ckpt"
-    trained = {id(p) for g in model.configure_optimizers()["optimizer"].param_groups
-               for p in g["params"]}  # fmt: skip
+    rest, heads = model.configure_optimizers()["optimizer"].param_groups
+    assert heads["lr"] == pytest.approx(10 * rest["lr"])
+    assert {id(p) for p in heads["params"]} == {
+        id(p) for p in model.net.router.signal_heads.parameters()
+    }
+    trained = {id(p) for group in (rest, heads) for p in group["params"]}
     assert trained == {id(p) for p in model.net.parameters()}, "no teacher among them"
