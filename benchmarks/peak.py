@@ -1,14 +1,17 @@
 """What a step needs - passes, operations, memory - and how fast the machine multiplies at best."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from benchmarks.timing import timed
 from common.evaluation.measures import cost
@@ -61,6 +64,41 @@ def flops_of(net: nn.Module, x: Tensor, passes: Passes) -> float:
     return 2.0 * macs * len(x) * (passes.forward + passes.backward + passes.weight_gradient)
 
 
+class _Alive(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed.
+
+    torch's MemTracker does the same, but refuses ``torch.autograd.grad``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def note(self, value: Any) -> None:
+        """A tensor is there."""
+        if not isinstance(value, Tensor) or value.device.type == "meta":
+            return
+        storage = value.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key and key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map(self.note, out)
+        return out
+
+
 def memory_of(step: Callable[[], object], *alive: Tensor) -> int:
     """Most bytes of tensors alive at once in a step, those ``alive`` before it included.
 
@@ -73,11 +111,11 @@ def memory_of(step: Callable[[], object], *alive: Tensor) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return int(torch.cuda.max_memory_allocated()) - before + own
-    tracker = MemTracker()
-    tracker.track_external(*alive)
-    with tracker:
+    with _Alive() as tracker:
+        for tensor in alive:
+            tracker.note(tensor)
         step()
-    return sum(by_kind["Total"] for by_kind in tracker.get_tracker_snapshot("peak").values())
+    return tracker.most
 
 
 def peaks(device: str, batch: int) -> dict[str, float]:
