@@ -119,7 +119,8 @@ class FolderSource(ImageSource):
         for path in sorted(folder.iterdir()):
             if not path.is_dir() or path.name.startswith(".") or path.name == "images":
                 continue
-            files = [file for part in (path, path / "images") for file in sorted(part.glob("*"))]
+            parts = [part for part in (path, path / "images") if part.is_dir()]
+            files = [file for part in parts for file in sorted(part.iterdir())]
             for rank, file in enumerate(file for file in files if _is_jpeg(file)):
                 place = rank if folder.name != "val" else _number(file)
                 found.append((place, self._labels[path.name], file))
