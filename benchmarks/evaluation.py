@@ -31,8 +31,9 @@ def robust_digits(
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """A small network after adversarial training on the embedded digits, and test images."""
     torch.manual_seed(seed)
+    source = Digits()
     (x_train, y_train), (x, y) = (
-        (x.float() / 255.0, y.long()) for x, y in map(Digits().load, ("train", "test"))
+        (x.float() / 255.0, y.long()) for x, y in (source.load("train"), source.load("test"))
     )
     net = DigitsResNet()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -130,7 +131,7 @@ def _pgd100(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
         entry = SuiteEntry(attack, until_broken=is_compact)
         return partial(_suite, net, x, y, entry, "pgd/ce_f", engine)
 
-    runs = {
+    runs: dict[str, Callable[[], Tensor]] = {
         "loop without compaction": partial(plain, radius, radius / 10, 100),
         "ours, every step": suite(False),
         "ours, until broken": suite(True),

@@ -72,7 +72,8 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
+        self.now: int = 0
+        self.most: int = 0
         self._known: set[int] = set()
 
     def note(self, value: Any) -> None:
@@ -110,7 +111,7 @@ def memory_of(step: Callable[[], object], *alive: Tensor) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        return int(torch.cuda.max_memory_allocated()) - before + own
+        return int(torch.cuda.max_memory_allocated() - before + own)
     with _Alive() as tracker:
         for tensor in alive:
             tracker.note(tensor)

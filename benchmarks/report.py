@@ -1,6 +1,7 @@
 """Results as JSON, and as the tables people read."""
 
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -96,7 +97,7 @@ def _span(row: dict[str, Any], digits: int = 3) -> str:
 
 
 def _training(found: dict[str, Any]) -> list[str]:
-    cells = {
+    cells: dict[str, Callable[[str, Any], str]] = {
         "step": lambda name, row: name,
         "time / bare loop": lambda name, row: f"{row['ratio']:.3f}",
         "quartiles": lambda name, row: _span(row),

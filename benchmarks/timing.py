@@ -75,7 +75,7 @@ def timed(step: Step, device: str = "cpu") -> tuple[float, float]:
 
 def quartiles(values: npt.ArrayLike) -> tuple[float, float, float]:
     """First quartile, median and third quartile."""
-    lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    lower, median, upper = np.quantile(np.asarray(values), (0.25, 0.5, 0.75)).tolist()
     return lower, median, upper
 
 

@@ -5,7 +5,7 @@ The paper compares a standard and a robust network of one architecture [A]; the 
 into it, so conclusions are drawn from folded weights. Tags as in :mod:`paper_awnet.method`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -57,6 +57,7 @@ def forced_accuracies(
     net: AWNet, images: Mapping[str, Tensor], y: Tensor
 ) -> dict[str, dict[str, float]]:
     """Accuracy by kind of images and by P_type: ``soft``, forced ``clean``, forced ``adv``."""
+    ways: dict[str, Callable[[Tensor], Tensor]]
     ways = {"soft": net, "clean": forced(net, CLEAN), "adv": forced(net, ADVERSARIAL)}
     return {
         kind: {way: float((classify(f(x)) == y).float().mean()) for way, f in ways.items()}
@@ -177,8 +178,9 @@ def filters(
         norm = norms.get(conv)
         if isinstance(norm, MixBatchNorm2d):
             norm = norm.get_submodule(kind)
-        is_read = isinstance(norm, nn.BatchNorm2d)
-        folded = raw * gain_of(norm).detach()[:, None, None, None] if is_read else None
+        folded = None
+        if isinstance(norm, nn.BatchNorm2d):
+            folded = raw * gain_of(norm).detach()[:, None, None, None]
         found[name] = Filters(raw, folded)
     return found
 
