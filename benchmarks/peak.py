@@ -112,7 +112,8 @@ def memory_of(step: Callable[[], object], *alive: Tensor) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return int(torch.cuda.max_memory_allocated() - before + own)
-    with _Alive() as tracker:
+    tracker = _Alive()
+    with tracker:
         for tensor in alive:
             tracker.note(tensor)
         step()
