@@ -2,14 +2,15 @@
 
 import shutil
 import struct
-import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from common.data import folders
 from common.data.sources import TinyImageNet
+from common.errors import RunDirectoryError
 
 
 def test_tiny_imagenet_reads_the_folder(fake_tiny_imagenet) -> None:
@@ -57,10 +58,10 @@ def test_tiny_imagenet_sees_a_changed_folder(fake_tiny_imagenet) -> None:
 
 
 def test_tiny_imagenet_works_where_nothing_can_be_written(fake_tiny_imagenet, monkeypatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError("read-only file system")
+    def refuse(path: object, _: object) -> None:
+        raise RunDirectoryError(f"cannot write {path}: read-only file system")
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(folders, "write_sealed", refuse)
     with pytest.warns(UserWarning, match="could not be kept"):
         x, _ = TinyImageNet(root=str(fake_tiny_imagenet), verify=False).load("train")
     assert len(x) == 12
