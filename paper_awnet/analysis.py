@@ -238,21 +238,19 @@ def figures(found: Found) -> dict[str, Figure | None]:
     first = min((seed for by in kept["smooth"].values() for seed in by), default=None)
     shown = {name: by[first] for name, by in kept["smooth"].items() if first in by}
     drawn["gradients"] = pictures.gradient_figure(shown)
-    drawn["trade_off"] = pictures.trade_off(plane(found.metrics, roles))
+    drawn["trade_off"] = pictures.trade_off(plane(found, roles))
     return drawn
 
 
-def plane(
-    metrics: Mapping[tuple[str, int], Mapping[str, float]], roles: Roles
-) -> dict[str, list[tuple[float, float, float | None]]]:
+def plane(found: Found, roles: Roles) -> dict[str, list[tuple[float, float, float | None]]]:
     """Clean accuracy, PGD accuracy and worst case of every model and seed."""
     points: dict[str, list[tuple[float, float, float | None]]] = {}
-    for (name, _), found in sorted(metrics.items()):
-        if roles.pgd in found and not name.startswith("teacher"):
+    for (name, _), numbers in sorted(found.metrics.items()):
+        if roles.pgd in numbers and not name.startswith("teacher"):
             # A worst case of a part of the images has no place beside accuracies of all.
-            worst = None if "worst_clean" in found else found.get("worst")
-            point = (found["clean_acc"], found[roles.pgd], worst)
-            points.setdefault(name.replace("_mtard", ""), []).append(point)
+            worst = None if "worst_clean" in numbers else numbers.get("worst")
+            point = (numbers["clean_acc"], numbers[roles.pgd], worst)
+            points.setdefault(found.label(name).removesuffix(", MTARD"), []).append(point)
     return points
 
 

@@ -10,7 +10,6 @@ features z ``(N, d)``; type logits u ``(N, 2)``; P_type = softmax(u), columns (c
 regulation signals omega_j ``(N, S_j)``, one number for every dynamic filter of block j.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +45,7 @@ def signal_head(features: int, size: int, init: SignalInit = "zero", std: float 
     With ``zero`` omega is 1 for every image, so the network starts as the static one [D]; with
     ``normal`` the entries of A_j have standard deviation ``std``, and b_j = 0.
     """
+    check_choice("init", init, SignalInit)
     head = nn.Linear(features, size)
     nn.init.zeros_(head.bias)
     if init == "zero":
@@ -228,7 +228,17 @@ class MixBatchNorm2d(nn.Module):
 
     def __init__(self, norm: nn.BatchNorm2d, route: Route) -> None:
         super().__init__()
-        self.clean, self.adv = norm, copy.deepcopy(norm)
+        self.clean = norm
+        self.adv = nn.BatchNorm2d(
+            norm.num_features,
+            norm.eps,
+            norm.momentum,
+            norm.affine,
+            norm.track_running_stats,
+            device=norm.weight.device,
+            dtype=norm.weight.dtype,
+        )
+        self.adv.load_state_dict(norm.state_dict())  # a deep copy needs storage
         self.route = route
 
     def forward(self, x: Tensor) -> Tensor:

@@ -141,8 +141,9 @@ def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, n
     """By block, the convolutions of the residual branch in forward order, with their full names.
 
     Raises:
-        ConfigurationError: If there are none.
+        ConfigurationError: If there are none, or there is no such scope.
     """
+    check_choice("scope", scope, Scope)
     branches = []
     for i, stage in enumerate(arch.stages if isinstance(arch, Backbone) else ()):
         blocks = stage if isinstance(stage, nn.Sequential) else ()

@@ -43,6 +43,7 @@ def distillation(teacher_logits: Tensor, logits: Tensor, scale: Scale = "classme
     mean over classes as well as images, times K/10, so that its size does not depend on K.
     ``batchmean`` sums over classes, which is ten times as much, for short training [D].
     """
+    check_choice("scale", scale, Scale)
     q = full_precision(teacher_logits).detach().softmax(dim=1)
     log_s = full_precision(logits).log_softmax(dim=1)
     terms = q * torch.log(q + 1e-5) - q * log_s

@@ -188,7 +188,7 @@ def figures(found: Found) -> dict[str, Figure | None]:
     embeddings = found.kept["embeddings"]
     return {
         "simulation": simulation_figure(simulated) if simulated else None,
-        "accuracies": accuracy_figure(maps, image) if maps else None,
+        "accuracies": accuracy_figure(maps, image, found.label) if maps else None,
         "movement": movement_figure(maps, image),
         "cost": draw(found.folder, found.prefix.rstrip("_")),
         "features": features_figure(embeddings) if embeddings else None,

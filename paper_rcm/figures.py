@@ -1,7 +1,7 @@
 """The figures: what moves, what it gains, what it costs, and what the features look like."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -69,22 +69,24 @@ def simulation_figure(found: Mapping[str, Mapping[str, Mapping[int, float]]]) ->
     return fig
 
 
-def accuracy_figure(metrics: Metrics, image: int) -> Figure:
+def accuracy_figure(metrics: Metrics, image: int, label: Callable[[str], str]) -> Figure:
     """NA, CA and AR of every network, by the side of its last map (E5)."""
     names = sorted({m for m, _ in metrics}, key=lambda m: (network_of(m)[1], map_side(m, image)))
     fig = blank_figure(max(4.8, 0.9 * len(names) + 1.5), 3.3)
     ax = fig.subplots()
-    labels = {"clean_acc": "natural", "consistency": "consistency", AR: "robust"}
-    for i, (key, label) in enumerate(labels.items()):
+    kinds = {"clean_acc": "natural", "consistency": "consistency", AR: "robust"}
+    for i, (key, kind) in enumerate(kinds.items()):
         # Side by side, since consistency and robust accuracy are nearly equal.
         points = {
             n + 0.12 * (i - 1): [100 * one for one in values]
             for n, name in enumerate(names)
             if (values := by_seed(metrics, name, key).values())
         }
-        error_bars(ax, points, i, label, linestyle="")
-    sides = [f"{name}\n{map_side(name, image):.0f}x{map_side(name, image):.0f}" for name in names]
-    ax.set_xticks(range(len(names)), sides, fontsize=FONT - 1)
+        error_bars(ax, points, i, kind, linestyle="")
+    sides = [f"{map_side(name, image):.0f}x{map_side(name, image):.0f}" for name in names]
+    named = [label(name).replace(", ", "\n") for name in names]
+    ticks = [f"{name}\n{side}" for name, side in zip(named, sides, strict=True)]
+    ax.set_xticks(range(len(names)), ticks, fontsize=FONT - 1)
     _finish(ax, "", "accuracy (%), ± sd over seeds")
     put_legend_above(fig, ax)
     return fig

@@ -37,6 +37,7 @@ def enlarge(u: Tensor, scale_factor: float, mode: Mode = "nearest") -> Tensor:
     A factor m of 1 returns ``u`` itself. Bilinear and bicubic do not align corners. Rounding, for
     factors that are no integers, is a [choice].
     """
+    check_choice("mode", mode, Mode)
     if scale_factor == 1:
         return u
     size = [round(scale_factor * side) for side in u.shape[-2:]]

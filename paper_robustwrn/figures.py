@@ -136,7 +136,8 @@ def lipschitz_figure(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> F
         values = [fmean(numbers[key] for numbers in runs) for runs in measured.values()]
         ax.plot(values, MARKERS[i], color=CYCLE[i], markersize=6, label=label)
     ax.set_yscale("log")
-    ax.set_xticks(range(len(measured)), list(measured), fontsize=FONT - 1)
+    names = [name.replace(", ", ",\n") for name in measured]
+    ax.set_xticks(range(len(measured)), names, fontsize=FONT - 1)
     ax.set_xlim(-0.5, len(measured) - 0.5)
     _finish(ax, "", "l2 stretch of the logits")
     put_legend_above(fig, ax)

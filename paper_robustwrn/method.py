@@ -278,6 +278,7 @@ def search(
     Raises:
         ConfigurationError: If none of them reaches it.
     """
+    check_choice("measure", measure, Measure)
     sized = [(c.cost(measure, **images), c) for c in configurations]
     large = [(cost, c) for cost, c in sized if cost >= budget]
     if not large:

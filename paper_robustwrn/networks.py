@@ -165,6 +165,7 @@ Op = Literal[
 
 def make_op(name: Op, channels: int, stride: int) -> nn.Module:
     """One operation that keeps the channels."""
+    check_choice("name", name, Op)
     kernel = int(name[-1]) if name[-1].isdigit() else 0
     match name:
         case "skip_connect":

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -35,8 +35,8 @@ def error_bars(
 def forest_plot(differences: Mapping[str, Difference], baseline: str, accuracy: str) -> Figure:
     """Difference of each method to the baseline, in points, with its 95 % t interval.
 
-    A filled marker is a significant difference, an open one is not. The axis shows all means;
-    intervals that reach beyond it end in an arrow.
+    A filled marker is a significant difference, an open one is not. Intervals that reach far
+    beyond the means and the median interval end in an arrow.
 
     Args:
         differences: By label, in the order from top to bottom.
@@ -50,7 +50,12 @@ def forest_plot(differences: Mapping[str, Difference], baseline: str, accuracy: 
         raise ValueError("a forest plot needs at least one difference, got none")
     fig = blank_figure(7.2, 1.0 + 0.3 * len(differences))
     ax = fig.subplots()
-    reach = 1.6 * max(1.0, *(abs(one.mean) for one in differences.values()))
+    means = [abs(one.mean) for one in differences.values()]
+    ends = [
+        max(abs(one.low), abs(one.high)) if math.isfinite(one.low) else abs(one.mean)
+        for one in differences.values()
+    ]
+    reach = 1.05 * max(1.0, min(max(ends), 3 * max(median(ends), *means)))
     for row, one in enumerate(differences.values()):
         low, high = max(one.low, -reach), min(one.high, reach)
         if math.isfinite(one.low):

@@ -135,6 +135,7 @@ def steepest(gradient: Tensor, x_adv: Tensor, norm: Norm, l1_density: float = 0.
 
     The sign (linf), the normalised gradient (l2), or :func:`sparse_direction` (l1).
     """
+    check_choice("norm", norm, Norm)
     if norm == "linf":
         return gradient.sign()
     return (
@@ -144,6 +145,7 @@ def steepest(gradient: Tensor, x_adv: Tensor, norm: Norm, l1_density: float = 0.
 
 def projection(x: Tensor, eps: float, norm: Norm) -> Callable[[Tensor], Tensor]:
     """The function that brings images into the ball of radius eps around x and into [0, 1]."""
+    check_choice("norm", norm, Norm)
     if norm == "linf":
         lower, upper = (x - eps).clamp_(min=0.0), (x + eps).clamp_(max=1.0)
         return lambda x_adv: x_adv.clamp(lower, upper)
@@ -176,6 +178,7 @@ def project_l1(delta: Tensor, eps: float) -> Tensor:
 
 def uniform_in_ball(generator: Random, x: Tensor, eps: float, norm: Norm) -> Tensor:
     """Uniform noise in the ball of radius eps, shaped like x."""
+    check_choice("norm", norm, Norm)
     if norm == "linf":
         return uniform(generator, x, x.shape[1:]) * (2.0 * eps) - eps
     one = (1,) * (x.ndim - 1)

@@ -75,7 +75,8 @@ def settings() -> Iterator[Any]:
             for name, item in vars(importlib.import_module(info.name)).items():
                 is_own = getattr(item, "__module__", None) == info.name and callable(item)
                 is_left_out = name.startswith("_") or name in NOT_OURS or inspect.isabstract(item)
-                if not is_own or is_left_out:
+                is_read = info.name == "common.results.reference"  # checked with the file
+                if not is_own or is_left_out or is_read:
                     continue
                 target = item.__init__ if inspect.isclass(item) else item
                 for argument, hint in hints_of(target).items():

@@ -198,7 +198,9 @@ def test_a_weighted_mean_is_about_the_examples_of_the_attack() -> None:
     assert w_robust(metrics, "worst") == pytest.approx(0.7)
     assert w_robust(metrics, "pgd/f") == pytest.approx(0.55)
     roles = roles_of("digits")
-    points = plane({("awnet", 0): metrics | {roles.pgd: 0.4}}, roles)
+    found = Found("digits", "digits_", [0], Path(), Path())
+    found.metrics = {("awnet", 0): metrics | {roles.pgd: 0.4}}
+    points = plane(found, roles)
     assert points == {"awnet": [(0.1, 0.4, None)]}, "a worst case of a part of the images"
     real = roles_of("cifar10_resnet18")
     assert (real.base, real.robust, real.pgd) == ("cifar10_resnet18", "trades", "pgd_trades/ce_f")

@@ -39,7 +39,7 @@ def test_networks_are_measured_once_and_the_base_is_one(tmp_path, monkeypatch, c
         return {"base": Ratio(1.0, 1.0, 1.0), "this": Ratio(1.5, 1.25, 1.75)}
 
     monkeypatch.setattr(costs, "relative_times", fake)
-    monkeypatch.setattr(costs, "peak_memory", lambda build, shape, batch, classes: 3 * batch)
+    monkeypatch.setattr(costs, "peak_memory", lambda build, shape, batch: 3 * batch)
     (tmp_path / "configs").mkdir()
     for stem in ("digits_122_avg", "digits_222_avg", "digits_222_m2_avg"):
         (tmp_path / "configs" / f"{stem}.yaml").write_bytes((CONFIGS / f"{stem}.yaml").read_bytes())

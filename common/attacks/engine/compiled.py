@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from common.errors import check_choice
 from common.modes import network_of
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -23,6 +24,7 @@ class Compiled:
         self._net = weakref.ref(net)
         self._call: Callable[..., Any] | None = None
         if mode is not None:
+            check_choice("mode", mode, CompileMode)
             call = torch.compile(_called(weakref.WeakMethod(net._call_impl)), mode=mode)
             # CUDA graphs write over what they returned before.
             self._call = call if mode == "default" else partial(_cloned, call)
