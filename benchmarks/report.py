@@ -153,7 +153,7 @@ def _accuracy(found: dict[str, Any]) -> list[str]:
         return [text, f"{100 * low:+.2f} to {100 * high:+.2f}", "" if p is None else f"{p:.2f}"]
 
     rows = [[k, *percent(row, "clean"), *percent(row, "worst")] for k, row in found["rows"].items()]
-    difference = "difference, 95 % interval (Welch)"
+    difference = "difference, 95 % interval (paired t)"
     head = ["training attack", "clean %", difference, "p", "worst case %", difference, "p"]
     return [f"{found['setting']}; mean ± standard deviation.", "", *table(head, rows)]
 

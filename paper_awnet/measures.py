@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from scipy.spatial.distance import jensenshannon
+from scipy.special import rel_entr
 from scipy.stats import kurtosis, wasserstein_distance
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -225,10 +225,11 @@ def histograms(first: Tensor, second: Tensor, bins: int = 101) -> tuple[Tensor, 
 def distance(first: Tensor, second: Tensor) -> dict[str, float]:
     """``wasserstein`` distance, and ``js`` divergence of the histograms in nats, of two weights."""
     p, q, _ = histograms(first, second)
+    middle = (p + q) / 2  # scipy's jensenshannon is NaN where rounding makes it negative
     a, b = (w.detach().flatten().double().cpu() for w in (first, second))
     return {
         "wasserstein": float(wasserstein_distance(a, b)),
-        "js": float(jensenshannon(p, q)) ** 2,
+        "js": float((rel_entr(p, middle) + rel_entr(q, middle)).sum()) / 2,
     }
 
 

@@ -14,7 +14,7 @@ from common.results.markdown import is_current
 ROOT = Path(__file__).parents[1]
 PAPERS = sorted(ROOT.glob("paper_*/README.md"))
 COMMON = sorted(ROOT.glob("common/**/README.md"))
-READMES = [ROOT / "README.md", *COMMON, *PAPERS]
+READMES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *COMMON, *PAPERS]
 
 
 def python_blocks(readme: Path) -> list[str]:
