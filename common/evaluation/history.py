@@ -111,6 +111,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]] | None:
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         held = {"closure": cells, "defaults": value.__defaults__, "attributes": vars(value)}
+        names, spaces = _names(value.__code__), value.__globals__
+        held["global"] = {key: spaces[key] for key in names if isinstance(spaces.get(key), _VALUES)}
         return ((f".{key}", part) for key, part in held.items())
     package = type(value).__module__.partition(".")[0]
     is_opaque = package in ("torch", "builtins", "functools", "types") or isinstance(value, type)
@@ -135,7 +137,7 @@ def _plain(value: Any) -> Any:
 
 
 def _kept(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes of a module and its class, and the globals that its forward pass names."""
+    """Attributes of a module and its class, and its forward pass."""
     own = vars(module)
     for key in ("_parameters", "_buffers", "_modules"):
         yield from ((f".{name}", part) for name, part in own[key].items())
@@ -149,18 +151,12 @@ def _kept(module: nn.Module) -> Iterator[tuple[str, Any]]:
         if isinstance(value, _VALUES):
             yield f".class.{key}", value
     function = getattr(kind.forward, "__wrapped__", kind.forward)
-    spaces = getattr(function, "__globals__", {})
-    for key in _names(getattr(function, "__code__", None)):
-        if isinstance(spaces.get(key), _VALUES):
-            yield f".global.{key}", spaces[key]
     if isinstance(function, types.FunctionType):
         yield ".forward", function
 
 
-def _names(code: types.CodeType | None) -> set[str]:
+def _names(code: types.CodeType) -> set[str]:
     """What a function and those inside it look up."""
-    if code is None:
-        return set()
     inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
     return set(code.co_names).union(*map(_names, inner))
 

@@ -1,6 +1,7 @@
-"""What would falsify an evaluation of somebody's model is found at the start and named."""
+"""What would falsify an evaluation of a foreign model is found at the start and named."""
 
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
+from common.evaluation.history import changed, state_of
 from common.evaluation.inputs import collect
 from common.evaluation.model_check import Checked, check_model
 from common.networks.normalize import Normalize
@@ -150,3 +152,28 @@ def test_accuracy_at_chance_is_told() -> None:
     examples = collect((torch.rand(60, 3, 8, 8), torch.arange(60) % 10))
     (suspicion,) = check_model(net(), examples).suspicions
     assert "Normalize" in suspicion
+
+
+CALLS: list[int] = []
+
+
+def counted(x: torch.Tensor) -> torch.Tensor:
+    CALLS.append(len(x))
+    return x
+
+
+class Holds(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(("function", "has_state"), [(counted, True), (torch.exp, False)])
+def test_a_global_of_a_function_that_the_model_holds_is_state(function, has_state) -> None:
+    model = Holds(function)
+    before = state_of(model)
+    model(torch.zeros(2))
+    assert bool(changed(before, state_of(model))) == has_state
