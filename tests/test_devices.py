@@ -278,7 +278,7 @@ def test_in_float32_sums_round_otherwise_and_no_more(tmp_path: Path, devices: in
         torch.testing.assert_close(value, more[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("images", [IMAGES, UNEVEN])
+@pytest.mark.parametrize("images", [IMAGES, pytest.param(UNEVEN, marks=slow)])
 def test_an_accumulated_step_is_one_of_the_same_global_batch(tmp_path: Path, images: int) -> None:
     """Without batch-norm, whose statistics are those of a forward pass."""
 

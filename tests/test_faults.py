@@ -163,10 +163,6 @@ def kill_at_random(
     assert not list(run.rglob("*.tmp"))
 
 
-def test_a_random_kill_changes_no_number(config: Path, undisturbed: tuple[str, float]) -> None:
-    kill_at_random(config, undisturbed, 1, 0, (signal.SIGKILL, signal.SIGTERM))
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", [1, 2])
 def test_many_random_kills_change_no_number(

@@ -59,13 +59,13 @@ def evaluate(tmp_path, quiet_trainer) -> Callable[[int], dict]:
     return call
 
 
-def test_two_and_three_processes_reach_the_verdicts_of_one_on_an_uneven_split(evaluate) -> None:
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_processes_reach_the_verdicts_of_one_on_an_uneven_split(evaluate, devices) -> None:
     """The official AutoAttack included, whose random numbers belong to a batch."""
     one = evaluate(1)
     assert one["untrained"]["examples"] == 23
     assert 0 < one["untrained"]["metrics"]["worst"] < one["untrained"]["metrics"]["clean_acc"]
-    for devices in (2, 3):
-        assert evaluate(devices) == one
+    assert evaluate(devices) == one
 
 
 def test_a_batch_that_does_not_divide_is_refused(quiet_trainer) -> None:

@@ -164,6 +164,7 @@ def test_the_experiments_are_complete(reference) -> None:
 # ----------------------------------------------------------------------------------------- configs
 
 
+@pytest.mark.slow
 def test_the_name_is_that_of_the_network(paper) -> None:
     counted: dict[str, float] = {}
     for stem, path in paper.paths.items():

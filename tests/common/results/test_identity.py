@@ -39,9 +39,8 @@ def test_a_checkpoint_is_not_used_with_another_network(tiny) -> None:
     line = tiny.refused("test", "--ckpt_path", tiny.last, package="paper_toy")
     assert "package: paper_tiny in the checkpoint, paper_toy given" in line
     assert not (tiny.run / "results.json").exists()
-    for command in ("test", "validate", "predict"):
-        tiny(command, "--ckpt_path", tiny.last, "--data.eval_batch_size", "7",
-             "--trainer.max_epochs", "9", "--checkpoint.monitor", "val/clean_acc")  # fmt: skip
+    tiny("test", "--ckpt_path", tiny.last, "--data.eval_batch_size", "7",
+         "--trainer.max_epochs", "9", "--checkpoint.monitor", "val/clean_acc")  # fmt: skip
 
 
 def test_a_config_of_another_paper_is_refused(tiny) -> None:
@@ -237,6 +236,7 @@ model:
 """
 
 
+@pytest.mark.slow
 def test_a_swapped_teacher_is_another_run(tiny) -> None:
     paper = {"package": "paper_awnet"}
     tiny("fit", "--experiment", "teacher", "--trainer.max_epochs", "1", **paper)
@@ -265,7 +265,9 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("how", STOPS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=pytest.mark.slow if "early" in how else ()) for how in STOPS]
+)
 def test_a_finished_run_is_finished_however_it_ended(tiny, how) -> None:
     given = ("reproduce", *tiny.overlay(STOPS[how]))
     tiny(*given)

@@ -209,9 +209,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", marked(FAULTS, "no_grad", "noise", "large logits", "reversed", "ragged")
-)
+@pytest.mark.parametrize("name", marked(FAULTS, "no_grad", "noise", "reversed", "ragged"))
 def test_a_fault_fails_its_checks(lab, name):
     make, expected = FAULTS[name]
     checks, _ = lab.audited(make(lab), restarts=4)

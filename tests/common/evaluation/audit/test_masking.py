@@ -173,7 +173,7 @@ MASKED |= {
     "routed by 10": lambda lab: Routed(lab, 10),
     "dispatched": lambda lab: Routed(lab, 5, dispatches=True),
 }
-QUICK = ("hard with decoy", "counts", "all but zero")
+QUICK = ("hard with decoy", "counts")
 STATEFUL = ("remembers", "counts", "counts in a buffer", "counts in a closure", "global cache")
 BLACK_BOX = {"decision_based", "black_box", "transfer", "random_search"}
 
