@@ -23,7 +23,10 @@ from torch import Tensor
 
 from common.data.sources import FashionMNIST
 from common.evaluation.presets import load_suite
+from common.results.lines import Line, Outcomes, Threat
+from common.results.outcomes import checkpoint_entry
 from common.results.reference import Reference, read_reference
+from common.results.store import merge_result, result_path
 
 torch.set_num_threads(1)
 
@@ -344,6 +347,49 @@ def quiet_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
         return (kind or Trainer)(**quiet | settings, callbacks=list(callbacks))
 
     return make
+
+
+@pytest.fixture
+def pgd_outcomes() -> Callable[..., Outcomes]:
+    """Outcomes of PGD-20 in an linf ball: ``held`` of ``total`` examples of one class withstand."""
+
+    def made(held: int, total: int = 50, eps: float = 0.3) -> Outcomes:
+        right, name = torch.ones(total, dtype=torch.bool), "pgd20/ce_f"
+        return Outcomes(
+            torch.zeros(total, dtype=torch.int64),
+            {"clean": right, name: torch.arange(total) < held},
+            {name: right},
+            {name: Line("pgd20", norm="linf", eps=eps)},
+            threat=Threat("linf", eps),
+        )
+
+    return made
+
+
+@pytest.fixture
+def file_result() -> Callable[..., None]:
+    """Writes a result file; further arguments are those of ``checkpoint_entry``."""
+
+    def put(
+        folder: Path,
+        paper: str,
+        stem: str,
+        seed: int,
+        outcomes: Any,
+        label: str = "last",
+        **entry: Any,
+    ) -> None:
+        merge_result(
+            result_path(folder, stem, seed),
+            paper=paper,
+            experiment=stem,
+            seed=seed,
+            label=label,
+            entry=checkpoint_entry(outcomes, **entry),
+            provenance={"config_digest": "x"},
+        )
+
+    return put
 
 
 class UniqueKeys(yaml.CSafeLoader):

@@ -10,10 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from common.analysis.report import Found
 from common.attacks import pgd
 from common.errors import ConfigurationError
-from common.results.lines import Line, Outcomes, Threat
-from common.results.outcomes import checkpoint_entry
 from common.results.reference import Metric
-from common.results.store import merge_result, result_path
 from paper_awnet import measures
 from paper_awnet.analysis import ANALYSIS, claims, plane, roles_of, w_robust, without_tensors
 from paper_awnet.measures import Filters, compare_weights, curves_of
@@ -98,24 +95,12 @@ def test_weights_are_compared_with_the_next_seeds() -> None:
     assert set(compare_weights(standard, {0: robust[0]}, [0, 1])) == {0}
 
 
-def put_result(folder, name: str, seed: int, held: int) -> None:
-    right = torch.ones(50, dtype=torch.bool)
-    outcomes = Outcomes(
-        torch.zeros(50, dtype=torch.int64),
-        {"clean": right, PGD: torch.arange(50) < held},
-        {PGD: right},
-        {PGD: Line("pgd20", norm="linf", eps=0.3)},
-        threat=Threat("linf", 0.3),
-    )
-    merge_result(
-        result_path(folder, f"digits_{name}", seed),
-        paper="paper_awnet",
-        experiment=f"digits_{name}",
-        seed=seed,
-        label="last",
-        entry=checkpoint_entry(outcomes),
-        provenance={"config_digest": "x"},
-    )
+@pytest.fixture
+def put_result(file_result, pgd_outcomes):
+    def put_result(folder, name: str, seed: int, held: int) -> None:
+        file_result(folder, "paper_awnet", f"digits_{name}", seed, pgd_outcomes(held))
+
+    return put_result
 
 
 class Data:
@@ -141,7 +126,7 @@ def load(run):
     return AWNetClassifier(net, HybridCE(), torch.optim.SGD).eval(), Data()
 
 
-def test_the_whole_analysis(tmp_path, monkeypatch) -> None:
+def test_the_whole_analysis(tmp_path, monkeypatch, put_result) -> None:
     monkeypatch.setattr(measures, "PGD", lambda eps, step, steps: pgd.PGD(eps, step, 1))
     runs, results = tmp_path / "runs", tmp_path / "results"
     for name, held in (("static_mtard", 10), ("awnet_mtard", 20)):
@@ -176,7 +161,7 @@ def test_the_whole_analysis(tmp_path, monkeypatch) -> None:
     }
 
 
-def test_results_alone_are_enough_for_some_verdicts(tmp_path) -> None:
+def test_results_alone_are_enough_for_some_verdicts(tmp_path, put_result) -> None:
     with pytest.raises(ConfigurationError, match=r"nothing to analyse.*make reproduce-awnet"):
         ANALYSIS.analyse(tmp_path, tmp_path, "digits", [0])
     for seed in (0, 1):

@@ -1,5 +1,6 @@
 """Claims either way, and the whole analysis on small runs."""
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,6 @@ from common.classifier import RobustClassifier
 from common.evaluation import Outcomes
 from common.files import read_sealed_json
 from common.objectives import AT
-from common.results.outcomes import checkpoint_entry
-from common.results.store import merge_result, result_path
 from paper_cifs.analysis import ANALYSIS, claims, experiment_of
 from paper_cifs.measures import measure
 
@@ -140,28 +139,24 @@ def write_checkpoints(runs, stems, seeds):
             (folder / "last.ckpt").touch()
 
 
-def write_results(folder, seeds):
-    losses = {"plain": {"pgd20/ce_f": 70}, "cifs": {"pgd20/ce_f": 75, "pgd20/ce_p1": 72}}
-    losses |= {"aux": {"pgd20/ce_f": 76}, "cas": {"pgd20/ce_f": 90, "pgd20/ce_p1": 60}}
-    every, y = torch.ones(100, dtype=torch.bool), torch.arange(100)
-    for stem, seed in ((f"digits_resnet_{method}", seed) for method in losses for seed in seeds):
-        right = {name: y < count for name, count in losses[stem.rpartition("_")[2]].items()}
-        outcomes = Outcomes(y % 2, {"clean": every, **right}, dict.fromkeys(right, every))
-        merge_result(
-            result_path(folder, stem, seed),
-            paper="paper_cifs",
-            experiment=stem,
-            seed=seed,
-            label="last",
-            entry=checkpoint_entry(outcomes),
-            provenance={"config_digest": "x"},
-        )
+@pytest.fixture
+def write_results(file_result):
+    def write_results(folder, seeds):
+        losses = {"plain": {"pgd20/ce_f": 70}, "cifs": {"pgd20/ce_f": 75, "pgd20/ce_p1": 72}}
+        losses |= {"aux": {"pgd20/ce_f": 76}, "cas": {"pgd20/ce_f": 90, "pgd20/ce_p1": 60}}
+        every, y = torch.ones(100, dtype=torch.bool), torch.arange(100)
+        for method, seed in itertools.product(losses, seeds):
+            right = {name: y < count for name, count in losses[method].items()}
+            outcomes = Outcomes(y % 2, {"clean": every, **right}, dict.fromkeys(right, every))
+            file_result(folder, "paper_cifs", f"digits_resnet_{method}", seed, outcomes)
+
+    return write_results
 
 
 STEMS = ("digits_resnet_plain_natural", "digits_resnet_plain", "digits_resnet_cifs")
 
 
-def test_the_whole_analysis(tmp_path, plain_network, images, load):
+def test_the_whole_analysis(tmp_path, plain_network, images, load, write_results):
     runs, results = tmp_path / "runs", tmp_path / "results"
     write_checkpoints(runs, STEMS, (0, 1))
     write_results(results, (0, 1))

@@ -3,13 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from common.analysis.report import Found
 from common.errors import ConfigurationError
-from common.results.lines import Line, Outcomes, Threat
-from common.results.outcomes import checkpoint_entry
-from common.results.store import merge_result, result_path
 from paper_rcm import analysis
 from paper_rcm.analysis import ANALYSIS, claims
 from paper_rcm.figures import AR, BUDGET, budget_figure, cost_figure, map_side, network_of
@@ -79,30 +75,15 @@ def test_costs_are_drawn_by_how_the_map_got_larger() -> None:
     assert cost_figure({"222_avg": cost(1, 1.0)}) is None
 
 
-def test_the_whole_analysis(tmp_path, monkeypatch) -> None:
+def test_the_whole_analysis(tmp_path, monkeypatch, file_result, pgd_outcomes) -> None:
     monkeypatch.setattr(analysis, "SIDES", (4, 16))
     monkeypatch.setattr(analysis, "STRIDES", (1, 4))
     monkeypatch.setattr(analysis, "measure_digits", lambda stems, results: None)
-    right = torch.ones(50, dtype=torch.bool)
     for name, held in (("222_avg", 40), ("122_avg", 41), ("112_max", 39)):
         for seed in (0, 1):
-            outcomes = Outcomes(
-                torch.zeros(50, dtype=torch.int64),
-                {"clean": right, AR: torch.arange(50) < held},
-                {AR: right},
-                {AR: Line("pgd20", norm="linf", eps=0.1)},
-                threat=Threat("linf", 0.1),
-            )
+            outcomes = pgd_outcomes(held, eps=0.1)
             change = {"pooled_change": 1.0, "pooled_change_noise": 0.5, "consistency": 0.9}
-            merge_result(
-                result_path(tmp_path, f"digits_{name}", seed),
-                paper="paper_rcm",
-                experiment=f"digits_{name}",
-                seed=seed,
-                label="last",
-                entry=checkpoint_entry(outcomes, measures=change),
-                provenance={"config_digest": "x"},
-            )
+            file_result(tmp_path, "paper_rcm", f"digits_{name}", seed, outcomes, measures=change)
     report = ANALYSIS.analyse(tmp_path, tmp_path, "digits", [0, 1])
     verdict = {line[0]: line[2] for line in report["tables"][0]["lines"]}
     assert [verdict[name] for name in ("R1", "R3", "R4")] == ["supported", "supported", "not run"]

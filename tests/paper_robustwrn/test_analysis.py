@@ -3,39 +3,24 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from common.analysis.report import Found
 from common.errors import ConfigurationError
-from common.results.lines import Line, Outcomes, Threat
-from common.results.outcomes import checkpoint_entry
-from common.results.store import load_results, merge_result, result_path
+from common.results.store import load_results
 from paper_robustwrn.analysis import ANALYSIS, claims
 from paper_robustwrn.figures import networks_of, shape_of, stage_curves
 
 PGD = "pgd20/ce_f"
 
 
-def write(folder, stem: str, accuracy: float, parameters: float, seed: int = 0, **more) -> None:
-    held = torch.arange(100) < round(100 * accuracy)
-    right = torch.ones(100, dtype=torch.bool)
-    outcomes = Outcomes(
-        torch.zeros(100, dtype=torch.int64),
-        {"clean": right, PGD: held},
-        {PGD: right},
-        {PGD: Line("pgd20", norm="linf", eps=0.1)},
-        threat=Threat("linf", 0.1),
-    )
-    measures = {"parameters": parameters, "macs": 2 * parameters, **more}
-    merge_result(
-        result_path(folder, stem, seed),
-        paper="paper_robustwrn",
-        experiment=stem,
-        seed=seed,
-        label="last",
-        entry=checkpoint_entry(outcomes, measures=measures),
-        provenance={"config_digest": "x"},
-    )
+@pytest.fixture
+def write(file_result, pgd_outcomes):
+    def write(folder, stem: str, accuracy: float, parameters: float, seed: int = 0, **more) -> None:
+        outcomes = pgd_outcomes(round(100 * accuracy), 100, eps=0.1)
+        measures = {"parameters": parameters, "macs": 2 * parameters, **more}
+        file_result(folder, "paper_robustwrn", stem, seed, outcomes, measures=measures)
+
+    return write
 
 
 def test_names_tell_the_shape() -> None:
@@ -44,7 +29,7 @@ def test_names_tell_the_shape() -> None:
     assert shape_of("cifar10_wrn34r_sat") is None
 
 
-def test_sweep_figures_come_from_whatever_has_finished(tmp_path) -> None:
+def test_sweep_figures_come_from_whatever_has_finished(tmp_path, write) -> None:
     for stem, accuracy, size in (
         ("cifar10_grid_d5-5-5", 0.52, 46e6),
         ("cifar10_grid_w10-10-8", 0.53, 34e6),
@@ -62,7 +47,7 @@ def test_sweep_figures_come_from_whatever_has_finished(tmp_path) -> None:
         ANALYSIS.analyse(tmp_path, tmp_path, "svhn", [0])
 
 
-def test_a_stage_curve_needs_networks_that_differ_in_one_stage(tmp_path) -> None:
+def test_a_stage_curve_needs_networks_that_differ_in_one_stage(tmp_path, write) -> None:
     write(tmp_path, "cifar10_grid_w10-10-8", 0.5, 1e6)
     write(tmp_path, "cifar10_grid_w8-8-10", 0.5, 2e6)
     assert stage_curves(networks_of(load_results(tmp_path)), "w") is None
@@ -95,7 +80,7 @@ def test_verdicts_turn_out_either_way() -> None:
     assert set(good.values()) == set(bad.values()) == {"supported", "contradicted"}
 
 
-def test_a_missing_seed_leaves_the_verdict_open(tmp_path) -> None:
+def test_a_missing_seed_leaves_the_verdict_open(tmp_path, write) -> None:
     write(tmp_path, "digits_d3-1-1_sat", 0.7, 48e3, lipschitz=40.0, stability=0.8)
     report = ANALYSIS.analyse(tmp_path / "no_runs", tmp_path, "digits", [0, 1])
     assert {line[2] for line in report["tables"][0]["lines"]} == {"not run"}

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 from common.results.lines import Line, Outcomes, Threat
-from common.results.outcomes import checkpoint_entry
-from common.results.store import merge_result, result_path
 from paper_wm import analysis
 from paper_wm.analysis import ANALYSIS
 from paper_wm.figures import curve, gains_and_accuracy
@@ -37,7 +35,7 @@ LINES = {
 
 
 @pytest.fixture
-def results(tmp_path: Path, monkeypatch) -> Path:
+def results(tmp_path: Path, monkeypatch, file_result) -> Path:
     """Result files of three seeds; nothing is inserted into other networks."""
     monkeypatch.setattr(analysis, "try_insertions", lambda variant: {"a": True})
     y, right = torch.arange(N) % 10, torch.ones(N, dtype=torch.bool)
@@ -57,16 +55,8 @@ def results(tmp_path: Path, monkeypatch) -> Path:
         verdict = "fail" if (method, seed) == ("unsharp", 1) else "pass"
         check = {"id": "black_box", "question": "?", "value": 0.0, "threshold": 0.0}
         check |= {"verdict": verdict, "detail": ""}
-        stem = f"digits_cnn3_{method}"
-        merge_result(
-            result_path(tmp_path, stem, seed),
-            paper="paper_wm",
-            experiment=stem,
-            seed=seed,
-            label="last",
-            entry=checkpoint_entry(outcomes, audit={"examples": N, "checks": [check]}),
-            provenance={"config_digest": "x"},
-        )
+        audit = {"examples": N, "checks": [check]}
+        file_result(tmp_path, "paper_wm", f"digits_cnn3_{method}", seed, outcomes, audit=audit)
     return tmp_path
 
 

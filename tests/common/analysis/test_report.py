@@ -11,31 +11,16 @@ from common.analysis.claims import judge
 from common.analysis.report import Analysis, plain_values
 from common.errors import CheckpointError, ConfigurationError
 from common.files import read_sealed_json
-from common.results.lines import Line, Outcomes, Threat
-from common.results.outcomes import checkpoint_entry
-from common.results.store import merge_result, result_path
 
 PGD = "pgd20/ce_f"
 
 
-def write(folder, stem: str, seed: int, held: int, label: str = "last") -> None:
-    right = torch.ones(50, dtype=torch.bool)
-    outcomes = Outcomes(
-        torch.zeros(50, dtype=torch.int64),
-        {"clean": right, PGD: torch.arange(50) < held},
-        {PGD: right},
-        {PGD: Line("pgd20", norm="linf", eps=0.3)},
-        threat=Threat("linf", 0.3),
-    )
-    merge_result(
-        result_path(folder, stem, seed),
-        paper="paper_toy",
-        experiment=stem,
-        seed=seed,
-        label=label,
-        entry=checkpoint_entry(outcomes),
-        provenance={"config_digest": "x"},
-    )
+@pytest.fixture
+def write(file_result, pgd_outcomes):
+    def write(folder, stem: str, seed: int, held: int, label: str = "last") -> None:
+        file_result(folder, "paper_toy", stem, seed, pgd_outcomes(held), label=label)
+
+    return write
 
 
 def measure(found) -> None:
@@ -66,7 +51,7 @@ def load(run):
 
 
 @pytest.fixture
-def results(tmp_path):
+def results(tmp_path, write):
     for seed in (0, 1):
         write(tmp_path, "digits_base", seed, 20 + seed)
         write(tmp_path, "digits_ours", seed, 30 + seed)
@@ -101,7 +86,7 @@ def test_what_is_missing_is_named_and_the_rest_done(results) -> None:
     assert [line[2] for line in report["tables"][0]["lines"]] == ["not run"]
 
 
-def test_other_rows_have_another_file(results) -> None:
+def test_other_rows_have_another_file(results, write) -> None:
     write(results, "cifar10_grid_a", 0, 3)
     report = toy(measure=lambda found: None).analyse(results, results, "cifar10_grid", [0])
     assert report["path"] == str(results / "analysis_cifar10_grid.json")
