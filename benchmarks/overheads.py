@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.loops import Task, candidate, ours
-from benchmarks.timing import quartiles, timed
+from common.analysis.profiling import quartiles, timed
 from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import PGD
 from common.callbacks.adversarial_training import AdversarialTraining

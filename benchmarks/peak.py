@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from benchmarks.timing import timed
+from common.analysis.profiling import timed
 from common.evaluation.measures import cost
 
 # (channels, height and width) of the 3x3 convolutions in the stages of ResNet-18 at 32x32.

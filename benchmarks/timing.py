@@ -1,13 +1,12 @@
 """Times of things done in turns, so that what disturbs the machine disturbs all of them."""
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-import torch
+
+from common.analysis.profiling import quartiles, timed
 
 Step = Callable[[], object]
 
@@ -51,32 +50,10 @@ def interleaved(
     cpu[base] = [(first + last) / 2 for first, last in zip(*[iter(cpu[base])] * 2, strict=True)]
     found = {}
     for name, spent_by_round in cpu.items():
-        lower, median, upper = quartiles(np.divide(spent_by_round, cpu[base]))
+        lower, median, upper = quartiles(np.divide(spent_by_round, cpu[base]).tolist())
         times = statistics.median(spent_by_round), statistics.median(wall[name])
         found[name] = Timing(median, lower, upper, *times)
     return found
-
-
-def timed(step: Step, device: str = "cpu") -> tuple[float, float]:
-    """Processor time and time by the clock of one call, in seconds; on a GPU twice the latter.
-
-    Other processes disturb processor time less than the clock. A GPU is synchronised around it.
-    """
-    is_cpu = torch.device(device).type == "cpu"
-    if not is_cpu:
-        torch.accelerator.synchronize()
-    clock, processor = time.perf_counter(), time.process_time()
-    step()
-    if not is_cpu:
-        torch.accelerator.synchronize()
-    wall = time.perf_counter() - clock
-    return (time.process_time() - processor if is_cpu else wall), wall
-
-
-def quartiles(values: npt.ArrayLike) -> tuple[float, float, float]:
-    """First quartile, median and third quartile."""
-    lower, median, upper = np.quantile(np.asarray(values), (0.25, 0.5, 0.75)).tolist()
-    return lower, median, upper
 
 
 def exponent(times: Mapping[int, float], offset: float = 0.0) -> float:

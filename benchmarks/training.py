@@ -10,7 +10,8 @@ from torch import nn
 from benchmarks import peers
 from benchmarks.loops import Attack, Candidate, Task, bare, candidate, one_graph, ours
 from benchmarks.peak import Passes, counted, flops_of, memory_of, peaks
-from benchmarks.timing import exponent, interleaved, timed
+from benchmarks.timing import exponent, interleaved
+from common.analysis.profiling import timed
 from common.attacks.engine.network import AttackEngine
 from common.networks.resnet import DigitsResNet, ResNet18
 from common.networks.wide_resnet import WideResNet

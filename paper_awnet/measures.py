@@ -213,7 +213,12 @@ def histograms(first: Tensor, second: Tensor, bins: int = 101) -> tuple[Tensor, 
 
     Returns:
         Both histograms, ``(bins,)``, each with sum 1, and b.
+
+    Raises:
+        ValueError: If ``bins`` is even.
     """
+    if bins % 2 == 0:
+        raise ValueError(f"bins must be odd, so that zero is the centre of one, got {bins}")
     values = [w.detach().flatten().double() for w in (first, second)]
     bound = max(float(np.quantile(w.abs().cpu().numpy(), 0.999)) for w in values) or 1.0
     half, width = bins // 2, 2 * bound / bins

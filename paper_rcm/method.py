@@ -112,15 +112,24 @@ class EnlargedNetwork(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """The map before the head, ``(N, D, H', W')``; tokens ``(N, T, D)`` of a transformer."""
-        z: Tensor = self.arch.features(self.enlarged(x))
+        z: Tensor = self._part("features")(self.enlarged(x))
         return z
 
     def pooled(self, x: Tensor) -> Tensor:
         """The vector f that the global pooling gives to the classifier, ``(N, D)`` [choice]."""
         z = self.features(x)
-        names = [name for name, _ in self.arch.head.named_children()]
-        f: Tensor = self.arch.head[: names.index("pool") + 1](z).flatten(1)
+        head = self._part("head")
+        names = [name for name, _ in head.named_children()]
+        f: Tensor = head[: names.index("pool") + 1](z).flatten(1)
         return f
+
+    def _part(self, name: str) -> Any:
+        if not hasattr(self.arch, name):
+            raise TypeError(
+                f"{type(self.arch).__name__} has no {name!r}, so its pooled feature is unknown; "
+                "use a backbone of common.networks, which are stem, stages and head"
+            )
+        return getattr(self.arch, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""

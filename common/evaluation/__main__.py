@@ -127,6 +127,8 @@ def build_model(path: str, arguments: Mapping[str, Any] | None = None) -> nn.Mod
     """Call a factory named ``package.module:factory``, which has to make a module."""
     sys.path.insert(0, "")
     try:
+        if not path.partition(":")[2]:
+            raise ValueError("no factory is named behind a colon")
         factory = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(

@@ -221,7 +221,7 @@ def run(
         identity = identity_of(victim, examples, seed, filing.config_digest)
         journal = Journal(filing.beside("outcomes"), identity)
     bar = ConsoleProgress(len(steps) + 1)
-    shown = progress if isinstance(progress, Progress) else bar if progress else None
+    shown = progress if not isinstance(progress, bool) else bar if progress else None
     with bar.display, _blaming(checked.state):
         outcomes = run_steps(
             victim,

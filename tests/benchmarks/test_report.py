@@ -8,7 +8,8 @@ from torch import nn
 
 from benchmarks import goals, report
 from benchmarks.peak import Passes, flops_of, memory_of
-from benchmarks.timing import exponent, interleaved, quartiles
+from benchmarks.timing import exponent, interleaved
+from common.analysis.profiling import quartiles
 from common.networks.resnet import ResNet18
 
 

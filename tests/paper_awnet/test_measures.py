@@ -125,6 +125,8 @@ def test_histograms_count_everything_in_common_bins() -> None:
     assert torch.equal(p, q.flip(0)), "negated weights have the mirrored histogram"
     p, q, bound = histograms(torch.zeros(5), torch.zeros(5), bins=3)
     assert (p.tolist(), q.tolist(), bound) == ([0, 1, 0], [0, 1, 0], 1.0)
+    with pytest.raises(ValueError, match=r"odd.*40"):
+        histograms(w, w, bins=40)
 
 
 @pytest.mark.parametrize("tiny", [1e-12, -1e-12, 1e-38, -1e-38])

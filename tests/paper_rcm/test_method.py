@@ -61,6 +61,11 @@ def test_order_is_normalise_then_interpolate_as_in_the_code(mode, m):
     assert torch.equal(net(x), net.arch(v))
 
 
+def test_says_when_the_pooled_feature_is_unknown():
+    with pytest.raises(TypeError, match="Sequential has no 'features'"):
+        EnlargedNetwork(nn.Sequential(nn.Flatten())).pooled(torch.rand(1, 3, 4, 4))
+
+
 def test_compiles_in_one_graph():
     net, x = EnlargedNetwork(tiny(), 2, mean=MEAN, std=STD).eval(), torch.rand(2, 3, 8, 8)
     assert torch.equal(torch.compile(net, fullgraph=True, backend="eager")(x), net(x))

@@ -114,6 +114,8 @@ def test_the_command_line(tmp_path, factory: str, capsys) -> None:
         (["--batch_size", "x"], "batch_size: expected int, got x"),
         (["--config", "/dev/zero"], "it is no regular file"),
         (["--model", "nowhere:make"], "expected package.module:factory"),
+        (["--model", "torch"], "expected package.module:factory"),
+        (["--model", "torchvision.models.resnet18"], "expected package.module:factory"),
         (["--model_args", '{"depth": 3}'], "cannot be made with"),
         (["--data", "cifar"], "there are no data 'cifar'; there are cifar10"),
         (["--suite", "strong"], "there is no suite 'strong'"),
