@@ -6,10 +6,11 @@ import hashlib
 import json
 import pickle
 import struct
+import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section("seconds by part, all workers together")
     for part, spent in seconds.most_common():
         terminalreporter.write_line(f"{spent:8.1f}  {count[part]:5d} tests  {part}")
+
+
+@pytest.fixture(autouse=True)
+def _traced() -> Iterator[None]:
+    """The official AutoAttack, where a test runs it by itself, ends coverage and debuggers."""
+    trace = sys.gettrace()
+    yield
+    if sys.gettrace() is not trace:
+        sys.settrace(trace)
 
 
 @pytest.fixture(autouse=True)
