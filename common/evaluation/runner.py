@@ -122,7 +122,7 @@ def run_steps(
         for step in steps:
             within = parts[step.examples]
             if step.scope == "standing":
-                within = within & met  # what others had not met is not cumulative
+                within = within & met  # earlier steps ran on these, so the outcome stays cumulative
             before = {"all": everything, "clean": is_right, "standing": run.standing}[step.scope]
             for key, line in outcomes.lines.items() if step.cumulative else ():
                 if line.entry == step.entry:

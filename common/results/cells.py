@@ -148,8 +148,8 @@ def _titles(
     notes = []
     if any("†" in title for title in titles.values()):
         notes.append(
-            "† Ours is cumulative: the attack met what every earlier attack of the suite had left, "
-            "and what those broke counts as broken."
+            "† Ours is cumulative: the attack ran on the examples that all earlier attacks of the "
+            "suite left correct; the other examples count as broken."
         )
     if parts:
         which = "; ".join(f"{', '.join(of)} on {size:,}" for size, of in sorted(parts.items()))

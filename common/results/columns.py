@@ -14,8 +14,8 @@ class Columns:
     """The columns of one table, and what does not fit into them.
 
     A column is about the examples that most last checkpoints of its rows were measured on. In the
-    worst case, the checkpoints of one experiment met the same attacks too; experiments differ in
-    them, since adaptive attacks depend on the network.
+    worst case, all checkpoints of one experiment had the same attacks; those of different
+    experiments may differ, since adaptive attacks depend on the network.
 
     Attributes:
         basis: Of each column, by key; ``None`` if nothing was measured.

@@ -62,7 +62,7 @@ class Line:
         kind: ``attack`` or ``noise``.
         norm: Of the ball; ``None`` where there is none.
         eps: Its radius.
-        survivors_only: Whether it met only what had withstood everything before.
+        survivors_only: Whether it ran only on the examples that all earlier attacks left correct.
         counts: Whether its outcomes enter the worst case: it kept to the threat model.
         at: The point of a sweep, such as ``{"eps": 0.1}``, ``{"level": 0.2, "draw": 0}``.
         weakness: Why withstanding it is no evidence for the threat model: it did not use the whole

@@ -62,7 +62,7 @@ def escape(text: str) -> str:
 
 
 def _paragraph(text: str) -> str:
-    """The same as a paragraph, whatever block its beginning would make."""
+    """The text as a paragraph: a beginning that would start another block is escaped."""
     return re.sub(r"^(?=#|```|~~~|\||[-+=] |[-=]+$)", r"\\", escape(text))
 
 

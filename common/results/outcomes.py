@@ -179,7 +179,7 @@ def missing_worst(attacks: Mapping[str, AttackResult]) -> str:
         )
     weak = [f"{name}: {a['weakness']}" for name, a in counted.items() if a.get("weakness")]
     if not weak:
-        return "there is no worst case: no example met every attack"
+        return "there is no worst case: no example was attacked by every attack"
     more = f"; and {len(weak) - 3} more" if len(weak) > 3 else ""
     return (
         "there is no worst case: no attack used the whole radius of the threat and moved the "

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "pyautoattack",
 
 
 def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values, whatever the file they came from."""
+    """SHA-256 over names, types, shapes and values; the file format has no influence."""
     digest = hashlib.sha256()
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()

@@ -61,7 +61,7 @@ class AttackResult(TypedDict):
     examples: _Size
     """Number of examples it was run on."""
     survivors_only: bool
-    """It met only what all earlier attacks had left, so ``correct`` is cumulative."""
+    """It ran only on examples that all earlier attacks left correct; ``correct`` is cumulative."""
     per_class: list[Annotated[list[_Count], Field(min_length=2, max_length=2)]]
     """``[correct, total]`` of each class, of its examples."""
     outcomes: str
