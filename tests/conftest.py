@@ -30,6 +30,9 @@ from common.results.reference import Reference, read_reference
 from common.results.store import merge_result, result_path
 
 torch.set_num_threads(1)
+# The first backward pass starts a thread for every accelerator there is, also for one that a later
+# test pretends to have, and a process with such threads cannot differentiate after a fork.
+torch.zeros((), requires_grad=True).backward()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
