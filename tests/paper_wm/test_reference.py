@@ -188,28 +188,6 @@ def test_nothing_but_the_network_differs_within_a_comparison(paper) -> None:
         assert all(config == configs[0] for config in configs), base
 
 
-def test_recipes(paper) -> None:
-    def of(stem: str) -> tuple[Any, Any, int]:
-        config = paper.config(stem)
-        model = config["model"]["init_args"]
-        scheduler = model.get("scheduler", {}).get("init_args")
-        return model["optimizer"]["init_args"], scheduler, config["trainer"]["max_epochs"]
-
-    adam = {"lr": 1e-3}
-    assert of("mnist_cnn3_base") == of("fashion_mnist_cnn3_base") == (adam, None, 20)
-    assert of("cifar10_cnn3_base") == (adam, {"milestones": [30, 45], "gamma": 0.1}, 60)
-    sgd = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-    for stem in ("cifar10_resnet18_base", "svhn_wrn16_4_unsharp", "cifar10_wrn28_10_smoothing"):
-        assert of(stem) == (sgd, {"T_max": 100}, 100)
-    # 12 epochs of 21 steps in the trial runs; here an epoch has 13.
-    assert of("digits_cnn3_base") == (adam, None, 20)
-    digits = paper.read("configs/shared/digits.yaml")
-    assert (digits["batch_size"], digits["source"]["init_args"]) == (64, {"size": 16})
-    attack = paper.config("cifar10_resnet18_smoothing_at")["adversary"]["attack"]["init_args"]
-    assert attack == {"eps": "8/255", "step_size": "2/255", "steps": 10, "start": "uniform"}
-    assert paper.read("configs/shared/last_epoch.yaml")["from_epoch"] > 100
-
-
 def test_suites_have_every_noise_and_attack(paper, entries_of) -> None:
     wanted = {"uniform", "gaussian", "saltpepper", "fgsm", "mim10", "pgd20", "pgd100", "deepfool"}
     wanted |= {"bypass", "aa"}
