@@ -283,7 +283,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_with_room(tiny) -> No
     told = tiny.config.with_name("told")
     assert ended(forked(limited, told)) == 2
     (line,) = [x for x in told.read_text().splitlines() if x.startswith("error:")]
-    assert "last.ckpt: File too large" in line
+    assert ".ckpt: File too large" in line
     assert "what was there before is kept" in line
     tiny("reproduce")
     tiny("reproduce", "--runs", "whole")

@@ -73,13 +73,11 @@ ATTACKS: dict[str, Any] = {
     ("stem", "device"),
     [
         ("paper_cifs/digits_resnet_cifs", "cpu"),
-        ("paper_rcm/digits_112_avg", "cpu"),
         *(
             pytest.param(stem, "cuda", marks=DEVICES[1].marks)
             for stem in (
                 *("paper_cifs/digits_resnet_cifs", "paper_cifs/digits_resnet_cas"),
                 *("paper_robustwrn/digits_d1-1-3_sat", "paper_awnet/digits_awnet_mtard"),
-                "paper_awnet/digits_detector_mtard",
             )
         ),
     ],
