@@ -14,7 +14,7 @@ from common.networks.resnet import ResNet, ResNet18
 from common.networks.vgg import VGG
 from common.networks.wide_resnet import WideResNet
 from paper_awnet.method import Detector, DynamicConv2d, MixBatchNorm2d, Router
-from paper_awnet.networks import AWNet, DigitsStudent, OATNet, Teacher
+from paper_awnet.networks import AWNet, DigitsStudent, OATNet, ResNet34, ResNet56, Teacher
 from paper_awnet.objectives import LAMBDAS, MTARD
 
 SMALL = partial(Router, widths=(4, 6, 8), type_hidden=5)
@@ -29,6 +29,14 @@ STATIC = {
 
 def small(name: str = "resnet", router=SMALL, **settings) -> AWNet:
     return AWNet(STATIC[name](in_channels=1), router, **settings)
+
+
+def test_parameters() -> None:
+    """Invariant 2; other sizes stand in the headers of the configurations."""
+    with torch.device("meta"):
+        nets = (ResNet56(), ResNet34(), AWNet(ResNet18()), AWNet(ResNet18(), Detector))
+    found = [sum(p.numel() for p in net.parameters()) for net in nets]
+    assert found == [855_770, 21_282_122, 11_780_780, 11_287_340]
 
 
 def test_signals_of_resnet18_by_block() -> None:
