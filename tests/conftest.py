@@ -10,9 +10,10 @@ import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import torchvision.datasets
 import yaml
 from torch import Tensor
 
+from common.data.corruptions import CORRUPTIONS
 from common.data.sources import FashionMNIST
 from common.evaluation.presets import load_suite
 from common.results.lines import Line, Outcomes, Threat
@@ -30,6 +32,9 @@ from common.results.reference import Reference, read_reference
 from common.results.store import merge_result, result_path
 
 torch.set_num_threads(1)
+# The first backward pass starts a thread for every accelerator there is, also for one that a later
+# test pretends to have, and a process with such threads cannot differentiate after a fork.
+torch.zeros((), requires_grad=True).backward()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -133,6 +138,22 @@ def fake_cifar10(
         files = [[n, _md5(root / cls.base_folder / n)] for n, _ in getattr(cls, attribute)]
         monkeypatch.setattr(cls, attribute, files)
     return root
+
+
+@pytest.fixture
+def write_cifar10c() -> Callable[..., Path]:
+    """``write(root, names=CORRUPTIONS, per_severity=4)``: CIFAR-10-C, cut down."""
+
+    def write(root: Path, names: Sequence[str] = CORRUPTIONS, per_severity: int = 4) -> Path:
+        folder = root / "CIFAR-10-C"
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        for name in names:
+            np.save(folder / f"{name}.npy", _images(rng, 5 * per_severity, 32, 32, 3))
+        np.save(folder / "labels.npy", np.tile(np.arange(per_severity, dtype=np.uint8), 5))
+        return root
+
+    return write
 
 
 @pytest.fixture
@@ -357,6 +378,49 @@ def quiet_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
         return (kind or Trainer)(**quiet | settings, callbacks=list(callbacks))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rates() -> Callable[[Any, int], list[float]]:
+    """``rates(scheduler, epochs)``: of each epoch; stepped after it, as Lightning does."""
+
+    def found(scheduler: Any, epochs: int) -> list[float]:
+        used = []
+        for _ in range(epochs):
+            used.append(scheduler.get_last_lr()[0])
+            scheduler.optimizer.step()
+            scheduler.step()
+        return used
+
+    return found
+
+
+@pytest.fixture(scope="session")
+def stub_data() -> Callable[..., Any]:
+    """``stub_data(batches, **more)``: as much of a data module as an analysis asks for."""
+
+    def made(batches: Sequence[Mapping[str, Tensor]], **more: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            prepare_data=lambda: None,
+            setup=lambda stage: None,
+            test_dataloader=lambda: batches,
+            on_after_batch_transfer=lambda batch, _: batch,
+            **more,
+        )
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def touch_checkpoints() -> Callable[[Path, Sequence[str], Sequence[int]], None]:
+    """Makes empty checkpoints of experiments and seeds in a folder of runs."""
+
+    def touch(runs: Path, stems: Sequence[str], seeds: Sequence[int]) -> None:
+        for path in (runs / stem / f"seed{seed}" for stem in stems for seed in seeds):
+            (path / "checkpoints").mkdir(parents=True)
+            (path / "checkpoints/last.ckpt").touch()
+
+    return touch
 
 
 @pytest.fixture
