@@ -283,9 +283,7 @@ class Tiny:
     last = run / "checkpoints/last.ckpt"
     text = TINY
 
-    def __init__(
-        self, folder: Path, capsys: pytest.CaptureFixture[str], finished: Callable[..., Path]
-    ) -> None:
+    def __init__(self, folder: Path, capsys: Any = None, finished: Any = None) -> None:
         self.config, self._capsys, self._finished = folder / "tiny.yaml", capsys, finished
         self.config.write_text(TINY)
 
@@ -340,13 +338,10 @@ def finished_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
     @cache
     def made(command: str, *options: str) -> Path:
-        from common.cli.main import main  # Lightning, which most tests do without
-
         folder = tmp_path_factory.mktemp("tiny")
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            Path("tiny.yaml").write_text(TINY)
-            main([command, "--config", "tiny.yaml", *options], package="paper_tiny")
+            Tiny(folder)(command, *options)
         return folder
 
     return made
