@@ -261,6 +261,15 @@ def test_commands_of_a_paper_are_subcommands(capsys, monkeypatch) -> None:
     assert ended("say") == (2, "", "error: too loud\n")
 
 
+def test_a_configuration_is_printed_whole_instead_of_run(tiny, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        tiny("fit", *ONE_EPOCH, "--print_config")
+    assert caught.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["trainer"]["max_epochs"], printed["checkpoint"]["mode"]) == (1, "max")
+    assert not Path("runs").exists()
+
+
 def test_what_the_command_line_fills_in_and_leaves_out(tiny, caplog) -> None:
     """Class counts through keywords, statistics of the data, hyper-parameters; no adverts."""
     settings = yaml.safe_load(tiny.text)
