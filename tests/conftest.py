@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import pickle
+import shutil
 import struct
 import sys
 import urllib.error
@@ -303,8 +304,8 @@ class Tiny:
     last = run / "checkpoints/last.ckpt"
     text = TINY
 
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.config, self._capsys = folder / "tiny.yaml", capsys
+    def __init__(self, folder: Path, capsys: Any = None, finished: Any = None) -> None:
+        self.config, self._capsys, self._finished = folder / "tiny.yaml", capsys, finished
         self.config.write_text(TINY)
 
     def __call__(self, command: str, *options: object, package: str = "paper_tiny") -> None:
@@ -312,6 +313,11 @@ class Tiny:
         from common.cli.main import main  # Lightning, which most tests do without
 
         main([command, "--config", str(self.config), *map(str, options)], package=package)
+
+    def done(self, command: str, *options: object) -> None:
+        """What this command leaves, from a run that all tests share."""
+        folder = self._finished(command, *map(str, options))
+        shutil.copytree(folder, self.config.parent, dirs_exist_ok=True)
 
     def refused(self, command: str, *options: object, package: str = "paper_tiny") -> str:
         """The one line of an error that the user can mend."""
@@ -347,13 +353,31 @@ def tiny_text() -> str:
     return TINY
 
 
+@pytest.fixture(scope="session")
+def finished_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder in which a command of the small experiment has run, once for all tests."""
+
+    @cache
+    def made(command: str, *options: str) -> Path:
+        folder = tmp_path_factory.mktemp("tiny")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            Tiny(folder)(command, *options)
+        return folder
+
+    return made
+
+
 @pytest.fixture
 def tiny(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    finished_tiny: Callable[..., Path],
 ) -> Tiny:
     """A small experiment, run in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    return Tiny(tmp_path, capsys)
+    return Tiny(tmp_path, capsys, finished_tiny)
 
 
 @pytest.fixture(scope="session")
