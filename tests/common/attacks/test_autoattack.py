@@ -307,10 +307,9 @@ def test_square_gets_over_logits_that_are_not_finite_as_the_package_does(value):
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 12, 12), (2, 18, 18), (1, 12, 20), (1, 20, 7), (3, 4, 4), (1, 4, 20), (1, 6, 60),
-     (1, 40, 10), (1, 1, 9), (1, 2, 2)],
+    [(1, 12, 12), (2, 18, 18), (1, 20, 7), (3, 4, 4), (1, 6, 60), (1, 1, 9)],
     ids=str,
-)  # fmt: skip
+)
 def test_square_takes_images_of_any_shape(norm, shape) -> None:
     torch.manual_seed(0)
     x = 0.3 + 0.4 * torch.rand(10, *shape)

@@ -101,8 +101,8 @@ def assert_averaged(
     assert not torch.equal(found[HEAD], steps[-1][HEAD])
 
 
-@pytest.mark.parametrize("decay", [0.995, 0.4])
-def test_a_growing_decay_averages_parameters_for_validation_and_checkpoints(fit, decay) -> None:
+def test_a_growing_decay_averages_parameters_for_validation_and_checkpoints(fit) -> None:
+    decay = 0.4
     averaging = WarmUpAveraging(decay)
     diary, model, _ = fit(averaging)
     plain, *_ = fit()
@@ -141,7 +141,7 @@ def test_the_average_begins_with_the_weights_of_a_warm_start(tmp_path: Path, fit
     torch.testing.assert_close(state_of(model)[HEAD].double(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("from_epoch", [0, 1, 2, 9])
+@pytest.mark.parametrize("from_epoch", [0, 1, 9])
 def test_a_late_average_is_the_model_until_its_epoch(fit, from_epoch: int) -> None:
     diary, model, _ = fit(LateAveraging(0.8, from_epoch))
     for epoch, seen in enumerate([*diary.validated, state_of(model)]):

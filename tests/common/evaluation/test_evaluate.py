@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import common
-from common.attacks.pgd import FGSM
+from common.attacks.pgd import FGSM, PGD
 from common.evaluation import SuiteEntry, evaluate
 from common.evaluation.__main__ import build_model, main
 from common.results.store import read_result
@@ -38,7 +38,7 @@ def network() -> nn.Module:
 def model(lab) -> nn.Module:
     """Trained for a moment on the training digits; nothing of ours in it."""
     torch.manual_seed(0)
-    net = lab.fitted(network(), epochs=3).requires_grad_(True)
+    net = lab.fitted(network(), epochs=2).requires_grad_(True)
     net.zero_grad()
     return net
 
@@ -47,7 +47,8 @@ def test_an_ordinary_model_in_a_few_lines_is_left_as_it_was(model, digits) -> No
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    found = evaluate(model, digits, "quick", eps=0.1, examples=40, progress=False)
+    suite = {"pgd": SuiteEntry(PGD(0.1, steps=5), ["ce_f", "cw_f"]), "fgsm": SuiteEntry(FGSM(0.1))}
+    found = evaluate(model, digits, suite, eps=0.1, examples=40, progress=False)
     assert found.clean_acc > 0.8
     assert found.robust_acc < found.clean_acc
     assert found.robust_acc == found.metrics["worst"] == int(found.robust.sum()) / 40
@@ -62,7 +63,7 @@ def test_an_ordinary_model_in_a_few_lines_is_left_as_it_was(model, digits) -> No
 
 
 def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, model, digits) -> None:
-    suite = {"fgsm": SuiteEntry(FGSM(0.1), sweep={"eps": [0.02, 0.1, 0.3]})}
+    suite = {"fgsm": SuiteEntry(FGSM(0.1), sweep={"eps": [0.02, 0.05, 0.1]})}
     one = evaluate(model, digits, suite, eps=0.1, output=tmp_path, progress=False)
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert names == [
@@ -90,6 +91,11 @@ FACTORY = """
         return nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(width * 36, 10))
 """
 
+SUITE = """
+evaluation:
+  suite: {pgd: {attack: {class_path: common.attacks.pgd.PGD, init_args: {eps: threat, steps: 5}}}}
+"""
+
 
 @pytest.fixture
 def factory(tmp_path, monkeypatch) -> str:
@@ -100,7 +106,9 @@ def factory(tmp_path, monkeypatch) -> str:
 
 
 def test_the_command_line(tmp_path, factory: str, capsys) -> None:
+    (tmp_path / "suite.yaml").write_text(SUITE)
     arguments = ["--model", factory, "--data", "digits", "--eps", "0.1", "--examples", "32"]
+    arguments += ["--suite", "suite.yaml"]
     more = ["--model_args", '{"width": 4}', "--output", "out", "--device", "cpu"]
     with pytest.warns(UserWarning, match="about chance"):
         assert main([*arguments, *more]) == 0

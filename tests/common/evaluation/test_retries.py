@@ -66,12 +66,8 @@ def bound(model: Squashed, x: Tensor, y: Tensor, eps: float) -> float:
 
 
 SQUASHINGS = {
-    "sigmoid": (torch.sigmoid, 20.0),
     "steep sigmoid": (torch.sigmoid, 100.0),
-    "tanh": (torch.tanh, 20.0),
     "atan": (lambda z: z.atan(), 1e4),
-    "erf": (torch.erf, 10.0),
-    "softsign": (nn.Softsign(), 1e5),
     "no gradient": (Softsign.apply, 1e3),
     "clamp": (lambda z: z.clamp(-0.3, 0.3), 1.0),
     "log-sigmoid": (nn.LogSigmoid(), 60.0),
@@ -89,18 +85,22 @@ def evaluated(model: nn.Module, x: Tensor, y: Tensor, eps: float, suite) -> Eval
     return evaluate(model, (x, y), suite, eps=eps, progress=False)
 
 
-QUICK = pytest.param("quick", 0.01, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("suite", "slack"), [("pgd", 0.07), ("apgd-t", 0.04), QUICK])
+@pytest.mark.parametrize(
+    ("suite", "slack"),
+    [("both", 0.04), pytest.param("quick", 0.01, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", SQUASHINGS)
 def test_no_squashing_looks_more_robust_than_it_is(name: str, suite: str, slack: float) -> None:
     model, problem = Squashed(*SQUASHINGS[name]), data(60 if suite == "quick" else 30)
     eps = problem[2]
-    apgd = AutoAttack(eps, version="custom", attacks=["apgd-t"], steps=15)
-    entries = {"pgd": SuiteEntry(PGD(eps, steps=20), ["cw_f"]), "apgd-t": SuiteEntry(apgd)}
-    found = evaluated(model, *problem, suite if suite == "quick" else {suite: entries[suite]})
-    assert found.robust_acc <= bound(model, *problem) + slack  # one ascent has one target
+    apgd = AutoAttack(eps, version="custom", attacks=["apgd-t"], steps=10)
+    both = {"pgd": SuiteEntry(PGD(eps, steps=15), ["cw_f"]), "apgd-t": SuiteEntry(apgd)}
+    found = evaluated(model, *problem, both if suite == "both" else suite)
+    least = bound(model, *problem)
+    assert found.robust_acc <= least + slack
+    if suite == "both":
+        assert found.metrics["apgd-t"] <= least + slack
+        assert found.metrics["pgd/cw_f"] <= least + 0.07  # one ascent has one target
 
 
 def test_vanishing_gradients_reach_the_result() -> None:

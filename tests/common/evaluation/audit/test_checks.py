@@ -99,8 +99,7 @@ def test_other_norms(lab, threat):
 
 
 @pytest.mark.parametrize(
-    ("classes", "is_right"),
-    [(2, True), (2, False), *(pytest.param(10, b, marks=pytest.mark.slow) for b in (True, False))],
+    ("classes", "is_right"), [(2, True), pytest.param(10, False, marks=pytest.mark.slow)]
 )
 def test_random_weights_and_colours(lab, classes, is_right):
     torch.manual_seed(1)
@@ -231,11 +230,6 @@ def test_restarts_that_keep_finding_something(lab):
     assert failed(checks) >= {"restarts"}
 
 
-def test_a_surrogate_finds_what_gradients_miss(lab):
-    hidden = Chain(lambda x: (15 * x).round() / 15, lab.natural())
-    assert lab.audited(hidden, transfer=lab.natural())[0]["transfer"]["verdict"] == "fail"
-
-
 # --------------------------------------------------------------------------------------- the steps
 
 
@@ -291,7 +285,8 @@ def test_attacks_keep_the_union_over_losses(lab):
     assert "eps_to_chance" in failed(alone[0])
     assert "eps_to_chance" not in failed(both[0])
     assert both[0]["zero_gradients"]["verdict"] == "pass"
-    key = "audit_steps/steps=10"
+    assert alone[0]["transfer"]["verdict"] == "fail", "the surrogate finds what gradients miss"
+    key = "audit_steps/steps=6"
     assert both[1].correct[key][:40].sum() < alone[1].correct[key][:40].sum()
 
 
