@@ -44,11 +44,11 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def examples(model) -> dict[str, Tensor]:
-    x = torch.rand(60, 3, 8, 8)
+    x = torch.rand(40, 3, 8, 8)
     with torch.no_grad():
         y = model(x).argmax(dim=1)
     y[::9] = (y[::9] + 1) % 10
-    return {"x": x, "y": y, "index": torch.arange(60)}
+    return {"x": x, "y": y, "index": torch.arange(40)}
 
 
 SUITE = {
@@ -86,20 +86,18 @@ def assert_confirmed(model, examples, outcomes: Outcomes) -> None:
 
 
 @pytest.mark.parametrize("suite", [SUITE, OFFICIAL], ids=["ours", "official"])
-def test_float32_verdicts_are_those_without_an_engine(model, examples, suite) -> None:
+def test_verdicts_are_those_without_an_engine(model, examples, suite) -> None:
     plain, fast = run(model, examples, None, suite), run(model, examples, FAST, suite)
     for key in plain.correct:
         assert torch.equal(plain.correct[key], fast.correct[key]), key
     robust = plain.correct[list(plain.correct)[-1 if suite is OFFICIAL else 1]]
-    assert 5 < robust.sum() < 50, "the task tells nothing apart"
+    assert 3 < robust.sum() < 35, "the task tells nothing apart"
     assert_confirmed(model, examples, fast)
-
-
-def test_reduced_precision_breaks_all_that_float32_breaks(model, examples) -> None:
-    full, reduced = run(model, examples, FAST), run(model, examples, BF16)
-    for key in full.correct:
-        assert not (reduced.correct[key] & ~full.correct[key]).any(), key
-    assert_confirmed(model, examples, reduced)
+    if suite is SUITE:
+        reduced = run(model, examples, BF16)
+        for key in plain.correct:
+            assert not (reduced.correct[key] & ~plain.correct[key]).any(), key
+        assert_confirmed(model, examples, reduced)
 
 
 def test_distances_and_autoattack_are_left_in_float32(model) -> None:
@@ -157,7 +155,7 @@ def sabotaged(claims: bool, precision: str) -> Sabotaged:
 
 
 @pytest.mark.parametrize(
-    ("claims", "precision"), [(False, "bf16"), (True, "bf16"), (True, "32")], ids=str
+    ("claims", "precision"), [(False, "bf16"), (True, "32")], ids=str
 )
 def test_a_useless_engine_changes_no_verdict(model, examples, claims, precision) -> None:
     """Such as rounding on a device would: an attack stopped there had found nothing yet."""
@@ -170,7 +168,7 @@ def test_a_useless_engine_changes_no_verdict(model, examples, claims, precision)
     }
     engine = sabotaged(claims, precision)
     plain, found = run(model, examples, None, suite), run(model, examples, engine, suite)
-    assert 5 < plain.correct["pgd/ce_f"].sum() < 50
+    assert 3 < plain.correct["pgd/ce_f"].sum() < 35
     assert not (plain.correct["compact/ce_f"] & ~plain.correct["pgd/ce_f"]).any()
     for key in plain.correct:
         # What is broken besides was broken by an image the plain network gets wrong.
@@ -190,7 +188,7 @@ def test_a_second_attack_draws_what_the_first_drew(model, examples) -> None:
         plain = attacked(craft, None, None, model, examples, random.of(examples["index"]))
         found = attacked(craft, None, sabotaged(False, "bf16"), model, examples, random)
     standing = found["correct"]
-    assert 5 < standing.sum() < 55
+    assert 3 < standing.sum() < 37
     assert torch.equal(plain["x_adv"][standing], found["x_adv"][standing])
 
 

@@ -1,4 +1,4 @@
-"""Figures show the values they are given and survive on disk and in TensorBoard."""
+"""Figures show the values they are given and survive on disk."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from common.evaluation.drawing import (
     BLUE,
@@ -161,9 +160,6 @@ def test_a_saved_figure_is_whole_and_repeatable(tmp_path: Path, monkeypatch) -> 
     assert path.read_bytes() == first
     with pytest.raises(ValueError, match=r"figure\.bmpp"):
         save_figure(grid_of(), tmp_path / "figure.bmpp")
-    with SummaryWriter(tmp_path / "events") as writer:
-        writer.add_figure("examples", grid_of(), global_step=3)
-    assert next((tmp_path / "events").iterdir()).stat().st_size > 3000
 
     def write_half(self, file, **_) -> None:
         file.write(b"half")
