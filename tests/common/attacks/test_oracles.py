@@ -149,7 +149,7 @@ def test_deepfool(task, norm, eps, settings, clip):
     [
         {},
         {"confidence": 0.5},
-        {"binary_search_steps": 11, "steps": 12},
+        {"binary_search_steps": 11, "steps": 6},
     ],
     ids=str,
 )

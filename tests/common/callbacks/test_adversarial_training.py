@@ -22,7 +22,6 @@ from common.networks.resnet import ResNet
 from common.objectives import ALP, AT, MART, TRADES, Natural
 
 
-
 class Spy(AT):
     """Adversarial training that remembers its batches, modes and batch-norm layers."""
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
@@ -23,7 +21,6 @@ from common.data.sources import Digits
 from common.errors import ConfigurationError
 from common.evaluation.suite import SuiteEntry
 from common.objectives import Natural
-from common.parsing import load_named
 
 HEAD = "net.5.weight"
 
@@ -159,13 +156,3 @@ def test_settings_out_of_range(kind, decay: float) -> None:
         kind(decay)
     with pytest.raises(ConfigurationError, match="counts epochs from 0, got -1"):
         LateAveraging(from_epoch=-1)
-
-
-def test_the_overlay_makes_one() -> None:
-    path = Path(__file__).parents[3] / "common/configs/ema_warmup.yaml"
-    (entry,) = yaml.safe_load(path.read_text())["trainer"]["callbacks+"]
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--callback", type=Callback)
-    callback = parser.instantiate(parser.parse_object({"callback": entry})).callback
-    assert isinstance(callback, load_named(entry["class_path"]))
-    assert callback.decay == 0.995

@@ -125,7 +125,7 @@ class Around(nn.Module):
 def _short_attacks_by_labels(monkeypatch) -> None:
     short = partial(DistilledTransfer, steps=50)
     monkeypatch.setattr("common.evaluation.audit.checks.DistilledTransfer", short)
-    monkeypatch.setattr("common.evaluation.confirm.QUERIES", 150)
+    monkeypatch.setattr("common.evaluation.confirm.QUERIES", 300)
 
 
 @pytest.fixture(scope="session")

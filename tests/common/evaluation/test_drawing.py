@@ -71,12 +71,8 @@ def test_a_grid_names_classes_and_distances_and_marks_wrong_predictions() -> Non
     assert rows[1, 1].get_xlabel() == "L∞ 0.1\nL2 0.333"
 
 
-def test_a_grid_shows_as_many_as_asked_for_and_scales_by_those() -> None:
-    x, x_adv = images()
-    x_adv[3] = x[3] + 0.25  # not shown
-    rows = rows_of(grid_of(x_adv=x_adv, max_examples=3, distances=None))
-    assert rows.shape == (3, 3)
-    assert "× 5" in rows[1, 0].get_ylabel()
+def test_a_grid_shows_as_many_as_asked_for() -> None:
+    assert rows_of(grid_of(max_examples=3, distances=None)).shape == (3, 3)
     assert rows_of(grid_of(n=2)).shape == (3, 2)
 
 

@@ -2,20 +2,14 @@
 
 import functools
 import json
-import os
 import random
-import subprocess
-import sys
 import textwrap
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import common
 from common.attacks.pgd import FGSM, PGD
 from common.evaluation import SuiteEntry, evaluate
 from common.evaluation.__main__ import build_model, main
@@ -154,29 +148,3 @@ def test_options_of_a_file_reach_the_evaluation(
     assert (seen["num_classes"], seen["name"]) == (10, "make")
     precision = {"fp32": "32", "bf16": "bf16"}.get(engine)
     assert getattr(seen["engine"], "precision", None) == precision
-
-
-@pytest.mark.slow
-def test_a_killed_evaluation_goes_on(tmp_path, factory: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "common.evaluation", "--model", factory]
-    command += ["--data", "digits", "--eps", "0.1", "--suite", "quick", "--batch_size", "20"]
-    command += ["--examples", "200", "--device", "cpu", "--output"]
-    root = str(Path(common.__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    outcomes = tmp_path / "killed" / "outcomes"
-    process = subprocess.Popen([*command, "killed"], env=environment)
-    while len(list(outcomes.rglob("*.npz"))) < 2:
-        assert process.poll() is None, "it ended early"
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "killed" / "results.json").exists(), "it was too fast to be killed"
-    kept = {path: path.stat().st_mtime_ns for path in outcomes.rglob("*.npz")}
-    for folder in ("killed", "undisturbed"):
-        subprocess.run([*command, folder], env=environment, check=True)
-    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
-    one, other = (
-        json.loads((tmp_path / folder / "results.json").read_text())["checkpoints"]
-        for folder in ("killed", "undisturbed")
-    )
-    assert one == other

@@ -25,7 +25,6 @@ from common.evaluation.presets import (
 from common.evaluation.runner import run_steps
 from common.evaluation.suite import ball_of, steps_of
 
-
 STEPS = {  # what the papers' protocols say at 8/255
     "paper-awnet": {"pgd_sat": 2 / 255, "pgd_trades": 0.003, "cw30": 2 / 255},
     "paper-cifs": {"pgd20": 0.8 / 255, "cw30": 0.8 / 255, "pgd100": 0.8 / 255},

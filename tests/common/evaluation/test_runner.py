@@ -174,31 +174,6 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path) -> None:
         Journal(tmp_path / "file", {})
 
 
-def test_outcomes_are_those_of_the_official_package_alone(model, examples) -> None:
-    """Attack by attack over packed survivors, as ``run_standard_evaluation`` goes."""
-    import pyautoattack
-
-    suite = {"aa": SuiteEntry(AutoAttack(0.01, batch_size=6, steps=4, square_queries=20))}
-    ours = run(model, examples, suite)
-    official = pyautoattack.AutoAttack(model, norm="Linf", eps=0.01, version="standard", seed=0)
-    prepared = suite["aa"].attack._prepared(model, examples["x"], 0, None, False)
-    for name in ("apgd", "apgd_targeted", "fab", "square"):
-        theirs, mine = getattr(official, name), getattr(prepared, name)
-        theirs.__dict__.update({k: v for k, v in vars(mine).items() if "iter" in k or "n_" in k})
-    for apgd in (official.apgd, official.apgd_targeted):
-        apgd.size_decr = prepared.apgd.size_decr
-    with torch.random.fork_rng():
-        x_adv, y_adv = official.run_standard_evaluation(examples["x"], examples["y"], batch_size=6)
-    survived = ours.correct["aa/square"]
-    assert torch.equal(survived, y_adv == examples["y"])
-    assert 0 < survived.sum() < ours.correct["clean"].sum()
-    for key in ("aa/apgd-ce", "aa/apgd-t", "aa/fab-t", "aa/square"):
-        fell = ours.correct["clean"] & ~ours.correct[key] & (ours.columns[key]["linf"] > 0)
-        rows = ours.pictured[fell[ours.pictured]]
-        kept = ours.columns[key]["x_adv"][fell[ours.pictured]]
-        torch.testing.assert_close(kept, x_adv[rows])
-
-
 def test_progress_tells_what_is_done_and_what_stands(model, examples) -> None:
     told: list[tuple[Any, ...]] = []
 

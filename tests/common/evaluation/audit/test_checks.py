@@ -58,14 +58,12 @@ def vit() -> nn.Module:
 AT = PGD(0.2, steps=3)
 HONEST = {
     "linear": lambda lab: lab.fitted(linear()),
-    "linear, adversarially trained": lambda lab: lab.fitted(linear(), AT),
     "CNN": lambda lab: lab.natural(),
     "CNN, adversarially trained": lambda lab: lab.robust(),
     "max-pooling, no normalisation": lambda lab: lab.fitted(
         lab.cnn(norm=lambda _: nn.Identity()), AT
     ),
     "softplus": lambda lab: lab.fitted(lab.cnn(nn.Softplus, nn.AvgPool2d)),
-    "SiLU, adversarially trained": lambda lab: lab.fitted(lab.cnn(nn.SiLU, nn.AvgPool2d), AT),
     "ViT": lambda lab: lab.fitted(vit()),
     "temperature": lambda lab: Chain(lab.robust(), lambda z: z / 3),
     "log-softmax": lambda lab: Chain(lab.natural(), lambda z: z.log_softmax(dim=1)),
@@ -134,16 +132,6 @@ def gated() -> nn.Module:
     return nn.Sequential(*features, Gate(512, 512), nn.Linear(512, 10))
 
 
-class Zeroed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return (3 * x).round() / 3
-
-    @staticmethod
-    def backward(ctx, g):
-        return torch.zeros_like(g)
-
-
 class Restless(nn.BatchNorm2d):
     """Batch statistics for ever."""
 
@@ -170,16 +158,11 @@ def quantised(function):
 
 FAULTS = {
     "round": (quantised(lambda x: (3 * x).round() / 3), NO_GRADIENT),
-    "function": (quantised(Zeroed.apply), NO_GRADIENT),
     "bytes": (quantised(lambda x: ((255 * x).to(torch.uint8) // 64).float() / 3), NO_GRADIENT),
     "no_grad": (lambda lab: Silent(lab.natural()), NO_GRADIENT | {"black_box", "random_search"}),
     "mask": (lambda lab: lab.fitted(gated(), AT), {"finite_differences", "gradient_path"}),
     "noise": (
         lambda lab: Chain(lambda x: x + 0.2 * torch.randn_like(x), lab.robust()),
-        {"deterministic", "finite_differences"},
-    ),
-    "dropout": (
-        lambda lab: Chain(lambda x: F.dropout(x, 0.3, training=True), lab.robust()),
         {"deterministic", "finite_differences"},
     ),
     "batch statistics": (

@@ -70,40 +70,34 @@ def some(m: Around, x: Tensor, is_masked, masked) -> Tensor:
 
 AROUND = {
     "hard with decoy": lambda m, x: m.hard(x) + m.faint(x),
-    "hard": lambda m, x: m.hard(x),
-    "ranks": lambda m, x: m.net(x).argsort(dim=1).argsort(dim=1).float() + m.faint(x).tanh(),
     "numpy": by_numpy,
     "remembers": remembers,
     "counts": counts,
-    "all but zero": lambda m, x: some(m, x, lambda y: y != 0, lambda _: m.hard(x) + m.faint(x)),
     "only three": lambda m, x: some(m, x, lambda y: y == 3, lambda _: m.hard(x) + m.faint(x)),
 }
 
 
 class Thermometer(nn.Module):
-    """Pixels become ten thresholds, or with ``rows`` look up a row of a table."""
+    """Pixels become ten thresholds."""
 
-    def __init__(self, rows: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("levels", torch.linspace(0.05, 0.95, 10).view(1, 10, 1, 1))
         torch.manual_seed(0)
         self.encoded = nn.Sequential(
             nn.Conv2d(10, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)
         )
-        self.rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rows is None:
-            return self.encoded((x > self.levels).float())
-        return self.encoded(self.rows((16 * x[:, 0]).long()).movedim(-1, 1))
+        return self.encoded((x > self.levels).float())
 
 
 class Routed(nn.Module):
     """The natural network chooses which of the linear experts answers; nothing is detached."""
 
-    def __init__(self, lab, experts: int, dispatches: bool = False) -> None:
+    def __init__(self, lab, experts: int) -> None:
         super().__init__()
-        self.net, self.dispatches = lab.natural(), dispatches
+        self.net = lab.natural()
         torch.manual_seed(0)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(experts)
@@ -117,14 +111,8 @@ class Routed(nn.Module):
         return self.net(x).argmax(dim=1) % len(self.experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen, out = self.chosen(x), x.new_zeros(len(x), 10)
-        if not self.dispatches:
-            answers = torch.stack([expert(x) for expert in self.experts], dim=1)
-            return answers[torch.arange(len(x)), chosen]
-        for i, expert in enumerate(self.experts):
-            rows = (chosen == i).nonzero().flatten()
-            out = out.index_put((rows,), expert(x[rows]))
-        return out
+        answers = torch.stack([expert(x) for expert in self.experts], dim=1)
+        return answers[torch.arange(len(x)), self.chosen(x)]
 
 
 MASKED = {
@@ -133,9 +121,7 @@ MASKED = {
 }
 MASKED |= {
     "thermometer": lambda lab: lab.fitted(Thermometer()),
-    "table": lambda lab: lab.fitted(Thermometer(nn.Embedding(17, 10))),
     "routed by 5": lambda lab: Routed(lab, 5),
-    "dispatched": lambda lab: Routed(lab, 5, dispatches=True),
 }
 QUICK = ("hard with decoy", "counts")
 STATEFUL = ("remembers", "counts")
