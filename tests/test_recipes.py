@@ -139,6 +139,32 @@ OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
     "paper_robustwrn": {"TRADES": {"beta": 6.0}, "MART": {"beta": 6.0}},
 }
 
+# Other settings by what the names of rows contain; the first that fits counts.
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper_rcm": {
+        "digits": {},
+        "_dajat$": {"data.batch_size": 128, "data.crop_padding": 4, "data.crop_padding_mode": None},
+        "": {
+            **{"data.batch_size": 128, "data.crop_padding": 4, "data.flip": True},
+            **{"data.crop_padding_mode": "reflect", "data.validate_on": "test"},
+        },
+    },
+    "paper_robustwrn": {
+        "digits": {
+            **{"data.batch_size": 64, "checkpoint.from_epoch": 10},
+            "trainer.gradient_clip_val": 5.0,
+        },
+        "_500k": {
+            **{"data.batch_size": 256, "data.drop_last": True, "checkpoint.from_epoch": 200},
+            **{"trainer.gradient_clip_val": None, "data.validate_on": "test"},
+        },
+        "": {
+            **{"data.batch_size": 128, "data.drop_last": True, "checkpoint.from_epoch": 50},
+            **{"trainer.gradient_clip_val": 5.0, "data.validate_on": "test"},
+        },
+    },
+}
+
 
 @pytest.fixture(params=SETTINGS)
 def paper(request, paper_of):
@@ -170,3 +196,14 @@ def test_every_row_names_the_files_of_its_recipe(paper) -> None:
         objective = config["model"]["init_args"]["objective"]
         settings = objectives.get(objective["class_path"].rpartition(".")[2], {})
         assert settings.items() <= objective.get("init_args", {}).items(), stem
+
+
+@pytest.mark.parametrize("package", OTHERS)
+def test_rows_have_the_batches_clipping_and_selection_of_the_papers(package, paper_of) -> None:
+    paper = paper_of(package)
+    for stem in paper.paths:
+        config = paper.config(stem)
+        wanted = next(found for part, found in OTHERS[package].items() if re.search(part, stem))
+        for key, value in wanted.items():
+            section, _, name = key.partition(".")
+            assert config[section].get(name) == value, (stem, key)
