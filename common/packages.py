@@ -1,6 +1,8 @@
 """Finds packages and their files: in a checkout, installed, or in the current folder."""
 
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 from common.errors import ConfigurationError
@@ -26,3 +28,20 @@ def papers() -> list[str]:
     """Names of the packages of papers: those beside ``common`` and those in the current folder."""
     places = (Path(__file__).parents[1], Path.cwd())
     return sorted({path.parent.name for place in places for path in place.glob("paper_*/configs")})
+
+
+def say_shadowed(*names: str) -> None:
+    """Say, in a line each on standard error, which packages hide others of the same name.
+
+    ``python -m`` looks in the current folder first. A ``common`` that is not this one is noticed
+    by the packages of papers, before they import from it.
+    """
+    for name in names:
+        folders = (Path(place or ".", name).resolve() for place in sys.path)
+        found = list(dict.fromkeys(f for f in folders if (f / "__init__.py").is_file()))
+        if len(found) > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(
+                f"note: {name} is taken from {found[0]}, which comes before {found[1]}; rename it "
+                "or run from another folder if that is not meant",
+                file=sys.stderr,
+            )

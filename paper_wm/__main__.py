@@ -1,6 +1,10 @@
 """``python -m paper_wm fit|validate|test|predict|reproduce``."""
 
+from functools import partial
+
 from common.cli.main import main
 
+run = partial(main, package="paper_wm")
+
 if __name__ == "__main__":
-    main(package="paper_wm")
+    run()

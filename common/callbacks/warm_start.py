@@ -61,7 +61,7 @@ class WarmStart(Callback):
                 f".../{self.experiment}.yaml with the same seed)"
             )
             if run_of(trainer).is_reproducing:
-                raise CheckpointError(f"{missing}, or use make, which does so")
+                raise CheckpointError(missing)
             rank_zero_warn(f"{missing}. Starting from scratch instead")
             return
         weights = load_checkpoint(str(path))["state_dict"]

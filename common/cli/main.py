@@ -28,6 +28,7 @@ from common.callbacks.warm_start import WarmStart
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
 from common.cli.messages import confirmed, one_line
+from common.cli.needed import make_needed
 from common.cli.parser import (
     TENSORBOARD,
     UserFriendlyParser,
@@ -46,6 +47,7 @@ from common.errors import ConfigurationError, UserError
 from common.evaluation.presets import check_overlays, fill_threat, threat_of
 from common.files import remove_leftovers, write_sealed_yaml
 from common.limits import check_name
+from common.packages import say_shadowed
 from common.parsing import check_named
 from common.results.identity import check_package, contents, decisive
 from common.settings import class_paths, explain, plain_digest
@@ -86,7 +88,7 @@ class RobustCLI(LightningCLI):
         self.package = package
         self.commands = commands or {}
         self.lock: FileLock | None = None
-        given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        self.words = given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
         check_config_files(given)
         known = self.subcommands()
         if given and given[0] in known:  # one parser instead of five saves a second
@@ -203,6 +205,9 @@ class RobustCLI(LightningCLI):
         }
         if self.subcommand in TRAINING:
             check_limits(self.plain["trainer"])
+            is_given = config.trainer.default_root_dir is not None
+            if self.subcommand == "reproduce" and not (is_given or config.trainer.fast_dev_run):
+                make_needed(self.package, self.words, self.settings, self._base(config))
             self.settings["files"] = contents(self.settings, self._base(config))
         if self.subcommand:
             self._place(config)
@@ -342,6 +347,7 @@ def main(
     """
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch 2.15
     words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+    say_shadowed("common", package)
     try:
         if commands and words and words[0] in commands:
             if status := importlib.import_module(commands[words[0]]).main(words[1:]):

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 from common.errors import ConfigurationError, UserError
 from common.files import write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
-from common.packages import package_folder, papers
+from common.packages import package_folder, papers, say_shadowed
 from common.results.reference import select
 
 SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
@@ -260,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = words.index("--") if "--" in words else len(words)
     try:
         given, options = _parsed(words[:at]), words[at + 1 :]
+        say_shadowed("common", given.package)
         rows = rows_of(given.package, given.on, given.seeds, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from jsonargparse import ArgumentError
@@ -27,6 +27,7 @@ from common.evaluation.presets import CONFIGS, ready_suites
 from common.evaluation.report import Evaluation
 from common.evaluation.runner import Team
 from common.limits import read_yaml
+from common.packages import say_shadowed
 from common.parsing import ArgumentParser, load_named
 from common.settings import explain
 
@@ -37,6 +38,7 @@ SHARED = {"eps", "norm", "examples", "batch_size", "seed", "output"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a model and print the table; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    say_shadowed("common")
     try:
         for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
             if word.partition("=")[0] == "--config":  # pipes, devices and bombs are refused here
@@ -207,7 +209,12 @@ def joined() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The whole program."""
     with joined():
         status = main()
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

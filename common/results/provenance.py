@@ -5,13 +5,14 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+PROJECT = "robust-image-classification"
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "pyautoattack", "scikit-learn")
 
 
@@ -40,6 +41,21 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def is_tracked() -> bool:
+    """Whether this code belongs to the git repository around it, as that of a checkout does.
+
+    An environment inside the repository of another project does not.
+    """
+    return _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+
+
+def _version() -> str | None:
+    try:
+        return version(PROJECT)
+    except PackageNotFoundError:  # a checkout on the path
+        return None
+
+
 def collect(
     device: torch.device,
     world_size: int,
@@ -51,12 +67,14 @@ def collect(
     engine: object = None,
 ) -> dict[str, Any]:
     """Everything about a result that may differ between two runs giving the same numbers."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    tracked = is_tracked()
+    status = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
     name = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") if tracked else None,
         "dirty": None if status is None else bool(status),
         "versions": {
+            PROJECT: _version(),
             "python": platform.python_version(),
             **{package: version(package) for package in PACKAGES},
         },
