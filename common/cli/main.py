@@ -348,6 +348,8 @@ def main(
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch 2.15
     words = [str(word) for word in (sys.argv[1:] if args is None else args)]
     say_shadowed("common", package)
+    if args is None and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # modules of the user, which python -m finds too
     try:
         if commands and words and words[0] in commands:
             if status := importlib.import_module(commands[words[0]]).main(words[1:]):

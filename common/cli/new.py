@@ -44,13 +44,15 @@ def make(name: str, root: Path) -> list[Path]:
 
 
 def _listed(text: str, package: str) -> str:
-    """The text of ``pyproject.toml`` with one more paper; import-linter knows no patterns."""
+    """The text of ``pyproject.toml`` with one more paper, which has to be named there."""
     text, roots = re.subn(r'(root_packages = \[[^\]]*"paper_\w+")', rf'\1, "{package}"', text)
+    command = f'{package.replace("_", "-")} = "{package}.__main__:run"'
+    text, commands = re.subn(r"(\[project\.scripts\]\n(?:\S.*\n)+)", rf"\1{command}\n", text)
     text, layers = re.subn(r"(\| paper_\w+)( \| benchmarks)", rf"\1 | {package}\2", text)
-    if roots != 1 or layers < 1:
+    if roots != 1 or layers < 1 or commands != 1:
         raise ConfigurationError(
-            "pyproject.toml does not list the papers for import-linter as it did (root_packages, "
-            "layers); enter the new one by hand"
+            "pyproject.toml does not list the papers as it did (scripts; root_packages and layers "
+            "of import-linter); enter the new one by hand"
         )
     return text
 
