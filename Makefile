@@ -70,6 +70,9 @@ format: $(STAMP) ## format the code and fix what the linter can
 test: $(STAMP) ## fast tests, some minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES)
 
+test-wheel: $(STAMP) ## build the wheel and use it without the checkout, a minute
+	@.ci/wheel $(PY)
+
 test-slow: $(STAMP) ## all tests but those of test-faults
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) -m "not gpu and not faults"
 
@@ -104,5 +107,5 @@ help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.PHONY: new reproduce results bench bench-full tensorboard check format test test-slow test-faults setup clean \
+.PHONY: new reproduce results bench bench-full tensorboard check format test test-wheel test-slow test-faults setup clean \
   help
