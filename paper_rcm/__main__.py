@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from common.cli.main import main
+from common.cli.start import main
 
 commands = {"corruptions": "paper_rcm.corruptions", "costs": "paper_rcm.costs"}
 run = partial(main, package="paper_rcm", commands=commands)

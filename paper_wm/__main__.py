@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from common.cli.main import main
+from common.cli.start import main
 
 run = partial(main, package="paper_wm")
 

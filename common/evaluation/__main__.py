@@ -23,11 +23,11 @@ from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
 from common.evaluation.evaluate import evaluate
 from common.evaluation.models import build_sections
-from common.evaluation.presets import CONFIGS, ready_suites
+from common.evaluation.presets import ready_suites
 from common.evaluation.report import Evaluation
 from common.evaluation.runner import Team
 from common.limits import read_yaml
-from common.packages import say_shadowed
+from common.packages import data_sections, file_named, say_shadowed
 from common.parsing import ArgumentParser, load_named
 from common.settings import explain
 
@@ -156,13 +156,7 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
         ConfigurationError: If there is none.
         DataUnavailableError: If the files are not there and cannot be fetched.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
-    known = [p.stem for p in sorted(CONFIGS.glob("*.yaml")) if "source:" in p.read_text()]
-    if not path.exists() or (path.parent == CONFIGS and path.stem not in known):
-        raise ConfigurationError(
-            f"there are no data {name!r}; there are {', '.join(known)}, and any YAML file with a "
-            "source"
-        )
+    path = file_named(name, data_sections(), "data section")
     section = read_yaml(path)
     if root is not None:
         _set_root(section, root, path)

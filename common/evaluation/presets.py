@@ -20,11 +20,11 @@ from common.errors import ConfigurationError, check_choice
 from common.evaluation.audit.checks import Audit
 from common.evaluation.suite import SuiteEntry
 from common.limits import read_yaml
+from common.packages import CONFIGS
 from common.parsing import build, check_named, load_named
 from common.results.lines import Threat
 from common.settings import explained, type_name
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 _WORD = re.compile(r"threat(?:\s*([*/])\s*(\d+(?:\.\d+)?))?")
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.attacks.pgd import PGD
-from common.cli.main import main
+from common.cli.start import main
 from common.evaluation.suite import resolve_losses
 from common.modes import frozen
 from common.networks.resnet import ResNet

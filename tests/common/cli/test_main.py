@@ -13,10 +13,11 @@ import torch
 import yaml
 
 from common.callbacks.monitoring import Monitoring
-from common.cli.main import RobustCLI, main
+from common.cli.main import RobustCLI
+from common.cli.start import main
 from common.errors import ConfigurationError
 from common.evaluation.models import load_run
-from common.evaluation.presets import CONFIGS
+from common.packages import CONFIGS
 from common.results.provenance import weights_digest
 
 slow = pytest.mark.slow

@@ -81,7 +81,7 @@ def test_what_is_there_or_would_be_made_by_several_processes_is_not_made(
 
 @pytest.mark.slow
 def test_a_chain_of_experiments_is_reproduced_by_one_command(configs, tiny_text) -> None:
-    main = "from common.cli.main import main\nmain(package='paper_own')\n"
+    main = "from common.cli.start import main\nmain(package='paper_own')\n"
     (configs.parent / "__main__.py").write_text(main)
     (configs.parent / "__init__.py").touch()
     for stem, before in (("first", None), ("then", "first"), ("last", "then")):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.cli.main import main
 from common.cli.new import make
+from common.cli.start import main
 from common.errors import ConfigurationError
 from common.results import tables
 
