@@ -148,7 +148,8 @@ def _check_node(place: str, path: str, value: Any, names: Sequence[str]) -> None
         return
     known = arguments_of(path) if path else None
     arguments = value.get("init_args") or {} if "class_path" in value else value
-    for key, part in arguments.items() if isinstance(arguments, Mapping) else ():
+    for word, part in arguments.items() if isinstance(arguments, Mapping) else ():
+        key = str(word).removesuffix("+")  # which appends to a list
         if known is not None and key not in known and key not in _META:
             candidates = names if place in SECTIONS else [f"{place}.{name}" for name in known]
             name = f"{place}.{key}"
