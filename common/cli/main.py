@@ -37,6 +37,7 @@ from common.cli.parser import (
     refusal,
     tensorboard_in,
 )
+from common.cli.preconditions import NAMED, experiment_of
 from common.cli.runs import check_is_ours, latest_of, lock, set_aside_if_other
 from common.cli.start import SUBCOMMANDS
 from common.cli.trainer import Trainer
@@ -52,8 +53,6 @@ from common.results.identity import check_package, contents, decisive
 from common.settings import class_paths, explain, plain_digest
 
 BASE = str(CONFIGS / "base.yaml")
-NAMED = ("last", "selected", "best")
-"""Values of ``--ckpt_path`` beside files; ``best`` is what was selected."""
 TRAINING = ("fit", "reproduce")
 # Callbacks with arguments that the command line fills in.
 FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
@@ -171,8 +170,7 @@ class RobustCLI(LightningCLI):
         files = [str(path) for path in config.get("config") or []]
         check_named(config)
         if not config.experiment:
-            own = (Path(path).stem for path in files if Path(path).resolve().parent != CONFIGS)
-            config.experiment = next(own, "unnamed")
+            config.experiment = experiment_of([Path(path) for path in files])
         check_name(config.experiment, "the experiment (--experiment, or the stem of its file)")
         fill_from_data(config)
         threat = threat_of(config.evaluation, config.adversary)

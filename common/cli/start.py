@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.cli.declared import documented
 from common.cli.draft import check, drafted
+from common.cli.preconditions import check_checkpoint, check_devices
 from common.errors import ConfigurationError, UserError
 from common.packages import (
     CONFIGS,
@@ -42,7 +43,7 @@ FIRST = {
     "--adversary.attack.eps 8/255": "radius of the attack in training; pixels are in [0, 1]",
 }
 """The options that people use first; reproduce takes no checkpoint."""
-FLAGS = ("--print_config", "--help", "-h")
+FLAGS = ("--print_config",)
 _BEGIN = ("--config", "--model", "--print_config")
 
 
@@ -64,10 +65,11 @@ def main(
     say_shadowed("common", package)
     if args is None and (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # modules of the user, which python -m finds too
+    if text := help_of(words, package, more):
+        print(text)
+        return
     try:
-        if text := help_of(words, package, more):
-            status = print(text)
-        elif words and words[0] in more:
+        if words and words[0] in more:
             status = importlib.import_module(more[words[0]]).main(words[1:])
         else:
             words = checked(words, package, more)
@@ -88,7 +90,8 @@ def main(
 
 def help_of(words: Sequence[str], package: str, more: Mapping[str, str]) -> str:
     """The text that a command asks for, unless it asks for the help on everything."""
-    if words and words[0] in ("--help", "-h"):
+    is_asked = any(word in ("--help", "-h") for word in words) and words[-1] != "all"
+    if is_asked and words[0].startswith("-"):
         texts = dict(SUBCOMMANDS)
         texts |= {name: documented(module).replace("``", "") for name, module in more.items()}
         return "\n".join(
@@ -98,7 +101,7 @@ def help_of(words: Sequence[str], package: str, more: Mapping[str, str]) -> str:
                 f"\nOptions of a subcommand: python -m {package} fit --help",
             ]
         )
-    if len(words) != 2 or words[0] not in SUBCOMMANDS or words[1] not in ("--help", "-h"):
+    if not is_asked or words[0] not in SUBCOMMANDS:
         return ""
     shown = {k: v for k, v in FIRST.items() if words[0] != "reproduce" or "ckpt" not in k}
     return "\n".join(
@@ -146,7 +149,7 @@ def checked(words: Sequence[str], package: str, more: Mapping[str, str]) -> list
             f"the first word is a subcommand, {found}give one of {', '.join(known)} "
             f"(python -m {package} --help)"
         )
-    if [word for word in words if word in FLAGS[1:]]:  # on a class, or on everything
+    if "--help" in words:
         return [word for word in words if word != "all"]
     options = list(_options(words[1:], package))
     if not any(name.startswith(_BEGIN) for name, _ in options):
@@ -156,8 +159,12 @@ def checked(words: Sequence[str], package: str, more: Mapping[str, str]) -> list
         )
     files = [Path(value) for name, value in options if name == "--config"]
     given = [(n.lstrip("-"), v) for n, v in options if n not in ("--config", *FLAGS)]
-    check(drafted([CONFIGS / "base.yaml", *files], given))
-    return [words[0], *(f"{name}={value}" if value else name for name, value in options)]
+    settings = drafted([CONFIGS / "base.yaml", *files], given)
+    check(settings)
+    check_checkpoint(settings, package, files)
+    check_devices(settings)
+    bare = {name for name, value in options if name in FLAGS and not value}
+    return [words[0], *(name if name in bare else f"{name}={value}" for name, value in options)]
 
 
 def _options(words: Sequence[str], package: str) -> Iterator[tuple[str, str]]:

@@ -234,8 +234,8 @@ def test_settings_of_several_types_take_each_of_them(tiny, capsys, command, trai
 
 
 def test_commands_of_a_paper_are_subcommands(capsys, monkeypatch, tmp_path) -> None:
-    text = '"""Says what it is given.\n\nMore."""\n\ndef main(words):\n    raise SystemExit(str(words))'
-    (tmp_path / "its_command.py").write_text(text)
+    text = "def main(words):\n    raise SystemExit(str(words))"
+    (tmp_path / "its_command.py").write_text(f'"""Says what it is given.\n\nMore."""\n{text}')
     monkeypatch.syspath_prepend(tmp_path)
 
     def ended(*words: str) -> tuple[object, str, str]:
