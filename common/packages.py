@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from common.errors import ConfigurationError
+from common.limits import read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -59,6 +60,15 @@ def yaml_files(folder: Path) -> dict[str, Path]:
 def data_sections() -> dict[str, Path]:
     """The data sections among the shared configurations, by name."""
     return {k: path for k, path in yaml_files(CONFIGS).items() if "source:" in path.read_text()}
+
+
+def ready_suites() -> dict[str, Path]:
+    """The shared configurations with attacks or an audit, by name."""
+    return {
+        name: path
+        for name, path in yaml_files(CONFIGS).items()
+        if {"suite", "audit"} & set((read_yaml(path) or {}).get("evaluation", ()))
+    }
 
 
 def file_named(name: str, known: Mapping[str, Path], what: str) -> Path:

@@ -132,11 +132,10 @@ def _passed_on(function: ast.FunctionDef, keywords: str) -> list[str] | None:
 
 def _fields(path: str) -> Arguments:
     """Fields of a data class and of those it derives from."""
-    found = _find(path)
-    if found is None or not isinstance(found[1], ast.ClassDef):
-        return {}
-    module, node = found
+    module, node = _find(path) or ("", None)
     names: Arguments = {}
+    if not isinstance(node, ast.ClassDef):
+        return names
     for base in node.bases:
         names |= _fields(f"{module}.{base.id}") if isinstance(base, ast.Name) else {}
     if any("dataclass" in ast.unparse(one) for one in node.decorator_list):
