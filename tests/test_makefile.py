@@ -34,7 +34,15 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "a project"
     (folder / "common").mkdir(parents=True)
     for name in (
-        *("__init__.py", "errors.py", "files.py", "limits.py", "cli/__init__.py", "cli/rows.py"),
+        *(
+            "__init__.py",
+            "errors.py",
+            "files.py",
+            "limits.py",
+            "packages.py",
+            "cli/__init__.py",
+            "cli/rows.py",
+        ),
         *("results/__init__.py", "results/reference.py", "results/typed.py"),
     ):
         (folder / "common" / name).parent.mkdir(exist_ok=True)
@@ -199,7 +207,7 @@ def test_a_wrong_choice_is_named(project: Path) -> None:
     assert "no config in paper_cifs/configs is meant by ON='imagenet'" in wrong.stderr
     wrong = make(project, "reproduce-cfis")
     assert wrong.returncode != 0
-    assert "there is no paper 'cfis' here; there are cifs" in wrong.stderr
+    assert "there is no package 'paper_cfis'; there are paper_cifs" in wrong.stderr
     assert not (project / "tabulated").exists()
 
 

@@ -24,6 +24,7 @@ from common.errors import ConfigurationError, UserError
 from common.evaluation.drawing import save_figure
 from common.evaluation.models import load_run
 from common.files import write_sealed_json
+from common.packages import package_folder
 from common.results.bases import comparable, last_of
 from common.results.reference import read_reference, select
 from common.results.schema import Result
@@ -227,7 +228,7 @@ class Analysis:
         return {**report, "figures": figures, "path": str(path)}
 
     def _labels(self) -> dict[str, str]:
-        path = Path(__file__).parents[2] / self.package / "reference.yaml"
+        path = package_folder(self.package) / "reference.yaml"
         rows = read_reference(path).rows if path.is_file() else {}
         return {stem: row.label for stem, row in rows.items()}
 

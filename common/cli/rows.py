@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from common.errors import ConfigurationError, UserError
 from common.files import write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
+from common.packages import package_folder, papers
 from common.results.reference import select
 
 SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
@@ -53,7 +54,7 @@ class Row:
     @property
     def config(self) -> Path:
         """Its file."""
-        return Path(self.package, "configs", f"{self.stem}.yaml")
+        return package_folder(self.package) / "configs" / f"{self.stem}.yaml"
 
     @property
     def run(self) -> Path:
@@ -131,14 +132,10 @@ def rows_of(package: str, on: str, seeds: Sequence[int], options: Sequence[str] 
         ConfigurationError: If there is no such paper or config, a name is unusual, or rows need
             each other in a circle.
     """
-    folder = Path(package, "configs")
+    folder = package_folder(package) / "configs"
     stems = [path.stem for path in sorted(folder.glob("*.yaml"))]
     if not stems:
-        papers = sorted(path.parent.name for path in Path().glob("paper_*/configs"))
-        raise ConfigurationError(
-            f"there is no paper {package.removeprefix('paper_')!r} here; there are "
-            f"{', '.join(name.removeprefix('paper_') for name in papers)}"
-        )
+        raise ConfigurationError(f"{folder} has no configs; there are {', '.join(papers())}")
     chosen = select(stems, on)
     if not chosen:
         near = difflib.get_close_matches(on, stems, n=3, cutoff=0.3) or stems[:3]

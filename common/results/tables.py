@@ -17,7 +17,6 @@ gets a second table, in which its other rows are compared with that one example 
 """
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from rich.text import Text
 
 from common.errors import ConfigurationError, UserError
 from common.files import read_sealed_json
+from common.packages import package_folder
 from common.results.bases import Measured, by_experiment
 from common.results.cells import compact_of, sheet_of
 from common.results.comparison import comparison_sheet
@@ -39,21 +39,6 @@ from common.results.store import load_results, read_costs
 
 TERMINAL = 80
 """Columns of a terminal."""
-
-
-def package_folder(package: str) -> Path:
-    """The folder of a paper's package.
-
-    Raises:
-        ConfigurationError: If there is no such package.
-    """
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigurationError(
-            f"there is no package {package!r}; name one of the paper_* folders, and run from the "
-            "folder that holds them"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 # ------------------------------------------------------------------------------------------ tables

@@ -15,6 +15,12 @@ from common.files import read_sealed_json
 PGD = "pgd20/ce_f"
 
 
+@pytest.fixture(autouse=True)
+def _paper(tmp_path, monkeypatch) -> None:
+    (tmp_path / "paper_toy").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+
+
 @pytest.fixture
 def write(file_result, pgd_outcomes):
     def write(folder, stem: str, seed: int, held: int, label: str = "last") -> None:
