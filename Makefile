@@ -1,7 +1,7 @@
 # Everything starts here. `make help` lists the targets.
 # The environment is made and refreshed by make itself; only Python 3.11+ and GNU make have to be
-# there. Version 3.81, that of macOS, is enough: it has neither .ONESHELL nor .SHELLFLAGS, so a recipe
-# has one command a line, or tells the shell when to stop.
+# there. Version 3.81, that of macOS, is enough: it has neither .ONESHELL nor .SHELLFLAGS, so a
+# recipe has one command a line.
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -25,16 +25,11 @@ ARGS   ?=
 JOBS   ?= $(patsubst -j%,%,$(filter -j%,$(MFLAGS)))
 CHOSEN  = paper_$* --on "$(ON)" --seeds "$(SEEDS)"
 
-# NAME stands for a paper in the list of targets.
+# NAME stands for a paper in the list of targets. By exec a signal to make reaches what it runs.
 ##@ First
 # reproduce-NAME: ## train and attack a paper's networks: tables and figures in runs/
 $(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
-	@status=0; $(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" -- $(ARGS) || status=$$?; \
-	test $$status -le 1 || exit $$status; \
-	test ! -f paper_$*/analysis.py || \
-	  $(PY) -m paper_$*.analysis --on "$(ON)" --seeds "$(SEEDS)" || status=1; \
-	$(PY) -m common.cli.reproduction $(CHOSEN) -- $(ARGS) || status=1; \
-	exit $$status
+	@exec $(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --report -- $(ARGS)
 
 # plan-NAME: ## the rows that reproduce-NAME would make
 $(PAPERS:%=plan-%): plan-%: $(STAMP)

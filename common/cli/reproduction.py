@@ -1,4 +1,4 @@
-"""The tables of a reproduction, and what differs from the published results.
+"""The tables of rows that have been made, and what differs from the published results.
 
 ``python -m common.cli.reproduction paper_cifs --on digits --seeds "0 1 2"`` prints them and writes
 ``runs/paper_cifs/tables.md``.

@@ -323,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", help="rows at a time; by default one per core on digits, else 1")
     parser.add_argument("--plan", action="store_true", help="print what would run")
     parser.add_argument("--commands", action="store_true", help="print a command for each row")
+    parser.add_argument("--report", action="store_true", help="then analyse them and print tables")
     given = parser.parse_args(words)
     try:
         rows = rows_of(given.package, given.on, parse_seeds(given.seeds), options)
@@ -340,11 +341,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if is_small:  # one row per core
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    is_complete = _run(Runner(rows, jobs))
+    runner = Runner(rows, jobs)
+    _end_with(runner)
+    is_complete = runner()
     collect(given.package, options)
-    if not is_complete:
+    if given.report:
+        is_complete &= _report(given.package, ["--on", given.on, "--seeds", given.seeds], options)
+    if runner.failed:
         print("some rows failed, see FAILED above; the same command tries them again", flush=True)
     return int(not is_complete)
+
+
+def _report(package: str, selection: Sequence[str], options: Sequence[str]) -> bool:
+    """Analyse the results and print the tables; whether all went well."""
+    tables = ["common.cli.reproduction", package, *selection, "--", *options]
+    has_analysis = Path(package, "analysis.py").is_file()
+    commands = [[f"{package}.analysis", *selection]] * has_analysis + [tables]
+    done = [subprocess.run([sys.executable, "-m", *words], check=False) for words in commands]
+    return all(process.returncode == 0 for process in done)
 
 
 def _print_plan(rows: Sequence[Row], jobs: int) -> None:
@@ -358,8 +372,8 @@ def _print_plan(rows: Sequence[Row], jobs: int) -> None:
     print(f", the first by\n  {shlex.join(unmade[0].command)}" if unmade else "")
 
 
-def _run(runner: Runner) -> bool:
-    """Run rows, which end with this process."""
+def _end_with(runner: Runner) -> None:
+    """When this process is told to end, the rows it runs are, and what else it has started."""
 
     def stop(signum: int, _: Any) -> NoReturn:
         runner.stop()
@@ -367,7 +381,6 @@ def _run(runner: Runner) -> bool:
 
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(signum, stop)
-    return runner()
 
 
 def _alone(row: Row) -> str:
