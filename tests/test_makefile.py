@@ -314,13 +314,12 @@ def test_twenty_random_kills_of_make(tmp_path: Path) -> None:
     hits = dict.fromkeys(PHASES, 0)
     for _ in range(4):
         shutil.rmtree(project / "runs", ignore_errors=True)
-        for path in (project / "paper_cifs/results").glob("*.json"):
-            path.unlink()
         for phase, (sign, longest) in PHASES.items():
             hits[phase] += killed_make(project, sign, draw.uniform(0.0, longest), draw)
         assert finished_make(project) == whole
-        rendered = [(p / "paper_cifs/README.md").read_text() for p in (project, undisturbed)]
-        assert rendered[0] == rendered[1], "the tables too"
+        tables = [(p / "runs/paper_cifs/tables.md").read_text() for p in (project, undisturbed)]
+        assert tables[0] == tables[1]
+        assert git(project, "status", "--porcelain") == "", "no tracked file changes"
     assert all(hits.values()), hits
     assert sum(hits.values()) >= 15, hits
 
@@ -354,12 +353,20 @@ def copied_project(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md"):
         shutil.copy(ROOT / name, folder / name)
-    for path in (folder / "paper_cifs/results").glob("*.json"):
-        path.unlink()
     (folder / ".venv").mkdir()
     (folder / ".venv/.installed").touch()
     (folder / "overlay.yaml").write_text(OVERLAY)
+    (folder / ".gitignore").write_text("runs/\n.venv/\n__pycache__/\nmake.log\n")
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "-c", "user.name=A", "-c", "user.email=a@b.c", "commit", "-qm", "all")
     return folder
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(
+        ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def start_make(folder: Path) -> subprocess.Popen[bytes]:
@@ -387,5 +394,5 @@ def finished_make(folder: Path) -> dict[str, object]:
 
 def results_of(folder: Path) -> dict[str, object]:
     """What was measured, by row."""
-    files = (folder / "paper_cifs/results").glob("*-seed0.json")
+    files = (folder / "runs/paper_cifs/results").glob("*-seed0.json")
     return {path.name: json.loads(path.read_text())["checkpoints"] for path in files}

@@ -97,7 +97,7 @@ class Publication:
                 )
                 changed -= scope.keys()
             else:
-                self.notes.append(f"{path.name} stays: the new one was made from others ({others})")
+                self.notes.append(f"{path.name} stays as it is: the new one differs in {others}")
         if changed and (package_folder(self.package) / "analysis.py").is_file():
             self.refusals.append(
                 f"{shortened(sorted(changed))} are in no analysis; run {self._reproduce(self.on)}"
@@ -162,7 +162,7 @@ def _result_of(row: Row, labels: Sequence[str]) -> tuple[Result | None, str]:
         result = read_result(row.run / "results.json")
     except UserError as error:
         return None, f"has no readable result: {error}"
-    made = {key: result[key] for key in ("paper", "experiment", "seed")}  # type: ignore[literal-required]
+    made = {key: result[key] for key in ("paper", "experiment", "seed")}
     if made != {"paper": row.package, "experiment": row.stem, "seed": row.seed}:
         return None, f"has the result of {made}"
     if lacking := [label for label in labels if label not in result["checkpoints"]]:

@@ -33,7 +33,7 @@ def _difference(row: Row) -> str:
 def document(package: str, title: str, tables: str, found: dict[Row, str]) -> str:
     """The tables as a Markdown file of their own, with the figures that lie beside it."""
     lines = [[row.stem, str(row.seed), text] for row, text in found.items()]
-    sheet = Sheet("Beside the published results", header=["row", "seed", ""], lines=lines)
+    sheet = Sheet("Beside the published results", header=["row", "seed", "difference"], lines=lines)
     figures = [
         f"![{path.stem}](results/figures/{path.name})"
         for path in sorted((results_folder(package) / "figures").glob("*.png"))

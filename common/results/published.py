@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from common.files import content_digest
-from common.results.bases import bases
 from common.results.outcomes import figures
 from common.results.schema import CheckpointResult, Result
 
@@ -33,7 +32,8 @@ def shortened(names: Sequence[str], most: int = 3) -> str:
 def difference(ours: Result, published: Result) -> str:
     """What differs in the outcomes and figures of two results, in words; ``SAME`` if nothing does.
 
-    Accuracies are ours minus the published ones, in points.
+    Accuracies are ours minus the published ones, in points, with the number of images whose outcome
+    is another.
     """
     parts = []
     for label in dict.fromkeys([*ours["checkpoints"], *published["checkpoints"]]):
@@ -50,32 +50,22 @@ def _difference(ours: CheckpointResult, published: CheckpointResult) -> str:
         return ""
     if ours["examples"] != published["examples"]:
         return f"{ours['examples']} test images, published {published['examples']}"
-    parts = []
-    ours_of, theirs_of = bases(ours), bases(published)
-    for key, title in (("worst", "worst case"), ("clean_acc", "clean accuracy")):
-        if key in ours_of and ours_of[key] == theirs_of.get(key):
-            points = 100.0 * (ours["metrics"][key] - published["metrics"][key])
-            parts.append(f"{title} {points:+.2f} points")
-        elif key in ours_of or key in theirs_of:
-            parts.append(f"{title} not comparable")
-    if ours["attacks"].keys() != published["attacks"].keys():
-        parts.append("other attacks")
-    count = _changed_images(ours, published)
-    parts.append(f"other verdicts on {count} of {ours['examples']} images")
-    if count == 0:
-        names = ours["metrics"].keys() | published["metrics"].keys()
-        a, b = (one["metrics"] for one in (ours, published))
-        others = sorted(name for name in names if a.get(name) != b.get(name))
-        parts.append(f"other figures: {shortened(others)}")
-    return ", ".join(parts)
-
-
-def _changed_images(ours: CheckpointResult, published: CheckpointResult) -> int:
-    """On how many images some step that both have, clean or an attack, has another outcome."""
     first, second = (figures(one["clean"], one["attacks"]) for one in (ours, published))
-    changed = np.zeros(ours["examples"], dtype=bool)
-    for name in first.keys() & second.keys():
-        a, b = first[name], second[name]
-        if a.bits is not None and b.bits is not None:
-            changed |= a.mask & b.mask & (a.bits != b.bits)
-    return int(changed.sum())
+    parts = [] if ours["attacks"].keys() == published["attacks"].keys() else ["other attacks"]
+    changed = 0
+    for name, title in (("worst", "worst case"), ("clean_acc", "clean accuracy")):
+        a, b = first.get(name), second.get(name)
+        if a is None or b is None or not np.array_equal(a.mask, b.mask):
+            parts += [f"{title} not comparable"] * (a is not b)
+            continue
+        others = int(np.sum(a.bits != b.bits))
+        changed += others
+        parts.append(
+            f"{title} {100 * (a.value - b.value):+.2f} points, {others} of {a.size} images"
+        )
+    if changed == 0:
+        names = ours["metrics"].keys() | published["metrics"].keys()
+        pairs = {name: [one["metrics"].get(name) for one in (ours, published)] for name in names}
+        others_ = sorted(name for name, (a, b) in pairs.items() if a != b)
+        parts.append(f"other figures: {shortened(others_)}")
+    return ", ".join(parts)
