@@ -21,6 +21,8 @@ ON     ?= digits
 SEEDS  ?= 0 1 2
 ARGS   ?=
 
+# Processes of pytest; OMP_NUM_THREADS, which clusters set, does not limit them.
+CORES  := auto
 # -jN makes N rows at a time; make 3.81 does not tell recipes what N is, JOBS=N does in all versions.
 JOBS   ?= $(patsubst -j%,%,$(filter -j%,$(MFLAGS)))
 CHOSEN  = paper_$* --on "$(ON)" --seeds "$(SEEDS)"
@@ -36,7 +38,7 @@ $(PAPERS:%=plan-%): plan-%: $(STAMP)
 	@$(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --plan -- $(ARGS)
 
 test: $(STAMP) ## fast tests, some minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES)
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
@@ -90,10 +92,10 @@ format: $(STAMP) ## format the code and fix what the linter can
 	$(VENV)/bin/ruff format .
 
 test-slow: $(STAMP) ## all tests but those of test-faults
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m "not gpu and not faults"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) -m "not gpu and not faults"
 
 test-faults: $(STAMP) ## kills, full disks, lost ranks, 1/2/3 processes, several nodes: some 20 minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m faults
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) -m faults
 
 ##@ Set-up
 setup: $(STAMP) ## make or refresh the environment in .venv
