@@ -16,13 +16,14 @@ from typing import Any
 from common.cli.rows import Row, parser_of, results_folder, rows_of
 from common.errors import UserError
 from common.files import read_sealed_json, write_bytes_atomically, write_sealed_json
+from common.packages import package_folder
 from common.results.provenance import code_changes
 from common.results.published import Digests, digests, shortened
 from common.results.reference import read_reference
 from common.results.schema import Result
 from common.results.selection import parse_seeds, select
 from common.results.store import COSTS, load_results, read_costs, read_result
-from common.results.tables import package_folder, render_readmes
+from common.results.tables import render_readmes
 
 
 @dataclass

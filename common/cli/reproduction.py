@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from common.cli.rows import Row, parser_of, results_folder, rows_of, split_options
 from common.errors import UserError
 from common.files import write_text_atomically
+from common.packages import package_folder
 from common.results.markdown import Sheet
 from common.results.published import SAME, difference
 from common.results.selection import parse_seeds
 from common.results.store import read_result
-from common.results.tables import package_folder, print_tables, render_table
+from common.results.tables import print_tables, render_table
 
 
 def beside_published(rows: Sequence[Row]) -> dict[Row, str]:

@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(package: str, selection: Sequence[str], options: Sequence[str]) -> bool:
     """Analyse the results and print the tables; whether all went well."""
     tables = ["common.cli.reproduction", package, *selection, "--", *options]
-    has_analysis = Path(package, "analysis.py").is_file()
+    has_analysis = (package_folder(package) / "analysis.py").is_file()
     commands = [[f"{package}.analysis", *selection]] * has_analysis + [tables]
     done = [subprocess.run([sys.executable, "-m", *words], check=False) for words in commands]
     return all(process.returncode == 0 for process in done)
