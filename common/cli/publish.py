@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli.rows import Row, parser_of, results_folder, rows_of
-from common.errors import UserError
+from common.errors import ConfigurationError, UserError
 from common.files import read_sealed_json, write_bytes_atomically, write_sealed_json
 from common.packages import package_folder
 from common.results.provenance import code_changes
@@ -81,7 +81,7 @@ class Publication:
         before = digests(load_results(self.published))
         changed = {name for name in added if before.get(name) != added[name]}
         for path in sorted(self.fresh.glob("analysis*.json")):
-            report = read_sealed_json(path)
+            report = _read(path)
             scope = _of_rows(before | added, report["on"])
             if not scope.keys() & added.keys():
                 continue
@@ -94,23 +94,26 @@ class Publication:
             if changed & scope.keys():
                 self.refusals.append(
                     f"{path} was made from other results than would be published ({others}); run "
-                    f"{self._reproduce(report['on'])} with all seeds that are published"
+                    f"{self.command(report['on'])} with all seeds that are published"
                 )
                 changed -= scope.keys()
             else:
                 self.notes.append(f"{path.name} stays as it is: the new one differs in {others}")
         if changed and (package_folder(self.package) / "analysis.py").is_file():
             self.refusals.append(
-                f"{shortened(sorted(changed))} are in no analysis; run {self._reproduce(self.on)}"
+                f"{shortened(sorted(changed))} are in no analysis; run {self.command(self.on)}"
             )
 
     def _add_analysis(self, path: Path, report: Mapping[str, Any]) -> None:
         """An analysis and its figures."""
         self.files[path.name] = path
-        for name in report["figures"]:
-            self.files[f"figures/{name}"] = self.fresh / "figures" / name
+        for figure in report["figures"]:
+            name = f"figures/{Path(figure).name}"
+            self.files[name] = self.fresh / name
+            if not self.files[name].is_file():
+                self.refusals.append(f"{self.files[name]} is missing; run {self.command(self.on)}")
         published = self.published / path.name
-        known = read_sealed_json(published)["missing"] if published.is_file() else []
+        known = _read(published)["missing"] if published.is_file() else []
         lost = [what for what in report["missing"] if what not in known]
         self.notes += [f"{path.name} lacks {what}" for what in lost]
 
@@ -143,9 +146,21 @@ class Publication:
             write_sealed_json(path, {"schema": 1, "experiments": merged})
         render_readmes(self.package)
 
-    def _reproduce(self, on: str) -> str:
+    def command(self, on: str) -> str:
+        """What makes a selection of rows and their analysis."""
         paper = self.package.removeprefix("paper_")
         return f"make reproduce-{paper} ON={shlex.quote(on)}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report = {"figures": [], "made_of": {}} | read_sealed_json(path)
+        return {key: report[key] for key in ("on", "figures", "made_of", "missing")}
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); delete it and run the "
+            "analysis again"
+        ) from error
 
 
 def _of_rows(digests: Digests, on: str) -> Digests:
@@ -170,9 +185,12 @@ def _result_of(row: Row, labels: Sequence[str]) -> tuple[Result | None, str]:
         return None, f"lacks the checkpoint {', '.join(lacking)}"
     for label, origin in result["provenance"].items():
         if origin.get("commit") is None:
-            return None, f"was made outside of a git checkout ({label})"
+            return None, f"was made outside of a git checkout ({label}); make it again in one"
         if origin.get("dirty"):
-            return None, f"was made with uncommitted changes of code or configs ({label})"
+            return None, (
+                f"was made with uncommitted changes of code or configs ({label}); remove {row.run} "
+                "and make it again"
+            )
     return result, ""
 
 
@@ -194,7 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         publication.add_costs()
         if publication.refusals:
             print(*(f"refused: {one}" for one in publication.refusals), sep="\n", file=sys.stderr)
-            print("nothing was published", file=sys.stderr)
+            print(
+                f"nothing was published; {publication.command(given.on)} SEEDS="
+                f"{shlex.quote(given.seeds)}, without ARGS, makes what is missing or old",
+                file=sys.stderr,
+            )
             return 1
         publication.write()
     except UserError as error:
