@@ -109,6 +109,9 @@ def test_a_row_is_made_again_only_when_something_that_decides_it_has_changed(pro
     with (configs / "digits_resnet_cas_natural.yaml").open("a") as config:
         config.write("# changed")
     assert remade() == ["digits_resnet_cas_natural", "digits_resnet_cas"]
+    with (project / "common/configs/base.yaml").open("a") as base:
+        base.write("# changed")
+    assert len(remade()) == 4
     runs = project / "runs/paper_cifs"
     (runs / "digits_resnet_plain/seed0/results.json").unlink()
     # as another test of the same run leaves it

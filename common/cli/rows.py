@@ -37,6 +37,10 @@ SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
 """Names of experiments and paths of referenced files."""
 
 
+BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
+"""What every experiment begins with."""
+
+
 def results_folder(package: str) -> Path:
     """Where reproductions leave results, the analysis and figures of a paper."""
     return Path("runs", package, "results")
@@ -109,7 +113,7 @@ class Row:
     def digest(self) -> str:
         """SHA-256 of all that decides whether a finished run is this row's."""
         found = hashlib.sha256(json.dumps([self.seed, *self.options]).encode())
-        for path in [self.config, *self.parts]:
+        for path in [BASE, self.config, *self.parts]:
             found.update(path.read_bytes())
         for row in self.needs:
             found.update(row.digest.encode())
