@@ -5,14 +5,16 @@ import gzip
 import hashlib
 import json
 import pickle
+import shutil
 import struct
 import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ import torchvision.datasets
 import yaml
 from torch import Tensor
 
+from common.data.corruptions import CORRUPTIONS
 from common.data.sources import FashionMNIST
 from common.evaluation.presets import load_suite
 from common.results.lines import Line, Outcomes, Threat
@@ -30,6 +33,9 @@ from common.results.reference import Reference, read_reference
 from common.results.store import merge_result, result_path
 
 torch.set_num_threads(1)
+# The first backward pass starts a thread for every accelerator there is, also for one that a later
+# test pretends to have, and a process with such threads cannot differentiate after a fork.
+torch.zeros((), requires_grad=True).backward()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -61,7 +67,7 @@ def _traced() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack, 1 ms a test
     np.random.seed(0)  # noqa: NPY002 (libraries under test may draw from it)
 
 
@@ -133,6 +139,22 @@ def fake_cifar10(
         files = [[n, _md5(root / cls.base_folder / n)] for n, _ in getattr(cls, attribute)]
         monkeypatch.setattr(cls, attribute, files)
     return root
+
+
+@pytest.fixture
+def write_cifar10c() -> Callable[..., Path]:
+    """``write(root, names=CORRUPTIONS, per_severity=4)``: CIFAR-10-C, cut down."""
+
+    def write(root: Path, names: Sequence[str] = CORRUPTIONS, per_severity: int = 4) -> Path:
+        folder = root / "CIFAR-10-C"
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        for name in names:
+            np.save(folder / f"{name}.npy", _images(rng, 5 * per_severity, 32, 32, 3))
+        np.save(folder / "labels.npy", np.tile(np.arange(per_severity, dtype=np.uint8), 5))
+        return root
+
+    return write
 
 
 @pytest.fixture
@@ -282,8 +304,8 @@ class Tiny:
     last = run / "checkpoints/last.ckpt"
     text = TINY
 
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.config, self._capsys = folder / "tiny.yaml", capsys
+    def __init__(self, folder: Path, capsys: Any = None, finished: Any = None) -> None:
+        self.config, self._capsys, self._finished = folder / "tiny.yaml", capsys, finished
         self.config.write_text(TINY)
 
     def __call__(self, command: str, *options: object, package: str = "paper_tiny") -> None:
@@ -291,6 +313,11 @@ class Tiny:
         from common.cli.main import main  # Lightning, which most tests do without
 
         main([command, "--config", str(self.config), *map(str, options)], package=package)
+
+    def done(self, command: str, *options: object) -> None:
+        """What this command leaves, from a run that all tests share."""
+        folder = self._finished(command, *map(str, options))
+        shutil.copytree(folder, self.config.parent, dirs_exist_ok=True)
 
     def refused(self, command: str, *options: object, package: str = "paper_tiny") -> str:
         """The one line of an error that the user can mend."""
@@ -326,13 +353,31 @@ def tiny_text() -> str:
     return TINY
 
 
+@pytest.fixture(scope="session")
+def finished_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder in which a command of the small experiment has run, once for all tests."""
+
+    @cache
+    def made(command: str, *options: str) -> Path:
+        folder = tmp_path_factory.mktemp("tiny")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            Tiny(folder)(command, *options)
+        return folder
+
+    return made
+
+
 @pytest.fixture
 def tiny(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    finished_tiny: Callable[..., Path],
 ) -> Tiny:
     """A small experiment, run in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    return Tiny(tmp_path, capsys)
+    return Tiny(tmp_path, capsys, finished_tiny)
 
 
 @pytest.fixture(scope="session")
@@ -357,6 +402,49 @@ def quiet_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any
         return (kind or Trainer)(**quiet | settings, callbacks=list(callbacks))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rates() -> Callable[[Any, int], list[float]]:
+    """``rates(scheduler, epochs)``: of each epoch; stepped after it, as Lightning does."""
+
+    def found(scheduler: Any, epochs: int) -> list[float]:
+        used = []
+        for _ in range(epochs):
+            used.append(scheduler.get_last_lr()[0])
+            scheduler.optimizer.step()
+            scheduler.step()
+        return used
+
+    return found
+
+
+@pytest.fixture(scope="session")
+def stub_data() -> Callable[..., Any]:
+    """``stub_data(batches, **more)``: as much of a data module as an analysis asks for."""
+
+    def made(batches: Sequence[Mapping[str, Tensor]], **more: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            prepare_data=lambda: None,
+            setup=lambda stage: None,
+            test_dataloader=lambda: batches,
+            on_after_batch_transfer=lambda batch, _: batch,
+            **more,
+        )
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def touch_checkpoints() -> Callable[[Path, Sequence[str], Sequence[int]], None]:
+    """Makes empty checkpoints of experiments and seeds in a folder of runs."""
+
+    def touch(runs: Path, stems: Sequence[str], seeds: Sequence[int]) -> None:
+        for path in (runs / stem / f"seed{seed}" for stem in stems for seed in seeds):
+            (path / "checkpoints").mkdir(parents=True)
+            (path / "checkpoints/last.ckpt").touch()
+
+    return touch
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ would take minutes. One experiment of each kind goes through ``main``, all of th
 import json
 import pickle
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,9 +50,6 @@ FAKES = {
     "fashion": "fake_fashion_mnist",
     "tiny": "fake_tiny_imagenet",
 }
-
-TRIED: set[torch.nn.Module] = set()
-"""Networks that have made logits."""
 
 
 @pytest.fixture(params=PAPERS)
@@ -114,29 +113,31 @@ def test_a_change_in_a_shared_file_is_a_change_of_the_row(paper) -> None:
 # ----------------------------------------------------------------------------------- what is built
 
 
-@cache
-def parser_of(package: str) -> ArgumentParser:
-    """The parser of the command line, the same for all experiments of a paper."""
-    first = next(path for path in CONFIGS if path.parents[1].name == package)
+@pytest.fixture(scope="module")
+def parser() -> ArgumentParser:
+    """The parser of the command line."""
     with torch.device("meta"):
-        parser = RobustCLI(package, ["--config", str(first)], run=False).parser
-    parser.exit_on_error = False
-    return parser
+        made = RobustCLI(PAPERS[0], ["--config", str(CONFIGS[0])], run=False).parser
+    made.exit_on_error = False
+    return made
 
 
-@cache
-def parsed(package: str, section: str, text: str) -> Any:
+def parse(parser: ArgumentParser, settings: dict[str, Any]) -> Namespace:
     """Settings without the defaults of what they do not state: those make parsing slow."""
-    settings = {section: json.loads(text)}
-    return parser_of(package).parse_object(settings, defaults=False, _skip_required=True)[section]
+    return parser.parse_object(settings, defaults=False, _skip_validation=True)
 
 
-@cache
-def instantiated(package: str, texts: tuple[tuple[str, str], ...]) -> Any:
-    """Everything but the model, once for all experiments that differ in that alone."""
-    return parser_of(package).instantiate(
-        Namespace(**{section: parsed(package, section, text) for section, text in texts})
-    )
+@pytest.fixture(scope="module")
+def section(parser) -> Callable[[str, str], Any]:
+    """``section(name, text)``: made once for all experiments that share it."""
+    required = {"data": parse(parser, {"data": str(ROOT / "common/configs/digits.yaml")}).data}
+
+    @cache
+    def make(name: str, text: str) -> Any:
+        given = parse(parser, {name: json.loads(text)})
+        return parser.instantiate(Namespace(required | {name: given[name]}))[name]
+
+    return make
 
 
 @cache
@@ -151,7 +152,7 @@ def arguments_of(class_path: str) -> ArgumentParser:
 def argument(class_path: str, name: str, text: str, source: str) -> Any:
     """An argument of a classifier, made once for all experiments on the same data that share it."""
     parser = arguments_of(class_path)
-    found = parser.parse_object({name: json.loads(text)}, defaults=False, _skip_required=True)
+    found = parse(parser, {name: json.loads(text)})
     fill_networks(found)
     config = Namespace(model=found, data=Namespace(source=Namespace(**json.loads(source))))
     cli_parser.fill_from_data(config)
@@ -171,84 +172,109 @@ def fill_networks(value: Any) -> None:
             fill_networks(part)
 
 
-def same_shape(x: torch.Tensor, mean: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """Batch-norm on tensors without values, where torch's own is slow."""
-    assert x.shape[1] == len(mean)
-    return x
+@pytest.fixture
+def shapes_alone(monkeypatch) -> None:
+    """Replace operations by ones that keep shapes, where torch's own are slow without values."""
+
+    def same(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return x
+
+    def batch_norm(x: torch.Tensor, mean: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        assert x.shape[1] == len(mean)
+        return x
+
+    monkeypatch.setattr(torch.nn.functional, "batch_norm", batch_norm)
+    for name in ("relu", "relu_"):
+        monkeypatch.setattr(torch, name, same)
+    for name in ("uniform_", "normal_"):
+        monkeypatch.setattr(torch.Tensor, name, same)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_everything_in_a_config_can_be_made(path, paper_of, monkeypatch) -> None:
+def test_everything_in_a_config_can_be_made(paper, section, shapes_alone) -> None:
     """Networks are tried out without weights: shapes and counts need none."""
-    monkeypatch.setattr(torch.nn.functional, "batch_norm", same_shape)
-    paper, package, stem = paper_of(path.parents[1].name), path.parents[1].name, path.stem
-    sections = paper.config(stem)
-    model, source = sections.pop("model"), json.dumps(sections["data"]["source"])
-    with torch.device("meta"), torch.inference_mode():
-        texts = tuple((key, json.dumps(part)) for key, part in sections.items())
-        made = instantiated(package, texts)
-        made.model = load_named(model["class_path"])(
-            **{
-                name: argument(model["class_path"], name, json.dumps(part), source)
-                for name, part in model["init_args"].items()
-            }
-        )
-        if made.model.net not in TRIED:
-            logits = made.model.eval()(torch.rand(1, *made.data.shape))
-            assert logits.shape == (1, made.data.num_classes)
-            TRIED.add(made.model.net)
-    assert (made.adversary.attack is not None) == made.model.objective.needs_x_adv
-    check_suite(made.evaluation.suite, made.model)
-    steps = steps_of(made.evaluation.suite, made.model, made.data.num_classes, seed=0)
-    assert all(s.kind == "noise" or s.threat is None or s.threat.radius >= 0 for s in steps)
-    weights = made.model.net.named_parameters()
-    count = sum(p.numel() for name, p in weights if "auxiliary" not in name)
-    assert count > 5_000
+    counts: dict[torch.nn.Module, int] = {}
+    suites: dict[Any, int] = {}
+    for stem, path in paper.paths.items():
+        try:
+            check_experiment(paper, stem, section, counts, suites)
+        except Exception as error:
+            error.add_note(str(path))
+            raise
+
+
+def check_experiment(paper, stem: str, section, counts: dict, suites: dict) -> None:
+    """Make everything; networks and suites are tried out once."""
+    config = paper.config(stem)
+    model, source = config.pop("model"), json.dumps(config["data"]["source"])
+    texts = {key: json.dumps(part) for key, part in config.items()}
+    with torch.device("meta"):
+        made = SimpleNamespace(**{key: section(key, text) for key, text in texts.items()})
+        arguments = {
+            name: argument(model["class_path"], name, json.dumps(part), source)
+            for name, part in model["init_args"].items()
+        }
+        classifier = load_named(model["class_path"])(**arguments)
+    net, classes = classifier.net, made.data.num_classes
+    if net not in counts:
+        with torch.inference_mode():
+            logits = classifier.eval()(torch.empty(1, *made.data.shape, device="meta"))
+        assert logits.shape == (1, classes)
+        weights = net.named_parameters()
+        counts[net] = sum(p.numel() for name, p in weights if "auxiliary" not in name)
+        assert counts[net] > 5_000
+    assert (made.adversary.attack is not None) == classifier.objective.needs_x_adv
+    suite = (texts["evaluation"], *classifier.adaptive_losses())
+    if suite not in suites:
+        check_suite(made.evaluation.suite, classifier)
+        steps = steps_of(made.evaluation.suite, classifier, classes, seed=0)
+        assert all(s.kind == "noise" or s.threat is None or s.threat.radius >= 0 for s in steps)
+        suites[suite] = len(steps)
     # The size of the network stands in the header and, where it was published, among the results.
-    said = re.search(r"^# ([\d.,]+)( M)? parameters", path.read_text(), re.MULTILINE)
+    text = paper.paths[stem].read_text()
+    said = re.search(r"^# ([\d.,]+)( M)? parameters", text, re.MULTILINE)
     if said is not None:
         number = said[1].replace(",", "")
-        exact = count / 1e6 if said[2] else count
+        exact = counts[net] / 1e6 if said[2] else counts[net]
         assert float(number) == round(exact, len(number.partition(".")[2]))
-    row = paper.reference.rows[stem]
-    if (known := row.last.get("parameters")) is not None:
-        assert known == round(count / 1e6, 3)
+    if (known := paper.reference.rows[stem].last.get("parameters")) is not None:
+        assert known == round(counts[net] / 1e6, 3)
 
 
 # ------------------------------------------------------------------------------------ what is run
 
 
-@cache
-def read(path: Path) -> Any:
-    return yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
-
-
-def kind(path: Path) -> tuple[Any, ...]:
-    """Classes of network, objective and adversary, and the shape of the data."""
-    config = read(path)
+def classes_of(path: Path) -> set[str]:
+    """Classes of network, objective and adversary."""
+    config = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
     model, adversary = config["model"]["init_args"], config["adversary"]
     if isinstance(adversary, str):
-        adversary = read(path.parent / adversary)
-    source = read(path.parent / config["data"])["source"]
-    shape = load_named(source["class_path"])(**source.get("init_args", {})).spec.shape
+        text = (path.parent / adversary).read_text()
+        adversary = yaml.load(text, Loader=yaml.CSafeLoader)
     parts = (model["net"], model["objective"], adversary["attack"] or {})
-    return (*(part.get("class_path") for part in parts), shape)
+    return {str(part.get("class_path")) for part in parts}
 
 
-def one_of_each_kind() -> list[Any]:
-    """All experiments; but the first on the digits of each kind, they are slow tests."""
-    first = {kind(path): path for path in reversed(CONFIGS)}.values()
-    return [
-        pytest.param(
-            path,
-            id=path.stem,
-            marks=() if path in first and path.stem.startswith("digits") else pytest.mark.slow,
-        )
+def digits_that_use_every_class() -> set[Path]:
+    """The experiments on the digits with a network, objective or adversary of a new class."""
+    known: set[str] = set()
+    chosen = set()
+    for path in (path for path in CONFIGS if path.stem.startswith("digits")):
+        if not classes_of(path) <= known:
+            known |= classes_of(path)
+            chosen.add(path)
+    return chosen
+
+
+FAST = digits_that_use_every_class()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path in FAST else pytest.mark.slow)
         for path in CONFIGS
-    ]
-
-
-@pytest.mark.parametrize("path", one_of_each_kind())
+    ],
+)
 def test_an_experiment_survives_fit(path, tmp_path, monkeypatch, request, paper_of) -> None:
     package, dataset = path.parents[1].name, path.stem.partition("_")[0]
     config = paper_of(package).config(path.stem)

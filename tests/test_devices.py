@@ -144,7 +144,6 @@ slow = pytest.mark.faults
 UNEVEN = 101  # the last batch has 5 examples: 3 and 2, or 2, 2 and 1
 TABLE = [
     pytest.param(Row(plain(TRADES(6.0)), callbacks=averaged, accumulate=2), 3, id="TRADES+EMA"),
-    pytest.param(Row(cifs, callbacks=awp), 2, id="CIFS+AWP"),
     pytest.param(Row(awnet(), callbacks=awp, images=UNEVEN), 2, id="AW-Net+AWP, uneven"),
 ]
 METHODS = {

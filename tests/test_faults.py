@@ -273,24 +273,21 @@ def test_a_lock_ends_with_its_owner_though_a_child_of_it_lives(tmp_path: Path) -
 # ----------------------------------------------------------------------------------- disk, memory
 
 
-def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_with_room(
-    config: Path, undisturbed: tuple[str, float]
-) -> None:
+def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_with_room(tiny) -> None:
     """Files may only grow to a size that results need and checkpoints exceed."""
-    log, run = config.with_name("log"), Path("runs/paper_tiny/tiny/seed0")
-    arguments = ("reproduce", "--config", config, "--trainer.logger", "false")
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
-        cli(*arguments)()
+        tiny("reproduce")
 
-    told = config.with_name("told")
+    told = tiny.config.with_name("told")
     assert ended(forked(limited, told)) == 2
     (line,) = [x for x in told.read_text().splitlines() if x.startswith("error:")]
-    assert "last.ckpt: File too large" in line
+    assert ".ckpt: File too large" in line
     assert "what was there before is kept" in line
-    assert ended(forked(cli(*arguments), log)) == 0
-    assert metrics(run) == undisturbed[0]
+    tiny("reproduce")
+    tiny("reproduce", "--runs", "whole")
+    assert metrics(tiny.run) == metrics(Path("whole", *tiny.run.parts[1:]))
 
 
 @pytest.mark.faults

@@ -94,7 +94,7 @@ def test_a_run_that_is_set_aside_leaves_what_is_not_ours(tiny) -> None:
     }  # fmt: skip
 
 
-def test_results_are_not_written_over_something_else(tiny) -> None:
+def test_nothing_is_written_over_something_else(tiny, home: Path) -> None:
     other, folder = Path("other.json"), Path("out")
     other.write_text('{"schema": 3, "mine": true}')
     tiny("fit")
@@ -107,10 +107,6 @@ def test_results_are_not_written_over_something_else(tiny) -> None:
     given = ["--model", "common.networks.resnet:DigitsResNet", "--data", "digits"]
     assert evaluation_command([*given, "--output", "out", "--examples", "20"]) == 2
     assert (folder / "results.json").read_text() == "mine"
-
-
-def test_predictions_and_locks_are_not_written_over_something_else(tiny, home: Path) -> None:
-    tiny("fit")
     (home / "predictions.csv").write_text("mine")
     tiny.refused("predict", *into(home), "--ckpt_path", tiny.last)
     assert (home / "predictions.csv").read_text() == "mine"

@@ -7,6 +7,7 @@ import os
 import re
 import tarfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,10 @@ RESULTS = sorted(ROOT.glob("paper_*/results/*.json"))
 # ---------------------------------------------------------------------------------------- configs
 
 PLACES = (
-    *("model", "model.net", "model.objective", "model.optimizer", "model.scheduler"),
-    *("model.net.activation", "model.net.block", "data.source", "data.views", "adversary.attack"),
-    *("trainer.strategy", "trainer.profiler", "evaluation.audit", "evaluation.threat"),
+    *("model", "model.net", "model.scheduler", "model.net.activation", "data.source"),
+    *("data.views", "adversary.attack", "trainer.strategy", "evaluation.audit"),
 )
-LISTS = ("trainer.callbacks", "trainer.plugins", "trainer.logger")
+LISTS = ("trainer.callbacks", "trainer.logger")
 
 
 def popen(tmp_path: Path) -> dict[str, Any]:
@@ -55,16 +55,16 @@ def popen(tmp_path: Path) -> dict[str, Any]:
     return {"class_path": "subprocess.Popen", "init_args": settings}
 
 
-def build(tiny: Any, option: str, value: Any) -> None:
-    arguments = ["--config", str(tiny.config), f"--{option}", json.dumps(value)]
-    RobustCLI("paper_tiny", arguments, run=False)
+def build(tiny: Any, *settings: tuple[str, Any]) -> None:
+    given = [part for name, value in settings for part in (f"--{name}", json.dumps(value))]
+    RobustCLI("paper_tiny", ["--config", str(tiny.config), *given], run=False)
 
 
 @pytest.mark.parametrize("place", [*PLACES, *LISTS])
 def test_a_class_of_another_kind_is_not_built(tiny, tmp_path: Path, place: str) -> None:
     value = popen(tmp_path)
     with pytest.raises((SystemExit, ValueError, MisconfigurationException)):
-        build(tiny, place, [value] if place in LISTS else value)
+        build(tiny, (place, [value] if place in LISTS else value))
     assert not (tmp_path / "touched").exists()
 
 
@@ -78,7 +78,7 @@ def test_nor_where_any_value_may_stand(tiny, tmp_path: Path) -> None:
             build_values({"free": dict[str, Any]}, {"free": {"a": [value]}})
         logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"x": value}}
         with pytest.raises((SystemExit, ValueError)):
-            build(tiny, "trainer.logger", logger)
+            build(tiny, ("trainer.logger", logger))
     assert not (tmp_path / "touched").exists()
 
 
@@ -115,11 +115,10 @@ def schedule(function: Any) -> dict[str, Any]:
     return {"class_path": path, "init_args": {"lr_lambda": function}}
 
 
-@pytest.mark.parametrize("path", ["os.system", "common.callbacks.resuming.os.kill"])
-def test_nor_by_an_experiment(tiny, path: str) -> None:
-    for value in (path, {"class_path": path, "init_args": {}}):
+def test_nor_by_an_experiment(tiny) -> None:
+    for value in ("os.system", {"class_path": "common.callbacks.resuming.os.kill"}):
         with pytest.raises((SystemExit, ValueError)):
-            build(tiny, "model.scheduler", schedule(value))
+            build(tiny, ("model.scheduler", schedule(value)))
 
 
 @pytest.mark.parametrize(
@@ -145,13 +144,15 @@ def test_modules_of_the_user_may_be_named(
         "def rate(epoch: int) -> float:\n    return 0.5\n"
     )
     (tmp_path / "mypkg_other.py").write_text("from mypkg_core import MyAT\n")
-    build(tiny, "model.objective", {"class_path": "mypkg_core.MyAT"})
-    node = {"class_path": "torch.optim.lr_scheduler.LambdaLR"}
-    build(tiny, "model.scheduler", node | {"init_args": {"lr_lambda": "mypkg_core.rate"}})
     net = {"depths": [1], "widths": [4], "strides": [1]}
-    build(tiny, "model.net", {"class_path": "mypkg_core.MyNet", "init_args": net})
+    build(
+        tiny,
+        ("model.objective", {"class_path": "mypkg_core.MyAT"}),
+        ("model.scheduler", schedule("mypkg_core.rate")),
+        ("model.net", {"class_path": "mypkg_core.MyNet", "init_args": net}),
+    )
     with pytest.raises(ConfigurationError, match=r"in mypkg_core; name it mypkg_core\.MyAT"):
-        build(tiny, "model.objective", {"class_path": "mypkg_other.MyAT"})
+        build(tiny, ("model.objective", {"class_path": "mypkg_other.MyAT"}))
 
 
 def test_parsers_are_made_in_one_place() -> None:
@@ -265,12 +266,14 @@ def test_every_reader_of_yaml_refuses_it_quickly(tiny, tmp_path: Path, name: str
     bomb.write_text(BOMBS[name])
     begun = time.monotonic()
     given: list[tuple[object, ...]] = []
-    if name in ("levels", "laughs", "digits", "python"):  # the others take the same way
+    if name == "levels":  # the others take the same way
         nested, quoted = tmp_path / "nested.yaml", tmp_path / "quoted.yaml"
         nested.write_text("data: bomb.yaml\n")
         quoted.write_text(json.dumps({"trainer": {"max_epochs": BOMBS[name]}}))
-        given = [("--config", path) for path in (bomb, nested, quoted)]
+        given = [("--config", path) for path in (nested, quoted)]
         given += [(f"--model={BOMBS[name]}",)]
+    if name in ("levels", "laughs", "digits", "python"):
+        given += [("--config", bomb)]
     for options in given:
         assert len(tiny.refused("fit", *options)) < 2000
     for read in (load_suite, read_reference, load_data):
@@ -308,12 +311,11 @@ def test_large_numbers_are_one_line(tiny, option: str, number: str) -> None:
     assert len(tiny.refused("fit", f"--{option}={number}")) < 1000
 
 
-RESULT = json.loads(next(path for path in RESULTS if "-seed0" in path.name).read_text())
-
-
+@cache
 def hostile_results() -> dict[str, str]:
-    last = next(iter(RESULT["checkpoints"].values()))
-    many = copy.deepcopy(RESULT)
+    result = json.loads(next(path for path in RESULTS if "-seed0" in path.name).read_text())
+    last = next(iter(result["checkpoints"].values()))
+    many = copy.deepcopy(result)
     for entry in many["checkpoints"].values():
         entry["examples"], entry["clean"]["outcomes"] = 40_000_000, "f" * 10_000_000
         entry["clean"]["per_class"] = [[40_000_000, 40_000_000]]
@@ -322,9 +324,9 @@ def hostile_results() -> dict[str, str]:
         "levels": "[" * 200_000,
         "deep": '{"schema": 3, "a": ' + "[" * 900 + "]" * 900 + "}",
         "outcomes": json.dumps(many),
-        "claimed outcomes": json.dumps(RESULT).replace(f'"examples": {last["examples"]}',
+        "claimed outcomes": json.dumps(result).replace(f'"examples": {last["examples"]}',
                                                        '"examples": 1' + "0" * 14),
-        "digits": json.dumps(RESULT).replace('"seed": 0', '"seed": ' + "9" * 400),
+        "digits": json.dumps(result).replace('"seed": 0', '"seed": ' + "9" * 400),
         "more digits": '{"schema": ' + "9" * 5000 + "}",
         "schema": '{"schema": ' + "9" * 400 + "}",
     }  # fmt: skip
@@ -355,7 +357,7 @@ class Evil:
         return os.system, ("touch touched",)
 
 
-@pytest.mark.parametrize(("legacy", "sealed"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize(("legacy", "sealed"), [(True, False), (False, True)])
 def test_code_in_checkpoints_does_not_run(tiny, legacy: bool, sealed: bool) -> None:
     path, content = Path("evil.ckpt"), io.BytesIO()
     torch.save({"state_dict": Evil()}, content, _use_new_zipfile_serialization=not legacy)

@@ -162,6 +162,16 @@ class RobustCLI(LightningCLI):
                 kind, section, fail_untyped=False, sub_configs=True, skip=filled_in
             )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse a subcommand by its own parser; the one above it would parse its result again."""
+        words = sys.argv[1:] if args is None else args
+        its = getattr(self, "_subcommand_parsers", {}).get(words[0] if words else None)
+        if its is None or any(word.startswith("--print_config") for word in words):
+            super().parse_arguments(parser, args)
+        else:
+            parsed = {"subcommand": words[0], words[0]: its.parse_args(words[1:])}
+            self.config = Namespace(parsed)  # type: ignore[no-untyped-call]
+
     def _parse_ckpt_path(self) -> None:
         """Keep the precedence of files and options over a checkpoint's stored settings."""
 

@@ -23,11 +23,12 @@ from common.strategy import DeviceInvariantDDP, GlobalBatchNorm, GlobalBatchNorm
 
 
 @pytest.fixture
-def evaluate(tmp_path, quiet_trainer) -> Callable[[int], dict]:
+def evaluate(tmp_path, quiet_trainer) -> Callable[..., dict]:
     """The entries of a result that a number of processes find."""
 
-    def call(devices: int) -> dict:
+    def call(devices: int, *, is_distilled: bool) -> dict:
         torch.manual_seed(0)
+        surrogate = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         data = ImageDataModule(Digits(), batch_size=48, eval_batch_size=8, test_limit=23)
         data.setup("fit")
         train = data.train_set.__getitems__(list(range(len(data.train_set))))
@@ -45,7 +46,8 @@ def evaluate(tmp_path, quiet_trainer) -> Callable[[int], dict]:
             "aa": SuiteEntry(aa),
             "late": SuiteEntry(PGD(0.1, 0.02, steps=3, restarts=2), survivors_only=True),
         }
-        audit = Audit(9, None, 4, 2, square_queries=5, random_samples=5, decision_queries=20)
+        sizes = {"square_queries": 5, "random_samples": 5, "decision_queries": 20}
+        audit = Audit(9, None, 4, 2, **sizes, transfer=None if is_distilled else surrogate)
         folder = tmp_path / str(devices)
         trainer = quiet_trainer(
             RobustEvaluation(suite, audit=audit, pictures=False),
@@ -59,13 +61,17 @@ def evaluate(tmp_path, quiet_trainer) -> Callable[[int], dict]:
     return call
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_processes_reach_the_verdicts_of_one_on_an_uneven_split(evaluate, devices) -> None:
+@pytest.mark.parametrize(
+    ("devices", "is_distilled"), [pytest.param(2, True, marks=pytest.mark.slow), (3, False)]
+)
+def test_processes_reach_the_verdicts_of_one_on_an_uneven_split(
+    evaluate, devices, is_distilled
+) -> None:
     """The official AutoAttack included, whose random numbers belong to a batch."""
-    one = evaluate(1)
+    one = evaluate(1, is_distilled=is_distilled)
     assert one["untrained"]["examples"] == 23
     assert 0 < one["untrained"]["metrics"]["worst"] < one["untrained"]["metrics"]["clean_acc"]
-    assert evaluate(devices) == one
+    assert evaluate(devices, is_distilled=is_distilled) == one
 
 
 def test_a_batch_that_does_not_divide_is_refused(quiet_trainer) -> None:

@@ -103,40 +103,29 @@ def put_result(file_result, pgd_outcomes):
     return put_result
 
 
-class Data:
-    """What the analysis asks of a data module."""
+@pytest.fixture
+def load(stub_data):
+    """A network instead of a run, and random images."""
 
-    def prepare_data(self) -> None: ...
+    def load_run(run):
+        torch.manual_seed(int(run.name[-1]) + 10 * ("robust" in str(run)))
+        net = DigitsStudent(widths=(4, 6, 8))
+        if "awnet" in str(run):
+            net = AWNet(net, lambda c, s: Router(c, s, (4, 6, 8), type_hidden=5, init="normal"))
+        data = stub_data([{"x": torch.rand(12, 1, 8, 8), "y": torch.randint(10, (12,))}])
+        return AWNetClassifier(net, HybridCE(), torch.optim.SGD).eval(), data
 
-    def setup(self, stage: str) -> None: ...
-
-    def test_dataloader(self) -> list:
-        torch.manual_seed(0)
-        return [{"x": torch.rand(12, 1, 8, 8), "y": torch.randint(10, (12,))}]
-
-    def on_after_batch_transfer(self, batch, _):
-        return batch
-
-
-def load(run):
-    torch.manual_seed(int(run.name[-1]) + 10 * ("robust" in str(run)))
-    net = DigitsStudent(widths=(4, 6, 8))
-    if "awnet" in str(run):
-        net = AWNet(net, lambda c, s: Router(c, s, (4, 6, 8), type_hidden=5, init="normal"))
-    return AWNetClassifier(net, HybridCE(), torch.optim.SGD).eval(), Data()
+    return load_run
 
 
-def test_the_whole_analysis(tmp_path, monkeypatch, put_result) -> None:
+def test_the_whole_analysis(tmp_path, monkeypatch, put_result, load, touch_checkpoints) -> None:
     monkeypatch.setattr(measures, "PGD", lambda eps, step, steps: pgd.PGD(eps, step, 1))
     runs, results = tmp_path / "runs", tmp_path / "results"
     for name, held in (("static_mtard", 10), ("awnet_mtard", 20)):
         for seed in (0, 1):
             put_result(results, name, seed, held)
-    for name in ("teacher_clean", "teacher_robust", "awnet_mtard"):
-        for seed in (0, 1):
-            path = runs / f"digits_{name}/seed{seed}/checkpoints/last.ckpt"
-            path.parent.mkdir(parents=True)
-            path.touch()
+    names = ("teacher_clean", "teacher_robust", "awnet_mtard")
+    touch_checkpoints(runs, [f"digits_{name}" for name in names], (0, 1))
     run = runs / "digits_awnet_mtard/seed0"
     with SummaryWriter(str(run)) as writer:
         for step, value in enumerate((0.5, 0.25)):

@@ -12,14 +12,13 @@ from common.networks.mobilenet_v2 import MobileNetV2
 from common.networks.preact_resnet import PreActResNet
 from common.networks.resnet import ResNet, ResNet18
 from common.networks.vgg import VGG
-from common.networks.wide_resnet import SamePaddingBlock, WideResNet
+from common.networks.wide_resnet import WideResNet
 from paper_awnet.method import Detector, DynamicConv2d, MixBatchNorm2d, Router
 from paper_awnet.networks import AWNet, DigitsStudent, OATNet, ResNet34, ResNet56, Teacher
 from paper_awnet.objectives import LAMBDAS, MTARD
 
 SMALL = partial(Router, widths=(4, 6, 8), type_hidden=5)
 WILD = partial(SMALL, init="normal")
-SILU_WRN = partial(WideResNet, activation=nn.SiLU, block=SamePaddingBlock)
 STATIC = {
     "resnet": partial(ResNet, depths=(1, 2), widths=(4, 6), strides=(1, 2)),
     "wide": partial(WideResNet, depths=(1, 2), widths=(4, 6), strides=(1, 2), stem_width=4),
@@ -32,30 +31,12 @@ def small(name: str = "resnet", router=SMALL, **settings) -> AWNet:
     return AWNet(STATIC[name](in_channels=1), router, **settings)
 
 
-@pytest.mark.parametrize(
-    ("make", "parameters"),
-    [
-        (lambda: AWNet(ResNet18()), 11_780_780),
-        (lambda: AWNet(ResNet18(num_classes=100)), 11_826_950),
-        (lambda: AWNet(ResNet18(num_classes=200)), 11_878_250),
-        (lambda: AWNet(MobileNetV2()), 4_468_972),
-        (lambda: AWNet(MobileNetV2(num_classes=100)), 4_584_262),
-        (lambda: AWNet(WideResNet(34, 8)), 30_827_228),
-        (lambda: AWNet(WideResNet(34, 10)), 47_729_564),
-        (lambda: AWNet(ResNet18(), Detector), 11_287_340),
-        # of teachers and static students
-        (ResNet56, 855_770),
-        (partial(ResNet56, num_classes=100), 861_620),
-        (ResNet34, 21_282_122),
-        (DigitsStudent, 19_810),
-        (partial(SILU_WRN, 22, 6, 100), 9_693_108),
-        (partial(SILU_WRN, 70, 16, 100), 266_888_756),
-    ],
-)
-def test_parameters(make, parameters) -> None:
-    """Invariant 2."""
+def test_parameters() -> None:
+    """Invariant 2; other sizes stand in the headers of the configurations."""
     with torch.device("meta"):
-        assert sum(p.numel() for p in make().parameters()) == parameters
+        nets = (ResNet56(), ResNet34(), AWNet(ResNet18()), AWNet(ResNet18(), Detector))
+    found = [sum(p.numel() for p in net.parameters()) for net in nets]
+    assert found == [855_770, 21_282_122, 11_780_780, 11_287_340]
 
 
 def test_signals_of_resnet18_by_block() -> None:

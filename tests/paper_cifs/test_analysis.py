@@ -2,7 +2,6 @@
 
 import itertools
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,33 +109,17 @@ def test_what_on_stands_for():
 
 
 @pytest.fixture
-def load(plain_network, cifs_network, images):
+def load(plain_network, cifs_network, images, stub_data):
     """A network instead of a run, and few images in two batches."""
     x, y = images(12)
-    data = SimpleNamespace(
-        num_classes=K,
-        class_names=("zero", "one", "two"),
-        prepare_data=lambda: None,
-        setup=lambda stage: None,
-        test_dataloader=lambda: [
-            {"x": x[rows], "y": y[rows]} for rows in torch.arange(12).split(9)
-        ],
-        on_after_batch_transfer=lambda batch, _: batch,
-    )
+    batches = [{"x": x[rows], "y": y[rows]} for rows in torch.arange(12).split(9)]
+    data = stub_data(batches, num_classes=K, class_names=("zero", "one", "two"))
 
     def load_run(run):
         make = cifs_network if run.parent.name.endswith("cifs") else plain_network
         return RobustClassifier(make(int(run.name.removeprefix("seed"))), AT()), data
 
     return load_run
-
-
-def write_checkpoints(runs, stems, seeds):
-    for stem in stems:
-        for seed in seeds:
-            folder = runs / stem / f"seed{seed}" / "checkpoints"
-            folder.mkdir(parents=True)
-            (folder / "last.ckpt").touch()
 
 
 @pytest.fixture
@@ -156,9 +139,11 @@ def write_results(file_result):
 STEMS = ("digits_resnet_plain_natural", "digits_resnet_plain", "digits_resnet_cifs")
 
 
-def test_the_whole_analysis(tmp_path, plain_network, images, load, write_results):
+def test_the_whole_analysis(
+    tmp_path, plain_network, images, load, write_results, touch_checkpoints
+):
     runs, results = tmp_path / "runs", tmp_path / "results"
-    write_checkpoints(runs, STEMS, (0, 1))
+    touch_checkpoints(runs, STEMS, (0, 1))
     write_results(results, (0, 1))
     report = ANALYSIS.analyse(runs, results, "digits", [0, 1], load=load)
     written = read_sealed_json(results / "analysis.json")
@@ -186,10 +171,12 @@ def test_the_whole_analysis(tmp_path, plain_network, images, load, write_results
             assert np.asarray(picture.convert("L")).std() > 10
 
 
-def test_other_data_have_their_file_and_radius(tmp_path, monkeypatch, cifs_network, images, load):
+def test_other_data_have_their_file_and_radius(
+    tmp_path, monkeypatch, cifs_network, images, load, touch_checkpoints
+):
     """CIFS alone gives the fourth figure."""
     monkeypatch.setattr(report_module, "save_figure", lambda figure, path: path)
-    write_checkpoints(tmp_path / "runs", ["cifar10_resnet18_cifs"], (3,))
+    touch_checkpoints(tmp_path / "runs", ["cifar10_resnet18_cifs"], (3,))
     report = ANALYSIS.analyse(tmp_path / "runs", tmp_path, "cifar10", [3], load=load)
     assert report["path"] == str(tmp_path / "analysis_cifar10_resnet18.json")
     assert [Path(f).name for f in report["figures"]] == ["cifar10_resnet18_f4_masks.png"]

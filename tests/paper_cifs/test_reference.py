@@ -76,33 +76,15 @@ def test_two_losses_of_one_attack_share_a_cell() -> None:
 # ----------------------------------------------------------------------------------------- configs
 
 
-def test_recipes(paper) -> None:
-    """Rows of CIFAR, SVHN and Fashion-MNIST train as published, digits shorter."""
-    for stem in paper.paths:
-        config = paper.config(stem)
-        model, attack = config["model"]["init_args"], config["adversary"]["attack"]
-        is_digits, is_natural = stem.startswith("digits"), "natural" in stem
-        assert (attack is None) == is_natural
-        if start := config.get("warm_start"):
-            first = paper.config(start["experiment"])
-            assert first["adversary"] == {"attack": None}, "a warm start is clean"
-            net = first["model"]["init_args"]["net"]
-            assert net["class_path"] == model["net"]["class_path"]
-        lr, decay = 0.01 if stem.startswith("svhn") else 0.1, 5e-4 if is_digits else 2e-4
-        assert model["optimizer"]["init_args"] == {
-            "lr": lr, "momentum": 0.9, "weight_decay": decay
-        }  # fmt: skip
-        if is_natural:
-            continue
-        assert config["adversary"]["mode"] == "eval"
-        start = "gaussian" if "trades" in stem else "uniform"
-        eps, step_size, steps = (0.2, "1/15", 5) if is_digits else ("8/255", "2/255", 10)
-        wanted = {"eps": eps, "step_size": step_size, "steps": steps, "start": start}
-        assert wanted.items() <= attack["init_args"].items(), stem
-        milestones = [19, 25] if is_digits else [75, 90]
-        assert model["scheduler"]["init_args"] == {"milestones": milestones, "gamma": 0.1}
-        epochs = 30 if is_digits else 110 if "wrn" in stem else 120
-        assert config["trainer"]["max_epochs"] == epochs, stem
+def test_a_warm_start_is_a_clean_run_of_the_same_network(paper) -> None:
+    rows = {stem: paper.config(stem) for stem in paper.paths}
+    started = [config for config in rows.values() if "warm_start" in config]
+    assert started
+    for config in started:
+        first = rows[config["warm_start"]["experiment"]]
+        assert first["adversary"] == {"attack": None}
+        nets = [one["model"]["init_args"]["net"]["class_path"] for one in (first, config)]
+        assert nets[0] == nets[1]
 
 
 MASKS = {  # ablation -> class and settings of both masks

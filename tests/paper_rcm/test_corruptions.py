@@ -1,6 +1,7 @@
 """CIFAR-10-C: accuracies by severity, and measurements that resume and are kept."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,13 @@ from paper_rcm.corruptions import evaluate_corruptions, main, network_digest, re
 from paper_rcm.method import DigitsNet, EnlargedNetwork
 
 
-def write(root: Path, per_severity: int = 3) -> Path:
-    """Files in the published format, cut down."""
-    folder = root / "CIFAR-10-C"
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for name in CORRUPTIONS:
-        images = rng.integers(0, 256, (5 * per_severity, 32, 32, 3), dtype=np.uint8)
-        np.save(folder / f"{name}.npy", images)
-    np.save(folder / "labels.npy", np.tile(np.arange(per_severity, dtype=np.uint8), 5))
-    return root
+@pytest.fixture
+def write(write_cifar10c):
+    return partial(write_cifar10c, per_severity=3)
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> CIFAR10C:
+def data(tmp_path: Path, write) -> CIFAR10C:
     return CIFAR10C(write(tmp_path), verify=False)
 
 
@@ -49,7 +43,7 @@ class Brightness(nn.Module):
         return nn.functional.one_hot((x.mean((1, 2, 3)) * 10).long().clamp(max=9), 10).float()
 
 
-def test_accuracy_by_severity_and_pooled(tmp_path: Path) -> None:
+def test_accuracy_by_severity_and_pooled(tmp_path: Path, write) -> None:
     root = write(tmp_path, per_severity=4)
     path = root / "CIFAR-10-C" / "fog.npy"
     images, labels = np.load(path), np.load(path.with_name("labels.npy"))
@@ -92,7 +86,9 @@ def test_a_stopped_run_resumes_and_finished_corruptions_are_kept(
     assert evaluate_corruptions(model, data, tmp_path / "other.json", "last") == entry
 
 
-def test_other_weights_strides_or_files_are_measured_again(tmp_path: Path, data: CIFAR10C) -> None:
+def test_other_weights_strides_or_files_are_measured_again(
+    tmp_path: Path, data: CIFAR10C, write
+) -> None:
     first = EnlargedNetwork(DigitsNet((1, 2, 2), in_channels=3))
     other = EnlargedNetwork(DigitsNet((1, 1, 2), in_channels=3))
     other.load_state_dict(first.state_dict())  # which nothing complains about
@@ -127,7 +123,7 @@ def test_other_files_are_not_overwritten(tmp_path: Path, text: str) -> None:
 
 
 def test_the_command(
-    tiny: Any, fake_cifar10: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, fake_cifar10: Path, write, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = ("--data.source", "common.data.sources.CIFAR10", "--data.source.root", fake_cifar10)
     tiny("fit", *source, "--data.val_size", 20, "--trainer.max_epochs", 1, package="paper_rcm")

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from common.errors import ConfigurationError
 from paper_rcm.schedules import FactorsByEpoch
@@ -12,16 +12,7 @@ def optimizer(lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
 
 
-def rates(scheduler: LRScheduler, epochs: int) -> list[float]:
-    found = []
-    for _ in range(epochs):
-        found.append(scheduler.get_last_lr()[0])
-        scheduler.optimizer.step()
-        scheduler.step()
-    return found
-
-
-def test_the_rates_of_friendly_training_also_when_resumed() -> None:
+def test_the_rates_of_friendly_training_also_when_resumed(rates) -> None:
     factors = {59: 0.1, 109: 0.005, 89: 0.01}
     expected = [0.1] * 59 + [0.01] * 30 + [0.001] * 20 + [0.0005] * 11
     first, second = (FactorsByEpoch(optimizer(0.1), factors) for _ in range(2))
@@ -30,7 +21,7 @@ def test_the_rates_of_friendly_training_also_when_resumed() -> None:
     assert rates(second, 60) == pytest.approx(expected[60:])
 
 
-def test_torchs_own_cosine_is_that_of_dajat() -> None:
+def test_torchs_own_cosine_is_that_of_dajat(rates) -> None:
     found = rates(CosineAnnealingLR(optimizer(0.2), T_max=200), 200)
     expected = [0.1 * (1 + math.cos(math.pi * (e - 1) / 200)) for e in range(1, 201)]
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)

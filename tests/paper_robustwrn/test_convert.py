@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
-from common.cli.main import RobustCLI
 from common.errors import CheckpointError, ConfigurationError, UserError
 from common.objectives import AT
 from paper_robustwrn.convert import convert, main, recover, rename
@@ -145,8 +144,7 @@ def test_logits_are_those_of_the_official_network(tmp_path, settings):
     assert len(net.state_dict()) == len(model.state_dict())
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrapper", ["", "state_dict"])
+@pytest.mark.parametrize(("wrapper", "prefix"), [("", "module."), ("state_dict", "")])
 def test_published_copies_are_read_too(tmp_path, wrapper, prefix):
     model = Official().eval()
     state = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
@@ -215,17 +213,6 @@ def test_the_data_follow_from_the_number_of_classes(tmp_path, k, data):
         assert section is None
     else:
         assert Path(section) == ROOT / "common" / "configs" / f"{data}.yaml"
-
-
-def test_the_suite_of_the_paper_and_the_yaml_file_make_one_configuration(source, tmp_path):
-    convert(source, tmp_path / "out.ckpt")
-    suite = ROOT / "common" / "configs" / "paper-robustwrn.yaml"
-    arguments = ["--config", str(suite), "--config", str(tmp_path / "out.yaml")]
-    cli = RobustCLI("paper_robustwrn", [*arguments, "--trainer.logger", "false"], run=False)
-    assert cli.config_init["experiment"] == "out"
-    assert {"pgd20", "aa"} <= set(cli.config_init["evaluation"].suite)
-    assert cli.datamodule.num_classes == 10
-    cli.model.load_state_dict(load_checkpoint(tmp_path / "out.ckpt")["state_dict"])
 
 
 def test_the_file_is_evaluated_in_two_commands(source, tmp_path, fake_cifar10, monkeypatch, capsys):

@@ -15,17 +15,7 @@ def optimizer(lr: float = 0.1) -> torch.optim.SGD:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
 
 
-def rates(scheduler: torch.optim.lr_scheduler.LRScheduler, epochs: int) -> list[float]:
-    """The learning rate of each epoch, stepped after it as Lightning does."""
-    found = []
-    for _ in range(epochs):
-        found.append(scheduler.optimizer.param_groups[0]["lr"])
-        scheduler.optimizer.step()
-        scheduler.step()
-    return found
-
-
-def test_the_published_values_of_the_cosine_from_a_yaml_file() -> None:
+def test_the_published_values_of_the_cosine_from_a_yaml_file(rates) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--scheduler", type=LRSchedulerCallable)
     name = "paper_robustwrn.schedules.ShiftedCosine"
@@ -41,7 +31,7 @@ def test_the_published_values_of_the_cosine_from_a_yaml_file() -> None:
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
-def test_a_resumed_schedule_goes_on(epoch: int) -> None:
+def test_a_resumed_schedule_goes_on(rates, epoch: int) -> None:
     whole = rates(ShiftedCosine(optimizer(), epochs=10), 10)
     first = ShiftedCosine(optimizer(), epochs=10)
     rates(first, epoch)

@@ -3,7 +3,6 @@
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,25 +59,24 @@ def results(tmp_path: Path, monkeypatch, file_result) -> Path:
     return tmp_path
 
 
-def load(run: Path):
-    """A network instead of a run, and random data."""
+@pytest.fixture
+def load(stub_data):
+    """A network instead of a run, and random images."""
     x, y = torch.rand(N, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 10
-    data = SimpleNamespace(
-        prepare_data=lambda: None,
-        setup=lambda stage: None,
-        test_dataloader=lambda: [{"x": x, "y": y}],
-        on_after_batch_transfer=lambda batch, _: batch,
-    )
-    method = split_stem(run.parent.name)[1]
-    torch.manual_seed(int(run.name.removeprefix("seed")))
-    net: nn.Module = SmallCNN((4, 4, 4), image_shape=SHAPE)
-    if method != "base":
-        trainable = not method.endswith("frozen")
-        variant = method.partition("_")[0]
-        net = with_weight_maps(net, variant, image_shape=SHAPE, trainable=trainable)
-        for weight_map in weight_maps(net).values():
-            weight_map.map.data += 0.1 * trainable * torch.randn_like(weight_map.map)
-    return net.eval(), data
+
+    def load_run(run: Path):
+        method = split_stem(run.parent.name)[1]
+        torch.manual_seed(int(run.name.removeprefix("seed")))
+        net: nn.Module = SmallCNN((4, 4, 4), image_shape=SHAPE)
+        if method != "base":
+            trainable = not method.endswith("frozen")
+            variant = method.partition("_")[0]
+            net = with_weight_maps(net, variant, image_shape=SHAPE, trainable=trainable)
+            for weight_map in weight_maps(net).values():
+                weight_map.map.data += 0.1 * trainable * torch.randn_like(weight_map.map)
+        return net.eval(), stub_data([{"x": x, "y": y}])
+
+    return load_run
 
 
 def test_stems_and_what_is_asked_for() -> None:
@@ -105,13 +103,10 @@ def test_maps_go_into_every_kind_of_network(variant) -> None:
     assert all(found.values())
 
 
-def test_the_whole_analysis(results) -> None:
+def test_the_whole_analysis(results, load, touch_checkpoints) -> None:
     runs = results / "runs"
-    for method in ("base", "smoothing", "smoothing_frozen", "unsharp"):
-        for seed in SEEDS:
-            folder = runs / f"digits_cnn3_{method}" / f"seed{seed}" / "checkpoints"
-            folder.mkdir(parents=True)
-            (folder / "last.ckpt").touch()
+    methods = ("base", "smoothing", "smoothing_frozen", "unsharp")
+    touch_checkpoints(runs, [f"digits_cnn3_{method}" for method in methods], SEEDS)
     report = ANALYSIS.analyse(runs, results, "digits", SEEDS, load=load)
     assert report["on"] == "digits_cnn3"
     verdicts = {
@@ -144,7 +139,7 @@ def test_the_whole_analysis(results) -> None:
     )
 
 
-def test_results_alone_are_enough_for_verdicts(results) -> None:
+def test_results_alone_are_enough_for_verdicts(results, load) -> None:
     report = ANALYSIS.analyse(results / "nowhere", results, "digits", SEEDS, load=load)
     by_id = {claim["id"]: claim["judgements"]["smoothing"] for claim in report["claims"]}
     assert by_id["C2"]["verdict"] == "supported"

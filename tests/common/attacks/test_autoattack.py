@@ -21,13 +21,13 @@ from common.evaluation.runner import run_steps
 from common.evaluation.suite import steps_of
 
 STANDARD = ["apgd-ce", "apgd-t", "fab-t", "square"]
-STEPS, QUERIES = 6, 30
+STEPS, QUERIES = 5, 20
 
 
 class Task:
     """A smooth random network whose predictions differ in how hard they are to change."""
 
-    def __init__(self, classes: int = 10, n: int = 24) -> None:
+    def __init__(self, classes: int = 10, n: int = 16) -> None:
         torch.manual_seed(0)
         self.classes = classes
         self.net = nn.Sequential(
@@ -129,26 +129,6 @@ def check(outcome: Outcome, task: Task) -> None:
     assert torch.equal(outcome.x_adv[~fell], task.x[~fell])
 
 
-def test_outcome_is_consistent_in_several_batches():
-    task = Task()
-    outcome = run(small(batch_size=7), task)
-    check(outcome, task)
-    assert list(outcome.correct) == STANDARD
-    assert (~outcome.clean).sum() == 2
-    assert outcome.robust.sum() < outcome.correct["apgd-ce"].sum()  # later attacks add something
-
-
-def test_custom_runs_the_listed_attacks_with_standard_settings():
-    task = Task()
-    one, two = (small(version="custom", attacks=a) for a in (["apgd-ce"], ["square", "apgd-ce"]))
-    first, again, other = (run(two, task, seed) for seed in (1, 1, 2))
-    check(first, task)
-    assert list(first.correct) == ["square", "apgd-ce"]
-    assert torch.equal(first.x_adv, again.x_adv)
-    assert not torch.equal(first.x_adv, other.x_adv)
-    assert torch.equal(run(one, task).robust, run(small(), task).correct["apgd-ce"])
-
-
 @pytest.mark.parametrize(("classes", "left_out"), [(4, []), (3, ["apgd-t"]), (2, ["apgd-t"])])
 def test_few_classes_leave_out_what_cannot_run(classes, left_out, caplog):
     task = Task(classes)
@@ -158,7 +138,6 @@ def test_few_classes_leave_out_what_cannot_run(classes, left_out, caplog):
     assert [step.key for step in steps] == [f"aa/{name}" for name in names]
     warned = f"leaves out apgd-t: its loss needs more than {classes} classes"
     assert (warned in caplog.text) == bool(left_out)
-    check(run(small(), task), task)
 
 
 def test_in_a_suite_each_attack_gets_what_those_before_left(monkeypatch):
@@ -176,7 +155,7 @@ def test_in_a_suite_each_attack_gets_what_those_before_left(monkeypatch):
     left = [int(verdict.sum()) for verdict in correct]
     assert list(met) == STANDARD
     assert list(met.values()) == left[:-1]
-    assert left[-1] < left[1] < left[0] == 22
+    assert left[-1] < left[1] < left[0] == 14
 
 
 @pytest.mark.parametrize("name", STANDARD)
@@ -245,23 +224,12 @@ def test_steering_changes_the_path_and_not_the_judgement(name, loss):
     assert plain.robust.sum() < away.robust.sum()
 
 
-def test_steering_helps_where_the_logits_hide_their_gradient():
-    """Rounded logits have no gradient; the loss of the unrounded ones has."""
-    task = Task()
-    smooth = task.net
-    task.net = lambda x: (50 * smooth(x)).round()
-    task.y = task.net(task.x).argmax(1)
-    attack = small(version="custom", attacks=["apgd-ce"])
-    seeing = run(attack, task, steered=lambda x, y: (task.net(x), cross_entropy(smooth(x), y)))
-    assert seeing.robust.sum() < run(attack, task).robust.sum()
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("is_steered", [False, True])
 def test_square_skips_what_it_has_seen_and_finds_the_same(norm, is_steered):
     task = Task(n=30)
     x, y = task.x[2:], task.y[2:]
-    attack = small(norm, square_queries=500 if norm == "linf" else 60)
+    attack = small(norm, square_queries=300 if norm == "linf" else 40)
     found, evaluated = {}, {}
 
     def predict(z: Tensor) -> Tensor:
@@ -286,31 +254,12 @@ def test_square_skips_what_it_has_seen_and_finds_the_same(norm, is_steered):
         assert evaluated[True] <= evaluated[False]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_square_gets_over_logits_that_are_not_finite_as_the_package_does(value):
-    task = Task(n=12)
-    task.x[:6, 0, 0, 0] = 0.6
-
-    def predict(x: Tensor) -> Tensor:
-        logits = task.net(x)
-        return torch.where(x[:, :1, 0, 0] > 0.61, torch.full_like(logits, value), logits)
-
-    y = predict(task.x).argmax(1)
-    attack = small(square_queries=100)
-    plain, skipping = (
-        attack.step("square", predict, task.x, y, 0, skips_repeats=skips) for skips in (False, True)
-    )
-    assert torch.equal(plain[1], skipping[1])
-    torch.testing.assert_close(plain[0], skipping[0], rtol=0, atol=1e-6, equal_nan=True)
-
-
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 12, 12), (2, 18, 18), (1, 12, 20), (1, 20, 7), (3, 4, 4), (1, 4, 20), (1, 6, 60),
-     (1, 40, 10), (1, 1, 9), (1, 2, 2)],
+    [(1, 12, 12), (2, 18, 18), (1, 20, 7), (3, 4, 4), (1, 6, 60), (1, 1, 9)],
     ids=str,
-)  # fmt: skip
+)
 def test_square_takes_images_of_any_shape(norm, shape) -> None:
     torch.manual_seed(0)
     x = 0.3 + 0.4 * torch.rand(10, *shape)
@@ -330,11 +279,10 @@ def test_square_takes_images_of_any_shape(norm, shape) -> None:
     assert not correct.all()
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.7), ("l1", 4.0)])
-def test_square_on_any_shape_is_about_as_strong_as_the_package(monkeypatch, norm, eps) -> None:
+def test_square_on_any_shape_is_about_as_strong_as_the_package(monkeypatch) -> None:
     task = Task(n=60)
     y = task.net(task.x).argmax(1)
-    attack = AutoAttack(eps, norm, "custom", ["square"], square_queries=300)
+    attack = AutoAttack(0.7, "l2", "custom", ["square"], square_queries=200)
     official = attack.step("square", task.net, task.x, y)[1].sum()
     monkeypatch.setattr("common.attacks.square._is_tiled", lambda *_: False)
     ours = attack.step("square", task.net, task.x, y)[1].sum()

@@ -1,4 +1,3 @@
-import pytest
 import torch
 from torch import Tensor
 
@@ -46,29 +45,6 @@ def test_equals_a_loop_over_examples(task64):
         before, after = rewrite(task, i, eps, steps=12, lin=4, drops=[6, 9])
         torch.testing.assert_close(projected[i], after, rtol=0, atol=1e-12)
         torch.testing.assert_close(unprojected[i], before, rtol=0, atol=1e-12)
-
-
-def test_first_step_goes_by_the_margin_alone(task):
-    """At the start Q is P, and the square of their difference is flat."""
-    one = GAMAPGD("8/255", steps=1)
-    assert torch.equal(run(one, task), run(one.but(weight=0.0), task))
-    two = GAMAPGD("8/255", steps=2, step_size="4/255")
-    assert torch.equal(run(two.but(relaxed_steps=0), task), run(two.but(weight=0.0), task))
-    assert not torch.equal(run(two, task), run(two.but(weight=0.0), task))
-
-
-def test_starts_in_a_corner_of_the_cube_and_moves_by_the_step(task):
-    seen = []
-    task.net.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
-    eps = 8 / 255
-    run(GAMAPGD(eps, step_size=0.01, steps=3, decay_at=(1, 2)), task)
-    corner = seen[0] - task.x
-    torch.testing.assert_close(corner.abs(), torch.full_like(corner, eps), rtol=0, atol=1e-6)
-    assert (corner > 0).float().mean().item() == pytest.approx(0.5, abs=0.07)
-    assert torch.equal(seen[0], seen[1])
-    inside = (task.x > 0.1) & (task.x < 0.9)
-    assert (seen[2] - seen[1])[inside].abs().max().item() == pytest.approx(0.01, abs=1e-6)
-    assert (seen[3] - seen[2])[inside].abs().max().item() == pytest.approx(0.001, abs=1e-6)
 
 
 def test_a_stateful_generator_or_the_global_one_will_do(task):

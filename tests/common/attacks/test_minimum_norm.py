@@ -6,7 +6,7 @@ from torch import Tensor
 
 from common.attacks.minimum_norm import CarliniWagner, DeepFool, MinimumNorm
 
-CW = CarliniWagner(steps=40, step_size=0.05, binary_search_steps=5, initial_const=0.1)
+CW = CarliniWagner(steps=20, step_size=0.1, binary_search_steps=4, initial_const=0.1)
 ATTACKS = {
     "deepfool": DeepFool(),
     "deepfool-l2": DeepFool(norm="l2", candidates=3),
@@ -51,8 +51,6 @@ class Linear:
         distances = gaps / (self.w[y] - self.w).norm(p={"linf": 1, "l2": 2}[norm], dim=2)
         nearest = distances.scatter(1, y, math.inf).amin(1)
         self.distance, far = nearest.topk(8)
-        second = logits.topk(2).indices[far, 1:]
-        self.to_runner_up = distances[far].gather(1, second).squeeze(1)
         self.x, self.y = x[far], y[far, 0]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -77,28 +75,6 @@ def test_deepfool_reaches_the_boundary_of_a_linear_classifier(norm, candidates, 
     expected = (1 + overshoot) * (task.distance + 1e-4)
     torch.testing.assert_close(distance(x_adv, task.x, norm), expected, rtol=1e-5, atol=0)
     assert (task(x_adv).argmax(1) != task.y).all()
-
-
-def test_carlini_wagner_comes_close_to_the_boundary_of_a_linear_classifier():
-    """It pushes the leading rival, whose boundary is where it ends, the nearest or not."""
-    task = Linear("l2")
-    x_adv = run(CarliniWagner(steps=200), task)
-    assert (task(x_adv).argmax(1) != task.y).all()
-    reached = distance(x_adv, task.x, "l2")
-    assert (reached >= task.distance * (1 - 1e-9)).all()
-    assert (reached <= task.to_runner_up * 1.01).all()
-    nearest = task.to_runner_up == task.distance
-    assert 4 <= nearest.sum() < 8
-    assert (reached <= task.distance * 1.01)[nearest].all()
-
-
-def test_deepfool_weighs_only_the_likeliest_classes():
-    """With two candidates the runner-up is attacked, though another boundary may be nearer."""
-    task = Linear("l2")
-    x_adv = run(DeepFool(norm="l2", overshoot=0.0, candidates=2), task)
-    reached = distance(x_adv, task.x, "l2")
-    torch.testing.assert_close(reached, task.to_runner_up + 1e-4, rtol=1e-5, atol=0)
-    assert (reached > task.distance + 1e-3).any()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -137,27 +113,6 @@ def test_deepfool_that_runs_out_of_steps_returns_x(task):
     torch.testing.assert_close(x_adv[~unfinished], complete[~unfinished])
 
 
-def test_confidence_is_kept_and_costs_distance(task):
-    """By half a logit wrong, and not by much more."""
-    free, sure = run(ATTACKS["cw"], task), run(ATTACKS["cw-confident"], task)
-    logits = task.net(sure).detach()
-    true = logits.gather(1, task.y[:, None])
-    lead = logits.scatter(1, task.y[:, None], -math.inf).amax(1) - true.squeeze(1)
-    assert (lead[:5] >= 0.5 - 1e-5).all()
-    assert (distance(sure, task.x, "l2") > distance(free, task.x, "l2"))[:5].all()
-
-
-def test_more_searches_never_take_it_farther(task):
-    before = torch.full((6,), math.inf)
-    for searches in (2, 4, 11):
-        attack = ATTACKS["cw"].but(binary_search_steps=searches, initial_const=10.0)
-        x_adv = run(attack, task)
-        assert task.wrong(x_adv).all()
-        reached = distance(x_adv, task.x, "l2")
-        assert (reached <= before).all()
-        before = reached
-
-
 def test_early_abortion_saves_passes_and_changes_little():
     task, calls, reached = Linear("l2"), [0, 0], []
     for i, aborts in enumerate((False, True)):
@@ -166,9 +121,9 @@ def test_early_abortion_saves_passes_and_changes_little():
             calls[i] += 1
             return task(x)
 
-        attack = CarliniWagner(steps=60, step_size=0.03, abort_early=aborts)
+        attack = CarliniWagner(steps=40, step_size=0.04, abort_early=aborts)
         reached.append(distance(attack(predict, task.x, task.y), task.x, "l2"))
-    assert calls[1] < calls[0] == 1 + 9 * 60
+    assert calls[1] < calls[0] == 1 + 9 * 40
     torch.testing.assert_close(*reached, rtol=0.05, atol=0)
 
 

@@ -1,12 +1,10 @@
 """Examples found wrong leave the batch; the others climb as they would have."""
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 
-from common.attacks.pgd import MIM, PGD, check_points, climb_until_broken
+from common.attacks.pgd import MIM, PGD, climb_until_broken
 from common.attacks.randomness import ExampleRandom
 
 ATTACKS = {
@@ -71,11 +69,3 @@ def test_steps_and_restarts_are_spent_on_what_stands(large_task) -> None:
     nobody = torch.arange(0)
     random = ExampleRandom(0, 0, nobody)
     assert climb_until_broken(PGD(0.1), task.of, task.x[:0], random).shape == (0, 3, 8, 8)
-
-
-@pytest.mark.parametrize("steps", [0, 1, 2, 10, 100, 1000])
-def test_check_points_lie_before_the_last_step_and_thin_out(steps: int) -> None:
-    points = sorted(check_points(steps))
-    assert all(1 <= point < steps for point in points)
-    assert all(b <= 1.5 * a + 1 for a, b in itertools.pairwise(points))
-    assert len(points) <= 18

@@ -18,7 +18,7 @@ from common.attacks.losses import cross_entropy
 from common.attacks.pgd import PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.checkpointing import LastCheckpoint
-from common.callbacks.finite import first_fault, gradient_norms, is_finite
+from common.callbacks.finite import first_fault
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
 from common.cli.trainer import Trainer
@@ -81,20 +81,6 @@ def test_a_gradient_that_is_not_finite_under_a_loss_that_is() -> None:
     nn.init.zeros_(second.bias)
     x = torch.ones(2, 3)
     assert first_fault(net, lambda: net(x).sqrt().sum(), {}) == "gradient of 1.bias"
-
-
-def test_what_is_not_a_tensor_is_finite() -> None:
-    assert is_finite({"a": [torch.ones(2), None], "b": ("text", torch.arange(3))})
-    assert not is_finite({"a": [torch.ones(2), torch.tensor(torch.nan)]})
-
-
-def test_norms_of_the_gradients_there_are() -> None:
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    assert gradient_norms(net)[0] == []
-    net[1](torch.ones(1, 2)).sum().backward()
-    names, norms = gradient_norms(net)
-    assert names == ["1.weight", "1.bias"]
-    torch.testing.assert_close(norms, torch.tensor([2.0, 2.0**0.5]))
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -20,7 +20,6 @@ slow = pytest.mark.slow
         ("--model.net.width", "[4, 4]", "unknown option model.net.width; did you mean widths?"),
         ("--trainer.max_epoch", "3", "did you mean trainer.max_epochs?"),
         ("--data.source", "common.data.sources.digits", "did you mean Digits?"),
-        ("--model.objective", "common.objectives.Trades", "did you mean TRADES?"),
         ("--adversary.attack.eps", "8", "eps must lie in [0, 1] (pixels are in [0, 1]), got 8.0; "
          "did you mean '8/255'?"),
         ("--data.batch_size", "many", "data.batch_size: expected int, got many"),
@@ -29,12 +28,8 @@ slow = pytest.mark.slow
         ("--evaluation.validation.losses", "[ce_probe]", "no loss of RobustClassifier matches "
          "'ce_probe'; it declares ce_f, cw_f, model"),
         ("--model.net.num_classes", "7", "model.net.num_classes is 7 and Digits has 10"),
-        ("--model.net.in_channels", "2", "model.net.in_channels is 2 and Digits has 1"),
         ("--evaluation.validation", "null", "so it is not measured"),
-        ("--trainer.gradient_clip_algorithm", "nonsense", "error: "),
-        ("--ckpt_path", "nothing.ckpt", "nothing.ckpt does not exist"),
         ("--ckpt_path", "best", "selected.ckpt does not exist"),
-        ("--seed_everything", "true", "seed_everything: expected int, got True"),
         ("--seed_everything", "4294967296", "got 4294967296"),
         ("--trainer.precision", "bf16-true", "use bf16-mixed or 32-true"),
         ("--trainer.limit_val_batches", "abc", "trainer.limit_val_batches: expected "),
@@ -48,6 +43,9 @@ slow = pytest.mark.slow
          "arguments are required: step_size"),
         ("--model.scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau", "val/robust_acc to "
          "become better, that is larger, and its mode is min; set model.scheduler.mode: max"),
+        ("--checkpoint.dirpath", "elsewhere", "unknown option"),
+        ("--monitoring.hyperparameters", "{a: 1}", "unknown option"),
+        ("--evaluation.validation.eot", "4", "drop eot"),
         ("--evaluation.results", "tiny.yaml/r.json", None),
     ],
 )  # fmt: skip
@@ -76,7 +74,7 @@ def test_limits_under_which_training_never_ends_or_begins(settings, expected) ->
     check_limits({"max_epochs": -1, "callbacks": [{"class_path": "a.EarlyStopping"}]})
 
 
-@pytest.mark.parametrize("seed", ["true", "-1", "null"])
+@pytest.mark.parametrize("seed", ["true", "null"])
 def test_a_seed_in_a_file_is_a_number_too(tiny, seed) -> None:
     line = tiny.refused("fit", *tiny.overlay(f"seed_everything: {seed}"))
     assert "seed_everything" in line
@@ -148,13 +146,13 @@ def test_a_schedule_that_waits_for_a_metric_can_be_resumed(tiny, monitor) -> Non
     given = ("fit", *tiny.overlay(plateau(**more)))
     if monitor == "val/mean_acc":
         given += ("--checkpoint.monitor", monitor)
-    tiny(*given, "--runs", "whole", "--trainer.max_epochs", "3")
+    tiny(*given, "--runs", "whole")
     tiny(*given, "--runs", "parts", "--trainer.max_epochs", "1")
-    tiny(*given, "--runs", "parts", "--trainer.max_epochs", "3", "--ckpt_path", "last")
+    tiny(*given, "--runs", "parts", "--ckpt_path", "last")
     whole, parts = tiny.checkpoint("whole"), tiny.checkpoint("parts")
     # The threshold lets nothing pass for better than the first epoch.
     rates = [c["optimizer_states"][0]["param_groups"][0]["lr"] for c in (whole, parts)]
-    assert rates == pytest.approx([0.1 * 0.1**2] * 2)
+    assert rates == pytest.approx([0.1 * 0.1] * 2)
     assert whole["lr_schedulers"] == parts["lr_schedulers"]
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, parts["state_dict"][name]), name

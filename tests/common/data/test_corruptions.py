@@ -1,5 +1,4 @@
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,21 +9,8 @@ from common.errors import ConfigurationError
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
-    """``write(("fog",), per_severity=4)``: files in the published format, cut down."""
-
-    def write(names: tuple[str, ...] = CORRUPTIONS, per_severity: int = 4) -> Path:
-        folder = tmp_path / "CIFAR-10-C"
-        folder.mkdir(exist_ok=True)
-        rng = np.random.default_rng(0)
-        n = 5 * per_severity
-        for name in names:
-            images = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-            np.save(folder / f"{name}.npy", images)
-        np.save(folder / "labels.npy", np.tile(np.arange(per_severity, dtype=np.uint8) % 10, 5))
-        return tmp_path
-
-    return write
+def write(tmp_path, write_cifar10c):
+    return partial(write_cifar10c, tmp_path)
 
 
 def test_the_names_are_those_of_the_published_files() -> None:

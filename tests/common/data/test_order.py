@@ -236,18 +236,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert all(torch.equal(a[3], b[3]) for a, b in zip(joined, expected, strict=True))
 
 
-def test_training_longer_continues_with_the_next_epoch(tmp_path, Recorder, data_of) -> None:
-    whole = Recorder()
-    trainer_of(tmp_path, 3).fit(whole, data_of())
-    first, second = Recorder(), Recorder()
-    trainer = trainer_of(tmp_path, 2)
-    trainer.fit(first, data_of())
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    trainer_of(tmp_path, 3).fit(second, data_of(), ckpt_path=str(tmp_path / "end.ckpt"))
-    joined = [s[:3] for r in (first, second) for s in r.steps if s[0] == "train"]
-    assert joined == [s[:3] for s in whole.steps if s[0] == "train"]
-
-
 def test_loader_asked_for_during_training_starts_at_its_beginning(
     tmp_path, Recorder, data_of
 ) -> None:
@@ -260,44 +248,6 @@ def test_loader_asked_for_during_training_starts_at_its_beginning(
 
     trainer_of(tmp_path, 1, limit_train_batches=3).fit(Counting(), data_of())
     assert lengths == [80, 80, 80]
-
-
-@pytest.mark.slow
-def test_two_processes_see_what_one_sees(tmp_path, Recorder, data_of) -> None:
-    class Writer(Recorder):
-        """A recorder whose notes come back from another process as a file."""
-
-        def __init__(self, folder: Path) -> None:
-            super().__init__()
-            self.folder = str(folder)
-
-        def write(self, stage: str) -> None:
-            torch.save(self.steps, f"{self.folder}/{stage}{self.global_rank}.pt")
-
-        def on_train_end(self) -> None:
-            self.write("fit")
-
-        def on_test_end(self) -> None:
-            self.write("test")
-
-    alone = Recorder()
-    trainer_of(tmp_path, 2).fit(alone, data_of())
-    trainer = trainer_of(tmp_path, 2, devices=2, strategy="ddp_fork")
-    trainer.fit(Writer(tmp_path), data_of())
-    shares = [torch.load(tmp_path / f"fit{rank}.pt") for rank in range(2)]
-    train = [[s for s in share if s[0] == "train"] for share in [alone.steps, *shares]]
-    assert len(train[0]) == len(train[1]) == len(train[2]) == 10
-    for one, *two in zip(*train, strict=True):
-        pixels = dict(zip(one[2], one[3], strict=True))
-        assert sorted(one[2]) == sorted(two[0][2] + two[1][2])
-        for _, epoch, index, x in two:
-            assert epoch == one[1]
-            assert all(torch.equal(pixels[i], x[k]) for k, i in enumerate(index))
-    trainer_of(tmp_path, 1, devices=2, strategy="ddp_fork").test(
-        Writer(tmp_path), data_of(), verbose=False
-    )
-    seen = [i for rank in range(2) for s in torch.load(tmp_path / f"test{rank}.pt") for i in s[2]]
-    assert sorted(seen) == list(range(23))
 
 
 @pytest.mark.gpu

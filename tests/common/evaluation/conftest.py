@@ -3,7 +3,6 @@
 import importlib
 import json
 from functools import cache, partial
-from unittest import mock
 
 import pytest
 import torch
@@ -21,9 +20,8 @@ from common.results.lines import Threat
 from common.results.schema import AuditResult
 
 THREAT = Threat("linf", 0.2)
-COST = {"steps": 10, "restarts": 2, "square_queries": 100, "random_samples": 30}
-COST |= {"decision_queries": 200}
-DISTILLED = partial(DistilledTransfer, steps=50)
+COST = {"steps": 6, "restarts": 2, "square_queries": 60, "random_samples": 20}
+COST |= {"decision_queries": 120}
 
 
 class Lab:
@@ -44,7 +42,7 @@ class Lab:
         )
 
     @staticmethod
-    def fitted(net: nn.Module, attack: PGD | None = None, epochs: int = 6, rows=slice(None)):
+    def fitted(net: nn.Module, attack: PGD | None = None, epochs: int = 4, rows=slice(None)):
         torch.manual_seed(0)
         x, y = (part[rows] for part in Lab.images("train"))
         optimizer = torch.optim.Adam(net.parameters(), 5e-3)
@@ -77,8 +75,7 @@ class Lab:
         audit = Audit(examples, **(COST | changes))
         model = net if hasattr(net, "adaptive_losses") else Victim(net, classes).eval()
         batch = {"x": x, "y": y, "index": torch.arange(len(y))}
-        with mock.patch("common.evaluation.audit.checks.DistilledTransfer", DISTILLED):
-            steps = audit.steps(model, threat, classes)
+        steps = audit.steps(model, threat, classes)
         outcomes = run_steps(model, batch, steps, seed=0, threat=threat)
         report = audit.report(outcomes, classes)
         TypeAdapter(AuditResult).validate_python(report)
@@ -122,6 +119,13 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
+
+
+@pytest.fixture(autouse=True)
+def _short_attacks_by_labels(monkeypatch) -> None:
+    short = partial(DistilledTransfer, steps=50)
+    monkeypatch.setattr("common.evaluation.audit.checks.DistilledTransfer", short)
+    monkeypatch.setattr("common.evaluation.confirm.QUERIES", 300)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """What an engine finds is judged without it, and it costs no strength."""
 
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -10,19 +9,15 @@ from torch import Tensor, nn
 from common.attacks.autoattack import AutoAttack
 from common.attacks.engine.network import AttackEngine
 from common.attacks.gama import GAMAPGD
-from common.attacks.losses import cross_entropy
 from common.attacks.minimum_norm import DeepFool
 from common.attacks.noise import UniformNoise
 from common.attacks.pgd import MIM, PGD, FriendlyPGD
-from common.attacks.randomness import ExampleRandom
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.errors import ConfigurationError
 from common.evaluation import SuiteEntry, evaluate
-from common.evaluation.confirm import attacked, official, part_of
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
 from common.evaluation.suite import steps_of
-from common.modes import frozen
 from common.results.lines import Outcomes, Threat
 
 FAST = AttackEngine()
@@ -44,11 +39,11 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def examples(model) -> dict[str, Tensor]:
-    x = torch.rand(60, 3, 8, 8)
+    x = torch.rand(40, 3, 8, 8)
     with torch.no_grad():
         y = model(x).argmax(dim=1)
     y[::9] = (y[::9] + 1) % 10
-    return {"x": x, "y": y, "index": torch.arange(60)}
+    return {"x": x, "y": y, "index": torch.arange(40)}
 
 
 SUITE = {
@@ -86,20 +81,18 @@ def assert_confirmed(model, examples, outcomes: Outcomes) -> None:
 
 
 @pytest.mark.parametrize("suite", [SUITE, OFFICIAL], ids=["ours", "official"])
-def test_float32_verdicts_are_those_without_an_engine(model, examples, suite) -> None:
+def test_verdicts_are_those_without_an_engine(model, examples, suite) -> None:
     plain, fast = run(model, examples, None, suite), run(model, examples, FAST, suite)
     for key in plain.correct:
         assert torch.equal(plain.correct[key], fast.correct[key]), key
     robust = plain.correct[list(plain.correct)[-1 if suite is OFFICIAL else 1]]
-    assert 5 < robust.sum() < 50, "the task tells nothing apart"
+    assert 3 < robust.sum() < 35, "the task tells nothing apart"
     assert_confirmed(model, examples, fast)
-
-
-def test_reduced_precision_breaks_all_that_float32_breaks(model, examples) -> None:
-    full, reduced = run(model, examples, FAST), run(model, examples, BF16)
-    for key in full.correct:
-        assert not (reduced.correct[key] & ~full.correct[key]).any(), key
-    assert_confirmed(model, examples, reduced)
+    if suite is SUITE:
+        reduced = run(model, examples, BF16)
+        for key in plain.correct:
+            assert not (reduced.correct[key] & ~plain.correct[key]).any(), key
+        assert_confirmed(model, examples, reduced)
 
 
 def test_distances_and_autoattack_are_left_in_float32(model) -> None:
@@ -108,24 +101,6 @@ def test_distances_and_autoattack_are_left_in_float32(model) -> None:
     assert {key.partition("/")[0] for key in found} == set(suite)
     for key, engine in found.items():
         assert engine["precision"] == ("bf16" if key.startswith("pgd") else "32"), key
-
-
-def test_one_attack_of_the_official_package_in_reduced_precision(model, examples) -> None:
-    attack = AutoAttack(EPS, version="custom", attacks=["apgd-ce"], steps=10)
-    rows = (model(examples["x"]).argmax(1) == examples["y"]).nonzero().flatten()
-    batch = part_of(examples, rows)
-    random, threat = ExampleRandom(0, 0, batch["index"]), Threat("linf", EPS)
-    with frozen(model):
-        full, reduced = (
-            attacked(partial(official, attack, "apgd-ce", 0, None), threat, e, model, batch, random)
-            for e in (FAST, BF16)
-        )
-        with torch.no_grad():
-            fooled = model(reduced["x_adv"]).argmax(dim=1) != batch["y"]
-    assert torch.equal(reduced["correct"], ~fooled)
-    # The package draws for a batch, and what stands is another batch.
-    assert (reduced["correct"] & ~full["correct"]).sum() <= 1
-    assert 0 < reduced["correct"].sum() < len(rows)
 
 
 class Sabotaged(AttackEngine):
@@ -156,9 +131,7 @@ def sabotaged(claims: bool, precision: str) -> Sabotaged:
     return engine
 
 
-@pytest.mark.parametrize(
-    ("claims", "precision"), [(False, "bf16"), (True, "bf16"), (True, "32")], ids=str
-)
+@pytest.mark.parametrize(("claims", "precision"), [(False, "bf16"), (True, "32")], ids=str)
 def test_a_useless_engine_changes_no_verdict(model, examples, claims, precision) -> None:
     """Such as rounding on a device would: an attack stopped there had found nothing yet."""
     pgd = PGD(EPS, EPS / 4, 10)
@@ -170,28 +143,13 @@ def test_a_useless_engine_changes_no_verdict(model, examples, claims, precision)
     }
     engine = sabotaged(claims, precision)
     plain, found = run(model, examples, None, suite), run(model, examples, engine, suite)
-    assert 5 < plain.correct["pgd/ce_f"].sum() < 50
+    assert 3 < plain.correct["pgd/ce_f"].sum() < 35
     assert not (plain.correct["compact/ce_f"] & ~plain.correct["pgd/ce_f"]).any()
     for key in plain.correct:
         # What is broken besides was broken by an image the plain network gets wrong.
         assert not (found.correct[key] & ~plain.correct[key]).any(), key
         assert claims or torch.equal(plain.correct[key], found.correct[key])
     assert_confirmed(model, examples, found)
-
-
-def test_a_second_attack_draws_what_the_first_drew(model, examples) -> None:
-    attack = PGD(EPS, EPS / 4, 3, start="uniform")
-    random = ExampleRandom(0, 0, examples["index"])
-
-    def craft(model, batch, random, _) -> tuple[Tensor, None]:
-        return attack(lambda x: cross_entropy(model(x), batch["y"]), batch["x"], random), None
-
-    with frozen(model):
-        plain = attacked(craft, None, None, model, examples, random.of(examples["index"]))
-        found = attacked(craft, None, sabotaged(False, "bf16"), model, examples, random)
-    standing = found["correct"]
-    assert 5 < standing.sum() < 55
-    assert torch.equal(plain["x_adv"][standing], found["x_adv"][standing])
 
 
 @pytest.mark.slow
@@ -221,16 +179,6 @@ def test_only_what_stands_is_attacked_again(model, examples) -> None:
     full = full[1:-1]
     assert 0 < full[0] < reduced[0]
     assert full[0] >= outcomes.correct["pgd/ce_f"].sum()
-
-
-def test_settings_tell_when_something_is_switched_on(model) -> None:
-    entry = {"pgd": SuiteEntry(PGD(EPS)), "noise": SUITE["noise"]}
-    plain, noise = steps_of(entry, model, 10, 0)
-    fast, still_noise = steps_of(entry, model, 10, 0, FAST)
-    assert set(fast.settings) - set(plain.settings) == {"engine"}
-    assert noise.settings == still_noise.settings
-    (compact,) = steps_of({"pgd": SuiteEntry(PGD(EPS), until_broken=True)}, model, 10, 0)
-    assert set(compact.settings) - set(plain.settings) == {"until_broken"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Figures show the values they are given and survive on disk and in TensorBoard."""
+"""Figures show the values they are given and survive on disk."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from common.evaluation.drawing import (
     BLUE,
@@ -72,12 +71,8 @@ def test_a_grid_names_classes_and_distances_and_marks_wrong_predictions() -> Non
     assert rows[1, 1].get_xlabel() == "L∞ 0.1\nL2 0.333"
 
 
-def test_a_grid_shows_as_many_as_asked_for_and_scales_by_those() -> None:
-    x, x_adv = images()
-    x_adv[3] = x[3] + 0.25  # not shown
-    rows = rows_of(grid_of(x_adv=x_adv, max_examples=3, distances=None))
-    assert rows.shape == (3, 3)
-    assert "× 5" in rows[1, 0].get_ylabel()
+def test_a_grid_shows_as_many_as_asked_for() -> None:
+    assert rows_of(grid_of(max_examples=3, distances=None)).shape == (3, 3)
     assert rows_of(grid_of(n=2)).shape == (3, 2)
 
 
@@ -161,9 +156,6 @@ def test_a_saved_figure_is_whole_and_repeatable(tmp_path: Path, monkeypatch) -> 
     assert path.read_bytes() == first
     with pytest.raises(ValueError, match=r"figure\.bmpp"):
         save_figure(grid_of(), tmp_path / "figure.bmpp")
-    with SummaryWriter(tmp_path / "events") as writer:
-        writer.add_figure("examples", grid_of(), global_step=3)
-    assert next((tmp_path / "events").iterdir()).stat().st_size > 3000
 
     def write_half(self, file, **_) -> None:
         file.write(b"half")

@@ -2,21 +2,15 @@
 
 import functools
 import json
-import os
 import random
-import subprocess
-import sys
 import textwrap
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import common
-from common.attacks.pgd import FGSM
+from common.attacks.pgd import FGSM, PGD
 from common.evaluation import SuiteEntry, evaluate
 from common.evaluation.__main__ import build_model, main
 from common.results.store import read_result
@@ -38,7 +32,7 @@ def network() -> nn.Module:
 def model(lab) -> nn.Module:
     """Trained for a moment on the training digits; nothing of ours in it."""
     torch.manual_seed(0)
-    net = lab.fitted(network(), epochs=3).requires_grad_(True)
+    net = lab.fitted(network(), epochs=2).requires_grad_(True)
     net.zero_grad()
     return net
 
@@ -47,7 +41,8 @@ def test_an_ordinary_model_in_a_few_lines_is_left_as_it_was(model, digits) -> No
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    found = evaluate(model, digits, "quick", eps=0.1, examples=40, progress=False)
+    suite = {"pgd": SuiteEntry(PGD(0.1, steps=5), ["ce_f", "cw_f"]), "fgsm": SuiteEntry(FGSM(0.1))}
+    found = evaluate(model, digits, suite, eps=0.1, examples=40, progress=False)
     assert found.clean_acc > 0.8
     assert found.robust_acc < found.clean_acc
     assert found.robust_acc == found.metrics["worst"] == int(found.robust.sum()) / 40
@@ -62,7 +57,7 @@ def test_an_ordinary_model_in_a_few_lines_is_left_as_it_was(model, digits) -> No
 
 
 def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, model, digits) -> None:
-    suite = {"fgsm": SuiteEntry(FGSM(0.1), sweep={"eps": [0.02, 0.1, 0.3]})}
+    suite = {"fgsm": SuiteEntry(FGSM(0.1), sweep={"eps": [0.02, 0.05, 0.1]})}
     one = evaluate(model, digits, suite, eps=0.1, output=tmp_path, progress=False)
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert names == [
@@ -90,6 +85,11 @@ FACTORY = """
         return nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(width * 36, 10))
 """
 
+SUITE = """
+evaluation:
+  suite: {pgd: {attack: {class_path: common.attacks.pgd.PGD, init_args: {eps: threat, steps: 5}}}}
+"""
+
 
 @pytest.fixture
 def factory(tmp_path, monkeypatch) -> str:
@@ -100,7 +100,9 @@ def factory(tmp_path, monkeypatch) -> str:
 
 
 def test_the_command_line(tmp_path, factory: str, capsys) -> None:
+    (tmp_path / "suite.yaml").write_text(SUITE)
     arguments = ["--model", factory, "--data", "digits", "--eps", "0.1", "--examples", "32"]
+    arguments += ["--suite", "suite.yaml"]
     more = ["--model_args", '{"width": 4}', "--output", "out", "--device", "cpu"]
     with pytest.warns(UserWarning, match="about chance"):
         assert main([*arguments, *more]) == 0
@@ -146,29 +148,3 @@ def test_options_of_a_file_reach_the_evaluation(
     assert (seen["num_classes"], seen["name"]) == (10, "make")
     precision = {"fp32": "32", "bf16": "bf16"}.get(engine)
     assert getattr(seen["engine"], "precision", None) == precision
-
-
-@pytest.mark.slow
-def test_a_killed_evaluation_goes_on(tmp_path, factory: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "common.evaluation", "--model", factory]
-    command += ["--data", "digits", "--eps", "0.1", "--suite", "quick", "--batch_size", "20"]
-    command += ["--examples", "200", "--device", "cpu", "--output"]
-    root = str(Path(common.__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    outcomes = tmp_path / "killed" / "outcomes"
-    process = subprocess.Popen([*command, "killed"], env=environment)
-    while len(list(outcomes.rglob("*.npz"))) < 2:
-        assert process.poll() is None, "it ended early"
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "killed" / "results.json").exists(), "it was too fast to be killed"
-    kept = {path: path.stat().st_mtime_ns for path in outcomes.rglob("*.npz")}
-    for folder in ("killed", "undisturbed"):
-        subprocess.run([*command, folder], env=environment, check=True)
-    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
-    one, other = (
-        json.loads((tmp_path / folder / "results.json").read_text())["checkpoints"]
-        for folder in ("killed", "undisturbed")
-    )
-    assert one == other

@@ -87,14 +87,8 @@ def test_outcomes_are_not_those_of_another_function(
 
 @pytest.mark.parametrize(
     "when",
-    [
-        lambda m, x: True,
-        lambda m, x: not x.requires_grad,
-        lambda m, x: x.requires_grad,
-        lambda m, x: len(x) > 36,
-        lambda m, x: m.calls[0] >= 5,
-    ],
-    ids=["always", "without gradient", "with gradient", "many images", "fifth call"],
+    [lambda m, x: not x.requires_grad, lambda m, x: x.requires_grad, lambda m, x: m.calls[0] >= 5],
+    ids=["without gradient", "with gradient", "fifth call"],
 )
 def test_a_model_that_writes_into_its_images_gets_copies(data, around, exact, when) -> None:
     def forward(m, x: Tensor) -> Tensor:
@@ -198,10 +192,8 @@ def thermometer(m, x: Tensor) -> Tensor:
 
 NO_GRADIENT = {
     "no_grad": torch.no_grad()(lambda m, x: m.net(x)),
-    "inference": torch.inference_mode()(lambda m, x: m.net(x)),
     "numpy": by_numpy,
     "thermometer": thermometer,
-    "lookup": lambda m, x: m.net(torch.linspace(0, 1, 256)[(x * 255).long()]),
 }
 
 
@@ -215,7 +207,7 @@ def test_a_model_without_a_gradient_is_attacked_by_what_needs_none(data, around,
         "aa": SuiteEntry(AutoAttack(EPS, version="custom", **aa)),
     }
     audit = Audit(5, None, 2, 2, square_queries=5, random_samples=5, decision_queries=20)
-    given = {"audit": audit} if name in ("no_grad", "numpy") else {}
+    given = {"audit": audit} if name == "numpy" else {}
     found = robust(model, (x, model(x).argmax(1)), suite, **given)
     assert found.result["not_run"] == ["fgsm/ce_f", "aa/apgd-ce"]
     assert "fgsm/ce_f" not in found.metrics
@@ -276,8 +268,6 @@ def test_a_folder_of_other_results_is_refused_at_the_start(
     [
         ({"batch_size": 2.5}, "batch_size .* got 2.5"),
         ({"examples": 0}, "examples .* got 0"),
-        ({"examples": "10"}, "examples .* got '10'"),
-        ({"seed": None}, "seed .* got None"),
         ({"device": "nowhere"}, "device 'nowhere'"),
         ({"device": "meta"}, "device 'meta'"),
         ({"suite": {"pgd": PGD(EPS)}}, "must be a common.evaluation.suite.SuiteEntry"),

@@ -57,7 +57,7 @@ STRONG = limited(None)
 # ----------------------------------------------------------------------------------- denominators
 
 
-@pytest.mark.parametrize("sizes", [(60,), (60, 25), (25, 60), (None, 30), (1,), (None,)], ids=str)
+@pytest.mark.parametrize("sizes", [(60, 25), (25, 60), (None, 30), (1,)], ids=str)
 def test_the_worst_case_is_exact_on_the_examples_that_met_every_attack(model, data, sizes) -> None:
     x, y = data
     suite = {f"pgd{i}": limited(size) for i, size in enumerate(sizes)}
@@ -155,9 +155,13 @@ def test_a_weak_suite_has_no_worst_case(model, data, name: str) -> None:
     for ask in ("robust_acc", "robust", "robust_index"):
         with pytest.raises(ConfigurationError, match="there is no worst case: no attack used the"):
             getattr(found, ask)
-    both = evaluated(model, data, suite={"weak": SuiteEntry(attack), "strong": STRONG})
-    assert torch.equal(both.robust, model.exact(*data, EPS))
-    assert both.warnings == []
+
+
+def test_weak_attacks_do_not_weaken_a_strong_one(model, data) -> None:
+    weak = {f"weak{i}": SuiteEntry(attack) for i, (attack, _) in enumerate(WEAK.values())}
+    found = evaluated(model, data, suite=weak | {"strong": STRONG})
+    assert torch.equal(found.robust, model.exact(*data, EPS))
+    assert found.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -174,54 +178,37 @@ def test_a_threat_that_no_attack_has_gives_no_worst_case(model, data, given, mat
 
 
 @pytest.mark.parametrize(
-    "attack",
+    "entry",
     [
-        PGD(EPS, EPS / 4, 20),
-        PGD(EPS, EPS / 4, 20, start="zero"),
-        FGSM(EPS),
-        GAMAPGD(EPS, steps=10),
-        DeepFool(EPS, "linf"),
-        AutoAttack(EPS, version="custom", attacks=["apgd-ce"], steps=5),
+        SuiteEntry(PGD(EPS, steps=5)),
+        SuiteEntry(PGD(EPS, steps=5, start="zero"), until_broken=True),
+        SuiteEntry(GAMAPGD(EPS, steps=5)),
+        SuiteEntry(DeepFool(EPS, "linf")),
+        SuiteEntry(AutoAttack(EPS, version="custom", attacks=["apgd-ce"], steps=5)),
     ],
-    ids=lambda attack: f"{type(attack).__name__} {getattr(attack, 'start', '')}",
+    ids=lambda entry: repr(entry.attack),
 )
-def test_without_a_gradient_an_attack_goes_on_by_other_means(linear, around, data, attack) -> None:
+def test_without_a_gradient_an_attack_goes_on_by_other_means(linear, around, data, entry) -> None:
     """The same decisions, and a gradient that is exactly zero everywhere."""
     model = around(lambda m, x: (m.net(x) - m.net(x).detach()) * 0.0 + m.net(x).detach())
     data = [part[::4] for part in data]
     least = linear().exact(*data, EPS).float().mean()
-    for until_broken in (False, True) if type(attack) is PGD else (False,):
-        suite = {"it": SuiteEntry(attack, until_broken=until_broken)}
-        found = evaluated(model, data, suite=suite)
-        assert least <= found.robust_acc <= least + 0.04
-        assert "gradients vanish" in " ".join(str(found).split())
-
-
-HONEST = {
-    "fgsm": FGSM(EPS),
-    "pgd": PGD(EPS, steps=5),
-    "pgd from x": PGD(EPS, EPS / 4, 5, start="zero"),
-    "mim": MIM(EPS, steps=10),
-    "friendly": FriendlyPGD(EPS, EPS / 4, 10),
-    "gama": GAMAPGD(EPS, steps=10),
-    "deepfool": DeepFool(EPS, "linf"),
-    "clipped deepfool": DeepFool(EPS, "linf", clip=True),
-    "autoattack": AutoAttack(EPS, version="custom", attacks=["apgd-ce", "fab-t"], steps=5),
-    "square": AutoAttack(EPS, version="custom", attacks=["square"], square_queries=50),
-}
-
-
-@pytest.mark.parametrize("name", HONEST)
-def test_honest_attacks_have_a_worst_case(model, data, name: str) -> None:
-    found = evaluated(model, data, suite=HONEST[name])
-    assert found.robust_acc >= model.exact(*data, EPS).float().mean()
-    assert found.robust.float().mean().item() == pytest.approx(found.robust_acc)
-    assert len(found.robust_index) == len(data[1])
+    found = evaluated(model, data, suite={"it": entry})
+    assert least <= found.robust_acc <= least + 0.04
+    assert "gradients vanish" in " ".join(str(found).split())
 
 
 @pytest.mark.parametrize(
     "attack",
     [
+        PGD(EPS, EPS / 4, 5, start="zero"),
+        MIM(EPS, steps=10),
+        FriendlyPGD(EPS, EPS / 4, 10),
+        GAMAPGD(EPS, steps=10),
+        DeepFool(EPS, "linf"),
+        DeepFool(EPS, "linf", clip=True),
+        AutoAttack(EPS, version="custom", attacks=["apgd-ce", "fab-t"], steps=5),
+        AutoAttack(EPS, version="custom", attacks=["square"], square_queries=50),
         PGD(0.15, steps=20, norm="l2"),
         FGSM(0.15, norm="l2"),
         CarliniWagner(0.15, steps=20, binary_search_steps=3),
@@ -230,9 +217,13 @@ def test_honest_attacks_have_a_worst_case(model, data, name: str) -> None:
     ],
     ids=repr,
 )
-def test_other_norms_have_one_too(model, data, attack) -> None:
+def test_honest_attacks_have_a_worst_case(model, data, attack) -> None:
     found = evaluated(model, data, attack.eps, suite=attack, norm=attack.norm)
     assert 0.0 < found.robust_acc < found.clean_acc
+    assert found.robust.float().mean().item() == pytest.approx(found.robust_acc)
+    assert found.robust_index.tolist() == list(range(len(data[1])))
+    if attack.norm != "l1":
+        assert not (model.exact(*data, attack.eps, attack.norm) & ~found.robust).any()
 
 
 def test_a_radius_beyond_the_box_is_used_as_far_as_the_box_goes(model, data) -> None:

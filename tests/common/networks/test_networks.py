@@ -13,7 +13,7 @@ from common.networks.alexnet import AlexNet
 from common.networks.mobilenet_v2 import MobileNetV2
 from common.networks.preact_resnet import PreActResNet, PreActResNet18
 from common.networks.resnet import CifarResNet, ResNet, ResNet10, ResNet18
-from common.networks.vgg import VGG, VGG11, VGG13, VGG16, VGG19
+from common.networks.vgg import VGG, VGG16, VGG19
 from common.networks.vit import ViT, ViTBase, ViTSmall, ViTTiny
 from common.networks.wide_resnet import WideResNet
 
@@ -42,40 +42,28 @@ TINY = {
     ("make", "parameters"),
     [
         (ResNet18, 11_173_962),
-        (partial(ResNet18, num_classes=200), 11_271_432),
         (partial(ResNet18, strides=(1, 1, 2, 2)), 11_173_962),
         (partial(ResNet18, strides=(2, 2, 2, 2)), 11_178_186),
         (partial(ResNet10, in_channels=1), 4_902_090),
         (partial(CifarResNet, 8), 77_850),
-        (partial(CifarResNet, 20), 272_282),
         (partial(CifarResNet, 110), 1_730_522),
         (PreActResNet18, 11_172_170),
-        (partial(PreActResNet18, strides=(1, 1, 1, 1)), 11_172_170),
         (WideResNet, 36_479_194),
-        (partial(WideResNet, 34), 46_160_474),
-        (partial(WideResNet, 34, 20), 184_531_674),
         (partial(WideResNet, 34, 1), 466_714),
         (partial(WideResNet, 34, widths=(320, 640, 512)), 68_116_698),
-        (partial(WideResNet, 34, num_classes=100), 46_218_164),
         # equal widths with a stride: the shortcut is a projection all the same
         (partial(WideResNet, 34, widths=(320, 320, 256)), 23_812_570),
         (partial(WideResNet, depths=(5, 3, 5)), 42_471_514),
-        (VGG11, 9_231_114),
-        (VGG13, 9_416_010),
         (VGG16, 14_728_266),
         (VGG19, 20_040_522),
         (partial(VGG, config=VGG16_CONFIG), 14_728_266),
         (partial(VGG16, widths=(64, 128, 256, 512, 204)), 9_333_646),
         # the classifier of torchvision's kind, two hidden layers
         (partial(VGG16, hidden=(256, 256)), 14_922_826),
-        (partial(VGG16, hidden=(256, 256), num_classes=100), 14_945_956),
         (partial(VGG16, hidden=(256, 256), norm=False), 14_914_378),
         (AlexNet, 2_850_634),
-        (partial(AlexNet, num_classes=100), 2_896_804),
         (ViTBase, 9_523_722),
-        (partial(ViTBase, image_size=64), 9_622_026),
         (ViTSmall, 9_622_512),
-        (partial(ViTSmall, image_size=64), 9_720_816),
         (ViTTiny, 4_371_438),
         (partial(ViTTiny, image_size=64), 4_469_742),
     ],
@@ -86,26 +74,15 @@ def test_parameters_as_published(make, parameters):
 
 
 @pytest.mark.parametrize(
-    ("make", "buffers"),
-    [(ResNet18, 9_620), (partial(ResNet18, strides=(2, 2, 2, 2)), 9_749), (WideResNet, 17_977)],
-)
-def test_buffers_as_published(make, buffers):
-    with torch.device("meta"):
-        assert sum(b.numel() for b in make().buffers()) == buffers
-
-
-@pytest.mark.parametrize(
     ("make", "shape"),
     [
+        (ResNet18, (512, 4, 4)),
+        (partial(ResNet18, strides=(1, 1, 2, 2)), (512, 8, 8)),
         (partial(PreActResNet18, strides=(1, 2, 2, 2)), (512, 4, 4)),
-        (partial(PreActResNet18, strides=(1, 1, 2, 2)), (512, 8, 8)),
         (partial(WideResNet, 10, 1, strides=(1, 2, 2)), (64, 8, 8)),
-        (partial(WideResNet, 10, 1, strides=(1, 1, 2)), (64, 16, 16)),
         (partial(VGG16, strides=(2, 2, 2, 2, 2)), (512, 1, 1)),
-        (partial(VGG16, strides=(1, 1, 2, 2, 2)), (512, 4, 4)),
         (partial(VGG16, strides=(1, 1, 1, 1, 2)), (512, 16, 16)),
         (partial(AlexNet, (2, 2, 2, 2)), (256, 2, 2)),
-        (partial(AlexNet, (1, 1, 2, 2)), (256, 7, 7)),
         (partial(AlexNet, (1, 1, 1, 1)), (256, 29, 29)),
         (ViTTiny, (65, 512)),
     ],
@@ -207,11 +184,8 @@ def test_is_made_from_a_configuration_file(name, settings, size):
         *((make, {"drop_rate": 1.0}, "drop.rate") for make in (wide, vgg, alexnet, vit)),
         (resnet, {"depths": (), "widths": (), "strides": ()}, "each stage"),
         (resnet, {"widths": (4, 0)}, "at least 1"),
-        (resnet, {"strides": (0, 1)}, "at least 1"),
         (resnet, {"in_channels": 0}, "in_channels"),
         (CifarResNet, {"depth": 2}, "depth=2"),
-        (CifarResNet, {"depth": 18}, "depth=18"),
-        (CifarResNet, {"depth": 0}, "depth=0"),
         *((WideResNet, {"depth": depth}, f"depth={depth}") for depth in (4, 3, 29, 33)),
         (wide, {"drop_rates": (0.0, 0.0, -0.1)}, "drop_rate"),
         (wide, {"drop_rates": (0.0, 0.0)}, "drop_rates .* 3 .* 2"),
@@ -220,16 +194,11 @@ def test_is_made_from_a_configuration_file(name, settings, size):
         (vgg, {"strides": (2, 2, 2)}, "each stage"),
         (vgg, {"depths": (0, 1)}, "depths"),
         (vgg, {"config": [4, "P"]}, "'P'"),
-        (vgg, {"config": [4, 0]}, "got 0"),
         (vgg, {"config": [4, M, M]}, '"M"'),
-        (vgg, {"config": []}, '"M"'),
         (vgg, {"hidden": (0,)}, r"hidden\[0\]"),
         (alexnet, {"strides": (1, 2, 2)}, "strides .* 4"),
-        (alexnet, {"strides": (1, 0, 2, 2)}, r"strides\[1\]"),
         (alexnet, {"widths": (4, 4, 4, 4)}, "widths .* 5"),
-        (alexnet, {"hidden": (4, 0)}, r"hidden\[1\]"),
         (vit, {"heads": 0}, "heads"),
-        (vit, {"mlp_dim": 0}, "mlp_dim"),
         (vit, {"embedding_drop_rate": -0.1}, "embedding_drop_rate"),
         (ViTTiny, {"image_size": 7}, "tile 7"),
         (MobileNetV2, {"head_width": 0}, "head_width"),

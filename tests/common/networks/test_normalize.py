@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 
@@ -28,11 +26,6 @@ def test_checkpoint_brings_its_own_statistics_and_misses_are_loud():
     assert fresh.mean.item() == pytest.approx(0.3)
     with pytest.raises(RuntimeError, match="mean"):
         Normalize(1).load_state_dict(trained.state_dict())
-
-
-def test_follows_double_precision():
-    normalize = copy.deepcopy(Normalize(1, [0.3], [0.4])).double()
-    assert normalize(torch.rand(1, 1, 2, 2, dtype=torch.float64)).dtype == torch.float64
 
 
 @pytest.mark.parametrize(

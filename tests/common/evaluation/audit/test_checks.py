@@ -58,14 +58,12 @@ def vit() -> nn.Module:
 AT = PGD(0.2, steps=3)
 HONEST = {
     "linear": lambda lab: lab.fitted(linear()),
-    "linear, adversarially trained": lambda lab: lab.fitted(linear(), AT),
     "CNN": lambda lab: lab.natural(),
     "CNN, adversarially trained": lambda lab: lab.robust(),
     "max-pooling, no normalisation": lambda lab: lab.fitted(
         lab.cnn(norm=lambda _: nn.Identity()), AT
     ),
     "softplus": lambda lab: lab.fitted(lab.cnn(nn.Softplus, nn.AvgPool2d)),
-    "SiLU, adversarially trained": lambda lab: lab.fitted(lab.cnn(nn.SiLU, nn.AvgPool2d), AT),
     "ViT": lambda lab: lab.fitted(vit()),
     "temperature": lambda lab: Chain(lab.robust(), lambda z: z / 3),
     "log-softmax": lambda lab: Chain(lab.natural(), lambda z: z.log_softmax(dim=1)),
@@ -99,8 +97,7 @@ def test_other_norms(lab, threat):
 
 
 @pytest.mark.parametrize(
-    ("classes", "is_right"),
-    [(2, True), (2, False), *(pytest.param(10, b, marks=pytest.mark.slow) for b in (True, False))],
+    ("classes", "is_right"), [(2, True), pytest.param(10, False, marks=pytest.mark.slow)]
 )
 def test_random_weights_and_colours(lab, classes, is_right):
     torch.manual_seed(1)
@@ -135,16 +132,6 @@ def gated() -> nn.Module:
     return nn.Sequential(*features, Gate(512, 512), nn.Linear(512, 10))
 
 
-class Zeroed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return (3 * x).round() / 3
-
-    @staticmethod
-    def backward(ctx, g):
-        return torch.zeros_like(g)
-
-
 class Restless(nn.BatchNorm2d):
     """Batch statistics for ever."""
 
@@ -171,16 +158,11 @@ def quantised(function):
 
 FAULTS = {
     "round": (quantised(lambda x: (3 * x).round() / 3), NO_GRADIENT),
-    "function": (quantised(Zeroed.apply), NO_GRADIENT),
     "bytes": (quantised(lambda x: ((255 * x).to(torch.uint8) // 64).float() / 3), NO_GRADIENT),
     "no_grad": (lambda lab: Silent(lab.natural()), NO_GRADIENT | {"black_box", "random_search"}),
     "mask": (lambda lab: lab.fitted(gated(), AT), {"finite_differences", "gradient_path"}),
     "noise": (
         lambda lab: Chain(lambda x: x + 0.2 * torch.randn_like(x), lab.robust()),
-        {"deterministic", "finite_differences"},
-    ),
-    "dropout": (
-        lambda lab: Chain(lambda x: F.dropout(x, 0.3, training=True), lab.robust()),
         {"deterministic", "finite_differences"},
     ),
     "batch statistics": (
@@ -229,11 +211,6 @@ def test_restarts_that_keep_finding_something(lab):
     lottery = Chain(lambda x: F.one_hot((x[:, 0, 0, 0] > 0.66).long(), 2).float())
     checks, _ = lab.audited(lottery, data=data, classes=2, examples=60, restarts=8)
     assert failed(checks) >= {"restarts"}
-
-
-def test_a_surrogate_finds_what_gradients_miss(lab):
-    hidden = Chain(lambda x: (15 * x).round() / 15, lab.natural())
-    assert lab.audited(hidden, transfer=lab.natural())[0]["transfer"]["verdict"] == "fail"
 
 
 # --------------------------------------------------------------------------------------- the steps
@@ -291,7 +268,8 @@ def test_attacks_keep_the_union_over_losses(lab):
     assert "eps_to_chance" in failed(alone[0])
     assert "eps_to_chance" not in failed(both[0])
     assert both[0]["zero_gradients"]["verdict"] == "pass"
-    key = "audit_steps/steps=10"
+    assert alone[0]["transfer"]["verdict"] == "fail", "the surrogate finds what gradients miss"
+    key = "audit_steps/steps=6"
     assert both[1].correct[key][:40].sum() < alone[1].correct[key][:40].sum()
 
 
