@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from common.checkpoints import checkpoint_beside, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
+from common.packages import papers
 from common.results.provenance import weights_digest
 from common.settings import nodes, plain_digest, type_name
 
@@ -328,10 +329,10 @@ def check_package(package: str, classes: set[str], configs: list[str]) -> None:
     Raises:
         ConfigurationError: Naming the other paper.
     """
-    papers = {path.name for path in Path(__file__).parents[2].glob("paper_*") if path.is_dir()}
+    known = set(papers())
     found = {path: path.partition(".")[0] for path in sorted(classes)}
     for config in configs:
-        folders = [part for part in Path(config).resolve().parts if part in papers]
+        folders = [part for part in Path(config).resolve().parts if part in known]
         found[config] = folders[-1] if folders else package
     for origin, other in found.items():
         if other.startswith("paper_") and other != package and package.startswith("paper_"):
