@@ -1,10 +1,12 @@
 # Everything starts here. `make help` lists the targets.
-# The environment is made and refreshed by make itself; only Python 3.11+ and make have to be there.
+# The environment is made and refreshed by make itself; only Python 3.11+ and GNU make have to be
+# there. Version 3.81, that of macOS, is enough: it has neither .ONESHELL nor .SHELLFLAGS, so a
+# recipe has one command a line.
 
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
+# One target at a time: -j is about rows.
+.NOTPARALLEL:
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -19,28 +21,50 @@ ON     ?= digits
 SEEDS  ?= 0 1 2
 ARGS   ?=
 
-# Without OMP_NUM_THREADS, which nproc obeys.
-CORES  := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)
-# make -jN makes N rows at a time; make -n prints the plan.
-FLAGS  := $(filter-out --%,$(firstword -$(MAKEFLAGS)))
-JOBS   ?= $(patsubst -j%,%,$(filter -j%,$(MAKEFLAGS)))
-ROWS    = $(PY) -m common.cli.rows paper_$* --on "$(ON)" --seeds "$(SEEDS)"
+# Processes of pytest; OMP_NUM_THREADS, which clusters set, does not limit them.
+CORES  := auto
+# -jN makes N rows at a time; make 3.81 does not tell recipes what N is, JOBS=N does in all versions.
+JOBS   ?= $(patsubst -j%,%,$(filter -j%,$(MFLAGS)))
+CHOSEN  = paper_$* --on "$(ON)" --seeds "$(SEEDS)"
+
+# NAME stands for a paper in the list of targets. By exec a signal to make reaches what it runs.
+##@ First
+# reproduce-NAME: ## train and attack a paper's networks: tables and figures in runs/
+$(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
+	@exec $(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --report -- $(ARGS)
+
+# plan-NAME: ## the rows that reproduce-NAME would make
+$(PAPERS:%=plan-%): plan-%: $(STAMP)
+	@$(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --plan -- $(ARGS)
+
+test: $(STAMP) ## fast tests, some minutes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES)
+
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
+	  /^(# )?[A-Za-z-]+:.*## / {sub(/^# /, ""); printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo 'NAME is $(PAPERS)'
+	@echo 'ON="digits"                      rows: exact names, patterns with *, beginnings of names'
+	@echo 'SEEDS="0 1 2"                    their seeds'
+	@echo 'ARGS="--trainer.max_epochs 3"    options of every row'
+	@echo 'JOBS=2                           rows at a time; one per core on the digits, else one'
 
 ##@ Results
-reproduce: $(addprefix reproduce-,$(PAPERS)) ## all papers on the embedded digits
+reproduce: $(PAPERS:%=reproduce-%) ## all papers
 
-reproduce-%: $(STAMP) ## rows, table and figures of a paper [ON=stems] [SEEDS="0 1 2"] [ARGS=...] [-j2]
-	+@[ -x "$(PY)" ] || { echo "make setup comes first"; exit 0; }; \
-	$(if $(findstring n,$(FLAGS)),$(ROWS) --plan -- $(ARGS),failed=0; \
-	$(ROWS) --jobs "$(JOBS)" -- $(ARGS) || failed=$$?; [ $$failed -le 1 ] || exit $$failed; \
-	[ ! -f paper_$*/analysis.py ] || \
-	$(PY) -m paper_$*.analysis --on "$(ON)" --seeds $(SEEDS) || failed=1; \
-	$(PY) -m common.results.tables paper_$* --on "$(ON)" --seeds "$(SEEDS)"; exit $$failed)
+# publish-NAME: ## finished rows become the published results in paper_NAME and its README
+$(PAPERS:%=publish-%): publish-%: $(STAMP)
+	@$(PY) -m common.cli.publish $(CHOSEN)
 
-commands-%: $(STAMP) ## one command per row, for a cluster [ON=] [SEEDS=] [ARGS=]
-	@$(ROWS) --commands -- $(ARGS)
+# commands-NAME: ## one command per row, for a cluster
+$(PAPERS:%=commands-%): commands-%: $(STAMP)
+	@$(PY) -m common.cli.rows $(CHOSEN) --commands -- $(ARGS)
 
-results: $(STAMP) ## render all tables again from the result files
+reproduce-% plan-% publish-% commands-%:
+	$(error there is no paper '$*' here; there are $(PAPERS))
+
+results: $(STAMP) ## render the tables of all READMEs again from the published results
 	@$(PY) -m common.results.tables $(addprefix paper_,$(PAPERS))
 
 bench: $(BENCH) ## ours against peers and the bare loop, under half an hour [ARGS="training --compile"]
@@ -66,9 +90,6 @@ check: $(STAMP) ## format, lint, types, direction of imports
 format: $(STAMP) ## format the code and fix what the linter can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-
-test: $(STAMP) ## fast tests, some minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES)
 
 test-wheel: $(STAMP) ## build the wheel and use it without the checkout, a minute
 	@.ci/wheel $(PY)
@@ -103,9 +124,5 @@ $(BENCH): $(STAMP)
 clean: ## remove the environment and caches; runs and results stay
 	rm -rf $(VENV) $(BENCHENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build
 
-help: ## this list
-	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
-	  /^[a-z%-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-
-.PHONY: new reproduce results bench bench-full tensorboard check format test test-wheel test-slow test-faults setup clean \
-  help
+.PHONY: help test reproduce results bench bench-full tensorboard new check format test-wheel \
+  test-slow test-faults setup clean $(foreach do,reproduce plan publish commands,$(PAPERS:%=$(do)-%))

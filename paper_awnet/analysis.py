@@ -4,6 +4,7 @@ C1 and figure F1 compare filters of a standard and a robust network, C2 and C6 A
 with the static network, C5 the same under adaptive attacks. Tags as in ``method.py``.
 """
 
+import re
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -255,8 +256,9 @@ def plane(found: Found, roles: Roles) -> dict[str, list[tuple[float, float, floa
 
 
 def scope(on: str) -> tuple[str, str]:
-    """What stems begin with: the digits, or the data set and backbone as asked for."""
-    base = roles_of(on).base
+    """What stems begin with: the data set, and the backbone where what is asked for has one."""
+    found = re.match(r"[a-z0-9]+_(?:resnet|wrn|mobilenetv)\d+(?:_\d+)?(?=_|$)", on)
+    base = roles_of(found[0] if found else on.partition("_")[0]).base
     return base, f"{base}_"
 
 

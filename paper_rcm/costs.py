@@ -3,7 +3,7 @@
 For every network of the configurations: parameters, multiply-accumulates, side of the last map,
 peak memory of a training step, and the time of a step of adversarial training relative to the same
 network with its base strides and no up-sampling. Times are medians over rounds in which the two
-take turns; they belong to a device and a batch size, which ``results/costs.json`` names.
+take turns; they belong to a device and a batch size, which ``costs.json`` names.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from common.evaluation.measures import cost
 from common.files import read_sealed_json, write_sealed_json
 from common.limits import read_yaml
 from common.parsing import build, load_named
+from common.results.selection import select
 from common.results.store import COSTS, read_costs
 from paper_rcm.figures import cost_figure
 from paper_rcm.method import BASE_STRIDES, parse_strides
@@ -191,10 +192,11 @@ def main(args: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="how often each is timed")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     o = parser.parse_args(args)
-    configs = sorted(CONFIGS.glob(f"{o.on}*.yaml"))
-    if not configs:
-        raise ConfigurationError(f"no configuration begins with {o.on!r}")
-    results, console = CONFIGS.parent / "results", Console()
+    stems = select((path.stem for path in CONFIGS.glob("*.yaml")), o.on)
+    if not stems:
+        raise ConfigurationError(f"no configuration is meant by {o.on!r}")
+    configs = [CONFIGS / f"{stem}.yaml" for stem in stems]
+    results, console = Path("runs", "paper_rcm", "results"), Console()
     found = measure_costs(configs, results, o.batch_size, o.device, o.rounds, console)
     console.print(show(found))
     for dataset in sorted({stem.partition("_")[0] for stem in found}):

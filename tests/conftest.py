@@ -475,6 +475,7 @@ def file_result() -> Callable[..., None]:
         seed: int,
         outcomes: Any,
         label: str = "last",
+        made: Mapping[str, Any] | None = None,
         **entry: Any,
     ) -> None:
         merge_result(
@@ -484,7 +485,7 @@ def file_result() -> Callable[..., None]:
             seed=seed,
             label=label,
             entry=checkpoint_entry(outcomes, **entry),
-            provenance={"config_digest": "x"},
+            provenance={"config_digest": "x", **(made or {})},
         )
 
     return put

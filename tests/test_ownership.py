@@ -4,6 +4,7 @@ import getpass
 import json
 import re
 import socket
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ def home(tmp_path: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("precious")
     return folder
+
+
+@pytest.mark.parametrize(
+    "package", sorted(path.parent.name for path in ROOT.glob("paper_*/configs"))
+)
+def test_the_analysis_of_a_row_asked_for_by_name_is_about_it(package: str) -> None:
+    scope = import_module(f"{package}.analysis").ANALYSIS.scope
+    stems = [path.stem for path in (ROOT / package / "configs").glob("*.yaml")]
+    assert stems
+    for stem in stems:
+        assert all(map(stem.startswith, scope(stem)))
 
 
 def into(folder: Path) -> tuple[str, str]:

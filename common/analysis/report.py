@@ -1,15 +1,16 @@
 """The frame of every analysis: ``python -m paper_X.analysis``.
 
 A paper's ``analysis.py`` declares an :class:`Analysis`: its claims, measures and figures. The frame
-reads the results, keeps the rows that can be compared, draws the figures, writes ``analysis.json``
-beside the results, from which tables show the verdicts, and prints. What is missing is named, and
-the rest is done without it.
+reads the results of a reproduction, keeps the rows that can be compared, draws the figures, writes
+``analysis.json`` beside the results, from which tables show the verdicts, and prints. What is
+missing is named, and the rest is done without it.
 """
 
 import argparse
 import math
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from common.evaluation.models import load_run
 from common.files import write_sealed_json
 from common.packages import package_folder
 from common.results.bases import comparable, last_of
-from common.results.reference import read_reference, select
+from common.results.published import digests
+from common.results.reference import read_reference
 from common.results.schema import Result
+from common.results.selection import parse_seeds, select
 from common.results.store import read_result
 
 Load = Callable[[Path], tuple[Any, Any]]
@@ -100,7 +103,8 @@ class Found:
                 continue
             if result["seed"] in self.seeds:
                 self.everything.append(result)
-        self.results = [r for r in self.everything if select([r["experiment"]], self.on)]
+        chosen = select({r["experiment"] for r in self.everything}, self.on)
+        self.results = [r for r in self.everything if r["experiment"] in chosen]
         self.metrics, left_out = comparable(last_of(self.results, self.prefix))
         self.missing += left_out + [
             f"{name} of {self.prefix}{method}, seed {seed}"
@@ -147,6 +151,12 @@ class Found:
         return x, y
 
 
+def scope_of(on: str) -> tuple[str, str]:
+    """All rows of the digits, else those that begin as asked for; and the data set."""
+    dataset = on.partition("_")[0]
+    return ("digits" if dataset == "digits" else on), f"{dataset}_"
+
+
 @dataclass(frozen=True)
 class Analysis:
     """What a paper declares.
@@ -157,7 +167,8 @@ class Analysis:
         baseline: Method that the forest plot shows differences to.
         accuracy: Metric of the forest plot.
         accuracy_label: The same in words.
-        scope: ``--on`` to what stems begin with, and the prefix before the methods' names.
+        scope: A beginning of stems to what the stems of an analysis begin with, and the prefix
+            before the methods' names.
         measure: Takes the measures of trained networks and puts them into ``found``.
         figures: Figures by name; ``None`` where there is nothing to draw.
         tables: More tables under the verdicts.
@@ -171,7 +182,7 @@ class Analysis:
     baseline: str
     accuracy: str
     accuracy_label: str
-    scope: Callable[[str], tuple[str, str]] = lambda on: (on, f"{on.partition('_')[0]}_")
+    scope: Callable[[str], tuple[str, str]] = scope_of
     measure: Callable[[Found], None] = lambda found: None
     figures: Callable[[Found], Mapping[str, Figure | None]] = lambda found: {}
     tables: Callable[[Found], list[dict[str, Any]]] = lambda found: []
@@ -216,16 +227,18 @@ class Analysis:
             **plain_values(found.measured),
             "missing": found.missing,
         }
-        path = results / ("analysis.json" if found.is_digits else f"analysis_{rows}.json")
-        write_sealed_json(path, report)
         start = prefix if found.is_digits else f"{rows}_"
         pictures = {"differences": self.forest(found), **self.figures(found)}
         figures = [
-            str(save_figure(figure, results / "figures" / f"{start}{name}.png"))
+            save_figure(figure, results / "figures" / f"{start}{name}.png")
             for name, figure in pictures.items()
             if figure is not None
         ]
-        return {**report, "figures": figures, "path": str(path)}
+        report["figures"] = [figure.name for figure in figures]
+        report["made_of"] = digests(found.everything)
+        path = results / ("analysis.json" if found.is_digits else f"analysis_{rows}.json")
+        write_sealed_json(path, report)
+        return {**report, "figures": [str(figure) for figure in figures], "path": str(path)}
 
     def _labels(self) -> dict[str, str]:
         path = package_folder(self.package) / "reference.yaml"
@@ -252,19 +265,35 @@ class Analysis:
             prog=f"python -m {self.package}.analysis",
             description="Figures, and verdicts on claims, from checkpoints and results.",
         )
-        parser.add_argument("--runs", type=Path, default=Path("runs") / self.package)
-        parser.add_argument("--results", type=Path, default=Path(self.package) / "results")
-        parser.add_argument("--on", default="digits", help="with what the stems begin")
-        parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        parser.add_argument(
+            "--runs", type=Path, default=Path("runs") / self.package, help="with results/ inside"
+        )
+        parser.add_argument("--on", default="digits", help="exact stems, patterns or beginnings")
+        parser.add_argument("--seeds", default="0 1 2", metavar='"0 1 2"')
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         o = parser.parse_args(args)
-        try:
-            report = self.analyse(o.runs, o.results, o.on, o.seeds, o.device)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        print(describe(report))
-        return 0
+        results, status = o.runs / "results", 0
+        stems = {path.name.rpartition("-seed")[0] for path in results.glob("*-seed*.json")}
+        for on in dict.fromkeys(self.scope(one)[0] for one in beginnings(o.on, stems)):
+            try:
+                report = self.analyse(o.runs, results, on, parse_seeds(o.seeds), o.device)
+                print(describe(report))
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                status = 2
+        return status
+
+
+def beginnings(on: str, stems: Iterable[str]) -> Iterator[str]:
+    """With what the stems of a selection begin: a word up to its first wildcard.
+
+    Data sets of the stems it selects where it begins with a wildcard.
+    """
+    for word in on.split():
+        if start := re.split(r"[*?[]", word)[0].rstrip("_"):
+            yield start
+        else:
+            yield from sorted({stem.partition("_")[0] for stem in select(stems, word)})
 
 
 def plain_values(value: Any) -> Any:

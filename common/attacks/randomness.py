@@ -104,10 +104,9 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     others = random.getstate(), np.random.get_state()  # noqa: NPY002 (foreign models use it)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            if device.type == "cpu":  # the states of other devices are not restored
-                torch.default_generator.manual_seed(seed)
-            else:
-                torch.manual_seed(seed)
+            # The states of devices that are not in use are not restored.
+            used = torch.default_generator if device.type == "cpu" else torch
+            used.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
             yield

@@ -3,7 +3,8 @@
 ``python -m common.cli.rows paper_cifs --on digits --seeds "0 1 2" -- --trainer.max_epochs 3``
 
 A row whose run is finished, and whose config, referenced files, options and needed rows have not
-changed since, is skipped. Other rows continue if one fails.
+changed since, is skipped. Other rows continue if one fails. The results of finished rows are copied
+to ``runs/<package>/results``.
 """
 
 import argparse
@@ -30,10 +31,19 @@ from common.errors import ConfigurationError, UserError
 from common.files import write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
 from common.packages import package_folder, papers, say_shadowed
-from common.results.reference import select
+from common.results.selection import parse_seeds, select
 
 SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
 """Names of experiments and paths of referenced files."""
+
+
+BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
+"""What every experiment begins with."""
+
+
+def results_folder(package: str) -> Path:
+    """Where reproductions leave results, the analysis and figures of a paper."""
+    return Path("runs", package, "results")
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,11 @@ class Row:
     def run(self) -> Path:
         """Its run directory, in which its result is ``results.json``."""
         return Path("runs", self.package, self.stem, f"seed{self.seed}")
+
+    @property
+    def result(self) -> Path:
+        """Where a copy of its result is collected, beside those of the other rows."""
+        return results_folder(self.package) / f"{self.stem}-seed{self.seed}.json"
 
     @property
     def command(self) -> list[str]:
@@ -98,20 +113,41 @@ class Row:
     def digest(self) -> str:
         """SHA-256 of all that decides whether a finished run is this row's."""
         found = hashlib.sha256(json.dumps([self.seed, *self.options]).encode())
-        for path in [self.config, *self.parts]:
+        for path in [BASE, self.config, *self.parts]:
             found.update(path.read_bytes())
         for row in self.needs:
             found.update(row.digest.encode())
         return found.hexdigest()
 
     @property
-    def is_finished(self) -> bool:
-        """Whether there is a result, made with what the config says now."""
+    def problem(self) -> str:
+        """Why its run directory holds no finished result of this row; empty if it holds one."""
+        if not self.run.is_dir():
+            return "has not been run"
         try:
-            is_same = read_json(self.run / "finished")["row"] == self.digest
-            return bool(is_same and (self.run / "results.json").is_file())
+            record = read_json(self.run / "finished")
+            made = record["row"], record["options"], record["result"]
+            result = _sha256(self.run / "results.json")
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            return "is not finished"
+        if made[1] != list(self.options):
+            return f"was made with ARGS={shlex.join(map(str, made[1])) if made[1] else ''!r}"
+        if made[0] != self.digest:
+            return "was made before its config, or something that this names, changed"
+        return "" if made[2] == result else "has another results.json than it was made with"
+
+    def finish(self, digest: str) -> None:
+        """Record that its run directory holds its result; ``digest`` is from before it ran."""
+        record = {
+            "row": digest,
+            "options": list(self.options),
+            "result": _sha256(self.run / "results.json"),
+        }
+        write_json_atomically(self.run / "finished", record)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _texts_in(value: Any, seen: set[int]) -> Iterator[tuple[str, str]]:
@@ -165,6 +201,30 @@ def rows_of(package: str, on: str, seeds: Sequence[int], options: Sequence[str] 
     return ordered
 
 
+def collect(package: str, options: Sequence[str] = ()) -> None:
+    """Make its folder of results hold the results of all finished rows with these options.
+
+    Those of other options, or made before a config changed, are removed from it.
+    """
+    wanted: dict[Path, Path] = {}
+    for made in sorted(Path("runs", package).glob("*/seed*/results.json")):
+        seed = made.parts[-2].removeprefix("seed")
+        if not seed.isdecimal():
+            continue
+        row = Row(package, made.parts[-3], int(seed), tuple(options))
+        try:
+            if not row.problem:
+                wanted[row.result] = made
+        except (UserError, OSError):
+            continue  # its config is not there any more, or damaged
+    for path in set(results_folder(package).glob("*-seed*.json")) - set(wanted):
+        path.unlink(missing_ok=True)
+    for path, made in wanted.items():
+        content = made.read_bytes()
+        if not path.is_file() or path.read_bytes() != content:
+            write_bytes_atomically(path, content)
+
+
 class Runner:
     """Makes rows, ``jobs`` at a time, each after those it needs."""
 
@@ -177,7 +237,7 @@ class Runner:
 
     def __call__(self) -> bool:
         """Make what is not finished; whether all rows are finished then."""
-        finished = {row for row in self.rows if row.is_finished}
+        finished = {row for row in self.rows if not row.problem}
         if finished:
             print(f"{len(finished)} of {len(self.rows)} rows are finished", flush=True)
         waiting = TopologicalSorter({row: row.needs for row in self.rows})
@@ -228,40 +288,52 @@ class Runner:
             lines = [line.strip() for line in log.read_text(errors="replace").split("\n")]
             last = next(filter(None, reversed(lines)), f"status {status}")
             return f"{last} (whole log in {log})"
-        write_json_atomically(row.run / "finished", {"row": digest, "options": list(row.options)})
+        row.finish(digest)
         print(f"end    {row}  ({time.perf_counter() - begun:.0f} s)", flush=True)
         return ""
 
 
-def _parsed(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m common.cli.rows", description=__doc__)
-    parser.epilog = "What follows -- are options of every row."
+def parser_of(program: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of commands about the rows of a paper."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument("package", help="for instance paper_cifs")
     parser.add_argument("--on", default="digits", help="exact stems, patterns or beginnings")
     parser.add_argument("--seeds", default="0 1 2", metavar='"0 1 2"')
-    parser.add_argument("--jobs", help="rows at a time; by default one per core on digits, else 1")
-    parser.add_argument("--plan", action="store_true", help="print what would run")
-    parser.add_argument("--commands", action="store_true", help="print a command for each row")
-    given = parser.parse_args(words)
+    return parser
+
+
+def split_options(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Words of a command (by default this one), and what follows ``--``: options of every row."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def _jobs(text: str | None, is_small: bool) -> int:
+    """How many rows are made at a time: as told, else one per core on the digits."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        seeds = [int(word) for word in given.seeds.replace(",", " ").split()]
-        jobs = int(given.jobs or (cores if "digits" in given.on else 1) or 1)
-    except ValueError:
-        raise ConfigurationError(
-            f"--seeds {given.seeds!r} and --jobs {given.jobs!r} are numbers"
-        ) from None
-    return argparse.Namespace(**vars(given) | {"seeds": seeds, "jobs": max(jobs, 1)})
+    if not text:
+        return (cores or 1) if is_small else 1
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigurationError(f"JOBS is {text!r}, expected how many rows to make at a time")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make, plan or list rows; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    at = words.index("--") if "--" in words else len(words)
+    words, options = split_options(argv)
+    parser = parser_of("common.cli.rows", __doc__)
+    parser.epilog = "What follows -- are options of every row."
+    parser.add_argument("--jobs", help="rows at a time; by default one per core on digits, else 1")
+    parser.add_argument("--plan", action="store_true", help="print what would run")
+    parser.add_argument("--commands", action="store_true", help="print a command for each row")
+    parser.add_argument("--report", action="store_true", help="then analyse them and print tables")
+    given = parser.parse_args(words)
     try:
-        given, options = _parsed(words[:at]), words[at + 1 :]
         say_shadowed("common", given.package)
-        rows = rows_of(given.package, given.on, given.seeds, options)
+        rows = rows_of(given.package, given.on, parse_seeds(given.seeds), options)
+        is_small = all(row.stem.startswith("digits_") for row in rows)
+        jobs = _jobs(given.jobs, is_small)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -270,23 +342,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*(_alone(row) for row in rows if row.stem in chosen), sep="\n")
         return 0
     if given.plan:
-        for row in rows:
-            print(f"{row}: {'finished' if row.is_finished else shlex.join(row.command)}")
+        _print_plan(rows, jobs)
         return 0
-    if "digits" in given.on:  # one row per core
+    if is_small:  # one row per core
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    is_complete = _run(Runner(rows, given.jobs))
-    for row in rows:
-        if row.is_finished:
-            to = Path(row.package, "results", f"{row.stem}-seed{row.seed}.json")
-            write_bytes_atomically(to, (row.run / "results.json").read_bytes())
-    if not is_complete:
+    runner = Runner(rows, jobs)
+    _end_with(runner)
+    is_complete = runner()
+    collect(given.package, options)
+    if given.report:
+        is_complete &= _report(given.package, ["--on", given.on, "--seeds", given.seeds], options)
+    if runner.failed:
         print("some rows failed, see FAILED above; the same command tries them again", flush=True)
     return int(not is_complete)
 
 
-def _run(runner: Runner) -> bool:
-    """Run rows, which end with this process."""
+def _report(package: str, selection: Sequence[str], options: Sequence[str]) -> bool:
+    """Analyse the results and print the tables; whether all went well."""
+    tables = ["common.cli.reproduction", package, *selection, "--", *options]
+    has_analysis = (package_folder(package) / "analysis.py").is_file()
+    commands = [[f"{package}.analysis", *selection]] * has_analysis + [tables]
+    done = [subprocess.run([sys.executable, "-m", *words], check=False) for words in commands]
+    return all(process.returncode == 0 for process in done)
+
+
+def _print_plan(rows: Sequence[Row], jobs: int) -> None:
+    """One line per row, in the order in which they run, and what is run for each."""
+    width = max(len(str(row)) for row in rows)
+    for row in rows:
+        after = f", after {', '.join(needed.stem for needed in row.needs)}" if row.needs else ""
+        print(f"{row!s:{width}}  {row.problem + after if row.problem else 'is finished'}")
+    unmade = [row for row in rows if row.problem]
+    print(f"\n{len(unmade)} of {len(rows)} rows would be made, {jobs} at a time", end="")
+    print(f", the first by\n  {shlex.join(unmade[0].command)}" if unmade else "")
+
+
+def _end_with(runner: Runner) -> None:
+    """When this process is told to end, the rows it runs are, and what else it has started."""
 
     def stop(signum: int, _: Any) -> NoReturn:
         runner.stop()
@@ -294,7 +386,6 @@ def _run(runner: Runner) -> bool:
 
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(signum, stop)
-    return runner()
 
 
 def _alone(row: Row) -> str:

@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 PROJECT = "robust-image-classification"
+CODE = (
+    *(":(top,glob)common/**/*.py", ":(top,glob)common/**/*.yaml"),
+    *(":(top,glob)paper_*/**/*.py", ":(top,glob)paper_*/configs/**"),
+)
+"""What decides a number, as git names files; results and texts are not among it."""
+
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "pyautoattack", "scikit-learn")
 
 
@@ -26,11 +32,18 @@ def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _git(*arguments: str) -> str | None:
+def code_changes(folder: Path = Path(__file__).parent) -> list[str] | None:
+    """Files of code and configs that are not as committed, new ones too; ``None`` without git."""
+    words = ("status", "--porcelain", "--untracked-files=all", "--no-renames", "--", *CODE)
+    status = _git(*words, folder=folder)
+    return None if status is None else [line[3:].strip('"') for line in status.splitlines()]
+
+
+def _git(*arguments: str, folder: Path = Path(__file__).parent) -> str | None:
     try:
         done = subprocess.run(
             ["git", *arguments],
-            cwd=Path(__file__).parent,
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=10,
@@ -38,7 +51,7 @@ def _git(*arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.rstrip()
 
 
 def is_tracked() -> bool:
@@ -67,12 +80,11 @@ def collect(
     engine: object = None,
 ) -> dict[str, Any]:
     """Everything about a result that may differ between two runs giving the same numbers."""
-    tracked = is_tracked()
-    status = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
+    changes = code_changes() if is_tracked() else None
     name = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return {
-        "commit": _git("rev-parse", "HEAD") if tracked else None,
-        "dirty": None if status is None else bool(status),
+        "commit": None if changes is None else _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
         "versions": {
             PROJECT: _version(),
             "python": platform.python_version(),

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -159,24 +158,6 @@ class Reference:
     def members(self, group: Group) -> list[Row]:
         """The rows of a table."""
         return [row for row in self.rows.values() if group.id in row.groups]
-
-
-def select(stems: Iterable[str], on: str) -> list[str]:
-    """The stems that a selection means, sorted.
-
-    Args:
-        stems: All there are.
-        on: Words separated by spaces. A word that is a stem means that stem alone; one with ``*``
-            or ``?`` is a pattern; any other is the beginning of stems.
-    """
-    known = sorted(stems)
-
-    def matches(stem: str, word: str) -> bool:
-        if word in known:
-            return stem == word
-        return fnmatchcase(stem, word if "*" in word or "?" in word else f"{word}*")
-
-    return [stem for stem in known if any(matches(stem, word) for word in on.split() or [""])]
 
 
 def read_reference(path: str | Path) -> Reference:

@@ -167,7 +167,7 @@ def read_result(path: str | Path) -> Result:
     """
     remedy = (
         "delete it and run the experiment's test again, which needs no training (with make, "
-        "delete the file finished in its run directory, and make writes it again)"
+        "delete the file finished in its run directory; make reproduce and publish write it again)"
     )
     try:
         data = read_json(path)

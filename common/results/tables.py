@@ -13,12 +13,12 @@ Numbers are percentages, lists of repeats, or null for "not found". A group with
 gets a second table, in which its other rows are compared with that one example by example.
 :mod:`common.results.reference` describes all keys.
 
-``python -m common.results.tables paper_x`` prints the tables and rewrites the README's.
+``python -m common.results.tables paper_x`` rewrites those of the README from the published results.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,8 @@ from common.results.cells import compact_of, sheet_of
 from common.results.comparison import comparison_sheet
 from common.results.front import write_front
 from common.results.markdown import Sheet, escape, folded, is_current, write_readme
-from common.results.reference import Reference, Row, read_reference, select
+from common.results.reference import Reference, Row, read_reference
+from common.results.selection import select
 from common.results.store import load_results, read_costs
 
 TERMINAL = 80
@@ -49,8 +50,8 @@ class Report:
     """The tables of one paper."""
 
     markdown: str
-    compact: Table | None
-    """The first table with results, for a terminal."""
+    compact: list[Table]
+    """For a terminal: the first table with results, and others with rows that those before lack."""
     missing: list[str]
     """Rows without a result, or with what is missing of it."""
 
@@ -70,20 +71,22 @@ def render_table(
     on: str = "",
     seeds: Sequence[int] | None = None,
     groups: Sequence[str] | None = None,
+    folder: Path | None = None,
 ) -> Report:
     """Set a paper's numbers beside ours, one table per group.
 
     Args:
         package: Import name of the paper.
-        on: Only these experiments, as in :func:`common.results.reference.select`.
+        on: Only these experiments, as in :func:`common.results.selection.select`.
         seeds: Only these seeds; ``None`` takes all there are.
         groups: Only these tables, by id; ``None`` takes all.
+        folder: Where our results are; ``None`` takes the published ones.
 
     Raises:
         ConfigurationError: If a file is damaged, or no experiment starts with ``on``.
     """
-    folder = package_folder(package)
-    reference = read_reference(folder / "reference.yaml")
+    reference = read_reference(package_folder(package) / "reference.yaml")
+    folder = folder or package_folder(package) / "results"
     chosen = select(reference.rows, on)
     rows = [row for stem, row in reference.rows.items() if stem in chosen]
     if not rows:
@@ -92,22 +95,26 @@ def render_table(
             f"no experiment of {package} is meant by {on!r}; they start with {', '.join(known)}"
         )
     results = by_experiment(
-        result
-        for result in load_results(folder / "results")
-        if seeds is None or result["seed"] in seeds
+        result for result in load_results(folder) if seeds is None or result["seed"] in seeds
     )
-    costs = read_costs(folder / "results")
-    sheets, never, compact = [], [], None
+    costs = read_costs(folder)
+    sheets: list[Sheet] = []
+    never: list[str] = []
+    compact: list[Table] = []
+    shown: set[str] = set()
     for group in reference.groups:
         members = [row for row in reference.members(group) if row in rows]
         if not members or (groups is not None and group.id not in groups):
             continue
         sheet = sheet_of(group, members, results, costs)
-        if not any(row.stem in results for row in members):
+        run = {row.stem for row in members} & set(results)
+        if not run:
             never.append(sheet.to_markdown())
             continue
         sheets.append(sheet)
-        compact = compact or compact_of(group, members, results)
+        if not run <= shown:
+            compact.append(compact_of(group, members, results))
+            shown |= run
         baselines = {
             row.stem: reference.rows[stem]
             for row in members
@@ -115,14 +122,14 @@ def render_table(
         }
         if comparison := comparison_sheet(group, members, baselines, results):
             sheets.append(comparison)
-    for path in sorted((folder / "results").glob("analysis*.json")):
+    for path in sorted(folder.glob("analysis*.json")):
         sheets += _analysis(path)
     gaps = (_gap(row, results.get(row.stem, []), seeds, reference.checkpoints) for row in rows)
     missing = [gap for gap in gaps if gap]
-    run = sum(row.stem in results for row in rows)
+    number = sum(row.stem in results for row in rows)
     parts = [
         _LEGEND + _sources(reference, rows),
-        f"Rows run: {run} of {len(rows)} configured.",
+        f"Rows run: {number} of {len(rows)} configured.",
         *(sheet.to_markdown() for sheet in sheets),
     ]
     if never:
@@ -187,63 +194,55 @@ def _analysis(path: Path) -> list[Sheet]:
         ) from error
 
 
-# ------------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------------------- READMEs
+
+
+def render_readmes(package: str) -> Report:
+    """Write the tables of the published results into the READMEs of a paper and of the project."""
+    report, folder = render_table(package), package_folder(package)
+    write_readme(folder / "README.md", report.markdown)
+    write_front(folder.parent / "README.md")
+    return report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables of papers and write them into their READMEs; returns the exit status."""
+    """Render the READMEs of papers from their published results; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m common.results.tables",
-        description="Print the tables of papers and write them into their READMEs.",
+        description="Render the READMEs of papers from their published results.",
     )
     parser.add_argument("packages", nargs="+", metavar="package", help="for instance paper_cifs")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="write nothing; exit with 1 if a README is out of date, or if an experiment asked "
-        "for with --on has no result",
+        help="write nothing; exit with 1 if a README is out of date",
     )
-    parser.add_argument("--on", default="", metavar="PREFIX", help="only these experiments")
-    parser.add_argument("--seeds", metavar='"0 1 2"', help="only these seeds")
     arguments = parser.parse_args(argv)
     try:
-        seeds = _seeds(arguments.seeds)
-        return max(
-            _report(package, arguments.on, seeds, arguments.check) for package in arguments.packages
-        )
+        return max([_render(package, arguments.check) for package in arguments.packages])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _seeds(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise ConfigurationError(f'--seeds is {text!r}, expected numbers as in "0 1 2"') from None
+def _render(package: str, check: bool) -> int:
+    if check:
+        readme = package_folder(package) / "README.md"
+        is_old = not is_current(readme, render_table(package).markdown)
+        if is_old:
+            print(f"{readme} is out of date: run make results")
+        return int(is_old)
+    report = render_readmes(package)
+    print_tables(report.compact[:1] or [f"{package}: no row has been run"])
+    print(f"{len(report.missing)} rows are not complete. All tables: {package}/README.md")
+    return 0
 
 
-def _report(package: str, on: str, seeds: list[int] | None, check: bool) -> int:
-    shown = render_table(package, on, seeds)
-    folder = package_folder(package)
+def print_tables(parts: Iterable[Table | str]) -> None:
+    """Print tables and lines of text in the width of a terminal."""
     console = Console(width=TERMINAL)
-    console.print(shown.compact or Text(f"{package}: no row has been run"))
-    console.print(
-        Text(
-            f"{len(shown.missing)} rows are not complete. All tables: {package}/README.md; "
-            f"outcomes of every image: {package}/results"
-        )
-    )
-    readme = folder / "README.md"
-    is_whole = not on and seeds is None  # a README holds everything, whatever is printed now
-    markdown = (shown if is_whole else render_table(package)).markdown
-    if not check:
-        write_readme(readme, markdown)
-        write_front(folder.parent / "README.md")
-        return 0
-    if is_out_of_date := not is_current(readme, markdown):
-        print(f"{readme} is out of date: run make results")
-    return int(is_out_of_date or bool(on and shown.missing))
+    for part in parts:
+        console.print(Text(part) if isinstance(part, str) else part)
 
 
 if __name__ == "__main__":

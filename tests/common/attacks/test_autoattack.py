@@ -288,3 +288,14 @@ def test_square_on_any_shape_is_about_as_strong_as_the_package(monkeypatch) -> N
     ours = attack.step("square", task.net, task.x, y)[1].sum()
     assert 0 < official < 60
     assert abs(int(ours) - int(official)) <= 6
+
+
+def test_steering_helps_where_the_logits_hide_their_gradient():
+    """Rounded logits have no gradient; the loss of the unrounded ones has."""
+    task = Task()
+    smooth = task.net
+    task.net = lambda x: (50 * smooth(x)).round()
+    task.y = task.net(task.x).argmax(1)
+    attack = small(version="custom", attacks=["apgd-ce"])
+    seeing = run(attack, task, steered=lambda x, y: (task.net(x), cross_entropy(smooth(x), y)))
+    assert seeing.robust.sum() < run(attack, task).robust.sum()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.attacks.geometry import parse_radius
+from common.attacks.geometry import parse_radius, project_l1
 from common.attacks.pgd import MIM, PGD, FriendlyPGD, input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.errors import ConfigurationError
@@ -66,16 +66,11 @@ def test_reaches_the_optimum_of_a_linear_loss_inside_the_box(norm, eps):
         assert gain == pytest.approx(best, rel=6e-3)
 
 
-@pytest.mark.parametrize("start", ["uniform", "gaussian"])
 @pytest.mark.parametrize("project_start", [True, False])
-def test_equals_the_bare_loop(task, start, project_start):
+def test_equals_the_bare_loop_from_a_gaussian_start(task, project_start):
     """Bit for bit; the official TRADES loop projects only after the first step."""
-    eps, step, random = 8 / 255, 2 / 255, task.random()
-    if start == "gaussian":
-        noise = 0.1 * random.normal(task.x.shape[1:])
-    else:
-        noise = random.uniform(task.x.shape[1:]) * (2 * eps) - eps
-    begin = task.x + noise
+    eps, step = 8 / 255, 2 / 255
+    begin = task.x + 0.1 * task.random().normal(task.x.shape[1:])
     assert begin.min() < 0
     if project_start:
         begin = begin.clamp(task.x - eps, task.x + eps).clamp(0, 1)
@@ -86,15 +81,9 @@ def test_equals_the_bare_loop(task, start, project_start):
         asked.append(x.detach())
         return task.loss(x)
 
-    attack = PGD("8/255", "2/255", 5, start, start_scale=0.1, project_start=project_start)
+    attack = PGD("8/255", "2/255", 5, "gaussian", start_scale=0.1, project_start=project_start)
     assert torch.equal(attack(loss, task.x, task.random()), expected)
     assert torch.equal(torch.stack(asked), seen)  # one pass per step, and no last one
-
-
-def test_momentum_without_memory_is_pgd(task):
-    plain = PGD(0.1, 0.03, 4, "zero")(task.loss, task.x)
-    assert torch.equal(MIM(0.1, 0.03, 4, decay=0.0)(task.loss, task.x), plain)
-    assert not torch.equal(MIM(0.1, 0.03, 4, decay=1.0)(task.loss, task.x), plain)
 
 
 def test_tiny_gradients_do_not_underflow(task):
@@ -276,3 +265,49 @@ def test_losses_an_attack_cannot_climb_are_refused(task):
         attack(lambda z: task.loss(z).mean(), task.x)
     with pytest.raises(ValueError, match="made for 4 examples and the batch has 6"):
         attack(task.loss, task.x, ExampleRandom(0, 0, torch.arange(4)))
+
+
+def test_momentum_equals_a_rewrite_and_decay_zero_is_pgd(task):
+    eps, steps, decay = 0.1, 5, 0.9
+    x_adv, g = task.x, torch.zeros_like(task.x)
+    for _ in range(steps):
+        gradient = input_gradient(task.loss, x_adv)
+        g = decay * g + gradient / gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
+        x_adv = x_adv + eps / steps * g.sign()
+        x_adv = x_adv.clamp(task.x - eps, task.x + eps).clamp(0, 1)
+    torch.testing.assert_close(MIM(eps, steps=steps, decay=decay)(task.loss, task.x), x_adv)
+    plain = PGD(eps, 0.03, 4, "zero")(task.loss, task.x)
+    assert torch.equal(MIM(eps, 0.03, 4, decay=0.0)(task.loss, task.x), plain)
+    assert not torch.equal(MIM(eps, 0.03, 4, decay=1.0)(task.loss, task.x), plain)
+
+
+def test_restarts_keep_the_highest_loss(task):
+    random = task.random()
+    single = torch.stack(
+        [task.loss(PGD(0.1, 0.05, 1)(task.loss, task.x, random)) for _ in range(5)]
+    )
+    for restarts in (2, 5):
+        x_adv = PGD(0.1, 0.05, 1, restarts=restarts)(task.loss, task.x, task.random())
+        torch.testing.assert_close(task.loss(x_adv), single[:restarts].amax(0))
+    assert (single.amax(0) > single[0]).any()
+
+
+@given(
+    size=st.integers(1, 40),
+    eps=st.floats(0.01, 3),
+    scale=st.floats(0.1, 5),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_l1_projection_is_the_nearest_point(size, eps, scale, seed):
+    """Against bisection on the threshold of soft thresholding."""
+    generator = torch.Generator().manual_seed(seed)
+    delta = scale * torch.randn(1, size, generator=generator, dtype=torch.float64)
+    low, high = 0.0, delta.abs().max().item()
+    for _ in range(100):
+        middle = (low + high) / 2
+        total = (delta.abs() - middle).clamp(min=0).sum().item()
+        low, high = (middle, high) if total > eps else (low, middle)
+    threshold = high if delta.abs().sum() > eps else 0.0
+    expected = delta.sign() * (delta.abs() - threshold).clamp(min=0)
+    torch.testing.assert_close(project_l1(delta, eps), expected, rtol=1e-9, atol=1e-9)

@@ -18,7 +18,7 @@ from common.attacks.losses import cross_entropy
 from common.attacks.pgd import PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.checkpointing import LastCheckpoint
-from common.callbacks.finite import first_fault
+from common.callbacks.finite import first_fault, gradient_norms, is_finite
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
 from common.cli.trainer import Trainer
@@ -81,6 +81,12 @@ def test_a_gradient_that_is_not_finite_under_a_loss_that_is() -> None:
     nn.init.zeros_(second.bias)
     x = torch.ones(2, 3)
     assert first_fault(net, lambda: net(x).sqrt().sum(), {}) == "gradient of 1.bias"
+
+
+def test_what_is_not_a_tensor_is_finite_and_has_no_gradient() -> None:
+    assert is_finite({"a": [torch.ones(2), None], "b": ("text", torch.arange(3))})
+    assert not is_finite({"a": [torch.ones(2), torch.tensor(torch.nan)]})
+    assert gradient_norms(nn.Linear(2, 2))[0] == []
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.attacks.noise import UniformNoise
 from common.attacks.pgd import FGSM, PGD
 from common.evaluation import SuiteEntry, evaluate
 from common.evaluation.__main__ import main
@@ -58,11 +59,13 @@ def test_an_ordinary_model_in_a_few_lines_is_left_as_it_was(model, digits) -> No
 
 
 def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, model, digits) -> None:
-    suite = {"fgsm": SuiteEntry(FGSM(0.1), sweep={"eps": [0.02, 0.05, 0.1]})}
+    noise = SuiteEntry(UniformNoise([0.1]))
+    suite = {"fgsm": SuiteEntry(FGSM(0.1), sweep={"eps": [0.02, 0.05, 0.1]}), "noise": noise}
     one = evaluate(model, digits, suite, eps=0.1, output=tmp_path, progress=False)
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert names == [
-        f"model_{name}.png" for name in ("confusion", "examples", "fgsm_eps", "per_class")
+        f"model_{name}.png"
+        for name in ("confusion", "examples", "fgsm_eps", "noise_level", "per_class")
     ]
     assert all(path.stat().st_size > 3000 for path in (tmp_path / "figures").iterdir())
     entry = read_result(tmp_path / "results.json")["checkpoints"]["model"]
@@ -72,8 +75,8 @@ def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, mode
         evaluate(model, digits, suite, eps=0.1, progress=False)
         all_calls = len(calls)
         evaluate(model, digits, suite, eps=0.1, output=tmp_path, progress=False)
-    # Gradient and verdict at each radius, and for what withstood it two gradients and two passes.
-    assert all_calls - (len(calls) - all_calls) == 3 * (2 + 4)
+    # At each radius gradient and verdict, then two gradients and two passes; one pass of noise.
+    assert all_calls - (len(calls) - all_calls) == 3 * (2 + 4) + 1
 
 
 FACTORY = """
@@ -88,7 +91,9 @@ FACTORY = """
 
 SUITE = """
 evaluation:
-  suite: {pgd: {attack: {class_path: common.attacks.pgd.PGD, init_args: {eps: threat, steps: 5}}}}
+  suite:
+    pgd: &pgd {attack: {class_path: common.attacks.pgd.PGD, init_args: {eps: threat, steps: 5}}}
+    rest: {<<: *pgd, survivors_only: true}
 """
 
 

@@ -268,6 +268,7 @@ def test_a_folder_of_other_results_is_refused_at_the_start(
     [
         ({"batch_size": 2.5}, "batch_size .* got 2.5"),
         ({"examples": 0}, "examples .* got 0"),
+        ({"seed": None}, "seed .* got None"),
         ({"device": "nowhere"}, "device 'nowhere'"),
         ({"device": "meta"}, "device 'meta'"),
         ({"suite": {"pgd": PGD(EPS)}}, "must be a common.evaluation.suite.SuiteEntry"),

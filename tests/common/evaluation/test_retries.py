@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.pgd import FGSM, PGD
@@ -31,6 +31,19 @@ def squashed(around):
     return lambda function=lambda z: z, scale=1.0: around(lambda m, x: function(m.net(x) * scale))
 
 
+@torch.no_grad()
+def bound(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share that none of the steps withstands that are optimal for the linear scores.
+
+    Squashed scores can be tied, so it may be more than the linear network's share.
+    """
+    right, weight = model(x).argmax(dim=1) == y, model.net.weight
+    for j in range(4):
+        step = (weight[j] - weight[y]).sign().view_as(x)
+        right &= model((x + 0.9999 * EPS * step).clamp(0, 1)).argmax(dim=1) == y
+    return float(right.float().mean())
+
+
 SQUASHINGS = {
     "steep sigmoid": (torch.sigmoid, 100.0),
     "atan": (lambda z: z.atan(), 1e4),
@@ -52,19 +65,20 @@ def evaluated(model: nn.Module, data, suite, eps: float = EPS) -> Evaluation:
 
 
 @pytest.mark.parametrize(
-    ("suite", "slack"), [("both", 0.05), pytest.param("quick", 0.01, marks=pytest.mark.slow)]
+    ("suite", "slack"), [("both", 0.04), pytest.param("quick", 0.01, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("name", SQUASHINGS)
-def test_no_squashing_looks_more_robust_than_it_is(linear, squashed, data, name, suite, slack):
+def test_no_squashing_looks_more_robust_than_it_is(squashed, data, name, suite, slack) -> None:
     apgd = AutoAttack(EPS, version="custom", attacks=["apgd-t"], steps=10)
     both = {"pgd": SuiteEntry(PGD(EPS, steps=15), ["cw_f"]), "apgd-t": SuiteEntry(apgd)}
-    found = evaluated(squashed(*SQUASHINGS[name]), data, both if suite == "both" else suite)
-    exact = float(linear().exact(*data, EPS).float().mean())
-    assert 0.1 < exact < 0.9
-    assert found.robust_acc <= exact + slack
+    model = squashed(*SQUASHINGS[name])
+    found = evaluated(model, data, both if suite == "both" else suite)
+    least = bound(model, *data)
+    assert 0.1 < least < 0.9
+    assert found.robust_acc <= least + slack
     if suite == "both":
-        assert found.metrics["apgd-t"] <= exact + slack
-        assert found.metrics["pgd/cw_f"] <= exact + 0.075  # one ascent has one target
+        assert found.metrics["apgd-t"] <= least + slack
+        assert found.metrics["pgd/cw_f"] <= least + 0.08  # one ascent has one target
 
 
 def test_vanishing_gradients_reach_the_result(squashed, data) -> None:

@@ -13,7 +13,7 @@ from common.networks.alexnet import AlexNet
 from common.networks.mobilenet_v2 import MobileNetV2
 from common.networks.preact_resnet import PreActResNet, PreActResNet18
 from common.networks.resnet import CifarResNet, ResNet, ResNet10, ResNet18
-from common.networks.vgg import VGG, VGG16, VGG19
+from common.networks.vgg import VGG, VGG11, VGG13, VGG16, VGG19
 from common.networks.vit import ViT, ViTBase, ViTSmall, ViTTiny
 from common.networks.wide_resnet import WideResNet
 
@@ -54,6 +54,8 @@ TINY = {
         # equal widths with a stride: the shortcut is a projection all the same
         (partial(WideResNet, 34, widths=(320, 320, 256)), 23_812_570),
         (partial(WideResNet, depths=(5, 3, 5)), 42_471_514),
+        (VGG11, 9_231_114),
+        (VGG13, 9_416_010),
         (VGG16, 14_728_266),
         (VGG19, 20_040_522),
         (partial(VGG, config=VGG16_CONFIG), 14_728_266),

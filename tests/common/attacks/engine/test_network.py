@@ -430,3 +430,18 @@ def test_the_loop_never_waits_for_the_device(precision) -> None:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert (x_adv - x).abs().max() > 0.04
+
+
+def test_reduced_precision_is_close_and_pixels_stay_float32() -> None:
+    net = lived(ResNet(depths=(1, 1), widths=(8, 16), strides=(1, 2), **COLOUR))
+    x, seen = images(8), []
+    net.stem.act.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    with frozen(net):
+        wanted, exact = both(net, x)
+        with AttackEngine(precision="bf16").applied(net, x):
+            found, gradient = both(net, x)
+    assert torch.bfloat16 in seen
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
+    assert (gradient.sign() == exact.sign()).float().mean() > 0.9
+    assert not torch.equal(gradient, exact)

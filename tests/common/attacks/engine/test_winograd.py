@@ -246,3 +246,14 @@ def test_compiled_it_gives_the_same_gradients(net) -> None:
         assert any(isinstance(module, WinogradConv2d) for module in net.modules())
         found = gradient_of(net, X)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(("tile", "times"), [(2, 4), (4, 7)])
+def test_rounding_is_some_times_a_convolutions(tile, times) -> None:
+    x, weight = drawn(4, 64, 8, 8).relu(), drawn(64, 64, 3, 3) / 24
+    exact, single = usual(x, weight), (x.float(), weight.float())
+    ours, theirs = (
+        float((found.double() - exact).norm() / exact.norm())
+        for found in (convolve(single[0], transformed(single[1], tile), tile), usual(*single))
+    )
+    assert 1e-7 < ours < times * theirs
