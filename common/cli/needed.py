@@ -38,7 +38,9 @@ def make_needed(package: str, words: Sequence[str], settings: Settings, run: Pat
         print(f"{settings['experiment']} takes weights of {stem}, which comes first", flush=True)
         option = words[place].rpartition("=")[:2] if "=" in words[place] else ()
         its = [*words[:place], "".join([*option, str(config)]), *words[place + 1 :]]
-        if status := subprocess.run([sys.executable, "-m", package, *its], check=False).returncode:
+        is_script = Path(sys.argv[0]).name == package.replace("_", "-")  # of [project.scripts]
+        program = [sys.argv[0]] if is_script else ["-m", package]
+        if status := subprocess.run([sys.executable, *program, *its], check=False).returncode:
             raise SystemExit(status)
 
 
