@@ -58,7 +58,7 @@ class WarmStart(Callback):
             missing = (
                 f"this run is meant to start from the weights of {self.experiment}, and {path} "
                 "does not exist; train that experiment first (fit --config "
-                f".../{self.experiment}.yaml with the same seed)"
+                f"{self.experiment} with the same seed)"
             )
             if run_of(trainer).is_reproducing:
                 raise CheckpointError(missing)

@@ -20,37 +20,37 @@ def make_needed(package: str, words: Sequence[str], settings: Settings, run: Pat
 
     Args:
         package: The paper.
-        words: The command line, subcommand included.
+        words: The command line, ``NAME=VALUE`` after the subcommand; it has to name an experiment
+            of the paper.
         settings: Of this run.
         run: Its run directory.
 
     Raises:
         SystemExit: If one fails, with its status.
     """
-    place = _place_of(words, settings["experiment"])
     processes = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
-    if package not in papers() or place is None or processes != "1":
+    if package not in papers() or processes != "1":
+        return
+    configs = package_folder(package) / "configs"
+    given = (word for word in words if word.startswith("--config="))
+    own = (word for word in given if _is_in(configs, word.partition("=")[2]))
+    if (experiment := next(own, None)) is None:
         return
     for stem, checkpoint in _named(settings):
-        config = package_folder(package) / "configs" / f"{stem}.yaml"
+        config = configs / f"{stem}.yaml"
         if checkpoint_beside(run, stem, checkpoint).is_file() or not config.is_file():
             continue
         print(f"{settings['experiment']} takes weights of {stem}, which comes first", flush=True)
-        option = words[place].rpartition("=")[:2] if "=" in words[place] else ()
-        its = [*words[:place], "".join([*option, str(config)]), *words[place + 1 :]]
+        its = [word for word in words if not word.startswith("--experiment=")]
+        its[its.index(experiment)] = f"--config={config}"
         is_script = Path(sys.argv[0]).name == package.replace("_", "-")  # of [project.scripts]
         program = [sys.argv[0]] if is_script else ["-m", package]
         if status := subprocess.run([sys.executable, *program, *its], check=False).returncode:
             raise SystemExit(status)
 
 
-def _place_of(words: Sequence[str], experiment: str) -> int | None:
-    """Where the command line names the experiment's file; ``None`` if it does not."""
-    for place, (before, word) in enumerate(zip(["", *words], words, strict=False)):
-        option, _, value = word.rpartition("=")
-        if (option or before) in ("--config", "-c") and Path(value).stem == experiment:
-            return place
-    return None
+def _is_in(folder: Path, file: str) -> bool:
+    return Path(file).resolve().parent == folder.resolve()
 
 
 def _named(settings: Settings) -> Iterator[tuple[str, str]]:

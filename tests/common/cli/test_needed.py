@@ -46,28 +46,30 @@ def asked(monkeypatch) -> list[list[str]]:
     return commands
 
 
-@pytest.mark.parametrize("before", ["--config=", "-c ", "--config "])
-def test_what_is_missing_is_made_with_the_same_options(configs, asked, before: str) -> None:
-    words = f"reproduce {before}else/last.yaml --config bf16.yaml --seed_everything 1".split()
+def test_what_is_missing_is_made_with_the_same_options(configs, asked) -> None:
+    before, after = (
+        ["reproduce", "--config=bf16.yaml"],
+        ["--config=own.yaml", "--seed_everything=1"],
+    )
+    words = [*before, f"--config={configs}/last.yaml", "--experiment=last", *after]
     needed.make_needed("paper_own", words, SETTINGS, RUN)
-    expected = [
-        f"reproduce {before}{configs}/{stem}.yaml --config bf16.yaml --seed_everything 1".split()
-        for stem in ("then", "first")
-    ]
-    assert sorted(asked) == sorted(expected)
+    made = {
+        stem: [*before, f"--config={configs}/{stem}.yaml", *after] for stem in ("then", "first")
+    }
+    assert sorted(asked) == sorted(made.values())
 
 
 def test_what_is_there_or_would_be_made_by_several_processes_is_not_made(
     configs, asked, monkeypatch
 ) -> None:
-    words = ["reproduce", "--config", "last.yaml"]
+    words = ["reproduce", f"--config={configs}/last.yaml"]
     there = RUN.parents[1] / "then/seed1/checkpoints/selected.ckpt"
     there.parent.mkdir(parents=True)
     there.touch()
     (configs / "first.yaml").unlink()  # of another paper, or a name of the user's
     needed.make_needed("paper_own", words, SETTINGS, RUN)
     there.unlink()
-    needed.make_needed("paper_own", [*words[:2], "overlay.yaml"], SETTINGS, RUN)
+    needed.make_needed("paper_own", ["reproduce", "--config=last.yaml"], SETTINGS, RUN)
     monkeypatch.setenv("WORLD_SIZE", "2")
     needed.make_needed("paper_own", words, SETTINGS, RUN)
     assert asked == []
