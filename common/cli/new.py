@@ -17,8 +17,8 @@ def make(name: str, root: Path) -> list[Path]:
     """Write the files of ``paper_<name>`` into a repository; returns them.
 
     Raises:
-        ConfigurationError: If the name is no name of a package or is taken, or ``pyproject.toml``
-            has no lists of papers for the linter.
+        ConfigurationError: If the name is no name of a package or is taken, the folder is no
+            checkout, or its ``pyproject.toml`` has no lists of papers.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ConfigurationError(
@@ -29,6 +29,10 @@ def make(name: str, root: Path) -> list[Path]:
     if (root / package).exists():
         raise ConfigurationError(f"there is a folder {package} already; choose another name")
     project = root / "pyproject.toml"
+    if not project.is_file():
+        raise ConfigurationError(
+            f"there is no {project}; run this in the root folder of a checkout"
+        )
     text = _listed(project.read_text(), package)
     title = "".join(part.capitalize() for part in name.split("_"))
     written = []
