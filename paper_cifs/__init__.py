@@ -12,7 +12,7 @@ is to it, and multiplies the channels by a non-negative mask that grows with tha
 import sys
 
 try:
-    from common import packages as _packages  # noqa: F401
+    from common import PROJECT  # noqa: F401
 except ImportError as error:  # it names the file that was found instead
     line = (
         f"another common hides the one that {__name__} needs ({error}); rename it, run from "

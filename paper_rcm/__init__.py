@@ -12,7 +12,7 @@ later, makes an existing network both more accurate and more robust, with no new
 import sys
 
 try:
-    from common import packages as _packages  # noqa: F401
+    from common import PROJECT  # noqa: F401
 except ImportError as error:  # it names the file that was found instead
     line = (
         f"another common hides the one that {__name__} needs ({error}); rename it, run from "

@@ -12,7 +12,7 @@ is a reconstruction that puts the claims of the abstract to a test, and no table
 import sys
 
 try:
-    from common import packages as _packages  # noqa: F401
+    from common import PROJECT  # noqa: F401
 except ImportError as error:  # it names the file that was found instead
     line = (
         f"another common hides the one that {__name__} needs ({error}); rename it, run from "

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PROJECT = "robust-image-classification"
+from common import PROJECT
+
 CODE = (
     *(":(top,glob)common/**/*.py", ":(top,glob)common/**/*.yaml"),
     *(":(top,glob)paper_*/**/*.py", ":(top,glob)paper_*/configs/**"),

@@ -84,7 +84,7 @@ def test_a_seed_in_a_file_is_a_number_too(tiny, seed) -> None:
 def test_a_suite_is_needed_and_a_threat_model_for_an_audit(tiny) -> None:
     line = tiny.refused("test", "--evaluation.suite", "{}")
     assert "evaluation.suite is empty" in line
-    assert "autoattack.yaml" in line
+    assert "--config autoattack" in line
     settings = yaml.safe_load(tiny.text)
     noise = {"class_path": "common.attacks.noise.UniformNoise", "init_args": {"levels": [0.1]}}
     settings["evaluation"] = {"audit": {}, "suite": {"noise": {"attack": noise}}}
