@@ -91,6 +91,9 @@ format: $(STAMP) ## format the code and fix what the linter can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+test-wheel: $(STAMP) ## build the wheel and use it without the checkout, a minute
+	@.ci/wheel $(PY)
+
 test-slow: $(STAMP) ## all tests but those of test-faults
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) -m "not gpu and not faults"
 
@@ -121,5 +124,5 @@ $(BENCH): $(STAMP)
 clean: ## remove the environment and caches; runs and results stay
 	rm -rf $(VENV) $(BENCHENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build
 
-.PHONY: help test reproduce results bench bench-full tensorboard new check format test-slow \
-  test-faults setup clean $(foreach do,reproduce plan publish commands,$(PAPERS:%=$(do)-%))
+.PHONY: help test reproduce results bench bench-full tensorboard new check format test-wheel \
+  test-slow test-faults setup clean $(foreach do,reproduce plan publish commands,$(PAPERS:%=$(do)-%))

@@ -185,7 +185,7 @@ _FIRST_STEP = """
 import sys, time
 marker, begun = sys.argv[1], float(sys.argv[2])
 sys.argv = ["paper_robustwrn", *sys.argv[3:]]
-from common.cli.main import main
+from common.cli.start import main
 from common.classifier import RobustClassifier
 def on_train_batch_end(self, *args):
     with open(marker, "w") as file:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from common.errors import CheckpointError
-from common.files import damage_of, strangeness_of
+from common.files import check_torch_file, damage_of
 from common.limits import check_name
 from common.weights import find_weights
 
@@ -50,15 +50,7 @@ def read_content(path: str | Path) -> Any:
             something else or holds code.
     """
     path = Path(path)
-    if strangeness := strangeness_of(path):
-        if strangeness == "missing":
-            found = sorted(p.name for p in path.parent.glob("*.ckpt"))
-            beside = f"; beside it there is {', '.join(found)}" if found else ""
-            raise CheckpointError(f"the checkpoint {path} does not exist{beside}; check the path")
-        raise CheckpointError(
-            f"the checkpoint {path} cannot be read: it is {strangeness}; give the file that "
-            "torch.save wrote"
-        )
+    check_torch_file(path)
     try:
         if path.suffix == ".safetensors":
             return importlib.import_module("safetensors.torch").load_file(path)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import RunDirectoryError
+from common.errors import CheckpointError, RunDirectoryError
 from common.limits import read_json
 
 _UNFINISHED = ".unfinished.tmp"
@@ -138,6 +138,29 @@ def strangeness_of(path: str | Path) -> str:
         if head.startswith(beginning) or text.startswith(beginning):
             return name
     return "a tar archive (unpack it)" if head[257:262] == b"ustar" else ""
+
+
+def check_torch_file(path: Path) -> None:
+    """Check that a file can be one of torch.save, or of safetensors.
+
+    Raises:
+        CheckpointError: If it is missing, or something else.
+    """
+    if strangeness := strangeness_of(path):
+        if strangeness == "missing":
+            found = sorted(p.name for p in path.parent.glob("*.ckpt"))
+            beside = f"; beside it there is {', '.join(found)}" if found else ""
+            raise CheckpointError(f"the checkpoint {path} does not exist{beside}; check the path")
+        problem = f"it is {strangeness}"
+    else:
+        with path.open("rb") as file:
+            begin = file.read(20)
+        if path.suffix == ".safetensors" or begin.startswith((b"PK", b"\x80")):
+            return
+        problem = f"it begins with {begin!r}, so it is no file of torch.save"
+    raise CheckpointError(
+        f"the checkpoint {path} cannot be read: {problem}; give a checkpoint of a run"
+    )
 
 
 def most_unpacked(path: str | Path) -> int:

@@ -40,9 +40,14 @@ def read_yaml(path: str | Path) -> Any:
         text = _read_text(path, MOST_YAML_BYTES)
         check_yaml(text)
         return yaml.load(text, Loader=_LOADER)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        what = line + " ".join(filter(None, (error.context, error.problem)))
+        raise ConfigurationError(f"{path} cannot be read: it is no YAML ({what})") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         problem = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        is_syntax = isinstance(error, yaml.MarkedYAMLError | ReaderError | UnicodeDecodeError)
+        is_syntax = isinstance(error, ReaderError | UnicodeDecodeError)
         problem = f"it is no YAML ({problem})" if is_syntax else problem
         raise ConfigurationError(f"{path} cannot be read: {problem}") from error
 

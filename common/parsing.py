@@ -31,7 +31,13 @@ ALLOWED = (
 DENIED = (
     *sorted(sys.stdlib_module_names),
     *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "jsonargparse"),
-    *("common.cli.main", "common.files", "common.cli.rows", "common.cli.submit"),
+    *(
+        "common.cli.main",
+        "common.cli.start",
+        "common.files",
+        "common.cli.rows",
+        "common.cli.submit",
+    ),
 )
 """Modules of which a configuration may name only what is under one of the above."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from common.errors import ConfigurationError, UserError
-from common.parsing import MUST_NOT, load_named
+from common.parsing import MUST_NOT, ArgumentParser, load_named
 
 
 def plain_digest(values: Any) -> str:
@@ -58,24 +58,41 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     key, class_path, reason = _deepest(message)
     if found := re.search(r"Importing '([^']*)' is not allowed", message):
         reason = f"{found[1]} {MUST_NOT}"
+    if not reason and (found := _NO_CLASS.search(message)):
+        reason = _other_class(*found.groups())
     where = key or "the configuration"
     if found := re.match(
         r"(?:Option|Key|Group key) '([^']*)' is not (?:accepted|expected)", reason
     ):
         names = _parameters(class_path) if class_path else options
         prefix = f"{key}." if class_path or not key else ""
-        return f"unknown option {prefix}{found[1]}{_nearest(found[1], names)}"
+        return f"unknown option {prefix}{found[1]}{nearest(found[1], names)}"
     if found := re.match(
         r"(?:Subcommand '\w+' does not accept option '|unrecognized arguments?: (--))([^ =']+)",
         reason,
     ):
-        return f"unknown option {found[1] or ''}{found[2]}{_nearest(found[2], options)}"
+        return f"unknown option {found[1] or ''}{found[2]}{nearest(found[2], options)}"
     if found := re.match(r"module '([^']*)' has no attribute '([^']*)'", reason):
         names = [name for name in dir(sys.modules.get(found[1])) if name[0] != "_"]
-        return f"{where}: there is no {found[1]}.{found[2]}{_nearest(found[2], names)}"
+        return f"{where}: there is no {found[1]}.{found[2]}{nearest(found[2], names)}"
     reason = re.sub(r"<class '([^']*)'>", r"\1", reason).replace("typing.Literal", "one of ")
     reason = re.sub(r"^Expected an? (.*)\. Got value: (.*)$", r"expected \1, got \2", reason)
     return f"{where}: {reason or 'it cannot be read'}" if key else reason or message
+
+
+def _other_class(path: str | None, kind: str | None, short: str) -> str:
+    """What is wrong with the name of a class, which is of another kind or unknown."""
+    if path is not None:
+        return f"{path} is no {kind}; name a class derived from it, or a function that makes one"
+    known = {
+        f"{name}.{one}"
+        for name, module in list(sys.modules.items())
+        if _HOMES.match(name)
+        for one, made in vars(module).items()
+        if inspect.isclass(made) and made.__module__ == name
+    }
+    near = nearest(short, known) or "; give its import path, such as common.networks.resnet.ResNet"
+    return f"there is no class {short!r}{near}"
 
 
 @contextmanager
@@ -119,28 +136,33 @@ _BOILERPLATE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>"
     r"|Import path .* does not correspond|Expected a path but|Expected a dot import path string"
 )
+_HOMES = re.compile(r"(?:common|paper_\w+|torch\.optim|torch\.nn\.modules)(?:\.|$)")
+_NO_CLASS = re.compile(
+    r"Import path (\S+) does not correspond to a subclass of (\S+)"
+    r"|Expected a dot import path string: (\S+)"
+)
 _CALLABLE = re.compile(r"Type typing\.Callable\[.*\] expects a function or a callable class: ")
 _EXPECTED = re.compile(r"Expected an? (<class '[^']*'>|[\w.]+(?:\[.*\])?)$")
 
 
 def _parameters(class_path: str) -> list[str]:
-    """Names of what a class can be configured with, through its bases."""
-    names: dict[str, None] = {}
-    found = load_named(class_path)
-    for owner in inspect.getmro(found) if inspect.isclass(found) else (found,):
-        if owner is not object:
-            names |= dict.fromkeys(inspect.signature(owner).parameters)
-    return [name for name in names if name not in ("args", "kwargs")]
+    """Names of what a class or function can be configured with."""
+    parser, made = ArgumentParser(exit_on_error=False), load_named(class_path)
+    add = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments
+    return [name.removeprefix("made.") for name in add(made, "made", fail_untyped=False)]
 
 
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    """A hint at the nearest candidate; at all of them where few and none is near."""
-    candidates = sorted(candidates)
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """A hint at the nearest candidates; at all of them where few and none is near."""
+    candidates = sorted({*candidates} - {name}, key=lambda c: (c.count("."), c))
+    last = name.rpartition(".")[2].lower()
     # An option is compared by its last part too, so that a forgotten section is found.
+    near = [c for c in candidates if c.rpartition(".")[2].lower() == last][:2]
     for wanted, known in (
-        (name, {c.lower(): c for c in candidates}),
-        (name.rpartition(".")[2], {c.rpartition(".")[2].lower(): c for c in candidates}),
+        (name.lower(), {c.lower(): c for c in reversed(candidates)}),
+        (last, {c.rpartition(".")[2].lower(): c for c in reversed(candidates)}),
     ):
-        if near := difflib.get_close_matches(wanted.lower(), known, n=1, cutoff=0.6):
-            return f"; did you mean {known[near[0]]}?"
+        near = near or [known[c] for c in difflib.get_close_matches(wanted, known, 1, 0.6)]
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
     return f"; valid are {', '.join(candidates)}" if 0 < len(candidates) <= 20 else ""

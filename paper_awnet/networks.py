@@ -297,7 +297,7 @@ class Teacher:
         path = checkpoint_beside(run, str(self.experiment), self.checkpoint)
         if not path.is_file():
             seed = path.parents[1].name.removeprefix("seed")
-            command = f"fit --config paper_awnet/configs/{self.experiment}.yaml"
+            command = f"fit --config {self.experiment}"
             raise CheckpointError(
                 f"the teacher {self.experiment} has not been trained: {path} does not exist; train "
                 f"it first with python -m paper_awnet {command} --seed_everything {seed}, or give "

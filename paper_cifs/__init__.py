@@ -8,3 +8,16 @@ Adversarial training leaves channels over-activated that speak against the predi
 lets a small probe network make a raw prediction from the feature, asks how relevant each channel
 is to it, and multiplies the channels by a non-negative mask that grows with that relevance.
 """
+
+import sys
+
+try:
+    from common import PROJECT  # noqa: F401
+except ImportError as error:  # it names the file that was found instead
+    line = (
+        f"another common hides the one that {__name__} needs ({error}); rename it, run from "
+        f"another folder, or use the command {__name__.replace('_', '-')}"
+    )
+    if sys.argv[:1] == ["-m"]:
+        sys.exit(f"error: {line}")
+    raise ImportError(line) from None

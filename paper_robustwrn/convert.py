@@ -2,8 +2,7 @@ r"""Official checkpoints of Robust WRN as checkpoints of ours.
 
 ``python -m paper_robustwrn convert official.pth out.ckpt`` writes ``out.ckpt`` and ``out.yaml``;
 
-    python -m paper_robustwrn test --config common/configs/paper-robustwrn.yaml \
-        --config out.yaml --ckpt_path out.ckpt
+    python -m paper_robustwrn test --config paper-robustwrn --config out.yaml --ckpt_path out.ckpt
 
 attacks it as the paper did.
 
@@ -267,6 +266,6 @@ def main(args: list[str]) -> None:
     described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items())
     print(
         f"{given.target}: {described}\nEvaluate it with\n"
-        "  python -m paper_robustwrn test --config common/configs/paper-robustwrn.yaml "
+        "  python -m paper_robustwrn test --config paper-robustwrn "
         f"--config {Path(given.target).with_suffix('.yaml')} --ckpt_path {given.target}"
     )

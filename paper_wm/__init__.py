@@ -8,3 +8,16 @@ the result locally. Its abstract says that two variants make CNNs more robust to
 adversarial attacks at a similar clean accuracy. The method section was not available: this package
 is a reconstruction that puts the claims of the abstract to a test, and no table of the paper.
 """
+
+import sys
+
+try:
+    from common import PROJECT  # noqa: F401
+except ImportError as error:  # it names the file that was found instead
+    line = (
+        f"another common hides the one that {__name__} needs ({error}); rename it, run from "
+        f"another folder, or use the command {__name__.replace('_', '-')}"
+    )
+    if sys.argv[:1] == ["-m"]:
+        sys.exit(f"error: {line}")
+    raise ImportError(line) from None

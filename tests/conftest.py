@@ -310,7 +310,7 @@ class Tiny:
 
     def __call__(self, command: str, *options: object, package: str = "paper_tiny") -> None:
         """Run a subcommand; later options win over the experiment's file."""
-        from common.cli.main import main  # Lightning, which most tests do without
+        from common.cli.start import main
 
         main([command, "--config", str(self.config), *map(str, options)], package=package)
 

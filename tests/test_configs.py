@@ -20,8 +20,9 @@ import yaml
 from jsonargparse import Namespace
 
 from common.cli import parser as cli_parser
-from common.cli.main import RobustCLI, main
+from common.cli.main import RobustCLI
 from common.cli.rows import Row
+from common.cli.start import main
 from common.evaluation.suite import check_suite, steps_of
 from common.parsing import ArgumentParser, load_named
 

@@ -26,7 +26,8 @@ import torch
 import yaml
 
 from common.classifier import RobustClassifier
-from common.cli.main import lock, main
+from common.cli.runs import lock
+from common.cli.start import main
 from common.errors import RunDirectoryError
 
 ROOT = Path(__file__).parents[1]

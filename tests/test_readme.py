@@ -1,11 +1,13 @@
 """What the READMEs show works: their Python runs, their files and make targets exist."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+import yaml
 from torch import nn
 
 from common.results import front, tables
@@ -100,3 +102,16 @@ def test_files_and_targets_a_readme_names_exist(readme) -> None:
 def test_the_tables_of_a_paper_are_those_of_its_results(readme: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     assert tables.main([readme.parent.name, "--check"]) == 0, capsys.readouterr().out[-300:]
+
+
+def test_the_citation_is_about_this_version_and_these_papers() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == project["version"]
+    cited = {re.search(r"paper_\w+", one["notes"])[0]: str(one) for one in citation["references"]}
+    assert set(cited) == {readme.parent.name for readme in PAPERS}
+    for package, reference in cited.items():
+        text = " ".join((ROOT / package / "__init__.py").read_text().split())
+        (arxiv,) = set(re.findall(r"\d{4}\.\d{5}\b", text))
+        assert f"arxiv.org/abs/{arxiv}'" in reference
+        assert re.search(r"'title': '(.*?)'", reference)[1] in text

@@ -24,8 +24,8 @@ from common.checkpoints import checkpoint_beside
 from common.cli.main import RobustCLI
 from common.data.sources import CIFAR10
 from common.errors import ConfigurationError, DataUnavailableError
-from common.evaluation.__main__ import load_data
 from common.evaluation.__main__ import main as evaluation_command
+from common.evaluation.command import load_data
 from common.evaluation.models import load_run
 from common.evaluation.presets import load_suite
 from common.evaluation.suite import SuiteEntry, check_suite

@@ -20,8 +20,8 @@ from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.callbacks.resuming import WEIGHTS, run_of
 from common.errors import ConfigurationError
 from common.evaluation.audit.checks import Audit
-from common.evaluation.evaluate import Filing, run
 from common.evaluation.measures import Measure
+from common.evaluation.pipeline import Filing, run
 from common.evaluation.runner import Team, in_order
 from common.evaluation.steps import is_wrong, predict
 from common.evaluation.suite import SuiteEntry, ball_of, check_suite, resolve_losses

@@ -58,10 +58,10 @@ class WarmStart(Callback):
             missing = (
                 f"this run is meant to start from the weights of {self.experiment}, and {path} "
                 "does not exist; train that experiment first (fit --config "
-                f".../{self.experiment}.yaml with the same seed)"
+                f"{self.experiment} with the same seed)"
             )
             if run_of(trainer).is_reproducing:
-                raise CheckpointError(f"{missing}, or use make, which does so")
+                raise CheckpointError(missing)
             rank_zero_warn(f"{missing}. Starting from scratch instead")
             return
         weights = load_checkpoint(str(path))["state_dict"]

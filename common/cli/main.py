@@ -1,12 +1,10 @@
 """``python -m paper_x fit|validate|test|predict|reproduce --config experiment.yaml``."""
 
-import importlib
 import json
 import os
 import signal
-import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,10 +26,10 @@ from common.callbacks.warm_start import WarmStart
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
 from common.cli.messages import confirmed, one_line
+from common.cli.needed import make_needed
 from common.cli.parser import (
     TENSORBOARD,
     UserFriendlyParser,
-    check_config_files,
     check_limits,
     check_seed,
     fill_from_data,
@@ -39,29 +37,23 @@ from common.cli.parser import (
     refusal,
     tensorboard_in,
 )
+from common.cli.preconditions import NAMED, experiment_of
 from common.cli.runs import check_is_ours, latest_of, lock, set_aside_if_other
+from common.cli.start import SUBCOMMANDS
 from common.cli.trainer import Trainer
 from common.data.images import ImageDataModule
-from common.errors import ConfigurationError, UserError
+from common.errors import ConfigurationError
 from common.evaluation.presets import check_overlays, fill_threat, threat_of
 from common.files import remove_leftovers, write_sealed_yaml
 from common.limits import check_name
+from common.optimization import optimizer_of
+from common.packages import CONFIGS
 from common.parsing import check_named
 from common.results.identity import check_package, contents, decisive
 from common.settings import class_paths, explain, plain_digest
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = str(CONFIGS / "base.yaml")
-NAMED = ("last", "selected", "best")
-"""Values of ``--ckpt_path`` beside files; ``best`` is what was selected."""
 TRAINING = ("fit", "reproduce")
-SUBCOMMANDS = {
-    "fit": "train; with --ckpt_path last resume an interrupted run",
-    "validate": "measure clean and robust accuracy on the validation split",
-    "test": "run the attack suite on the test split and file the results",
-    "predict": "write the class probabilities of the test split to predictions.csv",
-    "reproduce": "train, or resume a killed run; then test its two checkpoints",
-}
 # Callbacks with arguments that the command line fills in.
 FILLED_IN: tuple[tuple[type[Callback], str, set[str | int]], ...] = (
     (RobustEvaluation, "evaluation", {"experiment", "paper"}),
@@ -79,18 +71,15 @@ class RobustCLI(LightningCLI):
     def __init__(
         self,
         package: str,
-        args: Sequence[str] | None = None,
+        args: Sequence[str],
         run: bool = True,
-        commands: Mapping[str, str] | None = None,
     ) -> None:
         self.package = package
-        self.commands = commands or {}
         self.lock: FileLock | None = None
-        given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
-        check_config_files(given)
+        self.words = list(args)
         known = self.subcommands()
-        if given and given[0] in known:  # one parser instead of five saves a second
-            known = {given[0]: known[given[0]]}
+        if self.words and self.words[0] in known:  # one parser instead of five saves a second
+            known = {self.words[0]: known[self.words[0]]}
             self.__dict__["subcommands"] = lambda: known
         defaults: dict[str, Any] = {"default_config_files": [BASE], "allow_abbrev": False}
         whole = {"allow_abbrev": False, "prog": f"python -m {package}"}
@@ -105,7 +94,7 @@ class RobustCLI(LightningCLI):
                 parser_class=UserFriendlyParser,
                 parser_kwargs=whole | dict.fromkeys(known, defaults) if run else defaults,
                 subclass_mode_model=True,
-                args=None if args is None else list(args),
+                args=self.words,
                 run=run,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -130,10 +119,6 @@ class RobustCLI(LightningCLI):
             made = self._prepare_subcommand_parser(Trainer, name, **given)
             self._subcommand_parsers[name] = made
             listed.add_subcommand(name, made, help=text)
-        if len(self.subcommands()) > 1:  # for the help, or an unknown one
-            for name, module in self.commands.items():
-                text = str(importlib.import_module(module).__doc__).strip().splitlines()[0]
-                listed.add_subcommand(name, UserFriendlyParser(), help=text)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The seed is always stated: Lightning could draw one at random."""
@@ -163,13 +148,15 @@ class RobustCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse a subcommand by its own parser; the one above it would parse its result again."""
-        words = sys.argv[1:] if args is None else args
-        its = getattr(self, "_subcommand_parsers", {}).get(words[0] if words else None)
-        if its is None or any(word.startswith("--print_config") for word in words):
-            super().parse_arguments(parser, args)
+        """Parse a subcommand by its own parser; the one above it would parse its result again.
+
+        Lightning would warn of other words than those that the process was started with.
+        """
+        its = getattr(self, "_subcommand_parsers", {}).get(args[0] if args else None)
+        if its is None or any(word.startswith("--print_config") for word in args):
+            self.config = parser.parse_args(args)
         else:
-            parsed = {"subcommand": words[0], words[0]: its.parse_args(words[1:])}
+            parsed = {"subcommand": args[0], args[0]: its.parse_args(args[1:])}
             self.config = Namespace(parsed)  # type: ignore[no-untyped-call]
 
     def _parse_ckpt_path(self) -> None:
@@ -183,8 +170,7 @@ class RobustCLI(LightningCLI):
         files = [str(path) for path in config.get("config") or []]
         check_named(config)
         if not config.experiment:
-            own = (Path(path).stem for path in files if Path(path).resolve().parent != CONFIGS)
-            config.experiment = next(own, "unnamed")
+            config.experiment = experiment_of([Path(path) for path in files])
         check_name(config.experiment, "the experiment (--experiment, or the stem of its file)")
         fill_from_data(config)
         threat = threat_of(config.evaluation, config.adversary)
@@ -203,6 +189,9 @@ class RobustCLI(LightningCLI):
         }
         if self.subcommand in TRAINING:
             check_limits(self.plain["trainer"])
+            is_given = config.trainer.default_root_dir is not None
+            if self.subcommand == "reproduce" and not (is_given or config.trainer.fast_dev_run):
+                make_needed(self.package, self.words, self.settings, self._base(config))
             self.settings["files"] = contents(self.settings, self._base(config))
         if self.subcommand:
             self._place(config)
@@ -285,6 +274,8 @@ class RobustCLI(LightningCLI):
             saving = self._get(self.config_init, "checkpoint")
             saving.dirpath = os.path.realpath(Path(config.default_root_dir or ".", "checkpoints"))
             extra.append(LastCheckpoint(saving.dirpath, saving.every_n_steps))
+        if self.subcommand in TRAINING:
+            optimizer_of(self.model)  # refuses its arguments before anything starts
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
         trainer = cast(Trainer, super().instantiate_trainer(**kwargs))
         trainer.run.settings = self.settings
@@ -327,36 +318,13 @@ class SaveTrainingConfig(SaveConfigCallback):
         self.already_saved = True
 
 
-def main(
-    args: Sequence[str] | None = None,
-    package: str = "common",
-    commands: Mapping[str, str] | None = None,
-) -> None:
-    """Run one subcommand; a user's error is one line and exit status 2.
-
-    Args:
-        args: Words of the command line; by default those of the process.
-        package: The paper.
-        commands: More subcommands by name: modules with a docstring, whose first line is the help,
-            and ``main(argv)``, which may return an exit status.
-    """
+def run(words: Sequence[str], package: str) -> int:
+    """Run a subcommand whose words :mod:`common.cli.start` has checked; returns the exit status."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch 2.15
-    words = [str(word) for word in (sys.argv[1:] if args is None else args)]
     try:
-        if commands and words and words[0] in commands:
-            if status := importlib.import_module(commands[words[0]]).main(words[1:]):
-                raise SystemExit(status)
-            return
-        cli = RobustCLI(package=package, args=args, commands=commands)
+        cli = RobustCLI(package=package, args=words)
         if cli.trainer.is_global_zero and cli.subcommand is not None:
             print(confirmed(cli.trainer, cli.subcommand), flush=True)
     except SIGTERMException as stop:  # Lightning's own status would be 0
-        raise SystemExit(stop.code or 128 + signal.SIGTERM) from None
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(2) from (None if isinstance(error, UserError) else error)
+        return int(stop.code or 128 + signal.SIGTERM)
+    return 0

@@ -17,8 +17,8 @@ def make(name: str, root: Path) -> list[Path]:
     """Write the files of ``paper_<name>`` into a repository; returns them.
 
     Raises:
-        ConfigurationError: If the name is no name of a package or is taken, or ``pyproject.toml``
-            has no lists of papers for the linter.
+        ConfigurationError: If the name is no name of a package or is taken, the folder is no
+            checkout, or its ``pyproject.toml`` has no lists of papers.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ConfigurationError(
@@ -29,6 +29,10 @@ def make(name: str, root: Path) -> list[Path]:
     if (root / package).exists():
         raise ConfigurationError(f"there is a folder {package} already; choose another name")
     project = root / "pyproject.toml"
+    if not project.is_file():
+        raise ConfigurationError(
+            f"there is no {project}; run this in the root folder of a checkout"
+        )
     text = _listed(project.read_text(), package)
     title = "".join(part.capitalize() for part in name.split("_"))
     written = []
@@ -44,13 +48,15 @@ def make(name: str, root: Path) -> list[Path]:
 
 
 def _listed(text: str, package: str) -> str:
-    """The text of ``pyproject.toml`` with one more paper; import-linter knows no patterns."""
+    """The text of ``pyproject.toml`` with one more paper, which has to be named there."""
     text, roots = re.subn(r'(root_packages = \[[^\]]*"paper_\w+")', rf'\1, "{package}"', text)
+    command = f'{package.replace("_", "-")} = "{package}.__main__:run"'
+    text, commands = re.subn(r"(\[project\.scripts\]\n(?:\S.*\n)+)", rf"\1{command}\n", text)
     text, layers = re.subn(r"(\| paper_\w+)( \| benchmarks)", rf"\1 | {package}\2", text)
-    if roots != 1 or layers < 1:
+    if roots != 1 or layers < 1 or commands != 1:
         raise ConfigurationError(
-            "pyproject.toml does not list the papers for import-linter as it did (root_packages, "
-            "layers); enter the new one by hand"
+            "pyproject.toml does not list the papers as it did (scripts; root_packages and layers "
+            "of import-linter); enter the new one by hand"
         )
     return text
 

@@ -1,11 +1,9 @@
 """What is filled in, checked and explained in configurations."""
 
 import inspect
-import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,8 +11,6 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from common.errors import ConfigurationError
-from common.files import yaml_damage_of
-from common.limits import read_yaml
 from common.parsing import ArgumentParser, load_named
 from common.settings import class_paths, explain, nodes, plain_digest, type_name
 
@@ -82,29 +78,6 @@ def tensorboard_in(run: Path) -> Namespace:
     folder = {"save_dir": str(run), "name": "", "version": "", "default_hp_metric": False}
     logger = {"class_path": TENSORBOARD, "init_args": Namespace(folder)}  # type: ignore[no-untyped-call]
     return Namespace(logger)  # type: ignore[no-untyped-call]
-
-
-def check_config_files(arguments: Sequence[str]) -> None:
-    """Check the files of options ``--config``, and numbers.
-
-    Raises:
-        ConfigurationError: If a file is missing, damaged, too large, or holds no settings by name,
-            or an integer needs more than 64 bits.
-    """
-    for option, following in pairwise([*arguments, ""]):
-        name, _, value = option.partition("=")
-        if re.fullmatch(r"[-+]?\d{19,}", value or option):
-            raise ConfigurationError(f"{(value or option)[:20]}... is too large a number")
-        if name not in ("--config", "-c"):
-            continue
-        path = Path(value or following)
-        settings = read_yaml(path)
-        if damage := yaml_damage_of(path):
-            raise ConfigurationError(f"{path} is damaged: {damage}")
-        if not isinstance(settings, dict):
-            raise ConfigurationError(
-                f"{path} holds no settings (sections such as model, data, trainer)"
-            )
 
 
 def check_seed(seed: Any) -> None:

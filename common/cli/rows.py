@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 from common.errors import ConfigurationError, UserError
 from common.files import write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
-from common.packages import package_folder, papers
+from common.packages import package_folder, papers, say_shadowed
 from common.results.selection import parse_seeds, select
 
 SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
@@ -330,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="then analyse them and print tables")
     given = parser.parse_args(words)
     try:
+        say_shadowed("common", given.package)
         rows = rows_of(given.package, given.on, parse_seeds(given.seeds), options)
         is_small = all(row.stem.startswith("digits_") for row in rows)
         jobs = _jobs(given.jobs, is_small)

@@ -3,211 +3,141 @@
 ``python -m common.evaluation --model package.module:factory --weights file --data cifar10``
 """
 
-import inspect
-import itertools
-import os
-import pkgutil
+import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import NoReturn
 
-import torch
-from jsonargparse import ArgumentError
-from torch import nn
-
-from common.attacks.engine.network import AttackEngine
-from common.checkpoints import load_weights
-from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
-from common.evaluation.evaluate import evaluate
-from common.evaluation.models import build_sections
-from common.evaluation.presets import CONFIGS, ready_suites
-from common.evaluation.report import Evaluation
-from common.evaluation.runner import Team
+from common.files import check_torch_file
 from common.limits import read_yaml
-from common.parsing import ArgumentParser, load_named
-from common.settings import explain
+from common.packages import data_sections, file_named, ready_suites, say_shadowed
+from common.settings import nearest
 
-SHARED = {"eps", "norm", "examples", "batch_size", "seed", "output"}
-"""Arguments of :func:`common.evaluation.evaluate.evaluate` that are options."""
+OPTIONS = {
+    "config": "a YAML file with these options",
+    "model": "PACKAGE.MODULE:FACTORY, which makes the network: images in [0, 1] to logits, "
+    "normalisation inside",
+    "model_args": "for the factory, as JSON",
+    "weights": "state dict or checkpoint to load",
+    "weights_key": "which weights, if the file holds several sets, such as ema_state_dict",
+    "data": "test split of a data section, or of a YAML file of one; by default cifar10",
+    "data_root": "folder of its files",
+    "suite": "a ready suite, by default quick, or a YAML file with evaluation: {suite: ...}",
+    "eps": "radius in pixels of [0, 1]; by default that of the suite, else 8/255",
+    "norm": "linf, l2 or l1; by default that of the suite, else linf",
+    "audit": "check for gradient masking too",
+    "examples": "how many, of all classes in proportion; by default all",
+    "batch_size": "examples that are attacked together; by default 250",
+    "seed": "of the attacks; by default 0",
+    "engine": "attack a network with batch-norm folded, in fp32 or bf16; the plain one judges",
+    "device": "by default cuda if available, else cpu",
+    "name": "under which results are filed; by default that of the factory",
+    "output": "folder of results.json, figures, and what a killed evaluation resumes from",
+}
+FLAGS = ("audit", "print_config")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a model and print the table; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    say_shadowed("common")
+    if {"--help", "-h"} & set(words):
+        print(_help())
+        return 0
     try:
-        for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
-            if word.partition("=")[0] == "--config":  # pipes, devices and bombs are refused here
-                read_yaml(word.partition("=")[2] or following)
-        given = vars(_parser().parse_args(argv))
-        given.pop("config")
-        evaluation = attack(**given)
-    except (UserError, ArgumentError) as error:
-        text = str(error) if isinstance(error, UserError) else explain(str(error))
-        print(f"error: {text}", file=sys.stderr)
+        _check(words)
+        return int(importlib.import_module("common.evaluation.command").run(words))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    if Team.of_processes().rank == 0:
-        print(evaluation)
-        if given["output"]:
-            print(f"written to {given['output']}: results.json, figures")
-    return 0
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m common.evaluation",
-        description="Attack a model and report the accuracy in the worst case over a suite. "
-        f"Ready suites: {', '.join(ready_suites())}.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="a YAML file with these options")
-    parser.add_argument("--audit", action="store_true", help="check for gradient masking too")
-    parser.add_function_arguments(attack, as_group=False)
-    names = inspect.signature(evaluate).parameters
-    others: Any = {name for name in names if name not in SHARED}
-    parser.add_function_arguments(evaluate, skip=others, as_group=False)
-    return parser
-
-
-def attack(
-    model: str,
-    model_args: dict[str, Any] | None = None,
-    weights: str | None = None,
-    weights_key: str | None = None,
-    data: str = "cifar10",
-    data_root: str | None = None,
-    suite: str = "quick",
-    engine: Literal["fp32", "bf16"] | None = None,
-    device: str | None = None,
-    name: str | None = None,
-    **settings: Any,
-) -> Evaluation:
-    """Build a model and its data by name and evaluate it.
-
-    Args:
-        model: PACKAGE.MODULE:FACTORY, which makes the network: images in [0, 1] to logits,
-            normalisation inside.
-        model_args: For the factory, as JSON.
-        weights: State dict or checkpoint to load.
-        weights_key: Which weights, if the file holds several sets, such as ema_state_dict.
-        data: Test split of a data section of common/configs (cifar10, svhn, digits, ...), or a
-            YAML file of one.
-        data_root: Folder of its files.
-        suite: A ready suite, or a YAML file with evaluation: {suite: ...}.
-        engine: Attack a network with batch-norm folded, in float32 or bfloat16; the plain float32
-            network judges.
-        device: By default cuda if available, else cpu.
-        name: Under which results are filed; by default that of the factory.
-        settings: Of :func:`common.evaluation.evaluate.evaluate`.
-    """
-    torch.manual_seed(settings["seed"])  # of weights that no file gives
-    network = build_model(model, model_args)
-    if weights:
-        load_weights(network, weights, weights_key)
-    images = load_data(data, data_root)
-    test = images._dataset("test", None, None)
-    batch = test.__getitems__(list(range(len(test))))
-    precision: Any = {"fp32": "32", "bf16": "bf16"}.get(engine or "")
-    return evaluate(
-        network.eval(),
-        (batch["x"].float() / 255.0, batch["y"]),
-        suite,
-        num_classes=images.num_classes,
-        class_names=images.class_names,
-        name=name or model.partition(":")[2],
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        engine=AttackEngine(precision=precision) if precision else None,
-        **settings,
+def _help() -> str:
+    return "\n".join(
+        [
+            "usage: python -m common.evaluation --model PACKAGE.MODULE:FACTORY [options]\n",
+            "Attack a model and report the accuracy in the worst case over a suite.\n",
+            *(f"  --{name:<12} {text}" for name, text in OPTIONS.items()),
+            f"\nData: {', '.join(data_sections())}",
+            f"Suites: {', '.join(ready_suites())}",
+        ]
     )
 
 
-def build_model(path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """Call a factory named ``package.module:factory``, which has to make a module."""
+def _check(words: Sequence[str]) -> None:
+    """Find what is wrong before torch is imported, which takes seconds."""
+    given = dict(_options(words))
+    if "config" in given:  # pipes, devices and bombs are refused here
+        stated = read_yaml(given["config"])
+        if not isinstance(stated, dict):
+            raise ConfigurationError(f"{given['config']} holds no options by name")
+        for name in stated:
+            _check_name(str(name))
+        given = {**stated, **given}
+    if "model" not in given:
+        raise ConfigurationError(
+            "no model is given; give --model PACKAGE.MODULE:FACTORY (--help shows all options)"
+        )
+    _check_model(given)
+    if isinstance(given.get("data"), str):
+        file_named(given["data"], data_sections(), "data section")
+    if isinstance(given.get("suite"), str):
+        file_named(given["suite"], ready_suites(), "suite")
+    if isinstance(given.get("weights"), str):
+        check_torch_file(Path(given["weights"]))
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    following = iter(words)
+    for word in following:
+        option, joint, value = word.partition("=")
+        name = option.removeprefix("--")
+        if name == option:
+            raise ConfigurationError(f"{word[:80]!r} belongs to no option; see --help")
+        _check_name(name)
+        if not joint and name not in FLAGS:
+            value = next(following, "--")
+            if value.startswith("--"):
+                raise ConfigurationError(f"--{name} has no value; give --{name} VALUE")
+        yield name, value
+
+
+def _check_name(name: str) -> None:
+    if name in OPTIONS or name in FLAGS or name.startswith("model_args."):
+        return
+    if name.startswith("data."):
+        raise ConfigurationError(
+            f"unknown option {name}; data are chosen as a whole: write a YAML file with the source "
+            "and its init_args, and give --data FILE"
+        )
+    raise ConfigurationError(f"unknown option {name}{nearest(name, OPTIONS)}")
+
+
+def _check_model(given: Mapping[str, object]) -> None:
+    """Check that the module of the factory can be there."""
+    path = str(given["model"])
+    module, _, factory = path.partition(":")
     sys.path.insert(0, "")
     try:
-        if not path.partition(":")[2]:
-            raise ValueError("no factory is named behind a colon")
-        factory = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            f"--model is {path!r}, expected package.module:factory ({error})"
-        ) from error
+        is_there = bool(factory) and find_spec(module.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        is_there = False
     finally:
         sys.path.remove("")
-    try:
-        model = factory(**(arguments or {}))
-    except (TypeError, ValueError) as error:
+    if not is_there:
+        problem = f"no module {module.partition('.')[0]!r} is here" if factory else "no factory"
         raise ConfigurationError(
-            f"{path} cannot be made with --model_args {arguments}: {error}"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"{path} made a {type(model).__name__}, expected an nn.Module")
-    return model
-
-
-def load_data(name: str, root: str | None = None) -> ImageDataModule:
-    """The data module of a section ``common/configs/NAME.yaml`` or of a file.
-
-    Raises:
-        ConfigurationError: If there is none.
-        DataUnavailableError: If the files are not there and cannot be fetched.
-    """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
-    known = [p.stem for p in sorted(CONFIGS.glob("*.yaml")) if "source:" in p.read_text()]
-    if not path.exists() or (path.parent == CONFIGS and path.stem not in known):
-        raise ConfigurationError(
-            f"there are no data {name!r}; there are {', '.join(known)}, and any YAML file with a "
-            "source"
+            f"--model is {path!r}, expected package.module:factory ({problem})"
         )
-    section = read_yaml(path)
-    if root is not None:
-        _set_root(section, root, path)
-    data: ImageDataModule = build_sections({"data": section}, path).data
-    team, problem = Team.of_processes(), None
-    if team.rank == 0:  # fetches the files; all processes raise its error
-        try:
-            data.prepare_data()
-        except UserError as error:
-            problem = error
-    for found in filter(None, team.gather(problem)):
-        raise found
-    data.setup("test")
-    return data
 
 
-def _set_root(section: Any, root: str, path: Path) -> None:
-    """Put the folder of the files into a data section."""
-    source = section.get("source") if isinstance(section, dict) else None
-    source = {"class_path": source} if isinstance(source, str) else source
-    if not isinstance(source, dict) or not _has_root(source["class_path"]):
-        raise ConfigurationError(
-            f"--data_root is {root}, and the data {str(path)!r} have no files; drop --data_root"
-        )
-    section["source"] = source | {"init_args": {**(source.get("init_args") or {}), "root": root}}
-
-
-def _has_root(class_path: str) -> bool:
-    return "root" in inspect.signature(load_named(class_path)).parameters
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """Join the processes that torchrun started; each takes the GPU of its local rank, if any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("gloo")  # only outcomes travel, on the CPU
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+def run() -> NoReturn:
+    """The whole program."""
+    sys.exit(main())
 
 
 if __name__ == "__main__":
-    with joined():
-        status = main()
-    sys.exit(status)
+    run()

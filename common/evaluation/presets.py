@@ -20,11 +20,11 @@ from common.errors import ConfigurationError, check_choice
 from common.evaluation.audit.checks import Audit
 from common.evaluation.suite import SuiteEntry
 from common.limits import read_yaml
+from common.packages import CONFIGS, file_named, ready_suites
 from common.parsing import build, check_named, load_named
 from common.results.lines import Threat
 from common.settings import explained, type_name
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 _WORD = re.compile(r"threat(?:\s*([*/])\s*(\d+(?:\.\d+)?))?")
 
 
@@ -35,15 +35,6 @@ class Suite:
     entries: Mapping[str, SuiteEntry]
     threat: Threat
     audit: Audit | None = None
-
-
-def ready_suites() -> list[str]:
-    """The names of all overlays with attacks or an audit."""
-    return sorted(
-        path.stem
-        for path in CONFIGS.glob("*.yaml")
-        if {"suite", "audit"} & set((read_yaml(path) or {}).get("evaluation", ()))
-    )
 
 
 def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | None = None) -> Suite:
@@ -58,12 +49,7 @@ def load_suite(name: str | Path, eps: float | str | None = None, norm: Norm | No
     """
     if norm is not None:
         check_choice("norm", norm, Norm)
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
-    if not path.exists():
-        raise ConfigurationError(
-            f"there is no suite {str(name)!r}; there are {', '.join(ready_suites())}, and any YAML "
-            "file with a section evaluation: {suite: ...}"
-        )
+    path = file_named(str(name), ready_suites(), "suite")
     section = _section(path)
     check_named(section, "evaluation")
     wanted: dict[str, Any] = {key: section[key] for key in ("suite", "audit") if key in section}

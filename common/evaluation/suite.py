@@ -187,7 +187,7 @@ def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
     if not suite:
         raise ConfigurationError(
             "evaluation.suite is empty, so there is nothing to test against; name at least one "
-            "attack, or add --config common/configs/autoattack.yaml"
+            "attack, or add --config autoattack"
         )
     check_entries(suite)
     for name, entry in suite.items():

@@ -5,12 +5,14 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from common import PROJECT
 
 CODE = (
     *(":(top,glob)common/**/*.py", ":(top,glob)common/**/*.yaml"),
@@ -53,6 +55,21 @@ def _git(*arguments: str, folder: Path = Path(__file__).parent) -> str | None:
     return done.stdout.rstrip()
 
 
+def is_tracked() -> bool:
+    """Whether this code belongs to the git repository around it, as that of a checkout does.
+
+    An environment inside the repository of another project does not.
+    """
+    return _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+
+
+def _version() -> str | None:
+    try:
+        return version(PROJECT)
+    except PackageNotFoundError:  # a checkout on the path
+        return None
+
+
 def collect(
     device: torch.device,
     world_size: int,
@@ -64,12 +81,13 @@ def collect(
     engine: object = None,
 ) -> dict[str, Any]:
     """Everything about a result that may differ between two runs giving the same numbers."""
-    changes = code_changes()
+    changes = code_changes() if is_tracked() else None
     name = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": None if changes is None else _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "versions": {
+            PROJECT: _version(),
             "python": platform.python_version(),
             **{package: version(package) for package in PACKAGES},
         },

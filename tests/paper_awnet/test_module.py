@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.attacks.pgd import PGD
-from common.cli.main import main
+from common.cli.start import main
 from common.evaluation.suite import resolve_losses
 from common.modes import frozen
 from common.networks.resnet import ResNet
@@ -147,7 +147,7 @@ def test_a_missing_teacher_is_told_with_the_command_that_trains_it(
     assert error.value.code == 2
     line = capsys.readouterr().err
     assert "the teacher digits_teacher_clean has not been trained" in line
-    assert "paper_awnet/configs/digits_teacher_clean.yaml --seed_everything 7" in line
+    assert "--config digits_teacher_clean --seed_everything 7" in line
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.cli.main import main as run
+from common.cli.start import main as run
 from common.data.corruptions import CIFAR10C, CORRUPTIONS
 from common.errors import ConfigurationError, DataUnavailableError, RunDirectoryError, UserError
 from paper_rcm import corruptions

@@ -4,19 +4,19 @@ import csv
 import json
 import logging
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 
 from common.callbacks.monitoring import Monitoring
-from common.cli.main import RobustCLI, main
+from common.cli.main import RobustCLI
+from common.cli.start import main
 from common.errors import ConfigurationError
 from common.evaluation.models import load_run
-from common.evaluation.presets import CONFIGS
+from common.packages import CONFIGS
 from common.results.provenance import weights_digest
 
 slow = pytest.mark.slow
@@ -233,31 +233,26 @@ def test_settings_of_several_types_take_each_of_them(tiny, capsys, command, trai
     assert RobustCLI("paper_tiny", ["--config", str(tiny.run / "config.yaml")], run=False)
 
 
-def test_commands_of_a_paper_are_subcommands(capsys, monkeypatch) -> None:
-    given = []
-
-    def command(words):
-        given.append(words)
-        return 3
-
-    module = SimpleNamespace(__doc__="Says what it is given.\n\nMore.", main=command)
-    monkeypatch.setitem(sys.modules, "its_command", module)
+def test_commands_of_a_paper_are_subcommands(capsys, monkeypatch, tmp_path) -> None:
+    text = "def main(words):\n    raise SystemExit(str(words))"
+    (tmp_path / "its_command.py").write_text(f'"""Says what it is given.\n\nMore."""\n{text}')
+    monkeypatch.syspath_prepend(tmp_path)
 
     def ended(*words: str) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as caught:
             main(words, package="paper_tiny", commands={"say": "its_command"})
         return (caught.value.code, *capsys.readouterr())
 
-    assert ended("say", "--loud", "yes")[0] == 3
-    assert given == [["--loud", "yes"]]
-    status, printed, _ = ended("--help")
-    assert status == 0
+    assert ended("say", "--loud", "yes")[0] == "['--loud', 'yes']"
+    main(["--help"], package="paper_tiny", commands={"say": "its_command"})
+    printed = capsys.readouterr().out
     assert re.search(r"say +Says what it is given\.", printed)
     assert re.search(r"fit +train; ", printed)
     status, _, told = ended("sing")
     assert status == 2
-    assert "'reproduce', 'say'" in told
-    module.main = lambda words: (_ for _ in ()).throw(ConfigurationError("too loud"))
+    assert "reproduce, say" in told
+    refuse = Mock(side_effect=ConfigurationError("too loud"))
+    monkeypatch.setattr("its_command.main", refuse)
     assert ended("say") == (2, "", "error: too loud\n")
 
 

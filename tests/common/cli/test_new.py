@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.cli.main import main
 from common.cli.new import make
+from common.cli.start import main
 from common.errors import ConfigurationError
 from common.results import tables
 
@@ -64,3 +64,9 @@ def test_a_name_that_cannot_be_a_paper_writes_nothing(project, name) -> None:
     with pytest.raises(ConfigurationError, match=name or "''"):
         make(name, project)
     assert sorted(project.iterdir()) == before
+
+
+def test_outside_of_a_checkout_nothing_is_written(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match=r"pyproject\.toml"):
+        make("mart", tmp_path)
+    assert not list(tmp_path.iterdir())

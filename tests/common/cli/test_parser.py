@@ -7,9 +7,10 @@ import pytest
 from jsonargparse import Namespace
 
 from common.attacks.engine.network import AttackEngine
-from common.cli.main import CONFIGS, RobustCLI
+from common.cli.main import RobustCLI
 from common.cli.parser import fill_from_data, protocol_digest
 from common.errors import ConfigurationError
+from common.packages import CONFIGS
 from common.results.identity import decisive
 
 NETS = """

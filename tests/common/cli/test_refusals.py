@@ -17,7 +17,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("--model.net.width", "[4, 4]", "unknown option model.net.width; did you mean widths?"),
+        ("--model.net.width", "[4, 4]", "model.net.width; did you mean model.net.widths?"),
         ("--trainer.max_epoch", "3", "did you mean trainer.max_epochs?"),
         ("--data.source", "common.data.sources.digits", "did you mean Digits?"),
         ("--adversary.attack.eps", "8", "eps must lie in [0, 1] (pixels are in [0, 1]), got 8.0; "
@@ -37,7 +37,7 @@ slow = pytest.mark.slow
         ("--trainer.max_epochs", "0", "trainer.max_epochs is 0, so nothing would be trained"),
         ("--trainer.val_check_interval", "100", "`val_check_interval` (100) must be less than"),
         ("--model.optimizer.lr", "-1", "model.optimizer: Invalid learning rate: -1.0"),
-        ("--model.optimizer.momentums", "1", "model.optimizer.momentums; did you mean momen"),
+        ("--model.optimizer.momentums", "1", "did you mean model.optimizer.momentum?"),
         ("--model.optimizer", "torch.optim.SGDD", "no torch.optim.SGDD; did you mean SGD?"),
         ("--model.scheduler", "torch.optim.lr_scheduler.StepLR", "model.scheduler: the following "
          "arguments are required: step_size"),
@@ -84,7 +84,7 @@ def test_a_seed_in_a_file_is_a_number_too(tiny, seed) -> None:
 def test_a_suite_is_needed_and_a_threat_model_for_an_audit(tiny) -> None:
     line = tiny.refused("test", "--evaluation.suite", "{}")
     assert "evaluation.suite is empty" in line
-    assert "autoattack.yaml" in line
+    assert "--config autoattack" in line
     settings = yaml.safe_load(tiny.text)
     noise = {"class_path": "common.attacks.noise.UniformNoise", "init_args": {"levels": [0.1]}}
     settings["evaluation"] = {"audit": {}, "suite": {"noise": {"attack": noise}}}
@@ -110,7 +110,7 @@ def test_files_and_folders_are_checked_before_use(tiny) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (None, "cannot be read: No such file"),
+        (None, "does not exist; did you mean tiny.yaml?"),
         ("folder", "cannot be read: it is a folder"),
         (b"", "is damaged: it is empty"),
         (b"[1, 2]", "holds no settings"),

@@ -78,7 +78,7 @@ def test_the_template_starts_one_task_per_device_and_passes_options_on(
         monkeypatch.setenv(f"SLURM_{name}", value)
     command = ["bash", template, "paper_cifs", "a.yaml", "--seed_everything", "1"]
     words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    program_words = [".venv/bin/python", "-m", "paper_cifs", "reproduce"]
+    program_words = ["python", "-m", "paper_cifs", "reproduce"]
     assert words[:5] == ["--kill-on-bad-exit=1", *program_words]
     assert words[-2:] == ["--seed_everything", "1"]
     options = dict(zip(words[5:-2:2], words[6:-2:2], strict=True))

@@ -149,7 +149,7 @@ def data(linear) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
     monkeypatch.setattr(
-        importlib.import_module("common.evaluation.evaluate"), "draw", lambda *_: {}
+        importlib.import_module("common.evaluation.pipeline"), "draw", lambda *_: {}
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from common.attacks.noise import UniformNoise
 from common.attacks.pgd import FGSM, PGD
 from common.evaluation import SuiteEntry, evaluate
-from common.evaluation.__main__ import build_model, main
+from common.evaluation.__main__ import main
+from common.evaluation.command import build_model
 from common.results.store import read_result
 
 
@@ -117,14 +118,14 @@ def test_the_command_line(tmp_path, factory: str, capsys) -> None:
     weights = {name: value / 2 for name, value in net.state_dict().items()}
     torch.save({"ema": weights, "state_dict": net.state_dict()}, "two.pt")
     for mistake, match in (
-        (["--modle", "x"], "unknown option --modle"),
+        (["--modle", "x"], "did you mean model?"),
         (["--batch_size", "x"], "batch_size: expected int, got x"),
         (["--config", "/dev/zero"], "it is no regular file"),
         (["--model", "nowhere:make"], "expected package.module:factory"),
         (["--model", "torch"], "expected package.module:factory"),
         (["--model", "torchvision.models.resnet18"], "expected package.module:factory"),
         (["--model_args", '{"depth": 3}'], "cannot be made with"),
-        (["--data", "cifar"], "there are no data 'cifar'; there are cifar10"),
+        (["--data", "cifar"], "no data section 'cifar'; did you mean cifar10"),
         (["--suite", "strong"], "there is no suite 'strong'"),
         (["--suite", "paper-cifs", "--norm", "l2"], "attacks in linf, got norm 'l2'"),
         (["--data_root", "somewhere"], "have no files; drop --data_root"),
@@ -144,7 +145,7 @@ def test_options_of_a_file_reach_the_evaluation(
 ) -> None:
     seen: dict[str, Any] = {}
     told = functools.wraps(evaluate)(lambda *_, **given: seen.update(given))
-    monkeypatch.setattr(f"{main.__module__}.evaluate", told)
+    monkeypatch.setattr(f"{build_model.__module__}.evaluate", told)
     options = {"model": factory, "data": "digits", "eps": 0.02, "examples": 40, "seed": 3}
     (tmp_path / "options.yaml").write_text(json.dumps(options))
     more = [] if engine is None else ["--engine", engine]

@@ -249,7 +249,7 @@ def test_a_folder_of_other_results_is_refused_at_the_start(
 ) -> None:
     robust(linear().eval(), data, output=tmp_path)
     before = (tmp_path / "results.json").read_bytes()
-    pipeline = importlib.import_module("common.evaluation.evaluate")
+    pipeline = importlib.import_module("common.evaluation.pipeline")
     monkeypatch.setattr(pipeline, "run_steps", lambda *_, **__: pytest.fail("it ran"))
     for change, match in (({"seed": 1}, "seed 1"), ({"name": "other"}, "other")):
         with pytest.raises(ConfigurationError, match=f"{match}.*choose another output folder"):

@@ -19,11 +19,11 @@ from common.evaluation.presets import (
     chosen_threat,
     fill_threat,
     load_suite,
-    ready_suites,
     threat_of,
 )
 from common.evaluation.runner import run_steps
 from common.evaluation.suite import ball_of, steps_of
+from common.packages import ready_suites
 
 STEPS = {  # what the papers' protocols say at 8/255
     "paper-awnet": {"pgd_sat": 2 / 255, "pgd_trades": 0.003, "cw30": 2 / 255},
@@ -224,7 +224,7 @@ def test_settings_that_cannot_work_are_refused(problem) -> None:
     noise, last = SuiteEntry(UniformNoise([0.1])), SuiteEntry(FGSM(0.1), checkpoints=["last"])
     for suite, given, match in (
         *((name, {"eps": 0.5, "norm": "l2"}, f"{name}' attacks in linf") for name in STEPS),
-        ("quik", {}, "no suite 'quik'; there are audit, autoattack"),
+        ("quik", {}, "no suite 'quik'; did you mean quick"),
         ("quick", {"norm": "l2"}, "norm is l2 and eps is not given"),
         ({"n": noise}, {"engine": AttackEngine()}, "drop engine"),
         ({"p": last}, {}, "drop checkpoints"),

@@ -1,0 +1,171 @@
+"""What classes and functions take, read from their source: importing them takes seconds.
+
+An answer is given only where the source alone is enough; the parser knows the rest.
+"""
+
+import ast
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Arguments = dict[str, str]
+"""Names of arguments and their annotations, empty where there is none."""
+
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "int": (int, float),  # 1.0 is for the parser to decide
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "None": (type(None),),
+}
+_MOST_LINKS = 8
+_LONG = 80
+"""Characters of what is no number."""
+_Definition = ast.ClassDef | ast.FunctionDef
+
+
+@cache
+def _source(module: str) -> str | None:
+    """The source of a module, whose parents are not imported; ``None`` if there is none."""
+    top, _, inner = module.partition(".")
+    try:
+        spec = find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin)
+    if inner:
+        path = path.parent.joinpath(*inner.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+@cache
+def _body(module: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(_source(module) or "").body
+    except (SyntaxError, ValueError):
+        return []
+
+
+def _find(path: str, links: int = 0) -> tuple[str, _Definition] | None:
+    """The module that defines a class or function, and the definition; imports are followed."""
+    module, _, name = path.rpartition(".")
+    for node in _body(module):
+        if isinstance(node, _Definition) and node.name == name:
+            return module, node
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and links < _MOST_LINKS:
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    return _find(f"{node.module}.{alias.name}", links + 1)
+    return None
+
+
+def documented(module: str) -> str:
+    """The first line of a module's docstring."""
+    text = ast.get_docstring(ast.Module(_body(module), []))
+    return (text or "").partition("\n")[0]
+
+
+def offered_instead(path: str) -> list[str] | None:
+    """What a module offers that certainly lacks a class or function; ``None`` otherwise."""
+    module, _, name = path.rpartition(".")
+    source = _source(module)
+    if source is None or re.search(rf"\b{re.escape(name)}\b|import \*|__getattr__|globals", source):
+        return None
+    imported = [node for node in _body(module) if isinstance(node, ast.ImportFrom)]
+    defined = [node.name for node in _body(module) if isinstance(node, _Definition)]
+    return defined + [alias.asname or alias.name for node in imported for alias in node.names]
+
+
+@cache
+def arguments_of(path: str) -> Arguments | None:
+    """What a class or function takes; ``None`` if its source alone does not say."""
+    found = _find(path)
+    if found is None:
+        return None
+    module, node = found
+    if isinstance(node, ast.FunctionDef):
+        return None if node.args.kwarg else _named(node.args)
+    if any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+        return _fields(path)
+    parents = [f"{module}.{base.id}" for base in node.bases if isinstance(base, ast.Name)]
+    theirs = [arguments_of(parent) for parent in parents]
+    made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    if not made:
+        return theirs[0] if len(theirs) == len(node.bases) == 1 else None
+    own = _named(made[-1].args)
+    own.pop("self", None)
+    keywords = made[-1].args.kwarg
+    if keywords is None:
+        return own
+    given = _passed_on(made[-1], keywords.arg)
+    if given is None or len(theirs) != len(node.bases) or None in theirs:
+        return None
+    inherited = {k: v for one in theirs for k, v in (one or {}).items() if k not in given}
+    return inherited | own
+
+
+def _named(arguments: ast.arguments) -> Arguments:
+    every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+    return {one.arg: ast.unparse(one.annotation) if one.annotation else "" for one in every}
+
+
+def _passed_on(function: ast.FunctionDef, keywords: str) -> list[str] | None:
+    """What else is given where ``**keywords`` go to ``super().__init__``, their only use."""
+    uses = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == keywords]
+    for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
+        last = call.keywords[-1] if call.keywords else None
+        if last is not None and last.arg is None and last.value in uses and len(uses) == 1:
+            is_super = ast.unparse(call.func) == "super().__init__"
+            return [one.arg for one in call.keywords if one.arg] if is_super else None
+    return None
+
+
+def _fields(path: str) -> Arguments:
+    """Fields of a data class and of those it derives from."""
+    module, node = _find(path) or ("", None)
+    names: Arguments = {}
+    if not isinstance(node, ast.ClassDef):
+        return names
+    for base in node.bases:
+        names |= _fields(f"{module}.{base.id}") if isinstance(base, ast.Name) else {}
+    if any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+        for one in node.body:
+            if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name):
+                is_argument = "init=False" not in (ast.unparse(one.value) if one.value else "")
+                annotation = ast.unparse(one.annotation)
+                if is_argument and "ClassVar" not in annotation:
+                    names[one.target.id] = annotation
+    return names
+
+
+def misfit(value: Any, annotation: str) -> str:
+    """The types that are expected if a value certainly has none of them; empty otherwise.
+
+    Args:
+        value: A plain value; text is read as YAML, as on the command line.
+        annotation: As written in the source.
+    """
+    words = re.findall(r"[\w.]+", annotation)
+    kinds = [word for word in words if word not in ("Optional", "Union")]
+    kinds += ["None"] * ("Optional" in words and "None" not in kinds)
+    if not kinds or not all(kind in _PLAIN for kind in kinds) or "str" in kinds:
+        return ""
+    if isinstance(value, str) and len(value) < _LONG:
+        try:
+            value = yaml.safe_load(value)
+            value = float(value) if isinstance(value, str) else value  # such as 1e-4
+        except (ValueError, yaml.YAMLError):
+            pass
+    if any(type(value) in _PLAIN[kind] for kind in kinds):
+        return ""
+    return " or ".join("null" if kind == "None" else kind for kind in kinds)
