@@ -64,7 +64,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     if found := re.match(
         r"(?:Option|Key|Group key) '([^']*)' is not (?:accepted|expected)", reason
     ):
-        names = _parameters(class_path) if class_path else options
+        names = parameters_of(class_path) if class_path else options
         prefix = f"{key}." if class_path or not key else ""
         return f"unknown option {prefix}{found[1]}{nearest(found[1], names)}"
     if found := re.match(
@@ -145,7 +145,7 @@ _CALLABLE = re.compile(r"Type typing\.Callable\[.*\] expects a function or a cal
 _EXPECTED = re.compile(r"Expected an? (<class '[^']*'>|[\w.]+(?:\[.*\])?)$")
 
 
-def _parameters(class_path: str) -> list[str]:
+def parameters_of(class_path: str) -> list[str]:
     """Names of what a class or function can be configured with."""
     parser, made = ArgumentParser(exit_on_error=False), load_named(class_path)
     add = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments

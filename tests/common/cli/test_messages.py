@@ -17,6 +17,7 @@ from common.evaluation.__main__ import FLAGS, OPTIONS
 from common.evaluation.__main__ import main as evaluation
 from common.evaluation.command import _parser
 from common.packages import CONFIGS, data_sections, yaml_files
+from common.settings import parameters_of
 
 FIT = ("fit", "--config", "digits_resnet_cifs")
 NET = ("--model", "common.networks.resnet:ResNet18")
@@ -52,6 +53,7 @@ def _files(tmp_path, monkeypatch) -> None:
         ((*FIT, "--trainer.max_epoch", "1"), "trainer.max_epochs"),
         ((*FIT, "--adversary.attack.step", "1"), "adversary.attack.steps"),
         ((*FIT, "--model.objective", "common.objectives.Trades"), "TRADES"),
+        ((*FIT, "--model.net", "common.attacks.pgd.PGD"), "common.attacks.pgd.PGD"),
         ((*FIT, "--model.optimizer", "torch.optim.SGDD"), "SGD?"),
         ((*FIT, "--seed_everything", "abc"), "abc"),
         ((*FIT, "--data.flip", "perhaps"), "perhaps"),
@@ -72,7 +74,7 @@ def test_mistakes_are_found_before_lightning_is_imported(capsys, monkeypatch, wo
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("--model.net", "common.attacks.pgd.PGD"), "common.attacks.pgd.PGD is no Module"),
+        (("--model.net", "collections.OrderedDict"), "collections.OrderedDict"),
         (("--model.objective", "Trades"), "common.objectives.TRADES"),
         (("--model.optimizer.lr", "-1"), "-1.0"),
         (("--model.net.width", "3"), "selections"),
@@ -157,6 +159,22 @@ def test_every_option_of_the_parsers_is_known_before(tiny) -> None:
     theirs = {name for name, _ in parser.get_defaults().items()} - {"__default_config__"}
     assert theirs == set(OPTIONS)
     assert set(FLAGS) - {"print_config"} <= theirs
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "common.attacks.pgd.PGD",
+            "common.data.sources.CIFAR10",
+            "torch.optim.lr_scheduler.StepLR",
+        ),
+        *("common.networks.resnet.ResNet18", "common.networks.resnet.DigitsResNet"),
+        *("common.networks.wide_resnet.WideResNet", "paper_awnet.networks.AWNet"),
+    ],
+)
+def test_the_source_tells_what_a_parser_accepts(path) -> None:
+    assert set(arguments_of(path)) == set(parameters_of(path))
 
 
 def test_no_configuration_of_this_project_is_refused_early() -> None:
