@@ -154,15 +154,16 @@ def parameters_of(class_path: str) -> list[str]:
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """A hint at the nearest candidates; at all of them where few and none is near."""
-    candidates = sorted({*candidates} - {name}, key=lambda c: (c.count("."), c))
-    last = name.rpartition(".")[2].lower()
+    candidates = sorted({*candidates} - {name}, key=lambda c: (c.count("."), c), reverse=True)
+    place, _, last = name.lower().rpartition(".")
+    others = [c for c in candidates if c.lower().rpartition(".")[0] != place]
     # An option is compared by its last part too, so that a forgotten section is found.
-    near = [c for c in candidates if c.rpartition(".")[2].lower() == last][:2]
-    for wanted, known in (
-        (name.lower(), {c.lower(): c for c in reversed(candidates)}),
-        (last, {c.rpartition(".")[2].lower(): c for c in reversed(candidates)}),
-    ):
+    by_last = {c.rpartition(".")[2].lower(): c for c in candidates}
+    here = {c.rpartition(".")[2].lower(): c for c in candidates if c not in others}
+    near = [c for c in reversed(candidates) if c.rpartition(".")[2].lower() == last][:2]
+    whole = {c.lower(): c for c in others}
+    for wanted, known in ((last, here), (name.lower(), whole), (last, by_last)):
         near = near or [known[c] for c in difflib.get_close_matches(wanted, known, 1, 0.6)]
     if near:
         return f"; did you mean {' or '.join(near)}?"
-    return f"; valid are {', '.join(candidates)}" if 0 < len(candidates) <= 20 else ""
+    return f"; valid are {', '.join(sorted(candidates))}" if 0 < len(candidates) <= 20 else ""

@@ -19,6 +19,7 @@ from common.packages import (
     data_sections,
     file_named,
     package_folder,
+    papers,
     say_shadowed,
     yaml_files,
 )
@@ -184,9 +185,19 @@ def _options(words: Sequence[str], package: str) -> Iterator[tuple[str, str]]:
         if re.fullmatch(r"[-+]?\d{19,}", value):
             raise ConfigurationError(f"{name}: {value[:20]}... is too large a number")
         if name == "--config":
-            overlays = {k: path for k, path in yaml_files(CONFIGS).items() if k in _overlays()}
-            known = overlays | experiments(package)
-            value = str(file_named(value, known, "experiment or overlay"))
+            value = str(_config(value, package))
         elif name == "--data" and not value.startswith("{"):
             value = str(file_named(value, data_sections(), "data section"))
         yield name, value
+
+
+def _config(name: str, package: str) -> Path:
+    """The file of an experiment, of an overlay, or by its path."""
+    overlays = {stem: path for stem, path in yaml_files(CONFIGS).items() if stem in _overlays()}
+    known = {**experiments(package), **overlays, **experiments(package)}  # these come first and win
+    for other in papers():
+        if name not in known and not Path(name).exists() and name in experiments(other):
+            raise ConfigurationError(
+                f"{name} is an experiment of {other}; run python -m {other} with it"
+            )
+    return file_named(name, known, "experiment or overlay")

@@ -43,6 +43,7 @@ def _files(tmp_path, monkeypatch) -> None:
         (("fit", "--config"), "--config"),
         (("fit", "--config", "digits_resnet_cif"), "digits_resnet_cifs"),
         (("fit", "--config", "brken.yaml"), "broken.yaml"),
+        (("fit", "--config", "digits_cnn3_base"), "paper_wm"),
         (("fit", "--config", "broken.yaml"), "broken.yaml cannot be read: it is no YAML (line 3"),
         ((*FIT, "--config", "dpp"), "ddp"),
         ((*FIT, "--config", "stray.yaml"), "data.batch_size"),
