@@ -126,8 +126,9 @@ def experiments(package: str) -> dict[str, Path]:
         return {}
 
 
-def _overlays() -> list[str]:
-    return [name for name in yaml_files(CONFIGS) if name not in {"base", *data_sections()}]
+def _overlays() -> dict[str, Path]:
+    data = data_sections()
+    return {k: path for k, path in yaml_files(CONFIGS).items() if k != "base" and k not in data}
 
 
 def _few(known: Mapping[str, Path]) -> str:
@@ -193,10 +194,11 @@ def _options(words: Sequence[str], package: str) -> Iterator[tuple[str, str]]:
 
 def _config(name: str, package: str) -> Path:
     """The file of an experiment, of an overlay, or by its path."""
-    overlays = {stem: path for stem, path in yaml_files(CONFIGS).items() if stem in _overlays()}
-    known = {**experiments(package), **overlays, **experiments(package)}  # these come first and win
-    for other in papers():
-        if name not in known and not Path(name).exists() and name in experiments(other):
+    its = experiments(package)
+    known = {**its, **_overlays(), **its}  # experiments come first and win
+    is_known = name in known or Path(name).exists()
+    for other in [] if is_known else papers():
+        if name in experiments(other):
             raise ConfigurationError(
                 f"{name} is an experiment of {other}; run python -m {other} with it"
             )
