@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import Namespace
 
 from common.cli.declared import arguments_of, misfit
 from common.cli.draft import PLAIN, SECTIONS, check, drafted
 from common.cli.main import FILLED_IN, RobustCLI
+from common.cli.parser import fill_from_data
 from common.cli.start import FIRST, main
 from common.cli.trainer import Trainer
 from common.evaluation.__main__ import FLAGS, OPTIONS
 from common.evaluation.__main__ import main as evaluation
 from common.evaluation.command import _parser
+from common.objectives import TRADES
 from common.packages import CONFIGS, data_sections, yaml_files
 from common.settings import parameters_of
 
@@ -95,6 +98,14 @@ def test_mistakes_that_a_parser_or_a_class_finds_are_one_line(
     assert named in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_network_of_torchvision_gets_the_classes_of_the_data() -> None:
+    net = Namespace(class_path="torchvision.models.resnet18", init_args=Namespace(num_classes=1000))
+    model = Namespace(init_args=Namespace(net=net))
+    source = Namespace(class_path="common.data.sources.CIFAR100")
+    fill_from_data(Namespace(model=model, data=Namespace(source=source)))
+    assert net.init_args.num_classes == 100
+
+
 def test_processes_of_torchrun_need_a_device_each(capsys, monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(SystemExit):
@@ -145,7 +156,9 @@ def test_help_and_errors_import_neither_torch_nor_lightning() -> None:
 
 def test_every_option_of_the_parsers_is_known_before(tiny) -> None:
     """What is refused early is no option of the installed versions either."""
-    cli = RobustCLI("paper_tiny", ["--config", str(tiny.config)], run=False)
+    words = ["--config", str(tiny.config), "--model.objective", "TRADES"]
+    cli = RobustCLI("paper_tiny", words, run=False)
+    assert type(cli.model.objective) is TRADES, "short names will do"
     filled_in = {f"{section}.{name}" for _, section, names in FILLED_IN for name in names}
     known = {*PLAIN, "model"} | {
         f"{section}.{name}" for section, path in SECTIONS.items() for name in arguments_of(path)
