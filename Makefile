@@ -37,8 +37,9 @@ $(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
 $(PAPERS:%=plan-%): plan-%: $(STAMP)
 	@$(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --plan -- $(ARGS)
 
+# Compiled tests are kept also where the environment says otherwise: compiling takes 6 s a process.
 test: $(STAMP) ## fast tests, some minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(CORES)
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
@@ -95,10 +96,10 @@ test-wheel: $(STAMP) ## build the wheel and use it without the checkout, a minut
 	@.ci/wheel $(PY)
 
 test-slow: $(STAMP) ## all tests but those of test-faults
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) -m "not gpu and not faults"
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(CORES) -m "not gpu and not faults"
 
 test-faults: $(STAMP) ## kills, full disks, lost ranks, 1/2/3 processes, several nodes: some 20 minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(CORES) -m faults
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(CORES) -m faults
 
 ##@ Set-up
 setup: $(STAMP) ## make or refresh the environment in .venv

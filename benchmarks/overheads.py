@@ -30,7 +30,7 @@ from common.networks.resnet import ResNet, ResNet18
 from common.objectives import AT
 
 ROOT = Path(__file__).parent.parent
-IMPORTS = ("torch", *(f"common.{n}" for n in ("attacks.pgd", "evaluation", "results.tables")))
+IMPORTS = ("torch", "common.attacks.pgd", "common.evaluation.pipeline", "common.results.tables")
 IMPORTS += ("common.cli.main",)
 
 

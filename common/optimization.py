@@ -98,7 +98,8 @@ def optimizer_of(module: Any) -> Optimizer:
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        raise ConfigurationError(f"model.optimizer: {_words(error)}") from error
+        what = _words(error) if module.optimizer else "it is null; name a class of torch.optim"
+        raise ConfigurationError(f"model.optimizer: {what}") from error
 
 
 def scheduler_of(module: Any, optimizer: Optimizer) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def file_named(name: str, known: Mapping[str, Path], what: str) -> Path:
 def nearest_of(name: str, known: Iterable[str]) -> str:
     """A hint at the nearest names; at all of them where few and none is near."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return f"; did you mean {' or '.join(near)}?"
     shown = names if len(names) <= 20 else [*names[:3], "..."]

@@ -64,7 +64,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     if found := re.match(
         r"(?:Option|Key|Group key) '([^']*)' is not (?:accepted|expected)", reason
     ):
-        names = _parameters(class_path) if class_path else options
+        names = parameters_of(class_path) if class_path else options
         prefix = f"{key}." if class_path or not key else ""
         return f"unknown option {prefix}{found[1]}{nearest(found[1], names)}"
     if found := re.match(
@@ -145,7 +145,7 @@ _CALLABLE = re.compile(r"Type typing\.Callable\[.*\] expects a function or a cal
 _EXPECTED = re.compile(r"Expected an? (<class '[^']*'>|[\w.]+(?:\[.*\])?)$")
 
 
-def _parameters(class_path: str) -> list[str]:
+def parameters_of(class_path: str) -> list[str]:
     """Names of what a class or function can be configured with."""
     parser, made = ArgumentParser(exit_on_error=False), load_named(class_path)
     add = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments
@@ -154,15 +154,16 @@ def _parameters(class_path: str) -> list[str]:
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """A hint at the nearest candidates; at all of them where few and none is near."""
-    candidates = sorted({*candidates} - {name}, key=lambda c: (c.count("."), c))
-    last = name.rpartition(".")[2].lower()
+    candidates = sorted({*candidates} - {name}, key=lambda c: (c.count("."), c), reverse=True)
+    place, _, last = name.lower().rpartition(".")
+    others = [c for c in candidates if c.lower().rpartition(".")[0] != place]
     # An option is compared by its last part too, so that a forgotten section is found.
-    near = [c for c in candidates if c.rpartition(".")[2].lower() == last][:2]
-    for wanted, known in (
-        (name.lower(), {c.lower(): c for c in reversed(candidates)}),
-        (last, {c.rpartition(".")[2].lower(): c for c in reversed(candidates)}),
-    ):
+    by_last = {c.rpartition(".")[2].lower(): c for c in candidates}
+    here = {c.rpartition(".")[2].lower(): c for c in candidates if c not in others}
+    near = [c for c in reversed(candidates) if c.rpartition(".")[2].lower() == last][:2]
+    whole = {c.lower(): c for c in others}
+    for wanted, known in ((last, here), (name.lower(), whole), (last, by_last)):
         near = near or [known[c] for c in difflib.get_close_matches(wanted, known, 1, 0.6)]
     if near:
         return f"; did you mean {' or '.join(near)}?"
-    return f"; valid are {', '.join(candidates)}" if 0 < len(candidates) <= 20 else ""
+    return f"; valid are {', '.join(sorted(candidates))}" if 0 < len(candidates) <= 20 else ""

@@ -275,8 +275,9 @@ def _misfit(own: Weights, sets: Mapping[str, Weights], origin: str) -> Checkpoin
     if statistics and any(_matches(inner, place, found) for place, found in sets.items()):
         return CheckpointError(
             f"{origin} lacks the statistics of this network's normalisation of the input "
-            f"({', '.join(statistics)}): load the weights into the network inside before it is "
-            "wrapped, or build it without mean and std if it was trained without"
+            f"({', '.join(statistics)}): have the function that builds the network load the file "
+            "into the network inside before it adds the normalisation, and give no weights here; "
+            "or build it without mean and std if it was trained without"
         )
     mine = _plain(own)
     nearest: dict[str, Tensor] = {}

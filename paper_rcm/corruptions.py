@@ -23,12 +23,14 @@ from common.attacks.losses import classify
 from common.checkpoints import load_checkpoint
 from common.classifier import RobustClassifier
 from common.cli.main import RobustCLI
+from common.cli.start import experiments
 from common.data.corruptions import CIFAR10C, CORRUPTIONS, SEVERITIES
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError
 from common.evaluation.models import load_run
 from common.files import check_writable, read_sealed_json, write_sealed_json
 from common.modes import network_of
+from common.packages import file_named
 from common.results.identity import check_evaluated, settings_in
 from common.results.provenance import weights_digest
 from common.weights import check_weights_fit
@@ -157,9 +159,8 @@ def load(checkpoint: Path, config: str | None) -> tuple[RobustClassifier, ImageD
                 "unknown; name the experiment's file with --config"
             )
         return load_run(checkpoint.parent.parent, checkpoint.stem)
-    if not Path(config).is_file():
-        raise ConfigurationError(f"the configuration {config} does not exist; check the path")
-    arguments = ["--config", config, "--trainer.logger", "false"]
+    path = file_named(config, experiments("paper_rcm"), "experiment")
+    arguments = ["--config", str(path), "--trainer.logger", "false"]
     cli = RobustCLI(package="paper_rcm", args=arguments, run=False)
     check_evaluated(settings_in(found, checkpoint), cli.settings, checkpoint)
     weights = found["state_dict"]

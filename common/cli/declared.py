@@ -5,6 +5,7 @@ An answer is given only where the source alone is enough; the parser knows the r
 
 import ast
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,40 +95,45 @@ def arguments_of(path: str) -> Arguments | None:
         return None
     module, node = found
     if isinstance(node, ast.FunctionDef):
-        return None if node.args.kwarg else _named(node.args)
+        return _through(node, [module])
     if any("dataclass" in ast.unparse(one) for one in node.decorator_list):
         return _fields(path)
-    parents = [f"{module}.{base.id}" for base in node.bases if isinstance(base, ast.Name)]
-    theirs = [arguments_of(parent) for parent in parents]
+    parents = [f"{module}.{ast.unparse(base)}" for base in node.bases]
     made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
     if not made:
-        return theirs[0] if len(theirs) == len(node.bases) == 1 else None
-    own = _named(made[-1].args)
-    own.pop("self", None)
-    keywords = made[-1].args.kwarg
+        return arguments_of(parents[0]) if len(parents) == 1 else None
+    names = _through(made[-1], parents)
+    return names and {name: kind for name, kind in names.items() if name != "self"}
+
+
+def _through(function: ast.FunctionDef, parents: Sequence[str]) -> Arguments | None:
+    """What a function takes, with what it passes on as keywords, their only use, if it does.
+
+    Args:
+        function: Whose source is read.
+        parents: Of ``super().__init__``; of a function that is no method its module.
+    """
+    own, keywords = _named(function.args), function.args.kwarg
     if keywords is None:
         return own
-    given = _passed_on(made[-1], keywords.arg)
-    if given is None or len(theirs) != len(node.bases) or None in theirs:
-        return None
-    inherited = {k: v for one in theirs for k, v in (one or {}).items() if k not in given}
-    return inherited | own
+    uses = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == keywords.arg]
+    for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
+        last = call.keywords[-1] if call.keywords else None
+        if last is None or last.arg is not None or last.value not in uses or len(uses) > 1:
+            continue
+        called = ast.unparse(call.func)
+        is_super = called == "super().__init__"
+        theirs = [arguments_of(one if is_super else f"{parents[0]}.{called}") for one in parents]
+        if None in theirs or (call.args and not is_super):
+            return None
+        given = {one.arg for one in call.keywords}
+        return {k: v for one in theirs for k, v in (one or {}).items() if k not in given} | own
+    return None
 
 
 def _named(arguments: ast.arguments) -> Arguments:
     every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
     return {one.arg: ast.unparse(one.annotation) if one.annotation else "" for one in every}
-
-
-def _passed_on(function: ast.FunctionDef, keywords: str) -> list[str] | None:
-    """What else is given where ``**keywords`` go to ``super().__init__``, their only use."""
-    uses = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == keywords]
-    for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
-        last = call.keywords[-1] if call.keywords else None
-        if last is not None and last.arg is None and last.value in uses and len(uses) == 1:
-            is_super = ast.unparse(call.func) == "super().__init__"
-            return [one.arg for one in call.keywords if one.arg] if is_super else None
-    return None
 
 
 def _fields(path: str) -> Arguments:
@@ -146,6 +152,14 @@ def _fields(path: str) -> Arguments:
                 if is_argument and "ClassVar" not in annotation:
                     names[one.target.id] = annotation
     return names
+
+
+def is_module(path: str) -> bool:
+    """Whether a class may be a torch module; only its source is read."""
+    module, node = _find(path) or ("", None)
+    if not isinstance(node, ast.ClassDef):
+        return True
+    return any(is_module(f"{module}.{ast.unparse(base)}") for base in node.bases)
 
 
 def misfit(value: Any, annotation: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from common.cli.declared import Arguments, arguments_of, misfit, offered_instead
+from common.cli.declared import Arguments, arguments_of, is_module, misfit, offered_instead
 from common.errors import ConfigurationError
 from common.files import yaml_damage_of
 from common.limits import check_yaml, read_yaml
@@ -156,7 +156,13 @@ def _check_node(place: str, path: str, value: Any, names: Sequence[str]) -> None
             raise ConfigurationError(f"unknown option {name}{nearest(name, candidates)}")
         if known is not None and key in known:
             _check_value(f"{place}.{key}", part, known[key])
-        _check_node(f"{place}.{key}", _class_of(part), part, names)
+        named = _class_of(part)
+        if known is not None and known.get(key) == "nn.Module" and named and not is_module(named):
+            raise ConfigurationError(
+                f"{place}.{key} is {named}, which is no network; name a class derived from "
+                "torch.nn.Module, or a function that makes one"
+            )
+        _check_node(f"{place}.{key}", named, part, names)
 
 
 def _class_of(value: Any) -> str:

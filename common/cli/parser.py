@@ -33,7 +33,8 @@ def fill_from_data(config: Namespace) -> None:
     """Give every network of the model the class and channel counts of the data.
 
     A network is a class that takes both ``num_classes`` and ``in_channels``, or an ``image_shape``
-    (channels, height, width). A ``mean`` or ``std`` of ``data`` becomes that of the data set.
+    (channels, height, width), or one of torchvision. A ``mean`` or ``std`` of ``data`` becomes that
+    of the data set.
 
     Raises:
         ConfigurationError: If a network is explicitly given other counts or another shape.
@@ -45,7 +46,15 @@ def fill_from_data(config: Namespace) -> None:
     for path, node in nodes(config.model, "model"):
         arguments = node.get("init_args") if "class_path" in node else None
         names = set(vars(arguments or Namespace()))  # type: ignore[no-untyped-call]
-        if arguments is None or not (known.keys() <= names or shape.keys() <= names):
+        is_torchvisions = node.get("class_path", "").startswith("torchvision.models.")
+        if is_torchvisions and arguments is not None and spec.shape[0] != 3:
+            raise ConfigurationError(
+                f"{path} is {node['class_path']}, which takes images of 3 channels, and "
+                f"{type_name(source.class_path)} has {spec.shape[0]}; choose a network of "
+                "common.networks or other data"
+            )
+        is_network = known.keys() <= names or shape.keys() <= names or is_torchvisions
+        if arguments is None or not is_network:
             continue
         defaults = _defaults(node["class_path"])
         for name, value in ((k, v) for k, v in (known | shape).items() if k in names):

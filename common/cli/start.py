@@ -19,6 +19,7 @@ from common.packages import (
     data_sections,
     file_named,
     package_folder,
+    papers,
     say_shadowed,
     yaml_files,
 )
@@ -125,8 +126,9 @@ def experiments(package: str) -> dict[str, Path]:
         return {}
 
 
-def _overlays() -> list[str]:
-    return [name for name in yaml_files(CONFIGS) if name not in {"base", *data_sections()}]
+def _overlays() -> dict[str, Path]:
+    data = data_sections()
+    return {k: path for k, path in yaml_files(CONFIGS).items() if k != "base" and k not in data}
 
 
 def _few(known: Mapping[str, Path]) -> str:
@@ -184,9 +186,20 @@ def _options(words: Sequence[str], package: str) -> Iterator[tuple[str, str]]:
         if re.fullmatch(r"[-+]?\d{19,}", value):
             raise ConfigurationError(f"{name}: {value[:20]}... is too large a number")
         if name == "--config":
-            overlays = {k: path for k, path in yaml_files(CONFIGS).items() if k in _overlays()}
-            known = overlays | experiments(package)
-            value = str(file_named(value, known, "experiment or overlay"))
+            value = str(_config(value, package))
         elif name == "--data" and not value.startswith("{"):
             value = str(file_named(value, data_sections(), "data section"))
         yield name, value
+
+
+def _config(name: str, package: str) -> Path:
+    """The file of an experiment, of an overlay, or by its path."""
+    its = experiments(package)
+    known = {**its, **_overlays(), **its}  # experiments come first and win
+    is_known = name in known or Path(name).exists()
+    for other in [] if is_known else papers():
+        if name in experiments(other):
+            raise ConfigurationError(
+                f"{name} is an experiment of {other}; run python -m {other} with it"
+            )
+    return file_named(name, known, "experiment or overlay")

@@ -117,10 +117,14 @@ def build_model(path: str, arguments: Mapping[str, Any] | None = None) -> nn.Mod
         model = factory(**(arguments or {}))
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
-            f"{path} cannot be made with --model_args {arguments}: {error}"
+            f"{path} cannot be made with --model_args {arguments}: {error}; name what builds the "
+            "network, and give all its arguments"
         ) from error
     if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"{path} made a {type(model).__name__}, expected an nn.Module")
+        raise ConfigurationError(
+            f"{path} made a {type(model).__name__}, expected an nn.Module; "
+            "name what builds the network"
+        )
     return model
 
 

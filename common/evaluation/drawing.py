@@ -4,18 +4,22 @@ Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which peo
 colour-vision deficiencies can tell apart; words or markers always say the same as a colour.
 """
 
+from __future__ import annotations
+
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.files import write_bytes_atomically
+
+if TYPE_CHECKING:  # imported where a picture is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, GREY, RED = "#222222", "#6b6b6b", "#C00000"
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
@@ -35,6 +39,8 @@ DPI = 100
 
 def blank_figure(width: float, height: float) -> Figure:
     """An empty white figure in inches with a constrained layout."""
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 

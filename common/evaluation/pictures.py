@@ -1,9 +1,11 @@
 """Pictures of an evaluation: curves, bars by class, confusion, and the examples themselves."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.evaluation.drawing import (
@@ -15,6 +17,9 @@ from common.evaluation.drawing import (
 from common.results.lines import Outcomes
 from common.results.outcomes import counts_as_attack, positions
 from common.results.schema import CheckpointResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _AXES = {"eps": "eps", "steps": "steps", "level": "noise level"}
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -13,6 +13,9 @@ from common.errors import ConfigurationError
 from common.results.lines import Outcomes
 from common.results.outcomes import missing_worst, outcome_bits, positions
 from common.results.schema import AuditCheck, AuditResult, CheckpointResult
+
+if TYPE_CHECKING:  # matplotlib is imported where a picture is drawn
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -34,7 +37,7 @@ class Evaluation:
     outcomes: Outcomes
     warnings: list[str]
     position: Tensor
-    pictures: dict[str, Figure] = field(default_factory=dict)
+    pictures: "dict[str, Figure]" = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:

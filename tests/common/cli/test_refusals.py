@@ -17,12 +17,9 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("--model.net.width", "[4, 4]", "model.net.width; did you mean model.net.widths?"),
-        ("--trainer.max_epoch", "3", "did you mean trainer.max_epochs?"),
         ("--data.source", "common.data.sources.digits", "did you mean Digits?"),
         ("--adversary.attack.eps", "8", "eps must lie in [0, 1] (pixels are in [0, 1]), got 8.0; "
          "did you mean '8/255'?"),
-        ("--data.batch_size", "many", "data.batch_size: expected int, got many"),
         ("--adversary.attack", "null", "adversary.attack is null"),
         ("--model.objective", "common.objectives.Natural", "Natural never reads"),
         ("--evaluation.validation.losses", "[ce_probe]", "no loss of RobustClassifier matches "
@@ -36,9 +33,6 @@ slow = pytest.mark.slow
         ("--trainer.devices", "[0]", "`devices` selected with `CPUAccelerator`"),
         ("--trainer.max_epochs", "0", "trainer.max_epochs is 0, so nothing would be trained"),
         ("--trainer.val_check_interval", "100", "`val_check_interval` (100) must be less than"),
-        ("--model.optimizer.lr", "-1", "model.optimizer: Invalid learning rate: -1.0"),
-        ("--model.optimizer.momentums", "1", "did you mean model.optimizer.momentum?"),
-        ("--model.optimizer", "torch.optim.SGDD", "no torch.optim.SGDD; did you mean SGD?"),
         ("--model.scheduler", "torch.optim.lr_scheduler.StepLR", "model.scheduler: the following "
          "arguments are required: step_size"),
         ("--model.scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau", "val/robust_acc to "
