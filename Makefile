@@ -15,14 +15,19 @@ PY     := $(VENV)/bin/python
 BENCHENV := .venv-bench
 BENCH    := $(BENCHENV)/.installed
 BENCHPY  := $(BENCHENV)/bin/python
+OLDENV   := .venv-oldest
+OLDEST   := $(OLDENV)/.installed
+INDEX    := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP      := -m pip install --quiet --disable-pip-version-check $(INDEX)
+SIZE     := $(if $(TORCH_INDEX),,: about 5 GB; TORCH_INDEX=https://download.pytorch.org/whl/cpu for less)
 
 PAPERS := $(shell ls -d paper_*/configs | sed -nE 's|^paper_([A-Za-z0-9_]+)/configs$$|\1|p')
 ON     ?= digits
 SEEDS  ?= 0 1 2
 ARGS   ?=
 
-# Processes of pytest; OMP_NUM_THREADS, which clusters set, does not limit them.
-CORES  := auto
+# One thread a process. Compiled tests are always kept: compiling takes 6 s a process.
+ALONE  := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # -jN makes N rows at a time; make 3.81 does not tell recipes what N is, JOBS=N does in all versions.
 JOBS   ?= $(patsubst -j%,%,$(filter -j%,$(MFLAGS)))
 CHOSEN  = paper_$* --on "$(ON)" --seeds "$(SEEDS)"
@@ -37,9 +42,8 @@ $(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
 $(PAPERS:%=plan-%): plan-%: $(STAMP)
 	@$(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --plan -- $(ARGS)
 
-# Compiled tests are kept also where the environment says otherwise: compiling takes 6 s a process.
 test: $(STAMP) ## fast tests, some minutes
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(CORES)
+	$(ALONE) $(PY) -m pytest -n auto
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
@@ -96,21 +100,32 @@ test-wheel: $(STAMP) ## build the wheel and use it without the checkout, a minut
 	@.ci/wheel $(PY)
 
 test-slow: $(STAMP) ## all tests but those of test-faults
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(CORES) -m "not gpu and not faults"
+	$(ALONE) $(PY) -m pytest -n auto -m "not gpu and not faults"
 
 test-faults: $(STAMP) ## kills, full disks, lost ranks, 1/2/3 processes, several nodes: some 20 minutes
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(CORES) -m faults
+	$(ALONE) $(PY) -m pytest -n auto -m faults
+
+test-oldest: $(OLDEST) ## fast tests with the lowest versions that pyproject.toml allows
+	$(ALONE) $(OLDENV)/bin/python -m pytest -n auto
 
 ##@ Set-up
-setup: $(STAMP) ## make or refresh the environment in .venv
+setup: $(STAMP) ## make or refresh the environment in .venv [TORCH_INDEX=index of wheels for the CPU]
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	  "Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11")'
-	@echo "installing into $(VENV): about 5 GB, some minutes"
+	@echo "installing into $(VENV), some minutes$(SIZE)"
 	@rm -f $@
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(PY) $(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(OLDEST): pyproject.toml tests/oldest.py
+	@echo "installing the lowest versions into $(OLDENV), some minutes$(SIZE)"
+	@rm -rf $(OLDENV)
+	@$(PYTHON) -m venv $(OLDENV)
+	@$(PYTHON) tests/oldest.py > $(OLDENV)/constraints.txt
+	@$(OLDENV)/bin/python $(PIP) -c $(OLDENV)/constraints.txt -e ".[test]"
 	@touch $@
 
 # Peers that would disturb the environment get one of their own, which sees the other's packages. A
@@ -118,12 +133,12 @@ $(STAMP): pyproject.toml constraints.txt
 $(BENCH): $(STAMP)
 	@rm -rf $(BENCHENV); $(PYTHON) -m venv $(BENCHENV)
 	@$(PY) -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(BENCHENV)/lib/python3*/site-packages)/main.pth
-	@$(BENCHPY) -m pip install --quiet --disable-pip-version-check --no-deps \
-	  "adversarial-robustness-toolbox>=1.20.1" six tqdm || echo "adversarial-robustness-toolbox is not there"
+	@for peer in "adversarial-robustness-toolbox==1.20.1 six tqdm" torchattacks==3.3.0; do \
+	  $(BENCHPY) $(PIP) --no-deps $$peer || echo "$$peer: not installed"; done
 	@touch $@
 
 clean: ## remove the environment and caches; runs and results stay
-	rm -rf $(VENV) $(BENCHENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build
+	rm -rf $(VENV) $(BENCHENV) $(OLDENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build
 
 .PHONY: help test reproduce results bench bench-full tensorboard new check format test-wheel \
-  test-slow test-faults setup clean $(foreach do,reproduce plan publish commands,$(PAPERS:%=$(do)-%))
+  test-slow test-faults test-oldest setup clean $(foreach do,reproduce plan publish commands,$(PAPERS:%=$(do)-%))

@@ -15,6 +15,7 @@ from common.analysis.profiling import device_name
 from common.files import write_json_atomically, write_text_atomically
 from common.limits import read_json
 from common.results.markdown import write_readme
+from common.versions import cpu_capabilities
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -29,7 +30,7 @@ def machine(device: str) -> dict[str, Any]:
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    has = torch.cpu.get_capabilities()
+    has = cpu_capabilities()
     units = "AVX-512 dot products" if has.get("avx512_bf16", False) else "none"
     return {
         "processor": device_name(device),

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from common.versions import DDP_BUFFERS
+
 
 class _SumOverRanks(torch.autograd.Function):
     """The sum over all ranks; its gradient is the sum of all ranks' gradients."""
@@ -49,7 +51,7 @@ class DeviceInvariantDDP(DDPStrategy):
 
     def __init__(self, timeout: timedelta | None = timedelta(hours=10), **kwargs: Any) -> None:
         kwargs.setdefault("gradient_as_bucket_view", True)
-        kwargs.setdefault("forward_sync_buffers", False)
+        kwargs.setdefault(DDP_BUFFERS, False)
         super().__init__(timeout=timeout, **kwargs)
 
     def setup_environment(self) -> None:

@@ -156,7 +156,7 @@ class WeightMap(nn.Module):
                 "maps with the shape of the images that the network will see"
             )
         kind = x.device.type
-        is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
         if not is_cast:
             return self._computed(x).to(x.dtype)
         with torch.autocast(kind, enabled=False):

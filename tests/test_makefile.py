@@ -294,6 +294,27 @@ def test_an_interrupted_install_leaves_no_stamp(project: Path) -> None:
     assert not (project / ".venv/.installed").exists()
 
 
+@pytest.mark.parametrize("index", ["", "https://download.pytorch.org/whl/cpu"])
+@pytest.mark.parametrize("target", ["setup", "test-oldest"])
+def test_where_torch_is_installed_from(project: Path, target: str, index: str) -> None:
+    (project / ".venv/.installed").unlink()
+    (project / "tests").mkdir()
+    shutil.copy(ROOT / "tests/oldest.py", project / "tests")
+    python = project / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        '[ "$2" != venv ] || { mkdir -p $3/bin; cp "$0" $3/bin/python; }\n'
+        '[ "$2" != pip ] || echo "$@" >> installed\n'
+    )
+    python.chmod(0o755)
+    options = [f"TORCH_INDEX={index}"] if index else []
+    done = make(project, target, "PYTHON=./python", "PY=.venv/bin/python", *options)
+    assert done.returncode == 0, done.stderr
+    words = (project / "installed").read_text().split()
+    assert ("--extra-index-url" in words) is bool(index)
+    assert not index or words[words.index("--extra-index-url") + 1] == index
+
+
 # ------------------------------------------------------------------------------------------ kills
 
 PHASES = {  # what there is in runs when a phase has begun, and for how long it may go on

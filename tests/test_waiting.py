@@ -28,13 +28,17 @@ from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.modes import frozen
 from common.networks.resnet import ResNet
+from common.versions import FAKES_CUDA
 
 ROOT = Path(__file__).parents[1]
 DEVICES: list[Any] = [
     "cpu",
     pytest.param(
         "cuda",
-        marks=pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA"),
+        marks=pytest.mark.skipif(
+            not (torch.backends.cuda.is_built() and (FAKES_CUDA or torch.cuda.is_available())),
+            reason="torch without CUDA",
+        ),
     ),
 ]
 

@@ -15,6 +15,7 @@ from common.callbacks.averaging import averaging_of
 from common.checkpoints import read_content
 from common.errors import ConfigurationError, DivergedError, check_choice
 from common.files import check_writable, write_sealed
+from common.versions import SAVES_SWA
 
 Direction = Literal["min", "max"]
 
@@ -53,8 +54,14 @@ class SafeCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, filename, **settings)
 
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
-        """Check before training that the file can be written."""
+        """Check before training that the file can be written, and read again."""
         super().setup(trainer, module, stage)
+        if stage == "fit" and not SAVES_SWA and _is_averaged_at_the_end(trainer):
+            raise ConfigurationError(
+                f"torch {torch.__version__} saves StochasticWeightAveraging with functions, which "
+                "are not read again; install torch 2.13 or newer, or use "
+                "lightning.pytorch.callbacks.WeightAveraging"
+            )
         if stage == "fit" and trainer.is_global_zero and self.dirpath is not None:
             check_writable(Path(self.dirpath) / f"{self.filename}.ckpt")
 

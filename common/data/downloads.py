@@ -3,6 +3,7 @@
 import errno
 import shutil
 import socket
+import tarfile
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -31,6 +32,18 @@ def _network_timeout() -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def _extracted_inside() -> Iterator[None]:
+    """Archives write inside their folder only; older torchvision does not ask for it."""
+    kind: Any = tarfile.TarFile
+    before = vars(kind)["extraction_filter"]
+    kind.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        kind.extraction_filter = before
 
 
 class DownloadedSource(ImageSource):
@@ -98,6 +111,7 @@ class DownloadedSource(ImageSource):
             self.root.mkdir(parents=True, exist_ok=True)
             with (
                 FileLock(self.root / ".download.lock"),
+                _extracted_inside(),
                 tempfile.TemporaryDirectory(prefix=".download-", dir=self.root) as temporary,
             ):
                 folder, missing = self._check()  # another run may have fetched them meanwhile

@@ -15,6 +15,7 @@ from common.errors import ConfigurationError
 from common.evaluation.models import load_run
 from common.results.identity import SETTINGS, check_package
 from common.results.provenance import weights_digest
+from common.versions import SAVES_SWA
 
 SCHEDULER = "--model.scheduler=torch.optim.lr_scheduler."
 LONGER = ("--ckpt_path", "last", "--trainer.max_epochs", "4")
@@ -284,6 +285,9 @@ trainer:
     init_args: {swa_lrs: 0.05, swa_epoch_start: 2}}]
 """,
     )
+    if not SAVES_SWA:
+        assert "StochasticWeightAveraging" in tiny.refused("fit", *more)
+        return
     with pytest.warns(UserWarning, match="selected.ckpt holds the raw weights of its epoch"):
         tiny("reproduce", *more)
     origin = tiny.result()["provenance"]
