@@ -30,8 +30,13 @@ from common.networks.resnet import ResNet, ResNet18
 from common.objectives import AT
 
 ROOT = Path(__file__).parent.parent
-IMPORTS = ("torch", "common.attacks.pgd", "common.evaluation.pipeline", "common.results.tables")
-IMPORTS += ("common.cli.main",)
+IMPORTS = (
+    "torch",
+    "common.attacks.pgd",
+    "common.evaluation.pipeline",
+    "common.results.tables",
+    "common.cli.main",
+)
 
 
 class Noise(ImageSource):
