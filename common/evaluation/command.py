@@ -15,7 +15,7 @@ from torch import nn
 
 from common.attacks.engine.network import AttackEngine
 from common.checkpoints import load_weights
-from common.errors import ConfigurationError, UserError
+from common.errors import ConfigurationError, UserError, check_choice
 from common.evaluation.models import build_sections
 from common.evaluation.pipeline import evaluate
 from common.evaluation.report import Evaluation
@@ -28,6 +28,7 @@ from common.settings import explain
 if TYPE_CHECKING:
     from common.data.images import ImageDataModule
 
+EngineName = Literal["fp32", "bf16"]
 SHARED = {"eps", "norm", "examples", "batch_size", "seed", "output"}
 """Arguments of :func:`common.evaluation.pipeline.evaluate` that are options."""
 
@@ -73,12 +74,14 @@ def attack(
     data: str = "cifar10",
     data_root: str | None = None,
     suite: str = "quick",
-    engine: Literal["fp32", "bf16"] | None = None,
+    engine: EngineName | None = None,
     device: str | None = None,
     name: str | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Build a model and its data by name and evaluate it; options are in ``__main__``."""
+    if engine is not None:
+        check_choice("engine", engine, EngineName)
     torch.manual_seed(settings["seed"])  # of weights that no file gives
     network = build_model(model, model_args)
     if weights:
