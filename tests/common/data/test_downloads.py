@@ -255,7 +255,8 @@ def test_unpacked_files_are_read_and_verified_where_their_content_is_known(
     source = FashionMNIST(str(fake_fashion_mnist))
     source.prepare()
     assert torch.equal(source.load("test")[0], expected[0])
-    path = next(p for p in fake_fashion_mnist.rglob("*t10k-labels*") if p.is_file())
+    folder = fake_fashion_mnist / FashionMNIST.folder
+    path = next(path for path in folder.rglob("*t10k-labels*") if path.is_file())
     path.write_bytes(path.read_bytes()[:-1] + b"\5")
     assert "SHA-256" in error_of(FashionMNIST(str(fake_fashion_mnist)).prepare)
 
