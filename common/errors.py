@@ -3,7 +3,12 @@
 The command line prints only the message and exits with status 2.
 """
 
+import os
 import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 
 OUT_OF_MEMORY = re.compile(
@@ -18,6 +23,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine has no memory left."""
     says_so = isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(str(error))
     return isinstance(error, MemoryError) or bool(says_so)
+
+
+@contextmanager
+def output_may_close() -> Iterator[None]:
+    """Within the block, end the program silently if what reads its output, such as head, ends."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 class UserError(Exception):

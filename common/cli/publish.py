@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli.rows import Row, parser_of, results_folder, rows_of
-from common.errors import ConfigurationError, UserError
+from common.errors import ConfigurationError, UserError, output_may_close
 from common.files import read_sealed_json, write_bytes_atomically, write_sealed_json
 from common.packages import package_folder
 from common.results.provenance import code_changes
@@ -231,4 +231,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with output_may_close():
+        sys.exit(main())

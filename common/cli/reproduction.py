@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from common.cli.rows import Row, parser_of, results_folder, rows_of, split_options
-from common.errors import UserError
+from common.errors import UserError, output_may_close
 from common.files import write_text_atomically
 from common.packages import package_folder
 from common.results.markdown import Sheet
@@ -73,4 +73,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with output_may_close():
+        sys.exit(main())

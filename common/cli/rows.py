@@ -27,7 +27,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import ConfigurationError, UserError
+from common.errors import ConfigurationError, UserError, output_may_close
 from common.files import write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
 from common.packages import package_folder, papers, say_shadowed
@@ -399,4 +399,5 @@ def _alone(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with output_may_close():
+        sys.exit(main())

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.cli.declared import documented
 from common.cli.draft import check, drafted
 from common.cli.preconditions import check_checkpoint, check_devices
-from common.errors import ConfigurationError, UserError
+from common.errors import ConfigurationError, UserError, output_may_close
 from common.packages import (
     CONFIGS,
     data_sections,
@@ -67,7 +67,8 @@ def main(
     if args is None and (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # modules of the user, which python -m finds too
     if text := help_of(words, package, more):
-        print(text)
+        with output_may_close():
+            print(text)
         return
     try:
         if words and words[0] in more:

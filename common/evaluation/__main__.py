@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from common.errors import ConfigurationError, UserError
+from common.errors import ConfigurationError, UserError, output_may_close
 from common.files import check_torch_file
 from common.limits import read_yaml
 from common.packages import data_sections, file_named, ready_suites, say_shadowed
@@ -136,7 +136,8 @@ def _check_model(given: Mapping[str, object]) -> None:
 
 def run() -> NoReturn:
     """The whole program."""
-    sys.exit(main())
+    with output_may_close():
+        sys.exit(main())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import ConfigurationError, UserError
+from common.errors import ConfigurationError, UserError, output_may_close
 from common.files import read_sealed_json
 from common.packages import package_folder
 from common.results.bases import Measured, by_experiment
@@ -246,4 +246,5 @@ def print_tables(parts: Iterable[Table | str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with output_may_close():
+        sys.exit(main())

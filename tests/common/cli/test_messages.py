@@ -1,6 +1,7 @@
 """What a user reads after a mistake: one line that names what is wrong; most before torch."""
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -216,3 +217,21 @@ def test_no_configuration_of_this_project_is_refused_early() -> None:
 )
 def test_a_value_is_refused_only_where_its_type_is_plain(value, annotation, fits) -> None:
     assert (misfit(value, annotation) == "") is fits
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("paper_cifs", "fit", "--help"),
+        ("common.evaluation", "--help"),
+        ("common.cli.rows", "paper_cifs", "--plan"),
+    ],
+)
+def test_a_reader_that_has_ended_is_no_error(words) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", *words], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
