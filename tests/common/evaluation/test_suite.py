@@ -24,7 +24,7 @@ from common.evaluation.runner import run_steps
 from common.evaluation.steps import judged
 from common.evaluation.suite import steps_of
 from common.networks.resnet import ResNet
-from common.objectives import AT, on_logits
+from common.objectives import AT, OnLogits
 from common.results.lines import Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.packing import unpack_outcomes
@@ -52,7 +52,7 @@ class Model(nn.Module):
         return self.net(x)
 
     def adaptive_losses(self):
-        return {"ce_f": on_logits(cross_entropy), "none": on_logits(useless)}
+        return {"ce_f": OnLogits(cross_entropy), "none": OnLogits(useless)}
 
 
 @pytest.fixture
