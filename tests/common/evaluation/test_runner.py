@@ -93,7 +93,9 @@ def test_passes_are_those_of_the_attacks(model, examples) -> None:
 
     class Declaring(Victim):
         def adaptive_losses(self):
-            past = lambda model, batch: lambda x: cross_entropy(model.net(x), batch["y"])
+            def past(model, batch):
+                return lambda x: cross_entropy(model.net(x), batch["y"])
+
             return super().adaptive_losses() | {"past_forward": past}
 
     outcomes = run(Declaring(model.net, 10).eval(), examples, suite)
