@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from common.attacks.losses import as_class, classify, cross_entropy, hinge_margin
 from common.errors import ConfigurationError, check_choice
 from common.modes import try_out
-from common.objectives import Batch, InnerLoss, Objective, on_logits, weighted
+from common.objectives import Batch, InnerLoss, Objective, OnLogits, weighted
 from common.optimization import ParameterGroup, is_logged, optimizer_of, scheduler_of, tell_metrics
 from common.weights import check_weights_fit
 
@@ -70,7 +70,7 @@ class RobustClassifier(LightningModule):
         A paper whose network has more to attack than its logits (probes, routers, masks) adds
         those. Names starting with ``ce_`` climb cross-entropy, with ``cw_`` the margin.
         """
-        return {"ce_f": on_logits(cross_entropy), "cw_f": on_logits(hinge_margin)}
+        return {"ce_f": OnLogits(cross_entropy), "cw_f": OnLogits(hinge_margin)}
 
     def setup(self, stage: str) -> None:
         """Pass two blank images through the network, to find a misfit before training."""

@@ -11,6 +11,7 @@ two kinds of images apart and updates twice.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ class Objective:
 
         By default the cross-entropy with the label.
         """
-        return on_logits(cross_entropy)(model, batch)
+        return OnLogits(cross_entropy)(model, batch)
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """What the optimiser minimises: a scalar."""
@@ -171,14 +172,20 @@ class ALP(Objective):
         return both + self.weight * distance
 
 
-def on_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> InnerLoss:
-    """The inner loss that is a function of a model's logits and the labels."""
+@dataclass(frozen=True)
+class OnLogits:
+    """The inner loss that is a function of a model's logits and the labels.
 
-    def inner(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    Args:
+        loss: Logits ``(N, K)`` and labels ``(N,)`` to numbers ``(N,)``.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """X' ``(N, C, H, W)`` -> the loss of each example, ``(N,)``."""
         y = differentiable(batch["y"])
-        return lambda x: loss(model(x), y)
-
-    return inner
+        return lambda x: self.loss(model(x), y)
 
 
 def differentiable(tensor: Tensor) -> Tensor:

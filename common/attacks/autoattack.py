@@ -5,6 +5,7 @@ undone.
 """
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,16 +15,17 @@ from typing import Any, Literal
 import pyautoattack
 import torch
 from pyautoattack import checks
-from pyautoattack.autopgd_base import APGDAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
 from common.attacks.geometry import Norm, check_count, finite, parse_radius
 from common.attacks.losses import Predict
+from common.attacks.malt import malt_targets
 from common.attacks.settings import Settings
 from common.attacks.square import AnyShapeSquare, SteeredPredict, finite_scores
 from common.errors import ConfigurationError, check_choice
 
-AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
+AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "apgd-malt", "fab", "fab-t", "square"]
 Version = Literal["standard", "plus", "rand", "custom"]
 
 _OFFICIAL_NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -40,7 +42,9 @@ class AutoAttack(Settings):
         version: ``standard`` is APGD-CE, targeted APGD-DLR, targeted FAB and Square; ``plus`` adds
             untargeted ones and restarts; ``rand`` averages gradients of randomised networks;
             ``custom`` runs ``attacks`` with the settings they have in ``standard``.
-        attacks: The attacks of ``custom``, in this order.
+        attacks: The attacks of ``custom``, in this order. ``apgd-malt`` is ``apgd-t`` with its
+            targets in the order of :func:`~common.attacks.malt.malt_targets`, with any number of
+            classes.
         batch_size: Examples attacked together; ``None`` takes that of the evaluation. It decides
             random starts, since the package reseeds for every batch.
         square_queries: Square's queries per example; ``None`` keeps the version's 5,000.
@@ -126,7 +130,9 @@ class AutoAttack(Settings):
             x = x.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             y = y.detach().clone()
             official = self._prepared(predict, x, seed, steered, skips_repeats)
-            official.attacks_to_run = [name]
+            official.attacks_to_run = ["apgd-t" if name == "apgd-malt" else name]
+            if name == "apgd-malt":
+                official.apgd_targeted = _MaltAPGD(official.apgd_targeted, self.norm)
             # Global counters of the package, which would carry findings from model to model.
             checks.funcs.update(dict.fromkeys(checks.funcs, 0))
             x_adv, y_adv = official.run_standard_evaluation(x, y, batch_size=len(x))
@@ -137,7 +143,14 @@ class AutoAttack(Settings):
     @property
     def cost(self) -> int:
         """Forward and backward passes per example, roughly, if every attack has to run."""
-        passes = {"apgd-ce": 200, "apgd-dlr": 200, "apgd-t": 1800, "fab": 2000, "fab-t": 3600}
+        passes = {
+            "apgd-ce": 200,
+            "apgd-dlr": 200,
+            "apgd-t": 1800,
+            "apgd-malt": 1810,
+            "fab": 2000,
+            "fab-t": 3600,
+        }
         queries = self.square_queries or 5000
         return sum(passes.get(name, queries) for name in self.planned(10))
 
@@ -226,6 +239,44 @@ class _SteeredAPGD(APGDAttack):  # type: ignore[misc]
     def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of the latest forward pass."""
         return self._loss
+
+
+class _MaltAPGD(APGDAttack_targeted):  # type: ignore[misc]
+    """Targeted APGD with targets by MALT; with fewer than four classes it climbs z_t - z_y."""
+
+    def __init__(self, official: APGDAttack_targeted, norm: Norm) -> None:
+        self.__dict__.update(vars(official))
+        self._order = norm
+
+    def perturb(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> Tensor:
+        self.init_hyperparam(x)
+        torch.manual_seed(self.seed)
+        targets = malt_targets(self.model, x, y, self.n_target_classes, self._order)
+        x_adv, is_right = x.clone(), self.model(x).argmax(dim=1) == y
+        for rank in range(targets.shape[1]):
+            rows = is_right.nonzero().flatten()
+            if len(rows) == 0:
+                break
+            self.y_target = targets[rows, rank]
+            _, is_standing, _, found = self._run(x[rows].clone(), y[rows].clone())
+            fell = ~is_standing.bool()
+            is_right[rows[fell]] = False
+            x_adv[rows[fell]] = found[fell]
+        return x_adv
+
+    def _run(self, x: Tensor, y: Tensor) -> Any:
+        """One run for one target each; in l1 with the package's three radii."""
+        if not self.use_largereps:
+            return self.attack_single_run(x, y)
+        first = math.ceil(0.3 * self.n_iter_orig)
+        radii = [3.0 * self.eps_orig, 2.0 * self.eps_orig, self.eps_orig]
+        return self.decr_eps_pgd(x, y, radii, [first, first, self.n_iter_orig - 2 * first])
+
+    def dlr_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.shape[1] >= 4:
+            loss: Tensor = super().dlr_loss_targeted(x, y)
+            return loss
+        return (x.gather(1, self.y_target.unsqueeze(1)) - x.gather(1, y.unsqueeze(1))).squeeze(1)
 
 
 class _ImageGradient(torch.autograd.Function):

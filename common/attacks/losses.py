@@ -71,6 +71,15 @@ def hinge_margin(logits: Tensor, y: Tensor, kappa: float = 50.0) -> Tensor:
     return (margin(logits, y) - kappa).clamp(max=0.0)
 
 
+def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
+    r"""Margin of softmax probabilities, :math:`\max_{j \ne y} p_j - p_y`, in [-1, 1].
+
+    The loss of PMA (Xie et al. 2025). The logits need a moderate spread: where the softmax
+    saturates, its gradient vanishes.
+    """
+    return margin(full_precision(logits).softmax(dim=1), y)
+
+
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     r"""Difference of logits ratio, :math:`-(z_y - \max_{j \ne y} z_j) / (z_{\pi_1} - z_{\pi_3})`.
 

@@ -27,7 +27,7 @@ from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
 from common.evaluation.audit.gradients import anchored, eager, straight_through, undetached
 from common.evaluation.steps import in_ball, is_wrong, judged, predict
-from common.objectives import Batch, InnerLoss
+from common.objectives import Batch, InnerLoss, OnLogits
 from common.results.lines import Columns, Threat
 
 Crafted = tuple[Tensor, Tensor | None]
@@ -102,7 +102,10 @@ def merged(columns: Columns, others: Columns, rows: Tensor) -> Columns:
 
 
 def _steered(inner: InnerLoss, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return model(x), inner(model, {"x": x, "y": y})(x)
+    logits = model(x)
+    if isinstance(inner, OnLogits):  # one pass for both
+        return logits, inner.loss(logits, y)
+    return logits, inner(model, {"x": x, "y": y})(x)
 
 
 Run = Callable[[AttackEngine | None, Any, Batch, ExampleRandom], Columns]

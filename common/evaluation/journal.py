@@ -38,7 +38,7 @@ from common.evaluation.steps import Step, judged
 from common.files import damage_of, write_sealed, write_text_atomically
 from common.objectives import Batch
 from common.results import lines
-from common.results.lines import Columns, Threat
+from common.results.lines import Columns, Cost, Threat
 from common.results.provenance import weights_digest
 
 _FUNCTION = "function"
@@ -108,14 +108,14 @@ class Journal:
         name = re.sub(r"[^A-Za-z0-9_.=-]+", "_", step.key)
         return self.folder / f"{name}-{_digest(step.key + settings + examples)}.npz"
 
-    def read(self, step: Step, index: Tensor) -> tuple[Columns, float] | None:
-        """Earlier outcomes and their seconds; a damaged file is deleted."""
+    def read(self, step: Step, index: Tensor) -> tuple[Columns, Cost] | None:
+        """Earlier outcomes and their cost; a damaged file is deleted."""
         path = self.path(step, index)
         if path is None or not path.is_file():
             return None
         try:
             arrays = _arrays(path)
-            seconds = arrays.pop("seconds").item()
+            seconds, *passes = arrays.pop("cost").tolist()
             if not torch.equal(arrays.pop("index"), index):
                 raise ValueError("it is about other examples")
         except Exception as error:  # a damaged archive fails at any depth of its reader
@@ -125,14 +125,14 @@ class Journal:
             )
             path.unlink(missing_ok=True)
             return None
-        return arrays, seconds
+        return arrays, Cost(seconds, *map(int, passes))
 
-    def write(self, step: Step, index: Tensor, columns: Columns, seconds: float) -> None:
+    def write(self, step: Step, index: Tensor, columns: Columns, cost: Cost) -> None:
         """Keep outcomes; a RunDirectoryError if they cannot be written."""
         path = self.path(step, index)
         if path is None:
             return
-        about = {"index": index, "seconds": torch.tensor(seconds, dtype=torch.float64)}
+        about = {"index": index, "cost": torch.tensor(cost, dtype=torch.float64)}
         try:
             write_sealed(path, _archive(about | columns))
         except RunDirectoryError as error:

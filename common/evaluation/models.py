@@ -13,7 +13,7 @@ from common.checkpoints import load_checkpoint
 from common.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from common.files import yaml_damage_of
 from common.limits import read_yaml
-from common.objectives import InnerLoss, on_logits
+from common.objectives import InnerLoss, OnLogits
 from common.parsing import ArgumentParser, check_named
 from common.results.identity import check_evaluated, check_package, decisive, settings_in
 from common.settings import class_paths, explained
@@ -46,9 +46,12 @@ class Victim(nn.Module):
 
     def adaptive_losses(self) -> dict[str, InnerLoss]:
         """Cross-entropy, margin and difference of logits ratio."""
-        losses = {"ce_f": on_logits(cross_entropy), "cw_f": on_logits(hinge_margin)}
+        losses: dict[str, InnerLoss] = {
+            "ce_f": OnLogits(cross_entropy),
+            "cw_f": OnLogits(hinge_margin),
+        }
         if self.num_classes >= 3:
-            losses["dlr_f"] = on_logits(dlr)
+            losses["dlr_f"] = OnLogits(dlr)
         return losses
 
 

@@ -258,7 +258,7 @@ def run(
             state_dict=victim.state_dict(),
             config_digest=filing.config_digest,
             wall_time_s=time.perf_counter() - begun,
-            attack_seconds=outcomes.seconds,
+            attack_seconds={key: cost.seconds for key, cost in outcomes.costs.items()},
             engine=engine,
         )
         _file(evaluation, filing, seed, made_with)

@@ -9,8 +9,8 @@ kept, see :mod:`common.evaluation.journal`.
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -28,12 +28,13 @@ from common.evaluation.journal import (
     probe_step,
 )
 from common.evaluation.models import adapted
+from common.evaluation.passes import Passes, counted
 from common.evaluation.progress import Progress
 from common.evaluation.report import suspicions
 from common.evaluation.steps import Step
 from common.modes import frozen
 from common.objectives import Batch
-from common.results.lines import Columns, Line, Outcomes, Threat
+from common.results.lines import Columns, Cost, Line, Outcomes, Threat
 
 PICTURED = 16
 """Number of examples whose adversarial images are kept."""
@@ -104,7 +105,11 @@ def run_steps(
         size: torch.zeros_like(everything).index_fill(0, subset(y, size), True)
         for size in {step.examples for step in steps}
     }
-    with frozen(model, "eval"), adapted(model, has_gradient=has_gradient):
+    with (
+        frozen(model, "eval"),
+        adapted(model, has_gradient=has_gradient),
+        counted(model) as run.passes,
+    ):
         clean = run.columns(clean_step(), everything, {})
         probe = partial(run.silent, probe_step(threat, networks_of(steps)))
         signature = {"clean": clean.pop("scores")} | probe()
@@ -202,6 +207,7 @@ class _Run:
     team: Team
     progress: Progress
     pictured: Tensor
+    passes: Passes = field(default_factory=Passes)
     standing: Tensor | None = None
     outcomes: Outcomes | None = None
 
@@ -233,8 +239,9 @@ class _Run:
         mine = {}
         for i in missing[self.team.rank :: self.team.size]:
             begun = time.perf_counter()
+            self.passes.take()
             columns = self._attacked(step, chunks[i])
-            mine[i] = columns, time.perf_counter() - begun
+            mine[i] = columns, Cost(time.perf_counter() - begun, *self.passes.take())
             self.journal.write(step, chunks[i], *mine[i])
             _drop(standing, chunks[i], columns)
             done = min(len(chunks[i]) * self.team.size, len(rows))
@@ -243,7 +250,8 @@ class _Run:
             found |= theirs
         self.progress.end()
         if self.outcomes is not None:
-            self.outcomes.seconds[step.key] = sum(seconds for _, seconds in found.values())
+            costs = (cost for _, cost in found.values())
+            self.outcomes.costs[step.key] = reduce(Cost.plus, costs, Cost())
         return self._assembled([(chunks[i], found[i][0]) for i in sorted(found)], fill)
 
     def _attacked(self, step: Step, rows: Tensor) -> Columns:

@@ -17,7 +17,7 @@ from common.attacks.decision import DecisionBased
 from common.attacks.engine.network import AttackEngine
 from common.attacks.gama import GAMAPGD
 from common.attacks.geometry import parse_radius
-from common.attacks.losses import cross_entropy, margin
+from common.attacks.losses import cross_entropy, margin, probability_margin
 from common.attacks.minimum_norm import MinimumNorm
 from common.attacks.noise import Noise
 from common.attacks.pgd import PGD, FriendlyPGD, LossFn, climb_until_broken
@@ -33,15 +33,16 @@ from common.evaluation.confirm import (
     part_of,
     persisted,
 )
+from common.evaluation.passes import counting
 from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.limits import check_label
-from common.objectives import Batch, InnerLoss, on_logits
+from common.objectives import Batch, InnerLoss, OnLogits
 from common.results.lines import Columns, Threat
 
 Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | DecisionBased | Noise | Transfer
 
-MARGIN = on_logits(margin)
+MARGIN = OnLogits(margin)
 """The loss by which gradients of an attack with a loss on logits are judged."""
 
 _LOG = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ class SuiteEntry:
     Args:
         attack: A projected ascent, run once per loss; or one that brings its own losses.
         losses: Patterns (``ce_f``, ``ce_*``, ``cw_joint*``) over the losses that the model
-            declares in ``adaptive_losses``, and ``model`` for the inner loss it was trained with.
+            declares in ``adaptive_losses``, ``model`` for the inner loss it was trained with, and
+            ``pm_f`` for the margin of probabilities.
             AutoAttack takes one: ``ce_f`` leaves it as it is, another steers APGD-CE and Square.
             DeepFool, C&W, GAMA, transfer, noise and decision-based attacks take none.
         survivors_only: Attack only examples that withstood every earlier entry. Outcomes are then
@@ -151,7 +153,8 @@ def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
 
     A pattern that matches nothing is refused; the message lists what there is.
     """
-    declared: dict[str, InnerLoss] = dict(model.adaptive_losses())
+    declared: dict[str, InnerLoss] = {"pm_f": OnLogits(probability_margin)}
+    declared |= model.adaptive_losses()
     if hasattr(model, "objective"):
         declared["model"] = model.objective.inner
     found: set[str] = set()
@@ -163,7 +166,7 @@ def resolve_losses(patterns: list[str], model: Any) -> dict[str, InnerLoss]:
                 f"{', '.join(declared)}"
             )
         found.update(matches)
-    return {name: loss for name, loss in declared.items() if name in found}
+    return {name: counting(loss) for name, loss in declared.items() if name in found}
 
 
 def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
@@ -289,7 +292,7 @@ class _Planned:
                 *(", ".join(left_out), self.num_classes, ", ".join(planned)),
             )
         for part in planned:
-            loss = adaptive or (on_logits(cross_entropy) if part == "apgd-ce" else MARGIN)
+            loss = adaptive or (OnLogits(cross_entropy) if part == "apgd-ce" else MARGIN)
             craft = partial(official, attack, part, self.seed, adaptive)
             yield self._step(
                 self._crafted(craft, loss, is_persisted=part != "square"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,31 @@ class Threat:
         )
 
 
+class Cost(NamedTuple):
+    """What a step cost; images, summed over all passes.
+
+    Args:
+        seconds: Computing time.
+        forward: Images in forward passes.
+        backward: Images whose gradient was computed.
+        queries: Images in forward passes that recorded no gradient.
+    """
+
+    seconds: float = 0.0
+    forward: int = 0
+    backward: int = 0
+    queries: int = 0
+
+    def plus(self, other: "Cost") -> "Cost":
+        """Both together."""
+        return Cost(
+            self.seconds + other.seconds,
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.queries + other.queries,
+        )
+
+
 @dataclass(frozen=True)
 class Line:
     """What a result file says about the nature of a step.
@@ -94,7 +119,7 @@ class Outcomes:
         columns: Per step (and ``clean``), what else is known of each example: see
             :func:`common.evaluation.steps.judged`; NaN distances where it was not run.
         threat: The adversary of the worst case.
-        seconds: Per step, computing time over all devices.
+        costs: Per step (and ``clean``), over all devices.
         remarks: What a reader of the figures should know, in sentences.
         pictured: Which examples ``x_adv`` in the columns is about.
         depends_on_history: Whether the model's scores for the same images and random numbers
@@ -107,7 +132,7 @@ class Outcomes:
     lines: dict[str, Line] = field(default_factory=dict)
     columns: dict[str, Columns] = field(default_factory=dict)
     threat: Threat | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     pictured: Tensor = field(default_factory=lambda: torch.arange(0))
     depends_on_history: bool = False

@@ -324,6 +324,9 @@ def _attack_entry(outcomes: "Outcomes", name: str, y: NDArray[Any]) -> AttackRes
         withstood = _array(columns.get("correct", outcomes.correct[name])).astype(bool)
         broken = _array(outcomes.correct["clean"]) & within & ~withstood
         entry["distances"] = {norm: _median(_array(columns[norm])[broken]) for norm in norms}
+    if name in outcomes.costs:
+        cost = outcomes.costs[name]
+        entry["passes"] = {key: getattr(cost, key) for key in ("forward", "backward", "queries")}
     return cast(AttackResult, entry)
 
 

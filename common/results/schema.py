@@ -43,6 +43,17 @@ class CleanResult(TypedDict):
 
 
 @_described
+class PassesResult(TypedDict):
+    """Images that passed through the network, summed over all passes."""
+
+    forward: _Count
+    backward: _Count
+    """Images whose gradient was computed."""
+    queries: _Count
+    """Images in forward passes that recorded no gradient."""
+
+
+@_described
 class AttackResult(TypedDict):
     """Outcomes of one step of the suite."""
 
@@ -76,6 +87,8 @@ class AttackResult(TypedDict):
     """As of the clean images."""
     unmoved: NotRequired[_Count]
     """How many examples withstood it without a usable gradient, and were attacked again."""
+    passes: NotRequired[PassesResult]
+    """What it cost, in images."""
 
 
 @_described

@@ -4,9 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.attacks.losses import cross_entropy, dlr, hinge_margin, kl_divergence, margin
+from common.attacks.losses import (
+    cross_entropy,
+    dlr,
+    hinge_margin,
+    kl_divergence,
+    margin,
+    probability_margin,
+)
 
-LOSSES = [cross_entropy, margin, hinge_margin, dlr]
+LOSSES = [cross_entropy, margin, hinge_margin, probability_margin, dlr]
 
 
 @pytest.fixture
@@ -26,6 +33,9 @@ def test_losses_equal_a_rewrite_one_example_at_a_time(scores):
         assert margin(logits, y)[i].item() == pytest.approx(gap)
         assert hinge_margin(logits, y)[i].item() == pytest.approx(-max(50.0 - gap, 0.0))
         assert hinge_margin(logits, y, 1.0)[i].item() == pytest.approx(-max(1.0 - gap, 0.0))
+        wrong = max(v for j, v in enumerate(z) if j != label)
+        expected = (math.exp(wrong) - math.exp(z[label])) / total
+        assert probability_margin(logits, y)[i].item() == pytest.approx(expected)
         expected = gap / (descending[0] - descending[2])
         assert dlr(logits, y)[i].item() == pytest.approx(expected)
 

@@ -1,6 +1,7 @@
 """Chunks, processes and the journal: the same outcomes however the work was cut up."""
 
 import threading
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
+from common.attacks.decision import DecisionBased
+from common.attacks.losses import cross_entropy
 from common.attacks.noise import GaussianNoise
 from common.attacks.pgd import FGSM, PGD
 from common.errors import RunDirectoryError
@@ -61,6 +64,7 @@ def run(model, examples, suite=SUITE, folder: Path | None = None, **settings: An
 
 def assert_equal(one: Outcomes, other: Outcomes) -> None:
     assert one.lines == other.lines
+    assert passes(one) == passes(other)
     for key in one.correct:
         assert torch.equal(one.correct[key], other.correct[key]), key
         for name, column in one.columns[key].items():
@@ -69,8 +73,41 @@ def assert_equal(one: Outcomes, other: Outcomes) -> None:
             )
 
 
+def passes(outcomes: Outcomes) -> dict[str, tuple[int, ...]]:
+    return {key: cost[1:] for key, cost in outcomes.costs.items()}
+
+
 def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.npz"))
+
+
+def test_passes_are_those_of_the_attacks(model, examples) -> None:
+    """Counts that follow from what the attacks do, and from one more pass to judge its end."""
+    fab = AutoAttack(0.002, version="custom", attacks=["fab-t"], batch_size=50, steps=2)
+    suite = {
+        "pgd": SuiteEntry(PGD(0.001, 0.001, 3)),
+        "bypass": SuiteEntry(PGD(0.001, 0.001, 3), ["past_forward"]),
+        "fab": SuiteEntry(fab),
+        "labels": SuiteEntry(DecisionBased(0.001, queries=30)),
+    }
+
+    class Declaring(Victim):
+        def adaptive_losses(self):
+            def past(model, batch):
+                return lambda x: cross_entropy(model.net(x), batch["y"])
+
+            return super().adaptive_losses() | {"past_forward": past}
+
+    outcomes = run(Declaring(model.net, 10).eval(), examples, suite)
+    found = passes(outcomes)
+    keys = ("clean", "pgd/ce_f", "fab/fab-t")
+    right, stood, stood_fab = (int(outcomes.correct[key].sum()) for key in keys)
+    # Of those that withstood it, the gradient at both ends is computed once more.
+    assert found["pgd/ce_f"][1] == found["bypass/past_forward"][1] == 3 * right + 2 * stood
+    assert found["fab/fab-t"][1] == 9 * 2 * right + 2 * stood_fab  # targets, steps
+    assert found["labels"][1] == 0 < found["labels"][0] <= 30 * right + 2 * right
+    for forward, backward, queries in found.values():
+        assert forward >= backward + queries > 0
 
 
 def test_processes_share_the_work_and_change_nothing(model, examples) -> None:
@@ -91,7 +128,7 @@ def test_processes_share_the_work_and_change_nothing(model, examples) -> None:
             return parts
 
         with lock:  # the random state is the process's own: one at a time
-            found[rank] = run(model, examples, team=Team(rank, size, gather))
+            found[rank] = run(deepcopy(model), examples, team=Team(rank, size, gather))
 
     threads = [threading.Thread(target=member, args=(rank,)) for rank in range(size)]
     for thread in threads:

@@ -1,0 +1,101 @@
+"""Robust accuracy as a metric of torchmetrics, for the validation loop of any LightningModule."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from common.attacks.geometry import Norm
+from common.errors import ConfigurationError
+from common.evaluation.inputs import as_labels, check_examples
+from common.evaluation.models import as_module, as_victim
+from common.evaluation.presets import Suite, chosen_threat, load_suite
+from common.evaluation.runner import Team, run_steps
+from common.evaluation.suite import SuiteEntry, ball_of, check_suite, steps_of
+
+
+class RobustAccuracy(Metric):
+    """Accuracy on clean images, under each attack, and in the worst case, batch by batch.
+
+    ``update(model, x, y)`` attacks a batch; ``compute()`` gives ``clean``, one value for each
+    entry of the suite (correct under all of its losses) and ``worst``, all in [0, 1]. States are
+    counts, which add up over batches and processes. For a checked and audited figure use
+    :func:`common.evaluation.evaluate.evaluate`.
+
+    Args:
+        suite: Attacks by name, a ready suite such as ``quick``, or a YAML file.
+        eps: Radius of the threat model; by default that of the suite.
+        norm: Norm of the threat model; by default that of the suite.
+        seed: Of the attacks. Random starts belong to the place of an example in its process.
+
+    Raises:
+        ConfigurationError: If the suite is wrong, or has entries for a part of the examples.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+
+    def __init__(
+        self,
+        suite: str | Path | Mapping[str, SuiteEntry] = "quick",
+        eps: float | str | None = None,
+        norm: Norm | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(suite, Mapping):
+            self.suite = Suite(suite, chosen_threat(ball_of(suite), eps, norm))
+        else:
+            self.suite = load_suite(suite, eps, norm)
+        self.seed = seed
+        for name, entry in self.suite.entries.items():
+            for setting in ("examples", "checkpoints", "sweep"):
+                if getattr(entry, setting) is not None:
+                    raise ConfigurationError(
+                        f"the suite entry {name!r} has {setting} {getattr(entry, setting)}, and a "
+                        f"metric attacks every example of every batch in one way; drop {setting}"
+                    )
+        self.names = ["clean", *self.suite.entries, "worst"]
+        self.add_state("correct", torch.zeros(len(self.names), dtype=torch.int64), "sum")
+        self.add_state("total", torch.tensor(0), "sum")
+
+    def update(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Attack a batch.
+
+        Args:
+            model: Images to logits ``(N, K)``; its modes and parameters are restored.
+            x: Images in [0, 1], ``(N, C, H, W)``.
+            y: Labels, ``(N,)``.
+        """
+        with torch.inference_mode(False):
+            x, y = check_examples(x.detach().clone(), y), as_labels(y.clone())
+            with torch.no_grad():
+                classes = model(x[:1]).shape[1]
+            victim = as_victim(as_module(model), classes)
+            check_suite(self.suite.entries, victim)
+            first = int(self.total)
+            outcomes = run_steps(
+                victim,
+                {"x": x, "y": y, "index": torch.arange(len(y))},
+                steps_of(self.suite.entries, victim, classes, self.seed),
+                seed=self.seed + first,
+                batch_size=len(y),
+                threat=self.suite.threat,
+                team=Team(),
+            )
+        worst = outcomes.correct["clean"].clone()
+        found = {"clean": worst.clone()}
+        for key, line in outcomes.lines.items():
+            right = outcomes.correct[key]
+            found[line.entry] = found.get(line.entry, torch.ones_like(right)) & right
+            worst &= right | torch.tensor(not line.counts)
+        found["worst"] = worst
+        counts = torch.stack([found[name].sum() for name in self.names])
+        self.correct: Tensor = self.correct + counts.to(self.correct.device)
+        self.total: Tensor = self.total + len(y)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The accuracies by name."""
+        return dict(zip(self.names, (self.correct / self.total).unbind(), strict=True))

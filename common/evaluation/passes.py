@@ -1,0 +1,80 @@
+"""Counts how many images pass through a model, forwards and backwards, while it is attacked."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from common.attacks.pgd import LossFn
+from common.objectives import Batch, InnerLoss, OnLogits
+
+
+@dataclass
+class Passes:
+    """Running totals of a model."""
+
+    forward: int = 0
+    backward: int = 0
+    queries: int = 0
+
+    def take(self) -> tuple[int, int, int]:
+        """The totals since the last call."""
+        found = self.forward, self.backward, self.queries
+        self.forward = self.backward = self.queries = 0
+        return found
+
+    def notice(self, x: Tensor) -> None:
+        """Count a forward pass of x ``(N, ...)``, and later its backward passes."""
+        self.forward += len(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            x.register_hook(self._differentiated)  # type: ignore[no-untyped-call]
+        else:
+            self.queries += len(x)
+
+    def _differentiated(self, gradient: Tensor) -> None:
+        self.backward += len(gradient)
+
+
+_COUNTED: WeakKeyDictionary[nn.Module, Passes] = WeakKeyDictionary()
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Passes]:
+    """Count the passes of ``model`` until the end of the block."""
+    passes = _COUNTED[model] = Passes()
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        passes.notice(args[0])
+
+    try:
+        with model.register_forward_pre_hook(before):
+            yield passes
+    finally:
+        del _COUNTED[model]
+
+
+def counting(inner: InnerLoss) -> InnerLoss:
+    """The loss; where it bypasses the model's own forward, each call counts as one pass."""
+    if isinstance(inner, OnLogits):
+        return inner
+
+    def inner_loss(model: Any, batch: Batch) -> LossFn:
+        loss = inner(model, batch)
+        passes = _COUNTED.get(model) if isinstance(model, nn.Module) else None
+        if passes is None:
+            return loss
+
+        def counted_loss(x: Tensor) -> Tensor:
+            before = passes.forward
+            values = loss(x)
+            if passes.forward == before:
+                passes.notice(x)
+            return values
+
+        return counted_loss
+
+    return inner_loss
