@@ -357,9 +357,9 @@ class RSLAD(PairedObjective):
 class ARD(PairedObjective):
     r"""Adversarially robust distillation (Goldblum et al. 2020): one robust teacher.
 
-    The loss is :math:`t^2 KL(T_{adv}(x) / t, f(x_{adv}) / t)` with temperature t; their weight of the
-    label on clean images is 0 here. The attack climbs cross-entropy with the label. For ``scale``
-    see :func:`distillation`.
+    The loss is :math:`t^2 KL(T_{adv}(x) / t, f(x_{adv}) / t)` with temperature t; the weight
+    of the labels of clean images is 0. The attack climbs cross-entropy with the label. For
+    ``scale`` see :func:`distillation`.
     """
 
     def __init__(
