@@ -129,7 +129,7 @@ ROWS: dict[str, dict[str, tuple[int, str]]] = {
         "": (100, "optimizer schedule adversary"),
     },
     "paper_wm": {
-        "^fashion": (6, "optimizer_adam"),
+        "^fashion": (4, "optimizer_adam"),
         "^(digits|mnist)": (20, "optimizer_adam"),
         "^cifar10_cnn3": (60, "optimizer_adam schedule_cnn3"),
         "_at$": (100, "optimizer_sgd schedule_cosine adversary"),
