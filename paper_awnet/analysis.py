@@ -23,6 +23,9 @@ from paper_awnet.measures import JOINT, compare_weights, curves_of, examine, fil
 IMAGES = 350
 """Number of test images that are attacked here, of all classes in proportion."""
 
+SMALL = {"digits": 0.3, "fashion_small": 0.1}
+"""Radius of the attacks on small networks, by what their stems begin with."""
+
 
 class Roles(NamedTuple):
     """Which experiments play which part, by what stands after the common beginning."""
@@ -37,10 +40,11 @@ class Roles(NamedTuple):
 
 
 def roles_of(on: str) -> Roles:
-    """On the digits the two teachers are compared, elsewhere ST and TRADES of one backbone."""
-    if on.partition("_")[0] == "digits":
-        names = ("teacher_clean", "teacher_robust", "static_mtard", "awnet_mtard")
-        return Roles("digits", *names, "pgd20/ce_f", 0.3)
+    """Of small networks the two teachers are compared, else ST and TRADES of one backbone."""
+    for base, eps in SMALL.items():
+        if on.startswith(base):
+            names = ("teacher_clean", "teacher_robust", "static_mtard", "awnet_mtard")
+            return Roles(base, *names, "pgd20/ce_f", eps)
     return Roles(on, "st", "trades", "mtard", "awnet_mtard", "pgd_trades/ce_f", 8 / 255)
 
 

@@ -354,6 +354,37 @@ class RSLAD(PairedObjective):
         return (5 * robust + distillation(soft, logits, self.scale)) / 6
 
 
+class ARD(PairedObjective):
+    r"""Adversarially robust distillation (Goldblum et al. 2020): one robust teacher.
+
+    The loss is :math:`t^2 KL(T_{adv}(x) / t, f(x_{adv}) / t)` with temperature t; the weight
+    of the labels of clean images is 0. The attack climbs cross-entropy with the label. For
+    ``scale`` see :func:`distillation`.
+    """
+
+    def __init__(
+        self,
+        robust: Teacher,
+        temperature: float = 30.0,
+        scale: Scale = "classmean",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ConfigurationError(f"temperature must be above 0, got {temperature}; ARD has 30")
+        check_choice("scale", scale, Scale)
+        self.temperature = temperature
+        self.scale: Scale = scale
+        self.teachers = {"robust": robust}
+
+    def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
+        """The divergence of the softened logits; the logits of clean images take no part."""
+        t = self.temperature
+        return t**2 * distillation(
+            self.teachers["robust"](batch["x"]) / t, logits_adv / t, self.scale
+        )
+
+
 class OAT(Objective):
     """(1 - lambda) CE(f(x), y) + lambda CE(f(x_adv), y), lambda drawn for each image and epoch."""
 

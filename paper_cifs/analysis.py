@@ -19,8 +19,9 @@ from paper_cifs.measures import Measurement, measure
 MODELS = {"plain_natural": "natural training", "plain": "adversarial training", "cifs": "CIFS"}
 """What the checkpoints are needed of, and what the figures call it."""
 
-NETWORKS = {"digits": "resnet", "fashion_mnist": "resnet10"}  # of a data set; else ResNet-18
-EPS: dict[str, float | str] = {"digits": 0.2}  # else 8/255
+# Of a data set; else ResNet-18.
+NETWORKS = {"digits": "resnet", "fashion_small": "resnet", "fashion_mnist": "resnet10"}
+EPS: dict[str, float | str] = {"digits": 0.2, "fashion_small": 0.1}  # else 8/255
 ON_F, WORST = "pgd20/ce_f", "pgd20"
 
 

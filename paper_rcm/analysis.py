@@ -35,8 +35,14 @@ from paper_rcm.theory import simulation
 
 SIDES = (4, 8, 16, 32, 64)
 STRIDES = (1, 2, 4, 8)
-COMPARED = {"digits": ("222_avg", "122_avg"), "cifar10": ("resnet18_1222_at", "resnet18_1122_at")}
+COMPARED = {
+    "digits": ("222_avg", "122_avg"),
+    "fashion_small": ("222_avg", "122_avg"),
+    "cifar10": ("resnet18_1222_at", "resnet18_1122_at"),
+}
 """Networks whose features are set side by side (E8)."""
+
+EPS: dict[str, float | str] = {"digits": 0.15, "fashion_small": 0.1}  # else 8/255
 
 DIGITS_BATCH = 50
 """Of the steps that are timed on the digits: that of their recipe."""
@@ -50,10 +56,11 @@ def measure(found: Found) -> None:
 
     Pictures of the embedded features are of the first seed.
     """
-    compared = COMPARED.get(found.prefix.rstrip("_"), ())
+    dataset = found.prefix.rstrip("_")
+    compared = COMPARED.get(dataset, ())
     embeddings: dict[str, dict[str, Any]] = {}
     separated: dict[tuple[str, int], dict[str, float]] = {}
-    attack = PGD(eps="0.15" if found.is_digits else "8/255", step_size="eps/4", steps=20)
+    attack = PGD(eps=EPS.get(dataset, "8/255"), step_size="eps/4", steps=20)
     for (name, seed), (model, data) in found.load_runs(compared).items():
         if (images := found.test_split(data)) is None:
             continue

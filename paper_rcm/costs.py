@@ -42,6 +42,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 DATA = {
     "digits": ((1, 8, 8), 10),
+    "fashion": ((1, 28, 28), 10),
     "cifar10": ((3, 32, 32), 10),
     "cifar100": ((3, 32, 32), 100),
     "tiny": ((3, 64, 64), 200),

@@ -78,9 +78,13 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+FASHION = "optimizer schedule"
+
 # What the names of rows contain, epochs, and the shared files; the first that fits counts.
 ROWS: dict[str, dict[str, tuple[int, str]]] = {
     "paper_awnet": {
+        "fashion_small_teacher_clean": (3, FASHION),
+        "fashion_small": (3, f"{FASHION} adversary"),
         "digits_teacher_clean": (35, "optimizer"),
         "digits_teacher_robust": (35, "optimizer adversary_digits"),
         "digits": (42, "optimizer schedule_digits adversary_digits"),
@@ -92,6 +96,7 @@ ROWS: dict[str, dict[str, tuple[int, str]]] = {
         "": (300, "optimizer schedule_300 adversary"),
     },
     "paper_cifs": {
+        "fashion_small": (3, f"{FASHION} adversary"),
         "digits.*natural": (8, "optimizer_digits"),
         "digits": (30, "optimizer_digits schedule_digits adversary_digits"),
         "svhn.*natural": (50, "optimizer_svhn"),
@@ -103,6 +108,7 @@ ROWS: dict[str, dict[str, tuple[int, str]]] = {
         "": (120, "optimizer schedule adversary"),
     },
     "paper_rcm": {
+        "fashion_small": (3, f"{FASHION} adversary"),
         "digits": (40, "optimizer_digits schedule_digits adversary_digits"),
         "_std$": (164, "optimizer_2e-4 schedule_std"),
         "_(at|alp)$": (110, "optimizer schedule adversary"),
@@ -115,6 +121,7 @@ ROWS: dict[str, dict[str, tuple[int, str]]] = {
         "_dajat$": (200, "optimizer_dajat schedule_dajat adversary_dajat"),
     },
     "paper_robustwrn": {
+        "fashion_small": (3, f"{FASHION} adversary"),
         "digits.*natural": (20, "optimizer_5e-4 schedule_digits"),
         "digits": (20, "optimizer_5e-4 schedule_digits adversary_digits"),
         "_500k": (400, "optimizer_5e-4 adversary_trades"),
@@ -122,7 +129,8 @@ ROWS: dict[str, dict[str, tuple[int, str]]] = {
         "": (100, "optimizer schedule adversary"),
     },
     "paper_wm": {
-        "^(digits|mnist|fashion)": (20, "optimizer_adam"),
+        "^fashion": (4, "optimizer_adam"),
+        "^(digits|mnist)": (20, "optimizer_adam"),
         "^cifar10_cnn3": (60, "optimizer_adam schedule_cnn3"),
         "_at$": (100, "optimizer_sgd schedule_cosine adversary"),
         "": (100, "optimizer_sgd schedule_cosine"),
@@ -142,7 +150,7 @@ OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
 # Other settings by what the names of rows contain; the first that fits counts.
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "paper_rcm": {
-        "digits": {},
+        "digits|fashion": {},
         "_dajat$": {"data.batch_size": 128, "data.crop_padding": 4, "data.crop_padding_mode": None},
         "": {
             **{"data.batch_size": 128, "data.crop_padding": 4, "data.flip": True},
@@ -150,6 +158,7 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "paper_robustwrn": {
+        "fashion": {},
         "digits": {
             **{"data.batch_size": 64, "checkpoint.from_epoch": 10},
             "trainer.gradient_clip_val": 5.0,
@@ -187,7 +196,9 @@ def test_every_row_names_the_files_of_its_recipe(paper) -> None:
     for stem, path in paper.paths.items():
         expected = next(wanted for part, wanted in table.items() if re.search(part, stem))
         text = re.sub("#.*", "", path.read_text())
-        named = re.findall(r"shared/((?:adversary|optimizer|schedule)[\w-]*)\.yaml", text)
+        named = re.findall(
+            r"(?:shared|fashion_small)/((?:adversary|optimizer|schedule)[\w-]*)\.yaml", text
+        )
         config = paper.config(stem)
         assert (config["trainer"]["max_epochs"], set(named)) == (
             expected[0],

@@ -152,9 +152,11 @@ class Found:
 
 
 def scope_of(on: str) -> tuple[str, str]:
-    """All rows of the digits, else those that begin as asked for; and the data set."""
-    dataset = on.partition("_")[0]
-    return ("digits" if dataset == "digits" else on), f"{dataset}_"
+    """All rows of small networks on one data set, else those asked for; and the data set."""
+    for small in ("digits", "fashion_small"):
+        if on.startswith(small):
+            return small, f"{small}_"
+    return on, f"{on.partition('_')[0]}_"
 
 
 @dataclass(frozen=True)

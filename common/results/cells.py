@@ -77,7 +77,7 @@ def _arranged(
         for kind in _KINDS:
             texts = [cells[row.stem][metric.key][kind] for metric in metrics]
             if any(texts):
-                lines.append([name, kind, *texts, seeds])
+                lines.append([name, kind.replace("published", row.origin), *texts, seeds])
                 name = ""
     return ["experiment", "", *(titles[metric.key] for metric in metrics), "seeds"], lines
 

@@ -104,6 +104,7 @@ class Row:
     """An experiment: the tables it is in, and the printed numbers of its two checkpoints.
 
     A ``baseline``, the stem of another, is what it is compared with instead of its tables' own.
+    ``origin`` names the lines of printed numbers that are not the paper's.
     """
 
     __pydantic_config__ = _KNOWN_KEYS
@@ -115,6 +116,7 @@ class Row:
     last: dict[str, Number] = field(default_factory=dict)
     selected: dict[str, Number] = field(default_factory=dict)
     baseline: str | None = None
+    origin: str = "published"
 
     def printed(self, label: str, key: str) -> list[float]:
         """What was printed for a metric, one number per repeat."""

@@ -14,6 +14,7 @@ from common.objectives import TRADES
 from paper_awnet.method import Detector
 from paper_awnet.networks import AWNet, DigitsStudent, OATNet, Teacher, forced
 from paper_awnet.objectives import (
+    ARD,
     BMTARD,
     LAMBDAS,
     MTARD,
@@ -278,6 +279,19 @@ def test_rslad_asks_its_teacher_on_clean_images_alone(digits, teachers, student)
     inner = objective.inner(net, digits)
     torch.testing.assert_close(inner(digits["x_adv"]), kl_divergence(q, net(digits["x_adv"])))
     assert set(objective.teachers) == {"robust"}
+
+
+def test_ard_softens_both_and_climbs_cross_entropy(digits, teachers) -> None:
+    net, teacher = DigitsStudent().eval(), teachers["robust"]
+    q, log_s = (logits / 5 for logits in (teacher(digits["x"]), net(digits["x_adv"])))
+    expected = 25 * F.kl_div(log_s.log_softmax(1), q.softmax(1), reduction="batchmean")
+    objective = ARD(teacher, temperature=5.0, scale="batchmean")
+    torch.testing.assert_close(objective.outer(net, digits), expected, rtol=0, atol=5e-3)
+    found = objective.inner(net, digits)(digits["x_adv"])
+    label = F.cross_entropy(net(digits["x_adv"]), digits["y"], reduction="none")
+    torch.testing.assert_close(found, label)
+    with pytest.raises(ConfigurationError, match=r"0\.0"):
+        ARD(teacher, temperature=0.0)
 
 
 @pytest.mark.parametrize("make", [HybridCE, RoutedTRADES])

@@ -30,6 +30,19 @@ BACKBONES = {
     "cifar100_teacher_robust": 266.889,
 }
 
+SMALL = ("digits", "fashion_small")
+
+
+# Clean, FGSM, PGD-sat, PGD-trades, C&W, black-box PGD-20 and C&W, Square.
+SIBLINGS = {
+    "cifar10_resnet18_at": [84.20, 55.59, 45.95, 48.12, 45.97, 64.74, 64.88, 71.30],
+    "cifar10_resnet18_ard": [84.11, 58.40, 50.93, 52.96, 50.15, 63.59, 62.78, 73.30],
+    "cifar10_resnet18_mtard": [87.36, 61.20, 50.73, 53.60, 48.57, 65.17, 64.65, 79.99],
+    "cifar100_resnet18_st": [75.18, 7.96, 0.0, 0.0, 0.0],
+    "cifar100_resnet18_rslad": [58.25, 34.73, 31.19, 32.05, 28.21, 39.93, 39.67, 45.34],
+    "cifar100_resnet18_mtard": [64.30, 31.49, 24.95, 26.75, 23.42, 41.39, 41.03, None],
+}
+
 
 @pytest.fixture(scope="module")
 def paper(paper_of):
@@ -41,23 +54,28 @@ def reference(paper):
     return paper.reference
 
 
-def test_no_number_but_counted_parameters_and_every_experiment_has_rows(reference) -> None:
+def test_no_cell_of_the_paper_was_found_and_every_experiment_has_rows(reference) -> None:
     filled = {group for row in reference.rows.values() for group in row.groups}
     assert {f"E{i}" for i in range(1, 11)} < filled
     for stem, row in reference.rows.items():
-        assert not row.selected
+        assert bool(row.selected) == (row.source in ("E", "E2")), stem
+        assert not (row.selected and re.search("awnet|tiny|small|digits", stem)), stem
         known = {key: value for key, value in row.last.items() if value is not None}
-        expected = next(
-            (v for k, v in BACKBONES.items() if stem.startswith(k) and row.source == "M"), None
-        )
+        has_size = row.source in ("M", "E", "E2")
+        expected = next((v for k, v in BACKBONES.items() if stem.startswith(k) and has_size), None)
         assert known == ({} if expected is None else {"parameters": expected}), stem
-        assert not (known and ("awnet" in stem or stem.startswith("digits")))
+        assert not (known and ("awnet" in stem or stem.startswith(SMALL)))
+
+
+def test_numbers_of_the_sibling_papers(reference) -> None:
+    for stem, numbers in SIBLINGS.items():
+        assert list(reference.rows[stem].selected.values()) == numbers, stem
 
 
 def test_groups_explain_their_tags_and_weigh_every_attack(paper, reference) -> None:
     tags = paper.read("reference.yaml")["tags"]
     for group in reference.groups:
-        assert set(re.findall(r"\[([A-Z])\]", group.note)) <= set(tags)
+        assert set(re.findall(r"\[([A-Z]\d?)\]", group.note)) <= set(tags)
         if group.id in ("E1", "E2", "E3", "E4", "E5"):
             attacks = {m.key for m in group.metrics if "/" in m.key or m.key in ("aa", "worst")}
             weighted = [m.mean_of for m in group.metrics if m.mean_of]
@@ -67,7 +85,7 @@ def test_groups_explain_their_tags_and_weigh_every_attack(paper, reference) -> N
 
 def test_students_ask_the_teachers_of_their_data_and_routers_are_attacked(paper) -> None:
     suites = {"AWNet": "evaluation_dynamic", "OATNet": "evaluation_oat"}
-    for stem in (stem for stem in paper.paths if not stem.startswith("digits")):
+    for stem in (stem for stem in paper.paths if not stem.startswith(SMALL)):
         config = paper.config(stem)
         model = config["model"]["init_args"]
         arguments = model["objective"].get("init_args", {})
@@ -80,25 +98,41 @@ def test_students_ask_the_teachers_of_their_data_and_routers_are_attacked(paper)
         assert config["evaluation"] == paper.read(suite), stem
 
 
-def test_the_digits_differ_in_the_network_alone(paper) -> None:
-    students = {s: paper.config(s) for s in paper.paths if s.startswith("digits") and "mtard" in s}
-    assert len(students) == 5
+@pytest.mark.parametrize(
+    ("data", "images", "batch", "updates", "parts"),
+    [
+        ("digits", 800, 100, 330, {"awnet", "mixbn", "dynamic", "detector"}),
+        ("fashion_small", 58_800, 128, 1380, {"awnet", "mixbn"}),
+    ],
+)
+def test_small_students_differ_in_the_network_alone(
+    paper, data, images, batch, updates, parts
+) -> None:
+    stems = [stem for stem in paper.paths if stem.startswith(data) and "mtard" in stem]
+    students = {stem: paper.config(stem) for stem in stems}
+    assert set(students) == {f"{data}_{name}_mtard" for name in parts | {"static"}}
     nets = {s: c["model"]["init_args"].pop("net") for s, c in students.items()}
-    static = students.pop("digits_static_mtard")
-    assert static.pop("evaluation") == paper.read("configs/shared/evaluation_digits.yaml")
-    suite = paper.read("configs/shared/evaluation_digits_dynamic.yaml")
+    static = students.pop(f"{data}_static_mtard")
+    assert static.pop("evaluation") == paper.read(f"configs/shared/evaluation_{data}.yaml")
+    suite = paper.read(f"configs/shared/evaluation_{data}_dynamic.yaml")
     for config in students.values():
         assert config.pop("evaluation") == suite
         assert config == static
+    for kind, teacher in static["model"]["init_args"]["objective"]["init_args"].items():
+        if kind in ("clean", "robust"):
+            trained = paper.config(f"{data}_teacher_{kind}")["model"]["init_args"]["net"]
+            assert teacher == {"net": trained, "experiment": f"{data}_teacher_{kind}"}
     mixed = {s: (n["init_args"].get("dynamic", True), n["init_args"].get("mixbn"))
              for s, n in nets.items() if "static" not in s}  # fmt: skip
-    assert mixed == {
-        "digits_awnet_mtard": (True, None),
-        "digits_mixbn_mtard": (False, None),
-        "digits_dynamic_mtard": (True, False),
-        "digits_detector_mtard": (True, None),
+    expected = {
+        "awnet": (True, None),
+        "mixbn": (False, None),
+        "dynamic": (True, False),
+        "detector": (True, None),
     }
-    assert static["trainer"]["max_epochs"] * 800 / 100 == pytest.approx(330, rel=0.02)
+    assert mixed == {f"{data}_{name}_mtard": expected[name] for name in parts}
+    made = static["trainer"]["max_epochs"] * images / batch
+    assert made == pytest.approx(updates, rel=0.02)
 
 
 STATIC = partial(ResNet, (1,), (4,), (1,))
@@ -126,6 +160,8 @@ def suite_of(paper, tmp_path):
         ("evaluation_oat", lambda: OATNet(STATIC())),
         ("evaluation_digits", STATIC),
         ("evaluation_digits_dynamic", lambda: AWNet(STATIC())),
+        ("evaluation_fashion_small", STATIC),
+        ("evaluation_fashion_small_dynamic", lambda: AWNet(STATIC())),
     ],
 )
 def test_every_network_meets_as_many_attacks(suite_of, file, net) -> None:

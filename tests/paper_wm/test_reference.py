@@ -65,7 +65,7 @@ def test_no_number_of_the_paper_was_found(reference) -> None:
         assert row.source == "D", stem
 
 
-@pytest.mark.parametrize("data", ["digits", "grey", "colour", "colour_at"])
+@pytest.mark.parametrize("data", ["digits", "fashion", "grey", "colour", "colour_at"])
 def test_columns_are_measured_by_the_suites(paper, reference, data: str) -> None:
     """A column that no row can ever fill is a mistake in its key."""
     section = paper.read(f"configs/shared/evaluation_{data}.yaml")
