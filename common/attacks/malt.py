@@ -7,6 +7,7 @@ from torch import Tensor
 
 from common.attacks.geometry import Norm, as_pixels, finite, norm_of
 from common.attacks.losses import Predict, full_precision
+from common.errors import check_choice
 
 CANDIDATES = 100
 """Classes with the largest scores, among which the targets are chosen."""
@@ -30,7 +31,11 @@ def malt_targets(predict: Predict, x: Tensor, y: Tensor, count: int, norm: Norm)
 
     Returns:
         Classes ``(N, min(count, K - 1))``, int64.
+
+    Raises:
+        ConfigurationError: If the norm is none of linf, l2 and l1.
     """
+    check_choice("norm", norm, Norm)
     with torch.inference_mode(False), torch.enable_grad():
         x = as_pixels(x).requires_grad_()
         z, true = full_precision(predict(x)), y.unsqueeze(1)
