@@ -249,10 +249,10 @@ def test_a_lock_ends_with_its_owner_though_a_child_of_it_lives(tmp_path: Path) -
         held = lock(tmp_path / "run")
         child = os.fork()
         if child == 0:
+            ready.with_suffix(".part").write_text(str(os.getpid()))
+            ready.with_suffix(".part").rename(ready)
             time.sleep(60)
             os._exit(0)
-        ready.with_suffix(".part").write_text(str(child))
-        ready.with_suffix(".part").rename(ready)
         time.sleep(60)
         held.release()
 

@@ -35,6 +35,8 @@ PLAIN: Arguments = {
 }
 """Settings that are no section, with their types."""
 _META = ("class_path", "init_args", "dict_kwargs", "help")
+RATES = {"lr": 0.1, "weight_decay": 5e-4, "momentum": 0.9}
+"""Numbers of an optimiser that are not negative, with usual values."""
 _CLASS = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
 _MOST_LINKS = 8
 Settings = dict[str, Any]
@@ -156,6 +158,10 @@ def _check_node(place: str, path: str, value: Any, names: Sequence[str]) -> None
             raise ConfigurationError(f"unknown option {name}{nearest(name, candidates)}")
         if known is not None and key in known:
             _check_value(f"{place}.{key}", part, known[key])
+        if key in RATES and _is_negative(part):
+            raise ConfigurationError(
+                f"{place}.{key} is {part}, expected a number from 0 on; {RATES[key]} is usual"
+            )
         named = _class_of(part)
         if known is not None and known.get(key) == "nn.Module" and named and not is_module(named):
             raise ConfigurationError(
@@ -163,6 +169,13 @@ def _check_node(place: str, path: str, value: Any, names: Sequence[str]) -> None
                 "torch.nn.Module, or a function that makes one"
             )
         _check_node(f"{place}.{key}", named, part, names)
+
+
+def _is_negative(value: Any) -> bool:
+    try:
+        return float(value) < 0
+    except (TypeError, ValueError):
+        return False
 
 
 def _class_of(value: Any) -> str:

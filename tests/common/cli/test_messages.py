@@ -53,6 +53,8 @@ def _files(tmp_path, monkeypatch) -> None:
         ((*FIT, "--config", "stray.yaml"), "data.batch_size"),
         ((*FIT, "--data", "cifar11"), "cifar10"),
         ((*FIT, "--lr", "1"), "model.optimizer.lr"),
+        ((*FIT, "--model.optimizer.lr", "-1"), "optimizer.lr is -1"),
+        ((*FIT, "--model.optimizer.weight_decay=-1e-4"), "optimizer.weight_decay is -1e-4"),
         ((*FIT, "--optimizer", "Adam"), "model.optimizer?"),
         ((*FIT, "--eps", "0.1"), "adversary.attack.eps"),
         ((*FIT, "--trainer.max_epoch", "1"), "trainer.max_epochs"),
@@ -81,7 +83,6 @@ def test_mistakes_are_found_before_lightning_is_imported(capsys, monkeypatch, wo
     [
         (("--model.net", "collections.OrderedDict"), "collections.OrderedDict"),
         (("--model.objective", "Trades"), "common.objectives.TRADES"),
-        (("--model.optimizer.lr", "-1"), "-1.0"),
         (("--model.net.width", "3"), "selections"),
         (("--model.net", "torchvision.models.resnet18"), "torchvision.models.resnet18"),
         (("--trainer.accelerator", "gpu"), "gpu"),
