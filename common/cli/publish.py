@@ -172,8 +172,8 @@ def _of_rows(digests: Digests, on: str) -> Digests:
 
 def _result_of(row: Row, labels: Sequence[str]) -> tuple[Result | None, str]:
     """The result of a row, or why it is not published."""
-    if row.problem:
-        return None, row.problem
+    if problem := row.problem:
+        return None, problem
     try:
         result = read_result(row.run / "results.json")
     except UserError as error:

@@ -369,10 +369,14 @@ def _report(package: str, selection: Sequence[str], options: Sequence[str]) -> b
 def _print_plan(rows: Sequence[Row], jobs: int) -> None:
     """One line per row, in the order in which they run, and what is run for each."""
     width = max(len(str(row)) for row in rows)
+    unmade = []
     for row in rows:
-        after = f", after {', '.join(needed.stem for needed in row.needs)}" if row.needs else ""
-        print(f"{row!s:{width}}  {row.problem + after if row.problem else 'is finished'}")
-    unmade = [row for row in rows if row.problem]
+        problem = row.problem  # reads the result
+        if problem:
+            unmade.append(row)
+            after = ", ".join(needed.stem for needed in row.needs)
+            problem += f", after {after}" if after else ""
+        print(f"{row!s:{width}}  {problem or 'is finished'}")
     print(f"\n{len(unmade)} of {len(rows)} rows would be made, {jobs} at a time", end="")
     print(f", the first by\n  {shlex.join(unmade[0].command)}" if unmade else "")
 
