@@ -18,18 +18,20 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class Front(nn.Module):
-    """Images are encoded before the network; an attacker leaves that out."""
+    """Images are encoded before the network; an attacker gives that the gradient of x."""
 
-    def __init__(self, net: nn.Module, encode: Encode, smooth: Encode = torch.clone) -> None:
+    def __init__(self, net: nn.Module, encode: Encode) -> None:
         super().__init__()
-        self.net, self.encode, self.smooth = net, encode, smooth
+        self.net, self.encode = net, encode
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(self.encode(x))
         return out
 
     def climbed(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(self.smooth(x))
+        with torch.no_grad():
+            code = self.encode(x)
+        out: Tensor = self.net(x + (code - x).detach())
         return out
 
 
@@ -207,7 +209,7 @@ class Codes(nn.Module):
 class Votes(nn.Module):
     """Votes for copies with fixed noise (randomised smoothing, Cohen et al. 2019)."""
 
-    def __init__(self, net: nn.Module, copies: int = 24, scale: float = 0.25) -> None:
+    def __init__(self, net: nn.Module, copies: int = 8, scale: float = 0.25) -> None:
         super().__init__()
         self.net = net
         self.register_buffer("noise", scale * drawn(copies, 1, 1, 8, 8))
@@ -220,7 +222,7 @@ class Votes(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.one_hot(self._all(x).argmax(dim=2), 10).to(x).mean(dim=0)
+        return F.one_hot(self._all(x).argmax(dim=2), 10).to(x).sum(dim=0)
 
     def climbed(self, x: Tensor) -> Tensor:
         return self._all(x).softmax(dim=2).mean(dim=0).clamp_min(1e-6).log()

@@ -38,8 +38,8 @@ class Case:
     is_stateful: bool = False
 
 
-def _front(encode: masks.Encode, smooth: masks.Encode = torch.clone) -> Callable[[], nn.Module]:
-    return lambda: fitted(Front(cnn(), encode, smooth))
+def _front(encode: masks.Encode) -> Callable[[], nn.Module]:
+    return lambda: fitted(Front(cnn(), encode))
 
 
 def _behind(hide: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:

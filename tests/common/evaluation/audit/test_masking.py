@@ -59,7 +59,8 @@ def test_honest_models_are_as_good_as_claimed(lab, case) -> None:
     x, y = (part[:50] for part in lab.images("test"))
     attempt = Attempt(case, deepcopy(model), x, y)
     assert (attempt.labels(x) == y).float().mean() > 0.7
-    assert attempt.plain() - attempt.knowing()[0] <= 0.1
+    # Cross-entropy alone overestimates TRADES.
+    assert attempt.plain() - attempt.knowing()[0] <= 0.2
     assert failed(lab.audited(model)[0]) == set()
 
 
