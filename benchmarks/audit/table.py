@@ -32,8 +32,8 @@ def rendered(rows: Sequence[Row], examples: int) -> str:
     minutes = sum(row["seconds"] for row in rows) / 60.0
     head = ["network", "half", "clean %", "claimed %", "true %", "flagged", "checks that failed"]
     lines = [
-        f"{len(rows)} networks, {examples} test images each, linf eps {EPS:g}; {minutes:.0f} "
-        "minutes of processor time.",
+        f"{len(rows)} of {len(ZOO)} networks, {examples} test images each, linf eps {EPS:g}; "
+        f"{minutes:.0f} minutes of processor time.",
         "",
         *_table(["", "design", "held out", "all"], [_rates(rows, True), _rates(rows, False)]),
     ]
