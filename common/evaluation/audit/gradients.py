@@ -300,7 +300,12 @@ def directional_derivatives(
     gradient = input_gradient(anchored(loss_fn), x)
     directions = [*signs, *([gradient.sign()] if own else [])]
     with torch.no_grad():
-        measured = [(loss_fn(x + h * d) - loss_fn(x - h * d)) / (2.0 * h) for d in directions]
+        ahead, behind = (
+            # Clamped, since a sum that leaves the box by rounding is no valid image.
+            [loss_fn((x + step * d).clamp(0.0, 1.0)) for d in directions]
+            for step in (h, -h)
+        )
+        measured = [(a - b) / (2.0 * h) for a, b in zip(ahead, behind, strict=True)]
     predicted = [(gradient * d).flatten(1).sum(dim=1) for d in directions]
     return torch.stack(predicted, dim=1), torch.stack(measured, dim=1)
 

@@ -296,3 +296,18 @@ def test_compiled_networks_run_as_written():
     with undetached(), straight_through(net):
         x = X.clone().requires_grad_()
         assert net(x.clone().detach().round()).requires_grad
+
+
+def test_differences_are_taken_inside_the_box():
+    """A model may look pixels up in a table, which has no row for a negative one."""
+    x = torch.tensor([0.0, 1.0]).double().view(2, 1).expand(2, 8)
+    seen = []
+
+    def loss(x):
+        seen.append(x.detach())
+        return x.sum(dim=1)
+
+    signs = torch.tensor([[-1, 1] * 4], dtype=torch.int8).expand(3, 2, 8)
+    directional_derivatives(loss, x, signs, 0.05)
+    assert float(torch.cat(seen).min()) >= 0.0
+    assert float(torch.cat(seen).max()) <= 1.0

@@ -1,0 +1,70 @@
+"""The table of the zoo, and how often the audit was right."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.audit.networks import EPS
+from benchmarks.audit.zoo import ZOO
+from common.files import write_json_atomically
+from common.limits import read_json
+from common.results.markdown import write_readme
+from common.results.statistics import wilson_interval
+
+Row = dict[str, Any]
+BEGIN, END = "<!-- audit -->", "<!-- /audit -->"
+
+
+def write(row: Row, examples: int, machine: dict[str, Any], path: Path) -> str:
+    """Put a row beside the others, as JSON and in the README of the benchmarks."""
+    whole = read_json(path) if path.is_file() else {"rows": {}}
+    whole |= {"machine": machine, "eps": EPS, "examples": examples}
+    known = whole["rows"] | {row["name"]: row}
+    whole["rows"] = {case.name: known[case.name] for case in ZOO if case.name in known}
+    write_json_atomically(path, whole)
+    text = rendered(list(whole["rows"].values()), examples)
+    write_readme(path.parent.parent / "README.md", text, BEGIN, END)
+    return text
+
+
+def rendered(rows: Sequence[Row], examples: int) -> str:
+    """Rates with intervals, then one row per network, as Markdown."""
+    minutes = sum(row["seconds"] for row in rows) / 60.0
+    head = ["network", "half", "clean %", "claimed %", "true %", "flagged", "checks that failed"]
+    lines = [
+        f"{len(rows)} of {len(ZOO)} networks, {examples} test images each, linf eps {EPS:g}; "
+        f"{minutes:.0f} minutes of processor time.",
+        "",
+        *_table(["", "design", "held out", "all"], [_rates(rows, True), _rates(rows, False)]),
+    ]
+    for is_masked, title in ((True, "Masked"), (False, "Honest")):
+        cells = [_cells(row) for row in rows if row["is_masked"] is is_masked]
+        lines += ["", *_table([f"{title} {head[0]}", *head[1:]], cells)]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    accuracies = [f"{100.0 * row[key]:.0f}" for key in ("clean", "claimed", "true")]
+    flagged = "yes" if row["failed"] else "no"
+    return [row["name"], row["half"], *accuracies, flagged, ", ".join(row["failed"])]
+
+
+def _rates(rows: Sequence[Row], is_masked: bool) -> list[str]:
+    """Share of the networks that were flagged, with Wilson's interval, by half."""
+    cells = ["masked networks flagged" if is_masked else "honest networks flagged"]
+    for half in ("design", "held out", None):
+        part = [
+            row for row in rows if row["is_masked"] is is_masked and half in (None, row["half"])
+        ]
+        flagged = sum(bool(row["failed"]) for row in part)
+        if not part:
+            cells.append("")
+            continue
+        low, high = wilson_interval(flagged, len(part))
+        cells.append(f"{flagged} of {len(part)} ({100.0 * low:.0f} to {100.0 * high:.0f} %)")
+    return cells
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    rule = ["---"] * len(head)
+    return ["| " + " | ".join(cells) + " |" for cells in [head, rule, *rows]]
