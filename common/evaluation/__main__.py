@@ -1,28 +1,30 @@
 """Command line: attack any model.
 
-``python -m common.evaluation --model package.module:factory --weights file --data cifar10``
+``python -m common.evaluation --model package.module:factory --weights file --data cifar10``;
+``python -m common.evaluation export RUN FOLDER`` writes a network of ours for others.
 """
 
 import inspect
 import itertools
 import os
-import pkgutil
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentError
-from torch import nn
 
 from common.attacks.engine.network import AttackEngine
 from common.checkpoints import load_weights
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
 from common.evaluation.evaluate import evaluate
+from common.evaluation.export import export
 from common.evaluation.models import build_sections
+from common.evaluation.named import Normalized, find_model
 from common.evaluation.presets import CONFIGS, ready_suites
 from common.evaluation.report import Evaluation
 from common.evaluation.runner import Team
@@ -30,7 +32,7 @@ from common.limits import read_yaml
 from common.parsing import ArgumentParser, load_named
 from common.settings import explain
 
-SHARED = {"eps", "norm", "examples", "batch_size", "seed", "output"}
+SHARED = {"eps", "norm", "examples", "batch_size", "seed", "output", "claim"}
 """Arguments of :func:`common.evaluation.evaluate.evaluate` that are options."""
 
 
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a model and print the table; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        if argv[:1] == ["export"]:
+            return _export(argv[1:])
         for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
             if word.partition("=")[0] == "--config":  # pipes, devices and bombs are refused here
                 read_yaml(word.partition("=")[2] or following)
@@ -52,6 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(evaluation)
         if given["output"]:
             print(f"written to {given['output']}: results.json, figures")
+    return 0
+
+
+def _export(argv: Sequence[str]) -> int:
+    parser = ArgumentParser(prog="python -m common.evaluation export", exit_on_error=False)
+    parser.add_function_arguments(export, as_group=False, as_positional=True)
+    given = vars(parser.parse_args(list(argv)))
+    export(**given)
+    print(f"written to {given['folder']}")
     return 0
 
 
@@ -76,7 +89,7 @@ def attack(
     model_args: dict[str, Any] | None = None,
     weights: str | None = None,
     weights_key: str | None = None,
-    data: str = "cifar10",
+    data: str | None = None,
     data_root: str | None = None,
     suite: str = "quick",
     engine: Literal["fp32", "bf16"] | None = None,
@@ -88,63 +101,44 @@ def attack(
 
     Args:
         model: PACKAGE.MODULE:FACTORY, which makes the network: images in [0, 1] to logits,
-            normalisation inside.
-        model_args: For the factory, as JSON.
+            normalisation inside; or robustbench:NAME, timm:NAME, torchvision:NAME, hf:NAME, the
+            folder of a run, or PACKAGE:EXPERIMENT[-seedK], a published result.
+        model_args: For the factory or the collection, as JSON.
         weights: State dict or checkpoint to load.
         weights_key: Which weights, if the file holds several sets, such as ema_state_dict.
         data: Test split of a data section of common/configs (cifar10, svhn, digits, ...), or a
-            YAML file of one.
+            YAML file of one; by default those of the run, else cifar10.
         data_root: Folder of its files.
         suite: A ready suite, or a YAML file with evaluation: {suite: ...}.
         engine: Attack a network with batch-norm folded, in float32 or bfloat16; the plain float32
             network judges.
         device: By default cuda if available, else cpu.
-        name: Under which results are filed; by default that of the factory.
+        name: Under which results are filed; by default that of the model.
         settings: Of :func:`common.evaluation.evaluate.evaluate`.
     """
     torch.manual_seed(settings["seed"])  # of weights that no file gives
-    network = build_model(model, model_args)
+    network, images = find_model(model, model_args)
     if weights:
-        load_weights(network, weights, weights_key)
-    images = load_data(data, data_root)
+        bare = network.net if isinstance(network, Normalized) else network
+        load_weights(bare, weights, weights_key)
+    if images is None or data is not None or data_root is not None:
+        images = load_data(data or "cifar10", data_root)
+    else:
+        _prepare(images)
     test = images._dataset("test", None, None)
     batch = test.__getitems__(list(range(len(test))))
     precision: Any = {"fp32": "32", "bf16": "bf16"}.get(engine or "")
     return evaluate(
-        network.eval(),
+        network,
         (batch["x"].float() / 255.0, batch["y"]),
         suite,
         num_classes=images.num_classes,
         class_names=images.class_names,
-        name=name or model.partition(":")[2],
+        name=name or re.sub(r"[^\w.+-]+", "-", model.partition(":")[2] or model).strip("-."),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         engine=AttackEngine(precision=precision) if precision else None,
         **settings,
     )
-
-
-def build_model(path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """Call a factory named ``package.module:factory``, which has to make a module."""
-    sys.path.insert(0, "")
-    try:
-        if not path.partition(":")[2]:
-            raise ValueError("no factory is named behind a colon")
-        factory = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            f"--model is {path!r}, expected package.module:factory ({error})"
-        ) from error
-    finally:
-        sys.path.remove("")
-    try:
-        model = factory(**(arguments or {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be made with --model_args {arguments}: {error}"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"{path} made a {type(model).__name__}, expected an nn.Module")
-    return model
 
 
 def load_data(name: str, root: str | None = None) -> ImageDataModule:
@@ -165,6 +159,12 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
     if root is not None:
         _set_root(section, root, path)
     data: ImageDataModule = build_sections({"data": section}, path).data
+    _prepare(data)
+    return data
+
+
+def _prepare(data: ImageDataModule) -> None:
+    """Fetch the files of the test split and load it."""
     team, problem = Team.of_processes(), None
     if team.rank == 0:  # fetches the files; all processes raise its error
         try:
@@ -174,7 +174,6 @@ def load_data(name: str, root: str | None = None) -> ImageDataModule:
     for found in filter(None, team.gather(problem)):
         raise found
     data.setup("test")
-    return data
 
 
 def _set_root(section: Any, root: str, path: Path) -> None:

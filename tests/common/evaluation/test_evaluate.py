@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from common.attacks.pgd import FGSM, PGD
 from common.evaluation import SuiteEntry, evaluate
-from common.evaluation.__main__ import build_model, main
+from common.evaluation.__main__ import main
+from common.evaluation.named import build_model
 from common.results.store import read_result
 
 
