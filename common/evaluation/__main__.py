@@ -121,8 +121,12 @@ def attack(
     if weights:
         bare = network.net if isinstance(network, Normalized) else network
         load_weights(bare, weights, weights_key)
-    if images is None or data is not None or data_root is not None:
+    if images is None or data is not None:
         images = load_data(data or "cifar10", data_root)
+    elif data_root is not None:
+        raise ConfigurationError(
+            f"--data_root is {data_root}, and {model} brings its own data; give --data too"
+        )
     else:
         _prepare(images)
     test = images._dataset("test", None, None)

@@ -178,6 +178,8 @@ def _transformers(library: Any, name: str, **arguments: Any) -> nn.Module:
     mean, std = [0.0] * 3, [1.0] * 3
     if getattr(processor, "do_normalize", True):
         mean, std = processor.image_mean, processor.image_std
+    if getattr(processor, "include_top", False):  # of EfficientNet: divides by std twice
+        std = [s * s for s in std]
     return Normalized(net, [(m + shift) / scale for m in mean], [s / scale for s in std])
 
 

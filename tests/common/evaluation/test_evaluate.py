@@ -121,13 +121,13 @@ def test_the_command_line(tmp_path, factory: str, capsys) -> None:
         (["--model", "torchvision.models.resnet18"], "expected package.module:factory"),
         (["--model_args", '{"depth": 3}'], "cannot be made with"),
         (["--data", "cifar"], "there are no data 'cifar'; there are cifar10"),
-        (["--suite", "strong"], "there is no suite 'strong'"),
+        (["--suite", "harsh"], "there is no suite 'harsh'"),
         (["--suite", "paper-cifs", "--norm", "l2"], "attacks in linf, got norm 'l2'"),
         (["--data_root", "somewhere"], "have no files; drop --data_root"),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["--weights", "none.pt"], "does not exist"),
         (["--weights", "two.pt"], "'ema', 'state_dict': choose one"),
-        (["--weights", "two.pt", "--weights_key", "ema", "--suite", "strong"], "no suite 'strong'"),
+        (["--weights", "two.pt", "--weights_key", "ema", "--suite", "harsh"], "no suite 'harsh'"),
     ):
         assert main([*arguments, *mistake]) == 2
         error = capsys.readouterr().err.splitlines()

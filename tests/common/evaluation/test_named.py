@@ -50,9 +50,10 @@ def asked(monkeypatch) -> list[dict[str, Any]]:
 
         return make
 
-    # Pixels are 0 to 255 before they are multiplied by 2 / 255, and 1 is subtracted.
-    pixels = {"rescale_factor": 2 / 255, "rescale_offset": True}
-    pixels |= {"image_mean": [2 * m - 1 for m in MEAN], "image_std": [2 * s for s in STD]}
+    # Bytes are multiplied by 2 / 255, 1 is subtracted, and std divides twice.
+    pixels: dict[str, Any] = {"rescale_factor": 2 / 255, "rescale_offset": True}
+    pixels |= {"include_top": True, "image_std": [(2 * s) ** 0.5 for s in STD]}
+    pixels |= {"image_mean": [2 * m - 1 for m in MEAN]}
     packed = Sums(lambda scores: SimpleNamespace(logits=scores))
     transformers = SimpleNamespace(
         AutoModelForImageClassification=SimpleNamespace(from_pretrained=made(packed)),
@@ -93,15 +94,16 @@ def test_collections_give_logits_of_pixels(asked, name, arguments, call, expecte
 
 def test_torchvision_brings_its_weights_and_normalisation(monkeypatch) -> None:
     torch.manual_seed(0)
-    net = torchvision.models.resnet18().eval()
+    net = torchvision.models.shufflenet_v2_x0_5().eval()
     monkeypatch.setattr(
         "torchvision.models._api.load_state_dict_from_url", lambda *_, **__: net.state_dict()
     )
-    preset = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+    name = "shufflenet_v2_x0_5"
+    preset = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT.transforms()
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in (preset.mean, preset.std))
     with torch.no_grad():
-        torch.testing.assert_close(find_model("torchvision:resnet18")[0](X), net((X - mean) / std))
-    bare, _ = find_model("torchvision:resnet18", {"weights": None, "num_classes": 4})
+        torch.testing.assert_close(find_model(f"torchvision:{name}")[0](X), net((X - mean) / std))
+    bare, _ = find_model(f"torchvision:{name}", {"weights": None, "num_classes": 4})
     assert bare(X).shape == (3, 4)
 
 
@@ -109,7 +111,7 @@ def test_torchvision_brings_its_weights_and_normalisation(monkeypatch) -> None:
     ("name", "named"),
     [
         ("robustbench:unknown", "unknown"),
-        ("torchvision:resnet18", "no route to host"),
+        ("torchvision:squeezenet1_1", "no route to host"),
         ("torchvision:resnet1", "resnet1"),
         ("runs/nowhere", "runs/nowhere"),
         (".", "config.yaml"),
@@ -199,6 +201,8 @@ def test_a_run_by_name_and_exported(tiny, capsys, monkeypatch, tmp_path) -> None
     for given in ([str(tiny.run)], ["loader:load_model", "--data", "given/data.yaml"]):
         assert main(["--model", *given, *options, "--claim", "given/claim.json"]) == 0
         assert capsys.readouterr().out.count(" inside ") == 2
+    assert main(["--model", str(tiny.run), "--data_root", "somewhere"]) == 2
+    assert "somewhere" in capsys.readouterr().err
     assert main(["export", str(tiny.run), "given"]) == 2
     assert "given" in capsys.readouterr().err
     del sys.modules["loader"]
