@@ -1,16 +1,17 @@
 """Command line: attack any model.
 
-``python -m common.evaluation --model package.module:factory --weights file --data cifar10``
+``python -m common.evaluation --model package.module:factory --weights file --data cifar10``;
+``python -m common.evaluation export RUN FOLDER`` writes a network of ours for others.
 """
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from common.errors import ConfigurationError, UserError, output_may_close
+from common.evaluation.names import check_model_name
 from common.files import check_torch_file
 from common.limits import read_yaml
 from common.packages import data_sections, file_named, ready_suites, say_shadowed
@@ -19,11 +20,13 @@ from common.settings import nearest
 OPTIONS = {
     "config": "a YAML file with these options",
     "model": "PACKAGE.MODULE:FACTORY, which makes the network: images in [0, 1] to logits, "
-    "normalisation inside",
-    "model_args": "for the factory, as JSON",
+    "normalisation inside; or robustbench:NAME, timm:NAME, torchvision:NAME, hf:NAME, the folder "
+    "of a run, or PACKAGE:EXPERIMENT[-seedK], a published result",
+    "model_args": "for the factory or the collection, as JSON",
     "weights": "state dict or checkpoint to load",
     "weights_key": "which weights, if the file holds several sets, such as ema_state_dict",
-    "data": "test split of a data section, or of a YAML file of one; by default cifar10",
+    "data": "test split of a data section, or of a YAML file of one; by default those of the run, "
+    "else cifar10",
     "data_root": "folder of its files",
     "suite": "a ready suite, by default quick, or a YAML file with evaluation: {suite: ...}",
     "eps": "radius in pixels of [0, 1]; by default that of the suite, else 8/255",
@@ -34,7 +37,8 @@ OPTIONS = {
     "seed": "of the attacks; by default 0",
     "engine": "attack a network with batch-norm folded, in fp32 or bf16; the plain one judges",
     "device": "by default cuda if available, else cpu",
-    "name": "under which results are filed; by default that of the factory",
+    "claim": "a model_info JSON file of RobustBench, whose accuracies are compared with ours",
+    "name": "under which results are filed; by default that of the model",
     "output": "folder of results.json, figures, and what a killed evaluation resumes from",
 }
 FLAGS = ("audit", "print_config")
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     try:
+        if words[:1] == ["export"]:
+            return int(importlib.import_module("common.evaluation.command").run_export(words[1:]))
         _check(words)
         return int(importlib.import_module("common.evaluation.command").run(words))
     except UserError as error:
@@ -58,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _help() -> str:
     return "\n".join(
         [
-            "usage: python -m common.evaluation --model PACKAGE.MODULE:FACTORY [options]\n",
+            "usage: python -m common.evaluation --model PACKAGE.MODULE:FACTORY [options]",
+            "       python -m common.evaluation export RUN FOLDER [--checkpoint last]\n",
             "Attack a model and report the accuracy in the worst case over a suite.\n",
             *(f"  --{name:<12} {text}" for name, text in OPTIONS.items()),
             f"\nData: {', '.join(data_sections())}",
@@ -81,7 +88,7 @@ def _check(words: Sequence[str]) -> None:
         raise ConfigurationError(
             "no model is given; give --model PACKAGE.MODULE:FACTORY (--help shows all options)"
         )
-    _check_model(given)
+    check_model_name(str(given["model"]))
     if isinstance(given.get("data"), str):
         file_named(given["data"], data_sections(), "data section")
     if isinstance(given.get("suite"), str):
@@ -114,24 +121,6 @@ def _check_name(name: str) -> None:
             "and its init_args, and give --data FILE"
         )
     raise ConfigurationError(f"unknown option {name}{nearest(name, OPTIONS)}")
-
-
-def _check_model(given: Mapping[str, object]) -> None:
-    """Check that the module of the factory can be there."""
-    path = str(given["model"])
-    module, _, factory = path.partition(":")
-    sys.path.insert(0, "")
-    try:
-        is_there = bool(factory) and find_spec(module.partition(".")[0]) is not None
-    except (ImportError, ValueError):
-        is_there = False
-    finally:
-        sys.path.remove("")
-    if not is_there:
-        problem = f"no module {module.partition('.')[0]!r} is here" if factory else "no factory"
-        raise ConfigurationError(
-            f"--model is {path!r}, expected package.module:factory ({problem})"
-        )
 
 
 def run() -> NoReturn:

@@ -2,21 +2,21 @@
 
 import inspect
 import os
-import pkgutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse import ArgumentError
-from torch import nn
 
 from common.attacks.engine.network import AttackEngine
 from common.checkpoints import load_weights
 from common.errors import ConfigurationError, UserError, check_choice
+from common.evaluation.export import export
 from common.evaluation.models import build_sections
+from common.evaluation.named_models import Normalized, find_model
 from common.evaluation.pipeline import evaluate
 from common.evaluation.report import Evaluation
 from common.evaluation.runner import Team
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from common.data.images import ImageDataModule
 
 EngineName = Literal["fp32", "bf16"]
-SHARED = {"eps", "norm", "examples", "batch_size", "seed", "output"}
+SHARED = {"eps", "norm", "examples", "batch_size", "seed", "output", "claim"}
 """Arguments of :func:`common.evaluation.pipeline.evaluate` that are options."""
 
 
@@ -52,6 +52,19 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
+def run_export(words: Sequence[str]) -> int:
+    """Write a network of ours for others; returns the exit status."""
+    parser = ArgumentParser(prog="python -m common.evaluation export", exit_on_error=False)
+    parser.add_function_arguments(export, as_group=False, as_positional=True)
+    try:
+        given = vars(parser.parse_args(list(words)))
+    except ArgumentError as error:
+        raise ConfigurationError(explain(str(error))) from error
+    export(**given)
+    print(f"written to {given['folder']}")
+    return 0
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m common.evaluation",
@@ -71,7 +84,7 @@ def attack(
     model_args: dict[str, Any] | None = None,
     weights: str | None = None,
     weights_key: str | None = None,
-    data: str = "cifar10",
+    data: str | None = None,
     data_root: str | None = None,
     suite: str = "quick",
     engine: EngineName | None = None,
@@ -83,52 +96,32 @@ def attack(
     if engine is not None:
         check_choice("engine", engine, EngineName)
     torch.manual_seed(settings["seed"])  # of weights that no file gives
-    network = build_model(model, model_args)
+    network, images = find_model(model, model_args)
     if weights:
-        load_weights(network, weights, weights_key)
-    images = load_data(data, data_root)
+        bare = network.net if isinstance(network, Normalized) else network
+        load_weights(bare, weights, weights_key)
+    if images is None or data is not None:
+        images = load_data(data or "cifar10", data_root)
+    elif data_root is not None:
+        raise ConfigurationError(
+            f"--data_root is {data_root}, and {model} brings its own data; give --data too"
+        )
+    else:
+        _prepare(images)
     test = images._dataset("test", None, None)
     batch = test.__getitems__(list(range(len(test))))
     precision: Any = {"fp32": "32", "bf16": "bf16"}.get(engine or "")
     return evaluate(
-        network.eval(),
+        network,
         (batch["x"].float() / 255.0, batch["y"]),
         suite,
         num_classes=images.num_classes,
         class_names=images.class_names,
-        name=name or model.partition(":")[2],
+        name=name or re.sub(r"[^\w.+-]+", "-", model.partition(":")[2] or model).strip("-."),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         engine=AttackEngine(precision=precision) if precision else None,
         **settings,
     )
-
-
-def build_model(path: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """Call a factory named ``package.module:factory``, which has to make a module."""
-    sys.path.insert(0, "")
-    try:
-        if not path.partition(":")[2]:
-            raise ValueError("no factory is named behind a colon")
-        factory = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            f"--model is {path!r}, expected package.module:factory ({error})"
-        ) from error
-    finally:
-        sys.path.remove("")
-    try:
-        model = factory(**(arguments or {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be made with --model_args {arguments}: {error}; name what builds the "
-            "network, and give all its arguments"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(
-            f"{path} made a {type(model).__name__}, expected an nn.Module; "
-            "name what builds the network"
-        )
-    return model
 
 
 def load_data(name: str, root: str | None = None) -> "ImageDataModule":
@@ -143,6 +136,12 @@ def load_data(name: str, root: str | None = None) -> "ImageDataModule":
     if root is not None:
         _set_root(section, root, path)
     data: ImageDataModule = build_sections({"data": section}, path).data
+    _prepare(data)
+    return data
+
+
+def _prepare(data: "ImageDataModule") -> None:
+    """Fetch the files of the test split and load it."""
     team, problem = Team.of_processes(), None
     if team.rank == 0:  # fetches the files; all processes raise its error
         try:
@@ -152,7 +151,6 @@ def load_data(name: str, root: str | None = None) -> "ImageDataModule":
     for found in filter(None, team.gather(problem)):
         raise found
     data.setup("test")
-    return data
 
 
 def _set_root(section: Any, root: str, path: Path) -> None:

@@ -22,7 +22,7 @@ class RobustAccuracy(Metric):
     ``update(model, x, y)`` attacks a batch; ``compute()`` gives ``clean``, one value for each
     entry of the suite (correct under all of its losses) and ``worst``, all in [0, 1]. States are
     counts, which add up over batches and processes. For a checked and audited figure use
-    :func:`common.evaluation.evaluate.evaluate`.
+    :func:`common.evaluation.pipeline.evaluate`.
 
     Args:
         suite: Attacks by name, a ready suite such as ``quick``, or a YAML file.

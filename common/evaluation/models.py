@@ -151,7 +151,8 @@ def build_sections(sections: Mapping[str, Any], file: Path) -> Any:
     from common.data.images import ImageDataModule
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ImageDataModule, "data")
+    if "data" in sections:
+        parser.add_class_arguments(ImageDataModule, "data")
     if "model" in sections:
         parser.add_subclass_arguments(RobustClassifier, "model", required=True)
     with explained(file):

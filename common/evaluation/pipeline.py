@@ -21,12 +21,14 @@ from common.attacks.geometry import Norm
 from common.attacks.randomness import seeded
 from common.errors import ConfigurationError, UserError
 from common.evaluation.audit.checks import Audit
+from common.evaluation.claims import compare, read_claim
 from common.evaluation.drawing import save_figure
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means, measure_steps
 from common.evaluation.model_check import check_model
 from common.evaluation.models import as_module, as_victim
+from common.evaluation.named_models import find_model
 from common.evaluation.pictures import draw
 from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress, Progress
@@ -75,7 +77,7 @@ class Filing:
 
 
 def evaluate(
-    model: nn.Module | Callable[[Tensor], Tensor],
+    model: str | nn.Module | Callable[[Tensor], Tensor],
     data: Any,
     suite: str | Path | Mapping[str, SuiteEntry] = "quick",
     *,
@@ -93,6 +95,7 @@ def evaluate(
     progress: bool | Progress = True,
     engine: AttackEngine | None = None,
     measures: Mapping[str, Measure] | None = None,
+    claim: str | Path | None = None,
 ) -> Evaluation:
     """Attack a model and report which examples withstand all attacks.
 
@@ -100,8 +103,9 @@ def evaluate(
 
     Args:
         model: Images in [0, 1], ``(N, C, H, W)``, to logits ``(N, K)``, in evaluation mode and
-            float32, normalisation inside; a module or a function. Suites can name the losses of
-            its method ``adaptive_losses``. Without a gradient it is attacked by labels only.
+            float32, normalisation inside; a module, a function, or a name, see
+            :func:`common.evaluation.named_models.find_model`. Suites can name the losses of its
+            method ``adaptive_losses``. Without a gradient it is attacked by labels only.
         data: Tensors ``(x, y)``, a data set of ``(image, label)``, or a loader: see
             :func:`common.evaluation.inputs.collect`.
         suite: ``quick``, ``autoattack``, ``audit``, ``paper-...``, a YAML file, or attacks by name.
@@ -122,13 +126,13 @@ def evaluate(
         progress: Whether to show progress, or the object that receives it.
         engine: Computes the passes of attacks faster; the plain network judges.
         measures: Other numbers of the network, see :mod:`common.evaluation.measures`.
+        claim: A ``model_info`` JSON file of RobustBench, whose accuracies are compared with ours.
 
     Raises:
         ConfigurationError: If model, data, suite or settings cannot give a meaningful result, or
             ``output`` holds another one; before the first attack.
         RunDirectoryError: If ``output`` cannot be written.
     """
-    model = as_module(model)
     check_label(name, "the name of the results")
     _check_numbers(seed, batch_size=batch_size, examples=examples)
     if isinstance(suite, Mapping):
@@ -136,6 +140,8 @@ def evaluate(
         ready = Suite(suite, chosen_threat(ball_of(suite), eps, norm))
     else:
         ready = load_suite(suite, eps, norm)
+    claimed = {} if claim is None else read_claim(claim, ready.threat)
+    model = find_model(model)[0] if isinstance(model, str) else as_module(model)
     checks = audit if isinstance(audit, Audit) else ready.audit or (Audit() if audit else None)
     if checks is None and not ready.entries:
         check_suite(ready.entries, model)
@@ -150,7 +156,7 @@ def evaluate(
         warnings.simplefilter("always")
         with seeded(seed, torch.device("cpu")):  # a shuffled loader has one order for all models
             batch = collect(data, examples)
-    return run(
+    evaluation = run(
         model,
         batch,
         ready.entries,
@@ -166,6 +172,8 @@ def evaluate(
         progress=progress,
         remarks=[str(warning.message) for warning in caught],
     )
+    evaluation.comparisons = compare(claimed, evaluation.result)
+    return evaluation
 
 
 def run(

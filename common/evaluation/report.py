@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from common.errors import ConfigurationError
+from common.evaluation.claims import Comparison
 from common.results.lines import Outcomes
 from common.results.outcomes import missing_worst, outcome_bits, positions
 from common.results.schema import AuditCheck, AuditResult, CheckpointResult
@@ -31,6 +32,7 @@ class Evaluation:
         warnings: Reasons for doubt, as sentences.
         position: Where in the data the examples are, ``(N,)``.
         pictures: Drawn of the result, by name.
+        comparisons: With a claim, the reported accuracies beside ours.
     """
 
     result: CheckpointResult
@@ -38,6 +40,7 @@ class Evaluation:
     warnings: list[str]
     position: Tensor
     pictures: "dict[str, Figure]" = field(default_factory=dict)
+    comparisons: list[Comparison] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -93,6 +96,24 @@ class Evaluation:
             table.add_row(name + self._note(name), size, accuracy, interval)
         return table
 
+    def claim_table(self) -> Table:
+        """Reported accuracies beside ours, for a terminal."""
+        table = Table(title="claim")
+        table.add_column("accuracy")
+        for title in ("reported %", "ours %", "difference", "95 % interval", "reported is"):
+            table.add_column(title, justify="right")
+        for one in self.comparisons:
+            low, high = one.interval
+            table.add_row(
+                one.name,
+                f"{100 * one.reported:.2f}",
+                f"{100 * one.ours:.2f}",
+                f"{100 * one.difference:+.2f}",
+                f"{100 * low:.2f} to {100 * high:.2f}",
+                "inside" if one.is_inside else "outside",
+            )
+        return table
+
     def _note(self, name: str) -> str:
         """Why a row does not count towards the worst case."""
         attack = self.result["attacks"].get(name)
@@ -105,10 +126,12 @@ class Evaluation:
         return f" (outside: {attack['norm']} eps {attack['eps']:.5g})"
 
     def __str__(self) -> str:
-        """The table, the verdict of the audit, and reasons for doubt."""
+        """The tables, the verdict of the audit, and reasons for doubt."""
         console = Console(width=100)
         with console.capture() as captured:
             console.print(self.table())
+            if self.comparisons:
+                console.print(self.claim_table())
         lines = []
         if "audit" in self.result:
             verdicts = [check["verdict"] for check in self.result["audit"]["checks"]]

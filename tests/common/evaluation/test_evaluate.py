@@ -14,7 +14,7 @@ from common.attacks.noise import UniformNoise
 from common.attacks.pgd import FGSM, PGD
 from common.evaluation import SuiteEntry, evaluate
 from common.evaluation.__main__ import main
-from common.evaluation.command import build_model
+from common.evaluation.named_models import build_model
 from common.results.store import read_result
 
 
@@ -145,7 +145,7 @@ def test_options_of_a_file_reach_the_evaluation(
 ) -> None:
     seen: dict[str, Any] = {}
     told = functools.wraps(evaluate)(lambda *_, **given: seen.update(given))
-    monkeypatch.setattr(f"{build_model.__module__}.evaluate", told)
+    monkeypatch.setattr("common.evaluation.command.evaluate", told)
     options = {"model": factory, "data": "digits", "eps": 0.02, "examples": 40, "seed": 3}
     (tmp_path / "options.yaml").write_text(json.dumps(options))
     more = [] if engine is None else ["--engine", engine]
