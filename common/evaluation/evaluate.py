@@ -22,6 +22,7 @@ from common.attacks.randomness import seeded
 from common.errors import ConfigurationError, UserError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.drawing import save_figure
+from common.evaluation.images import Examples
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means, measure_steps
@@ -36,7 +37,6 @@ from common.evaluation.steps import Step
 from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_suite, steps_of
 from common.files import check_writable
 from common.limits import check_label
-from common.objectives import Batch
 from common.results import provenance
 from common.results.lines import Threat
 from common.results.outcomes import checkpoint_entry
@@ -170,7 +170,7 @@ def evaluate(
 
 def run(
     model: nn.Module,
-    examples: Batch,
+    examples: Examples,
     suite: Mapping[str, SuiteEntry],
     threat: Threat | None,
     *,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from common.attacks.randomness import ExampleRandom, Stream, seeded
 from common.data.subset import lacking_classes, subset
 from common.evaluation.confirm import settled
+from common.evaluation.images import Examples
 from common.evaluation.journal import (
     PROBED,
     Journal,
@@ -33,7 +34,6 @@ from common.evaluation.progress import Progress
 from common.evaluation.report import suspicions
 from common.evaluation.steps import Step
 from common.modes import frozen
-from common.objectives import Batch
 from common.results.lines import Columns, Cost, Line, Outcomes, Threat
 
 PICTURED = 16
@@ -68,7 +68,7 @@ class Team:
 
 def run_steps(
     model: nn.Module,
-    examples: Batch,
+    examples: Examples,
     steps: Sequence[Step],
     *,
     seed: int,
@@ -171,8 +171,11 @@ def _weakness(step: Step, threat: Threat | None, found: Columns, ran: Tensor) ->
     )
 
 
-def in_order(examples: Batch) -> Batch:
-    """The examples sorted by index, on the CPU; a RuntimeError if one is missing or repeated."""
+def in_order(examples: Examples) -> Examples:
+    """The examples sorted by index, on the CPU; a RuntimeError if one is missing or repeated.
+
+    Images that are in order are not copied.
+    """
     index = examples["index"].cpu()
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(len(index))):
@@ -181,7 +184,9 @@ def in_order(examples: Batch) -> Batch:
             "expected each of 0..n-1 once; give the test loader a sampler that does not "
             "repeat examples (trainer.use_distributed_sampler: false)"
         )
-    return {key: value.detach().cpu()[order].clone() for key, value in examples.items()}
+    x = examples["x"].detach().cpu() if isinstance(examples["x"], Tensor) else examples["x"]
+    rest = {key: value.detach().cpu()[order] for key, value in examples.items() if key != "x"}
+    return {"x": x if torch.equal(order, torch.arange(len(order))) else x[order]} | rest
 
 
 def _line(step: Step, threat: Threat | None, weakness: str) -> Line:
@@ -200,7 +205,7 @@ def _line(step: Step, threat: Threat | None, weakness: str) -> Line:
 @dataclass
 class _Run:
     model: nn.Module
-    examples: Batch
+    examples: Examples
     seed: int
     batch_size: int
     journal: Journal
