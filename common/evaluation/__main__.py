@@ -23,6 +23,7 @@ from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, UserError
 from common.evaluation.evaluate import evaluate
 from common.evaluation.models import build_sections
+from common.evaluation.named import NamedData, Pixels, is_named, named
 from common.evaluation.presets import CONFIGS, ready_suites
 from common.evaluation.report import Evaluation
 from common.evaluation.runner import Team
@@ -78,6 +79,8 @@ def attack(
     weights_key: str | None = None,
     data: str = "cifar10",
     data_root: str | None = None,
+    data_resize: int | None = None,
+    data_crop: int | None = None,
     suite: str = "quick",
     engine: Literal["fp32", "bf16"] | None = None,
     device: str | None = None,
@@ -93,8 +96,11 @@ def attack(
         weights: State dict or checkpoint to load.
         weights_key: Which weights, if the file holds several sets, such as ema_state_dict.
         data: Test split of a data section of common/configs (cifar10, svhn, digits, ...), or a
-            YAML file of one.
+            YAML file of one; torchvision:CLASS of torchvision.datasets; or a folder with a folder
+            of images for each class.
         data_root: Folder of its files.
+        data_resize: Resize the shorter side to this, for torchvision's data and folders.
+        data_crop: Then cut this square out of the centre.
         suite: A ready suite, or a YAML file with evaluation: {suite: ...}.
         engine: Attack a network with batch-norm folded, in float32 or bfloat16; the plain float32
             network judges.
@@ -106,13 +112,20 @@ def attack(
     network = build_model(model, model_args)
     if weights:
         load_weights(network, weights, weights_key)
-    images = load_data(data, data_root)
-    test = images._dataset("test", None, None)
-    batch = test.__getitems__(list(range(len(test))))
+    if is_named(data):
+        images = named(data, data_root, data_resize, data_crop)
+    else:
+        if data_resize is not None or data_crop is not None:
+            raise ConfigurationError(
+                f"data_resize and data_crop are for torchvision's data and folders, not {data!r}; "
+                "drop them"
+            )
+        section = load_data(data, data_root)
+        images = NamedData(Pixels(section), section.num_classes, section.class_names)
     precision: Any = {"fp32": "32", "bf16": "bf16"}.get(engine or "")
     return evaluate(
         network.eval(),
-        (batch["x"].float() / 255.0, batch["y"]),
+        images.examples,
         suite,
         num_classes=images.num_classes,
         class_names=images.class_names,

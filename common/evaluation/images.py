@@ -4,8 +4,10 @@ A data set with ``__getitem__`` is read anew whenever rows of it are needed. Any
 be iterated is written once to a temporary file.
 """
 
+import ctypes
 import hashlib
 import os
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +29,8 @@ IN_MEMORY = 2**28
 READ = 64
 """Images that are read together where no chunk is asked for."""
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
 
 class Images:
     """Images ``(N, C, H, W)``, float32 in [0, 1]; indexed by rows or a slice they give a tensor.
@@ -41,6 +45,7 @@ class Images:
         return self.shape[0]
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Tensor:
+        _give_back_memory()
         return self._read(torch.arange(len(self))[rows].tolist())
 
     def _read(self, rows: list[int]) -> Tensor:
@@ -169,6 +174,17 @@ class Gathering:
         assert self._read is not None
         shape = (len(self._sums), *self._shape)
         return FromDataset(self._read, shape, self._sums, self._digest.hexdigest())
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system.
+
+    glibc keeps what lies below a block that is still used; over many chunks that adds up to more
+    than the images would take.
+    """
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def chunks_of(x: Any, size: int = READ) -> Iterator[Tensor]:
