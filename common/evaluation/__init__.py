@@ -3,6 +3,7 @@
 from common.evaluation.audit.checks import Audit
 from common.evaluation.evaluate import evaluate
 from common.evaluation.report import Evaluation
+from common.evaluation.saved import SavedExamples, load_examples
 from common.evaluation.steps import is_wrong, predict
 from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses
 from common.evaluation.transfer import Transfer
@@ -12,12 +13,14 @@ __all__ = [
     "Audit",
     "Evaluation",
     "Outcomes",
+    "SavedExamples",
     "SuiteEntry",
     "Threat",
     "Transfer",
     "check_suite",
     "evaluate",
     "is_wrong",
+    "load_examples",
     "predict",
     "resolve_losses",
 ]

@@ -65,6 +65,11 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="a YAML file with these options")
     parser.add_argument("--audit", action="store_true", help="check for gradient masking too")
+    parser.add_argument(
+        *("--save-examples", "--save_examples"),
+        action="store_true",
+        help="write the adversarial images of all examples to the folder adversarial of the output",
+    )
     parser.add_function_arguments(attack, as_group=False)
     names = inspect.signature(evaluate).parameters
     others: Any = {name for name in names if name not in SHARED}

@@ -32,7 +32,8 @@ from common.evaluation.models import adapted
 from common.evaluation.passes import Passes, counted
 from common.evaluation.progress import Progress
 from common.evaluation.report import suspicions
-from common.evaluation.steps import Step
+from common.evaluation.saved import Saver
+from common.evaluation.steps import Step, in_ball
 from common.modes import frozen
 from common.results.lines import Columns, Cost, Line, Outcomes, Threat
 
@@ -76,6 +77,7 @@ def run_steps(
     threat: Threat | None = None,
     has_gradient: bool = True,
     journal: Journal | None = None,
+    saver: Saver | None = None,
     team: Team | None = None,
     progress: Progress | None = None,
     remarks: Sequence[str] = (),
@@ -84,8 +86,8 @@ def run_steps(
 
     ``examples`` (``x`` in [0, 1], ``y``, ``index``) and the result are equal in every process.
     Random starts depend on the seed and an example's index; ``batch_size`` examples make a chunk.
-    The worst case is that of ``threat``, by default the ball of the first attack. ``remarks`` go to
-    the result.
+    The worst case is that of ``threat``, by default the ball of the first attack. ``saver`` gets
+    the images of the attacks that count. ``remarks`` go to the result.
     """
     examples = in_order(examples)
     y = examples["y"]
@@ -99,6 +101,8 @@ def run_steps(
         team or Team(),
         progress or Progress(),
         subset(y, PICTURED),
+        saver,
+        threat,
     )
     everything = torch.ones(len(y), dtype=torch.bool)
     parts = {
@@ -111,6 +115,8 @@ def run_steps(
         counted(model) as run.passes,
     ):
         clean = run.columns(clean_step(), everything, {})
+        if saver is not None:
+            saver.fill(run.team.rank == 0)
         probe = partial(run.silent, probe_step(threat, networks_of(steps)))
         signature = {"clean": clean.pop("scores")} | probe()
         run.open_journal(signature)
@@ -196,10 +202,15 @@ def _line(step: Step, threat: Threat | None, weakness: str) -> Line:
         norm=step.threat.norm if step.threat else None,
         eps=step.threat.radius if step.threat else None,
         survivors_only=step.scope == "standing",
-        counts=step.kind == "attack" and threat is not None and threat.covers(step.threat),
+        counts=_counts(step, threat),
         at=dict(step.at),
         weakness=weakness,
     )
+
+
+def _counts(step: Step, threat: Threat | None) -> bool:
+    """Whether an attack belongs to the worst case."""
+    return step.kind == "attack" and threat is not None and threat.covers(step.threat)
 
 
 @dataclass
@@ -212,6 +223,8 @@ class _Run:
     team: Team
     progress: Progress
     pictured: Tensor
+    saver: Saver | None = None
+    threat: Threat | None = None
     passes: Passes = field(default_factory=Passes)
     standing: Tensor | None = None
     outcomes: Outcomes | None = None
@@ -220,7 +233,7 @@ class _Run:
         """The columns of a step on a few examples, neither shown nor kept."""
         y = self.examples["y"]
         target = torch.zeros_like(y, dtype=torch.bool).index_fill(0, subset(y, PROBED), True)
-        alone = replace(self, journal=Journal(), progress=Progress(), outcomes=None)
+        alone = replace(self, journal=Journal(), progress=Progress(), saver=None, outcomes=None)
         return {name: column[target] for name, column in alone.columns(step, target, {}).items()}
 
     def open_journal(self, signature: Columns) -> None:
@@ -275,10 +288,22 @@ class _Run:
 
             is_attack = step.kind == "attack"
             columns = settled(self.model, part, step.threat, run) if is_attack else run()
+        self._save(step, rows, columns, part["x"])
         columns = {name: column.detach().cpu() for name, column in columns.items()}
         if "x_adv" in columns:
             columns["x_adv"] = columns["x_adv"][torch.isin(rows, self.pictured)].clone()
         return columns
+
+    def _save(self, step: Step, rows: Tensor, columns: Columns, x: Tensor) -> None:
+        """Give the images to the saver: clean ones, then those of attacks on what still stands."""
+        if self.saver is None:
+            return
+        if self.standing is None:
+            if not self.saver.is_filled:
+                self.saver.write(rows, x)
+        elif _counts(step, self.threat):
+            kept = self.standing[rows] & in_ball(columns["x_adv"], x, self.threat).cpu()
+            self.saver.write(rows[kept], columns["x_adv"][kept.to(x.device)])
 
     def _assembled(self, found: list[tuple[Tensor, Columns]], fill: Columns) -> Columns:
         """Columns over all examples; where a step was not run they are ``fill``, NaN or zero."""
