@@ -48,11 +48,12 @@ def collect(data: Any, limit: int | None = None) -> Examples:
     if limit is not None and _is_finite(batches):
         every = torch.cat([torch.empty(0, dtype=torch.int64), *(y for _, y in _pairs(batches))])
         chosen = subset(every, limit)
+    x: Tensor | Images
     if is_pair or isinstance(data, Mapping):
-        x, y = _pair(data)
-        if chosen is not None and len(x) == len(y):
-            x, y = x[chosen], y[chosen]
-        x = check_examples(x, y)
+        given, y = _pair(data)
+        if chosen is not None and len(given) == len(y):
+            given, y = given[chosen], y[chosen]
+        x = check_examples(given, y)
     elif is_set:
         examples = data if chosen is None else Subset(data, chosen.tolist())
         x, y = _gathered(DataLoader(examples, batch_size=READ), None, None, examples)

@@ -83,11 +83,11 @@ def named(data: str, root: str | None, resize: int | None, crop: int | None) -> 
     for found in filter(None, team.gather(problem)):
         raise found
     examples = examples or _opened(data, root, transform)
-    names = getattr(examples, "classes", None)
-    names = names if isinstance(names, list) and all(isinstance(n, str) for n in names) else None
+    classes = getattr(examples, "classes", None)
+    names = [str(name) for name in classes] if isinstance(classes, list) else None
     workers = min(8, os.cpu_count() or 1) if len(examples) > WORTH_WORKERS else 0
     loader = DataLoader(examples, batch_size=READ, num_workers=workers)
-    return NamedData(loader, names and len(names), names)
+    return NamedData(loader, len(names) if names else None, names)
 
 
 def _opened(data: str, root: str | None, transform: Any) -> Any:
@@ -97,9 +97,9 @@ def _opened(data: str, root: str | None, transform: Any) -> Any:
     if not data.startswith(TORCHVISION):
         if root is not None:
             raise ConfigurationError(f"--data_root is {root}, and {data} is a folder; drop it")
-        name, given = "ImageFolder", {"root": data}
+        name, folder = "ImageFolder", data
     else:
-        name, given = data.removeprefix(TORCHVISION), {"root": root or "data"}
+        name, folder = data.removeprefix(TORCHVISION), root or "data"
     kind = getattr(datasets, name, None)
     if name not in datasets.__all__ or not isinstance(kind, type):
         raise ConfigurationError(
@@ -111,8 +111,8 @@ def _opened(data: str, root: str | None, transform: Any) -> Any:
         choices = [{"train": False}]
     elif "split" in taken:
         choices = [{"split": split} for split in SPLITS]
-    given = {key: value for key, value in given.items() if key in taken}
-    given |= {"download": True} if "download" in taken else {}
+    settings = {"root": folder, "download": True}
+    given = {key: value for key, value in settings.items() if key in taken}
     problem: Exception | None = None
     for choice in choices:
         try:

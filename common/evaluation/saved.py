@@ -182,8 +182,10 @@ def _opened(folder: Path) -> Saved:
         about = read_sealed_json(folder / ABOUT)
         x_adv = np.load(folder / X_ADV, "r")
         names = ("y", "robust", "position")
-        arrays = [torch.from_numpy(np.load(folder / f"{name}.npy")) for name in names]
-        if {len(x_adv), *map(len, arrays)} != {about["examples"]} or x_adv.dtype != np.float32:
+        arrays = {name: torch.from_numpy(np.load(folder / f"{name}.npy")) for name in names}
+        if {len(x_adv), *map(len, arrays.values())} != {
+            about["examples"]
+        } or x_adv.dtype != np.float32:
             raise ValueError("the files do not fit together")
         _ = about["norm"], about["x_adv_digest"]
     except Exception as error:  # damaged files fail at any depth of their readers
@@ -191,7 +193,7 @@ def _opened(folder: Path) -> Saved:
             f"{folder} holds no finished adversarial images ({type(error).__name__}: {error}); "
             "make them with --save-examples, or run the same evaluation to its end"
         ) from error
-    return Saved(x_adv, *arrays, about)
+    return Saved(x_adv, about=about, **arrays)
 
 
 def _check_data(saved: Saved, examples: Examples, folder: Path) -> None:
@@ -202,7 +204,7 @@ def _check_data(saved: Saved, examples: Examples, folder: Path) -> None:
             f"the labels of {folder} are not those of the data; give the data it was made of"
         )
     outside = 0
-    for rows in torch.arange(len(position)).split(READ):
+    for rows in torch.split(torch.arange(len(position)), READ):
         x_adv = torch.from_numpy(saved.x_adv[rows.numpy()])
         outside += int((~in_ball(x_adv, examples["x"][position[rows]], saved.threat)).sum())
     if outside:
