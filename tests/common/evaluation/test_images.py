@@ -68,7 +68,7 @@ def network() -> nn.Module:
 @pytest.mark.filterwarnings("ignore:.*about chance")
 def test_every_storage_gives_the_same_outcomes(monkeypatch, tmp_path, in_bytes: bool) -> None:
     data = Generated(150, (3, 16, 16), in_bytes)
-    x = torch.stack([x for x, _ in data])
+    x = torch.stack([data[i][0] for i in range(len(data))])
     y = torch.arange(150) % 4
     expected = evaluate(network(), (x, y), SUITE, eps=0.03, progress=False, examples=100)
     monkeypatch.setattr(images, "IN_MEMORY", x[:70].numel() * 4)
