@@ -79,8 +79,8 @@ def test_every_storage_gives_the_same_outcomes(monkeypatch, tmp_path, in_bytes: 
         assert torch.equal(kept["x"][:], x[kept["position"]])
         assert digest_of(kept["x"]) == digest_of(x[kept["position"]])
         if limit:
-            state = torch.get_rng_state()
-            found = evaluate(network(), given, SUITE, eps=0.03, progress=False, examples=limit)
+            model, state = network(), torch.get_rng_state()
+            found = evaluate(model, given, SUITE, eps=0.03, progress=False, examples=limit)
             assert torch.equal(torch.get_rng_state(), state)
             assert found.metrics == expected.metrics
             assert torch.equal(found.robust, expected.robust)
