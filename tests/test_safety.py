@@ -25,8 +25,8 @@ from common.cli.main import RobustCLI
 from common.data.sources import CIFAR10
 from common.errors import ConfigurationError, DataUnavailableError
 from common.evaluation.__main__ import main as evaluation_command
-from common.evaluation.command import load_data
 from common.evaluation.models import load_run
+from common.evaluation.named_data import load_section
 from common.evaluation.presets import load_suite
 from common.evaluation.suite import SuiteEntry, check_suite
 from common.evaluation.transfer import Transfer
@@ -276,7 +276,7 @@ def test_every_reader_of_yaml_refuses_it_quickly(tiny, tmp_path: Path, name: str
         given += [("--config", bomb)]
     for options in given:
         assert len(tiny.refused("fit", *options)) < 2000
-    for read in (load_suite, read_reference, load_data):
+    for read in (load_suite, read_reference, load_section):
         with pytest.raises(ConfigurationError):
             read(str(bomb))
     assert time.monotonic() - begun < 20
@@ -293,7 +293,7 @@ def test_what_is_no_file_is_named_as_that(tiny, tmp_path: Path, kind: str) -> No
     else:
         path.symlink_to("/dev/zero")
     expected = "it is a folder" if kind == "folder" else "it is no regular file"
-    for read in (read_yaml, load_suite, read_reference, load_data, read_result):
+    for read in (read_yaml, load_suite, read_reference, load_section, read_result):
         with pytest.raises(ConfigurationError, match=expected):
             read(str(path))
 

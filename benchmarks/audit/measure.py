@@ -16,8 +16,7 @@ from common.attacks.decision import DecisionBased
 from common.attacks.losses import cross_entropy, label_loss, margin
 from common.attacks.pgd import FGSM, PGD, LossFn
 from common.attacks.randomness import ExampleRandom
-from common.evaluation import evaluate
-from common.evaluation.audit import Audit
+from common.evaluation import Audit, evaluate
 from common.evaluation.audit.gradients import anchored, straight_through
 from common.evaluation.steps import in_ball, predict
 from common.results.lines import Threat

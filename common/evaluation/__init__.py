@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from common.evaluation.audit.checks import Audit
     from common.evaluation.pipeline import evaluate
     from common.evaluation.report import Evaluation
+    from common.evaluation.saved import SavedExamples, load_examples
     from common.evaluation.steps import is_wrong, predict
     from common.evaluation.suite import SuiteEntry, check_suite, resolve_losses
     from common.evaluation.transfer import Transfer
@@ -16,12 +17,14 @@ _HOMES = {
     "Audit": "common.evaluation.audit.checks",
     "Evaluation": "common.evaluation.report",
     "Outcomes": "common.results.lines",
+    "SavedExamples": "common.evaluation.saved",
     "SuiteEntry": "common.evaluation.suite",
     "Threat": "common.results.lines",
     "Transfer": "common.evaluation.transfer",
     "check_suite": "common.evaluation.suite",
     "evaluate": "common.evaluation.pipeline",
     "is_wrong": "common.evaluation.steps",
+    "load_examples": "common.evaluation.saved",
     "predict": "common.evaluation.steps",
     "resolve_losses": "common.evaluation.suite",
 }
@@ -29,12 +32,14 @@ __all__ = [
     "Audit",
     "Evaluation",
     "Outcomes",
+    "SavedExamples",
     "SuiteEntry",
     "Threat",
     "Transfer",
     "check_suite",
     "evaluate",
     "is_wrong",
+    "load_examples",
     "predict",
     "resolve_losses",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.errors import ConfigurationError, UserError, output_may_close
-from common.evaluation.names import check_model_name
+from common.evaluation.names import check_data_name, check_model_name
 from common.files import check_torch_file
 from common.limits import read_yaml
 from common.packages import data_sections, file_named, ready_suites, say_shadowed
@@ -25,9 +25,12 @@ OPTIONS = {
     "model_args": "for the factory or the collection, as JSON",
     "weights": "state dict or checkpoint to load",
     "weights_key": "which weights, if the file holds several sets, such as ema_state_dict",
-    "data": "test split of a data section, or of a YAML file of one; by default those of the run, "
-    "else cifar10",
+    "data": "test split of a data section, or of a YAML file of one; torchvision:CLASS of "
+    "torchvision.datasets; or a folder with a folder of images for each class; by default those of "
+    "the run, else cifar10",
     "data_root": "folder of its files",
+    "data_resize": "shorter side of the images of torchvision or a folder after resizing",
+    "data_crop": "side of the square that is then cut out of the centre",
     "suite": "a ready suite, by default quick, or a YAML file with evaluation: {suite: ...}",
     "eps": "radius in pixels of [0, 1]; by default that of the suite, else 8/255",
     "norm": "linf, l2 or l1; by default that of the suite, else linf",
@@ -40,13 +43,14 @@ OPTIONS = {
     "claim": "a model_info JSON file of RobustBench, whose accuracies are compared with ours",
     "name": "under which results are filed; by default that of the model",
     "output": "folder of results.json, figures, and what a killed evaluation resumes from",
+    "save_examples": "write the adversarial images of all examples to adversarial in the output",
 }
-FLAGS = ("audit", "print_config")
+FLAGS = ("audit", "save_examples", "print_config")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a model and print the table; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     say_shadowed("common")
     if {"--help", "-h"} & set(words):
         print(_help())
@@ -74,6 +78,12 @@ def _help() -> str:
     )
 
 
+def _underscored(word: str) -> str:
+    """The word, with underscores for dashes in the name of an option."""
+    name, joint, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{joint}{value}" if name.startswith("--") else word
+
+
 def _check(words: Sequence[str]) -> None:
     """Find what is wrong before torch is imported, which takes seconds."""
     given = dict(_options(words))
@@ -90,7 +100,7 @@ def _check(words: Sequence[str]) -> None:
         )
     check_model_name(str(given["model"]))
     if isinstance(given.get("data"), str):
-        file_named(given["data"], data_sections(), "data section")
+        check_data_name(given["data"])
     if isinstance(given.get("suite"), str):
         file_named(given["suite"], ready_suites(), "suite")
     if isinstance(given.get("weights"), str):

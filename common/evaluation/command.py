@@ -5,28 +5,22 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentError
 
 from common.attacks.engine.network import AttackEngine
 from common.checkpoints import load_weights
-from common.errors import ConfigurationError, UserError, check_choice
+from common.errors import ConfigurationError, check_choice
 from common.evaluation.export import export
-from common.evaluation.models import build_sections
+from common.evaluation.named_data import find_data, of_module
 from common.evaluation.named_models import Normalized, find_model
 from common.evaluation.pipeline import evaluate
 from common.evaluation.report import Evaluation
 from common.evaluation.runner import Team
-from common.limits import read_yaml
-from common.packages import data_sections, file_named
-from common.parsing import ArgumentParser, load_named
+from common.parsing import ArgumentParser
 from common.settings import explain
-
-if TYPE_CHECKING:
-    from common.data.images import ImageDataModule
 
 EngineName = Literal["fp32", "bf16"]
 SHARED = {"eps", "norm", "examples", "batch_size", "seed", "output", "claim"}
@@ -48,7 +42,8 @@ def run(words: Sequence[str]) -> int:
         if Team.of_processes().rank == 0:
             print(evaluation)
             if given["output"]:
-                print(f"written to {given['output']}: results.json, figures")
+                images = ", adversarial" if given["save_examples"] else ""
+                print(f"written to {given['output']}: results.json, figures{images}")
     return 0
 
 
@@ -72,6 +67,7 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config")
     parser.add_argument("--audit", action="store_true")
+    parser.add_argument("--save_examples", action="store_true")
     parser.add_function_arguments(attack, as_group=False)
     names = inspect.signature(evaluate).parameters
     others: Any = {name for name in names if name not in SHARED}
@@ -86,6 +82,8 @@ def attack(
     weights_key: str | None = None,
     data: str | None = None,
     data_root: str | None = None,
+    data_resize: int | None = None,
+    data_crop: int | None = None,
     suite: str = "quick",
     engine: EngineName | None = None,
     device: str | None = None,
@@ -96,24 +94,19 @@ def attack(
     if engine is not None:
         check_choice("engine", engine, EngineName)
     torch.manual_seed(settings["seed"])  # of weights that no file gives
-    network, images = find_model(model, model_args)
+    network, its_data = find_model(model, model_args)
     if weights:
         bare = network.net if isinstance(network, Normalized) else network
         load_weights(bare, weights, weights_key)
-    if images is None or data is not None:
-        images = load_data(data or "cifar10", data_root)
-    elif data_root is not None:
-        raise ConfigurationError(
-            f"--data_root is {data_root}, and {model} brings its own data; give --data too"
-        )
+    if its_data is None or data is not None:
+        images = find_data(data or "cifar10", data_root, data_resize, data_crop)
     else:
-        _prepare(images)
-    test = images._dataset("test", None, None)
-    batch = test.__getitems__(list(range(len(test))))
+        _check_alone(model, data_root=data_root, data_resize=data_resize, data_crop=data_crop)
+        images = of_module(its_data)
     precision: Any = {"fp32": "32", "bf16": "bf16"}.get(engine or "")
     return evaluate(
         network,
-        (batch["x"].float() / 255.0, batch["y"]),
+        images.examples,
         suite,
         num_classes=images.num_classes,
         class_names=images.class_names,
@@ -124,48 +117,13 @@ def attack(
     )
 
 
-def load_data(name: str, root: str | None = None) -> "ImageDataModule":
-    """The data module of a section ``common/configs/NAME.yaml`` or of a file.
-
-    Raises:
-        ConfigurationError: If there is none.
-        DataUnavailableError: If the files are not there and cannot be fetched.
-    """
-    path = file_named(name, data_sections(), "data section")
-    section = read_yaml(path)
-    if root is not None:
-        _set_root(section, root, path)
-    data: ImageDataModule = build_sections({"data": section}, path).data
-    _prepare(data)
-    return data
-
-
-def _prepare(data: "ImageDataModule") -> None:
-    """Fetch the files of the test split and load it."""
-    team, problem = Team.of_processes(), None
-    if team.rank == 0:  # fetches the files; all processes raise its error
-        try:
-            data.prepare_data()
-        except UserError as error:
-            problem = error
-    for found in filter(None, team.gather(problem)):
-        raise found
-    data.setup("test")
-
-
-def _set_root(section: Any, root: str, path: Path) -> None:
-    """Put the folder of the files into a data section."""
-    source = section.get("source") if isinstance(section, dict) else None
-    source = {"class_path": source} if isinstance(source, str) else source
-    if not isinstance(source, dict) or not _has_root(source["class_path"]):
-        raise ConfigurationError(
-            f"--data_root is {root}, and the data {str(path)!r} have no files; drop --data_root"
-        )
-    section["source"] = source | {"init_args": {**(source.get("init_args") or {}), "root": root}}
-
-
-def _has_root(class_path: str) -> bool:
-    return "root" in inspect.signature(load_named(class_path)).parameters
+def _check_alone(model: str, **settings: Any) -> None:
+    """Refuse settings of data that a run brings itself."""
+    for name, value in settings.items():
+        if value is not None:
+            raise ConfigurationError(
+                f"--{name} is {value}, and {model} brings its own data; give --data too"
+            )
 
 
 @contextmanager

@@ -1,16 +1,18 @@
 """The images and labels of an evaluation, and their check."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from common.data.subset import lacking_classes, subset
 from common.errors import ConfigurationError, UserError
-from common.objectives import Batch
+from common.evaluation.images import READ, Examples, Gathering, Images
 
 ROUNDING = 1e-5
 """Pixels this far outside [0, 1] are clamped silently."""
@@ -18,8 +20,12 @@ OVERSHOOT = 0.25
 """Bicubic and Lanczos resampling leave [0, 1] by less than this."""
 
 
-def collect(data: Any, limit: int | None = None) -> Batch:
-    """Examples as one batch on the CPU, with their ``position`` in the data.
+def collect(data: Any, limit: int | None = None) -> Examples:
+    """Examples on the CPU, with their ``position`` in the data.
+
+    Tensors stay as they are. Of other data, images are kept in memory up to
+    :data:`common.evaluation.images.IN_MEMORY`; more are read by rows, see
+    :mod:`common.evaluation.images`.
 
     Args:
         data: Tensors ``(x, y)`` or in a dict with ``x`` and ``y``, a data set of such examples, or
@@ -32,61 +38,82 @@ def collect(data: Any, limit: int | None = None) -> Batch:
         ConfigurationError: If the data have another form, or no examples.
     """
     is_pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor)
+    is_set = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
     batches: Iterable[Any] = data
     if is_pair or isinstance(data, Mapping):
         batches = [data]
     elif isinstance(data, Dataset):
-        batches = DataLoader(data, batch_size=256)
+        batches = DataLoader(data, batch_size=READ)
     every = chosen = None
     if limit is not None and _is_finite(batches):
         every = torch.cat([torch.empty(0, dtype=torch.int64), *(y for _, y in _pairs(batches))])
         chosen = subset(every, limit)
-    x, y = _gathered(batches, chosen, limit)
-    remark = ""
-    if every is not None and chosen is not None:
-        remark = lacking_classes(every, chosen)
-        if not torch.equal(every[chosen], y):
-            remark = (
-                f"the loader has another order every time, so that the {len(y)} examples taken are "
-                "others for another model; give it shuffle=False"
-            )
-    elif limit is not None and len(y) == limit:
-        remark = (
-            f"the {len(y)} examples taken are the first of a stream, of the classes "
-            f"{', '.join(map(str, sorted(set(y.tolist()))))}; the rest may have others"
-        )
-    if remark:
+    x: Tensor | Images
+    if is_pair or isinstance(data, Mapping):
+        given, y = _pair(data)
+        if chosen is not None and len(given) == len(y):
+            given, y = given[chosen], y[chosen]
+        x = check_examples(given, y)
+    elif is_set:
+        examples = data if chosen is None else Subset(data, chosen.tolist())
+        x, y = _gathered(DataLoader(examples, batch_size=READ), None, None, examples)
+    else:
+        x, y = _gathered(batches, chosen, limit)
+    for remark in filter(None, [_remark(y, every, chosen, limit)]):
         warnings.warn(remark, stacklevel=3)
     position = torch.arange(len(y)) if chosen is None else chosen
-    x = check_examples(x, y)
     return {"x": x, "y": y, "index": torch.arange(len(y)), "position": position}
 
 
+def _remark(y: Tensor, every: Tensor | None, chosen: Tensor | None, limit: int | None) -> str:
+    """What the examples taken say nothing about, as a sentence; empty if nothing is to be said."""
+    if every is not None and chosen is not None:
+        if not torch.equal(every[chosen], y):
+            return (
+                f"the loader has another order every time, so that the {len(y)} examples taken are "
+                "others for another model; give it shuffle=False"
+            )
+        return lacking_classes(every, chosen)
+    if limit is not None and len(y) == limit:
+        return (
+            f"the {len(y)} examples taken are the first of a stream, of the classes "
+            f"{', '.join(map(str, sorted(set(y.tolist()))))}; the rest may have others"
+        )
+    return ""
+
+
 def _gathered(
-    batches: Iterable[Any], chosen: Tensor | None, limit: int | None
-) -> tuple[Tensor, Tensor]:
-    """Images and labels at the chosen positions, or else the first ones."""
-    parts: list[tuple[Tensor, Tensor]] = []
-    count = 0
+    batches: Iterable[Any],
+    chosen: Tensor | None,
+    limit: int | None,
+    examples: Dataset[Any] | None = None,
+) -> tuple[Tensor | Images, Tensor]:
+    """Images and labels at the chosen positions, or else the first ones; of a data set, if any."""
+    images = Gathering(None if examples is None else partial(_read, examples))
+    labels: list[Tensor] = []
+    count = taken = 0
     for x, y in _pairs(batches):
         begin, count = count, count + len(x)
         if chosen is not None:
             rows = chosen[(chosen >= begin) & (chosen < count)] - begin
             x, y = x[rows], y[rows]
+        elif limit is not None:
+            x, y = x[: limit - taken], y[: limit - taken]
         if len(x):
-            parts.append((x, y))
-        if chosen is None and limit is not None and count >= limit:
+            images.add(check_examples(x, y))
+            labels.append(y)
+            taken += len(y)
+        if chosen is None and taken == limit:
             break
-    if not parts:
-        raise ConfigurationError("data has no examples")
-    xs, ys = zip(*parts, strict=True)
-    shapes = sorted({tuple(x.shape[1:]) for x in xs})
-    if len(shapes) > 1:
-        raise ConfigurationError(
-            f"all images must have one shape, got {', '.join(map(str, shapes))}; resize or crop "
-            "them"
-        )
-    return torch.cat(xs)[:limit], torch.cat(ys)[:limit]
+    return images.images(), torch.cat(labels)
+
+
+def _read(examples: Dataset[Any], rows: list[int]) -> Tensor:
+    """Images of a data set at these positions."""
+    # With a generator of its own the loader draws no number from torch's.
+    loader = DataLoader(Subset(examples, rows), len(rows), generator=torch.Generator())
+    ((x, y),) = _pairs(loader)
+    return check_examples(x, y)
 
 
 def _is_finite(batches: Any) -> bool:
@@ -136,7 +163,10 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def check_examples(x: Tensor, y: Tensor) -> Tensor:
-    """Images in float32; values outside [0, 1] by no more than rounding are clamped."""
+    """Images in float32; values outside [0, 1] by no more than rounding are clamped.
+
+    Images that need no change are returned as they are, not copied.
+    """
     if x.ndim != 4 or len(x) != len(y) or x.numel() == 0:
         raise ConfigurationError(
             "images must have the shape (N, C, H, W) and labels (N,), none of them empty, got "
@@ -146,17 +176,17 @@ def check_examples(x: Tensor, y: Tensor) -> Tensor:
         raise ConfigurationError(
             f"images must be floating-point numbers in [0, 1], got {x.dtype}; divide bytes by 255"
         )
-    if not torch.isfinite(x).all():
-        raise ConfigurationError("images must be finite, found NaN or infinity")
     tolerance = max(ROUNDING, 2.0 * torch.finfo(x.dtype).eps)
+    low, high = (bound.item() for bound in torch.aminmax(x))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ConfigurationError("images must be finite, found NaN or infinity")
     x = x.float()
-    low, high = x.min().item(), x.max().item()
     if low < -tolerance or high > 1.0 + tolerance:
         raise ConfigurationError(
             f"images must lie in [0, 1], found values from {low:.6g} to {high:.6g}; "
             f"{_remedy(x, low, high)}"
         )
-    return x.clamp(0.0, 1.0)
+    return x if low >= 0.0 and high <= 1.0 else x.clamp(0.0, 1.0)
 
 
 def as_labels(y: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from common.attacks.randomness import ExampleRandom
 from common.errors import RunDirectoryError
 from common.evaluation.audit.gradients import anchored
 from common.evaluation.history import is_close
+from common.evaluation.images import Examples, digest_of
 from common.evaluation.steps import Step, judged
 from common.files import damage_of, write_sealed, write_text_atomically
 from common.objectives import Batch
@@ -141,18 +142,16 @@ class Journal:
             ) from error
 
 
-def identity_of(model: nn.Module, examples: Batch, seed: int, settings: Any = None) -> Any:
+def identity_of(model: nn.Module, examples: Examples, seed: int, settings: Any = None) -> Any:
     """Plain values that decide the outcomes of every step, beside the function's signature.
 
     ``settings`` is what else may decide them, such as a digest of the configuration.
     """
-    data = hashlib.sha256()
-    for key in ("index", "y", "x"):
-        data.update(np.ascontiguousarray(examples[key].numpy()).data)
+    labels = [examples[key].tolist() for key in ("index", "y")]
     return {
         "weights": weights_digest(model.state_dict()),
         "code": _code_digest(),
-        "data": data.hexdigest()[:16],
+        "data": _digest(f"{labels} {digest_of(examples['x'])}"),
         "seed": seed,
         "settings": settings,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "pyautoattack")},

@@ -18,6 +18,7 @@ from common.attacks.pgd import input_gradient
 from common.attacks.randomness import seeded
 from common.errors import ConfigurationError
 from common.evaluation.history import changed, copied, is_close, state_of
+from common.evaluation.images import Examples
 from common.evaluation.measures import cost
 from common.modes import frozen
 from common.objectives import Batch, InnerLoss
@@ -47,7 +48,7 @@ class Checked:
 
 def check_model(
     model: nn.Module,
-    examples: Batch,
+    examples: Examples,
     num_classes: int | None = None,
     *,
     is_random_expected: bool = False,

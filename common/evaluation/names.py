@@ -1,4 +1,4 @@
-"""What the names of models stand for, found without torch."""
+"""What the names of models and data stand for, found without torch."""
 
 import importlib
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from common.errors import ConfigurationError, RunDirectoryError
-from common.packages import package_folder
+from common.packages import data_sections, file_named, package_folder
 
 COLLECTIONS = {
     "robustbench": (
@@ -21,6 +21,8 @@ COLLECTIONS = {
     "hf": ("transformers", "transformers"),
 }
 """Collections of models by prefix: the module that loads them, and what to install."""
+TORCHVISION = "torchvision:"
+"""Before the name of a class of ``torchvision.datasets``."""
 
 
 def check_model_name(name: str) -> None:
@@ -35,6 +37,18 @@ def check_model_name(name: str) -> None:
             problem = f"no module {place.partition('.')[0]!r} is here"
         if not rest or not _is_there(place.partition(".")[0]):
             raise no_model(name, problem)
+
+
+def check_data_name(name: str) -> None:
+    """Raise a ConfigurationError if neither a section nor a file nor a folder has this name."""
+    if not is_stream(name):
+        file_named(name, data_sections(), "data section")
+
+
+def is_stream(name: str) -> bool:
+    """Whether these data are a class of torchvision or a folder of images, not a data section."""
+    is_folder = name not in data_sections() and Path(name).is_dir()
+    return name.startswith(TORCHVISION) or is_folder
 
 
 def run_of(name: str) -> Path | None:

@@ -14,6 +14,7 @@ from common.evaluation.drawing import (
     confusion_matrix,
     per_class_bars,
 )
+from common.evaluation.images import Images
 from common.results.lines import Outcomes
 from common.results.outcomes import counts_as_attack, positions
 from common.results.schema import CheckpointResult
@@ -25,7 +26,10 @@ _AXES = {"eps": "eps", "steps": "steps", "level": "noise level"}
 
 
 def draw(
-    result: CheckpointResult, outcomes: Outcomes, x: Tensor, names: Sequence[str] | None = None
+    result: CheckpointResult,
+    outcomes: Outcomes,
+    x: Tensor | Images,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Figure]:
     """All pictures that the outcomes allow, by name.
 
@@ -123,7 +127,7 @@ def _confusion(outcomes: Outcomes, classes: int, rows: Tensor) -> Tensor:
     return torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
 
-def _examples(outcomes: Outcomes, x: Tensor, names: Sequence[str]) -> Figure | None:
+def _examples(outcomes: Outcomes, x: Tensor | Images, names: Sequence[str]) -> Figure | None:
     """The smallest perturbation found for each of the first examples that fell."""
     norm = outcomes.threat.norm if outcomes.threat else "linf"
     best: dict[int, tuple[float, Tensor, int]] = {}

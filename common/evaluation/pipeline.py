@@ -23,6 +23,7 @@ from common.errors import ConfigurationError, UserError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.claims import compare, read_claim
 from common.evaluation.drawing import save_figure
+from common.evaluation.images import Examples
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means, measure_steps
@@ -34,11 +35,11 @@ from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress, Progress
 from common.evaluation.report import Evaluation, with_findings
 from common.evaluation.runner import Team, run_steps
+from common.evaluation.saved import Saver
 from common.evaluation.steps import Step
 from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_suite, steps_of
 from common.files import check_writable
 from common.limits import check_label
-from common.objectives import Batch
 from common.results import provenance
 from common.results.lines import Threat
 from common.results.outcomes import checkpoint_entry
@@ -88,6 +89,7 @@ def evaluate(
     class_names: Sequence[str] | None = None,
     examples: int | None = None,
     output: str | Path | None = None,
+    save_examples: bool = False,
     name: str = "model",
     seed: int = 0,
     batch_size: int = 250,
@@ -119,6 +121,8 @@ def evaluate(
         examples: Number of examples, of all classes in proportion; by default all.
         output: Folder for results.json, pictures, and outcomes from which a killed evaluation
             resumes; by default nothing is written.
+        save_examples: Whether to write the adversarial images of all examples to the folder
+            ``adversarial`` in ``output``, see :mod:`common.evaluation.saved`.
         name: Under which results are filed.
         seed: Of the attacks.
         batch_size: Examples that are attacked together.
@@ -149,6 +153,8 @@ def evaluate(
     if device is not None:
         model = _moved(model, device)
     filing = None
+    if save_examples and output is None:
+        raise ConfigurationError("save_examples is True and there is no output; give a folder")
     if output is not None:
         filing = Filing(Path(output) / "results.json", name)
         filing.check(seed, "another output folder")
@@ -169,6 +175,7 @@ def evaluate(
         num_classes=num_classes,
         class_names=class_names,
         filing=filing,
+        save_examples=save_examples,
         progress=progress,
         remarks=[str(warning.message) for warning in caught],
     )
@@ -178,7 +185,7 @@ def evaluate(
 
 def run(
     model: nn.Module,
-    examples: Batch,
+    examples: Examples,
     suite: Mapping[str, SuiteEntry],
     threat: Threat | None,
     *,
@@ -190,6 +197,7 @@ def run(
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
     filing: Filing | None = None,
+    save_examples: bool = False,
     progress: bool | Progress = True,
     remarks: Sequence[str] = (),
 ) -> Evaluation:
@@ -224,9 +232,12 @@ def run(
     if audit is not None and threat is not None:
         steps += audit.steps(victim, threat, checked.classes)
     steps += measure_steps(measures)
-    journal = Journal()
+    journal, saver = Journal(), None
     if filing is not None:
         identity = identity_of(victim, examples, seed, filing.config_digest)
+        if save_examples:
+            saver = _saver(filing, identity, steps, examples, team)
+            identity["images"] = saver.token
         journal = Journal(filing.beside("outcomes"), identity)
     bar = ConsoleProgress(len(steps) + 1)
     shown = progress if not isinstance(progress, bool) else bar if progress else None
@@ -240,6 +251,7 @@ def run(
             threat=threat,
             has_gradient=checked.has_gradient,
             journal=journal,
+            saver=saver,
             team=team,
             progress=shown if team.rank == 0 else None,
             remarks=known,
@@ -258,6 +270,9 @@ def run(
     position = examples.get("position", torch.arange(len(outcomes.y)))
     warned = [*checked.suspicions, *result["remarks"]]
     evaluation = Evaluation(result, outcomes, warned, position)
+    if saver is not None and filing is not None and team.rank == 0:
+        about = {key: identity[key] for key in ("weights", "data", "seed", "versions")}
+        saver.finish(outcomes, position, {"model": filing.experiment} | about)
     if filing is not None and team.rank == 0:
         made_with = provenance.collect(
             device=_device(model),
@@ -275,6 +290,16 @@ def run(
             for title, figure in evaluation.pictures.items():
                 save_figure(figure, filing.beside("figures") / f"{filing.label}_{title}.png")
     return evaluation
+
+
+def _saver(
+    filing: Filing, identity: Any, steps: Sequence[Step], examples: Examples, team: Team
+) -> Saver:
+    """The writer of adversarial images; the first process prepares their folder."""
+    decisive = [identity, [[step.key, step.settings, step.threat] for step in steps]]
+    folder = filing.beside("adversarial")
+    saver = team.first(lambda: Saver(folder, decisive, examples, is_first=True))
+    return saver or Saver(folder, decisive, examples, is_first=False)
 
 
 def _file(evaluation: Evaluation, filing: Filing, seed: int, made_with: dict[str, Any]) -> None:

@@ -11,14 +11,16 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from common.attacks.randomness import ExampleRandom, Stream, seeded
 from common.data.subset import lacking_classes, subset
+from common.errors import UserError
 from common.evaluation.confirm import settled
+from common.evaluation.images import Examples
 from common.evaluation.journal import (
     PROBED,
     Journal,
@@ -31,11 +33,12 @@ from common.evaluation.models import adapted
 from common.evaluation.passes import Passes, counted
 from common.evaluation.progress import Progress
 from common.evaluation.report import suspicions
-from common.evaluation.steps import Step
+from common.evaluation.saved import Saver
+from common.evaluation.steps import Step, in_ball
 from common.modes import frozen
-from common.objectives import Batch
 from common.results.lines import Columns, Cost, Line, Outcomes, Threat
 
+T = TypeVar("T")
 PICTURED = 16
 """Number of examples whose adversarial images are kept."""
 
@@ -65,10 +68,25 @@ class Team:
 
         return cls(world.get_rank(), world.get_world_size(), gather)
 
+    def first(self, action: Callable[[], T]) -> T | None:
+        """What the action returns in the first process, ``None`` in others; all raise its error.
+
+        That is a :class:`~common.errors.UserError`; others end the first process alone.
+        """
+        result = problem = None
+        if self.rank == 0:
+            try:
+                result = action()
+            except UserError as error:
+                problem = error
+        for found in filter(None, self.gather(problem)):
+            raise found
+        return result
+
 
 def run_steps(
     model: nn.Module,
-    examples: Batch,
+    examples: Examples,
     steps: Sequence[Step],
     *,
     seed: int,
@@ -76,6 +94,7 @@ def run_steps(
     threat: Threat | None = None,
     has_gradient: bool = True,
     journal: Journal | None = None,
+    saver: Saver | None = None,
     team: Team | None = None,
     progress: Progress | None = None,
     remarks: Sequence[str] = (),
@@ -84,8 +103,8 @@ def run_steps(
 
     ``examples`` (``x`` in [0, 1], ``y``, ``index``) and the result are equal in every process.
     Random starts depend on the seed and an example's index; ``batch_size`` examples make a chunk.
-    The worst case is that of ``threat``, by default the ball of the first attack. ``remarks`` go to
-    the result.
+    The worst case is that of ``threat``, by default the ball of the first attack. ``saver`` gets
+    the images of the attacks that count. ``remarks`` go to the result.
     """
     examples = in_order(examples)
     y = examples["y"]
@@ -99,6 +118,8 @@ def run_steps(
         team or Team(),
         progress or Progress(),
         subset(y, PICTURED),
+        saver,
+        threat,
     )
     everything = torch.ones(len(y), dtype=torch.bool)
     parts = {
@@ -111,6 +132,8 @@ def run_steps(
         counted(model) as run.passes,
     ):
         clean = run.columns(clean_step(), everything, {})
+        if saver is not None:
+            saver.fill(run.team.rank == 0)
         probe = partial(run.silent, probe_step(threat, networks_of(steps)))
         signature = {"clean": clean.pop("scores")} | probe()
         run.open_journal(signature)
@@ -171,8 +194,11 @@ def _weakness(step: Step, threat: Threat | None, found: Columns, ran: Tensor) ->
     )
 
 
-def in_order(examples: Batch) -> Batch:
-    """The examples sorted by index, on the CPU; a RuntimeError if one is missing or repeated."""
+def in_order(examples: Examples) -> Examples:
+    """The examples sorted by index, on the CPU; a RuntimeError if one is missing or repeated.
+
+    Images that are in order are not copied.
+    """
     index = examples["index"].cpu()
     order = index.argsort()
     if not torch.equal(index[order], torch.arange(len(index))):
@@ -181,7 +207,9 @@ def in_order(examples: Batch) -> Batch:
             "expected each of 0..n-1 once; give the test loader a sampler that does not "
             "repeat examples (trainer.use_distributed_sampler: false)"
         )
-    return {key: value.detach().cpu()[order].clone() for key, value in examples.items()}
+    x = examples["x"].detach().cpu() if isinstance(examples["x"], Tensor) else examples["x"]
+    rest = {key: value.detach().cpu()[order] for key, value in examples.items() if key != "x"}
+    return {"x": x if torch.equal(order, torch.arange(len(order))) else x[order]} | rest
 
 
 def _line(step: Step, threat: Threat | None, weakness: str) -> Line:
@@ -191,22 +219,29 @@ def _line(step: Step, threat: Threat | None, weakness: str) -> Line:
         norm=step.threat.norm if step.threat else None,
         eps=step.threat.radius if step.threat else None,
         survivors_only=step.scope == "standing",
-        counts=step.kind == "attack" and threat is not None and threat.covers(step.threat),
+        counts=_counts(step, threat),
         at=dict(step.at),
         weakness=weakness,
     )
 
 
+def _counts(step: Step, threat: Threat | None) -> bool:
+    """Whether an attack belongs to the worst case."""
+    return step.kind == "attack" and threat is not None and threat.covers(step.threat)
+
+
 @dataclass
 class _Run:
     model: nn.Module
-    examples: Batch
+    examples: Examples
     seed: int
     batch_size: int
     journal: Journal
     team: Team
     progress: Progress
     pictured: Tensor
+    saver: Saver | None = None
+    threat: Threat | None = None
     passes: Passes = field(default_factory=Passes)
     standing: Tensor | None = None
     outcomes: Outcomes | None = None
@@ -215,7 +250,7 @@ class _Run:
         """The columns of a step on a few examples, neither shown nor kept."""
         y = self.examples["y"]
         target = torch.zeros_like(y, dtype=torch.bool).index_fill(0, subset(y, PROBED), True)
-        alone = replace(self, journal=Journal(), progress=Progress(), outcomes=None)
+        alone = replace(self, journal=Journal(), progress=Progress(), saver=None, outcomes=None)
         return {name: column[target] for name, column in alone.columns(step, target, {}).items()}
 
     def open_journal(self, signature: Columns) -> None:
@@ -270,10 +305,22 @@ class _Run:
 
             is_attack = step.kind == "attack"
             columns = settled(self.model, part, step.threat, run) if is_attack else run()
+        self._save(step, rows, columns, part["x"])
         columns = {name: column.detach().cpu() for name, column in columns.items()}
         if "x_adv" in columns:
             columns["x_adv"] = columns["x_adv"][torch.isin(rows, self.pictured)].clone()
         return columns
+
+    def _save(self, step: Step, rows: Tensor, columns: Columns, x: Tensor) -> None:
+        """Give the images to the saver: clean ones, then those of attacks on what still stands."""
+        if self.saver is None:
+            return
+        if self.standing is None:
+            if not self.saver.is_filled:
+                self.saver.write(rows, x)
+        elif _counts(step, self.threat):
+            kept = self.standing[rows] & in_ball(columns["x_adv"], x, self.threat).cpu()
+            self.saver.write(rows[kept], columns["x_adv"][kept.to(x.device)])
 
     def _assembled(self, found: list[tuple[Tensor, Columns]], fill: Columns) -> Columns:
         """Columns over all examples; where a step was not run they are ``fill``, NaN or zero."""

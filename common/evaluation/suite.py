@@ -34,13 +34,14 @@ from common.evaluation.confirm import (
     persisted,
 )
 from common.evaluation.passes import counting
+from common.evaluation.saved import SavedExamples
 from common.evaluation.steps import Step, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.limits import check_label
 from common.objectives import Batch, InnerLoss, OnLogits
 from common.results.lines import Columns, Threat
 
-Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | DecisionBased | Noise | Transfer
+Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | DecisionBased | Noise | Transfer | SavedExamples
 
 MARGIN = OnLogits(margin)
 """The loss by which gradients of an attack with a loss on logits are judged."""
@@ -130,7 +131,7 @@ class SuiteEntry:
     @property
     def uses_engine(self) -> bool:
         """Whether an engine computes the attack's passes."""
-        return not isinstance(self.attack, Noise | Transfer | DecisionBased)
+        return not isinstance(self.attack, Noise | Transfer | SavedExamples | DecisionBased)
 
     @property
     def cost(self) -> int:
@@ -265,6 +266,8 @@ class _Planned:
             yield self._step(partial(decided, attack))
         elif isinstance(attack, Transfer):
             yield self._step(attack.run, networks=(attack.network,))
+        elif isinstance(attack, SavedExamples):
+            yield self._step(attack.run)
         elif isinstance(attack, GAMAPGD | MinimumNorm):
             yield self._step(self._crafted(partial(_on_logits, attack)), needs_gradient=True)
         else:

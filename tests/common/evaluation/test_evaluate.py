@@ -6,8 +6,10 @@ import random
 import textwrap
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from common.attacks.noise import UniformNoise
@@ -154,3 +156,21 @@ def test_options_of_a_file_reach_the_evaluation(
     assert (seen["num_classes"], seen["name"]) == (10, "make")
     precision = {"fp32": "32", "bf16": "bf16"}.get(engine)
     assert getattr(seen["engine"], "precision", None) == precision
+
+
+def test_data_by_name(tmp_path, factory: str, capsys) -> None:
+    side = np.random.default_rng(0).integers(0, 255, (40, 20, 24, 3), dtype=np.uint8)
+    for i, pixels in enumerate(side):
+        folder = tmp_path / "photos" / f"class_{i % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    common = ["--model", "torch.nn:Flatten", "--eps", "0.1", "--suite", "suite.yaml"]
+    assert main([*common, "--data", "photos", "--data_resize", "4", "--data_crop", "5"]) == 2
+    assert "data_crop 5" in capsys.readouterr().err
+    sizes = ["--data_resize", "4", "--data_crop", "2"]
+    assert main([*common, "--data", "photos", *sizes]) == 2  # 12 scores, 10 classes
+    assert "12 scores" in capsys.readouterr().err
+    for data in ("torchvision:CIFAR10", "torchvision:Unknown"):
+        assert main([*common, "--data", data, "--data_root", "photos/class_0/0.png"]) == 2
+        assert data.partition(":")[2] in capsys.readouterr().err

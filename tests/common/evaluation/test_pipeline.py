@@ -111,9 +111,14 @@ def test_the_command_on_two_processes_gives_the_result_of_one(tmp_path) -> None:
     assert [r["provenance"]["model"]["world_size"] for r in (alone, shared)] == [1, 2]
 
 
-def test_evaluation_needs_no_lightning() -> None:
+def test_each_name_of_the_evaluation_is_imported_alone_and_without_lightning() -> None:
     code = (
-        "import sys, common.evaluation; "
+        "import sys\n"
+        "from common.evaluation import __all__ as names\n"
+        "for name in names:\n"
+        "    for module in [m for m in sys.modules if m.partition('.')[0] == 'common']:\n"
+        "        del sys.modules[module]\n"
+        "    exec(f'from common.evaluation import {name}')\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('lightning', 'pytorch_lightning')])"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
