@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,29 @@ def test_mistakes_of_an_evaluation_are_one_line(capsys, words, named) -> None:
     assert evaluation(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--model", "timm:resnet18"), "pip install timm"),
+        (("--model", "nowhere/seed0"), "'nowhere/seed0'"),
+        (("--model", "paper_cifs:digits_resnet_cifs-seed7"), "runs/paper_cifs/digits_resnet_cifs/"),
+        ((*NET, "--data", "nowhere/photos"), "nowhere/photos"),
+        ((*NET, "--save-exampels"), "save_examples"),
+        (("--model", "torchvision:resnet18", "--data", "torchvision:CIFAR100"), None),
+        (("--model", "run", "--data", "photos", "--save-examples"), None),
+        (("export", "run", "folder"), None),
+    ],
+)
+def test_names_in_an_evaluation_are_checked_before_torch(capsys, monkeypatch, words, named) -> None:
+    reached = SimpleNamespace(run=lambda _: 7, run_export=lambda _: 7)
+    monkeypatch.setitem(sys.modules, "common.evaluation.command", None if named else reached)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for folder in ("run", "photos"):
+        Path(folder).mkdir()
+    assert evaluation(words) == (2 if named else 7)
+    assert (named or "") in capsys.readouterr().err
 
 
 def test_help_shows_the_first_options_and_lists_experiments(capsys) -> None:
