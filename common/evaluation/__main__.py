@@ -103,6 +103,8 @@ def _check(words: Sequence[str]) -> None:
         check_data_name(given["data"])
     if isinstance(given.get("suite"), str):
         file_named(given["suite"], ready_suites(), "suite")
+    if "save_examples" in given and "output" not in given:
+        raise ConfigurationError("--save_examples needs a folder; give --output FOLDER")
     if isinstance(given.get("weights"), str):
         check_torch_file(Path(given["weights"]))
 

@@ -110,7 +110,8 @@ def claim_of(result: Result, checkpoint: str, config: dict[str, Any]) -> dict[st
 
 def _threat_of(entry: CheckpointResult) -> dict[str, str]:
     threat = entry["threat"]
-    assert threat is not None  # a worst case has one
+    if threat is None:
+        raise RunDirectoryError("the result has no threat model; test the run with attacks")
     return {"eps": f"{threat['eps']:.6g}", "threat_model": threat["norm"].capitalize()}
 
 

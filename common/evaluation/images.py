@@ -169,12 +169,12 @@ class Gathering:
             raise ConfigurationError("data has no examples")
         if self._bytes <= IN_MEMORY:
             return torch.cat(self._parts)
-        if self._stored is not None:
-            self._stored.digest = self._digest.hexdigest()
-            return self._stored
-        assert self._read is not None
-        shape = (len(self._sums), *self._shape)
-        return FromDataset(self._read, shape, self._sums, self._digest.hexdigest())
+        if self._read is not None:
+            shape = (len(self._sums), *self._shape)
+            return FromDataset(self._read, shape, self._sums, self._digest.hexdigest())
+        stored = self._stored or Stored(self._shape)
+        stored.digest = self._digest.hexdigest()
+        return stored
 
 
 def _give_back_memory() -> None:

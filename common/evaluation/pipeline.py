@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.attacks.decision import DecisionBased
 from common.attacks.engine.network import AttackEngine
 from common.attacks.geometry import Norm
 from common.attacks.randomness import seeded
@@ -26,22 +26,21 @@ from common.evaluation.drawing import save_figure
 from common.evaluation.images import Examples
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
-from common.evaluation.measures import Measure, means, measure_steps
-from common.evaluation.model_check import check_model
-from common.evaluation.models import as_module, as_victim
+from common.evaluation.measures import Measure, means
+from common.evaluation.models import as_module
 from common.evaluation.named_models import find_model
 from common.evaluation.pictures import draw
+from common.evaluation.planning import Plan, device_of, plan
 from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress, Progress
 from common.evaluation.report import Evaluation, with_findings
 from common.evaluation.runner import Team, run_steps
 from common.evaluation.saved import Saver
-from common.evaluation.steps import Step
-from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_suite, steps_of
+from common.evaluation.suite import SuiteEntry, ball_of, check_entries, check_suite
 from common.files import check_writable
 from common.limits import check_label
 from common.results import provenance
-from common.results.lines import Threat
+from common.results.lines import Outcomes, Threat
 from common.results.outcomes import checkpoint_entry
 from common.results.store import check_mergeable, merge_result
 
@@ -139,11 +138,8 @@ def evaluate(
     """
     check_label(name, "the name of the results")
     _check_numbers(seed, batch_size=batch_size, examples=examples)
-    if isinstance(suite, Mapping):
-        check_entries(suite)
-        ready = Suite(suite, chosen_threat(ball_of(suite), eps, norm))
-    else:
-        ready = load_suite(suite, eps, norm)
+    ready = _ready(suite, eps, norm)
+    filing = _filing(output, name, seed, save_examples)
     claimed = {} if claim is None else read_claim(claim, ready.threat)
     model = find_model(model)[0] if isinstance(model, str) else as_module(model)
     checks = audit if isinstance(audit, Audit) else ready.audit or (Audit() if audit else None)
@@ -152,12 +148,6 @@ def evaluate(
     _check_unused(ready.entries, engine)
     if device is not None:
         model = _moved(model, device)
-    filing = None
-    if save_examples and output is None:
-        raise ConfigurationError("save_examples is True and there is no output; give a folder")
-    if output is not None:
-        filing = Filing(Path(output) / "results.json", name)
-        filing.check(seed, "another output folder")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with seeded(seed, torch.device("cpu")):  # a shuffled loader has one order for all models
@@ -181,6 +171,25 @@ def evaluate(
     )
     evaluation.comparisons = compare(claimed, evaluation.result)
     return evaluation
+
+
+def _ready(
+    suite: str | Path | Mapping[str, SuiteEntry], eps: float | str | None, norm: Norm | None
+) -> Suite:
+    if not isinstance(suite, Mapping):
+        return load_suite(suite, eps, norm)
+    check_entries(suite)
+    return Suite(suite, chosen_threat(ball_of(suite), eps, norm))
+
+
+def _filing(output: str | Path | None, name: str, seed: int, save_examples: bool) -> Filing | None:
+    if output is None:
+        if save_examples:
+            raise ConfigurationError("save_examples is True and there is no output; give a folder")
+        return None
+    filing = Filing(Path(output) / "results.json", name)
+    filing.check(seed, "another output folder")
+    return filing
 
 
 def run(
@@ -209,54 +218,88 @@ def run(
     """
     begun = time.perf_counter()
     team, measures = Team.of_processes(), measures or {}
-    is_random = _is_random_expected(suite)
-    checked = check_model(
+    planned = plan(
         model,
         examples,
-        num_classes,
-        is_random_expected=is_random,
+        suite,
+        threat,
+        audit=audit,
+        measures=measures,
+        engine=engine,
+        seed=seed,
         batch_size=batch_size,
-        device=_device(model),
+        num_classes=num_classes,
     )
-    victim = as_victim(model, checked.classes)
-    if suite:  # a checkpoint that no entry names is measured without an attack
-        check_suite(suite, victim)
-    steps = steps_of(suite, victim, checked.classes, seed, engine)
-    known, left_out = list(remarks), list[str]()
-    if not checked.has_gradient:
-        steps, left_out, remark = _without_gradient(
-            steps, suite, threat, victim, checked.classes, seed
-        )
-        known.append(remark)
-    _warn(team, [*known, *checked.suspicions])
-    if audit is not None and threat is not None:
-        steps += audit.steps(victim, threat, checked.classes)
-    steps += measure_steps(measures)
-    journal, saver = Journal(), None
-    if filing is not None:
-        identity = identity_of(victim, examples, seed, filing.config_digest)
-        if save_examples:
-            saver = _saver(filing, identity, steps, examples, team)
-            identity["images"] = saver.token
-        journal = Journal(filing.beside("outcomes"), identity)
-    bar = ConsoleProgress(len(steps) + 1)
+    known = [*remarks, *planned.remarks]
+    _warn(team, [*known, *planned.checked.suspicions])
+    journal, saver = _keepers(filing, planned, examples, seed, save_examples, team)
+    bar = ConsoleProgress(len(planned.steps) + 1)
     shown = progress if not isinstance(progress, bool) else bar if progress else None
-    with bar.display, _blaming(checked.state):
+    with bar.display, _blaming(planned.checked.state):
         outcomes = run_steps(
-            victim,
+            planned.victim,
             examples,
-            steps,
+            planned.steps,
             seed=seed,
             batch_size=batch_size,
             threat=threat,
-            has_gradient=checked.has_gradient,
+            has_gradient=planned.checked.has_gradient,
             journal=journal,
             saver=saver,
             team=team,
             progress=shown if team.rank == 0 else None,
             remarks=known,
         )
-    outcomes.depends_on_history &= not is_random
+    outcomes.depends_on_history &= not planned.is_random
+    evaluation = _reported(outcomes, planned, examples, audit, measures, filing)
+    _warn(team, [text for text in evaluation.result["remarks"] if text not in known])
+    if filing is not None and team.rank == 0:
+        if saver is not None:
+            saver.finish(outcomes, evaluation.position)
+        made_with = _made_with(planned.victim, filing, team, outcomes, engine, begun)
+        _file(evaluation, filing, seed, made_with)
+        if filing.pictures:
+            _draw(evaluation, filing, examples, class_names)
+    return evaluation
+
+
+def _keepers(
+    filing: Filing | None,
+    planned: Plan,
+    examples: Examples,
+    seed: int,
+    save_examples: bool,
+    team: Team,
+) -> tuple[Journal, Saver | None]:
+    """What keeps outcomes and, if they are asked for, adversarial images."""
+    if filing is None:
+        return Journal(), None
+    identity = identity_of(planned.victim, examples, seed, filing.config_digest)
+    saver = None
+    if save_examples:
+        about = {key: identity[key] for key in ("weights", "data", "seed", "versions")}
+        decisive = [identity, [[step.key, step.settings, step.threat] for step in planned.steps]]
+        make = partial(
+            Saver,
+            filing.beside("adversarial"),
+            decisive,
+            examples,
+            {"model": filing.experiment} | about,
+        )
+        saver = team.first(partial(make, is_first=True)) or make(is_first=False)
+        identity["images"] = saver.token
+    return Journal(filing.beside("outcomes"), identity), saver
+
+
+def _reported(
+    outcomes: Outcomes,
+    planned: Plan,
+    examples: Examples,
+    audit: Audit | None,
+    measures: Mapping[str, Measure],
+    filing: Filing | None,
+) -> Evaluation:
+    checked = planned.checked
     found = None if audit is None else audit.report(outcomes, checked.classes)
     result = checkpoint_entry(
         outcomes,
@@ -264,42 +307,11 @@ def run(
         measures={**means(outcomes, measures), **checked.cost},
         **(filing.at if filing is not None else {}),
     )
-    if left_out:
-        result["not_run"] = left_out
-    _warn(team, [text for text in result["remarks"] if text not in known])
+    if planned.left_out:
+        result["not_run"] = list(planned.left_out)
     position = examples.get("position", torch.arange(len(outcomes.y)))
     warned = [*checked.suspicions, *result["remarks"]]
-    evaluation = Evaluation(result, outcomes, warned, position)
-    if saver is not None and filing is not None and team.rank == 0:
-        about = {key: identity[key] for key in ("weights", "data", "seed", "versions")}
-        saver.finish(outcomes, position, {"model": filing.experiment} | about)
-    if filing is not None and team.rank == 0:
-        made_with = provenance.collect(
-            device=_device(model),
-            world_size=team.size,
-            precision="32-true",
-            state_dict=victim.state_dict(),
-            config_digest=filing.config_digest,
-            wall_time_s=time.perf_counter() - begun,
-            attack_seconds={key: cost.seconds for key, cost in outcomes.costs.items()},
-            engine=engine,
-        )
-        _file(evaluation, filing, seed, made_with)
-        if filing.pictures:
-            evaluation.pictures = draw(result, outcomes, examples["x"], class_names)
-            for title, figure in evaluation.pictures.items():
-                save_figure(figure, filing.beside("figures") / f"{filing.label}_{title}.png")
-    return evaluation
-
-
-def _saver(
-    filing: Filing, identity: Any, steps: Sequence[Step], examples: Examples, team: Team
-) -> Saver:
-    """The writer of adversarial images; the first process prepares their folder."""
-    decisive = [identity, [[step.key, step.settings, step.threat] for step in steps]]
-    folder = filing.beside("adversarial")
-    saver = team.first(lambda: Saver(folder, decisive, examples, is_first=True))
-    return saver or Saver(folder, decisive, examples, is_first=False)
+    return Evaluation(result, outcomes, warned, position)
 
 
 def _file(evaluation: Evaluation, filing: Filing, seed: int, made_with: dict[str, Any]) -> None:
@@ -312,6 +324,35 @@ def _file(evaluation: Evaluation, filing: Filing, seed: int, made_with: dict[str
         entry=evaluation.result,
         provenance=made_with | dict(filing.provenance),
     )
+
+
+def _made_with(
+    victim: nn.Module,
+    filing: Filing,
+    team: Team,
+    outcomes: Outcomes,
+    engine: AttackEngine | None,
+    begun: float,
+) -> dict[str, Any]:
+    """The provenance of a result."""
+    return provenance.collect(
+        device=device_of(victim),
+        world_size=team.size,
+        precision="32-true",
+        state_dict=victim.state_dict(),
+        config_digest=filing.config_digest,
+        wall_time_s=time.perf_counter() - begun,
+        attack_seconds={key: cost.seconds for key, cost in outcomes.costs.items()},
+        engine=engine,
+    )
+
+
+def _draw(
+    evaluation: Evaluation, filing: Filing, examples: Examples, names: Sequence[str] | None
+) -> None:
+    evaluation.pictures = draw(evaluation.result, evaluation.outcomes, examples["x"], names)
+    for title, figure in evaluation.pictures.items():
+        save_figure(figure, filing.beside("figures") / f"{filing.label}_{title}.png")
 
 
 @contextmanager
@@ -350,43 +391,6 @@ def _moved(model: nn.Module, device: torch.device | str) -> nn.Module:
 def _warn(team: Team, texts: Sequence[str]) -> None:
     for text in texts if team.rank == 0 else ():
         warnings.warn(text, stacklevel=4)
-
-
-def _is_random_expected(suite: Mapping[str, SuiteEntry]) -> bool:
-    """Whether the suite averages over random forward passes."""
-    return any(
-        entry.eot > 1 or getattr(entry.attack, "version", None) == "rand"
-        for entry in suite.values()
-    )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def _without_gradient(
-    steps: Sequence[Step],
-    entries: Mapping[str, SuiteEntry],
-    threat: Threat | None,
-    victim: nn.Module,
-    classes: int,
-    seed: int,
-) -> tuple[list[Step], list[str], str]:
-    """The steps that need no gradient, with an attack by labels; the names of the others; why."""
-    kept = [step for step in steps if not step.needs_gradient]
-    left_out = [step.key for step in steps if step.needs_gradient]
-    has_one = any(isinstance(entry.attack, DecisionBased) for entry in entries.values())
-    if left_out and threat is not None and not has_one:
-        by_labels = SuiteEntry(DecisionBased(threat.radius, threat.norm), survivors_only=True)
-        kept += steps_of({"black_box": by_labels}, victim, classes, seed)
-    remark = "the model has no gradient with respect to its images"
-    if left_out:
-        ran = ", ".join(step.key for step in kept if step.kind == "attack")
-        remark += (
-            f": accuracy is that under attacks that need none ({ran}); {', '.join(left_out)} were "
-            "not run"
-        )
-    return kept, left_out, remark
 
 
 def _check_unused(entries: Mapping[str, SuiteEntry], engine: AttackEngine | None) -> None:

@@ -148,25 +148,7 @@ def run_steps(
         )
         met = everything  # by every step so far that counts
         for step in steps:
-            within = parts[step.examples]
-            if step.scope == "standing":
-                within = within & met  # earlier steps ran on these, so the outcome stays cumulative
-            before = {"all": everything, "clean": is_right, "standing": run.standing}[step.scope]
-            for key, line in outcomes.lines.items() if step.cumulative else ():
-                if line.entry == step.entry:
-                    before = before & outcomes.correct[key]
-            ran = before & within
-            found = run.columns(step, ran, {"predicted": clean["predicted"]})
-            outcomes.columns[step.key] = found
-            if step.kind == "probe":
-                continue
-            outcome = torch.where(ran, found["correct"], before)
-            line = _line(step, threat, _weakness(step, threat, found, ran))
-            outcomes.correct[step.key], outcomes.attacked[step.key] = outcome, within
-            outcomes.lines[step.key] = line
-            if line.counts:
-                met = met & within
-                run.standing = run.standing & (outcome | ~within)
+            met = run.step(step, parts[step.examples], met)
         outcomes.depends_on_history = not is_same(signature, probe())
     lacking = [lacking_classes(y, part.nonzero().flatten()) for part in parts.values()]
     told = [*remarks, *lacking, *suspicions(outcomes), outcomes.nonfinite()]
@@ -245,6 +227,33 @@ class _Run:
     passes: Passes = field(default_factory=Passes)
     standing: Tensor | None = None
     outcomes: Outcomes | None = None
+
+    def step(self, step: Step, within: Tensor, met: Tensor) -> Tensor:
+        """Run a step on examples of ``within``; what it leaves of ``met``, by all that count."""
+        if self.standing is None or self.outcomes is None:
+            raise RuntimeError("measure the clean images before the first step")
+        outcomes, is_right = self.outcomes, self.outcomes.correct["clean"]
+        if step.scope == "standing":
+            within = within & met  # earlier steps ran on these, so the outcome stays cumulative
+        everything = torch.ones_like(is_right)
+        before = {"all": everything, "clean": is_right, "standing": self.standing}[step.scope]
+        for key, line in outcomes.lines.items() if step.cumulative else ():
+            if line.entry == step.entry:
+                before = before & outcomes.correct[key]
+        ran = before & within
+        predicted = outcomes.columns["clean"]["predicted"]
+        found = self.columns(step, ran, {"predicted": predicted})
+        outcomes.columns[step.key] = found
+        if step.kind == "probe":
+            return met
+        outcome = torch.where(ran, found["correct"], before)
+        line = _line(step, self.threat, _weakness(step, self.threat, found, ran))
+        outcomes.correct[step.key], outcomes.attacked[step.key] = outcome, within
+        outcomes.lines[step.key] = line
+        if line.counts:
+            met = met & within
+            self.standing = self.standing & (outcome | ~within)
+        return met
 
     def silent(self, step: Step) -> Columns:
         """The columns of a step on a few examples, neither shown nor kept."""

@@ -45,11 +45,19 @@ class Saver:
         folder: Where they go; earlier images of another evaluation are replaced.
         identity: Plain values that decide all images.
         examples: Of the evaluation.
+        about: Plain values that are stated beside the images.
         is_first: Whether this process prepares the folder; others open it afterwards.
     """
 
-    def __init__(self, folder: Path, identity: Any, examples: Examples, is_first: bool) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        identity: Any,
+        examples: Examples,
+        about: Mapping[str, Any],
+        is_first: bool,
+    ) -> None:
+        self.folder, self.about = folder, about
         text = json.dumps(identity, sort_keys=True, default=repr)
         self.key = hashlib.sha256(text.encode()).hexdigest()
         self._bytes = 4 * int(np.prod(examples["x"].shape[1:]))
@@ -108,7 +116,7 @@ class Saver:
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
-    def finish(self, outcomes: Outcomes, position: Tensor, about: Mapping[str, Any]) -> None:
+    def finish(self, outcomes: Outcomes, position: Tensor) -> None:
         """Write labels, verdicts and what the images are about."""
         robust = outcomes.correct["clean"].clone()
         for key, line in outcomes.lines.items():
@@ -120,7 +128,7 @@ class Saver:
         self._tell(
             {
                 **{key: self._state[key] for key in ("key", "token", "is_filled")},
-                **about,
+                **self.about,
                 "examples": len(robust),
                 "robust": int(robust.sum()),
                 "norm": threat.norm if threat else None,

@@ -148,7 +148,8 @@ def test_mistakes_of_an_evaluation_are_one_line(capsys, words, named) -> None:
         ((*NET, "--data", "nowhere/photos"), "nowhere/photos"),
         ((*NET, "--save-exampels"), "save_examples"),
         (("--model", "torchvision:resnet18", "--data", "torchvision:CIFAR100"), None),
-        (("--model", "run", "--data", "photos", "--save-examples"), None),
+        ((*NET, "--save-examples"), "--output"),
+        (("--model", "run", "--data", "photos", "--save-examples", "--output", "out"), None),
         (("export", "run", "folder"), None),
     ],
 )
