@@ -119,7 +119,7 @@ def load_named(path: str, where: str = "") -> Any:
         ConfigurationError: If there is none, it is defined elsewhere, or must not be named.
     """
     module, _, name = path.rpartition(".")
-    problem = _denial(path) if _PATH.fullmatch(path) else "is no import path"
+    problem = denial(path) if _PATH.fullmatch(path) else "is no import path"
     if not problem:
         try:
             found = getattr(importlib.import_module(module), name)
@@ -137,7 +137,7 @@ def _origin_problem(found: Any, path: str) -> str:
     home = getattr(found, "__module__", None) or module  # functions in C have none
     if not (inspect.isclass(found) or inspect.isroutine(found)):
         return "is neither a class nor a function"
-    if problem := _denial(f"{home}.{found.__name__}"):
+    if problem := denial(f"{home}.{found.__name__}"):
         return problem
     if home != module and not home.startswith(f"{module}."):
         return f"is defined in {home}; name it {home}.{found.__qualname__}"
@@ -154,7 +154,8 @@ def _is_under(path: str, names: tuple[str, ...]) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
-def _denial(path: str) -> str:
+def denial(path: str) -> str:
+    """Why a configuration must not name a class or function, empty if it may."""
     return MUST_NOT if _is_under(path, DENIED) and not _is_under(path, ALLOWED) else ""
 
 

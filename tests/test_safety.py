@@ -360,7 +360,8 @@ class Evil:
 @pytest.mark.parametrize(("legacy", "sealed"), [(True, False), (False, True)])
 def test_code_in_checkpoints_does_not_run(tiny, legacy: bool, sealed: bool) -> None:
     path, content = Path("evil.ckpt"), io.BytesIO()
-    torch.save({"state_dict": Evil()}, content, _use_new_zipfile_serialization=not legacy)
+    checkpoint = {"state_dict": Evil(), "pytorch-lightning_version": "2.6"}
+    torch.save(checkpoint, content, _use_new_zipfile_serialization=not legacy)
     if sealed:
         write_sealed(path, content)
     else:

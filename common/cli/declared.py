@@ -5,7 +5,7 @@ An answer is given only where the source alone is enough; the parser knows the r
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,12 +26,12 @@ _PLAIN: dict[str, tuple[type, ...]] = {
 _MOST_LINKS = 8
 _LONG = 80
 """Characters of what is no number."""
+_CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
 _Definition = ast.ClassDef | ast.FunctionDef
 
 
-@cache
-def _source(module: str) -> str | None:
-    """The source of a module, whose parents are not imported; ``None`` if there is none."""
+def _file(module: str) -> Path | None:
+    """The file of a module, whose parents are not imported."""
     top, _, inner = module.partition(".")
     try:
         spec = find_spec(top)
@@ -43,8 +43,15 @@ def _source(module: str) -> str | None:
     if inner:
         path = path.parent.joinpath(*inner.split("."))
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return path
+
+
+@cache
+def _source(module: str) -> str | None:
+    """The source of a module; ``None`` if there is none."""
+    path = _file(module)
     try:
-        return path.read_text(encoding="utf-8")
+        return None if path is None else path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
 
@@ -63,11 +70,21 @@ def _find(path: str, links: int = 0) -> tuple[str, _Definition] | None:
     for node in _body(module):
         if isinstance(node, _Definition) and node.name == name:
             return module, node
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and links < _MOST_LINKS:
+        if isinstance(node, ast.ImportFrom) and links < _MOST_LINKS:
             for alias in node.names:
                 if name == (alias.asname or alias.name):
-                    return _find(f"{node.module}.{alias.name}", links + 1)
+                    return _find(f"{_origin(node, module)}.{alias.name}", links + 1)
     return None
+
+
+def _origin(node: ast.ImportFrom, module: str) -> str:
+    """The module that a statement of another one imports from."""
+    if not node.level:
+        return str(node.module)
+    file, parts = _file(module), module.split(".")
+    is_package = file is not None and file.name == "__init__.py"
+    parents = parts[: len(parts) + is_package - node.level]
+    return ".".join([*parents, *([node.module] if node.module else [])])
 
 
 def documented(module: str) -> str:
@@ -95,23 +112,24 @@ def arguments_of(path: str) -> Arguments | None:
         return None
     module, node = found
     if isinstance(node, ast.FunctionDef):
-        return _through(node, [module])
+        return _through(node, module, [])
     if any("dataclass" in ast.unparse(one) for one in node.decorator_list):
         return _fields(path)
     parents = [f"{module}.{ast.unparse(base)}" for base in node.bases]
     made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
     if not made:
         return arguments_of(parents[0]) if len(parents) == 1 else None
-    names = _through(made[-1], parents)
+    names = _through(made[-1], module, parents)
     return names and {name: kind for name, kind in names.items() if name != "self"}
 
 
-def _through(function: ast.FunctionDef, parents: Sequence[str]) -> Arguments | None:
+def _through(function: ast.FunctionDef, module: str, parents: Sequence[str]) -> Arguments | None:
     """What a function takes, with what it passes on as keywords, their only use, if it does.
 
     Args:
         function: Whose source is read.
-        parents: Of ``super().__init__``; of a function that is no method its module.
+        module: That defines it.
+        parents: Of ``super().__init__``, if it is a method.
     """
     own, keywords = _named(function.args), function.args.kwarg
     if keywords is None:
@@ -123,7 +141,7 @@ def _through(function: ast.FunctionDef, parents: Sequence[str]) -> Arguments | N
             continue
         called = ast.unparse(call.func)
         is_super = called == "super().__init__"
-        theirs = [arguments_of(one if is_super else f"{parents[0]}.{called}") for one in parents]
+        theirs = [arguments_of(one) for one in (parents if is_super else [f"{module}.{called}"])]
         if None in theirs or (call.args and not is_super):
             return None
         given = {one.arg for one in call.keywords}
@@ -157,9 +175,34 @@ def _fields(path: str) -> Arguments:
 def is_module(path: str) -> bool:
     """Whether a class may be a torch module; only its source is read."""
     module, node = _find(path) or ("", None)
-    if not isinstance(node, ast.ClassDef):
+    if not isinstance(node, ast.ClassDef) or module == "torch.nn.modules.module":
         return True
     return any(is_module(f"{module}.{ast.unparse(base)}") for base in node.bases)
+
+
+def channels_of(path: str) -> int | None:
+    """Channels of the images of a source of data, ``None`` if its source does not say."""
+    _, node = _find(path) or ("", None)
+    for made in ast.walk(node) if node else ():
+        if isinstance(made, ast.Assign) and ast.unparse(made.targets[0]) in ("spec", "self.spec"):
+            match made.value:
+                case ast.Call(
+                    args=[_, ast.Tuple(elts=[ast.Constant(value=int(channels)), _, _]), *_]
+                ):
+                    return channels
+    return None
+
+
+def classes_in(folders: Iterable[Path]) -> dict[str, str]:
+    """Classes that the modules of packages define: short name -> path."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            parts = (folder.name, *file.relative_to(folder).with_suffix("").parts)
+            module = ".".join(parts).removesuffix(".__init__")
+            text = file.read_text(encoding="utf-8", errors="replace")
+            found |= {name: f"{module}.{name}" for name in _CLASS.findall(text)}
+    return found
 
 
 def misfit(value: Any, annotation: str) -> str:

@@ -3,18 +3,29 @@
 Names and plain values are compared with what the classes take, as far as their source says.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from common.cli.declared import Arguments, arguments_of, is_module, misfit, offered_instead
+from common.cli.declared import (
+    Arguments,
+    arguments_of,
+    channels_of,
+    classes_in,
+    is_module,
+    misfit,
+    offered_instead,
+)
 from common.errors import ConfigurationError
 from common.files import yaml_damage_of
 from common.limits import check_yaml, read_yaml
+from common.packages import CONFIGS, package_folder, papers
+from common.parsing import denial
 from common.settings import nearest
 
 SECTIONS = {
@@ -76,14 +87,12 @@ def _whole(value: Any, folder: Path, links: int = 0) -> Any:
 
 
 def _inline(value: str) -> Any:
-    """The value of an option; a mapping or a file of settings is read."""
-    if value.lstrip()[:1] == "{":
-        try:
-            check_yaml(value)
-            return yaml.safe_load(value)
-        except yaml.YAMLError:
-            return value
-    return _whole(value, Path())
+    """The value of an option, which is YAML; a file of settings is read."""
+    try:
+        check_yaml(value)
+        return _whole(yaml.safe_load(value), Path())
+    except yaml.YAMLError:
+        return value
 
 
 def _merged(old: Any, new: Any) -> Any:
@@ -125,6 +134,7 @@ def check(settings: Settings) -> None:
             raise ConfigurationError(f"unknown option {key}{nearest(str(key), names)}")
         else:
             _check_value(key, value, PLAIN[key])
+    _check_channels(settings)
 
 
 def _named(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -158,24 +168,71 @@ def _check_node(place: str, path: str, value: Any, names: Sequence[str]) -> None
             raise ConfigurationError(f"unknown option {name}{nearest(name, candidates)}")
         if known is not None and key in known:
             _check_value(f"{place}.{key}", part, known[key])
-        if key in RATES and _is_negative(part):
-            raise ConfigurationError(
-                f"{place}.{key} is {part}, expected a number from 0 on; {RATES[key]} is usual"
-            )
+        kind = "" if known is None else known.get(key, "")
+        _check_meaning(f"{place}.{key}", part, kind, arguments if "norm" in (known or ()) else {})
         named = _class_of(part)
-        if known is not None and known.get(key) == "nn.Module" and named and not is_module(named):
-            raise ConfigurationError(
-                f"{place}.{key} is {named}, which is no network; name a class derived from "
-                "torch.nn.Module, or a function that makes one"
-            )
         _check_node(f"{place}.{key}", named, part, names)
 
 
-def _is_negative(value: Any) -> bool:
+def _check_meaning(name: str, value: Any, kind: str, beside: Mapping[str, Any]) -> None:
+    """Check what a value means.
+
+    Args:
+        name: Of the setting.
+        value: Its value.
+        kind: The annotation in the source, if it is known.
+        beside: Arguments of the same class, if a norm is among those that it takes.
+    """
+    key, number = name.rpartition(".")[2], number_of(value)
+    if key in RATES and number < 0:
+        raise ConfigurationError(
+            f"{name} is {value}, expected a number from 0 on; {RATES[key]} is usual"
+        )
+    if key == "eps" and number > 1 and beside.get("norm", "linf") == "linf":
+        raise ConfigurationError(
+            f"{name} must lie in [0, 1] (pixels are in [0, 1]), got {value}; did you mean "
+            f"'{number:g}/255'?"
+        )
+    named = _class_of(value)
+    is_class = isinstance(value, Mapping) or kind == "nn.Module"
+    if is_class and (problem := denial(named)):
+        raise ConfigurationError(f"{name}: {named} {problem}")
+    if kind == "nn.Module" and named and not is_module(named):
+        raise ConfigurationError(
+            f"{name} is {named}, which is no network; name a class derived from "
+            "torch.nn.Module, or a function that makes one"
+        )
+    if isinstance(value, str) and value.isidentifier() and kind.isidentifier():
+        known = _own_classes()
+        if kind in known and value not in known and yaml.safe_load(value) is not None:
+            near = nearest(value, known.values())
+            raise ConfigurationError(f"{name}: there is no class {value!r}{near}")
+
+
+@cache
+def _own_classes() -> dict[str, str]:
+    return classes_in([CONFIGS.parent, *map(package_folder, papers())])
+
+
+def _check_channels(settings: Settings) -> None:
+    """Refuse a network of torchvision, which takes images of 3 channels, for other images."""
+    source = _class_of((settings.get("data") or {}).get("source"))
+    channels = channels_of(source) if source else None
+    for name, value in _named(settings.get("model"), "model"):
+        if channels not in (None, 3) and _class_of(value).startswith("torchvision.models."):
+            raise ConfigurationError(
+                f"{name} is {_class_of(value)}, which takes images of 3 channels, and "
+                f"{source.rpartition('.')[2]} has {channels}; choose a network of "
+                "common.networks or other data"
+            )
+
+
+def number_of(value: Any) -> float:
+    """A number, or text of one such as 1e-4, which is none in YAML; else not a number."""
     try:
-        return float(value) < 0
+        return float(value)
     except (TypeError, ValueError):
-        return False
+        return math.nan
 
 
 def _class_of(value: Any) -> str:

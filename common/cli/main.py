@@ -30,14 +30,12 @@ from common.cli.needed import make_needed
 from common.cli.parser import (
     TENSORBOARD,
     UserFriendlyParser,
-    check_limits,
-    check_seed,
     fill_from_data,
     protocol_digest,
     refusal,
     tensorboard_in,
 )
-from common.cli.preconditions import NAMED, experiment_of
+from common.cli.preconditions import NAMED, check_limits, check_seed, experiment_of
 from common.cli.runs import check_is_ours, latest_of, lock, set_aside_if_other
 from common.cli.start import SUBCOMMANDS
 from common.cli.trainer import Trainer

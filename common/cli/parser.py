@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from common.errors import ConfigurationError
 from common.parsing import ArgumentParser, load_named
-from common.settings import class_paths, explain, nodes, plain_digest, type_name
+from common.settings import explain, nodes, plain_digest, type_name
 
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
@@ -87,38 +87,6 @@ def tensorboard_in(run: Path) -> Namespace:
     folder = {"save_dir": str(run), "name": "", "version": "", "default_hp_metric": False}
     logger = {"class_path": TENSORBOARD, "init_args": Namespace(folder)}  # type: ignore[no-untyped-call]
     return Namespace(logger)  # type: ignore[no-untyped-call]
-
-
-def check_seed(seed: Any) -> None:
-    """Refuse what is no seed (Lightning would draw one), with a ConfigurationError."""
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        raise ConfigurationError(
-            f"seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}"
-        )
-
-
-def check_limits(trainer: Mapping[str, Any]) -> None:
-    """Refuse settings of the trainer under which training never ends, or never begins."""
-    for name in ("max_epochs", "max_steps", "limit_train_batches"):
-        if trainer.get(name) == 0:
-            raise ConfigurationError(
-                f"trainer.{name} is 0, so nothing would be trained; make it at least 1"
-            )
-    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
-        if (value := trainer.get(name)) is not None and value < 1:
-            raise ConfigurationError(f"trainer.{name} must be at least 1, got {value}")
-    if (clip := trainer.get("gradient_clip_val")) is not None and clip < 0:
-        raise ConfigurationError(
-            f"trainer.gradient_clip_val must not be negative, got {clip}; null clips nothing"
-        )
-    named = class_paths(trainer.get("callbacks"))
-    ends = any(type_name(path) in ("EarlyStopping", "Timer") for path in named)
-    limits = (trainer.get("max_epochs"), trainer.get("max_steps"))
-    if limits[0] == -1 and limits[1] in (-1, None) and not (trainer.get("max_time") or ends):
-        raise ConfigurationError(
-            "trainer.max_epochs is -1, so training would never end; give trainer.max_epochs, "
-            "max_steps or max_time, or a callback such as EarlyStopping"
-        )
 
 
 def refusal(error: Exception, text: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.cli.declared import documented
 from common.cli.draft import check, drafted
-from common.cli.preconditions import check_checkpoint, check_devices
+from common.cli.preconditions import check_checkpoint, check_devices, check_limits, check_seed
 from common.errors import ConfigurationError, UserError, output_may_close
 from common.packages import (
     CONFIGS,
@@ -164,6 +164,9 @@ def checked(words: Sequence[str], package: str, more: Mapping[str, str]) -> list
     given = [(n.lstrip("-"), v) for n, v in options if n not in ("--config", *FLAGS)]
     settings = drafted([CONFIGS / "base.yaml", *files], given)
     check(settings)
+    check_seed(settings["seed_everything"])
+    if words[0] in ("fit", "reproduce"):
+        check_limits(settings["trainer"])
     check_checkpoint(settings, package, files)
     check_devices(settings)
     bare = {name for name, value in options if name in FLAGS and not value}

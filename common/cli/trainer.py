@@ -19,13 +19,13 @@ from common.callbacks.checkpointing import SealedCheckpointIO
 from common.callbacks.finite import FiniteGuard
 from common.callbacks.resuming import Resuming, RunTrainer, SignalConnector, StoppedBySignal
 from common.checkpoints import load_checkpoint
-from common.errors import CheckpointError, ConfigurationError, RunDirectoryError, UserError
+from common.cli.preconditions import check_version
+from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.results.identity import check_evaluated, check_resumed, settings_in
 
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
     lambda record: "Tip:" not in record.getMessage()  # advertisements
 )
-LIGHTNING_VERSION = "pytorch-lightning_version"
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
@@ -161,12 +161,7 @@ class Trainer(RunTrainer):
             self.strategy.setup_environment()
         if path is not None and self.is_global_zero:
             checkpoint = load_checkpoint(path)
-            if LIGHTNING_VERSION not in checkpoint:
-                raise CheckpointError(
-                    f"the checkpoint {path} has no {LIGHTNING_VERSION}, which Lightning needs; "
-                    "give a file that a run has written, or evaluate its weights with python -m "
-                    "common.evaluation --model MODULE:FACTORY --weights FILE"
-                )
+            check_version(path, checkpoint)
             if self.run.settings is not None:
                 is_fitting = self.state.fn == TrainerFn.FITTING
                 check = check_resumed if is_fitting else check_evaluated

@@ -11,7 +11,7 @@ import pytest
 import torch
 from jsonargparse import Namespace
 
-from common.cli.declared import arguments_of, misfit
+from common.cli.declared import arguments_of, is_module, misfit
 from common.cli.draft import PLAIN, SECTIONS, check, drafted
 from common.cli.main import FILLED_IN, RobustCLI
 from common.cli.parser import fill_from_data
@@ -67,7 +67,17 @@ def _files(tmp_path, monkeypatch) -> None:
         ((*FIT, "--data.flip", "perhaps"), "perhaps"),
         ((*FIT, "--ckpt_path", "text.ckpt"), "b'hello'"),
         ((*FIT, "--ckpt_path", "none.ckpt"), "bare.ckpt, text.ckpt"),
+        ((*FIT, "--ckpt_path", "bare.ckpt"), "bare.ckpt has no pytorch-lightning_version"),
         (("test", *FIT[1:], "--ckpt_path", "last"), "seed0/checkpoints/last.ckpt"),
+        ((*FIT, "--adversary.attack.eps", "8"), "'8/255'"),
+        ((*FIT, "--model.objective", "Trades"), "common.objectives.TRADES"),
+        ((*FIT, "--model.net", "torch.optim.SGD"), "torch.optim.SGD"),
+        ((*FIT, "--model.net", "collections.OrderedDict"), "collections.OrderedDict"),
+        ((*FIT, "--model.net", "torchvision.models.resnet18"), "Digits has 1"),
+        ((*FIT, "--model.net.width", "3"), "selections"),
+        ((*FIT, "--seed_everything", "4294967296"), "4294967296"),
+        ((*FIT, "--trainer.gradient_clip_val", "-1e-3"), "-1e-3"),
+        ((*FIT, "--trainer.max_steps", "0"), "max_steps is 0"),
     ],
 )
 def test_mistakes_are_found_before_lightning_is_imported(capsys, monkeypatch, words, named) -> None:
@@ -82,12 +92,9 @@ def test_mistakes_are_found_before_lightning_is_imported(capsys, monkeypatch, wo
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("--model.net", "collections.OrderedDict"), "collections.OrderedDict"),
-        (("--model.objective", "Trades"), "common.objectives.TRADES"),
-        (("--model.net.width", "3"), "selections"),
-        (("--model.net", "torchvision.models.resnet18"), "torchvision.models.resnet18"),
+        (("--model.objective", "null"), "objective"),
+        (("--model.net.num_classes", "7"), "model.net.num_classes is 7 and Digits has 10"),
         (("--trainer.accelerator", "gpu"), "gpu"),
-        (("--ckpt_path", "bare.ckpt"), "bare.ckpt has no pytorch-lightning_version"),
     ],
 )
 def test_mistakes_that_a_parser_or_a_class_finds_are_one_line(
@@ -212,10 +219,21 @@ def test_every_option_of_the_parsers_is_known_before(tiny) -> None:
         ),
         *("common.networks.resnet.ResNet18", "common.networks.resnet.DigitsResNet"),
         *("common.networks.wide_resnet.WideResNet", "paper_awnet.networks.AWNet"),
+        *("paper_cifs.method.CIFSDigitsResNet", "torch.optim.SGD"),
     ],
 )
 def test_the_source_tells_what_a_parser_accepts(path) -> None:
     assert set(arguments_of(path)) == set(parameters_of(path))
+
+
+@pytest.mark.parametrize("path", ["torch.nn.Linear", "torch.nn.ReLU", "somewhere.Net"])
+def test_a_class_that_may_be_a_network_is_not_refused_early(path) -> None:
+    assert is_module(path)
+
+
+@pytest.mark.parametrize("attack", [{"eps": "2", "norm": "l2"}, {"eps": "1e0"}, {"eps": "9/255"}])
+def test_radii_that_a_norm_allows_are_not_refused_early(attack) -> None:
+    check({"adversary": {"attack": {"class_path": "common.attacks.pgd.PGD", "init_args": attack}}})
 
 
 def test_no_configuration_of_this_project_is_refused_early() -> None:
