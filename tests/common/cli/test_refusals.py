@@ -21,8 +21,7 @@ slow = pytest.mark.slow
         ("--adversary.attack.eps", "8", "did you mean '8/255'?"),
         ("--adversary.attack", "null", "adversary.attack is null"),
         ("--model.objective", "common.objectives.Natural", "Natural never reads"),
-        ("--evaluation.validation.losses", "[ce_probe]", "no loss of RobustClassifier matches "
-         "'ce_probe'; it declares ce_f, cw_f, model"),
+        ("--evaluation.validation.losses", "[ce_probe]", "'ce_probe'; it declares pm_f, ce_f"),
         ("--model.net.num_classes", "7", "model.net.num_classes is 7 and Digits has 10"),
         ("--evaluation.validation", "null", "so it is not measured"),
         ("--ckpt_path", "best", "selected.ckpt does not exist"),
