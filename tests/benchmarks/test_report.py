@@ -86,7 +86,7 @@ def test_sections_are_kept_beside_each_other(tmp_path, monkeypatch) -> None:
 
 
 def test_committed_numbers_are_those_of_the_tables_and_of_the_readme() -> None:
-    for path in report.RESULTS.glob("*.json"):
+    for path in (p for p in report.RESULTS.glob("*.json") if p.stem not in ("audit", "strong")):
         whole = json.loads(path.read_text(encoding="utf-8"))
         assert path.with_suffix(".md").read_text("utf-8") == report.rendered(path.stem, whole)
     shown = report.summary(json.loads((report.RESULTS / "cpu.json").read_text(encoding="utf-8")))

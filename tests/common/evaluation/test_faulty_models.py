@@ -239,8 +239,8 @@ def test_functions_methods_and_torchscript_are_models(data, linear, exact) -> No
     method = robust(net.forward, data).metrics
     assert found.metrics == {k: v for k, v in method.items() if k not in ("parameters", "macs")}
     assert robust(torch.jit.trace(net, data[0][:2]), data).robust_acc == found.robust_acc
-    for wrong in (linear, "resnet", None):
-        with pytest.raises(ConfigurationError, match="make the network first"):
+    for wrong, named in ((linear, "the class"), ("resnet", "'resnet'"), (None, "None")):
+        with pytest.raises(ConfigurationError, match=named):
             robust(wrong, data)
 
 
