@@ -229,11 +229,17 @@ def _is_distorted(model: nn.Module, position: int, batch: Batch, x: Tensor) -> T
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps every tensor that has one number for each image and class."""
+    """Keeps every tensor that has one number for each image and class.
 
-    def __init__(self, n: int, classes: int) -> None:
+    Args:
+        n: Number of images.
+        classes: Number of classes.
+        turned: Of which of them the classes are exchanged for what follows.
+    """
+
+    def __init__(self, n: int, classes: int, turned: int | None) -> None:
         super().__init__()
-        self._shape = n, classes
+        self._shape, self._turned = (n, classes), turned
         self.found: list[Tensor] = []
 
     def __torch_function__(
@@ -245,16 +251,21 @@ class _Recorder(TorchFunctionMode):
         if is_score and out.numel() == n * classes:
             # A copy, since what follows may overwrite it.
             self.found.append(out.reshape(n, classes).clone())
+            if len(self.found) - 1 == self._turned:
+                return self.found[-1].roll(1, dims=1).reshape(out.shape)
         return out
 
 
 def _recorded(
-    model: Callable[[Tensor], Tensor], x: Tensor, *around: AbstractContextManager[Any]
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *around: AbstractContextManager[Any],
+    turned: int | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Scores of a pass inside the contexts, and the tensors of their shape on the way to them."""
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    recorder = _Recorder(len(x), classes)
+    recorder = _Recorder(len(x), classes, turned)
     with ExitStack() as stack:
         for context in (eager(), *around, recorder):
             stack.enter_context(context)
@@ -263,18 +274,32 @@ def _recorded(
 
 @torch.no_grad()
 def _before_squashing(model: nn.Module, x: Tensor) -> int | None:
-    """Which recorded tensor is the first that ranks the classes as the scores do.
+    """Which recorded tensor is the first that the scores come from, ranking the classes alike.
 
     ``None`` if that is the scores themselves, or nothing.
     """
     output, found = _recorded(model, x)
-    top = output.amax(dim=1)
     for position, scores in enumerate(found):
-        chosen = scores.argmax(dim=1, keepdim=True)
-        # Scores that saturate are tied, so the largest raw score need not be the only largest one.
-        if torch.equal(output.gather(1, chosen).squeeze(1), top):
-            return None if torch.equal(scores, output) else position
+        if _is_ranked_alike(scores, output):
+            if torch.equal(scores, output):
+                return None
+            if _is_origin(model, x, position, output):
+                return position
     return None
+
+
+def _is_ranked_alike(scores: Tensor, output: Tensor) -> bool:
+    chosen = scores.argmax(dim=1, keepdim=True)
+    # Scores that saturate are tied, so the largest raw score need not be the only largest one.
+    return torch.equal(output.gather(1, chosen).squeeze(1), output.amax(dim=1))
+
+
+def _is_origin(model: nn.Module, x: Tensor, position: int, output: Tensor) -> bool:
+    """Whether the scores come from a recorded tensor: other values there make other scores.
+
+    An auxiliary head ranks the classes alike and lies beside the scores.
+    """
+    return not torch.equal(_recorded(model, x, turned=position)[0], output)
 
 
 @contextmanager

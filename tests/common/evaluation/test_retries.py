@@ -101,6 +101,22 @@ def test_linear_scores_raise_no_warning_and_take_two_more_gradients(squashed, da
     assert sum(passes) <= 10 + 2 + 3  # the check at the start takes some too
 
 
+def test_an_auxiliary_head_is_not_what_the_scores_come_from(around, data) -> None:
+    def with_head(model: nn.Module, x: Tensor) -> Tensor:
+        weight = model.net.weight
+        model.head = x.flatten(1) @ (weight + 0.1 * weight.abs().mean() * weight.sign()).T
+        scores: Tensor = model.net(x)
+        return scores
+
+    model = around(with_head)
+    with torch.no_grad():
+        rows = (model(data[0]).argmax(dim=1) == model.head.argmax(dim=1)).nonzero().flatten()
+    part = data[0][rows], data[1][rows]
+    found = evaluated(model, part, {"pgd": SuiteEntry(PGD(EPS, steps=3))})
+    assert found.robust_acc > 0.1
+    assert int(found.outcomes.columns["pgd/ce_f"]["distorted"].sum()) == 0
+
+
 def test_no_attack_with_success_is_suspicious(squashed, data) -> None:
     found = evaluated(squashed(), data, {"pgd": SuiteEntry(PGD(1e-6, steps=3))}, 1e-6)
     assert found.robust_acc == found.clean_acc
