@@ -19,8 +19,7 @@ from benchmarks.report import RESULTS, machine
 from common.attacks.geometry import parse_radius
 from common.data.subset import subset
 from common.evaluation import evaluate
-from common.evaluation.models import Victim
-from common.evaluation.named_models import find_model
+from common.evaluation.models import Victim, load_run
 from common.evaluation.passes import counted
 from common.files import write_json_atomically
 from common.limits import read_json, read_yaml
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compared(run: Path, eps: str | None, examples: int) -> Row:
     """Verdicts and passes of both on the last weights of a run, on the same test images."""
-    model, data = find_model(str(run))
+    model, data = load_run(run)
     settings = read_yaml(run / "config.yaml")
     radius = parse_radius(eps or settings["adversary"]["attack"]["init_args"]["eps"])
     x, y = _images(data, examples)
@@ -79,7 +78,7 @@ def _images(data: Any, examples: int) -> tuple[Tensor, Tensor]:
 
 def _right(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = torch.cat([net(part).argmax(1) for part in x.split(250)]) == y
+        found: Tensor = torch.cat([net(part).argmax(1) for part in torch.split(x, 250)]) == y
     return found
 
 
