@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUICK = ("decoy shell", "counts calls")
 HIDDEN = ("decoy shell", "thermometer with a table", "one class hidden", "routed to experts")
-BLACK_BOX = {"decision_based", "black_box", "transfer", "random_search"}
+BLACK_BOX = {"gradient_free", "black_box", "transfer", "random_search"}
 
 
 def cases(*quick: str, is_masked: bool):
