@@ -308,7 +308,8 @@ class Borrowed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scores, label = self.other(x), self.net(x).argmax(dim=1)
         pair = torch.stack([label, scores.argmax(dim=1)], dim=1)
-        return scores.scatter(1, pair, scores.gather(1, pair.flip(1)))
+        out: Tensor = scores.scatter(1, pair, scores.gather(1, pair.flip(1)))
+        return out
 
     def climbed(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(x)
