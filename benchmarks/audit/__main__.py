@@ -17,9 +17,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure the networks one by one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", allow_abbrev=False)
     parser.add_argument("--examples", type=int, default=100)
-    parser.add_argument("--half", choices=["design", "held out"], help="the others stay")
+    every = {case.name: case for case in ZOO}
+    parser.add_argument("--only", nargs="+", choices=every, metavar="NAME", default=[*every])
     given = parser.parse_args(argv)
-    cases = [case for case in ZOO if given.half in (None, case.half)]
+    cases = [every[name] for name in given.only]
     for case in cases:
         row = measured(case, given.examples)
         print(f"{case.name}: {', '.join(row['failed']) or 'not flagged'}", flush=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.audit.networks import EPS, cnn, fitted, images, natural
+from benchmarks.audit.networks import EPS, cnn, fitted, images, natural, robust
 from common.attacks.pgd import PGD
 
 Encode = Callable[[Tensor], Tensor]
@@ -53,6 +53,12 @@ class Behind(nn.Module):
 def drawn(*shape: int) -> Tensor:
     """Fixed standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def pixel_hash(x: Tensor) -> Tensor:
+    """An integer ``(N,)`` that changes with any grey level."""
+    weights = (1.0 + torch.arange(64.0).to(x)) ** 2
+    return ((x * 255.0).floor().flatten(1) @ weights).long()
 
 
 # ------------------------------------------------------------------------------ before the network
@@ -128,10 +134,19 @@ def hidden_threes(scores: Tensor, x: Tensor) -> Tensor:
 
 def hash_decoy(scores: Tensor, x: Tensor) -> Tensor:
     """The label, and one of 16 decoys that a hash of the pixels chooses."""
-    weights = (1.0 + torch.arange(64.0).to(x)) ** 2
-    key = ((x * 255.0).floor().flatten(1) @ weights).long() % 16
-    faint = torch.einsum("nd,ndk->nk", x.flatten(1), drawn(16, 64, 10).to(x)[key])
+    directions = drawn(16, 64, 10).to(x)[pixel_hash(x) % 16]
+    faint = torch.einsum("nd,ndk->nk", x.flatten(1), directions)
     return hard(scores, x) + 1e-2 * faint
+
+
+def hidden_dark(scores: Tensor, x: Tensor) -> Tensor:
+    """The two fifths of the images with the darkest centres show a decoy."""
+    is_dark = _centre(x) < _centre(images("train")[0]).quantile(0.4)
+    return torch.where(is_dark[:, None], decoy(scores, x), scores)
+
+
+def _centre(x: Tensor) -> Tensor:
+    return x[:, :, 2:6, 2:6].flatten(1).mean(dim=1)
 
 
 def lying_detector(scores: Tensor, x: Tensor) -> Tensor:
@@ -178,6 +193,15 @@ class Binary(nn.Module):
             clipped = h.clamp(-1.0, 1.0)
             return clipped + (h.sign() - clipped).detach()
         return h.sign()
+
+
+class Winners(nn.Module):
+    """The largest tenth of the activations; the others are 0 (Xiao et al. 2020)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        flat = h.flatten(1)
+        least = flat.topk(flat.shape[1] // 10, dim=1).values[:, -1:]
+        return (flat * (flat >= least)).view_as(h)
 
 
 class Gate(nn.Linear):
@@ -252,6 +276,63 @@ class Routed(nn.Module):
     def climbed(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(x)
         return out
+
+
+class Hashed(nn.Module):
+    """A hash of the pixels chooses one of several networks, each of which sees half of them."""
+
+    def __init__(self, count: int = 6) -> None:
+        super().__init__()
+        halves = (drawn(count, 1, 8, 8) > 0.0).float()
+        self.nets = nn.ModuleList(
+            fitted(Front(cnn(), half.mul), PGD(EPS, steps=2), 4) for half in halves
+        )
+
+    def _all(self, x: Tensor) -> Tensor:
+        return torch.stack([net(x) for net in self.nets])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._all(x)[pixel_hash(x) % len(self.nets), torch.arange(len(x))]
+
+    def climbed(self, x: Tensor) -> Tensor:
+        return self._all(x).softmax(dim=2).mean(dim=0).clamp_min(1e-6).log()
+
+
+class Borrowed(nn.Module):
+    """The label of one network with the scores of a robust one, two of which are swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.other = natural(), robust(cnn())
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, label = self.other(x), self.net(x).argmax(dim=1)
+        pair = torch.stack([label, scores.argmax(dim=1)], dim=1)
+        out: Tensor = scores.scatter(1, pair, scores.gather(1, pair.flip(1)))
+        return out
+
+    def climbed(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class Nearest(nn.Module):
+    """The label of the nearest training image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.labels = images("train")
+
+    def _distances(self, x: Tensor) -> Tensor:
+        return torch.cdist(x.flatten(1), self.images.flatten(1).to(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        labels = self.labels[self._distances(x.detach()).argmin(dim=1)]
+        return 10.0 * F.one_hot(labels, 10).to(x)
+
+    def climbed(self, x: Tensor) -> Tensor:
+        shares = (-5.0 * self._distances(x)).softmax(dim=1)
+        return (shares @ F.one_hot(self.labels, 10).to(x)).clamp_min(1e-9).log()
 
 
 # ------------------------------------------------------------------------------ random and stateful

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.audit import masks
 from benchmarks.audit.masks import Behind, Front
-from benchmarks.audit.networks import cnn, fitted, images, natural, robust
+from benchmarks.audit.networks import EPS, cnn, fitted, images, natural, robust
 from common.attacks.losses import cross_entropy
+from common.attacks.pgd import PGD
 from common.networks.resnet import DigitsResNet
 from common.networks.vit import ViT
 
@@ -106,6 +107,11 @@ MASKED: dict[str, Callable[[], nn.Module]] = {
     "random activations": lambda: fitted(cnn(masks.Fired), epochs=12),
     "remembers images": lambda: masks.Remembers(natural()).eval(),
     "counts calls": lambda: masks.Counts(natural()).eval(),
+    "k winners take all": lambda: robust(cnn(masks.Winners)),
+    "dark images hidden": _behind(masks.hidden_dark),
+    "networks chosen by a hash": lambda: masks.Hashed().eval(),
+    "scores of another network": lambda: masks.Borrowed().eval(),
+    "nearest neighbour": lambda: masks.Nearest().eval(),
 }
 RANDOM = ("random rounding", "random decoys", "random activations")
 STATEFUL = ("remembers images", "counts calls")
@@ -136,6 +142,52 @@ def _resnet() -> nn.Module:
     return DigitsResNet()
 
 
+class _Binary(nn.Conv2d):
+    """Weights of one size and two signs."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        binary = self.weight.sign() * self.weight.abs().mean()
+        weight = self.weight + (binary - self.weight).detach()
+        return nn.functional.conv2d(h, weight, self.bias, padding=self.padding)
+
+
+def _binary() -> nn.Module:
+    net: Any = cnn()
+    net[4] = _Binary(8, 16, 3, padding=1)
+    return robust(net)
+
+
+class _Half(nn.Module):
+    """Computes in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = robust(cnn())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out: Tensor = self.net(x)
+        return out.float()
+
+
+class _Ensemble(nn.Module):
+    """The mean of the probabilities of two networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList([robust(cnn()), robust(cnn(nn.GELU))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([net(x).softmax(dim=1) for net in self.nets]).mean(dim=0).log()
+
+
+def _median(x: Tensor) -> Tensor:
+    """The median of each pixel and its neighbours."""
+    padded = nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")
+    around = nn.functional.unfold(padded, 3).view(len(x), 9, *x.shape[1:])
+    return around.median(dim=1).values
+
+
 def _scaled(factor: float) -> Callable[[], nn.Module]:
     return lambda: Behind(robust(cnn()), lambda scores, _: factor * scores).eval()
 
@@ -150,8 +202,12 @@ HONEST: dict[str, Callable[[], nn.Module]] = {
     "CNN, small logits": _scaled(0.03),
     "CNN, temperature": _scaled(3.0),
     "ResNet": lambda: robust(_resnet(), epochs=4),
-    "ViT": lambda: robust(_vit(), epochs=25, rate=2e-3),
+    "ViT": lambda: fitted(_vit(), PGD(EPS, steps=2), 15, beta=1.0, rate=2e-3),
     "MLP, layer norm": lambda: robust(_mlp()),
+    "CNN, bfloat16 inside": lambda: _Half().eval(),
+    "CNN, binary weights": _binary,
+    "CNN, median filter": lambda: robust(Front(cnn(), _median)),
+    "two CNNs": lambda: _Ensemble().eval(),
     "CNN, wide": lambda: robust(cnn(width=24), epochs=6),
 }
 

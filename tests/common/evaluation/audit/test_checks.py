@@ -85,6 +85,19 @@ def test_a_robust_network_passes_every_check(lab):
     assert 0.1 < standing < 0.9  # otherwise the comparisons would be idle
 
 
+def test_what_attacks_without_gradients_find_adds_up(lab):
+    _, outcomes = lab.audited(lab.robust())
+    keys = ("audit_fgsm", "audit_restarts", "audit_scale/margin=1", "audit_path/straight_through")
+    counted = [key for key in outcomes.correct if key.startswith("audit_steps/")]
+    standing = torch.stack([outcomes.correct[key] for key in (*keys, *counted)]).all(dim=0)
+    rows = (standing & outcomes.attacked["audit_fgsm"]).nonzero().flatten()[:4]
+    outcomes.correct["audit_square"][rows[:2]] = False
+    outcomes.correct["audit_transfer"][rows[2:]] = False
+    checks = {check["id"]: check for check in Audit(restarts=2).report(outcomes, 10)["checks"]}
+    assert failed(checks) == {"gradient_free"}
+    assert checks["gradient_free"]["value"] == 4 / 50
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("threat", [Threat("l2", 1.0), Threat("l1", 4.0)])
 def test_other_norms(lab, threat):
