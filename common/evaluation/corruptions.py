@@ -175,6 +175,13 @@ def key_of(name: str, severity: int) -> str:
     return f"{name}/severity={severity}"
 
 
+def check_images(suite: Mapping[str, Any], examples: Examples) -> None:
+    """Refuse a suite with corrupted images of other examples."""
+    for entry in suite.values():
+        if isinstance(entry.attack, Corruptions):
+            entry.attack.fit(examples)
+
+
 def mean_errors(suite: Mapping[str, Any], outcomes: Outcomes) -> dict[str, float]:
     """The mean corruption error of every entry of a suite that shows corrupted images."""
     found: dict[str, float] = {}
