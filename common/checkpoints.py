@@ -2,12 +2,12 @@
 
 import _codecs
 import argparse
-import importlib
 import re
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -53,16 +53,11 @@ def read_content(path: str | Path) -> Any:
     check_torch_file(path)
     try:
         if path.suffix == ".safetensors":
-            return importlib.import_module("safetensors.torch").load_file(path)
+            return safetensors.torch.load_file(path)
         if damage := damage_of(path):
             raise ValueError(damage)
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path} is in the safetensors format: pip install safetensors, or save it with "
-            "torch.save"
-        ) from error
     except Exception as error:  # a damaged file can fail at any depth of its reader
         if code := re.search(r"GLOBAL (\S+)|TorchScript", str(error)):
             raise CheckpointError(

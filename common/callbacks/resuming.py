@@ -38,11 +38,13 @@ class Run:
         settings: What the run is made with (:mod:`common.results.identity`).
         resumed_from: The checkpoint it continues.
         is_reproducing: Whether its results go into a table; checks are stricter then.
+        attack: The entry of the suite under which predictions are made too.
     """
 
     settings: Mapping[str, Any] | None = None
     resumed_from: str | None = None
     is_reproducing: bool = False
+    attack: str | None = None
 
 
 class RunTrainer(Trainer):

@@ -43,6 +43,7 @@ SECTIONS = {
 PLAIN: Arguments = {
     **dict.fromkeys(("config", "print_config", "help", "verbose", "return_predictions"), ""),
     **{"seed_everything": "int", "experiment": "str | None", "runs": "str", "ckpt_path": ""},
+    "attack": "str | None",
 }
 """Settings that are no section, with their types."""
 _META = ("class_path", "init_args", "dict_kwargs", "help")

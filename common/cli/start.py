@@ -28,7 +28,8 @@ SUBCOMMANDS = {
     "fit": "train; with --ckpt_path last resume an interrupted run",
     "validate": "measure clean and robust accuracy on the validation split",
     "test": "run the attack suite on the test split and file the results",
-    "predict": "write the class probabilities of the test split to predictions.csv",
+    "predict": "write the class probabilities of the test split to predictions.csv; with --attack "
+    "NAME, an entry of evaluation.suite, those under this attack too",
     "reproduce": "train, or resume a killed run; then test its two checkpoints",
 }
 FIRST = {

@@ -89,6 +89,22 @@ class Trainer(RunTrainer):
             if self.strategy.broadcast((folder / f"{name}.ckpt").exists()):
                 self.test(model, datamodule=datamodule, ckpt_path=str(folder / f"{name}.ckpt"))
 
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        attack: str | None = None,
+    ) -> Any:
+        """As Lightning's, and with ``attack`` under this entry of the suite too."""
+        self.run.attack = attack
+        return super().predict(
+            model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only
+        )
+
     def save_checkpoint(
         self,
         filepath: str | Path,

@@ -46,10 +46,8 @@ class ImageSource(ABC):
         """Images, uint8 ``(N, C, H, W)`` in [0, 255], and labels, int64 ``(N,)``."""
 
 
-def as_tensors(
-    images: NDArray[np.uint8], labels: NDArray[Any], spec: ImageSpec
-) -> tuple[Tensor, Tensor]:
-    """Checks what a file held against the specification; a ValueError says what does not fit."""
+def check_arrays(images: NDArray[Any], labels: NDArray[Any], spec: ImageSpec) -> None:
+    """Compare what a file held with the specification; a ValueError says what does not fit."""
     if images.dtype != np.uint8 or images.shape[1:] != spec.shape:
         raise ValueError(
             f"images are {images.dtype} {tuple(images.shape[1:])}, expected uint8 {spec.shape}"
@@ -58,10 +56,17 @@ def as_tensors(
         raise ValueError(f"labels are {labels.dtype} {labels.shape}, expected whole numbers (N,)")
     if len(images) != len(labels) or len(images) == 0:
         raise ValueError(f"{len(images)} images and {len(labels)} labels")
-    y = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
-    if int(y.min()) < 0 or int(y.max()) >= spec.num_classes:
+    if int(labels.min()) < 0 or int(labels.max()) >= spec.num_classes:
         raise ValueError(
-            f"labels run from {int(y.min())} to {int(y.max())}, expected 0 to "
+            f"labels run from {int(labels.min())} to {int(labels.max())}, expected 0 to "
             f"{spec.num_classes - 1}"
         )
+
+
+def as_tensors(
+    images: NDArray[np.uint8], labels: NDArray[Any], spec: ImageSpec
+) -> tuple[Tensor, Tensor]:
+    """Arrays that fit the specification, see :func:`check_arrays`, as tensors."""
+    check_arrays(images, labels, spec)
+    y = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
     return torch.from_numpy(np.require(images, requirements=["C", "W"])), y

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.attacks.randomness import ExampleRandom, Stream
-from common.data.base import ImageSpec, as_tensors
+from common.data.base import Arrays, ImageSpec, check_arrays
 from common.data.loading import EpochSampler
-from common.data.reading import check_folder, listed, one_line, read_pickle, whole_numbers
+from common.data.reading import check_folder, listed, map_npz, one_line, read_pickle, whole_numbers
 from common.errors import ConfigurationError, DataUnavailableError
 from common.files import strangeness_of
 
@@ -23,7 +23,8 @@ class ExtraImages:
 
     A pickle with ``data``, uint8 ``(N, 32, 32, 3)``, and ``extrapolated_targets``, ``(N,)``, such
     as the 500 K images that Carmon et al. 2019 found for CIFAR-10; or an npz file with ``image``
-    and ``label``, as generated images are published (Rebuffi et al. 2021, Wang et al. 2023).
+    and ``label``, as generated images are published (Rebuffi et al. 2021, Wang et al. 2023). An npz
+    file is memory-mapped, so it may be larger than the memory.
 
     Args:
         root: Folder that has the file.
@@ -36,8 +37,8 @@ class ExtraImages:
     def __init__(self, root: str = "data", name: str = "ti_500K_pseudo_labeled.pickle") -> None:
         self.path = Path(root).expanduser().absolute() / name
 
-    def load(self, spec: ImageSpec) -> tuple[Tensor, Tensor]:
-        """Images, uint8 ``(N, C, H, W)``, and pseudo-labels, int64 ``(N,)``, for a data set.
+    def load(self, spec: ImageSpec) -> Arrays:
+        """Images, uint8 ``(N, C, H, W)``, and pseudo-labels ``(N,)`` for a data set.
 
         Raises:
             DataUnavailableError: The file is missing, or does not fit ``spec``.
@@ -55,7 +56,9 @@ class ExtraImages:
             if strangeness:
                 raise ValueError(f"it is {strangeness}")
             images, labels = self._read()
-            return as_tensors(images.transpose(0, 3, 1, 2), whole_numbers(labels), spec)
+            found = images.transpose(0, 3, 1, 2), whole_numbers(labels)
+            check_arrays(*found, spec)
+            return found
         except Exception as error:  # a damaged file can fail at any depth of its reader
             raise DataUnavailableError(
                 f"{self.path} is there but not a set of pseudo-labelled images for {spec.name} "
@@ -67,7 +70,7 @@ class ExtraImages:
     def _read(self) -> tuple[Any, Any]:
         with self.path.open("rb") as file:
             is_npz = file.read(2) == b"PK"
-        content: Any = np.load(self.path, allow_pickle=False) if is_npz else read_pickle(self.path)
+        content: Any = map_npz(self.path) if is_npz else read_pickle(self.path)
         for images, labels in self.KEYS:
             if images in content and labels in content:
                 return content[images], content[labels]
@@ -77,9 +80,9 @@ class ExtraImages:
 class MixedDataset(Dataset[dict[str, Tensor]]):
     """``n`` labelled examples, followed by extra images ``x`` with pseudo-labels ``y``."""
 
-    def __init__(self, labelled: Dataset[dict[str, Tensor]], n: int, x: Tensor, y: Tensor) -> None:
+    def __init__(self, labelled: Dataset[dict[str, Tensor]], n: int, extra: Arrays) -> None:
         self.labelled, self.n = labelled, n
-        self._x, self._y = x, y
+        self._x, self._y = extra
 
     def __len__(self) -> int:
         return self.n + len(self._y)
@@ -87,10 +90,12 @@ class MixedDataset(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         index = torch.as_tensor(indices, dtype=torch.int64)
         is_extra = index >= self.n
-        rows = index[is_extra] - self.n
+        rows = (index[is_extra] - self.n).numpy()
         known = self.labelled.__getitems__(index[~is_extra].tolist())  # type: ignore[attr-defined]
-        x, y = self._x.new_empty((len(index), *self._x.shape[1:])), torch.empty_like(index)
-        x[is_extra], y[is_extra] = self._x[rows], self._y[rows]
+        x = torch.empty((len(index), *self._x.shape[1:]), dtype=torch.uint8)
+        y = torch.empty_like(index)
+        x[is_extra] = torch.from_numpy(self._x[rows])
+        y[is_extra] = torch.from_numpy(self._y[rows].astype(np.int64))
         x[~is_extra], y[~is_extra] = known["x"], known["y"]
         return {"x": x, "y": y, "index": index}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.attacks.randomness import ExampleRandom, Stream, run_seed
-from common.data.base import ImageSource, Split
+from common.data.base import Arrays, ImageSource, Split
 from common.data.extra import ExtraImages, MixedDataset, MixedSampler
 from common.data.loading import (
     Batch,
@@ -134,7 +134,7 @@ class ImageDataModule(LightningDataModule):
         self.val_set: ImageDataset | None = None
         self.test_set: ImageDataset | None = None
         self._loaded: dict[Split, tuple[Tensor, Tensor]] = {}
-        self._extra: tuple[Tensor, Tensor] | None = None
+        self._extra: Arrays | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -221,7 +221,7 @@ class ImageDataModule(LightningDataModule):
         if self._extra is None:
             sampler = ShuffledShare(n, range(rank, sum(sizes), devices), seed)
         else:
-            dataset, m = MixedDataset(labelled, n, *self._extra), len(self._extra[1])
+            dataset, m = MixedDataset(labelled, n, self._extra), len(self._extra[1])
             sampler = MixedSampler(n, m, self.batch_size, self.extra_fraction, seed, devices, rank)
         loader = TrainLoader(
             dataset,

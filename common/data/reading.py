@@ -7,11 +7,16 @@ import gzip
 import hashlib
 import os
 import pickle
+import secrets
+import shutil
+import struct
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from common.errors import DataUnavailableError
@@ -72,6 +77,63 @@ def read_pickle(path: Path) -> dict[str, Any]:
         raise ValueError(f"a {type(entry).__name__}, expected a dictionary")
     # Python 2 wrote the official keys as text; Python 3 tools often write bytes.
     return {k.decode() if isinstance(k, bytes) else k: v for k, v in entry.items()}
+
+
+def map_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz file, memory-mapped and read-only; none of them is read.
+
+    A compressed one is unpacked once, into ``.<file>.<array>.<CRC-32>.npy`` beside the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        return {info.filename[:-4]: _mapped(archive, info, path) for info in members}
+
+
+def _mapped(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> NDArray[Any]:
+    if member.compress_type != zipfile.ZIP_STORED:
+        return _map_npy(_unpacked(archive, member, path), 0, member.file_size)
+    with path.open("rb") as file:  # the lengths of a name and an extra field, before the content
+        file.seek(member.header_offset + 26)
+        lengths = struct.unpack("<HH", file.read(4))
+    return _map_npy(path, member.header_offset + 30 + sum(lengths), member.file_size)
+
+
+def _map_npy(path: Path, begin: int, size: int) -> NDArray[Any]:
+    """An array in numpy's format that begins at this byte and takes ``size`` of them."""
+    form = np.lib.format
+    with path.open("rb") as file:
+        file.seek(begin)
+        headers = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
+        shape, is_fortran, dtype = headers[form.read_magic(file)](file)
+        offset = file.tell()
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects, which only allow_pickle would read")
+    found = np.memmap(path, dtype, "r", offset, shape, "F" if is_fortran else "C")
+    if offset - begin + found.nbytes != size:
+        raise ValueError(f"an array of {found.nbytes:,} bytes in {size:,} of the archive")
+    return found
+
+
+def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Path:
+    """The file that a compressed array is unpacked into, by one process at a time."""
+    stem = f".{path.name}.{Path(member.filename).stem}.{member.CRC:08x}"
+    target = path.with_name(f"{stem}.npy")
+    temporary = path.with_name(f"{stem}-{secrets.token_hex(4)}.tmp")
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not target.is_file():
+                try:
+                    with archive.open(member) as packed, temporary.open("xb") as file:
+                        shutil.copyfileobj(packed, file, 2**20)
+                    temporary.replace(target)
+                finally:
+                    temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"it is compressed and cannot be unpacked beside it ({error.strerror}): make room "
+            "there, or write it with numpy.savez"
+        ) from error
+    return target
 
 
 def whole_numbers(values: Any) -> NDArray[Any]:

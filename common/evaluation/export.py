@@ -1,9 +1,9 @@
 """A trained network in the form of RobustBench: weights, a loader, the claim and a model card."""
 
-import io
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import yaml
 
@@ -14,7 +14,7 @@ from common.limits import read_yaml
 from common.results.schema import CheckpointResult, Result
 from common.results.store import read_result
 
-WEIGHTS = "weights.pt"
+WEIGHTS = "weights.safetensors"
 LOADER = f'''"""The network {{name}}: images in [0, 1], (N, C, H, W), to logits (N, K)."""
 from pathlib import Path
 
@@ -75,9 +75,10 @@ def export(run: str, folder: str, checkpoint: str = "last") -> None:
         )
     if "worst" not in result["checkpoints"][checkpoint]["metrics"]:
         raise RunDirectoryError(f"{source} has no robust accuracy to claim; test it with attacks")
-    weights = io.BytesIO()
-    torch.save(model.state_dict(), weights)
-    write_bytes_atomically(target / WEIGHTS, weights.getbuffer())
+    # Clones: the format refuses tensors that share memory or are not contiguous.
+    state = model.state_dict()
+    weights = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+    write_bytes_atomically(target / WEIGHTS, safetensors.torch.save(weights))
     for section in ("model", "data"):
         write_text_atomically(target / f"{section}.yaml", yaml.safe_dump(config[section]))
     write_text_atomically(target / "loader.py", LOADER.format(name=result["experiment"]))

@@ -22,6 +22,7 @@ from common.attacks.randomness import seeded
 from common.errors import ConfigurationError, UserError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.claims import compare, read_claim
+from common.evaluation.corruptions import mean_errors
 from common.evaluation.drawing import save_figure
 from common.evaluation.images import Examples
 from common.evaluation.inputs import collect
@@ -251,7 +252,8 @@ def run(
             remarks=known,
         )
     outcomes.depends_on_history &= not planned.is_random
-    evaluation = _reported(outcomes, planned, examples, audit, measures, filing)
+    found = means(outcomes, measures) | mean_errors(suite, outcomes)
+    evaluation = _reported(outcomes, planned, examples, audit, found, filing)
     _warn(team, [text for text in evaluation.result["remarks"] if text not in known])
     if filing is not None and team.rank == 0:
         if saver is not None:
@@ -296,7 +298,7 @@ def _reported(
     planned: Plan,
     examples: Examples,
     audit: Audit | None,
-    measures: Mapping[str, Measure],
+    measured: Mapping[str, float],
     filing: Filing | None,
 ) -> Evaluation:
     checked = planned.checked
@@ -304,7 +306,7 @@ def _reported(
     result = checkpoint_entry(
         outcomes,
         audit=with_findings(found, outcomes, checked.state, checked.has_gradient),
-        measures={**means(outcomes, measures), **checked.cost},
+        measures={**measured, **checked.cost},
         **(filing.at if filing is not None else {}),
     )
     if planned.left_out:

@@ -9,6 +9,7 @@ from torch import nn
 from common.attacks.decision import DecisionBased
 from common.attacks.engine.network import AttackEngine
 from common.evaluation.audit.checks import Audit
+from common.evaluation.corruptions import check_images
 from common.evaluation.images import Examples
 from common.evaluation.measures import Measure, measure_steps
 from common.evaluation.model_check import Checked, check_model
@@ -65,6 +66,7 @@ def plan(
     victim = as_victim(model, checked.classes)
     if suite:  # a checkpoint that no entry names is measured without an attack
         check_suite(suite, victim)
+    check_images(suite, examples)
     steps = steps_of(suite, victim, checked.classes, seed, engine)
     remarks, left_out = list[str](), list[str]()
     if not checked.has_gradient:

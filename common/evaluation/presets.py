@@ -18,6 +18,7 @@ from jsonargparse import Namespace
 from common.attacks.geometry import Norm
 from common.errors import ConfigurationError, check_choice
 from common.evaluation.audit.checks import Audit
+from common.evaluation.saved import SavedExamples
 from common.evaluation.suite import SuiteEntry
 from common.limits import read_yaml
 from common.packages import CONFIGS, file_named, ready_suites
@@ -181,7 +182,10 @@ def _norms_of(class_path: str) -> tuple[bool, Norm | None]:
 
 
 def threat_of(evaluation: Any, adversary: Any = None) -> Threat | None:
-    """The threat of the sections: stated, of the suite's first ball, or the adversary's."""
+    """The threat of the sections: stated, of the suite's first ball, or the adversary's.
+
+    Saved examples have that of their folder.
+    """
     given = evaluation.get("threat")
     if given:
         return Threat(given["norm"], given["eps"])
@@ -189,6 +193,9 @@ def threat_of(evaluation: Any, adversary: Any = None) -> Threat | None:
     for attack in [*(entry.get("attack") for entry in entries), (adversary or {}).get("attack")]:
         arguments = (attack or {}).get("init_args") or {}
         eps = arguments.get("eps")
+        if arguments.get("folder") and load_named(attack["class_path"]) is SavedExamples:
+            saved = SavedExamples(arguments["folder"])
+            return Threat(saved.norm, saved.eps)
         if eps is None or _WORD.fullmatch(str(eps)):
             continue
         norm = arguments.get("norm") or _norms_of(attack["class_path"])[1]

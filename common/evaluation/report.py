@@ -87,13 +87,41 @@ class Evaluation:
         table = Table(title=f"{self.result['examples']} examples{about}")
         for title in ("attack", "examples", "accuracy %", "95 % interval"):
             table.add_column(title, justify="left" if title == "attack" else "right")
-        named = ["clean_acc", *self.result["attacks"], "worst"]
+        steps = self.result["attacks"]
+        shown = [name for name, step in steps.items() if step["kind"] != "corruption"]
+        named = ["clean_acc", *shown, "worst"]
         for name in (name for name in named if name in self.metrics):
             low, high = self.result["intervals"][name]
             accuracy = f"{100 * self.metrics[name]:.2f}"
             size = str(self.result["sizes"].get(name, self.result["examples"]))
             interval = f"{100 * low:.2f} to {100 * high:.2f}"
             table.add_row(name + self._note(name), size, accuracy, interval)
+        return table
+
+    def corruption_tables(self) -> list[Table]:
+        """Accuracies under common corruptions, for a terminal: a table for each entry."""
+        points: dict[str, dict[str, dict[str, str]]] = {}
+        for key, step in self.result["attacks"].items():
+            if step["kind"] == "corruption":
+                entry, name, severity = key.split("/")
+                points.setdefault(entry, {}).setdefault(name, {})[severity] = key
+        return [self._corruption_table(entry, rows) for entry, rows in points.items()]
+
+    def _corruption_table(self, entry: str, rows: dict[str, dict[str, str]]) -> Table:
+        """One row for each corruption, one column for each severity, and the means."""
+        errors = {f"{entry}_mce": "mCE", f"{entry}_error": "mean corruption error"}
+        caption = [
+            f"{text} {self.metrics[k]:.4f}" for k, text in errors.items() if k in self.metrics
+        ]
+        table = Table(title=f"{entry}: accuracy %", caption=", ".join(caption))
+        severities = list(next(iter(rows.values())))
+        for title in ("corruption", *(s.partition("=")[2] for s in severities), "mean"):
+            table.add_column(title, justify="left" if title == "corruption" else "right")
+        for name, keys in rows.items():
+            metrics = [*(keys[severity] for severity in severities), f"{entry}/{name}"]
+            table.add_row(name, *(f"{100 * self.metrics[key]:.2f}" for key in metrics))
+        metrics = [*(f"{entry}/{severity}" for severity in severities), entry]
+        table.add_row("mean", *(f"{100 * self.metrics[key]:.2f}" for key in metrics))
         return table
 
     def claim_table(self) -> Table:
@@ -129,7 +157,8 @@ class Evaluation:
         """The tables, the verdict of the audit, and reasons for doubt."""
         console = Console(width=100)
         with console.capture() as captured:
-            console.print(self.table())
+            for table in (self.table(), *self.corruption_tables()):
+                console.print(table)
             if self.comparisons:
                 console.print(self.claim_table())
         lines = []

@@ -197,7 +197,7 @@ def in_order(examples: Examples) -> Examples:
 def _line(step: Step, threat: Threat | None, weakness: str) -> Line:
     return Line(
         entry=step.entry,
-        kind="noise" if step.kind == "noise" else "attack",
+        kind="attack" if step.kind == "probe" else step.kind,
         norm=step.threat.norm if step.threat else None,
         eps=step.threat.radius if step.threat else None,
         survivors_only=step.scope == "standing",

@@ -15,7 +15,7 @@ from common.objectives import Batch
 from common.results.lines import Columns, Threat
 
 Scope = Literal["all", "clean", "standing"]
-Kind = Literal["attack", "noise", "probe"]
+Kind = Literal["attack", "noise", "corruption", "probe"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Step:
         examples: Only this number of the split, see :func:`common.data.subset.subset`.
         batch_size: Where its random numbers depend on it; ``None`` for that of the evaluation.
         threat: The ball of the attack; ``None`` where there is none.
-        kind: ``attack``, ``noise`` (random, not adversarial) or ``probe`` (a measurement).
+        kind: ``attack``; ``noise`` or ``corruption``, which are not adversarial; or ``probe`` (a
+            measurement).
         at: The point of a sweep, such as ``{"eps": 0.1}``.
         reach: How far its steps can move an image, in the norm of ``threat``.
         needs_gradient: Whether it is useless on a model without a gradient.

@@ -33,6 +33,7 @@ from common.evaluation.confirm import (
     part_of,
     persisted,
 )
+from common.evaluation.corruptions import Corruptions
 from common.evaluation.passes import counting
 from common.evaluation.saved import SavedExamples
 from common.evaluation.steps import Step, is_wrong, judged
@@ -41,7 +42,17 @@ from common.limits import check_label
 from common.objectives import Batch, InnerLoss, OnLogits
 from common.results.lines import Columns, Threat
 
-Attack = PGD | AutoAttack | GAMAPGD | MinimumNorm | DecisionBased | Noise | Transfer | SavedExamples
+Attack = (
+    PGD
+    | AutoAttack
+    | GAMAPGD
+    | MinimumNorm
+    | DecisionBased
+    | Noise
+    | Transfer
+    | SavedExamples
+    | Corruptions
+)
 
 MARGIN = OnLogits(margin)
 """The loss by which gradients of an attack with a loss on logits are judged."""
@@ -59,7 +70,7 @@ class SuiteEntry:
             declares in ``adaptive_losses``, ``model`` for the inner loss it was trained with, and
             ``pm_f`` for the margin of probabilities.
             AutoAttack takes one: ``ce_f`` leaves it as it is, another steers APGD-CE and Square.
-            DeepFool, C&W, GAMA, transfer, noise and decision-based attacks take none.
+            DeepFool, C&W, GAMA, transfer, noise, corruptions and decision-based attacks take none.
         survivors_only: Attack only examples that withstood every earlier entry. Outcomes are then
             cumulative: cheaper, the same worst case, but no accuracy under this attack alone.
         all_images: Also attack images that are misclassified without an attack, and count them as
@@ -117,8 +128,13 @@ class SuiteEntry:
             )
         if self.losses != ["ce_f"] and not isinstance(attack, PGD | AutoAttack):
             yield f"it climbs no loss of the model, got losses {self.losses}; drop losses"
-        if self.survivors_only and (self.all_images or isinstance(attack, Noise)):
-            yield "survivors_only does not go with noise or all_images; drop survivors_only"
+        if self.survivors_only and (self.all_images or isinstance(attack, Noise | Corruptions)):
+            yield (
+                "survivors_only does not go with noise, corruptions or all_images; drop "
+                "survivors_only"
+            )
+        if self.sweep and isinstance(attack, Corruptions):
+            yield "it has a list of severities; drop sweep"
         if self.all_images and not isinstance(attack, PGD | GAMAPGD):
             yield "all_images is for projected ascents and GAMA; drop all_images"
         is_ascent = isinstance(attack, PGD) and not isinstance(attack, FriendlyPGD)
@@ -131,7 +147,8 @@ class SuiteEntry:
     @property
     def uses_engine(self) -> bool:
         """Whether an engine computes the attack's passes."""
-        return not isinstance(self.attack, Noise | Transfer | SavedExamples | DecisionBased)
+        others = Noise | Transfer | SavedExamples | DecisionBased | Corruptions
+        return not isinstance(self.attack, others)
 
     @property
     def cost(self) -> int:
@@ -187,7 +204,7 @@ def check_entries(suite: Mapping[str, SuiteEntry]) -> None:
 
 
 def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
-    """Refuse a suite without entries, or with a loss that the model does not declare."""
+    """Refuse a suite without entries, or with a loss or corrupted images that are not there."""
     if not suite:
         raise ConfigurationError(
             "evaluation.suite is empty, so there is nothing to test against; name at least one "
@@ -201,6 +218,8 @@ def check_suite(suite: Mapping[str, SuiteEntry], model: Any) -> None:
                 f"AutoAttack takes one loss, the suite entry {name!r} has {', '.join(losses)}; "
                 "make one entry for each"
             )
+        if isinstance(entry.attack, Corruptions):
+            entry.attack.check()
 
 
 def ball_of(suite: Mapping[str, SuiteEntry]) -> Threat | None:
@@ -260,6 +279,8 @@ class _Planned:
         attack = self.attack
         if isinstance(attack, Noise):
             yield from self._noise(attack)
+        elif isinstance(attack, Corruptions):
+            yield from self._corruptions(attack)
         elif isinstance(attack, AutoAttack):
             yield from self._autoattack(attack)
         elif isinstance(attack, DecisionBased):
@@ -282,6 +303,18 @@ class _Planned:
             at = {"level": level} | ({"draw": float(draw)} if noise.draws > 1 else {})
             run = partial(_noisy, noise, level, draw)
             yield self._step(run, at=at, kind="noise", scope="all", cumulative=False)
+
+    def _corruptions(self, attack: Corruptions) -> Iterator[Step]:
+        for name, severity in attack.points:
+            yield self._step(
+                partial(attack.run, name, severity),
+                name,
+                at={"severity": float(severity)},
+                settings={"images": attack.images.digest(name, severity)},
+                kind="corruption",
+                scope="all",
+                cumulative=False,
+            )
 
     def _autoattack(self, attack: AutoAttack) -> Iterator[Step]:
         ((name, inner),) = resolve_losses(self.entry.losses, self.model).items()

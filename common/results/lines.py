@@ -13,7 +13,7 @@ from common.errors import check_choice
 Columns = dict[str, Tensor]
 """What a step found, one entry per example along the first axis."""
 
-Counted = Literal["attack", "noise"]
+Counted = Literal["attack", "noise", "corruption"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Line:
 
     Args:
         entry: The suite entry.
-        kind: ``attack`` or ``noise``.
+        kind: ``attack``, ``noise`` or ``corruption``.
         norm: Of the ball; ``None`` where there is none.
         eps: Its radius.
         survivors_only: Whether it ran only on the examples that all earlier attacks left correct.

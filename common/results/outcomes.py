@@ -56,10 +56,19 @@ def group_of(name: str, attack: AttackResult) -> str:
     return "/".join([name.partition("/")[0], *point])
 
 
+def _groups_of(name: str, attack: AttackResult) -> list[str]:
+    """All groups of a step; a corruption is also in one of its severities, and in one of all."""
+    group = group_of(name, attack)
+    if attack["kind"] != "corruption":
+        return [group]
+    entry, _, rest = name.partition("/")
+    return [group, f"{entry}/{rest.partition('/')[0]}", entry]
+
+
 def metrics_of(name: str, attack: AttackResult) -> set[str]:
     """The metrics that a step has a part in, ``worst`` aside."""
-    group = group_of(name, attack)
-    return {name, group, f"{group}_union", f"{group}_clean"}
+    ends = ("", "_union", "_clean")
+    return {name, *(group + end for group in _groups_of(name, attack) for end in ends)}
 
 
 def is_audit(name: str) -> bool:
@@ -75,7 +84,8 @@ def counts_as_attack(attack: AttackResult) -> bool:
 def figures(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str, Figure]:
     """What is behind every accuracy, by name; README.md lists the names.
 
-    Steps of one entry and one point of a sweep are a group; the draws of a noise are one point. A
+    Steps of one entry and one point of a sweep are a group; the draws of a noise are one point.
+    Corruptions have means over those of a severity, the severities of one, and all of an entry. A
     group has figures if its steps are about the same examples, and a lowest accuracy if none or
     all of them are cumulative (``survivors_only``). The union is left out where it would say the
     same. ``worst`` is absent for the reasons of :func:`missing_worst`.
@@ -84,7 +94,8 @@ def figures(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str
     every = found["clean_acc"]
     groups: dict[str, list[str]] = {}
     for name, attack in attacks.items():
-        groups.setdefault(group_of(name, attack), []).append(name)
+        for group in _groups_of(name, attack):
+            groups.setdefault(group, []).append(name)
     counted = _worst_over(found, attacks)
     for group, names in groups.items():
         steps = [found[name] for name in names]
@@ -93,7 +104,7 @@ def figures(clean: CleanResult, attacks: Mapping[str, AttackResult]) -> dict[str
             continue
         cumulative = {attacks[name]["survivors_only"] for name in names}
         if len(cumulative) == 1:
-            found[group] = _combined(steps, kinds == {"noise"})
+            found[group] = _combined(steps, kinds != {"attack"})
         if cumulative == {False} and kinds == {"attack"}:
             found[f"{group}_union"] = _together(steps)
         if not steps[0].mask.all():
@@ -156,20 +167,20 @@ def _together(steps: Sequence[Figure]) -> Figure:
     return _share(reduce(and_, (cast(Bits, step.bits) for step in steps), mask), mask)
 
 
-def _combined(steps: Sequence[Figure], is_noise: bool) -> Figure:
-    """The figure of a group: the mean over draws of noise, the lowest over losses of an attack."""
+def _combined(steps: Sequence[Figure], is_mean: bool) -> Figure:
+    """The figure of a group: the mean for noise and corruptions, the lowest over losses else."""
     if len(steps) == 1:
         return steps[0]
     counts = [cast(int, step.correct) for step in steps]
-    if is_noise:
+    if is_mean:
         return Figure(fmean(counts) / steps[0].size, steps[0].mask, None, None)
     return min(steps, key=lambda step: step.value)._replace(bits=None)
 
 
 def missing_worst(attacks: Mapping[str, AttackResult]) -> str:
-    """Why these steps give no ``worst``, as a sentence; empty if nothing was attacked."""
+    """Why these steps give no ``worst``, as a sentence; empty if no attack was to give one."""
     counted = {name: attack for name, attack in attacks.items() if counts_as_attack(attack)}
-    if not attacks:
+    if all(attack["kind"] == "corruption" for attack in attacks.values()):
         return ""
     if not counted:
         what = ", ".join(sorted({name.partition("/")[0] for name in attacks}))

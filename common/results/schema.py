@@ -57,8 +57,8 @@ class PassesResult(TypedDict):
 class AttackResult(TypedDict):
     """Outcomes of one step of the suite."""
 
-    kind: Literal["attack", "noise"]
-    """Noise is random, not adversarial."""
+    kind: Literal["attack", "noise", "corruption"]
+    """Noise and common corruptions are not adversarial."""
     norm: str | None
     """Of the ball it kept to; null where there is none."""
     eps: float | None

@@ -65,11 +65,7 @@ def test_fit_test_predict_and_rerun_from_the_saved_config(tiny) -> None:
     entry = result["checkpoints"]["last"]
     assert (entry["epoch"], entry["global_step"]) == (0, 2)
     attacks = entry["attacks"]
-    names = [
-        *(f"fgsm/{loss}" for loss in ("pm_f", "ce_f", "cw_f", "model")),
-        "pgd2/ce_f",
-        "transfer",
-    ]
+    names = ["fgsm/pm_f", "fgsm/ce_f", "fgsm/cw_f", "fgsm/model", "pgd2/ce_f", "transfer"]
     assert list(attacks) == names
     assert entry["metrics"]["worst"] == min(entry["metrics"].values())
     # What was trained again attacks the first: the same weights, so as good as a white box.
@@ -81,6 +77,11 @@ def test_fit_test_predict_and_rerun_from_the_saved_config(tiny) -> None:
     assert [int(row["index"]) for row in rows] == list(range(20))
     accuracy = sum(row["label"] == row["predicted"] for row in rows) / 20
     assert accuracy == pytest.approx(entry["metrics"]["clean_acc"])
+    main(
+        ["predict", *config, *suite, "--ckpt_path", str(last), "--attack", "pgd2"],
+        package="paper_tiny",
+    )
+    assert "p9_adv" in (run / "predictions.csv").read_text().splitlines()[0]
 
 
 def test_a_second_fit_leaves_the_first_alone_and_a_file_is_resumed_in_its_run(tiny) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import pickle
 from collections import Counter
@@ -14,6 +15,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from common import files
+from common.data import reading
 from common.data.extra import ExtraImages, MixedSampler
 from common.data.images import ImageDataModule
 from common.data.sources import CIFAR10
@@ -71,7 +73,7 @@ def test_images_and_labels_come_out_of_the_file(tmp_path, labels) -> None:
     root = write_extra(tmp_path, n=7, extrapolated_targets=labels)
     x, y = ExtraImages(str(root)).load(CIFAR10.spec)
     content = pickle.loads((root / NAME).read_bytes())
-    assert x.dtype == torch.uint8
+    assert x.dtype == np.uint8
     assert x.shape == (7, 3, 32, 32)
     assert y.tolist() == list(range(7))
     assert np.array_equal(x[3, 1], content["data"][3, :, :, 1])
@@ -113,12 +115,58 @@ def test_a_file_that_does_not_fit_says_why(
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_generated_images_as_they_are_published(tmp_path, save) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
-    save(tmp_path / "1m.npz", image=images, label=np.arange(30) % 10)
-    x, y = ExtraImages(str(tmp_path), "1m.npz").load(CIFAR10.spec)
-    assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), images)
+def test_generated_images_are_mapped_and_not_read(tmp_path, save, Memory, stub_trainer) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    labels = (np.arange(30) % 10).astype(np.uint8)
+    save(tmp_path / "1m.npz", first=np.zeros(3), image=images, label=labels)
+    extra, source = ExtraImages(str(tmp_path), "1m.npz"), Memory(100, 23, classes=10)
+    x, y = extra.load(source.spec)
+    assert np.array_equal(x.transpose(0, 2, 3, 1), images)
     assert y.tolist() == [i % 10 for i in range(30)]
+    data = ImageDataModule(source, extra=extra, **OPTIONS)
+    data.trainer = stub_trainer(1, 0, training=True)
+    data.setup("fit")
+    for part in (x, y, *data._extra):
+        assert is_mapped(part)
+    dataset = data.train_dataloader().dataset
+    assert is_mapped(dataset._x)
+    assert is_mapped(dataset._y)
+    batch = dataset.__getitems__([129, 0, 103])
+    assert np.array_equal(batch["x"][[0, 2]], images[[29, 3]].transpose(0, 3, 1, 2))
+    assert batch["y"][[0, 2]].tolist() == [9, 3]
+
+
+def test_compressed_images_are_unpacked_once_and_never_half(
+    tmp_path, monkeypatch, error_of
+) -> None:
+    path, spec = tmp_path / "1m.npz", CIFAR10.spec
+    images = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    np.savez_compressed(path, image=images, label=np.arange(30) % 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(reading.shutil, "copyfileobj", full_disk)
+        assert "numpy.savez" in error_of(lambda: ExtraImages(str(tmp_path), path.name).load(spec))
+    assert not list(tmp_path.glob(".*.npy"))
+    ExtraImages(str(tmp_path), path.name).load(spec)
+    unpacked = set(tmp_path.glob(".*.npy"))
+    assert len(unpacked) == 2
+    monkeypatch.setattr(reading.shutil, "copyfileobj", full_disk)
+    assert np.array_equal(
+        ExtraImages(str(tmp_path), path.name).load(spec)[0][3, 1], images[3, :, :, 1]
+    )
+    monkeypatch.undo()
+    np.savez_compressed(path, image=255 - images, label=np.arange(30) % 10)
+    found, _ = ExtraImages(str(tmp_path), path.name).load(spec)
+    assert np.array_equal(found[3, 1], 255 - images[3, :, :, 1])
+
+
+def is_mapped(array: Any) -> bool:
+    """Whether its content is that of a file, and no copy of it."""
+    return array is not None and (isinstance(array, np.memmap) or is_mapped(array.base))
+
+
+def full_disk(source: Any, target: Any, *_: Any) -> None:
+    target.write(source.read(10))
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
@@ -216,8 +264,8 @@ def test_batches_hold_both_kinds_under_indices_that_never_meet(extra, mixed) -> 
         known, found = batch["index"][~is_extra], batch["index"][is_extra] - 100
         assert torch.equal(batch["x"][~is_extra], labelled[0][known])
         assert torch.equal(batch["y"][~is_extra], labelled[1][known])
-        assert torch.equal(batch["x"][is_extra], pseudo[0][found])
-        assert torch.equal(batch["y"][is_extra], pseudo[1][found])
+        assert np.array_equal(batch["x"][is_extra], pseudo[0][found])
+        assert np.array_equal(batch["y"][is_extra], pseudo[1][found])
         moved = data.on_after_batch_transfer(dict(batch), 0)
         assert torch.equal(
             moved["x"], data.augment(batch["x"], batch["index"], epoch=0).float() / 255

@@ -116,7 +116,7 @@ def _peak_memory() -> int:
     ],
 )
 def test_memory_is_bounded(monkeypatch, tmp_path, n: int, form: str) -> None:
-    monkeypatch.setattr(images, "IN_MEMORY", 2**25)
+    monkeypatch.setattr(images, "IN_MEMORY", 2**22)
     suite = {"fgsm": SuiteEntry(PGD(0.03, step_size=0.03, steps=1, start="zero"))}
     model = network()
 
@@ -130,5 +130,6 @@ def test_memory_is_bounded(monkeypatch, tmp_path, n: int, form: str) -> None:
         return _peak_memory()
 
     peak(4)  # imports what is imported late
-    small = peak(64)
-    assert peak(n) - small < 80e6 < n * 3 * 224 * 224 * 4
+    small = peak(32)
+    # At most half of what the further images would take; other memory varies by less.
+    assert peak(n) - small < min(80e6, (n - 32) * 3 * 224 * 224 * 4 / 2)

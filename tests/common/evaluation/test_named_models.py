@@ -1,6 +1,8 @@
 """Models by name, claims about them, and networks of ours for others."""
 
 import json
+import os
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -206,3 +208,21 @@ def test_a_run_by_name_and_exported(tiny, capsys, monkeypatch, tmp_path) -> None
     assert main(["export", str(tiny.run), "given"]) == 2
     assert "given" in capsys.readouterr().err
     del sys.modules["loader"]
+
+
+@pytest.mark.slow
+def test_an_export_in_another_process(tiny, tmp_path) -> None:
+    tiny.done("reproduce")
+    assert main(["export", str(tiny.run), "given"]) == 0
+    assert Path("given/weights.safetensors").is_file()
+    torch.manual_seed(0)
+    torch.save(torch.rand(4, 1, 8, 8), "images.pt")
+    code = (
+        "import torch\nfrom loader import load_model\n"
+        "torch.save(load_model()(torch.load('images.pt')), 'logits.pt')"
+    )
+    paths = [str(tmp_path / "given"), str(Path(__file__).parents[3])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    expected = load_run(tiny.run)[0](torch.load("images.pt"))
+    assert torch.equal(torch.load("logits.pt"), expected)

@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from common.attacks.noise import GaussianNoise
 from common.attacks.pgd import FGSM, PGD
 from common.errors import ConfigurationError, RunDirectoryError
 from common.evaluation import SavedExamples, SuiteEntry, evaluate, load_examples
+from common.evaluation.presets import load_suite
 from common.evaluation.runner import _Run
 from common.evaluation.steps import in_ball
+from common.results.lines import Threat
 
 SUITE = {
     "noise": SuiteEntry(GaussianNoise([0.1])),
@@ -94,6 +97,11 @@ def test_saved_images_of_another_model(tmp_path, models, digits) -> None:
         ]
     assert torch.equal(found.robust, right[0] & right[1])
     assert 0 < found.robust_acc < found.clean_acc
+    entry = {"class_path": "common.evaluation.saved.SavedExamples"}
+    entry["init_args"] = {"folder": str(folder)}
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump({"evaluation": {"suite": {"saved": {"attack": entry}}}}))
+    assert load_suite(path).threat == saved.threat == Threat("linf", 0.06)
     x, y = digits
     with pytest.raises(ConfigurationError):
         evaluate(models[1], (0.8 * x + 0.1, y), suite, examples=30, **settings)
