@@ -266,8 +266,8 @@ class _Planned:
         elif isinstance(attack, SavedExamples):
             yield self._step(attack.run)
         elif isinstance(attack, GAMAPGD | MinimumNorm):
-            given = {"needs_gradient": True, "budget": self._budget(attack.budget)}
-            yield self._step(self._crafted(partial(_on_logits, attack)), **given)
+            run = self._crafted(partial(_on_logits, attack))
+            yield self._step(run, needs_gradient=True, budget=self._budget(attack.budget))
         else:
             for name, inner in resolve_losses(self.entry.losses, self.model).items():
                 craft = partial(_ascent, attack, inner, self.entry.eot)
@@ -276,8 +276,8 @@ class _Planned:
                     craft = partial(_compacted, attack, inner)
                     checks = len(check_points(attack.steps)) * attack.restarts
                     passes = passes.plus(Budget(forward=checks))
-                given = {"needs_gradient": True, "budget": self._budget(passes)}
-                yield self._step(self._crafted(craft, inner), name, **given)
+                run, budget = self._crafted(craft, inner), self._budget(passes)
+                yield self._step(run, name, needs_gradient=True, budget=budget)
 
     def _noise(self, noise: Noise) -> Iterator[Step]:
         for level, draw in itertools.product(noise.levels, range(noise.draws)):

@@ -39,9 +39,9 @@ ATTACKS = {
     "fab-t": lambda eps: SuiteEntry(official("fab-t", eps)),
     "square": lambda eps: SuiteEntry(official("square", eps)),
     "l1": lambda eps: SuiteEntry(
-        AutoAttack(eps, "l1", "custom", ["apgd-ce", "apgd-malt"], steps=20)
+        AutoAttack(eps, "l1", "custom", ["apgd-ce", "apgd-malt"], steps=4)
     ),
-    "plus": lambda eps: SuiteEntry(AutoAttack(eps, version="plus", steps=5, square_queries=40)),
+    "plus": lambda eps: SuiteEntry(AutoAttack(eps, version="plus", steps=3, square_queries=40)),
     "rays": lambda eps: SuiteEntry(DecisionBased(eps, queries=100)),
     "noise": lambda eps: SuiteEntry(GaussianNoise([0.1])),
 }
