@@ -47,6 +47,8 @@ class BatchReader:
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
         self._sampler = sampler if type(sampler) in KNOWN else None
         self._found = type(sampler).__name__
+        self.batch_size: int = getattr(loader, "batch_size", None) or 250
+        """Examples of a batch."""
         self._world_size = world_size
         self._taken = 0
 

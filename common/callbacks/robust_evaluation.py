@@ -216,8 +216,15 @@ class RobustEvaluation(Callback):
         if trainer.state.fn != TrainerFn.FITTING and given is not None and SETTINGS in checkpoint:
             self.config_digest = evaluated_digest(checkpoint[SETTINGS], given)
 
-    def on_test_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Begin to collect the examples."""
+    def on_test_epoch_start(self, trainer: Trainer, module: Any) -> None:
+        """Begin to collect the examples; all processes get the buffers of the first one.
+
+        Running statistics differ after training with DDP, which does the same in a forward pass.
+        """
+        if trainer.world_size > 1:
+            mine = {name: buffer.cpu() for name, buffer in module.named_buffers()}
+            for name, value in trainer.strategy.broadcast(mine).items():
+                module.get_buffer(name).copy_(value)
         self._examples = []
         self._reader = BatchReader(trainer.test_dataloaders, trainer.world_size)
 
@@ -230,6 +237,8 @@ class RobustEvaluation(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """Join the ranks, run the suite, log the metrics and file the results."""
+        if self._reader is None:
+            raise RuntimeError("a test epoch has to start before it ends")
         parts = [part for theirs in Team.of_processes().gather(self._examples) for part in theirs]
         self._examples = []
         data = getattr(trainer, "datamodule", None)
@@ -263,7 +272,7 @@ class RobustEvaluation(Callback):
                 measures=self.measures,
                 engine=self.engine,
                 seed=run_seed(),
-                batch_size=getattr(data, "eval_batch_size", 250),
+                batch_size=self._reader.batch_size,
                 num_classes=getattr(data, "num_classes", None),
                 class_names=getattr(data, "class_names", None),
                 filing=filing,
