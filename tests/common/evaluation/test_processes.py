@@ -106,7 +106,7 @@ def _evaluated(folder: Path) -> list[int]:
 def test_evaluate_shares_the_work_of_a_process_group(tmp_path, no_pictures) -> None:
     first, second = both(tmp_path / "two", _evaluated)
     alone = _evaluated(tmp_path / "one")
-    assert (first[0], first[-1]) == (alone[0], 0)  # between them each process knows its own chunks
+    assert alone[0] > first[0] > first[-1] == 0  # after two chunks there, one here
     assert second == []
     one, two = (
         json.loads((tmp_path / name / "out/results.json").read_text()) for name in ("one", "two")
