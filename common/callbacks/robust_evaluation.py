@@ -248,20 +248,6 @@ class RobustEvaluation(Callback):
             for name, entry in self.suite.items()
             if entry.checkpoints is None or label in entry.checkpoints
         }
-        filing = Filing(
-            self.results_path(trainer),
-            self.experiment,
-            paper=self.paper,
-            label=label,
-            at=self._at if trainer.ckpt_path else _current(trainer),
-            config_digest=self.config_digest,
-            provenance={
-                "precision": str(trainer.precision),
-                "protocol": self.protocol,
-                "weights": self._weights,
-            },
-            pictures=self.pictures,
-        )
         with torch.inference_mode(False), frozen(module, "eval"):
             found = run(
                 module,
@@ -275,7 +261,7 @@ class RobustEvaluation(Callback):
                 batch_size=self._reader.batch_size,
                 num_classes=getattr(data, "num_classes", None),
                 class_names=getattr(data, "class_names", None),
-                filing=filing,
+                filing=self._filing(trainer),
                 progress=trainer.progress_bar_callback is not None,
                 remarks=getattr(getattr(data, "test_set", None), "remarks", ()),
             )
@@ -287,6 +273,23 @@ class RobustEvaluation(Callback):
                 for name, figure in found.pictures.items():
                     step = found.result.get("global_step", 0)
                     logger.experiment.add_figure(f"test_{label}/{name}", figure, step)
+
+    def _filing(self, trainer: Trainer) -> Filing:
+        """Where the results of the weights in use go."""
+        return Filing(
+            self.results_path(trainer),
+            self.experiment,
+            paper=self.paper,
+            label=label_of(trainer),
+            at=self._at if trainer.ckpt_path else _current(trainer),
+            config_digest=self.config_digest,
+            provenance={
+                "precision": str(trainer.precision),
+                "protocol": self.protocol,
+                "weights": self._weights,
+            },
+            pictures=self.pictures,
+        )
 
 
 def label_of(trainer: Trainer) -> str:
