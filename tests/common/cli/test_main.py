@@ -65,7 +65,7 @@ def test_fit_test_predict_and_rerun_from_the_saved_config(tiny) -> None:
     entry = result["checkpoints"]["last"]
     assert (entry["epoch"], entry["global_step"]) == (0, 2)
     attacks = entry["attacks"]
-    names = ["fgsm/ce_f", "fgsm/cw_f", "fgsm/model", "pgd2/ce_f", "transfer"]
+    names = ["fgsm/pm_f", "fgsm/ce_f", "fgsm/cw_f", "fgsm/model", "pgd2/ce_f", "transfer"]
     assert list(attacks) == names
     assert entry["metrics"]["worst"] == min(entry["metrics"].values())
     # What was trained again attacks the first: the same weights, so as good as a white box.
