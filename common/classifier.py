@@ -57,7 +57,6 @@ class RobustClassifier(LightningModule):
         self.groups = groups or []
         self.accuracy: MulticlassAccuracy | None = None
         self.watched: dict[str, Tensor] = {}  # by name, until the next training loss
-        self.loaded_at: dict[str, int] = {}  # epoch and global step of the checkpoint loaded last
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
@@ -157,4 +156,3 @@ class RobustClassifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another network before any of them is loaded."""
         check_weights_fit(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
-        self.loaded_at = {key: checkpoint[key] for key in ("epoch", "global_step")}

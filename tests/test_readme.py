@@ -12,6 +12,7 @@ from torch import nn
 
 from common.results import front, tables
 from common.results.markdown import is_current
+from common.results.store import read_result
 
 ROOT = Path(__file__).parents[1]
 PAPERS = sorted(ROOT.glob("paper_*/README.md"))
@@ -36,6 +37,25 @@ def test_a_model_is_evaluated_as_a_readme_says(readme, tmp_path, monkeypatch, ca
     assert "worst" in printed
     assert "95 % interval" in printed
     assert (tmp_path / "evaluation" / "results.json").is_file()
+
+
+def test_the_callback_and_the_metric_run_in_a_stock_trainer_as_the_readme_says(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    block = python_blocks(ROOT / "common/evaluation/README.md")[1]
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    x, y = torch.rand(12, 1, 8, 8), torch.arange(12) % 4
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=5)
+    names = {"net": net, "loader": loader}
+    exec(block, names)
+    assert "worst" in capsys.readouterr().out
+    logged = names["trainer"].callback_metrics
+    (filed,) = read_result(tmp_path / "results.json")["checkpoints"].values()
+    assert filed["examples"] == 12
+    assert (filed["epoch"], filed["global_step"]) == (0, 3)
+    assert logged["test/worst"].item() == pytest.approx(filed["metrics"]["worst"])
 
 
 def test_a_method_runs_in_another_model_as_the_front_page_says() -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from common.attacks.geometry import Norm, check_count, finite, parse_radius
 from common.attacks.losses import Predict
-from common.attacks.malt import malt_targets
-from common.attacks.settings import Settings
+from common.attacks.malt import CANDIDATES, malt_targets
+from common.attacks.settings import Budget, Settings
 from common.attacks.square import AnyShapeSquare, SteeredPredict, finite_scores
 from common.errors import ConfigurationError, check_choice
 
@@ -89,7 +89,7 @@ class AutoAttack(Settings):
         """The attacks of this version that can run with this many classes, in their order."""
         wanted = self.attacks
         if wanted is None:
-            wanted = pyautoattack.AutoAttack(nn.Identity(), version=self.version).attacks_to_run
+            wanted = self._official(nn.Identity()).attacks_to_run
         return [name for name in wanted if num_classes >= _LEAST_CLASSES.get(name, 2)]
 
     def step(
@@ -140,46 +140,45 @@ class AutoAttack(Settings):
             warnings.warn(f"AutoAttack: {message}", stacklevel=2)
         return x_adv, y_adv == y
 
-    @property
-    def cost(self) -> int:
-        """Forward and backward passes per example, roughly, if every attack has to run."""
-        passes = {
-            "apgd-ce": 200,
-            "apgd-dlr": 200,
-            "apgd-t": 1800,
-            "apgd-malt": 1810,
-            "fab": 2000,
-            "fab-t": 3600,
-        }
-        queries = self.square_queries or 5000
-        return sum(passes.get(name, queries) for name in self.planned(10))
+    def budget(self, name: str, num_classes: int) -> Budget:
+        """Passes per image of one of :meth:`planned`, at most; counted in the package's loops."""
+        official = self._configured(self._official(nn.Identity()), num_classes)
+        apgd, aimed, fab, square = (
+            getattr(official, part) for part in ("apgd", "apgd_targeted", "fab", "square")
+        )
+        # Before the attack its checks of the model and the clean images; after it the result.
+        around = Budget(4 if self.version == "rand" else 9)
+        starts = 3 if apgd.use_largereps else 1  # one per radius
+        climb = Budget(apgd.n_iter + starts, apgd.n_iter + starts).times(apgd.eot_iter)
+        if name in ("apgd-ce", "apgd-dlr"):
+            own = climb.times(apgd.n_restarts)
+        elif name == "apgd-t":
+            own = climb.plus(Budget(1)).times(aimed.n_target_classes * aimed.n_restarts)
+        elif name == "apgd-malt":
+            ranked = Budget(1, min(CANDIDATES, num_classes - 1))
+            own = climb.times(aimed.n_target_classes).plus(ranked)
+        elif name == "fab":
+            own = Budget(2 * fab.n_iter + 2, num_classes * fab.n_iter).times(fab.n_restarts)
+        elif name == "fab-t":
+            own = Budget(2 * fab.n_iter + 3, fab.n_iter).times(fab.n_target_classes)
+        else:
+            own = Budget(square.n_queries + 2)  # the start, and the result
+        return own.plus(around).plus(Budget(1))  # each begins with the clean images
 
-    def _prepared(
-        self,
-        predict: Predict,
-        x: Tensor,
-        seed: int,
-        steered: SteeredPredict | None,
-        skips_repeats: bool,
-    ) -> Any:
-        """The package's object with our settings."""
-        official = pyautoattack.AutoAttack(
-            _reaching_images_only(predict),
+    def _official(self, predict: Predict, seed: int = 0, device: Any = "cpu") -> Any:
+        """The package's object of this version."""
+        return pyautoattack.AutoAttack(
+            predict,
             norm=_OFFICIAL_NORM[self.norm],
             eps=self.eps,
             # The package's custom version runs 5 restarts of every attack.
             version="standard" if self.version == "custom" else self.version,
             seed=seed,
-            device=x.device,
+            device=device,
         )
-        with torch.no_grad():
-            classes = predict(x[:1]).shape[1]
-        if not self.planned(classes):
-            wanted = ", ".join(self.attacks or official.attacks_to_run)
-            raise ConfigurationError(
-                f"{wanted} cannot run with {classes} classes (apgd-dlr needs 3, apgd-t "
-                "4); choose apgd-ce, fab-t or square"
-            )
+
+    def _configured(self, official: Any, classes: int) -> Any:
+        """The package's object with our settings."""
         for targeted in (official.apgd_targeted, official.fab):
             targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
         if self.square_queries is not None:
@@ -194,6 +193,27 @@ class AutoAttack(Settings):
                 apgd.n_iter_min = max(int(0.06 * self.steps), 1)
                 apgd.size_decr = max(int(0.03 * self.steps), 1)
             official.fab.n_iter = self.steps
+        return official
+
+    def _prepared(
+        self,
+        predict: Predict,
+        x: Tensor,
+        seed: int,
+        steered: SteeredPredict | None,
+        skips_repeats: bool,
+    ) -> Any:
+        """The package's object for this model, with our settings and losses."""
+        official = self._official(_reaching_images_only(predict), seed, x.device)
+        with torch.no_grad():
+            classes = predict(x[:1]).shape[1]
+        if not self.planned(classes):
+            wanted = ", ".join(self.attacks or official.attacks_to_run)
+            raise ConfigurationError(
+                f"{wanted} cannot run with {classes} classes (apgd-dlr needs 3, apgd-t "
+                "4); choose apgd-ce, fab-t or square"
+            )
+        self._configured(official, classes)
         if steered is not None:
             official.apgd = _SteeredAPGD(official.apgd, steered)
         official.square = AnyShapeSquare(official.square, steered, skips_repeats)

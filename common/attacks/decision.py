@@ -18,7 +18,7 @@ from common.attacks.geometry import (
     sparse_direction,
 )
 from common.attacks.randomness import ExampleRandom
-from common.attacks.settings import Settings
+from common.attacks.settings import Budget, Settings
 
 Labels = Callable[[Tensor], Tensor]
 """Images ``(N, ...)`` -> predicted classes ``(N,)``."""
@@ -59,9 +59,9 @@ class DecisionBased(Settings):
         self._first = queries if norm == "linf" else max(queries // 4, 1)
 
     @property
-    def cost(self) -> int:
-        """Forward passes per example, at most."""
-        return self.queries
+    def budget(self) -> Budget:
+        """Passes per image, at most."""
+        return Budget(forward=self.queries)
 
     @torch.no_grad()
     def __call__(self, labels: Labels, x: Tensor, y: Tensor, random: ExampleRandom) -> Tensor:

@@ -14,7 +14,7 @@ from common.attacks.geometry import (
 )
 from common.attacks.losses import Predict, full_precision, margin
 from common.attacks.pgd import input_gradient
-from common.attacks.settings import Settings
+from common.attacks.settings import Budget, Settings
 
 
 class GAMAPGD(Settings):
@@ -73,9 +73,9 @@ class GAMAPGD(Settings):
     """Examples of the last call whose gradient was zero at every step, bool ``(N,)``."""
 
     @property
-    def cost(self) -> int:
-        """Forward and backward passes per example."""
-        return self.steps
+    def budget(self) -> Budget:
+        """Passes per image."""
+        return Budget(self.steps + 1, self.steps)
 
     @property
     def reach(self) -> float:

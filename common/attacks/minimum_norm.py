@@ -22,7 +22,7 @@ from common.attacks.geometry import (
     projection,
 )
 from common.attacks.losses import Predict, classify, full_precision, margin
-from common.attacks.settings import Settings
+from common.attacks.settings import Budget, Settings
 from common.errors import ConfigurationError, check_choice
 
 
@@ -47,8 +47,8 @@ class MinimumNorm(Settings, ABC):
 
     @property
     @abstractmethod
-    def cost(self) -> int:
-        """Forward and backward passes per example, at most."""
+    def budget(self) -> Budget:
+        """Passes per image, at most."""
 
     def __call__(self, predict: Predict, x: Tensor, y: Tensor) -> Tensor:
         """The nearest adversarial image found, by the rules of :class:`~common.attacks.pgd.PGD`.
@@ -111,9 +111,9 @@ class DeepFool(MinimumNorm):
             )
 
     @property
-    def cost(self) -> int:
-        """Backward passes per example, at most."""
-        return self.steps * (self.candidates - 1)
+    def budget(self) -> Budget:
+        """Passes per image, at most."""
+        return Budget(self.steps + 2, self.steps * (self.candidates - 1))
 
     def _search(
         self, predict: Predict, x: Tensor, y: Tensor, logits: Tensor
@@ -201,9 +201,9 @@ class CarliniWagner(MinimumNorm):
         self.abort_early = abort_early
 
     @property
-    def cost(self) -> int:
-        """Forward and backward passes per example, at most."""
-        return self.binary_search_steps * self.steps
+    def budget(self) -> Budget:
+        """Passes per image, at most."""
+        return Budget(1).plus(Budget(self.steps, self.steps).times(self.binary_search_steps))
 
     def _search(
         self, predict: Predict, x: Tensor, y: Tensor, logits: Tensor

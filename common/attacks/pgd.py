@@ -28,7 +28,7 @@ from common.attacks.geometry import (
     uniform_in_ball,
 )
 from common.attacks.randomness import ExampleRandom
-from common.attacks.settings import Settings
+from common.attacks.settings import Budget, Settings
 from common.errors import ConfigurationError, check_choice
 
 Start = Literal["zero", "uniform", "gaussian"]
@@ -135,9 +135,10 @@ class PGD(Settings):
         return self._ascent(lambda _: (loss_fn, is_adversarial), x, generator)
 
     @property
-    def cost(self) -> int:
-        """Forward and backward passes per example, at least 1."""
-        return max(self.steps * self.restarts, 1)
+    def budget(self) -> Budget:
+        """Passes per image; restarts are compared by loss and verdict."""
+        compared = 2 if self.restarts > 1 else 0
+        return Budget(self.steps + compared, self.steps).times(self.restarts)
 
     @property
     def reach(self) -> float:
@@ -324,6 +325,11 @@ class FriendlyPGD(PGD):
     def set_epoch(self, epoch: int) -> None:
         """Take the tau of the schedule's last entry that is not after ``epoch``."""
         self._tau = self.tau[max(first for first in self.tau if first <= epoch)]
+
+    @property
+    def budget(self) -> Budget:
+        """Passes per image, which is classified before every step."""
+        return super().budget.plus(Budget(forward=self.steps))
 
     def _patience(self, x: Tensor, is_adversarial: Verdict | None) -> Tensor:
         if is_adversarial is None:

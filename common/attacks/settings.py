@@ -1,8 +1,23 @@
-"""Attacks that know their settings, to be changed one at a time and written to files."""
+"""Attacks that know their settings and passes; settings are changed one at a time and written."""
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+
+
+class Budget(NamedTuple):
+    """The most forward and backward passes that an attack makes per image."""
+
+    forward: float = 0
+    backward: float = 0
+
+    def plus(self, other: "Budget") -> "Budget":
+        """Both together."""
+        return Budget(self.forward + other.forward, self.backward + other.backward)
+
+    def times(self, factor: float) -> "Budget":
+        """So many times these passes."""
+        return Budget(self.forward * factor, self.backward * factor)
 
 
 class Settings:

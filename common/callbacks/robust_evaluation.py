@@ -1,4 +1,7 @@
-"""Validation by one cheap attack, test by a whole suite, and the file the results go to."""
+"""Validation by one cheap attack, test by a whole suite, and the file the results go to.
+
+Any LightningModule that returns logits and any loader will do; those of this project say more.
+"""
 
 from dataclasses import fields
 from functools import partial
@@ -6,10 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -17,10 +21,12 @@ from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, Stream, run_seed
+from common.callbacks.batches import BatchReader
 from common.callbacks.resuming import WEIGHTS, run_of
 from common.errors import ConfigurationError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.measures import Measure
+from common.evaluation.models import as_victim
 from common.evaluation.pipeline import Filing, run
 from common.evaluation.runner import Team, in_order
 from common.evaluation.steps import is_wrong, predict
@@ -42,6 +48,10 @@ class RobustEvaluation(Callback):
 
     Everything runs in float32 and evaluation mode, with gradients available to the attacks in
     every inference mode of the trainer, and counts every example once on any number of devices.
+
+    Under any ``lightning.Trainer`` the module is one whose ``forward`` takes images in [0, 1] and
+    returns logits. Batches are ``(x, y, ...)`` or dicts with ``x``, ``y`` and, if they have one,
+    ``index``. Results of weights that no checkpoint holds are filed as ``current``.
 
     Args:
         suite: Attacks of ``test``, by the names their results carry, in the order they run.
@@ -86,8 +96,10 @@ class RobustEvaluation(Callback):
         self.reports: list[str] = []
         """The tables of ``test``, one for each checkpoint."""
         self._weights: str | None = None
+        self._at: dict[str, int] = {}
         self._accuracies: MetricCollection | None = None
         self._classes = 0
+        self._reader: BatchReader | None = None
         self._examples: list[Batch] = []
         if validation is not None and not isinstance(validation.attack, PGD):
             raise ConfigurationError(
@@ -113,8 +125,14 @@ class RobustEvaluation(Callback):
                 "trainer.precision is 64-true; robustness is measured in float32, so test with "
                 "trainer.precision 32-true"
             )
+        self._weights, self._at = None, {}
+        if type(module).forward is LightningModule.forward:
+            raise ConfigurationError(
+                f"{type(module).__name__} has no forward; give it one from images to logits"
+            )
+        victim = as_victim(module, classes_of(trainer))
         if is_to_test:
-            check_suite(self.suite, module)
+            check_suite(self.suite, victim)
             for entry in self.suite.values():
                 if isinstance(entry.attack, Transfer):
                     _ = entry.attack.network  # a surrogate that is not there, or another
@@ -126,7 +144,7 @@ class RobustEvaluation(Callback):
             filing = Filing(self.results_path(trainer), self.experiment, self.paper)
             filing.check(run_seed(), "another file with --evaluation.results")
         if stage in ("fit", "validate") and self.validation is not None:
-            resolve_losses(self.validation.losses, module)
+            resolve_losses(self.validation.losses, victim)
             if trainer.precision != "16-mixed":  # validation runs outside autocast, in float32
                 refuse_half_precision(trainer, "the input gradients of evaluation.validation")
 
@@ -138,38 +156,46 @@ class RobustEvaluation(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Reset the validation metrics."""
-        self._accuracies = None
+        self._accuracies = self._reader = None
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, module: Any, batch: Batch, *_: Any
-    ) -> None:
-        """Attack the batch with the validation attack and leave ``x_adv`` for the monitors."""
+    def on_validation_batch_start(self, trainer: Trainer, module: Any, batch: Any, *_: Any) -> None:
+        """Attack the batch with the validation attack; a dict gets ``x_adv`` for the monitors."""
         if self.validation is None:
             return
-        attack = cast(PGD, self.validation.attack)
+        if self._reader is None:
+            self._reader = BatchReader(trainer.val_dataloaders, trainer.world_size)
         with torch.inference_mode(False), frozen(module, "eval"):
-            part = {key: value.clone() for key, value in batch.items()}
-            worst = torch.ones_like(part["y"], dtype=torch.bool)
-            predicted = part["y"].clone()
-            for inner in resolve_losses(self.validation.losses, module).values():
-                random = ExampleRandom(run_seed(), 0, part["index"], Stream.EVALUATION)
-                x_adv = attack(
-                    inner(module, part),
-                    part["x"],
-                    random,
-                    is_adversarial=partial(is_wrong, module, part["y"]),
-                )
-                found = predict(module, x_adv)
-                predicted = torch.where(worst, found, predicted)
-                worst &= found == part["y"]
-        batch["x_adv"] = x_adv
-        if self._accuracies is None:
-            with torch.no_grad():
-                self._classes = module(batch["x"][:1]).shape[1]
-            self._accuracies = MetricCollection(
-                {k: MulticlassAccuracy(self._classes, average=k) for k in ("micro", "none")}
-            ).to(module.device)
-        self._accuracies.update(as_class(predicted, batch["y"], self._classes), batch["y"])
+            part, is_new = self._reader.read(batch)
+            part = {key: value.to(module.device, copy=True) for key, value in part.items()}
+            if self._accuracies is None:
+                with torch.no_grad():
+                    self._classes = module(part["x"][:1]).shape[1]
+                self._accuracies = MetricCollection(
+                    {k: MulticlassAccuracy(self._classes, average=k) for k in ("micro", "none")}
+                ).to(module.device)
+            x_adv, predicted = self._validated(as_victim(module, self._classes), part)
+            y = part["y"]
+            if not is_new.all():
+                predicted, y = predicted[is_new], y[is_new]
+            if len(y):
+                self._accuracies.update(as_class(predicted, y, self._classes), y)
+        if isinstance(batch, dict):
+            batch["x_adv"] = x_adv
+
+    def _validated(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The images of the last loss, and the first wrong class under any loss, ``(N,)``."""
+        if self.validation is None:
+            raise RuntimeError("there is no validation attack")
+        attack, y = cast(PGD, self.validation.attack), batch["y"]
+        worst, predicted = torch.ones_like(y, dtype=torch.bool), y.clone()
+        for inner in resolve_losses(self.validation.losses, model).values():
+            random = ExampleRandom(run_seed(), 0, batch["index"], Stream.EVALUATION)
+            wrong = partial(is_wrong, model, y)
+            x_adv = attack(inner(model, batch), batch["x"], random, is_adversarial=wrong)
+            found = predict(model, x_adv)
+            predicted = torch.where(worst, found, predicted)
+            worst &= found == y
+        return x_adv, predicted
 
     def on_validation_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """Log robust accuracy, overall and per class."""
@@ -183,22 +209,36 @@ class RobustEvaluation(Callback):
     # ---- test --------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Read which weights the checkpoint holds, and its settings."""
+        """Read which weights the checkpoint holds, when they were saved, and its settings."""
         self._weights = checkpoint.get(WEIGHTS)
+        self._at = {key: checkpoint[key] for key in ("epoch", "global_step")}
         given = run_of(trainer).settings
         if trainer.state.fn != TrainerFn.FITTING and given is not None and SETTINGS in checkpoint:
             self.config_digest = evaluated_digest(checkpoint[SETTINGS], given)
 
-    def on_test_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Begin to collect the examples."""
-        self._examples = []
+    def on_test_epoch_start(self, trainer: Trainer, module: Any) -> None:
+        """Begin to collect the examples; all processes get the buffers of the first one.
 
-    def on_test_batch_start(self, trainer: Trainer, module: Any, batch: Batch, *_: Any) -> None:
+        Running statistics differ after training with DDP, which does the same in a forward pass.
+        """
+        if trainer.world_size > 1:
+            mine = {name: buffer.cpu() for name, buffer in module.named_buffers()}
+            for name, value in trainer.strategy.broadcast(mine).items():
+                module.get_buffer(name).copy_(value)
+        self._examples = []
+        self._reader = BatchReader(trainer.test_dataloaders, trainer.world_size)
+
+    def on_test_batch_start(self, trainer: Trainer, module: Any, batch: Any, *_: Any) -> None:
         """Keep this batch; attacks run on all examples at once, after the last one."""
-        self._examples.append({key: batch[key].cpu() for key in ("x", "y", "index")})
+        if self._reader is None:
+            raise RuntimeError("a test epoch has to start before its batches")
+        part, is_new = self._reader.read(batch)
+        self._examples.append({key: part[key].cpu()[is_new] for key in ("x", "y", "index")})
 
     def on_test_epoch_end(self, trainer: Trainer, module: Any) -> None:
         """Join the ranks, run the suite, log the metrics and file the results."""
+        if self._reader is None:
+            raise RuntimeError("a test epoch has to start before it ends")
         parts = [part for theirs in Team.of_processes().gather(self._examples) for part in theirs]
         self._examples = []
         data = getattr(trainer, "datamodule", None)
@@ -208,20 +248,6 @@ class RobustEvaluation(Callback):
             for name, entry in self.suite.items()
             if entry.checkpoints is None or label in entry.checkpoints
         }
-        filing = Filing(
-            self.results_path(trainer),
-            self.experiment,
-            paper=self.paper,
-            label=label,
-            at=module.loaded_at,
-            config_digest=self.config_digest,
-            provenance={
-                "precision": str(trainer.precision),
-                "protocol": self.protocol,
-                "weights": self._weights,
-            },
-            pictures=self.pictures,
-        )
         with torch.inference_mode(False), frozen(module, "eval"):
             found = run(
                 module,
@@ -232,10 +258,10 @@ class RobustEvaluation(Callback):
                 measures=self.measures,
                 engine=self.engine,
                 seed=run_seed(),
-                batch_size=getattr(data, "eval_batch_size", 250),
+                batch_size=self._reader.batch_size,
                 num_classes=getattr(data, "num_classes", None),
                 class_names=getattr(data, "class_names", None),
-                filing=filing,
+                filing=self._filing(trainer),
                 progress=trainer.progress_bar_callback is not None,
                 remarks=getattr(getattr(data, "test_set", None), "remarks", ()),
             )
@@ -245,10 +271,42 @@ class RobustEvaluation(Callback):
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
                 for name, figure in found.pictures.items():
-                    step = found.result["global_step"]
+                    step = found.result.get("global_step", 0)
                     logger.experiment.add_figure(f"test_{label}/{name}", figure, step)
+
+    def _filing(self, trainer: Trainer) -> Filing:
+        """Where the results of the weights in use go."""
+        return Filing(
+            self.results_path(trainer),
+            self.experiment,
+            paper=self.paper,
+            label=label_of(trainer),
+            at=self._at if trainer.ckpt_path else _current(trainer),
+            config_digest=self.config_digest,
+            provenance={
+                "precision": str(trainer.precision),
+                "protocol": self.protocol,
+                "weights": self._weights,
+            },
+            pictures=self.pictures,
+        )
 
 
 def label_of(trainer: Trainer) -> str:
     """The name under which a checkpoint's results are filed: its file's, without the ending."""
-    return Path(trainer.ckpt_path).stem if trainer.ckpt_path else "untrained"
+    if trainer.ckpt_path:
+        return Path(trainer.ckpt_path).stem
+    return "current" if _current(trainer) else "untrained"
+
+
+def _current(trainer: Trainer) -> dict[str, int]:
+    """Epoch and step of the weights in use, as a checkpoint has them; empty before training."""
+    if trainer.global_step == 0:
+        return {}
+    # After training the trainer counts the epochs that are over, a checkpoint the last one.
+    return {"epoch": max(trainer.current_epoch - 1, 0), "global_step": trainer.global_step}
+
+
+def classes_of(trainer: Trainer) -> int:
+    """Number of classes that the data module states; by default enough for every loss."""
+    return int(getattr(getattr(trainer, "datamodule", None), "num_classes", 3))

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from common.evaluation.audit.checks import Audit
+    from common.evaluation.metric import RobustAccuracy
     from common.evaluation.pipeline import evaluate
+    from common.evaluation.presets import load_suite
     from common.evaluation.report import Evaluation
     from common.evaluation.saved import SavedExamples, load_examples
     from common.evaluation.steps import is_wrong, predict
@@ -17,6 +19,7 @@ _HOMES = {
     "Audit": "common.evaluation.audit.checks",
     "Evaluation": "common.evaluation.report",
     "Outcomes": "common.results.lines",
+    "RobustAccuracy": "common.evaluation.metric",
     "SavedExamples": "common.evaluation.saved",
     "SuiteEntry": "common.evaluation.suite",
     "Threat": "common.results.lines",
@@ -25,6 +28,7 @@ _HOMES = {
     "evaluate": "common.evaluation.pipeline",
     "is_wrong": "common.evaluation.steps",
     "load_examples": "common.evaluation.saved",
+    "load_suite": "common.evaluation.presets",
     "predict": "common.evaluation.steps",
     "resolve_losses": "common.evaluation.suite",
 }
@@ -32,6 +36,7 @@ __all__ = [
     "Audit",
     "Evaluation",
     "Outcomes",
+    "RobustAccuracy",
     "SavedExamples",
     "SuiteEntry",
     "Threat",
@@ -40,6 +45,7 @@ __all__ = [
     "evaluate",
     "is_wrong",
     "load_examples",
+    "load_suite",
     "predict",
     "resolve_losses",
 ]

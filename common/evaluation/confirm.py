@@ -25,6 +25,7 @@ from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import margin
 from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom
+from common.attacks.settings import Budget
 from common.evaluation.audit.gradients import anchored, eager, straight_through, undetached
 from common.evaluation.steps import in_ball, is_wrong, judged, predict
 from common.objectives import Batch, InnerLoss, OnLogits
@@ -111,6 +112,8 @@ def _steered(inner: InnerLoss, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor
 Run = Callable[[AttackEngine | None, Any, Batch, ExampleRandom], Columns]
 """(engine, model, batch, random numbers) -> outcomes of an attack."""
 
+PERSISTED = Budget(forward=3, backward=2)
+"""Passes that look for a usable gradient and for squashing, beside those of the attacks."""
 QUERIES = 500
 """Labels per example of the attack by labels only."""
 SPREAD = 10.0

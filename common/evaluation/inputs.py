@@ -50,7 +50,7 @@ def collect(data: Any, limit: int | None = None) -> Examples:
         chosen = subset(every, limit)
     x: Tensor | Images
     if is_pair or isinstance(data, Mapping):
-        given, y = _pair(data)
+        given, y = pair_of(data)
         if chosen is not None and len(given) == len(y):
             given, y = given[chosen], y[chosen]
         x = check_examples(given, y)
@@ -128,7 +128,7 @@ def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of every batch; an error of a reader becomes one line."""
     try:
         for batch in batches:
-            yield _pair(batch)
+            yield pair_of(batch)
     except UserError:
         raise
     except Exception as error:  # foreign code fails in any way
@@ -139,7 +139,8 @@ def _pairs(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         ) from error
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+def pair_of(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch on the CPU; a ConfigurationError if it has another form."""
     x = y = None
     if isinstance(batch, Mapping):
         x, y = batch.get("x"), batch.get("y")

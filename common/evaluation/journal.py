@@ -35,7 +35,7 @@ from common.errors import RunDirectoryError
 from common.evaluation.audit.gradients import anchored
 from common.evaluation.history import is_close
 from common.evaluation.images import Examples, digest_of
-from common.evaluation.steps import Step, judged
+from common.evaluation.steps import JUDGED, Step, judged
 from common.files import damage_of, write_sealed, write_text_atomically
 from common.objectives import Batch
 from common.results import lines
@@ -209,7 +209,7 @@ def clean_step() -> Step:
             logits = model(batch["x"])
         return judged(lambda _: logits, batch, batch["x"]) | {"scores": projected(logits)}
 
-    return Step("clean", "clean", run, {}, scope="all", kind="probe")
+    return Step("clean", "clean", run, {}, scope="all", kind="probe", budget=JUDGED)
 
 
 def probe_step(threat: Threat | None, networks: Mapping[str, nn.Module]) -> Step:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.attacks.losses import classify, label_loss
 from common.attacks.pgd import PGD, input_gradient
 from common.attacks.randomness import ExampleRandom
-from common.attacks.settings import Settings
+from common.attacks.settings import Budget, Settings
 from common.evaluation.steps import Step
 from common.objectives import Batch
 from common.results.lines import Columns, Outcomes
@@ -22,6 +22,9 @@ from common.results.lines import Columns, Outcomes
 
 class Measure(Settings, ABC):
     """Numbers per image."""
+
+    budget: Budget | None = None
+    """The most passes per image; ``None`` if unknown."""
 
     @abstractmethod
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
@@ -33,6 +36,7 @@ class AttackMeasure(Measure):
 
     def __init__(self, attack: PGD) -> None:
         self.attack = attack
+        self.budget = attack.budget.plus(Budget(3, 1))  # of x and x', and a gradient
 
     def attacked(self, model: Any, batch: Batch, random: ExampleRandom) -> Tensor:
         """x', ``(N, C, H, W)``, from cross-entropy with the labels."""
@@ -73,7 +77,12 @@ class LocalSmoothness(AttackMeasure):
 def measure_steps(measures: Mapping[str, Measure]) -> list[Step]:
     """Measures as steps over all examples."""
     return [
-        Step(f"measure_{name}", f"measure_{name}", measure, measure.settings(), "all", kind="probe")
+        Step(
+            *(f"measure_{name}", f"measure_{name}", measure, measure.settings()),
+            scope="all",
+            kind="probe",
+            budget=measure.budget,
+        )
         for name, measure in measures.items()
     ]
 

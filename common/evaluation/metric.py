@@ -9,11 +9,13 @@ from torchmetrics import Metric
 
 from common.attacks.geometry import Norm
 from common.errors import ConfigurationError
+from common.evaluation.images import sums_of
 from common.evaluation.inputs import as_labels, check_examples
 from common.evaluation.models import as_module, as_victim
 from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.runner import Team, run_steps
 from common.evaluation.suite import SuiteEntry, ball_of, check_suite, steps_of
+from common.modes import frozen
 
 
 class RobustAccuracy(Metric):
@@ -21,14 +23,15 @@ class RobustAccuracy(Metric):
 
     ``update(model, x, y)`` attacks a batch; ``compute()`` gives ``clean``, one value for each
     entry of the suite (correct under all of its losses) and ``worst``, all in [0, 1]. States are
-    counts, which add up over batches and processes. For a checked and audited figure use
-    :func:`common.evaluation.pipeline.evaluate`.
+    counts, which add up over batches and processes. Random starts belong to the image: batches and
+    processes do not change them, but for AutoAttack's, which belong to the batch as in the official
+    code. For a checked and audited figure use :func:`common.evaluation.pipeline.evaluate`.
 
     Args:
         suite: Attacks by name, a ready suite such as ``quick``, or a YAML file.
         eps: Radius of the threat model; by default that of the suite.
         norm: Norm of the threat model; by default that of the suite.
-        seed: Of the attacks. Random starts belong to the place of an example in its process.
+        seed: Of the attacks.
 
     Raises:
         ConfigurationError: If the suite is wrong, or has entries for a part of the examples.
@@ -62,25 +65,26 @@ class RobustAccuracy(Metric):
         self.add_state("total", torch.tensor(0), "sum")
 
     def update(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
-        """Attack a batch.
+        """Attack a batch, in float32 and evaluation mode.
 
         Args:
             model: Images to logits ``(N, K)``; its modes and parameters are restored.
             x: Images in [0, 1], ``(N, C, H, W)``.
             y: Labels, ``(N,)``.
         """
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
             x, y = check_examples(x.detach().clone(), y), as_labels(y.clone())
-            with torch.no_grad():
-                classes = model(x[:1]).shape[1]
-            victim = as_victim(as_module(model), classes)
+            net = as_module(model)
+            with torch.no_grad(), frozen(net, "eval"):
+                classes = net(x[:1]).shape[1]
+            victim = as_victim(net, classes)
             check_suite(self.suite.entries, victim)
-            first = int(self.total)
+            keys = torch.tensor(sums_of(x.cpu()))
             outcomes = run_steps(
                 victim,
-                {"x": x, "y": y, "index": torch.arange(len(y))},
+                {"x": x, "y": y, "index": torch.arange(len(y)), "key": keys},
                 steps_of(self.suite.entries, victim, classes, self.seed),
-                seed=self.seed + first,
+                seed=self.seed,
                 batch_size=len(y),
                 threat=self.suite.threat,
                 team=Team(),

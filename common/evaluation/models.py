@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ def as_victim(model: nn.Module, num_classes: int) -> nn.Module:
 
 def as_module(model: Any) -> nn.Module:
     """The model itself, or a module without parameters around a function."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return cast(nn.Module, model.module)  # its passes would wait for other processes
     if isinstance(model, nn.Module):
         return model
     owner = getattr(model, "__self__", None)

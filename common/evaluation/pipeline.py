@@ -219,6 +219,7 @@ def run(
     """
     begun = time.perf_counter()
     team, measures = Team.of_processes(), measures or {}
+    _check_alike(team, model, examples, seed)
     planned = plan(
         model,
         examples,
@@ -263,6 +264,19 @@ def run(
         if filing.pictures:
             _draw(evaluation, filing, examples, class_names)
     return evaluation
+
+
+def _check_alike(team: Team, model: nn.Module, examples: Examples, seed: int) -> None:
+    """Refuse processes with another model, other examples or another seed than the first one."""
+    if team.size == 1:
+        return
+    identities = team.gather(identity_of(model, examples, seed))
+    for name in ("weights", "data", "seed"):
+        if any(theirs[name] != identities[0][name] for theirs in identities):
+            raise ConfigurationError(
+                f"the {name} of the {team.size} processes differ, and they share one evaluation; "
+                "give all of them the same weights, all the data (no DistributedSampler) and seed"
+            )
 
 
 def _keepers(

@@ -8,7 +8,7 @@ kept, see :mod:`common.evaluation.journal`.
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from common.attacks.randomness import ExampleRandom, Stream, seeded
 from common.data.subset import lacking_classes, subset
 from common.errors import UserError
 from common.evaluation.confirm import settled
+from common.evaluation.forecast import Forecast
 from common.evaluation.images import Examples
 from common.evaluation.journal import (
     PROBED,
@@ -102,30 +103,36 @@ def run_steps(
     """Run every step and put the outcomes of all examples together, in the order of ``index``.
 
     ``examples`` (``x`` in [0, 1], ``y``, ``index``) and the result are equal in every process.
-    Random starts depend on the seed and an example's index; ``batch_size`` examples make a chunk.
+    Random starts depend on the seed and an example's ``key``, by default its index; ``batch_size``
+    examples make a chunk.
     The worst case is that of ``threat``, by default the ball of the first attack. ``saver`` gets
     the images of the attacks that count. ``remarks`` go to the result.
     """
     examples = in_order(examples)
     y = examples["y"]
     threat = threat or next((step.threat for step in steps if step.threat), None)
+    team = team or Team()
+    everything = torch.ones(len(y), dtype=torch.bool)
+    parts = {
+        size: torch.zeros_like(everything).index_fill(0, subset(y, size), True)
+        for size in {step.examples for step in steps}
+    }
     run = _Run(
         model,
         examples,
         seed,
         batch_size,
         journal or Journal(),
-        team or Team(),
+        team,
         progress or Progress(),
         subset(y, PICTURED),
         saver,
         threat,
+        parts=parts,
+        met=everything,
+        later=steps,
+        forecast=Forecast(team.size, batch_size),
     )
-    everything = torch.ones(len(y), dtype=torch.bool)
-    parts = {
-        size: torch.zeros_like(everything).index_fill(0, subset(y, size), True)
-        for size in {step.examples for step in steps}
-    }
     with (
         frozen(model, "eval"),
         adapted(model, has_gradient=has_gradient),
@@ -146,9 +153,11 @@ def run_steps(
             threat=threat,
             pictured=run.pictured,
         )
-        met = everything  # by every step so far that counts
-        for step in steps:
-            met = run.step(step, parts[step.examples], met)
+        run.end()
+        for number, step in enumerate(steps, start=1):
+            run.later = steps[number:]
+            run.step(step)
+            run.end()
         outcomes.depends_on_history = not is_same(signature, probe())
     lacking = [lacking_classes(y, part.nonzero().flatten()) for part in parts.values()]
     told = [*remarks, *lacking, *suspicions(outcomes), outcomes.nonfinite()]
@@ -214,6 +223,12 @@ def _counts(step: Step, threat: Threat | None) -> bool:
 
 @dataclass
 class _Run:
+    """What an evaluation has found so far.
+
+    ``parts`` are the examples that steps are about, by number; ``met`` are those of all steps so
+    far that count; ``later`` are the steps that follow.
+    """
+
     model: nn.Module
     examples: Examples
     seed: int
@@ -227,39 +242,79 @@ class _Run:
     passes: Passes = field(default_factory=Passes)
     standing: Tensor | None = None
     outcomes: Outcomes | None = None
+    parts: Mapping[int | None, Tensor] = field(default_factory=dict)
+    met: Tensor = field(default_factory=lambda: torch.arange(0))
+    later: Sequence[Step] = ()
+    forecast: Forecast = field(default_factory=Forecast)
 
-    def step(self, step: Step, within: Tensor, met: Tensor) -> Tensor:
-        """Run a step on examples of ``within``; what it leaves of ``met``, by all that count."""
+    def step(self, step: Step) -> None:
+        """Run a step."""
         if self.standing is None or self.outcomes is None:
             raise RuntimeError("measure the clean images before the first step")
-        outcomes, is_right = self.outcomes, self.outcomes.correct["clean"]
-        if step.scope == "standing":
-            within = within & met  # earlier steps ran on these, so the outcome stays cumulative
-        everything = torch.ones_like(is_right)
-        before = {"all": everything, "clean": is_right, "standing": self.standing}[step.scope]
-        for key, line in outcomes.lines.items() if step.cumulative else ():
-            if line.entry == step.entry:
-                before = before & outcomes.correct[key]
+        outcomes = self.outcomes
+        within, before = self._concerned(step, outcomes, self.standing)
         ran = before & within
         predicted = outcomes.columns["clean"]["predicted"]
         found = self.columns(step, ran, {"predicted": predicted})
         outcomes.columns[step.key] = found
         if step.kind == "probe":
-            return met
+            return
         outcome = torch.where(ran, found["correct"], before)
         line = _line(step, self.threat, _weakness(step, self.threat, found, ran))
         outcomes.correct[step.key], outcomes.attacked[step.key] = outcome, within
         outcomes.lines[step.key] = line
         if line.counts:
-            met = met & within
+            self.met = self.met & within
             self.standing = self.standing & (outcome | ~within)
-        return met
+
+    def _concerned(self, step: Step, outcomes: Outcomes, standing: Tensor) -> tuple[Tensor, Tensor]:
+        """Which examples a step is about, and which are correct before it."""
+        is_right, within = outcomes.correct["clean"], self.parts[step.examples]
+        if step.scope == "standing":
+            within = within & self.met  # earlier steps ran on these: outcomes stay cumulative
+        everything = torch.ones_like(is_right)
+        before = {"all": everything, "clean": is_right, "standing": standing}[step.scope]
+        for key, line in outcomes.lines.items() if step.cumulative else ():
+            if line.entry == step.entry:
+                before = before & outcomes.correct[key]
+        return within, before
+
+    def _examples_of(self, step: Step) -> int:
+        """How many examples a later step would run on if it began now."""
+        if self.outcomes is None or self.standing is None:
+            return int(self.parts[step.examples].sum())
+        within, before = self._concerned(step, self.outcomes, self.standing)
+        return int((within & before).sum())
+
+    def _foresee(self, step: Step | None = None, chunks: Sequence[int] = ()) -> None:
+        """Begin the forecast of a step with these chunks to run, or that of what follows."""
+        later = ((other, self._examples_of(other)) for other in self.later)
+        self.forecast.begin(None if step is None else step.budget, chunks, later)
+
+    def _tell(self) -> None:
+        """Give the forecast to the progress."""
+        if left := self.forecast.left():
+            self.progress.foresee(*left)
+
+    def end(self) -> None:
+        """Say what follows after a step."""
+        self._foresee()
+        self._tell()
+        self.progress.end()
 
     def silent(self, step: Step) -> Columns:
         """The columns of a step on a few examples, neither shown nor kept."""
         y = self.examples["y"]
         target = torch.zeros_like(y, dtype=torch.bool).index_fill(0, subset(y, PROBED), True)
-        alone = replace(self, journal=Journal(), progress=Progress(), saver=None, outcomes=None)
+        alone = replace(
+            self,
+            journal=Journal(),
+            progress=Progress(),
+            saver=None,
+            outcomes=None,
+            later=(),
+            forecast=Forecast(),  # passes of a few images are slower
+        )
         return {name: column[target] for name, column in alone.columns(step, target, {}).items()}
 
     def open_journal(self, signature: Columns) -> None:
@@ -279,24 +334,37 @@ class _Run:
         standing = self.standing.clone() if self.standing is not None else target.clone()
         for i, (columns, _) in found.items():
             _drop(standing, chunks[i], columns)
-        self.progress.begin(step, sum(len(chunks[i]) for i in missing), int(standing.sum()))
-        mine = {}
-        for i in missing[self.team.rank :: self.team.size]:
-            begun = time.perf_counter()
-            self.passes.take()
-            columns = self._attacked(step, chunks[i])
-            mine[i] = columns, Cost(time.perf_counter() - begun, *self.passes.take())
-            self.journal.write(step, chunks[i], *mine[i])
-            _drop(standing, chunks[i], columns)
-            done = min(len(chunks[i]) * self.team.size, len(rows))
-            self.progress.advance(done, int(standing.sum()))
+        sizes = [len(chunks[i]) for i in missing]
+        self.progress.begin(step, sum(sizes), int(standing.sum()))
+        self._foresee(step, sizes)
+        for i, (_, cost) in found.items():
+            self.forecast.found(len(chunks[i]), cost)
+        mine = self._run(step, {i: chunks[i] for i in missing}, standing)
         for theirs in self.team.gather(mine):
             found |= theirs
-        self.progress.end()
         if self.outcomes is not None:
             costs = (cost for _, cost in found.values())
             self.outcomes.costs[step.key] = reduce(Cost.plus, costs, Cost())
         return self._assembled([(chunks[i], found[i][0]) for i in sorted(found)], fill)
+
+    def _run(
+        self, step: Step, chunks: Mapping[int, Tensor], standing: Tensor
+    ) -> dict[int, tuple[Columns, Cost]]:
+        """Run a step on this process's share of the chunks; ``standing`` loses what it breaks."""
+        mine = {}
+        for i in list(chunks)[self.team.rank :: self.team.size]:
+            rows, begun = chunks[i], time.perf_counter()
+            self.passes.take()
+            columns = self._attacked(step, rows)
+            cost = Cost(time.perf_counter() - begun, *self.passes.take())
+            mine[i] = columns, cost
+            self.journal.write(step, rows, *mine[i])
+            _drop(standing, rows, columns)
+            done = min(len(rows) * self.team.size, sum(map(len, chunks.values())))
+            self.progress.advance(done, int(standing.sum()))
+            self.forecast.ran(len(rows), cost)
+            self._tell()
+        return mine
 
     def _attacked(self, step: Step, rows: Tensor) -> Columns:
         """Run the step on one chunk."""
@@ -308,7 +376,8 @@ class _Run:
             part = {name: value[rows].to(device) for name, value in self.examples.items()}
 
             def run() -> Columns:
-                random = ExampleRandom(self.seed, key, part["index"], Stream.EVALUATION)
+                own = part.get("key", part["index"])
+                random = ExampleRandom(self.seed, key, own, Stream.EVALUATION)
                 with seeded(seed, device):
                     return step.run(self.model, part, random)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common.attacks.losses import classify, cross_entropy
 from common.attacks.randomness import ExampleRandom
+from common.attacks.settings import Budget
 from common.errors import check_choice
 from common.objectives import Batch
 from common.results.lines import Columns, Threat
@@ -41,6 +42,7 @@ class Step:
         reach: How far its steps can move an image, in the norm of ``threat``.
         needs_gradient: Whether it is useless on a model without a gradient.
         networks: Other networks whose function decides the outcome, for the journal.
+        budget: The most passes of the model per image, its judgement included; ``None`` if unknown.
     """
 
     key: str
@@ -57,10 +59,15 @@ class Step:
     reach: float = math.inf
     needs_gradient: bool = False
     networks: tuple[nn.Module, ...] = ()
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, Scope)
         check_choice("kind", self.kind, Kind)
+
+
+JUDGED = Budget(forward=1)
+"""Passes of :func:`judged`."""
 
 
 @torch.no_grad()

@@ -20,10 +20,12 @@ from common.attacks.geometry import parse_radius
 from common.attacks.losses import cross_entropy, margin, probability_margin
 from common.attacks.minimum_norm import MinimumNorm
 from common.attacks.noise import Noise
-from common.attacks.pgd import PGD, FriendlyPGD, LossFn, climb_until_broken
+from common.attacks.pgd import PGD, FriendlyPGD, LossFn, check_points, climb_until_broken
 from common.attacks.randomness import ExampleRandom, Stream
+from common.attacks.settings import Budget
 from common.errors import ConfigurationError
 from common.evaluation.confirm import (
+    PERSISTED,
     QUERIES,
     Craft,
     Crafted,
@@ -36,7 +38,7 @@ from common.evaluation.confirm import (
 from common.evaluation.corruptions import Corruptions
 from common.evaluation.passes import counting
 from common.evaluation.saved import SavedExamples
-from common.evaluation.steps import Step, is_wrong, judged
+from common.evaluation.steps import JUDGED, Step, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.limits import check_label
 from common.objectives import Batch, InnerLoss, OnLogits
@@ -149,11 +151,6 @@ class SuiteEntry:
         """Whether an engine computes the attack's passes."""
         others = Noise | Transfer | SavedExamples | DecisionBased | Corruptions
         return not isinstance(self.attack, others)
-
-    @property
-    def cost(self) -> int:
-        """Forward and backward passes per example and loss, roughly."""
-        return sum(getattr(attack, "cost", 1) for attack, _ in self.variants()) * self.eot
 
     def variants(self) -> Iterator[tuple[Any, dict[str, float]]]:
         """The attack at every point of the sweep, and the point."""
@@ -284,19 +281,24 @@ class _Planned:
         elif isinstance(attack, AutoAttack):
             yield from self._autoattack(attack)
         elif isinstance(attack, DecisionBased):
-            yield self._step(partial(decided, attack))
+            yield self._step(partial(decided, attack), budget=attack.budget.plus(JUDGED.times(2)))
         elif isinstance(attack, Transfer):
             yield self._step(attack.run, networks=(attack.network,))
         elif isinstance(attack, SavedExamples):
             yield self._step(attack.run)
         elif isinstance(attack, GAMAPGD | MinimumNorm):
-            yield self._step(self._crafted(partial(_on_logits, attack)), needs_gradient=True)
+            run = self._crafted(partial(_on_logits, attack))
+            yield self._step(run, needs_gradient=True, budget=self._budget(attack.budget))
         else:
             for name, inner in resolve_losses(self.entry.losses, self.model).items():
                 craft = partial(_ascent, attack, inner, self.entry.eot)
+                passes = attack.budget.times(self.entry.eot)
                 if self.entry.until_broken:
                     craft = partial(_compacted, attack, inner)
-                yield self._step(self._crafted(craft, inner), name, needs_gradient=True)
+                    checks = len(check_points(attack.steps)) * attack.restarts
+                    passes = passes.plus(Budget(forward=checks))
+                run, budget = self._crafted(craft, inner), self._budget(passes)
+                yield self._step(run, name, needs_gradient=True, budget=budget)
 
     def _noise(self, noise: Noise) -> Iterator[Step]:
         for level, draw in itertools.product(noise.levels, range(noise.draws)):
@@ -330,6 +332,9 @@ class _Planned:
         for part in planned:
             loss = adaptive or (OnLogits(cross_entropy) if part == "apgd-ce" else MARGIN)
             craft = partial(official, attack, part, self.seed, adaptive)
+            passes = attack.budget(part, self.num_classes)
+            if adaptive is not None and not isinstance(adaptive, OnLogits):
+                passes = passes.times(2)  # logits and loss are computed apart
             yield self._step(
                 self._crafted(craft, loss, is_persisted=part != "square"),
                 part,
@@ -337,6 +342,7 @@ class _Planned:
                 cumulative=True,
                 batch_size=attack.batch_size,
                 needs_gradient=part != "square",
+                budget=self._budget(passes, is_persisted=part != "square"),
             )
 
     def _crafted(self, craft: Craft, loss: InnerLoss = MARGIN, is_persisted: bool = True) -> Any:
@@ -346,6 +352,13 @@ class _Planned:
         if is_persisted:
             return partial(persisted, run, loss, self.threat, self.engine)
         return partial(run, self.engine)
+
+    def _budget(self, passes: Budget, is_persisted: bool = True) -> Budget:
+        """With those of :meth:`_crafted`, where an attack makes ``passes``."""
+        total = passes.plus(JUDGED)
+        if self.engine is not None:  # compared with the plain network
+            total = total.plus(Budget(2)).times(2 if self.engine.is_reduced else 1)
+        return total.plus(PERSISTED) if is_persisted else total
 
     def _step(
         self, run: Any, part: str = "", at: Mapping[str, float] | None = None, **fields: Any
@@ -364,6 +377,7 @@ class _Planned:
             "examples": entry.examples,
             "threat": self.threat,
             "reach": getattr(attack, "reach", math.inf),
+            "budget": JUDGED,
         }
         key = "/".join([self.name, *filter(None, [part]), *point])
         return Step(key, self.name, run, settings, at=at, **(given | fields))

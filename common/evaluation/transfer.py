@@ -55,7 +55,7 @@ class Transfer(Settings):
             )
         self.attack = attack
         self.norm, self.eps = attack.norm, attack.eps
-        self.cost, self.reach = attack.cost, attack.reach
+        self.reach = attack.reach
         self.surrogate = surrogate
         self.loss: TransferLoss = loss
 

@@ -23,13 +23,21 @@ from common.attacks.geometry import check_count, norm_of, per_example
 from common.attacks.losses import classify, cross_entropy
 from common.attacks.pgd import FGSM, PGD, LossFn
 from common.attacks.randomness import ExampleRandom
+from common.attacks.settings import Budget
 from common.evaluation.audit import verdicts
 from common.evaluation.audit.gradients import anchored, straight_through, undetached
-from common.evaluation.audit.probes import DIRECTIONS, FINE_STEP, MemoryProbe, forward, gradients
+from common.evaluation.audit.probes import (
+    BUDGETS,
+    DIRECTIONS,
+    FINE_STEP,
+    MemoryProbe,
+    forward,
+    gradients,
+)
 from common.evaluation.confirm import decided
-from common.evaluation.steps import Step, is_wrong, judged
+from common.evaluation.steps import JUDGED, Step, is_wrong, judged
 from common.evaluation.suite import resolve_losses
-from common.evaluation.transfer import DistilledTransfer, Transfer
+from common.evaluation.transfer import MIXED, NOISY, DistilledTransfer, Transfer
 from common.objectives import Batch, InnerLoss
 from common.results.lines import Columns, Outcomes, Threat
 from common.results.schema import AuditResult
@@ -109,7 +117,7 @@ class Audit:
 
         def ascent(key: str, attack: PGD, path: str = "default", **given: Any) -> Step:
             run = _Ascent(attack, losses, given.get("threat", threat), path)
-            return step(key, run, attack.settings() | {"path": path}, **given)
+            return step(key, run, attack.settings() | {"path": path}, budget=run.budget, **given)
 
         plain = PGD(eps, steps=self.iterations, norm=norm)
         usual, settings = _Ascent(plain, losses, threat), plain.settings()
@@ -119,42 +127,70 @@ class Audit:
         ):
             yield ascent(f"audit_steps/steps={count}", plain.but(steps=count))
         targets = settings | {"targets": TARGETS}
-        yield step("audit_steps/targeted", usual.targeted, targets, cumulative=True)
+        aims = min(TARGETS, num_classes - 1)
+        given: dict[str, Any] = {"budget": plain.budget.plus(JUDGED).times(aims).plus(Budget(2))}
+        yield step("audit_steps/targeted", usual.targeted, targets, cumulative=True, **given)
         restarted = partial(usual.restarted, self.restarts)
-        yield step("audit_restarts", restarted, settings | {"runs": self.restarts})
+        given = {"budget": usual.budget.times(self.restarts).plus(JUDGED)}
+        yield step("audit_restarts", restarted, settings | {"runs": self.restarts}, **given)
         for path in ("default", "undetached", "straight_through"):
             yield ascent(f"audit_path/{path}", plain, path)
         for name, scale in SCALES.items():
             run = partial(usual.rescaled, scale)
-            yield step(f"audit_scale/{name}", run, settings | {"scale": scale})
+            given = {"budget": plain.budget.plus(Budget(2))}
+            yield step(f"audit_scale/{name}", run, settings | {"scale": scale}, **given)
         for radius in self._radii(threat):
-            given: dict[str, Any] = {
-                "threat": Threat(norm, radius), "cumulative": True, "at": {"eps": radius},
-            }  # fmt: skip
+            given = {"threat": Threat(norm, radius), "cumulative": True, "at": {"eps": radius}}
             yield ascent(f"audit_eps/eps={radius:.6g}", plain.but(eps=radius), **given)
+        yield from self._without_gradient(step, threat, num_classes)
+        yield from self._measured(step, threat, losses, memory)
+
+    def _without_gradient(
+        self, step: Callable[..., Step], threat: Threat, num_classes: int
+    ) -> Iterator[Step]:
+        """Attacks that use no gradient of the model."""
+        eps, norm = threat.radius, threat.norm
         samples = partial(_random_search, self.random_samples, threat)
-        yield step("audit_random", samples, {"samples": self.random_samples})
+        given = {"budget": Budget(self.random_samples + 2)}
+        yield step("audit_random", samples, {"samples": self.random_samples}, **given)
         square = AutoAttack(eps, norm, "custom", ["square"], square_queries=self.square_queries)
-        yield step("audit_square", partial(_square, square, threat), square.settings())
-        yield self._transferred(step, plain)
+        given = {"budget": square.budget("square", num_classes).plus(JUDGED)}
+        yield step("audit_square", partial(_square, square, threat), square.settings(), **given)
+        yield self._transferred(step, PGD(eps, steps=self.iterations, norm=norm))
         decision = DecisionBased(eps, norm, self.decision_queries)
         yield step(
-            "audit_decision", partial(decided, decision), decision.settings(), scope="standing"
+            "audit_decision",
+            partial(decided, decision),
+            decision.settings(),
+            scope="standing",
+            budget=decision.budget.plus(JUDGED.times(2)),
         )
+
+    def _measured(
+        self,
+        step: Callable[..., Step],
+        threat: Threat,
+        losses: Mapping[str, InnerLoss],
+        memory: MemoryProbe,
+    ) -> Iterator[Step]:
+        """Measurements of the model."""
         probe: dict[str, Any] = {"kind": "probe", "scope": "all", "threat": None}
         measure = partial(gradients, losses, threat)
         directions = {"h": FINE_STEP, "directions": DIRECTIONS}
-        yield step("audit_gradients", measure, directions, **probe)
-        yield step("audit_forward", forward, {}, **probe)
-        yield step("audit_memory", memory, {}, **probe)
+        each, other = BUDGETS["derivatives"], BUDGETS["gradient"]
+        passes = each.times(len(losses) + 1).plus(other.times(len(losses) + 1))
+        yield step("audit_gradients", measure, directions, budget=passes, **probe)
+        yield step("audit_forward", forward, {}, budget=BUDGETS["forward"], **probe)
+        yield step("audit_memory", memory, {}, budget=BUDGETS["memory"], **probe)
 
     def _transferred(self, step: Callable[..., Step], plain: PGD) -> Step:
         if self.transfer is None:
             distilled = DistilledTransfer(plain)
             given: dict[str, Any] = {"batch_size": self.examples}  # it is distilled from all
+            given["budget"] = JUDGED.times(2 + NOISY + MIXED)
             return step("audit_transfer", distilled.run, distilled.settings(), **given)
         transfer = Transfer(plain, self.transfer)
-        given = {"networks": (transfer.network,)}
+        given = {"networks": (transfer.network,), "budget": JUDGED}
         return step("audit_transfer", transfer.run, transfer.settings(), **given)
 
     def _radii(self, threat: Threat) -> list[float]:
@@ -184,6 +220,12 @@ class _Ascent:
     losses: Mapping[str, InnerLoss]
     threat: Threat
     path: str = "default"
+
+    @property
+    def budget(self) -> Budget:
+        """The most passes per image."""
+        compared = len(self.losses) if len(self.losses) > 1 else 0
+        return self.attack.budget.times(len(self.losses)).plus(Budget(compared)).plus(JUDGED)
 
     def __call__(self, model: Any, batch: Batch, random: ExampleRandom) -> Columns:
         """The strongest over the losses; ``ran`` is false where a path has no backward."""

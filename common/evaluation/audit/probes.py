@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from common.attacks.losses import label_loss
 from common.attacks.randomness import ExampleRandom
+from common.attacks.settings import Budget
 from common.evaluation.audit.gradients import (
     cosine,
     directional_derivatives,
@@ -21,6 +22,13 @@ from common.results.lines import Columns, Threat
 FINE_STEP = 1e-4  # per pixel, for derivatives
 DIRECTIONS = 16
 REPEATS = 8  # pairs of calls between which the state of a model is compared
+BUDGETS = {
+    "forward": Budget(3),
+    "memory": Budget(2 * REPEATS + 4),
+    "derivatives": Budget(4 * DIRECTIONS + 4, 2),  # of one loss, over both steps
+    "gradient": Budget(1, 1),
+}
+"""Passes per image of each measurement."""
 RELEVANT = 0.5  # least agreement of a loss with the cross-entropy of the logits
 
 

@@ -237,22 +237,21 @@ def test_settings_say_how_an_attack_was_made():
 
 
 @pytest.mark.parametrize(
-    ("attack", "cost"),
+    ("attack", "passes"),
     [
-        (PGD("8/255", steps=20), 20),
-        (PGD(0.1, steps=20, restarts=5), 100),
-        (PGD(0.1, steps=0, start="gaussian", project_start=False), 1),
-        (DeepFool("8/255", candidates=10), 450),
-        (CarliniWagner(confidence=5.0, steps=100, binary_search_steps=3), 300),
-        (GAMAPGD("8/255"), 100),
-        (DecisionBased("8/255", "l2", 200), 200),
-        (AutoAttack("8/255", version="custom", attacks=["apgd-ce", "square"]), 5200),
-        (AutoAttack("8/255"), 10600),
+        (PGD("8/255", steps=20), (20, 20)),
+        (PGD(0.1, steps=20, restarts=5), (110, 100)),
+        (FriendlyPGD(0.1, steps=7), (14, 7)),
+        (PGD(0.1, steps=0, start="gaussian", project_start=False), (0, 0)),
+        (DeepFool("8/255", candidates=10), (52, 450)),
+        (CarliniWagner(confidence=5.0, steps=100, binary_search_steps=3), (301, 300)),
+        (GAMAPGD("8/255"), (101, 100)),
+        (DecisionBased("8/255", "l2", 200), (200, 0)),
     ],
     ids=repr,
 )
-def test_cost_counts_passes(attack, cost):
-    assert attack.cost == cost
+def test_a_budget_counts_passes(attack, passes):
+    assert attack.budget == passes
 
 
 @pytest.mark.parametrize(

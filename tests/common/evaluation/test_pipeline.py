@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,6 +90,7 @@ def command(folder: Path, *launcher: str) -> dict:
         *("--model", "common.networks.resnet:DigitsResNet", "--data", "digits"),
         *("--suite", str(folder / "suite.yaml"), "--examples", "50", "--batch_size", "8"),
         *("--device", "cpu", "--output", str(folder / f"of{len(launcher)}")),
+        *("--audit", "--save-examples"),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -103,11 +105,15 @@ def command(folder: Path, *launcher: str) -> dict:
 def test_the_command_on_two_processes_gives_the_result_of_one(tmp_path) -> None:
     (tmp_path / "suite.yaml").write_text(
         "evaluation: {suite: {pgd: {attack: {class_path: common.attacks.pgd.PGD, init_args: "
-        "{eps: 0.1, step_size: 0.05, steps: 2, start: uniform}}, losses: [ce_f, cw_f]}}}"
+        "{eps: 0.1, step_size: 0.05, steps: 2, start: uniform}}, losses: [ce_f, cw_f]}}, audit: "
+        "{examples: 9, steps: 4, restarts: 2, square_queries: 5, random_samples: 5}}"
     )
     alone = command(tmp_path)
     shared = command(tmp_path, "torch.distributed.run", "--nproc_per_node", "2", "-m")
     assert shared["checkpoints"] == alone["checkpoints"]
+    assert "audit" in alone["checkpoints"]["model"]
+    images, of_two = (np.load(path) for path in sorted(tmp_path.glob("*/adversarial/x_adv.npy")))
+    assert np.array_equal(images, of_two)
     assert [r["provenance"]["model"]["world_size"] for r in (alone, shared)] == [1, 2]
 
 
