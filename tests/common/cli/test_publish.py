@@ -1,5 +1,6 @@
 """What is published, what is refused, and how a reproduction is compared, in a small repository."""
 
+import json
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from common.cli import publish, reproduction
 from common.cli.rows import Row, collect
 from common.files import write_sealed_json
 from common.results.markdown import BEGIN, END
-from common.results.published import SAME
+from common.results.published import SAME, difference
 from common.results.store import read_costs
 
 PGD = "pgd20/ce_f"
@@ -261,3 +262,14 @@ def test_what_differs_from_the_published_results_is_counted(
         assert text in line
     assert reproduction.main(["paper_toy", "--seeds", "0", "--on", "digits_base"]) == 0
     assert "digits_ours" not in capsys.readouterr().out
+
+
+def test_what_attacks_cost_is_no_figure() -> None:
+    path = Path(__file__).parents[3] / "paper_wm/results/digits_cnn3_base-seed0.json"
+    ours, published = (json.loads(path.read_text(encoding="utf-8")) for _ in range(2))
+    attacks = ours["checkpoints"]["last"]["attacks"]
+    for attack in attacks.values():
+        attack["passes"] = {"forward": 3, "backward": 2, "queries": 1}
+    assert difference(ours, published) == SAME
+    next(iter(attacks.values()))["correct"] += 1
+    assert difference(ours, published) != SAME
