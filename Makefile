@@ -73,7 +73,7 @@ results: $(STAMP) ## render the tables of all READMEs again from the published r
 	@$(PY) -m common.results.tables $(addprefix paper_,$(PAPERS))
 
 report: $(STAMP) ## one page with all published results: report/index.html
-	@$(PY) -m common.page
+	@$(PY) -m common.page $(addprefix paper_,$(PAPERS))
 
 bench: $(BENCH) ## ours against peers and the bare loop, under half an hour [ARGS="training --compile"]
 	OMP_NUM_THREADS=1 $(BENCHPY) -m benchmarks $(ARGS)

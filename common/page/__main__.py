@@ -1,4 +1,4 @@
-"""Writes all results as one page: ``python -m common.page`` writes ``report/index.html``."""
+"""Writes the published results of papers as one page: ``python -m common.page paper_x``."""
 
 import argparse
 import sys
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError, output_may_close
-from common.packages import papers
 from common.page.site import write_page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m common.page", description=__doc__)
+    parser.add_argument("packages", nargs="+", metavar="package", help="for instance paper_cifs")
     parser.add_argument("--output", type=Path, default=Path("report") / "index.html")
     given = parser.parse_args(argv)
     try:
-        write_page(given.output, papers())
+        write_page(given.output, given.packages)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

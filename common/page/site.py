@@ -148,7 +148,7 @@ def inline(text: str, links: Mapping[str, str] = {}) -> Markup:
         else:
             parts += [
                 Markup("<em>{}</em>").format(word) if j % 2 else escape(word)
-                for j, word in enumerate(re.split(r"(?<!\w)\*([^*]+)\*(?!\w)", part))
+                for j, word in enumerate(re.split(r"(?<!\w)\*(?! )([^*]+)(?<! )\*(?!\w)", part))
             ]
     return Markup("").join(parts)
 
