@@ -4,6 +4,7 @@ Texts are escaped, since plotly reads them as HTML.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from statistics import fmean
@@ -38,26 +39,30 @@ class Plot(NamedTuple):
 def plots_of(
     reference: Reference, results: Sequence[Result], costs: Mapping[str, Mapping[str, float]]
 ) -> list[Plot]:
-    """Curves, trade-off and cost of the last checkpoints, for each data set.
+    """Curves, trade-off and cost of the last checkpoints, for each data set and threat model.
 
     Args:
         reference: Names the rows.
         results: Ours.
         costs: Of training, by experiment and metric.
     """
+    stems = {result["experiment"] for result in results}
     found: dict[str, dict[Key, CheckpointResult]] = {}
     for result in results:
-        if "last" in result["checkpoints"]:
-            key = result["experiment"], result["seed"]
-            dataset = key[0].partition("_")[0]
-            found.setdefault(dataset, {})[key] = result["checkpoints"]["last"]
-    labels = {stem: row.label for stem, row in reference.rows.items()}
+        if (entry := result["checkpoints"].get("last")) is not None:
+            name = result["experiment"].partition("_")[0]
+            if (threat := entry["threat"]) is not None:
+                name += f", {threat['norm']} eps {threat['eps']:.5g}"
+            found.setdefault(name, {})[result["experiment"], result["seed"]] = entry
+    made = {stem: reference.rows[stem].label for stem in reference.rows if stem in stems}
+    times = Counter(made.values())
+    labels = {stem: label if times[label] == 1 else stem for stem, label in made.items()}
     return [
         plot
-        for dataset, checkpoints in found.items()
+        for name, checkpoints in found.items()
         for plot in (
-            *_scatters(checkpoints, labels, dataset, costs),
-            *_curves(checkpoints, labels, dataset),
+            *_scatters(checkpoints, labels, name, costs),
+            *_curves(checkpoints, labels, name),
         )
     ]
 
@@ -72,18 +77,18 @@ def text(raw: str, most: int = 32) -> str:
 
 
 def _curves(
-    checkpoints: Mapping[Key, CheckpointResult], labels: Mapping[str, str], dataset: str
+    checkpoints: Mapping[Key, CheckpointResult], labels: Mapping[str, str], name: str
 ) -> Iterator[Plot]:
     """Accuracy against radius, steps or noise level: a plot for each sweep, a line for each row."""
     sweeps: dict[tuple[str, str], dict[str, _Points]] = {}
     sizes: dict[tuple[str, str], set[int]] = {}
     for (stem, seed), entry in checkpoints.items():
-        for name, attack in entry["attacks"].items():
-            for axis, at in _places(name, attack["at"]).items():
-                metric = group_of(name, attack) if attack["at"] else name
+        for step, attack in entry["attacks"].items():
+            for axis, at in _places(step, attack["at"]).items():
+                metric = group_of(step, attack) if attack["at"] else step
                 if metric not in entry["metrics"]:
                     continue
-                sweep = name.partition("/")[0], axis
+                sweep = step.partition("/")[0], axis
                 sizes.setdefault(sweep, set()).add(attack["examples"])
                 points = sweeps.setdefault(sweep, {}).setdefault(stem, {})
                 points.setdefault(at, {})[seed] = 100 * entry["metrics"][metric]
@@ -93,18 +98,18 @@ def _curves(
             _trace(i, labels.get(stem, stem), points, f"{AXES[axis]} %{{x}}")
             for i, (stem, points) in enumerate(by_row.items())
         ]
-        title = f"{dataset}: {entry_name}, accuracy against {AXES[axis]}"
+        title = f"{name}: {entry_name}, accuracy against {AXES[axis]}"
         note = f"Last checkpoints on {images} images; mean over seeds."
         kind = "log" if axis == "steps" else "linear"
         yield Plot(title, note, _figure(traces, AXES[axis], "accuracy (%)", kind))
 
 
-def _places(name: str, at: Mapping[str, float]) -> dict[str, float]:
+def _places(step: str, at: Mapping[str, float]) -> dict[str, float]:
     """The place of a step on the axis of its sweep, if it has one; of a noise the first draw."""
     if at.get("draw"):
         return {}
     found = {axis: float(value) for axis, value in at.items() if axis in AXES}
-    if not at and (match := _AT.search(name)):
+    if not at and (match := _AT.search(step)):
         found[match[1]] = float(match[2])
     return found if len(found) == 1 else {}
 
@@ -142,21 +147,22 @@ def _style(i: int) -> dict[str, Any]:
 def _scatters(
     checkpoints: Mapping[Key, CheckpointResult],
     labels: Mapping[str, str],
-    dataset: str,
+    name: str,
     costs: Mapping[str, Mapping[str, float]],
 ) -> Iterator[Plot]:
     """Worst case against clean accuracy and costs: a point for each seed."""
-    metrics, left_out = comparable(checkpoints)
+    metrics, _ = comparable(checkpoints)
+    having = {key: one for key, one in checkpoints.items() if "worst" in one["metrics"]}
+    sizes = [bases(one)["worst"].size for one in having.values()]
+    others = (stem for stem, seed in having if "worst" not in metrics[stem, seed])
+    left_out = list(dict.fromkeys(others))
     kinds = {
-        "clean_acc": ("trade-off", "clean accuracy (%)", 100.0, "linear"),
-        "macs": ("cost", "multiply-accumulates of one image", 1.0, "log"),
-        "parameters": ("size", "parameters", 1.0, "log"),
-        "step_time": ("time", "time of a training step, relative", 1.0, "linear"),
+        "clean_acc": ("trade-off", "clean accuracy (%)", 100.0, ".2f"),
+        "macs": ("cost", "multiply-accumulates", 1.0, ","),
+        "parameters": ("size", "parameters", 1.0, ","),
+        "step_time": ("time", "time of a training step, relative", 1.0, ".2f"),
     }
-    bases_of = [
-        bases(one)["worst"].size for one in checkpoints.values() if "worst" in one["metrics"]
-    ]
-    for key, (what, title, scale, kind) in kinds.items():
+    for key, (what, title, scale, number) in kinds.items():
         rows: dict[str, dict[int, tuple[float, float]]] = {}
         for (stem, seed), found in metrics.items():
             known = {**costs.get(stem, {}), **found}
@@ -164,25 +170,31 @@ def _scatters(
                 rows.setdefault(stem, {})[seed] = scale * known[key], 100 * found["worst"]
         if len(rows) < 2:
             continue
+        note = f"Worst case on {usual(sizes):,} images, last checkpoints, a point for each seed."
+        if left_out:
+            note += f" Left out, since measured on other images: {', '.join(left_out)}."
         traces = [
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": text(labels.get(stem, stem)),
-                "x": [x for x, _ in points.values()],
-                "y": [y for _, y in points.values()],
-                "customdata": list(points),
-                "hovertemplate": "%{fullData.name}, seed %{customdata}<br>"
-                f"{title}: %{{x:{'.2f' if kind == 'linear' else ','}}}<br>"
-                "worst case: %{y:.2f} %<extra></extra>",
-                **_style(i),
-            }
+            _cloud(i, labels.get(stem, stem), points, f"{title}: %{{x:{number}}}")
             for i, (stem, points) in enumerate(rows.items())
         ]
-        note = f"Worst case on {usual(bases_of):,} images, last checkpoints, a point for each seed."
-        notes = [note, *(f"Left out: {one}." for one in left_out if one.startswith("worst "))]
-        figure = _figure(traces, title, "worst case (%)", kind)
-        yield Plot(f"{dataset}: {what}, worst case against {title}", " ".join(notes), figure)
+        figure = _figure(traces, title, "worst case (%)", "log" if number == "," else "linear")
+        yield Plot(f"{name}: {what}, worst case against {title}", note, figure)
+
+
+def _cloud(
+    i: int, label: str, points: Mapping[int, tuple[float, float]], place: str
+) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": text(label),
+        "x": [x for x, _ in points.values()],
+        "y": [y for _, y in points.values()],
+        "customdata": list(points),
+        "hovertemplate": f"%{{fullData.name}}, seed %{{customdata}}<br>{place}<br>"
+        "worst case: %{y:.2f} %<extra></extra>",
+        **_style(i),
+    }
 
 
 def _figure(traces: list[dict[str, Any]], x: str, y: str, kind: str) -> dict[str, Any]:
