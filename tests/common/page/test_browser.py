@@ -152,8 +152,8 @@ def test_plots_are_drawn_and_tell_their_points(
     assert "worst case: " in text
     for width in (375, 820, 1280):
         browser.emulate(width)
-        sizes = browser.run("return [document.documentElement.scrollWidth, innerWidth]")
-        assert sizes[0] <= sizes[1] == width
+        fits = f"document.documentElement.scrollWidth <= innerWidth && innerWidth == {width}"
+        assert browser.wait(f"return {fits}")
     assert browser.run("return performance.getEntriesByType('resource').map(one => one.name)") == []
     colors = []
     for scheme, media in (("light", ""), ("dark", ""), ("dark", "print")):
