@@ -21,7 +21,8 @@ def everything() -> tuple[list[Any], str]:
 
 HOSTILE = (
     "<script>window.ran = 1</script> | \"'><img src=x onerror='window.ran = 1'>\n"
-    "<a href='javascript:window.ran = 1'>`a`</a> {{ 7 * 7 }} %{x}"
+    "<a href='javascript:window.ran = 1'>`<i onclick='1'>`</a> "
+    "*<b onclick='1'>* {{ 7 * 7 }} %{x}"
 )
 
 
