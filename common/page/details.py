@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common.results.bases import Measured
+from common.results.bases import Measured, ball_text
 from common.results.outcomes import figures, is_audit
 from common.results.reference import Row
 from common.results.schema import AuditCheck, Result
@@ -18,16 +18,9 @@ from common.results.store import result_path
 
 @dataclass(frozen=True)
 class Number:
-    """A cell with a number.
-
-    Attributes:
-        text: What is shown.
-        value: What it is sorted by; ``None`` where there is none.
-        hint: More about it.
-    """
+    """A cell with a number, or an empty one, and more about it."""
 
     text: str = ""
-    value: float | None = None
     hint: str = ""
 
 
@@ -37,7 +30,8 @@ class Part:
 
     Attributes:
         label: Of the checkpoint.
-        about: Epoch, number of images, threat model.
+        about: Epoch and number of images.
+        threat: The adversary of the worst case.
         seeds: In the order of the columns.
         numbers: Metrics by name, a number for each seed.
         confusion: Of the worst case, summed over the seeds that have one; empty if none has.
@@ -48,6 +42,7 @@ class Part:
 
     label: str
     about: str
+    threat: str
     seeds: list[int]
     numbers: dict[str, list[Number]]
     confusion: list[list[int]]
@@ -113,11 +108,6 @@ class Details:
         }
         return [what for what, there in has.items() if not there]
 
-    @property
-    def threat(self) -> str:
-        """The threat model of the last checkpoint."""
-        return self.parts[0].about.rpartition(", ")[2] if self.parts else ""
-
 
 COLUMNS: Mapping[str, Sequence[str]] = {
     "Natural": ("clean_acc",),
@@ -140,7 +130,7 @@ def details_of(
         package,
         row,
         seeds,
-        [str(result_path(folder, row.stem, seed)) for seed in seeds],
+        [result_path(folder, row.stem, seed).name for seed in seeds],
         command_of(package, row.stem, seeds),
         [_part(label, found) for label in labels],
         examples if examples.is_file() else None,
@@ -168,31 +158,23 @@ def _columns(row: Row, found: Sequence[Result]) -> Iterator[tuple[str, Number]]:
     last = [result["checkpoints"]["last"] for result in found if "last" in result["checkpoints"]]
     for title, keys in COLUMNS.items():
         printed = next((p for key in keys if (p := row.printed("last", key))), [])
-        yield (
-            f"{title}, paper",
-            Number(f"{fmean(printed):.2f}", fmean(printed)) if printed else Number(),
-        )
+        yield f"{title}, paper", Number(f"{fmean(printed):.2f}" if printed else "")
         key = next((key for key in keys if any(key in one["metrics"] for one in last)), "")
         known = [one["metrics"][key] for one in last if key in one["metrics"]]
         sizes = {one["sizes"][key] for one in last if key in one["sizes"]}
         hint = f"on {', '.join(f'{size:,}' for size in sorted(sizes))} images" if sizes else ""
-        number = Number()
-        if known:
-            number = Number(percent(fmean(known)) + "‡" * bool(hint), 100 * fmean(known), hint)
-        yield f"{title}, ours", number
+        ours = percent(fmean(known)) + "‡" * bool(hint) if known else ""
+        yield f"{title}, ours", Number(ours, hint)
 
 
 def _part(label: str, found: Sequence[Result]) -> Part:
     having = {result["seed"]: result for result in found if label in result["checkpoints"]}
     entries = {seed: result["checkpoints"][label] for seed, result in having.items()}
     first = next(iter(entries.values()))
+    epochs = ", ".join(dict.fromkeys(str(entry["epoch"]) for entry in entries.values()))
     threat = first["threat"]
-    about = [
-        f"epoch {', '.join(dict.fromkeys(str(one['epoch']) for one in entries.values()))}",
-        f"{first['examples']:,} images",
-        "no threat model" if threat is None else f"{threat['norm']} eps {threat['eps']:.5g}",
-    ]
     tables = [entry["confusion"] for entry in entries.values() if "confusion" in entry]
+    tables = [table for table in tables if len(table) == len(tables[0])]
     checks = [
         {check["question"]: check for check in entry["audit"]["checks"]} if "audit" in entry else {}
         for entry in entries.values()
@@ -201,7 +183,8 @@ def _part(label: str, found: Sequence[Result]) -> Part:
     measured = [Measured("", seed, label, entry) for seed, entry in entries.items()]
     return Part(
         label,
-        ", ".join(about),
+        f"epoch {epochs}, {first['examples']:,} images",
+        "no threat model" if threat is None else ball_text(**threat),
         list(entries),
         _numbers(measured),
         [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)],
@@ -231,7 +214,7 @@ def _numbers(measured: Sequence[Measured]) -> dict[str, list[Number]]:
             elif name in share:
                 found[name].append(_share(one, name, value))
             else:
-                found[name].append(Number(f"{value:.6g}", value))
+                found[name].append(Number(f"{value:.6g}"))
     return found
 
 
@@ -241,7 +224,7 @@ def _share(one: Measured, name: str, value: float) -> Number:
     if name in one.entry["intervals"]:
         low, high = one.entry["intervals"][name]
         hint += f", 95 %: {percent(low)} to {percent(high)}"
-    return Number(percent(value), 100 * value, hint)
+    return Number(percent(value), hint)
 
 
 def _origin(provenance: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

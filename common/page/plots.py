@@ -10,7 +10,7 @@ from html import escape
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from common.results.bases import Key, bases, comparable, usual
+from common.results.bases import Key, ball_text, bases, comparable, usual
 from common.results.markdown import one_line
 from common.results.outcomes import group_of
 from common.results.reference import Reference
@@ -52,7 +52,7 @@ def plots_of(
         if (entry := result["checkpoints"].get("last")) is not None:
             name = result["experiment"].partition("_")[0]
             if (threat := entry["threat"]) is not None:
-                name += f", {threat['norm']} eps {threat['eps']:.5g}"
+                name += f", {ball_text(**threat)}"
             found.setdefault(name, {})[result["experiment"], result["seed"]] = entry
     made = {stem: reference.rows[stem].label for stem in reference.rows if stem in stems}
     times = Counter(made.values())

@@ -191,11 +191,13 @@ def render(sources: Sequence[Source]) -> str:
     }
     papers = [source for source in sources if source.name != COMPARISON.name]
     plotly, script = get_plotlyjs(), (TEMPLATES / "page.js").read_text()
+    rows = [one for paper in papers for one in paper.details]
+    titles = [f"{title}, {whose}" for title in COLUMNS for whose in ("paper", "ours")]
     return environment.get_template("index.html").render(
         papers=papers,
         comparison=next((one for one in sources if one.name == COMPARISON.name), None),
-        rows=[one for paper in papers for one in paper.details],
-        titles=[f"{title}, {whose}" for title in COLUMNS for whose in ("paper", "ours")],
+        rows=rows,
+        titles=[title for title in titles if any(row.columns[title].text for row in rows)],
         verdicts=get_args(Verdict),
         plotly=base64.b64encode(gzip.compress(plotly.encode(), mtime=0)).decode(),
         script=Markup(script),

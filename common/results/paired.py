@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from common.results.bases import Basis, bases
+from common.results.bases import Basis, ball_text, bases
 from common.results.outcomes import figures, group_of, is_audit, metrics_of
 from common.results.schema import CheckpointResult
 from common.results.statistics import mcnemar_exact
@@ -118,19 +118,15 @@ def _entries_that_differ(first: Named, second: Named, metrics: Sequence[str]) ->
 def _suite(entry: CheckpointResult, metrics: Sequence[str]) -> dict[str, str]:
     """The ball of every point of the suite, or of those that the metrics are about."""
     return {
-        group_of(name, attack): _ball(attack["norm"], attack["eps"])
+        group_of(name, attack): ball_text(attack["norm"], attack["eps"])
         for name, attack in entry["attacks"].items()
         if (metrics_of(name, attack) & set(metrics) if metrics else not is_audit(name))
     }
 
 
-def _ball(norm: str | None, eps: float | None) -> str:
-    return "without a ball" if norm is None or eps is None else f"{norm} eps {eps:.5g}"
-
-
 def _threat(one: Named) -> str:
     threat = one.entry["threat"]
-    return f"{'none' if threat is None else _ball(**threat)} in {one.name}"
+    return f"{'none' if threat is None else ball_text(**threat)} in {one.name}"
 
 
 def _images(one: Named) -> str:
