@@ -72,6 +72,9 @@ reproduce-% plan-% publish-% commands-%:
 results: $(STAMP) ## render the tables of all READMEs again from the published results
 	@$(PY) -m common.results.tables $(addprefix paper_,$(PAPERS))
 
+report: $(STAMP) ## one page with all published results: report/index.html
+	@$(PY) -m common.page $(addprefix paper_,$(PAPERS))
+
 bench: $(BENCH) ## ours against peers and the bare loop, under half an hour [ARGS="training --compile"]
 	OMP_NUM_THREADS=1 $(BENCHPY) -m benchmarks $(ARGS)
 
@@ -140,5 +143,5 @@ $(BENCH): $(STAMP)
 clean: ## remove the environment and caches; runs and results stay
 	rm -rf $(VENV) $(BENCHENV) $(OLDENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build
 
-.PHONY: help test reproduce results bench bench-full tensorboard new check format test-wheel \
+.PHONY: help test reproduce results report bench bench-full tensorboard new check format test-wheel \
   test-slow test-faults test-oldest setup clean $(foreach do,reproduce plan publish commands,$(PAPERS:%=$(do)-%))

@@ -72,13 +72,6 @@ def test_a_method_runs_in_another_model_as_the_front_page_says() -> None:
     assert names["backbone"][0].weight.grad.abs().sum() > 0
 
 
-def test_two_rows_are_compared_as_the_readme_of_results_says(capsys, monkeypatch) -> None:
-    (block,) = python_blocks(ROOT / "common/results/README.md")
-    monkeypatch.chdir(ROOT)
-    exec(block, {})
-    assert "p = " in capsys.readouterr().out
-
-
 def test_the_front_page_is_short_and_up_to_date(monkeypatch) -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 200

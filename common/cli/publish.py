@@ -70,6 +70,9 @@ class Publication:
             else:
                 results.append(result)
                 self.files[row.result.name] = row.run / "results.json"
+                picture = row.run / "figures" / "last_examples.png"
+                if picture.is_file():  # of the first seed
+                    self.files.setdefault(f"figures/{row.stem}_examples.png", picture)
         if not self.refusals:
             self.add_analyses(digests(results))
 

@@ -43,7 +43,7 @@ def draw(
         rows = torch.tensor(positions(result, "worst"))  # all bars are about the same examples
         pictures["per_class"] = _bars(result, outcomes, rows, names[:classes])
         pictures["confusion"] = confusion_matrix(
-            _confusion(outcomes, classes, rows).numpy(),
+            outcomes.confusion(classes, rows).numpy(),
             names[:classes],
             "under the attack that broke it first",
         )
@@ -60,7 +60,7 @@ def _bars(
     counted = [name for name, attack in result["attacks"].items() if counts_as_attack(attack)]
     for name in sorted(counted, key=lambda name: _mean(outcomes.correct[name][rows]))[:2]:
         bars[name] = outcomes.correct[name]
-    bars["worst case"] = ~_fell_to(outcomes)[0] & bars["clean"]
+    bars["worst case"] = ~outcomes.fell_to()[0] & bars["clean"]
     y = outcomes.y[rows]
     shares = {
         name: [_mean(correct[rows][y == label]) for label in range(len(labels))]
@@ -104,27 +104,6 @@ def curves(result: CheckpointResult) -> dict[str, Figure]:
 
 def _mean(correct: Tensor) -> float:
     return correct.float().mean().item() if len(correct) else 0.0
-
-
-def _fell_to(outcomes: Outcomes) -> tuple[Tensor, Tensor]:
-    """Which examples fell within the threat model, and what they were predicted as at first."""
-    predicted = outcomes.columns["clean"]["predicted"].clone()
-    fell = torch.zeros_like(outcomes.correct["clean"])
-    for key, line in outcomes.lines.items():
-        if line.counts and line.kind == "attack":
-            broken = outcomes.correct["clean"] & outcomes.attacked[key] & ~outcomes.correct[key]
-            first = broken & ~fell
-            predicted = torch.where(first, outcomes.columns[key]["predicted"], predicted)
-            fell |= broken
-    return fell, predicted
-
-
-def _confusion(outcomes: Outcomes, classes: int, rows: Tensor) -> Tensor:
-    """How often label i was predicted as class j when it first fell, ``(K, K)``."""
-    y, predicted = outcomes.y[rows], _fell_to(outcomes)[1][rows]
-    is_class = (predicted >= 0) & (predicted < classes)  # scores that are not finite give -1
-    cells = y[is_class] * classes + predicted[is_class]
-    return torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
 
 def _examples(outcomes: Outcomes, x: Tensor | Images, names: Sequence[str]) -> Figure | None:

@@ -234,7 +234,7 @@ def run(
     )
     known = [*remarks, *planned.remarks]
     _warn(team, [*known, *planned.checked.suspicions])
-    journal, saver = _keepers(filing, planned, examples, seed, save_examples, team)
+    journal, saver, data_digest = _keepers(filing, planned, examples, seed, save_examples, team)
     bar = ConsoleProgress(len(planned.steps) + 1)
     shown = progress if not isinstance(progress, bool) else bar if progress else None
     with bar.display, _blaming(planned.checked.state):
@@ -260,7 +260,7 @@ def run(
         if saver is not None:
             saver.finish(outcomes, evaluation.position)
         made_with = _made_with(planned.victim, filing, team, outcomes, engine, begun)
-        _file(evaluation, filing, seed, made_with)
+        _file(evaluation, filing, seed, {**made_with, "data_digest": data_digest})
         if filing.pictures:
             _draw(evaluation, filing, examples, class_names)
     return evaluation
@@ -286,10 +286,10 @@ def _keepers(
     seed: int,
     save_examples: bool,
     team: Team,
-) -> tuple[Journal, Saver | None]:
-    """What keeps outcomes and, if they are asked for, adversarial images."""
+) -> tuple[Journal, Saver | None, str]:
+    """What keeps outcomes and, if they are asked for, adversarial images; digest of the images."""
     if filing is None:
-        return Journal(), None
+        return Journal(), None, ""
     identity = identity_of(planned.victim, examples, seed, filing.config_digest)
     saver = None
     if save_examples:
@@ -304,7 +304,7 @@ def _keepers(
         )
         saver = team.first(partial(make, is_first=True)) or make(is_first=False)
         identity["images"] = saver.token
-    return Journal(filing.beside("outcomes"), identity), saver
+    return Journal(filing.beside("outcomes"), identity), saver, identity["data"]
 
 
 def _reported(

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from common.errors import ConfigurationError
 from common.evaluation.claims import Comparison
 from common.results.lines import Outcomes
+from common.results.markdown import one_line
 from common.results.outcomes import missing_worst, outcome_bits, positions
 from common.results.schema import AuditCheck, AuditResult, CheckpointResult
 
@@ -95,7 +97,7 @@ class Evaluation:
             accuracy = f"{100 * self.metrics[name]:.2f}"
             size = str(self.result["sizes"].get(name, self.result["examples"]))
             interval = f"{100 * low:.2f} to {100 * high:.2f}"
-            table.add_row(name + self._note(name), size, accuracy, interval)
+            table.add_row(Text(one_line(name + self._note(name))), size, accuracy, interval)
         return table
 
     def corruption_tables(self) -> list[Table]:

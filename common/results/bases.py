@@ -75,6 +75,11 @@ def by_experiment(results: Iterable[Result]) -> Results:
     return found
 
 
+def ball_text(norm: str | None, eps: float | None) -> str:
+    """A ball in words."""
+    return "no ball" if norm is None or eps is None else f"{norm} eps {eps:.5g}"
+
+
 def usual(found: Iterable[T]) -> T | None:
     """The most frequent value, the first of several; ``None`` without any."""
     return next((value for value, _ in Counter(found).most_common(1)), None)

@@ -5,10 +5,11 @@ from statistics import fmean
 
 from common.results.bases import Measured, Results
 from common.results.markdown import Sheet
-from common.results.outcomes import group_of, outcome_bits
+from common.results.outcomes import group_of
+from common.results.paired import Paired, paired
 from common.results.reference import Group, Row
 from common.results.schema import AuditCheck
-from common.results.statistics import mcnemar_exact, paired_t_test
+from common.results.statistics import paired_t_test
 
 _NOTE = (
     "Last checkpoints. *difference* is this row minus {label} in points, the mean over seeds. "
@@ -18,8 +19,6 @@ _NOTE = (
     "comparisons. *p over seeds* is the paired t-test of the accuracies of the seeds, two-sided: "
     "whether another training run would show the difference too."
 )
-
-_Bits = tuple[list[bool], list[bool]]
 
 
 def comparison_sheet(
@@ -47,19 +46,18 @@ def comparison_sheet(
             name += f" against {baseline.label}"
         theirs = {one.seed: one for one in _last(baseline, results)}
         pairs = [(one, theirs[one.seed]) for one in _last(row, results) if one.seed in theirs]
-        strangers += [
-            f"`{row.stem}` (seed {a.seed})" for a, b in pairs if not _is_same(a, b, "clean_acc")
-        ]
+        strangers += [f"`{row.stem}` (seed {a.seed})" for a, b in pairs if not _is_same(a, b)]
+        compared = {a.seed: paired(a.entry, b.entry) for a, b in pairs if _is_same(a, b)}
         for key in keys:
-            found: dict[int, _Bits] = {}
+            found = {seed: of[key] for seed, of in compared.items() if key in of}
             for a, b in pairs:
-                ours, other = outcome_bits(a.entry, key), outcome_bits(b.entry, key)
-                if ours is None or other is None or not _is_same(a, b, "clean_acc"):
-                    continue
-                if _is_same(a, b, key):
-                    found[a.seed] = ours, other
-                else:
-                    sizes = f"{len(ours):,} against {len(other):,} examples"
+                if (
+                    a.seed in compared
+                    and key in a.bases
+                    and key in b.bases
+                    and not _is_same(a, b, key)
+                ):
+                    sizes = f"{a.bases[key].size:,} against {b.bases[key].size:,} examples"
                     what = f"seed {a.seed}, {titles.get(key, key)}: {sizes}"
                     strangers.append(f"`{row.stem}` ({what})")
             if found:
@@ -94,25 +92,21 @@ def _last(row: Row, results: Results) -> list[Measured]:
     return [measured for measured in results.get(row.stem, []) if measured.label == "last"]
 
 
-def _is_same(a: Measured, b: Measured, key: str) -> bool:
+def _is_same(a: Measured, b: Measured, key: str = "clean_acc") -> bool:
     """Whether a metric of two checkpoints is about the same examples."""
     return a.bases[key] == b.bases[key]
 
 
-def _compared(found: Mapping[int, _Bits]) -> list[str]:
-    """The cells of one metric, given the outcomes of both rows for each seed."""
-    differences, p_values, only_ours, only_theirs = [], [], 0, 0
-    for a, b in found.values():
-        here = sum(x and not y for x, y in zip(a, b, strict=True))
-        there = sum(y and not x for x, y in zip(a, b, strict=True))
-        differences.append(100.0 * (here - there) / len(a))
-        p_values.append(f"{mcnemar_exact(here, there):.2g}")
-        only_ours, only_theirs = only_ours + here, only_theirs + there
+def _compared(found: Mapping[int, Paired]) -> list[str]:
+    """The cells of one metric, given both rows for each seed."""
+    differences = [pair.difference for pair in found.values()]
+    only_ours = sum(len(pair.only_first) for pair in found.values())
+    only_theirs = sum(len(pair.only_second) for pair in found.values())
     test = paired_t_test(differences)
     return [
         f"{fmean(differences):+.2f}",
         f"{only_ours} / {only_theirs}",
-        ", ".join(p_values),
+        ", ".join(f"{pair.p:.2g}" for pair in found.values()),
         "" if test is None or test.seeds == 1 else f"{test.p:.2g}",
         ", ".join(map(str, found)),
     ]

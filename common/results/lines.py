@@ -148,3 +148,22 @@ class Outcomes:
             return ""
         found = ", ".join(f"{count} ({key})" for key, count in counts.items() if count)
         return f"scores are NaN or infinite, which counts as misclassified, for images: {found}"
+
+    def fell_to(self) -> tuple[Tensor, Tensor]:
+        """Which examples fell within the threat model, and what they were predicted as at first."""
+        predicted = self.columns["clean"]["predicted"].clone()
+        fell = torch.zeros_like(self.correct["clean"])
+        for key, line in self.lines.items():
+            if line.counts and line.kind == "attack":
+                broken = self.correct["clean"] & self.attacked[key] & ~self.correct[key]
+                first = broken & ~fell
+                predicted = torch.where(first, self.columns[key]["predicted"], predicted)
+                fell |= broken
+        return fell, predicted
+
+    def confusion(self, classes: int, rows: Tensor) -> Tensor:
+        """How often label i was predicted as class j when it first fell, ``(K, K)``."""
+        y, predicted = self.y[rows], self.fell_to()[1][rows]
+        is_class = (predicted >= 0) & (predicted < classes)  # scores that are not finite give -1
+        cells = y[is_class] * classes + predicted[is_class]
+        return torch.bincount(cells, minlength=classes**2).view(classes, classes)

@@ -54,16 +54,20 @@ def escape(text: str) -> str:
 
     Titles, labels and notes come from files that may be a stranger's.
     """
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", one_line(text))
     for found, harmless in {"<": "&lt;", ">": "&gt;", "](": "]\\("}.items():
         text = text.replace(found, harmless)
     return text
 
 
+def one_line(text: str) -> str:
+    """Printable characters alone, in one line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def _paragraph(text: str) -> str:
     """The text as a paragraph: a beginning that would start another block is escaped."""
-    return re.sub(r"^(?=#|```|~~~|\||[-+=] |[-=]+$)", r"\\", escape(text))
+    return re.sub(r"^(\d*)(?=#|```|~~~|\||\[|[-+*=.)] |[-=_* ]+$)", r"\1\\", escape(text))
 
 
 def _cell(text: str) -> str:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # tables are rendered without waiting for torch
 DIGITS = 6
 """Intervals and distances are rounded, so that they are the same text on every machine."""
 
+MOST_CLASSES = 100
+"""Of a confusion matrix in a result file."""
+
 # ----------------------------------------------------------------------------------------- figures
 
 
@@ -282,6 +285,11 @@ def checkpoint_entry(
         **found,
         "remarks": [*outcomes.remarks, *filter(None, [reason])],
     }
+    classes = len(clean["per_class"])
+    is_known = "predicted" in outcomes.columns.get("clean", {})
+    if "worst" in found["metrics"] and is_known and classes <= MOST_CLASSES:
+        rows = outcomes.y.new_tensor(positions(cast(CheckpointResult, entry), "worst"))
+        entry["confusion"] = outcomes.confusion(classes, rows).tolist()
     entry["metrics"].update(measures or {})
     if audit is not None:
         entry["audit"] = dict(audit)

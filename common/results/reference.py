@@ -147,6 +147,9 @@ class Reference:
         checkpoints: What a complete result has; ``[last]`` where nothing is selected.
         tags: Sources of numbers, by the tag that rows name.
         summary: What the root README shows.
+        title: Of the paper.
+        arxiv: Its number there.
+        venue: Where it appeared.
     """
 
     groups: list[Group]
@@ -156,6 +159,9 @@ class Reference:
     )
     tags: dict[str, str] = field(default_factory=dict)
     summary: Summary | None = None
+    title: str = ""
+    arxiv: str = ""
+    venue: str = ""
 
     def members(self, group: Group) -> list[Row]:
         """The rows of a table."""

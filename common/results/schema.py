@@ -146,6 +146,9 @@ class CheckpointResult(TypedDict):
     """95 % Wilson interval of every metric that is a share of examples."""
     sizes: dict[str, int]
     """How many examples an accuracy is about, where those are not all."""
+    confusion: NotRequired[list[list[_Count]]]
+    """Of the worst case: how often label i was predicted as class j when it first fell. Absent
+    without a worst case, and for more than 100 classes."""
     remarks: list[str]
     """What a reader of the figures should know, in sentences."""
     audit: NotRequired[AuditResult]
@@ -166,6 +169,8 @@ class Provenance(TypedDict):
     """``raw``, or by what they are averaged."""
     checkpoint_digest: NotRequired[str]
     """Of the weights."""
+    data_digest: NotRequired[str]
+    """Of the images and labels."""
     date: NotRequired[str]
     """When it was measured, ISO 8601."""
 
@@ -174,6 +179,10 @@ def _with_counts(checkpoint: CheckpointResult) -> CheckpointResult:
     """Compare counts, classes and bits of all steps with each other."""
     total = checkpoint["examples"]
     _check_counts(checkpoint["clean"], total, "clean")
+    classes = len(checkpoint["clean"]["per_class"])
+    table = checkpoint.get("confusion", [[0] * classes] * classes)
+    if {len(table), *map(len, table)} != {classes}:
+        raise ValueError(f"confusion is not of {classes} x {classes} numbers")
     for name, attack in checkpoint["attacks"].items():
         chosen = total
         if "subset" in attack:

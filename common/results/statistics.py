@@ -43,6 +43,15 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values of a family of tests (Holm, Scand. J. Stat. 6:65, 1979)."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
 @dataclass(frozen=True)
 class Difference:
     """Mean of paired differences over seeds, with the paired t-test against a threshold.

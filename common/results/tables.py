@@ -19,7 +19,7 @@ gets a second table, in which its other rows are compared with that one example 
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +29,7 @@ from rich.text import Text
 from common.errors import ConfigurationError, UserError, output_may_close
 from common.files import read_sealed_json
 from common.packages import package_folder
-from common.results.bases import Measured, by_experiment
+from common.results.bases import Measured, Results, by_experiment
 from common.results.cells import compact_of, sheet_of
 from common.results.comparison import comparison_sheet
 from common.results.front import write_front
@@ -47,13 +47,58 @@ TERMINAL = 80
 
 @dataclass
 class Report:
-    """The tables of one paper."""
+    """The tables of one paper.
 
-    markdown: str
-    compact: list[Table]
-    """For a terminal: the first table with results, and others with rows that those before lack."""
-    missing: list[str]
-    """Rows without a result, or with what is missing of it."""
+    Attributes:
+        reference: What the paper printed.
+        rows: Those asked for.
+        results: Ours, by experiment.
+        sheets: Tables with results, each followed by its paired comparison.
+        analysis: Verdicts and other tables of the paper's analysis.
+        never: Tables whose rows have not been run.
+        compact: For a terminal: the first table with results, and others with rows that those
+            before lack.
+        missing: Rows without a result, or with what is missing of it.
+    """
+
+    reference: Reference
+    rows: list[Row]
+    results: Results
+    sheets: list[Sheet] = field(default_factory=list)
+    analysis: list[Sheet] = field(default_factory=list)
+    never: list[Sheet] = field(default_factory=list)
+    compact: list[Table] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def legend(self) -> str:
+        """What the columns mean, and where published numbers are from."""
+        return _LEGEND + _sources(self.reference, self.rows)
+
+    @property
+    def strangers(self) -> list[str]:
+        """Experiments with a result and without a row."""
+        return sorted(set(self.results) - set(self.reference.rows))
+
+    @property
+    def markdown(self) -> str:
+        """All of it, for a README."""
+        number = sum(row.stem in self.results for row in self.rows)
+        parts = [
+            escape(self.legend),
+            f"Rows run: {number} of {len(self.rows)} configured.",
+            *(sheet.to_markdown() for sheet in [*self.sheets, *self.analysis]),
+        ]
+        if self.never:
+            title = f"Tables whose rows have not been run: {len(self.never)}"
+            parts.append(folded(title, *(sheet.to_markdown() for sheet in self.never)))
+        if self.missing:
+            title = f"Rows without our result: {len(self.missing)} of {len(self.rows)}"
+            parts.append(folded(title, escape(", ".join(self.missing))))
+        if self.strangers:
+            names = escape(", ".join(self.strangers))
+            parts.append(f"Results without a row in reference.yaml: {names}")
+        return "\n\n".join(parts)
 
 
 _LEGEND = (
@@ -67,7 +112,7 @@ _LEGEND = (
 
 
 def render_table(
-    package: str,
+    package: str | Path,
     on: str = "",
     seeds: Sequence[int] | None = None,
     groups: Sequence[str] | None = None,
@@ -76,7 +121,7 @@ def render_table(
     """Set a paper's numbers beside ours, one table per group.
 
     Args:
-        package: Import name of the paper.
+        package: Import name of the paper, or the folder of its ``reference.yaml``.
         on: Only these experiments, as in :func:`common.results.selection.select`.
         seeds: Only these seeds; ``None`` takes all there are.
         groups: Only these tables, by id; ``None`` takes all.
@@ -85,8 +130,8 @@ def render_table(
     Raises:
         ConfigurationError: If a file is damaged, or no experiment starts with ``on``.
     """
-    reference = read_reference(package_folder(package) / "reference.yaml")
-    folder = folder or package_folder(package) / "results"
+    home = package if isinstance(package, Path) else package_folder(package)
+    reference, folder = read_reference(home / "reference.yaml"), folder or home / "results"
     chosen = select(reference.rows, on)
     rows = [row for stem, row in reference.rows.items() if stem in chosen]
     if not rows:
@@ -98,9 +143,7 @@ def render_table(
         result for result in load_results(folder) if seeds is None or result["seed"] in seeds
     )
     costs = read_costs(folder)
-    sheets: list[Sheet] = []
-    never: list[str] = []
-    compact: list[Table] = []
+    report = Report(reference, rows, results)
     shown: set[str] = set()
     for group in reference.groups:
         members = [row for row in reference.members(group) if row in rows]
@@ -109,11 +152,11 @@ def render_table(
         sheet = sheet_of(group, members, results, costs)
         run = {row.stem for row in members} & set(results)
         if not run:
-            never.append(sheet.to_markdown())
+            report.never.append(sheet)
             continue
-        sheets.append(sheet)
+        report.sheets.append(sheet)
         if not run <= shown:
-            compact.append(compact_of(group, members, results))
+            report.compact.append(compact_of(group, members, results))
             shown |= run
         baselines = {
             row.stem: reference.rows[stem]
@@ -121,26 +164,12 @@ def render_table(
             if (stem := row.baseline or group.baseline) is not None
         }
         if comparison := comparison_sheet(group, members, baselines, results):
-            sheets.append(comparison)
+            report.sheets.append(comparison)
     for path in sorted(folder.glob("analysis*.json")):
-        sheets += _analysis(path)
+        report.analysis += _analysis(path)
     gaps = (_gap(row, results.get(row.stem, []), seeds, reference.checkpoints) for row in rows)
-    missing = [gap for gap in gaps if gap]
-    number = sum(row.stem in results for row in rows)
-    parts = [
-        _LEGEND + _sources(reference, rows),
-        f"Rows run: {number} of {len(rows)} configured.",
-        *(sheet.to_markdown() for sheet in sheets),
-    ]
-    if never:
-        parts.append(folded(f"Tables whose rows have not been run: {len(never)}", *never))
-    if missing:
-        summary = f"Rows without our result: {len(missing)} of {len(rows)}"
-        parts.append(folded(summary, escape(", ".join(missing))))
-    if strangers := sorted(set(results) - set(reference.rows)):
-        names = escape(", ".join(strangers))
-        parts.append(f"Results without a row in reference.yaml: {names}")
-    return Report("\n\n".join(parts), compact, missing)
+    report.missing = [gap for gap in gaps if gap]
+    return report
 
 
 def _sources(reference: Reference, rows: Sequence[Row]) -> str:
@@ -155,7 +184,7 @@ def _sources(reference: Reference, rows: Sequence[Row]) -> str:
         and (source := metric.source or row.source)
     )
     sources = "; ".join(f"[{tag}] {reference.tags.get(tag, tag)}" for tag in used)
-    return f" Sources of published numbers: {escape(sources)}." if used else ""
+    return f" Sources of published numbers: {sources}." if used else ""
 
 
 def _gap(

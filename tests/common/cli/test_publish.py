@@ -123,12 +123,16 @@ def test_a_reproduction_changes_no_tracked_file_and_publishing_copies_it(
 ) -> None:
     project.all_made()
     assert reproduction.main(["paper_toy", "--seeds", "0"]) == 0
+    picture = project.runs / "digits_ours/seed0/figures/last_examples.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"of ours")
     assert project.changes() == []
     tables = (project.runs / "tables.md").read_text()
     for text in ("ours (`digits_ours`)", "digits_differences.png", "not published"):
         assert text in tables
     assert published() == 0
     names = ("digits_base-seed0.json", "digits_ours-seed0.json", "analysis.json")
+    assert (project.results / "figures/digits_ours_examples.png").read_bytes() == b"of ours"
     for name in (*names, "figures/digits_differences.png"):
         found = (project.results / name).read_bytes()
         assert found == (project.runs / "results" / name).read_bytes()

@@ -70,8 +70,19 @@ def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, mode
         for name in ("confusion", "examples", "fgsm_eps", "noise_level", "per_class")
     ]
     assert all(path.stat().st_size > 3000 for path in (tmp_path / "figures").iterdir())
-    entry = read_result(tmp_path / "results.json")["checkpoints"]["model"]
+    result = read_result(tmp_path / "results.json")
+    entry = result["checkpoints"]["model"]
     assert entry == json.loads(json.dumps(one.result))
+    table = torch.tensor(entry["confusion"])
+    assert table.sum(1).tolist() == [total for _, total in entry["clean"]["per_class"]]
+    assert table.trace() == one.robust.sum() < table.sum()
+    digests = [result["provenance"]["model"]["data_digest"]]
+    for name, images in (("same", digits), ("other", (digits[0].flip(0), digits[1]))):
+        few = {"fgsm": SuiteEntry(FGSM(0.1))}
+        evaluate(model, images, few, output=tmp_path / name, progress=False)
+        there = read_result(tmp_path / name / "results.json")["provenance"]["model"]
+        digests.append(there["data_digest"])
+    assert digests[0] == digests[1] != digests[2]
     calls: list[int] = []
     with model.register_forward_hook(lambda *_: calls.append(1)):
         evaluate(model, digits, suite, eps=0.1, progress=False)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.results.statistics import mcnemar_exact, paired_t_test, wilson_interval
+from common.results.statistics import holm, mcnemar_exact, paired_t_test, wilson_interval
 
 
 @settings(deadline=None, max_examples=30)  # the first example imports scipy
@@ -52,3 +52,9 @@ def test_a_paired_interval_by_hand() -> None:
     found = paired_t_test([2.0 - 1.0, 4.0 - 2.0, 6.0 - 3.0])
     assert (found.low, found.high) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
     assert found.p == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_holm_corrects_for_the_number_of_tests() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.2]) == pytest.approx([0.04, 0.09, 0.09, 0.2])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -1,0 +1,136 @@
+"""Compares result files: ``python -m common.results compare a.json b.json``."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import ConfigurationError, UserError, output_may_close
+from common.results.markdown import one_line
+from common.results.outcomes import is_audit, worst_over
+from common.results.paired import Named, Paired, obstacle, paired
+from common.results.statistics import holm
+from common.results.store import read_result
+from common.results.tables import print_tables
+
+DESCRIPTION = (
+    "Compare result files image by image, each with the first: the difference in points, the exact "
+    "McNemar test, and which images only one gets right. The files are those of papers and those "
+    "that an evaluation writes. They are refused if threat model, images or suite differ."
+)
+
+
+def compare(
+    paths: Sequence[str], metrics: Sequence[str] = (), checkpoint: str | None = None
+) -> list[Table | str]:
+    """Tables and lines of the first result file beside each of the others.
+
+    Args:
+        paths: At least two result files.
+        metrics: Only these; by default all that every file has.
+        checkpoint: Of every file; by default ``last``, or the only one.
+
+    Raises:
+        ConfigurationError: If a file is no result, or they cannot be compared.
+    """
+    if len(paths) < 2:
+        raise ConfigurationError(f"there is only {paths[0]}; give at least two result files")
+    first, *others = (_read(path, checkpoint) for path in paths)
+    for other in others:
+        if reason := obstacle(first, other, metrics):
+            raise ConfigurationError(f"cannot compare: {one_line(reason)}")
+    found = [_shown(paired(first.entry, other.entry), metrics) for other in others]
+    if unpaired := [name for name in metrics if not all(name in pairs for pairs in found)]:
+        raise ConfigurationError(
+            f"{', '.join(unpaired)} has no outcome per image: it is the lowest of several "
+            "accuracies or a mean; compare its union or one of its losses"
+        )
+    parts: list[Table | str] = []
+    for i, (other, pairs) in enumerate(zip(others, found, strict=True)):
+        adjusted = {
+            name: holm([one[name].p for one in found])[i]
+            for name in pairs
+            if len(found) > 1 and all(name in one for one in found)
+        }
+        parts += _beside(first, other, pairs, adjusted)
+    return parts
+
+
+def _read(path: str, label: str | None) -> Named:
+    result = read_result(path)
+    known = list(result["checkpoints"])
+    label = label or ("last" if "last" in known else known[0] if len(known) == 1 else "")
+    if label not in known:
+        raise ConfigurationError(
+            f"{path} has the checkpoints {one_line(', '.join(known))}; choose one with --checkpoint"
+        )
+    data = result["provenance"][label].get("data_digest")
+    return Named(path, result["checkpoints"][label], data)
+
+
+def _shown(pairs: Mapping[str, Paired], metrics: Sequence[str]) -> dict[str, Paired]:
+    """The metrics asked for; by default those of the suite, without unions of a single loss."""
+    if metrics:
+        return {name: pair for name, pair in pairs.items() if name in metrics}
+    found: dict[str, Paired] = {}
+    for name, pair in pairs.items():
+        entry = name.partition("/")[0].removesuffix("_union")
+        is_repeated = any(k.partition("/")[0] == entry and v == pair for k, v in found.items())
+        if not (is_audit(name) or name.endswith("_clean") or is_repeated):
+            found[name] = pair
+    return found
+
+
+def _beside(
+    first: Named, second: Named, pairs: Mapping[str, Paired], adjusted: Mapping[str, float]
+) -> list[Table | str]:
+    """What is printed about two files."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("metric", overflow="fold")
+    titles = ["images", "A %", "B %", "A - B", "only A / B", "p"]
+    for title in titles + ["Holm"] * bool(adjusted):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, pair in pairs.items():
+        numbers = [f"{100 * pair.first:.2f}", f"{100 * pair.second:.2f}", f"{pair.difference:+.2f}"]
+        counts = f"{len(pair.only_first)} / {len(pair.only_second)}"
+        p_values = [f"{p:.2g}" for p in (pair.p, adjusted.get(name)) if p is not None]
+        table.add_row(Text(one_line(name)), str(pair.size), *numbers, counts, *p_values)
+    return [f"A: {first.name}\nB: {second.name}", table, *_notes(first, second, pairs)]
+
+
+def _notes(first: Named, second: Named, pairs: Mapping[str, Paired]) -> Iterator[str]:
+    """Attacks that only one had, and the images that only one gets right."""
+    attacks = [set(worst_over(one.entry["clean"], one.entry["attacks"])) for one in (first, second)]
+    for letter, more in (("A", attacks[0] - attacks[1]), ("B", attacks[1] - attacks[0])):
+        if "worst" in pairs and more:
+            yield f"The worst case of {letter} is also over {one_line(', '.join(sorted(more)))}"
+    for name, pair in pairs.items():
+        if name == "worst" or "worst" not in pairs:
+            for letter, only in (("A", pair.only_first), ("B", pair.only_second)):
+                images = ", ".join(map(str, only)) or "none"
+                yield f"{one_line(name)}, images that only {letter} gets right: {images}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the comparison; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m common.results", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="compare")
+    command = commands.add_parser("compare", help="result files", description=DESCRIPTION)
+    command.add_argument("files", nargs="+", metavar="file.json", help="at least two")
+    command.add_argument("--metric", action="append", default=[], metavar="NAME", help="only this")
+    command.add_argument("--checkpoint", help="of every file; by default last, or the only one")
+    given = parser.parse_args(argv)
+    try:
+        print_tables(compare(given.files, given.metric, given.checkpoint))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    with output_may_close():
+        sys.exit(main())

@@ -1,0 +1,182 @@
+"""The page of all results: its numbers are those of the files, and text of strangers stays text."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.page.__main__ import main
+from common.page.site import gather, inline, render
+from common.results.store import load_results
+
+ROOT = Path(__file__).parents[3]
+
+
+class Page(HTMLParser):
+    """What a page has: tags with their attributes, texts, tables of metrics, JSON of plots."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.plots: list[Any] = []
+        self.metrics: dict[tuple[str, str], dict[str, list[str]]] = {}
+        self._row, self._cells, self._kind = "", [""], ""
+        self._table: dict[str, list[str]] = {}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {key: value or "" for key, value in attrs}
+        self.tags.append((tag, dict(attrs)))
+        self._kind = given.get("type", "") if tag == "script" else tag
+        if tag == "details" and given.get("class") == "row":
+            self._row = given["id"]
+        elif tag == "table":
+            self._table = {}
+            if "data-label" in given:
+                self.metrics[self._row, given["data-label"]] = self._table
+        elif tag == "tr":
+            self._cells = []
+        elif tag == "td":
+            self._cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "tr" and self._cells:
+            self._table[self._cells[0]] = self._cells[1:]
+
+    def handle_data(self, data: str) -> None:
+        if self._kind == "application/json" and data.strip():
+            self.plots.append(json.loads(data))
+        self.texts.append(data)
+        if self._cells:
+            self._cells[-1] += data.strip()
+
+    def links(self) -> set[str]:
+        return {(given["href"] or "") for tag, given in self.tags if tag == "a"}
+
+    def ids(self) -> list[str]:
+        return [given["id"] or "" for _, given in self.tags if "id" in given]
+
+
+def test_every_number_of_every_result_is_on_the_page(everything: Any) -> None:
+    page, count = Page(everything[1]), 0
+    for source in everything[0]:
+        anchors = {one.row.stem: one for one in source.details}
+        for result in load_results(ROOT / source.name / "results"):
+            one = anchors[result["experiment"]]
+            column = one.seeds.index(result["seed"])
+            for label, entry in result["checkpoints"].items():
+                shown = page.metrics[one.anchor, label]
+                for name, value in entry["metrics"].items():
+                    if name.startswith("audit") or name.endswith("_clean"):
+                        continue
+                    number, count = float(shown[name][column]), count + 1
+                    if name in entry["intervals"]:
+                        assert number == pytest.approx(100 * value, abs=0.005001)
+                    else:
+                        assert number == pytest.approx(value, rel=1e-5) or (
+                            number == pytest.approx(100 * value, abs=0.005001)
+                        )
+    assert count > 1000
+
+
+def test_points_of_plots_are_numbers_of_the_files(everything: Any) -> None:
+    for source in everything[0]:
+        last = [
+            result["checkpoints"]["last"] for result in load_results(ROOT / source.name / "results")
+        ]
+        worst = {
+            round(100 * one["metrics"]["worst"], 6) for one in last if "worst" in one["metrics"]
+        }
+        (trade_off,) = (plot for plot in source.plots if "trade-off" in plot.title)
+        points = [y for trace in trade_off.figure["data"] for y in trace["y"]]
+        assert points
+        assert {round(y, 6) for y in points} <= worst
+
+
+def test_the_page_loads_nothing_and_its_links_have_targets(everything: Any) -> None:
+    page = Page(everything[1])
+    assert {link[0] for link in page.links()} == {"#"}
+    ids = page.ids()
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in page.links()} <= set(ids)
+    for tag, given in page.tags:
+        assert not given.get("src") or (given["src"] or "").startswith("data:image/png")
+        assert tag not in ("iframe", "object", "embed")
+    (policy,) = (g["content"] or "" for t, g in page.tags if g.get("http-equiv"))
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy.split("script-src")[1]
+    assert len(everything[1].encode()) < 8e6
+
+
+def test_text_of_strangers_stays_text(hostile: tuple[str, str]) -> None:
+    text, html = hostile
+    page = Page(html)
+    for tag, given in page.tags:
+        assert not any(name.startswith("on") for name in given)
+        assert tag != "img" or (given["src"] or "").startswith("data:image/png;base64,iVBORw==")
+    kinds = [given.get("type") for tag, given in page.tags if tag == "script"]
+    assert set(kinds) == {"application/json", "application/gzip", None}
+    assert kinds.count(None) == 1
+    shown, wanted = (" ".join(one.split()) for one in ("".join(page.texts), text))
+    assert wanted in shown
+    marks = str.maketrans("", "", "`*")
+    assert shown.translate(marks).count(wanted.translate(marks)) > shown.count(wanted)
+    names = [trace["name"] for plot in page.plots for trace in plot["data"]]
+    assert names
+    assert not any("<" in name for name in names), "plotly reads names as HTML"
+
+
+def test_emphasis_code_and_links_are_the_only_marks() -> None:
+    links = {"digits_cifs": "cifs-digits"}
+    assert inline("*p* of `digits_cifs` < `x`*2*", links) == (
+        '<em>p</em> of <a href="#cifs-digits"><code>digits_cifs</code></a> &lt; '
+        "<code>x</code><em>2</em>"
+    )
+    assert inline("2 * 3 * 4") == "2 * 3 * 4"
+
+
+def test_the_comparison_is_read_from_its_own_folder(paper: Any, capsys: Any) -> None:
+    for seed in range(3):
+        paper.put("toy_net_ours", seed, robust=0.8, without="aa/square")
+        paper.put("toy_net_plain", seed, robust=0.3, without="aa/square")
+    groups = {"E1": {"metrics": [{"key": "worst", "title": "worst"}]}}
+    paper.write(groups=groups, rows={"toy_net_plain": {"last": {}, "selected": {}}})
+    shutil.copytree("paper_toy", "benchmarks/robustness")
+    sources = gather(["paper_toy"], Path("benchmarks/robustness"))
+    assert [source.name for source in sources] == ["robustness", "paper_toy"]
+    (board,) = sources[0].boards
+    assert [row.row.stem for row in board.placed] == ["toy_net_ours", "toy_net_plain"]
+    assert main(["paper_toy"]) == 0
+    assert "report/index.html" in capsys.readouterr().out
+    assert 'id="robustness-toy_net_ours"' in Path("report/index.html").read_text()
+
+
+def test_confusion_and_examples_are_shown(paper: Any) -> None:
+    paper.put()
+    path = Path("paper_toy/results/toy_net_ours-seed0.json")
+    data = json.loads(path.read_text())
+    del data["digest"]
+    table = [[11 * i + j for j in range(10)] for i in range(10)]
+    data["checkpoints"]["last"]["confusion"] = table
+    path.write_text(json.dumps(data))
+    (source,) = gather(["paper_toy"])
+    html = render([source])
+    cells = re.findall(r'<td style="--share: [\d.e-]+">(\d+)</td>', html)
+    assert list(map(int, cells)) == [count for row in table for count in row]
+    assert 'make reproduce-toy ON=toy_net_ours SEEDS="0"' in Page(html).texts
+
+
+def test_a_damaged_file_is_named_in_one_line(paper: Any, capsys: Any) -> None:
+    paper.put()
+    path = Path("paper_toy/results/toy_net_ours-seed0.json")
+    path.write_text(path.read_text().replace("0.9", "0.8", 1))
+    assert main(["paper_toy"]) == 2
+    captured = capsys.readouterr()
+    assert str(path) in captured.err
+    assert captured.err.count("\n") == 1
+    assert not Path("report").exists()
