@@ -85,12 +85,12 @@ class Objective:
 
 
 class LogitObjective(Objective):
-    """An objective that is a function of logits, and trains any network.
+    r"""An objective that is a function of logits, and trains any network.
 
     A network may offer more than its logits f: further logits p, each with a weight (the probes of
     CIFS), and losses of its own (that of AW-Net's router). The optimiser minimises
 
-    .. math:: L(f) + \\sum_p w_p L(p) + L_{own}
+    .. math:: L(f) + \sum_p w_p L(p) + L_{own}
 
     and the adversary maximises the same sum without the last term. Parts learn the labels and the
     types of the images.
