@@ -473,6 +473,10 @@ def insert_selections(
         ConfigurationError: If there are selections already, or a weight is refused.
     """
     check_weight("beta", beta)
+    if isinstance(net, nn.Sequential):
+        raise ConfigurationError(
+            "a Sequential would run the selections as its last module; make it a part of a network"
+        )
     if any(isinstance(module, Selections) for module in net.modules()):
         raise ConfigurationError(
             f"{type(net).__name__} has channel selections already; give all positions in one call"
