@@ -207,6 +207,16 @@ class AWNet(Part):
         return p.new_tensor([1.0, 0.0] if self.mixing == "clean" else [0.0, 1.0]).expand_as(p)
 
 
+def with_router(net: nn.Module, **settings: Any) -> AWNet:
+    """A network with a router, for configuration files.
+
+    Args:
+        net: The base network; it is changed.
+        **settings: Of :class:`AWNet`.
+    """
+    return AWNet(net, **settings)
+
+
 def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, nn.Conv2d]]]:
     """By block, the convolutions of the residual branch in forward order, with their full names.
 
@@ -223,7 +233,8 @@ def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, n
             for name, module in block.named_modules()
             if isinstance(module, nn.Conv2d) and name.partition(".")[0] not in SHORTCUTS
         ]
-        branches.append(found if scope == "block" else found[-1:])
+        if found:
+            branches.append(found if scope == "block" else found[-1:])
     if not branches:
         raise ConfigurationError(
             f"{type(arch).__name__} has no residual blocks (modules with a shortcut or downsample) "
