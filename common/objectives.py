@@ -73,7 +73,8 @@ class Objective:
             for need in sorted(part.needs - self.serves):
                 raise ConfigurationError(
                     f"the objective {type(self).__name__} does not train {type(part).__name__}, "
-                    f"which needs {need}; choose AT, TRADES, MART or ALP of common.objectives"
+                    f"which needs {need}; choose another objective, such as AT, TRADES, MART or "
+                    "ALP of common.objectives, or the method's own"
                 )
 
     def advance(self, is_step_over: bool = True) -> None:

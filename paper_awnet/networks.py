@@ -382,6 +382,8 @@ class OATNet(Part):
     lambda = 0 and for lambda > 0. The backbone is changed in place.
     """
 
+    needs = frozenset({"a trade-off for each image"})
+
     def __init__(self, arch: nn.Module, knob: float = 0.2, hidden: int = 64) -> None:
         super().__init__()
         if not 0.0 <= knob <= 1.0:

@@ -371,6 +371,8 @@ class ARD(PairedObjective):
 class OAT(Objective):
     """(1 - lambda) CE(f(x), y) + lambda CE(f(x_adv), y), lambda drawn for each image and epoch."""
 
+    serves = frozenset({"a trade-off for each image"})
+
     def __init__(self) -> None:
         self.epoch = 0
 

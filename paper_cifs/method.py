@@ -520,7 +520,7 @@ def positions_of(net: nn.Module) -> dict[str, int]:
         if isinstance(backbone, WideResNet):
             for i, stage in enumerate(backbone.stages):
                 for j, block in enumerate(stage):
-                    found[f"{prefix}stages.{i}.{j}.act1"] = block.bn1.num_features
+                    found[f"{prefix}stages.{i}.{j}.act1"] = block.conv1.in_channels
             found[f"{prefix}head.act"] = backbone.widths[-1]
     return found
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-Need = Literal["further logits", "both kinds of images"]
-"""What training has to do for a part: train its logits; show clean and adversarial images."""
+Need = Literal["further logits", "both kinds of images", "a trade-off for each image"]
+"""What training has to give a part: a loss of its logits; clean and adversarial images; lambda."""
 
 CLEAN, ADVERSARIAL = 0, 1
 """The two types of images."""
