@@ -15,7 +15,7 @@ from common.attacks.engine.folding import has_hooks
 from common.attacks.losses import classify, cross_entropy
 from common.errors import ConfigurationError, check_choice
 from common.modes import network_of
-from common.networks.parts import ADVERSARIAL, CLEAN, Part, parts_of, telling
+from common.networks.parts import ADVERSARIAL, CLEAN, Part, parts_like, telling
 from common.networks.resnet import ResNet, kaiming
 from common.objectives import Batch, InnerLoss, Model, differentiable
 from paper_awnet.method import (
@@ -89,7 +89,7 @@ class AWNet(Part):
         super().__init__()
         check_choice("scope", scope, Scope)
         check_choice("mixing", mixing, Mixing)
-        if parts_of(arch, AWNet):
+        if parts_like(arch, AWNet):
             raise ConfigurationError(
                 f"{type(arch).__name__} has a router already; put one AWNet into a network"
             )
@@ -119,7 +119,7 @@ class AWNet(Part):
             told.said |= {"p": found.p, "signals": found.signals}
             if told.types is not None:
                 told.losses["type"] = cross_entropy(found.type_logits, told.types)  # [F][D]
-                if self.training and len(told.types.unique()) == 2:
+                if self.training and bool(told.types.min() != told.types.max()):
                     told.report |= route_report(found, told.types)
         return found.logits
 
@@ -274,7 +274,7 @@ def training_rows(types: Tensor | None, network: str) -> tuple[Rows, Rows]:
 def require_network(model: Any, kind: type[Network]) -> Network:
     """The first network of a class in a classifier or in another network; none is an error."""
     net = network_of(model)
-    if (found := parts_of(net, kind)) == []:
+    if (found := parts_like(net, kind)) == []:
         raise ConfigurationError(
             f"this needs a paper_awnet.networks.{kind.__name__}, got {type(net).__name__}; wrap "
             "the backbone in one"

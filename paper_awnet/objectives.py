@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.attacks.losses import cross_entropy, full_precision, kl_divergence
 from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.errors import ConfigurationError, check_choice
-from common.networks.parts import ADVERSARIAL, parts_of
+from common.networks.parts import ADVERSARIAL, parts_like, parts_of
 from common.objectives import (
     Batch,
     Model,
@@ -108,7 +108,7 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     def attacked(self, model: Model) -> Model:
         """The function that the training attack sees."""
-        is_forced = self.branch == "adv" and parts_of(model, AWNet)
+        is_forced = self.branch == "adv" and parts_like(model, AWNet)
         return forced(model, ADVERSARIAL) if is_forced else model
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
@@ -123,7 +123,7 @@ class PairedObjective(Objective, nn.Module, ABC):
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """The classification loss and the weighted type loss; a scalar."""
         x_adv = adversarial_images(batch)
-        if parts_of(model, AWNet):
+        if parts_like(model, AWNet):
             logits, logits_adv, penalty = self._routed(model, batch)
             return self.classification(batch, logits, logits_adv) + self.lambda_type * penalty
         self.report = {}

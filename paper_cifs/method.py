@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from common.attacks.losses import cross_entropy, hinge_margin, kl_divergence
 from common.errors import ConfigurationError, check_choice
 from common.modes import network_of
-from common.networks.parts import Part, parts_of, telling
+from common.networks.parts import Part, parts_like, telling
 from common.networks.resnet import ResNet, check_positive
 from common.networks.wide_resnet import WideBlock, WideResNet, initialize
 from common.objectives import (
@@ -286,7 +286,6 @@ class ChannelSelection(_Described, Part, ABC):
         super().__init__()
         self.probe = probe
         self.label_free = label_free
-        self._left: str | None = None  # the device whose autocast is off until the pass ends
 
     @abstractmethod
     def multiplier(self, z: Tensor, p: Tensor, y: Tensor | None) -> Tensor:
@@ -317,18 +316,8 @@ class ChannelSelection(_Described, Part, ABC):
         z_bar, p = self(z, None if told is None else told.y)
         if told is not None:
             told.logits.append((self.weight, p))
-        kind = z.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            self._left = kind
-            torch.set_autocast_enabled(kind, False)
         masked: Tensor = z_bar
         return masked
-
-    def pass_is_over(self) -> None:
-        """Autocast as it was before :meth:`in_network`."""
-        if self._left is not None:
-            torch.set_autocast_enabled(self._left, True)
-            self._left = None
 
 
 class CIFS(ChannelSelection):
@@ -489,7 +478,46 @@ def insert_selections(
         else:
             net.get_submodule(name).register_forward_hook(partial(_mask_output, selection))
     net.selections = Selections({key.replace(".", "_"): s for key, s in selections.items()})
-    net.register_forward_hook(_end_pass, always_call=True)
+    for module in {module for name in selections for module in _behind(net, name)}:
+        guard = _FullPrecision()
+        module.register_forward_pre_hook(guard.enter)
+        module.register_forward_hook(guard.leave, always_call=True)
+
+
+def _behind(net: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules that are defined after one: its later siblings, and those of its parents."""
+    parts = name.split(".")
+    for depth, own in enumerate(parts):
+        siblings = list(net.get_submodule(".".join(parts[:depth])).named_children())
+        is_later = False
+        for child, module in siblings:
+            if is_later and not isinstance(module, Selections):
+                yield module
+            is_later = is_later or child == own
+
+
+class _FullPrecision:
+    """Hooks that switch autocast off while a module runs, and cast its inputs."""
+
+    def __init__(self) -> None:
+        self.left: str | None = None  # the device whose autocast is off
+
+    def enter(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        kinds = {arg.device.type for arg in args if isinstance(arg, Tensor)} - {"meta"}
+        for kind in filter(torch.is_autocast_enabled, kinds):
+            self.left = kind
+            torch.set_autocast_enabled(kind, False)
+        if self.left is None:
+            return None
+        return tuple(
+            arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+            for arg in args
+        )
+
+    def leave(self, *_: Any) -> None:
+        if self.left is not None:
+            torch.set_autocast_enabled(self.left, True)
+            self.left = None
 
 
 def _mask_input(selection: ChannelSelection, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -500,11 +528,6 @@ def _mask_output(selection: ChannelSelection, _: nn.Module, __: Any, z: Tensor) 
     return selection.in_network(z)
 
 
-def _end_pass(net: Any, _: Any, __: Any) -> None:
-    for selection in net.selections.values():
-        selection.pass_is_over()
-
-
 def positions_of(net: nn.Module) -> dict[str, int]:
     """Where the paper's networks have selections: names of modules, and their channels.
 
@@ -513,14 +536,17 @@ def positions_of(net: nn.Module) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for name, backbone in net.named_modules():
+        if not isinstance(backbone, ResNet | WideResNet):
+            continue
         prefix = f"{name}." if name else ""
-        if isinstance(backbone, ResNet):
-            for i, stage in enumerate(backbone.stages):
-                found |= {f"{prefix}stages.{i}.{j}": backbone.widths[i] for j in range(len(stage))}
+        for i, stage in enumerate(backbone.stages.children()):
+            for j, block in enumerate(stage.children()):
+                position = f"{prefix}stages.{i}.{j}"
+                if isinstance(backbone, ResNet):
+                    found[position] = backbone.widths[i]
+                else:
+                    found[f"{position}.act1"] = cast(WideBlock, block).conv1.in_channels
         if isinstance(backbone, WideResNet):
-            for i, stage in enumerate(backbone.stages):
-                for j, block in enumerate(stage):
-                    found[f"{prefix}stages.{i}.{j}.act1"] = block.conv1.in_channels
             found[f"{prefix}head.act"] = backbone.widths[-1]
     return found
 
@@ -652,7 +678,7 @@ class CIFSWideResNet(WideResNet):
 def joint_logits(model: Any, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """Final logits and raw logits of any network or classifier; plain ones have no raw logits."""
     net = network_of(model)
-    with telling(parts_of(net, ChannelSelection), y) as told:
+    with telling(parts_like(net, ChannelSelection), y) as told:
         f: Tensor = net(x)
     return f, [p for _, p in told.logits]
 

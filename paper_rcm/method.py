@@ -24,7 +24,7 @@ from common.errors import ConfigurationError, check_choice
 from common.modes import network_of, try_out
 from common.networks.alexnet import AlexNet
 from common.networks.normalize import Normalize, Statistics
-from common.networks.parts import Part, parts_of
+from common.networks.parts import Part, parts_like, parts_of
 from common.networks.preact_resnet import PreActResNet18
 from common.networks.resnet import CifarResNet, Initialize, ResNet, ResNet18
 from common.networks.resnet import kaiming as resnet_kaiming
@@ -203,7 +203,7 @@ def with_other_strides(net: nn.Module) -> nn.Module:
     other [measured].
     """
     twin = copy.deepcopy(net).eval()
-    block = parts_of(twin, EnlargedNetwork)[0].arch.stages[1][0]
+    block = parts_like(twin, EnlargedNetwork)[0].arch.stages[1][0]
     for module in block.modules():
         if isinstance(module, nn.Conv2d) and (
             module is block.conv1 or module.kernel_size == (1, 1)
@@ -265,11 +265,11 @@ def lengthen(net: nn.Module, image_shape: Sequence[int]) -> None:
             f"{type(net).__name__} has no convolution or pool with a stride above 1 to replace by 1"
         )
     for name in {name for name, side in seen if side == seen[0][1]}:
-        module: Any = net.get_submodule(name)
-        if not isinstance(module, nn.Conv2d) and module.kernel_size == module.stride:
+        found: Any = net.get_submodule(name)
+        if not isinstance(found, nn.Conv2d) and found.kernel_size == found.stride:
             net.set_submodule(name, nn.Identity())
         else:
-            module.stride = (1, 1) if isinstance(module, nn.Conv2d) else 1
+            found.stride = (1, 1) if isinstance(found, nn.Conv2d) else 1
 
 
 STRIDING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)

@@ -64,8 +64,13 @@ class Part(nn.Module):
 Kind = TypeVar("Kind", bound=Part)
 
 
-def parts_of(model: Any, kind: type[Kind] = Part) -> list[Kind]:  # type: ignore[assignment]
+def parts_of(model: Any) -> list[Part]:
     """The parts of a network or classifier, outer ones first; none of a function."""
+    return parts_like(model, Part)
+
+
+def parts_like(model: Any, kind: type[Kind]) -> list[Kind]:
+    """Those of one class."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return [module for module in modules if isinstance(module, kind)]
 
