@@ -241,7 +241,7 @@ def shrink(strides: Sequence[int]) -> tuple[int, ...]:
     return (*strides[:first], 1, *strides[first + 1 :])
 
 
-def lengthen(net: nn.Module, image_shape: Sequence[int]) -> None:
+def shrink_first(net: nn.Module, image_shape: Sequence[int]) -> None:
     """Replace the first stride above 1 of any network by 1, in place: :func:`shrink` on modules.
 
     Convolutions and pools that stride and read maps of the same size are one operator, as a block

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from common.errors import ConfigurationError, check_choice
 from common.modes import try_out
 from common.networks.resnet import ResNet18, check_positive
-from paper_rcm.method import EnlargedNetwork, lengthen
+from paper_rcm.method import EnlargedNetwork, shrink_first
 
 Branch = Literal["base", "auto"]
 
@@ -31,7 +31,7 @@ def with_larger_maps(
 
     Args:
         net: The base network; it is changed and returned.
-        times: How many strides are replaced, which :func:`~paper_rcm.method.lengthen` does.
+        times: How many strides are replaced, which :func:`~paper_rcm.method.shrink_first` does.
         image_shape: Channels, height and width of the images; the command line fills it in.
 
     Raises:
@@ -45,7 +45,7 @@ def with_larger_maps(
             "height, width); the command line fills it in from the data"
         )
     for _ in range(times):
-        lengthen(net, image_shape)
+        shrink_first(net, image_shape)
     try_out(net, image_shape, "change strides first, and put other methods around the result")
     return net
 

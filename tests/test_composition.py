@@ -33,7 +33,6 @@ from paper_cifs.method import (
     CIFSWideResNet,
     JointCrossEntropy,
     JointTRADES,
-    Selections,
     joint_logits,
 )
 from paper_cifs.networks import with_cifs
@@ -273,24 +272,70 @@ def test_objectives_that_do_not_train_a_method(name, objective) -> None:
         model.setup("fit")
 
 
-# ------------------------------------------------------------------------------- from YAML alone
-
-
-def test_one_file_nests_the_papers(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    small = ("train_limit", 100), ("val_limit", 20), ("test_limit", 20)
-    options = [part for name, value in small for part in (f"--data.{name}", str(value))]
-    options += ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
-    options += ["--config", str(EXAMPLE)]
-    main(["fit", *options], package="paper_cifs")
-    run = tmp_path / "runs/paper_cifs" / EXAMPLE.stem / "seed0"
-    model, _ = load_run(run)
-    assert isinstance(model.net, RobustWideResNet)
-    assert isinstance(model.net.selections, Selections)
-    assert isinstance(model.objective, TRADES)
-    assert {"ce_p1", "ce_p2"} < set(model.adaptive_losses())
-
-
 def test_a_network_that_only_its_own_objective_trains() -> None:
     with pytest.raises(ConfigurationError, match="OATNet"):
         RobustClassifier(OATNet(resnet()), TRADES()).setup("fit")
+
+
+# ------------------------------------------------------------------------------- from YAML alone
+
+ALL_FIVE = """
+experiment: five
+model:
+  class_path: common.classifier.RobustClassifier
+  init_args:
+    net:
+      class_path: paper_wm.networks.with_weight_maps
+      init_args:
+        variant: smoothing
+        net:
+          class_path: paper_cifs.networks.with_cifs
+          init_args:
+            selections: {arch.arch.stages.0: {class_path: paper_cifs.method.CAS}}
+            net:
+              class_path: paper_awnet.networks.with_router
+              init_args:
+                router: {class_path: paper_awnet.method.Router, init_args: {widths: [4, 4, 4]}}
+                net:
+                  class_path: paper_rcm.networks.with_larger_input
+                  init_args:
+                    scale_factor: 2
+                    net:
+                      class_path: paper_robustwrn.method.with_budget_rule
+                      init_args:
+                        net:
+                          class_path: common.networks.resnet.ResNet
+                          init_args: {depths: [1, 1], widths: [4, 6], strides: [1, 2]}
+    objective: {class_path: common.objectives.MART}
+data: {source: {class_path: common.data.sources.Digits, init_args: {size: 8}}, train_limit: 8}
+adversary: {attack: {class_path: common.attacks.pgd.PGD, init_args: {eps: 0.2, steps: 1}}}
+evaluation: {validation: null}
+checkpoint: {monitor: val/clean_acc}
+trainer: {accelerator: cpu, fast_dev_run: true, enable_progress_bar: false}
+"""
+
+
+def test_one_file_nests_all_papers(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("five.yaml").write_text(ALL_FIVE)
+    trained, step = [], RobustClassifier.training_step
+    monkeypatch.setattr(
+        RobustClassifier, "training_step", lambda *given: trained.append(given[0]) or step(*given)
+    )
+    main(["fit", "--config", "five.yaml"], package="paper_wm")
+    (model,) = trained
+    assert {"ce_p1", "misroute", "feature", "ce_bypass"} < set(model.adaptive_losses())
+    backbone = model.net.arch.arch
+    assert backbone.head.linear.out_features == 10
+    assert backbone.widths[1] / backbone.widths[0] < 6 / 4
+
+
+def test_the_example_is_trained_and_rebuilt_from_its_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"data.train_limit": 100, "data.val_limit": 20, "trainer.max_epochs": 1}
+    options = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    main(["fit", "--config", str(EXAMPLE), *options], package="paper_cifs")
+    model, _ = load_run(tmp_path / "runs/paper_cifs" / EXAMPLE.stem / "seed0")
+    assert isinstance(model.net, RobustWideResNet)
+    assert isinstance(model.objective, TRADES)
+    assert {"ce_p1", "ce_p2"} < set(model.adaptive_losses())
