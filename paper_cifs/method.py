@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from common.attacks.losses import cross_entropy, hinge_margin, kl_divergence
 from common.errors import ConfigurationError, check_choice
 from common.modes import network_of
+from common.networks.insertion import run_in_full_precision
 from common.networks.parts import Part, parts_like, telling
+from common.networks.preact_resnet import PreActResNet
 from common.networks.resnet import ResNet, check_positive
 from common.networks.wide_resnet import WideBlock, WideResNet, initialize
 from common.objectives import (
@@ -477,47 +479,8 @@ def insert_selections(
             parent.conv1.register_forward_pre_hook(partial(_mask_input, selection))
         else:
             net.get_submodule(name).register_forward_hook(partial(_mask_output, selection))
+    run_in_full_precision(net, list(selections))
     net.selections = Selections({key.replace(".", "_"): s for key, s in selections.items()})
-    for module in {module for name in selections for module in _behind(net, name)}:
-        guard = _FullPrecision()
-        module.register_forward_pre_hook(guard.enter)
-        module.register_forward_hook(guard.leave, always_call=True)
-
-
-def _behind(net: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules that are defined after one: its later siblings, and those of its parents."""
-    parts = name.split(".")
-    for depth, own in enumerate(parts):
-        siblings = list(net.get_submodule(".".join(parts[:depth])).named_children())
-        is_later = False
-        for child, module in siblings:
-            if is_later and not isinstance(module, Selections):
-                yield module
-            is_later = is_later or child == own
-
-
-class _FullPrecision:
-    """Hooks that switch autocast off while a module runs, and cast its inputs."""
-
-    def __init__(self) -> None:
-        self.left: str | None = None  # the device whose autocast is off
-
-    def enter(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        kinds = {arg.device.type for arg in args if isinstance(arg, Tensor)} - {"meta"}
-        for kind in filter(torch.is_autocast_enabled, kinds):
-            self.left = kind
-            torch.set_autocast_enabled(kind, False)
-        if self.left is None:
-            return None
-        return tuple(
-            arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
-            for arg in args
-        )
-
-    def leave(self, *_: Any) -> None:
-        if self.left is not None:
-            torch.set_autocast_enabled(self.left, True)
-            self.left = None
 
 
 def _mask_input(selection: ChannelSelection, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -531,12 +494,13 @@ def _mask_output(selection: ChannelSelection, _: nn.Module, __: Any, z: Tensor) 
 def positions_of(net: nn.Module) -> dict[str, int]:
     """Where the paper's networks have selections: names of modules, and their channels.
 
-    Behind every block of a ResNet. In a wide ResNet ``stages.<i>.<j>.act1``, where the residual
-    branch of a block begins, and ``head.act``, after the final activation. None in other networks.
+    Behind every block of a ResNet. In a wide or pre-activation ResNet ``stages.<i>.<j>.act1``,
+    where the residual branch of a block begins, and ``head.act``, after the final activation. None
+    in other networks.
     """
     found: dict[str, int] = {}
     for name, backbone in net.named_modules():
-        if not isinstance(backbone, ResNet | WideResNet):
+        if not isinstance(backbone, ResNet | PreActResNet | WideResNet):
             continue
         prefix = f"{name}." if name else ""
         for i, stage in enumerate(backbone.stages.children()):
@@ -546,7 +510,7 @@ def positions_of(net: nn.Module) -> dict[str, int]:
                     found[position] = backbone.widths[i]
                 else:
                     found[f"{position}.act1"] = cast(WideBlock, block).conv1.in_channels
-        if isinstance(backbone, WideResNet):
+        if not isinstance(backbone, ResNet):
             found[f"{prefix}head.act"] = backbone.widths[-1]
     return found
 

@@ -1,11 +1,12 @@
 """Where a method can be inserted into any network: behind a module that puts out feature maps."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
@@ -65,6 +66,47 @@ def inside(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[str, nn.
         if isinstance(module, kinds):
             return (f"{name}." if name else ""), module
     return None
+
+
+def run_in_full_precision(net: nn.Module, behind: Sequence[str]) -> None:
+    """Switch autocast off in everything that is defined behind the named modules."""
+    for module in {module for name in behind for module in _behind(net, name)}:
+        guard = _FullPrecision()
+        module.register_forward_pre_hook(guard.enter)
+        module.register_forward_hook(guard.leave, always_call=True)
+
+
+def _behind(net: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The later siblings of a module, and those of its parents."""
+    path = name.split(".")
+    for depth, own in enumerate(path):
+        parent = net.get_submodule(".".join(path[:depth]))
+        siblings = [child for child, _ in parent.named_children()]
+        yield from list(parent.children())[siblings.index(own) + 1 :]
+
+
+class _FullPrecision:
+    """Hooks that switch autocast off while a module runs, and make its inputs float32."""
+
+    def __init__(self) -> None:
+        self.left: str | None = None  # the device whose autocast is off
+
+    def enter(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        kinds = {arg.device.type for arg in args if isinstance(arg, Tensor)} - {"meta"}
+        for kind in filter(torch.is_autocast_enabled, kinds):
+            self.left = kind
+            torch.set_autocast_enabled(kind, False)
+        if self.left is None:
+            return None
+        return tuple(
+            arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+            for arg in args
+        )
+
+    def leave(self, *_: Any) -> None:
+        if self.left is not None:
+            torch.set_autocast_enabled(self.left, True)
+            self.left = None
 
 
 def _module_after(net: nn.Module, name: str, what: str) -> nn.Module:
