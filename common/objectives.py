@@ -114,7 +114,7 @@ class LogitObjective(Objective):
         return lambda x: combined(lambda z: cross_entropy(z, y), [answer(model, parts, x, y)])
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
-        """The sum above; for parts that need both kinds of images, AT is the mean over kinds."""
+        """The sum above."""
         parts = parts_of(model)
         is_paired = any("both kinds of images" in part.needs for part in parts)
         images = ("x", "x_adv") if is_paired else self.images
@@ -140,12 +140,16 @@ class Natural(LogitObjective):
 
 
 class AT(LogitObjective):
-    """Adversarial training (Madry et al. 2018, Eq. (2.1))."""
+    """Adversarial training (Madry et al. 2018, Eq. (2.1)).
+
+    Where a part needs both kinds of images (AW-Net), the loss is the mean of that of clean and of
+    adversarial images.
+    """
 
     images = ("x_adv",)
 
     def loss(self, y: Tensor, *logits: Tensor) -> Tensor:
-        """Mean cross-entropy of the adversarial images; clean ones are not seen."""
+        """Mean cross-entropy of the adversarial images."""
         return cross_entropy(logits[0], y).mean()
 
 
