@@ -319,7 +319,7 @@ def answer(
 def answers(
     model: Model, parts: Sequence[Part], batch: Batch, images: Sequence[str], together: bool
 ) -> list[Answer]:
-    """What a network says of each kind of images, in one pass or, clean ones first, in several."""
+    """What a network says of each kind of images, in one pass, or in one for each kind in turn."""
     y, kinds = batch["y"], {"x": CLEAN, "x_adv": ADVERSARIAL}
     given = [adversarial_images(batch) if name == "x_adv" else batch[name] for name in images]
     types = [kinds[name] for name in images]

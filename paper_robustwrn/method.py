@@ -301,6 +301,8 @@ def with_budget_rule(
     Raises:
         ConfigurationError: If the network has no free widths, or there is no shape.
     """
+    check_choice("measure", measure, Measure)
+    check_positive(step=step)
     if not (isinstance(net, Backbone) and hasattr(net, "widths")):
         raise ConfigurationError(
             f"{type(net).__name__} is no network of stages of common.networks, whose widths could "
@@ -311,8 +313,6 @@ def with_budget_rule(
             "multiply-accumulates depend on the images, so image_shape must be given: (channels, "
             "height, width); the command line fills it in from the data"
         )
-    check_choice("measure", measure, Measure)
-    check_positive(step=step)
     by, base, image = check_ratio(ratio), net.widths, torch.empty(*image_shape, device="meta")
 
     def widths(first: int) -> list[int]:
