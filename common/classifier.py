@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from common.attacks.losses import as_class, classify, cross_entropy, hinge_margin
 from common.errors import ConfigurationError, check_choice
 from common.modes import try_out
+from common.networks.parts import declared_losses
 from common.objectives import Batch, InnerLoss, Objective, OnLogits, weighted
 from common.optimization import ParameterGroup, is_logged, optimizer_of, scheduler_of, tell_metrics
 from common.weights import check_weights_fit
@@ -66,13 +67,16 @@ class RobustClassifier(LightningModule):
     def adaptive_losses(self) -> dict[str, InnerLoss]:
         """The losses that an evaluation maximises, by their names in a suite.
 
-        A paper whose network has more to attack than its logits (probes, routers, masks) adds
-        those. Names starting with ``ce_`` climb cross-entropy, with ``cw_`` the margin.
+        Those of the logits, and those of every part that has more to attack (probes, routers,
+        maps). Names starting with ``ce_`` climb cross-entropy, with ``cw_`` the margin.
         """
-        return {"ce_f": OnLogits(cross_entropy), "cw_f": OnLogits(hinge_margin)}
+        usual = {"ce_f": OnLogits(cross_entropy), "cw_f": OnLogits(hinge_margin)}
+        return declared_losses(self.net, usual)
 
     def setup(self, stage: str) -> None:
-        """Pass two blank images through the network, to find a misfit before training."""
+        """Find a misfit before training: of the objective, and by passing two blank images."""
+        if stage == "fit":
+            self.objective.check_network(self.net)
         data = getattr(self.trainer, "datamodule", None)
         shape, classes = getattr(data, "shape", None), getattr(data, "num_classes", None)
         if shape is None or classes is None:

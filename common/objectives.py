@@ -6,19 +6,21 @@ beside ``x``. A loss is a mean over examples; see :func:`weighted` for where pro
 different numbers of them.
 
 Clean and adversarial logits take two passes, the clean one first: in train mode batch-norm sees the
-two kinds of images apart and updates twice.
+two kinds of images apart and updates twice. A network whose parts ask for both kinds of images gets
+them in one pass.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from common.attacks.losses import cross_entropy, full_precision, kl_divergence
 from common.errors import ConfigurationError, check_choice
+from common.networks.parts import ADVERSARIAL, CLEAN, Need, Part, parts_of, telling
 
 Batch = dict[str, Tensor]
 Model = Callable[[Tensor], Tensor]
@@ -36,6 +38,9 @@ class Objective:
 
     needs_x_adv = True
     """Whether ``outer`` reads ``batch["x_adv"]``."""
+
+    serves: ClassVar[frozenset[Need]] = frozenset()
+    """Which needs of a network's parts it serves."""
 
     report: Mapping[str, Tensor] = {}
     """Parts of the last ``outer``, by name: scalars that are logged beside the loss."""
@@ -58,6 +63,20 @@ class Objective:
     def set_epoch(self, epoch: int) -> None:
         """Tell the objective which epoch (from 0) begins."""
 
+    def check_network(self, net: Any) -> None:
+        """Refuse a network with parts that this objective cannot train.
+
+        Raises:
+            ConfigurationError: Naming the part and what it needs.
+        """
+        for part in parts_of(net):
+            for need in sorted(part.needs - self.serves):
+                raise ConfigurationError(
+                    f"the objective {type(self).__name__} does not train {type(part).__name__}, "
+                    f"which needs {need}; choose another objective, such as AT, TRADES, MART or "
+                    "ALP of common.objectives, or the method's own"
+                )
+
     def advance(self, is_step_over: bool = True) -> None:
         """Tell the objective that the loss of a batch was computed in training.
 
@@ -66,25 +85,75 @@ class Objective:
         """
 
 
-class Natural(Objective):
+class LogitObjective(Objective):
+    r"""An objective that is a function of logits, and trains any network.
+
+    A network may offer more than its logits f: further logits p, each with a weight (the probes of
+    CIFS), and losses of its own (that of AW-Net's router). The optimiser minimises
+
+    .. math:: L(f) + \sum_p w_p L(p) + L_{own}
+
+    and the adversary maximises the same sum without the last term. Parts learn the labels and the
+    types of the images.
+    """
+
+    serves = frozenset({"further logits", "both kinds of images"})
+
+    images: ClassVar[tuple[str, ...]] = ("x", "x_adv")
+    """The images that :meth:`loss` reads logits of."""
+
+    def loss(self, y: Tensor, *logits: Tensor) -> Tensor:
+        """The scalar to minimise, from labels and one ``(N, K)`` for each of ``images``."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss(y, logits)")
+
+    def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """Cross-entropy with the label, of all logits by their weights."""
+        if not (parts := parts_of(model)):
+            return super().inner(model, batch)
+        y = differentiable(batch["y"])
+        return lambda x: combined(lambda z: cross_entropy(z, y), [answer(model, parts, x, y)])
+
+    def outer(self, model: Any, batch: Batch) -> Tensor:
+        """The sum above."""
+        parts = parts_of(model)
+        is_paired = any("both kinds of images" in part.needs for part in parts)
+        images = ("x", "x_adv") if is_paired else self.images
+        y, found = batch["y"], answers(model, parts, batch, images, together=is_paired)
+        groups = [found] if len(found) == len(self.images) else [[one] for one in found]
+        losses = [combined(lambda *z: self.loss(y, *z), group) for group in groups]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        self.report = {name: value for one in found for name, value in one.report.items()}
+        own = [value for one in found for value in one.own]
+        return loss + torch.cat(own).sum() / (len(y) * len(found)) if own else loss
+
+
+class Natural(LogitObjective):
     """Training on clean images (empirical risk minimisation)."""
 
     needs_x_adv = False
+    serves = frozenset({"further logits"})
+    images = ("x",)
 
-    def outer(self, model: Model, batch: Batch) -> Tensor:
+    def loss(self, y: Tensor, *logits: Tensor) -> Tensor:
         """Mean cross-entropy of the clean images."""
-        return cross_entropy(model(batch["x"]), batch["y"]).mean()
+        return cross_entropy(logits[0], y).mean()
 
 
-class AT(Objective):
-    """Adversarial training (Madry et al. 2018, Eq. (2.1))."""
+class AT(LogitObjective):
+    """Adversarial training (Madry et al. 2018, Eq. (2.1)).
 
-    def outer(self, model: Model, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the adversarial images; clean ones are not seen."""
-        return cross_entropy(model(adversarial_images(batch)), batch["y"]).mean()
+    Where a part needs both kinds of images (AW-Net), the loss is the mean of that of clean and of
+    adversarial images.
+    """
+
+    images = ("x_adv",)
+
+    def loss(self, y: Tensor, *logits: Tensor) -> Tensor:
+        """Mean cross-entropy of the adversarial images."""
+        return cross_entropy(logits[0], y).mean()
 
 
-class TRADES(Objective):
+class TRADES(LogitObjective):
     """Robustness traded against clean accuracy (Zhang et al. 2019, Eq. (5)).
 
     The official code runs the clean images twice per step, once for each term; here one pass serves
@@ -99,21 +168,22 @@ class TRADES(Objective):
 
     def inner(self, model: Model, batch: Batch) -> Callable[[Tensor], Tensor]:
         """KL(f(x) || f(x')), the clean prediction held constant and computed once."""
+        y, parts = differentiable(batch["y"]), parts_of(model)
         with torch.inference_mode(False), torch.no_grad():
-            logits = model(batch["x"])
-        return lambda x: kl_divergence(logits, model(x))
+            clean = answer(model, parts, batch["x"], y, CLEAN)
+        return lambda x: combined(kl_divergence, [clean, answer(model, parts, x, y)])
 
-    def outer(self, model: Model, batch: Batch) -> Tensor:
+    def loss(self, y: Tensor, *logits: Tensor) -> Tensor:
         """CE(f(x), y) + beta KL(f(x) || f(x_adv)), batch mean; gradients reach both predictions."""
-        logits, logits_adv = clean_and_adversarial_logits(model, batch)
-        divergence = kl_divergence(logits, logits_adv).mean()
-        return cross_entropy(logits, batch["y"]).mean() + self.beta * divergence
+        clean, adversarial = logits
+        divergence = kl_divergence(clean, adversarial).mean()
+        return cross_entropy(clean, y).mean() + self.beta * divergence
 
 
 MARTVariant = Literal["authors", "released"]
 
 
-class MART(Objective):
+class MART(LogitObjective):
     """Misclassification-aware adversarial training (Wang et al. 2020), as in its official code.
 
     The constants that keep the logarithms finite are that code's, and reproduce its gradients; they
@@ -133,26 +203,26 @@ class MART(Objective):
         check_choice("variant", variant, MARTVariant)
         self.variant: MARTVariant = variant
 
-    def outer(self, model: Model, batch: Batch) -> Tensor:
+    def loss(self, y: Tensor, *logits: Tensor) -> Tensor:
         """Boosted cross-entropy plus beta times the divergence weighted by 1 - p_y; batch mean."""
-        logits, logits_adv = clean_and_adversarial_logits(model, batch)
-        true = batch["y"].unsqueeze(1)
+        clean, logits_adv = logits
+        true = y.unsqueeze(1)
         # Half precision would round 1.0001 to 1 and 1e-12 to 0.
-        log_p = full_precision(logits).log_softmax(dim=1)
+        log_p = full_precision(clean).log_softmax(dim=1)
         p, q = log_p.exp(), full_precision(logits_adv).softmax(dim=1)
         q_wrong = q.scatter(1, true, -1.0).amax(dim=1)  # the most probable class that is not y
-        boosted = cross_entropy(logits_adv, batch["y"])
+        boosted = cross_entropy(logits_adv, y)
         if self.variant == "authors":
             boosted = boosted - torch.log(1.0001 - q_wrong + 1e-12)
             divergence = (p * (log_p - torch.log(q + 1e-12))).sum(dim=1)
         else:
             boosted = boosted - (1.0001 - q_wrong)
-            divergence = kl_divergence(logits_adv, logits)
+            divergence = kl_divergence(logits_adv, clean)
         unsure = 1.0000001 - p.gather(1, true).squeeze(1)
         return boosted.mean() + self.beta * (divergence * unsure).mean()
 
 
-class ALP(Objective):
+class ALP(LogitObjective):
     """Adversarial logit pairing on clean and adversarial images (Kannan et al. 2018).
 
     Args:
@@ -163,12 +233,11 @@ class ALP(Objective):
     def __init__(self, weight: float = 0.5) -> None:
         self.weight = check_weight("weight", weight)
 
-    def outer(self, model: Model, batch: Batch) -> Tensor:
+    def loss(self, y: Tensor, *logits: Tensor) -> Tensor:
         """CE(f(x), y) + CE(f(x_adv), y) + weight * mean (f(x) - f(x_adv))^2, batch mean."""
-        logits, logits_adv = clean_and_adversarial_logits(model, batch)
-        y = batch["y"]
-        both = cross_entropy(logits, y).mean() + cross_entropy(logits_adv, y).mean()
-        distance = (full_precision(logits) - full_precision(logits_adv)).square().mean()
+        clean, adversarial = logits
+        both = cross_entropy(clean, y).mean() + cross_entropy(adversarial, y).mean()
+        distance = (full_precision(clean) - full_precision(adversarial)).square().mean()
         return both + self.weight * distance
 
 
@@ -205,10 +274,61 @@ def adversarial_images(batch: Batch) -> Tensor:
     return batch["x_adv"]
 
 
-def clean_and_adversarial_logits(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits of both kinds of images, ``(N, K)`` each, the clean pass first."""
-    x_adv = adversarial_images(batch)  # a missing one is found before any pass
-    return model(batch["x"]), model(x_adv)
+@dataclass(frozen=True)
+class Answer:
+    """What a network says of images: logits ``(N, K)``, and what its parts offer."""
+
+    logits: Tensor
+    further: Sequence[tuple[float, Tensor]] = ()
+    own: Sequence[Tensor] = ()
+    report: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def cut(self, rows: slice) -> "Answer":
+        """The answer for some of the images."""
+        further = [(weight, logits[rows]) for weight, logits in self.further]
+        own = [value[rows] for value in self.own]
+        return Answer(self.logits[rows], further, own, self.report)
+
+
+def combined(loss: Callable[..., Tensor], found: Sequence[Answer]) -> Tensor:
+    """A function of the logits of each answer, plus that of further logits by their weights."""
+    total = loss(*(one.logits for one in found))
+    for same in zip(*(one.further for one in found), strict=True):
+        total = total + same[0][0] * loss(*(logits for _, logits in same))
+    return total
+
+
+def answer(
+    model: Model,
+    parts: Sequence[Part],
+    x: Tensor,
+    y: Tensor,
+    types: int | Tensor = ADVERSARIAL,
+) -> Answer:
+    """What a network with these parts says of images ``(N, C, H, W)`` with labels ``(N,)``.
+
+    ``types`` is that of all images, or of each ``(N,)``.
+    """
+    if not parts:
+        return Answer(model(x))
+    with telling(parts, y, torch.full_like(y, types) if isinstance(types, int) else types) as told:
+        logits = model(x)
+    return Answer(logits, told.logits, list(told.losses.values()), told.report)
+
+
+def answers(
+    model: Model, parts: Sequence[Part], batch: Batch, images: Sequence[str], together: bool
+) -> list[Answer]:
+    """What a network says of each kind of images, in one pass, or in one for each kind in turn."""
+    y, kinds = batch["y"], {"x": CLEAN, "x_adv": ADVERSARIAL}
+    given = [adversarial_images(batch) if name == "x_adv" else batch[name] for name in images]
+    types = [kinds[name] for name in images]
+    if not together:
+        return [answer(model, parts, x, y, kind) for x, kind in zip(given, types, strict=True)]
+    each = torch.tensor(types, device=y.device).repeat_interleave(len(y))
+    whole = answer(model, parts, torch.cat(given), y.repeat(len(given)), each)
+    rows = range(0, len(each), len(y))
+    return [whole.cut(slice(first, first + len(y))) for first in rows]
 
 
 def weighted(loss: Tensor, batch: Batch, key: str = "weight") -> Tensor:

@@ -24,11 +24,11 @@ from common.attacks.losses import classify, label_loss, margin
 from common.attacks.pgd import FGSM, PGD, input_gradient
 from common.attacks.randomness import ExampleRandom, Stream
 from common.evaluation.measures import AttackMeasure
+from common.networks.parts import ADVERSARIAL, CLEAN
 from common.objectives import Batch
 from common.results.lines import Columns
-from paper_awnet.method import ADVERSARIAL, CLEAN, DynamicConv2d, MixBatchNorm2d, gain_of
-from paper_awnet.networks import AWNet, OATNet, forced, require_network
-from paper_awnet.objectives import LAMBDAS, at_lambda, signal_statistics
+from paper_awnet.method import DynamicConv2d, MixBatchNorm2d, gain_of, signal_statistics
+from paper_awnet.networks import LAMBDAS, AWNet, OATNet, at_lambda, forced, require_network
 
 JOINT = ("joint_clean_0.1", "joint_clean_1", "joint_clean_10")
 """Attacks on class and type at once, in which the router is to be misled."""

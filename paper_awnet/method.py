@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError, check_choice
+from common.networks.parts import ADVERSARIAL, CLEAN
 from common.networks.resnet import check_positive, conv3x3, named_sequence
-
-CLEAN, ADVERSARIAL = 0, 1
-"""The two types, and the columns of P_type [D]."""
 
 SignalActivation = Literal["two_sigmoid", "one_plus_tanh", "sigmoid", "softplus", "linear"]
 SignalInit = Literal["zero", "normal"]
@@ -307,6 +305,20 @@ class Outputs(NamedTuple):
     type_logits: Tensor  # u, (N, 2)
     p: Tensor  # P_type as used, (N, 2)
     signals: list[Tensor]  # all omega_j, (N, S_j)
+
+
+def signal_statistics(clean: Tensor, adversarial: Tensor) -> dict[str, Tensor]:
+    """Movement of the filters of one block, from omega_j ``(N, S_j)`` of images of both types.
+
+    Means over filters: ``std`` over all images, and ``shift``, the absolute difference between the
+    means of the two types; and ``mean``.
+    """
+    both = torch.cat([clean, adversarial])
+    return {
+        "mean": both.mean(),
+        "std": both.std(dim=0, correction=0).mean(),
+        "shift": (adversarial.mean(dim=0) - clean.mean(dim=0)).abs().mean(),
+    }
 
 
 def straight_through(p: Tensor) -> Tensor:

@@ -1,21 +1,23 @@
-"""Networks: AW-Net on any residual backbone, OAT's network, frozen teachers, and backbones.
+"""Networks: AW-Net on any residual network, OAT's network, and backbones.
 
 Tags as in :mod:`paper_awnet.method`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from common.checkpoints import checkpoint_beside, load_weights
-from common.errors import CheckpointError, ConfigurationError, check_choice
-from common.modes import network_of, try_out
-from common.networks.backbone import Backbone
+from common.attacks.engine.folding import has_hooks
+from common.attacks.losses import classify, cross_entropy
+from common.errors import ConfigurationError, check_choice
+from common.modes import network_of
+from common.networks.parts import ADVERSARIAL, CLEAN, Part, parts_like, telling
 from common.networks.resnet import ResNet, kaiming
+from common.objectives import Batch, InnerLoss, Model, differentiable
 from paper_awnet.method import (
     DynamicConv2d,
     FiLMBatchNorm2d,
@@ -28,26 +30,36 @@ from paper_awnet.method import (
     SideNetwork,
     check_probabilities,
     rows_by_type,
+    signal_statistics,
     straight_through,
 )
 
 MakeSideNetwork = Callable[[int, Sequence[int]], SideNetwork]
 """Makes a side network from the images' channels and the S_j of all blocks."""
 
-Network = TypeVar("Network", bound=nn.Module)
+LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)
+"""Values of OAT's lambda."""
+
+Network = TypeVar("Network", bound=Part)
+SHORTCUTS = ("shortcut", "downsample")
+"""Names by which a residual block is known: ours, and those of torchvision."""
+
 Scope = Literal["block", "last_conv"]
 Mixing = Literal["soft", "hard", "clean", "adv"]
 
 
-class AWNet(nn.Module):
+class AWNet(Part):
     """A network whose filters and batch-norms are set per image by a router.
 
     The modules of ``arch`` keep their names and weights; every batch-norm becomes two
     (``bn1.clean``, ``bn1.adv``), and convolutions of the residual branches scale their output.
     Stem, shortcuts, head and linear layer have static filters [D].
 
+    In a pass that is told the types it answers with the type loss, whose weight in the objectives
+    of ``common.objectives`` is 1 [D].
+
     Args:
-        arch: A backbone of ``common.networks`` with residual blocks; it is changed in place.
+        arch: A network with residual blocks, inside other networks too; it is changed in place.
         router: :class:`~paper_awnet.method.Router` or :class:`~paper_awnet.method.Detector`.
         dynamic: Whether filters are scaled; without, omega is 1 and there are no signal heads.
         scope: Dynamic convolutions: all of each residual ``block`` [D], or its ``last_conv``, the
@@ -57,7 +69,13 @@ class AWNet(nn.Module):
         mixing: How they are mixed in evaluation mode: ``soft`` by P_type [F]; ``hard`` by its
             argmax, with the gradient of the soft mixture so that attacks are not misled [D]; or
             always ``clean`` or ``adv``.
+
+    Raises:
+        ConfigurationError: If ``arch`` has no residual blocks or a router already, or another
+            method is inserted where this one replaces a module.
     """
+
+    needs = frozenset({"both kinds of images"})
 
     def __init__(
         self,
@@ -71,22 +89,74 @@ class AWNet(nn.Module):
         super().__init__()
         check_choice("scope", scope, Scope)
         check_choice("mixing", mixing, Mixing)
+        if parts_like(arch, AWNet):
+            raise ConfigurationError(
+                f"{type(arch).__name__} has a router already; put one AWNet into a network"
+            )
         self.route = Route()
         self.mixing: Mixing = mixing
         self.arch = arch
+        self.given: dict[str, Tensor | list[Tensor]] = {}  # p and signals that replace the own
+        self.is_cut = False  # whether no gradient passes the router
         branches = branch_convolutions(arch, scope) if dynamic else []
         self.widths = [[conv.out_channels for _, conv in branch] for branch in branches]
-        channels = arch.normalize.in_channels if isinstance(arch, Backbone) else 3
+        convolutions = (conv for conv in arch.modules() if isinstance(conv, nn.Conv2d))
+        channels = next((conv.in_channels for conv in convolutions), 3)
         self.router = router(channels, [sum(widths) for widths in self.widths])
         self.has_mixbn = not self.router.follows_type if mixbn is None else mixbn
         for position, (name, conv) in enumerate(pair for branch in branches for pair in branch):
+            check_free(name, conv)
             arch.set_submodule(name, DynamicConv2d(conv, self.route, position))
         if self.has_mixbn:
             replace_norms(arch, lambda norm: MixBatchNorm2d(norm, self.route))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1], in evaluation mode."""
-        return self.outputs(x).logits
+        """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]; training mode is told types."""
+        told = self.told
+        routing: dict[str, Any] = self.routing(x) if self.is_cut else self.given
+        found = self.outputs(x, None if told is None else told.types, **routing)
+        if told is not None:
+            told.said |= {"p": found.p, "signals": found.signals}
+            if told.types is not None:
+                told.losses["type"] = cross_entropy(found.type_logits, told.types)  # [F][D]
+                if self.training and bool(told.types.min() != told.types.max()):
+                    told.report |= route_report(found, told.types)
+        return found.logits
+
+    @torch.no_grad()
+    def routing(self, x: Tensor) -> dict[str, Any]:
+        """Signals and mixture of images, as arguments of :meth:`outputs`, constant."""
+        z, type_logits = self.router.read(x)
+        p = type_logits.softmax(dim=1)
+        return {"p": self.mixture(p), "signals": self.router.signals(z, p)}
+
+    @contextmanager
+    def routed(self, is_cut: bool = False, **given: Any) -> Iterator[None]:
+        """Within the block, use other P_type or signals, or cut the gradient to the router."""
+        self.is_cut, self.given = is_cut, given
+        try:
+            yield
+        finally:
+            self.is_cut, self.given = False, {}
+
+    def own_losses(self) -> dict[str, InnerLoss]:
+        """Attacks that know the router [D].
+
+        ``ce_routerdetached``: the router follows the image and takes no part in the gradient (A1).
+        ``ce_routerfrozen``: signals and P_type stay those of the clean image (A2).
+        ``joint_clean_<w>``, ``joint_adv_<w>``: cross-entropy minus w times that of the type head
+        with a type: misclassified while looking clean or adversarial (A3).
+        ``ce_branchclean``, ``ce_branchadv``: the network with P_type forced (A4).
+        ``misroute``: away from the type of a clean image alone (A5).
+
+        Success is always judged on the deployed network.
+        """
+        losses = {"ce_routerdetached": router_detached, "ce_routerfrozen": router_frozen}
+        for name, kind in (("clean", CLEAN), ("adv", ADVERSARIAL)):
+            for weight in (0.1, 1, 10):
+                losses[f"joint_{name}_{weight}"] = joint(kind, weight)
+            losses[f"ce_branch{name}"] = forced_branch(kind)
+        return losses | {"misroute": misroute}
 
     def outputs(
         self,
@@ -137,6 +207,16 @@ class AWNet(nn.Module):
         return p.new_tensor([1.0, 0.0] if self.mixing == "clean" else [0.0, 1.0]).expand_as(p)
 
 
+def with_router(net: nn.Module, **settings: Any) -> AWNet:
+    """A network with a router, for configuration files.
+
+    Args:
+        net: The base network; it is changed.
+        **settings: Of :class:`AWNet`.
+    """
+    return AWNet(net, **settings)
+
+
 def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, nn.Conv2d]]]:
     """By block, the convolutions of the residual branch in forward order, with their full names.
 
@@ -145,21 +225,20 @@ def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, n
     """
     check_choice("scope", scope, Scope)
     branches = []
-    for i, stage in enumerate(arch.stages if isinstance(arch, Backbone) else ()):
-        blocks = stage if isinstance(stage, nn.Sequential) else ()
-        for j, block in enumerate(blocks):
-            found = [
-                (f"stages.{i}.{j}.{name}", module)
-                for name, module in block.named_modules()
-                if isinstance(module, nn.Conv2d) and name.partition(".")[0] != "shortcut"
-            ]
-            if found and hasattr(block, "shortcut"):
-                branches.append(found if scope == "block" else found[-1:])
+    for prefix, block in arch.named_modules():
+        if not any(hasattr(block, name) for name in SHORTCUTS):
+            continue
+        found = [
+            (f"{prefix}.{name}" if prefix else name, module)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Conv2d) and name.partition(".")[0] not in SHORTCUTS
+        ]
+        if found:
+            branches.append(found if scope == "block" else found[-1:])
     if not branches:
         raise ConfigurationError(
-            f"{type(arch).__name__} has no residual blocks whose filters could be scaled; use a "
-            "ResNet, WideResNet, PreActResNet or MobileNetV2 of common.networks, or set "
-            "dynamic: false"
+            f"{type(arch).__name__} has no residual blocks (modules with a shortcut or downsample) "
+            "whose filters could be scaled; use a residual network, or set dynamic: false"
         )
     return branches
 
@@ -168,7 +247,17 @@ def replace_norms(root: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) 
     """Replace every batch-norm by what ``make`` returns for it."""
     for name, module in list(root.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
+            check_free(name, module)
             root.set_submodule(name, make(module))
+
+
+def check_free(name: str, module: nn.Module) -> None:
+    """Refuse to replace a module whose input or output another method changes."""
+    if has_hooks(module):
+        raise ConfigurationError(
+            f"another method is inserted at {name}, which is to be replaced; put the network with "
+            "the replaced modules inside, and insert the other method into it"
+        )
 
 
 def training_rows(types: Tensor | None, network: str) -> tuple[Rows, Rows]:
@@ -183,22 +272,108 @@ def training_rows(types: Tensor | None, network: str) -> tuple[Rows, Rows]:
 
 
 def require_network(model: Any, kind: type[Network]) -> Network:
-    """The network that a classifier holds or that the model is; another class is an error."""
+    """The first network of a class in a classifier or in another network; none is an error."""
     net = network_of(model)
-    if not isinstance(net, kind):
+    if (found := parts_like(net, kind)) == []:
         raise ConfigurationError(
             f"this needs a paper_awnet.networks.{kind.__name__}, got {type(net).__name__}; wrap "
             "the backbone in one"
         )
-    return net
+    return found[0]
 
 
-def forced(net: AWNet, kind: int) -> Callable[[Tensor], Tensor]:
-    """Images to logits, with P_type forced to one type for every image."""
-    return lambda x: net.outputs(x, p=torch.eye(2, device=x.device)[kind]).logits
+def route_report(found: Outputs, types: Tensor) -> dict[str, Tensor]:
+    """Accuracy of the types, and the movement of the filters of each block, to log."""
+    u = found.type_logits.detach()
+    right = (classify(u) == types).float().mean()
+    report = {"loss_type": cross_entropy(u, types).mean(), "type_acc": right}
+    for j, omega in enumerate(found.signals, 1):
+        clean, adversarial = (omega[rows].detach() for rows in rows_by_type(types))
+        statistics = signal_statistics(clean, adversarial)
+        report |= {f"omega{j}_{name}": value for name, value in statistics.items()}
+    return report
 
 
-class OATNet(nn.Module):
+# ---------------------------------------------------------------- attacks that know the router [D]
+
+
+def aware(loss: Callable[[AWNet, Model, Tensor, Tensor], Tensor]) -> InnerLoss:
+    """The inner loss of (AW-Net, network around it, attacked images, their labels)."""
+
+    def inner(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+        net, y = require_network(model, AWNet), differentiable(batch["y"])
+        return lambda x: loss(net, network_of(model), x, y)
+
+    return inner
+
+
+def router_frozen(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> cross-entropy with signals and P_type of the clean image (A2)."""
+    net, whole, y = require_network(model, AWNet), network_of(model), differentiable(batch["y"])
+    with torch.inference_mode(False), torch.no_grad(), telling([net]) as told:
+        whole(differentiable(batch["x"]))
+    kept = {"p": net.mixture(told.said["p"]), "signals": told.said["signals"]}
+
+    def loss(x: Tensor) -> Tensor:
+        with net.routed(**kept):
+            return cross_entropy(whole(x), y)
+
+    return loss
+
+
+@aware
+def router_detached(net: AWNet, whole: Model, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy; signals and P_type of x' are constants to the gradient (A1)."""
+    with net.routed(is_cut=True):
+        return cross_entropy(whole(x), y)
+
+
+@aware
+def misroute(net: AWNet, whole: Model, x: Tensor, y: Tensor) -> Tensor:
+    """CE(u(x'), clean), which has nothing to do with the class (A5)."""
+    if whole is net:  # the backbone need not run
+        return cross_entropy(net.router.read(x)[1], torch.full_like(y, CLEAN))
+    return looking(net, whole, x, torch.full_like(y, CLEAN))[1]
+
+
+def looking(net: AWNet, whole: Model, x: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the cross-entropy of the type head with given types."""
+    with telling([net], types=types) as told:
+        logits = whole(x)
+    return logits, told.losses["type"]
+
+
+def joint(kind: int, weight: float) -> InnerLoss:
+    """CE(f(x'), y) - weight CE(u(x'), kind): wrong, and of that type (A3)."""
+
+    def loss(net: AWNet, whole: Model, x: Tensor, y: Tensor) -> Tensor:
+        logits, looks = looking(net, whole, x, torch.full_like(y, kind))
+        return cross_entropy(logits, y) - weight * looks
+
+    return aware(loss)
+
+
+def forced_branch(kind: int) -> InnerLoss:
+    """Cross-entropy of the network with P_type forced to one type (A4)."""
+    return aware(lambda _, whole, x, y: cross_entropy(forced(whole, kind)(x), y))
+
+
+def forced(model: Any, kind: int) -> Callable[[Tensor], Tensor]:
+    """Images to logits of the network, with P_type forced to one type for every image."""
+    net, whole = require_network(model, AWNet), network_of(model)
+
+    def logits(x: Tensor) -> Tensor:
+        with net.routed(p=torch.eye(2, device=x.device)[kind]):
+            found: Tensor = whole(x)
+        return found
+
+    return logits
+
+
+# -------------------------------------------------------------------------------- other networks
+
+
+class OATNet(Part):
     """A backbone all of whose batch-norms depend on lambda; a baseline, reconstructed [D].
 
     Wang et al. 2020, "Once-for-All Adversarial Training": one network for all trade-offs. A number
@@ -206,6 +381,8 @@ class OATNet(nn.Module):
     output of every batch-norm with ``hidden`` units [D], and there are two batch-norms, for
     lambda = 0 and for lambda > 0. The backbone is changed in place.
     """
+
+    needs = frozenset({"a trade-off for each image"})
 
     def __init__(self, arch: nn.Module, knob: float = 0.2, hidden: int = 64) -> None:
         super().__init__()
@@ -222,6 +399,10 @@ class OATNet(nn.Module):
         """Logits ``(N, K)`` at the deployed lambda, in evaluation mode."""
         return self.at(x, self.knob)
 
+    def own_losses(self) -> dict[str, InnerLoss]:
+        """``ce_knob_<lambda>``: cross-entropy of the network at another lambda."""
+        return {f"ce_knob_{lam:g}": partial(at_lambda, lam) for lam in LAMBDAS}
+
     def at(self, x: Tensor, lam: float | Tensor, types: Tensor | None = None) -> Tensor:
         """Logits ``(N, K)`` at one lambda for all images or at that of each ``(N,)``.
 
@@ -236,74 +417,10 @@ class OATNet(nn.Module):
         return logits
 
 
-@dataclass(eq=False)
-class Teacher:
-    """A frozen network in evaluation mode, evaluated without gradient.
-
-    It is not a module, so that an objective neither trains, saves nor switches it; copies of the
-    objective share it.
-
-    Args:
-        net: Images in [0, 1] to logits ``(N, K)``, with the classes of the student.
-        experiment: The experiment that trained it; its run directory with the same seed is looked
-            up beside the student's.
-        checkpoint: ``last`` or ``selected``.
-        path: A file with its weights; takes precedence over ``experiment``.
-        as_it_is: Whether ``net`` already has its weights; then no file is read.
-    """
-
-    net: nn.Module
-    experiment: str | None = None
-    checkpoint: str = "last"
-    path: str | None = None
-    as_it_is: bool = False
-
-    def __post_init__(self) -> None:
-        if self.experiment is None and self.path is None and not self.as_it_is:
-            raise ConfigurationError(
-                "a teacher needs weights, got experiment=None, path=None and as_it_is=False; name "
-                "the experiment that trains it or a file, or set as_it_is"
-            )
-        self.net.eval().requires_grad_(False)
-
-    def __deepcopy__(self, memo: Any) -> "Teacher":
-        return self
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        """Logits ``(N, K)``, constant."""
-        logits: Tensor = self.net.to(x.device, x.dtype)(x)
-        return logits
-
-    def load(self, run: str | Path, shape: Sequence[int], num_classes: int) -> None:
-        """Read the weights, given the student's run directory, and try the network out.
-
-        Raises:
-            CheckpointError: If there is no such file, or it belongs to another network.
-            ConfigurationError: If the network does not fit images ``(C, H, W)`` or classes.
-        """
-        if not self.as_it_is:
-            load_weights(self.net, Path(self.path) if self.path else self._find(Path(run)))
-        name = f"the teacher {self.path or self.experiment or type(self.net).__name__}"
-        remedy = "give the network it was trained with"
-        scores = tuple(try_out(self.net, shape, remedy, what=name).shape[1:])
-        if scores != (num_classes,):
-            raise ConfigurationError(
-                f"{name} has {scores} classes and the data have {num_classes}; choose a teacher "
-                "that was trained on these data"
-            )
-
-    def _find(self, run: Path) -> Path:
-        path = checkpoint_beside(run, str(self.experiment), self.checkpoint)
-        if not path.is_file():
-            seed = path.parents[1].name.removeprefix("seed")
-            command = f"fit --config {self.experiment}"
-            raise CheckpointError(
-                f"the teacher {self.experiment} has not been trained: {path} does not exist; train "
-                f"it first with python -m paper_awnet {command} --seed_everything {seed}, or give "
-                "a file with its weights as path"
-            )
-        return path
+def at_lambda(lam: float | Tensor, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> cross-entropy of an OATNet at a given lambda, for all images or for each ``(N,)``."""
+    net, y = require_network(model, OATNet), differentiable(batch["y"])
+    return lambda x: cross_entropy(net.at(x, lam), y)
 
 
 class DigitsStudent(ResNet):

@@ -14,26 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.attacks.losses import classify, cross_entropy, full_precision, kl_divergence
+from common.attacks.losses import cross_entropy, full_precision, kl_divergence
 from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.errors import ConfigurationError, check_choice
-from common.modes import network_of
+from common.networks.parts import ADVERSARIAL, parts_like, parts_of
 from common.objectives import (
     Batch,
     Model,
     Objective,
     adversarial_images,
+    answers,
     check_weight,
     differentiable,
 )
-from paper_awnet.method import ADVERSARIAL
-from paper_awnet.networks import AWNet, OATNet, Teacher, forced, require_network
+from paper_awnet.networks import (
+    LAMBDAS,
+    AWNet,
+    OATNet,
+    at_lambda,
+    forced,
+    require_network,
+)
+from paper_awnet.teachers import Teacher
 
 Scale = Literal["classmean", "batchmean"]
 Branch = Literal["soft", "adv"]
-
-LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)
-"""Values of OAT's lambda."""
 
 
 def distillation(teacher_logits: Tensor, logits: Tensor, scale: Scale = "classmean") -> Tensor:
@@ -70,20 +75,6 @@ def negative_entropy(probabilities: Tensor) -> Tensor:
     return (probabilities * torch.log(probabilities + 1e-5)).mean()
 
 
-def signal_statistics(clean: Tensor, adversarial: Tensor) -> dict[str, Tensor]:
-    """Movement of the filters of one block, from omega_j ``(N, S_j)`` of images of both types.
-
-    Means over filters: ``std`` over all images, and ``shift``, the absolute difference between the
-    means of the two types; and ``mean``.
-    """
-    both = torch.cat([clean, adversarial])
-    return {
-        "mean": both.mean(),
-        "std": both.std(dim=0, correction=0).mean(),
-        "shift": (adversarial.mean(dim=0) - clean.mean(dim=0)).abs().mean(),
-    }
-
-
 def both_types(x: Tensor) -> Tensor:
     """The types ``(2N,)`` of N clean images and, after them, their adversarial versions."""
     return torch.arange(2, device=x.device).repeat_interleave(len(x))
@@ -102,6 +93,8 @@ class PairedObjective(Objective, nn.Module, ABC):
             every image through the ``adv`` batch-norms.
     """
 
+    serves = frozenset({"both kinds of images"})
+
     def __init__(
         self, lambda_type: float = 1.0, concat: bool = True, branch: Branch = "soft"
     ) -> None:
@@ -115,9 +108,8 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     def attacked(self, model: Model) -> Model:
         """The function that the training attack sees."""
-        net = network_of(model)
-        is_forced = self.branch == "adv" and isinstance(net, AWNet)
-        return forced(net, ADVERSARIAL) if is_forced else model
+        is_forced = self.branch == "adv" and parts_like(model, AWNet)
+        return forced(model, ADVERSARIAL) if is_forced else model
 
     def inner(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Cross-entropy with the label."""
@@ -130,9 +122,9 @@ class PairedObjective(Objective, nn.Module, ABC):
 
     def outer(self, model: Any, batch: Batch) -> Tensor:
         """The classification loss and the weighted type loss; a scalar."""
-        x_adv, net = adversarial_images(batch), network_of(model)
-        if isinstance(net, AWNet):
-            logits, logits_adv, penalty = self._routed(net, batch["x"], x_adv)
+        x_adv = adversarial_images(batch)
+        if parts_like(model, AWNet):
+            logits, logits_adv, penalty = self._routed(model, batch)
             return self.classification(batch, logits, logits_adv) + self.lambda_type * penalty
         self.report = {}
         logits_adv = model(x_adv)
@@ -142,23 +134,14 @@ class PairedObjective(Objective, nn.Module, ABC):
     def classification(self, batch: Batch, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """The loss of the logits on clean and adversarial images; a scalar."""
 
-    def _routed(self, net: AWNet, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _routed(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of both kinds and the type loss, in one pass or two."""
-        n, types = len(x), both_types(x)
-        if self.concat:
-            logits, u, _, signals = net.outputs(torch.cat([x, x_adv]), types)
-        else:
-            adv = net.outputs(x_adv, types[n:])
-            clean = net.outputs(x, types[:n])
-            logits, u = (torch.cat(pair) for pair in zip(clean[:2], adv[:2], strict=True))
-            signals = [torch.cat(pair) for pair in zip(clean.signals, adv.signals, strict=True)]
-        penalty = cross_entropy(u, types).mean()  # L_type [F][D]
-        type_acc = (classify(u.detach()) == types).float().mean()
-        self.report = {"loss_type": penalty.detach(), "type_acc": type_acc}
-        for j, omega in enumerate(signals, 1):
-            statistics = signal_statistics(omega[:n].detach(), omega[n:].detach())
-            self.report |= {f"omega{j}_{name}": value for name, value in statistics.items()}
-        return logits[:n], logits[n:], penalty
+        images = ("x", "x_adv") if self.concat else ("x_adv", "x")
+        answered = answers(model, parts_of(model), batch, images, together=self.concat)
+        found = dict(zip(images, answered, strict=True))
+        penalty = torch.cat([own for one in answered for own in one.own]).mean()
+        self.report = {"loss_type": penalty.detach(), **found["x"].report}
+        return found["x"].logits, found["x_adv"].logits, penalty
 
 
 class MTARD(PairedObjective):
@@ -388,6 +371,8 @@ class ARD(PairedObjective):
 class OAT(Objective):
     """(1 - lambda) CE(f(x), y) + lambda CE(f(x_adv), y), lambda drawn for each image and epoch."""
 
+    serves = frozenset({"a trade-off for each image"})
+
     def __init__(self) -> None:
         self.epoch = 0
 
@@ -414,9 +399,3 @@ class OAT(Objective):
         clean, adv = torch.split(both, len(x))
         loss: Tensor = ((1 - lam) * cross_entropy(clean, y) + lam * cross_entropy(adv, y)).mean()
         return loss
-
-
-def at_lambda(lam: float | Tensor, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
-    """X' -> cross-entropy of an OATNet at a given lambda, for all images or for each ``(N,)``."""
-    net, y = require_network(model, OATNet), differentiable(batch["y"])
-    return lambda x: cross_entropy(net.at(x, lam), y)

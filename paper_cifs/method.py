@@ -11,7 +11,7 @@ because nothing public settles it.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from common.attacks.losses import cross_entropy, hinge_margin, kl_divergence
 from common.errors import ConfigurationError, check_choice
 from common.modes import network_of
+from common.networks.insertion import run_in_full_precision
+from common.networks.parts import Part, parts_like, telling
+from common.networks.preact_resnet import PreActResNet
 from common.networks.resnet import ResNet, check_positive
 from common.networks.wide_resnet import WideBlock, WideResNet, initialize
 from common.objectives import (
@@ -269,13 +272,17 @@ def autocast_off(z: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
-class ChannelSelection(_Described, ABC):
+class ChannelSelection(_Described, Part, ABC):
     """Multiplies the channels of a feature by multipliers from a probe on it.
 
     With ``label_free`` it never looks at labels, also in train mode (for TRADES). Masked
     activations are about C times smaller, with variances near batch-norm's eps, so the module and
-    those that read its output compute in the precision of its weights, without autocast.
+    what follows it in the network compute in the precision of its weights, without autocast.
     """
+
+    needs = frozenset({"further logits"})
+    weight = 1.0
+    """Of its raw logits in the losses of ``common.objectives``."""
 
     def __init__(self, probe: Probe, label_free: bool = False) -> None:
         super().__init__()
@@ -296,14 +303,23 @@ class ChannelSelection(_Described, ABC):
         if sees_label and y is None:
             raise ConfigurationError(
                 f"{type(self).__name__} selects classes by the label in train mode, and got none; "
-                "call net(x, y), or set label_free: true in each selection where the objective "
-                "has no labels to pass (TRADES)"
+                "call joint_logits(net, x, y), or set label_free: true in each selection where the "
+                "objective passes no labels (JointTRADES)"
             )
         with autocast_off(z):
             z = z.to(self.probe.output.weight.dtype)
             p: Tensor = self.probe(z)
             m = self.multiplier(z, p, y if sees_label else None)
             return z * m[:, :, None, None], p
+
+    def in_network(self, z: Tensor) -> Tensor:
+        """The masked feature, inside a network: labels are told, raw logits are answered."""
+        told = self.told
+        z_bar, p = self(z, None if told is None else told.y)
+        if told is not None:
+            told.logits.append((self.weight, p))
+        masked: Tensor = z_bar
+        return masked
 
 
 class CIFS(ChannelSelection):
@@ -402,87 +418,157 @@ def undetached(model: nn.Module) -> Iterator[None]:
 Selection = Callable[[int, int], ChannelSelection]
 """Makes a channel selection from (channels, num_classes), for example the class CIFS."""
 
+BETA = 2.0
+"""Weight of the probes together, beside the final logits, in the paper."""
 
-class SelectiveNetwork(nn.Module):
-    """A backbone's stem, stages and head, with channel selections between its modules.
 
-    ``net(x, y)`` returns the final logits f ``(N, K)`` and the list of raw logits in forward order.
-    Weights have the names of the backbone, so a plain state dict loads with ``strict=False``.
+class Selections(Part, nn.ModuleDict):
+    """The selections of a network by position, in forward order; a network has one of these."""
 
-    A position is a module of the backbone whose output is masked, written with underscores,
-    ``stages_3_0`` for ``stages.3.0``, since dots separate levels on the command line.
-    ``positions`` are the channels at every legal one, in forward order. Without ``selections`` the
-    last two get CIFS, with a nonlinear probe of width ``hidden`` and a linear one.
+    def own_losses(self) -> dict[str, InnerLoss]:
+        """The losses a fair evaluation attacks with, by name [R0].
+
+        ``ce_f`` and, with probes, ``ce_p1`` .. ``ce_pS`` and ``ce_joint<beta>``; each also as
+        ``cw_`` with the hinge margin (the official C&W falls back to cross-entropy for single
+        logits; here it does not). With a CIFS module ``ce_undetached``, joint with beta 2 through
+        the masks [C].
+        """
+        losses: dict[str, InnerLoss] = {}
+        bases: dict[str, PerExampleLoss] = {"ce": cross_entropy, "cw": hinge_margin}
+        for name, base in bases.items():
+            losses[f"{name}_f"] = AdaptiveLoss(base, beta=0.0)
+            for s in range(1, len(self) + 1):
+                losses[f"{name}_p{s}"] = AdaptiveLoss(base, probe=s)
+            for beta in (0.1, 1.0, 2.0, 10.0, 100.0, 1000.0) if len(self) else ():
+                losses[f"{name}_joint{beta:g}"] = AdaptiveLoss(base, beta=beta)
+        if any(isinstance(selection, CIFS) for selection in self.values()):
+            losses["ce_undetached"] = AdaptiveLoss(beta=2.0, through_mask=True)
+        return losses
+
+
+def insert_selections(
+    net: nn.Module, selections: Mapping[str, ChannelSelection], beta: float = BETA
+) -> None:
+    """Mask the outputs of modules of a network, in place.
+
+    The selections become ``net.selections``, named like the modules with underscores for dots;
+    other keys of the state dict stay. For ``act1`` of a wide residual network's block the residual
+    branch alone reads the masked feature.
+
+    Args:
+        net: The network, which is no ``Sequential``.
+        selections: By the names of modules as in ``net.named_modules()``, in forward order.
+        beta: Weight of the raw logits together in the losses of ``common.objectives``.
 
     Raises:
-        ConfigurationError: If a position does not exist.
+        ConfigurationError: If there are selections already, or a weight is refused.
     """
-
-    def __init__(
-        self,
-        backbone: ResNet | WideResNet,
-        positions: dict[str, int],
-        selections: dict[str, Selection] | None,
-        num_classes: int,
-        hidden: int = 128,
-    ) -> None:
-        super().__init__()
-        self.normalize, self.stem = backbone.normalize, backbone.stem
-        self.stages, self.head = backbone.stages, backbone.head
-        if selections is None:
-            if len(positions) < 2:
-                raise ConfigurationError(
-                    "CIFS sits at the last two positions, and this backbone has only "
-                    f"{', '.join(positions)}; set selections"
-                )
-            kinds = partial(CIFS, probe="nonlinear", hidden=hidden), partial(CIFS, probe="linear")
-            selections = dict(zip(list(positions)[-2:], kinds, strict=True))
-        chosen = {name.replace(".", "_"): make for name, make in selections.items()}
-        if unknown := [name for name in chosen if name not in positions]:
-            raise ConfigurationError(
-                f"{type(self).__name__} has no position {unknown[0]!r} for a channel selection; "
-                f"choose among {', '.join(positions)}"
-            )
-        self.selections = nn.ModuleDict(
-            {name: chosen[name](c, num_classes) for name, c in positions.items() if name in chosen}
+    check_weight("beta", beta)
+    if isinstance(net, nn.Sequential):
+        raise ConfigurationError(
+            "a Sequential would run the selections as its last module; make it a part of a network"
         )
-
-    def select(
-        self, position: str, z: Tensor, y: Tensor | None, logits: list[Tensor]
-    ) -> tuple[Tensor, bool]:
-        """``z``, masked if there is a selection here (which appends its logits), and whether."""
-        if position not in self.selections:
-            return z, False
-        z, p = self.selections[position](z, y)
-        logits.append(p)
-        return z, True
-
-
-def _run(module: Callable[[Tensor], Tensor], z: Tensor, masked: bool) -> Tensor:
-    """``module(z)``, without autocast where z was masked (see :class:`ChannelSelection`)."""
-    with autocast_off(z) if masked else nullcontext():
-        return module(z)
+    if any(isinstance(module, Selections) for module in net.modules()):
+        raise ConfigurationError(
+            f"{type(net).__name__} has channel selections already; give all positions in one call"
+        )
+    for name, selection in selections.items():
+        selection.weight = beta / len(selections)
+        parent = net.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, WideBlock) and name.endswith(".act1"):
+            parent.conv1.register_forward_pre_hook(partial(_mask_input, selection))
+        else:
+            net.get_submodule(name).register_forward_hook(partial(_mask_output, selection))
+    run_in_full_precision(net, list(selections))
+    net.selections = Selections({key.replace(".", "_"): s for key, s in selections.items()})
 
 
-def _blocks(stages: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every block with its position, in forward order."""
-    for i, stage in stages.named_children():
-        for j, block in stage.named_children():
-            yield f"stages_{i}_{j}", block
+def _mask_input(selection: ChannelSelection, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (selection.in_network(args[0]),)
 
 
-class CIFSResNet(SelectiveNetwork):
+def _mask_output(selection: ChannelSelection, _: nn.Module, __: Any, z: Tensor) -> Tensor:
+    return selection.in_network(z)
+
+
+def positions_of(net: nn.Module) -> dict[str, int]:
+    """Where the paper's networks have selections: names of modules, and their channels.
+
+    Behind every block of a ResNet. In a wide or pre-activation ResNet ``stages.<i>.<j>.act1``,
+    where the residual branch of a block begins, and ``head.act``, after the final activation. None
+    in other networks.
+    """
+    found: dict[str, int] = {}
+    for name, backbone in net.named_modules():
+        if not isinstance(backbone, ResNet | PreActResNet | WideResNet):
+            continue
+        prefix = f"{name}." if name else ""
+        for i, stage in enumerate(backbone.stages.children()):
+            for j, block in enumerate(stage.children()):
+                position = f"{prefix}stages.{i}.{j}"
+                if isinstance(backbone, ResNet):
+                    found[position] = backbone.widths[i]
+                else:
+                    found[f"{position}.act1"] = cast(WideBlock, block).conv1.in_channels
+        if not isinstance(backbone, ResNet):
+            found[f"{prefix}head.act"] = backbone.widths[-1]
+    return found
+
+
+def usual_selections(positions: Sequence[str], hidden: int) -> dict[str, Selection]:
+    """CIFS at the last two positions, with a nonlinear and a linear probe [R].
+
+    Raises:
+        ConfigurationError: If there are fewer.
+    """
+    if len(positions) < 2:
+        raise ConfigurationError(
+            "CIFS sits at the last two positions, and this network has only "
+            f"{', '.join(positions) or 'unknown ones'}; name modules in selections"
+        )
+    kinds = partial(CIFS, probe="nonlinear", hidden=hidden), partial(CIFS, probe="linear")
+    return dict(zip(positions[-2:], kinds, strict=True))
+
+
+def _select(
+    net: nn.Module, selections: dict[str, Selection] | None, num_classes: int, hidden: int
+) -> None:
+    """Insert selections at known positions, which may be written with underscores."""
+    positions = positions_of(net)
+    known = {name.replace(".", "_"): name for name in positions}
+    if selections is None:
+        selections = usual_selections(list(positions), hidden)
+    chosen = {name.replace(".", "_"): make for name, make in selections.items()}
+    if unknown := [name for name in chosen if name not in known]:
+        raise ConfigurationError(
+            f"{type(net).__name__} has no position {unknown[0]!r} for a channel selection; "
+            f"choose among {', '.join(known)}"
+        )
+    made = {
+        name: chosen[key](positions[name], num_classes)
+        for key, name in known.items()
+        if key in chosen
+    }
+    insert_selections(net, made)
+
+
+class CIFSResNet(ResNet):
     """ResNet with channel selections after the final activation of chosen blocks.
 
-    A mask reaches both branches of the following block, the identity shortcut too.
+    A mask reaches both branches of the following block, the identity shortcut too. Its logits are
+    the final ones f; :func:`joint_logits` returns the raw ones too.
 
     Args:
         num_classes: Number of classes K.
-        selections: Position -> selection; positions are ``stages_<stage>_<block>``, from 0. By
-            default the last two get CIFS, with a nonlinear and a linear probe.
+        selections: Position -> selection; positions are ``stages_<stage>_<block>``, from 0, with
+            underscores, since dots separate levels on the command line. By default the last two get
+            CIFS, with a nonlinear and a linear probe.
         hidden: Hidden width of the nonlinear probe, where ``selections`` does not say.
         **kwargs: Of :class:`~common.networks.resnet.ResNet`; ResNet-18 by default. The paper
             does not normalise its inputs.
+
+    Raises:
+        ConfigurationError: If a position does not exist.
     """
 
     def __init__(
@@ -492,19 +578,8 @@ class CIFSResNet(SelectiveNetwork):
         hidden: int = 128,
         **kwargs: Any,
     ) -> None:
-        backbone = ResNet(num_classes=num_classes, **kwargs)
-        positions = {
-            name: backbone.widths[int(name.split("_")[1])] for name, _ in _blocks(backbone.stages)
-        }
-        super().__init__(backbone, positions, selections, num_classes, hidden)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """(f, raw logits) of images ``(N, C, H, W)`` in [0, 1]; ``y`` serves train mode only."""
-        logits: list[Tensor] = []
-        z, masked = self.stem(self.normalize(x)), False
-        for position, block in _blocks(self.stages):
-            z, masked = self.select(position, _run(block, z, masked), y, logits)
-        return _run(self.head, z, masked), logits
+        super().__init__(num_classes=num_classes, **kwargs)
+        _select(self, selections, num_classes, hidden)
 
 
 class CIFSResNet18(CIFSResNet):
@@ -532,7 +607,7 @@ class CIFSDigitsResNet(CIFSResNet):
         )
 
 
-class CIFSWideResNet(SelectiveNetwork):
+class CIFSWideResNet(WideResNet):
     """WRN with channel selections: WRN-28-10 with CIFS has 36,641,854 parameters.
 
     Positions are ``stages_<i>_<j>_act1``, where the residual branch of a block begins (its shortcut
@@ -547,6 +622,8 @@ class CIFSWideResNet(SelectiveNetwork):
         **kwargs: Of :class:`~common.networks.wide_resnet.WideResNet`; WRN-28-10 by default.
     """
 
+    selections: Selections
+
     def __init__(
         self,
         num_classes: int = 10,
@@ -554,29 +631,9 @@ class CIFSWideResNet(SelectiveNetwork):
         hidden: int = 240,
         **kwargs: Any,
     ) -> None:
-        backbone = WideResNet(num_classes=num_classes, **kwargs)
-        positions = {
-            f"{name}_act1": cast(WideBlock, block).bn1.num_features
-            for name, block in _blocks(backbone.stages)
-        }
-        positions["head_act"] = backbone.widths[-1]
-        super().__init__(backbone, positions, selections, num_classes, hidden)
+        super().__init__(num_classes=num_classes, **kwargs)
+        _select(self, selections, num_classes, hidden)
         self.selections.apply(initialize)  # the probes' biases start at 0 like every other [R0]
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """(f, raw logits) of images ``(N, C, H, W)`` in [0, 1]; ``y`` serves train mode only."""
-        logits: list[Tensor] = []
-        z = self.stem(self.normalize(x))
-        for position, module in _blocks(self.stages):
-            block = cast(WideBlock, module)
-            a = block.activate(z)
-            a_bar, masked = self.select(f"{position}_act1", a, y, logits)
-            z = _run(block.residual, a_bar, masked) + block.skip(z, a)
-        masked = False
-        for name, layer in self.head.named_children():
-            z, here = self.select(f"head_{name}", _run(layer, z, masked), y, logits)
-            masked = masked or here
-        return z, logits
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -585,10 +642,9 @@ class CIFSWideResNet(SelectiveNetwork):
 def joint_logits(model: Any, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """Final logits and raw logits of any network or classifier; plain ones have no raw logits."""
     net = network_of(model)
-    if not hasattr(net, "selections"):
-        return net(x), []
-    f, probes = net(x, y)
-    return f, probes
+    with telling(parts_like(net, ChannelSelection), y) as told:
+        f: Tensor = net(x)
+    return f, [p for _, p in told.logits]
 
 
 def joint_loss(
@@ -613,6 +669,8 @@ def training_factor(beta: float) -> float:
 class JointCrossEntropy(Objective):
     """Adversarial training with the joint loss: max_x' L_beta, then min over x_adv alone [R].
 
+    :class:`common.objectives.AT` is the same with the weights of the network and ``rescale`` off.
+
     Args:
         beta: Weight of the probes; 2 in the paper. At 0 their last biases get no gradient.
         attack_beta: Weight of the probes in what the adversary maximises; ``beta`` if not given.
@@ -621,6 +679,8 @@ class JointCrossEntropy(Objective):
     Raises:
         ConfigurationError: If a weight is negative or not finite.
     """
+
+    serves = frozenset({"further logits"})
 
     def __init__(
         self, beta: float = 2.0, attack_beta: float | None = None, rescale: bool = True
@@ -661,6 +721,8 @@ class JointTRADES(Objective):
     Raises:
         ConfigurationError: If a weight is negative or not finite.
     """
+
+    serves = frozenset({"further logits"})
 
     def __init__(self, beta: float = 4.0, lam: float = 4.0) -> None:
         self.beta = check_weight("beta", beta)
@@ -733,24 +795,3 @@ class AdaptiveLoss:
             return self.base(probes[self.probe - 1], y)
 
         return loss
-
-
-def adaptive_losses(model: Any) -> dict[str, InnerLoss]:
-    """The losses a fair evaluation attacks with, by name [R0].
-
-    ``ce_f`` and, with probes, ``ce_p1`` .. ``ce_pS`` and ``ce_joint<beta>``; each also as ``cw_``
-    with the hinge margin (the official C&W falls back to cross-entropy for single logits; here it
-    does not). With a CIFS module ``ce_undetached``, joint with beta 2 through the masks [C].
-    """
-    count = len(getattr(network_of(model), "selections", ()))
-    losses: dict[str, InnerLoss] = {}
-    bases: dict[str, PerExampleLoss] = {"ce": cross_entropy, "cw": hinge_margin}
-    for name, base in bases.items():
-        losses[f"{name}_f"] = AdaptiveLoss(base, beta=0.0)
-        for s in range(1, count + 1):
-            losses[f"{name}_p{s}"] = AdaptiveLoss(base, probe=s)
-        for beta in (0.1, 1.0, 2.0, 10.0, 100.0, 1000.0) if count else ():
-            losses[f"{name}_joint{beta:g}"] = AdaptiveLoss(base, beta=beta)
-    if any(isinstance(module, CIFS) for module in model.modules()):
-        losses["ce_undetached"] = AdaptiveLoss(beta=2.0, through_mask=True)
-    return losses

@@ -1,4 +1,4 @@
-"""The classifier: final logits for attacks and metrics, adaptive losses, masks for TensorBoard."""
+"""The classifier: masks for TensorBoard."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -7,23 +7,12 @@ from functools import partial
 from torch import Tensor
 
 from common.classifier import RobustClassifier
-from common.objectives import Batch, InnerLoss
-from paper_cifs.method import ChannelSelection, adaptive_losses, autocast_off, joint_logits
+from common.objectives import Batch
+from paper_cifs.method import ChannelSelection, autocast_off
 
 
 class CIFSClassifier(RobustClassifier):
-    """A classifier whose network may return raw logits of probes beside its logits.
-
-    Plain networks fit too: they have no probes, and every loss falls back to the logits.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Final logits f, ``(N, K)``, of images ``(N, C, H, W)`` in [0, 1]."""
-        return joint_logits(self, x)[0]
-
-    def adaptive_losses(self) -> dict[str, InnerLoss]:
-        """Losses on f, on each probe, on all joint weights, and through the un-detached mask."""
-        return adaptive_losses(self)
+    """A classifier whose network may have channel selections; without them it is a plain one."""
 
     def log_histograms(self, add: Callable[[str, Tensor], None], batch: Batch) -> None:
         """Hand the channel masks on clean and adversarial images to TensorBoard."""

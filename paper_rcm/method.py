@@ -8,22 +8,30 @@ journal version, [code] the official code (MTandHJ/rcm), [measured] obtained by 
 [derived] worked out here, [choice] ours, where nothing was found.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.attacks.losses import label_loss
 from common.errors import ConfigurationError, check_choice
+from common.modes import network_of, try_out
 from common.networks.alexnet import AlexNet
 from common.networks.normalize import Normalize, Statistics
+from common.networks.parts import Part, parts_like, parts_of
 from common.networks.preact_resnet import PreActResNet18
 from common.networks.resnet import CifarResNet, Initialize, ResNet, ResNet18
 from common.networks.resnet import kaiming as resnet_kaiming
 from common.networks.vgg import VGG
 from common.networks.vgg import kaiming as vgg_kaiming
 from common.networks.wide_resnet import WideResNet
+from common.objectives import Batch, InnerLoss, differentiable
 
 Mode = Literal["nearest", "bilinear", "bicubic"]
 """Interpolation; the paper has the first two [note]."""
@@ -44,7 +52,7 @@ def enlarge(u: Tensor, scale_factor: float, mode: Mode = "nearest") -> Tensor:
     return F.interpolate(u, size=size, mode=mode)
 
 
-class EnlargedNetwork(nn.Module):
+class EnlargedNetwork(Part):
     """A network that sees its normalised input up-sampled: ``arch(enlarge((x - mean) / std, m))``.
 
     The order is that of the code. Attacks see ``x`` in the original resolution, and gradients pass
@@ -52,7 +60,7 @@ class EnlargedNetwork(nn.Module):
     state dict and load without an error; they belong to the configuration of a run [code].
 
     Args:
-        arch: A backbone of ``common.networks``, without ``mean`` and ``std``.
+        arch: Any network; one of ``common.networks`` without ``mean`` and ``std``.
         scale_factor: The factor m, at least 1; 2 is the paper's setting [code].
         mode: Interpolation; a factor that is no integer needs ``bilinear`` [choice] or ``bicubic``.
         num_classes: Number of classes K, which ``arch`` must have, if given.
@@ -84,9 +92,9 @@ class EnlargedNetwork(nn.Module):
                 f"scale_factor={scale_factor} is no integer, and mode=nearest would repeat pixels "
                 "unevenly; use mode=bilinear, or an integer"
             )
-        inner: Any = getattr(arch, "normalize", None)
+        inner = next((m for m in arch.modules() if isinstance(m, Normalize)), None)
         linear = getattr(getattr(arch, "head", None), "linear", None)
-        if getattr(inner, "mean", None) is not None:
+        if inner is not None and inner.mean is not None:
             raise ConfigurationError(
                 f"arch has mean={inner.mean.flatten().tolist()}; give mean and std to "
                 "EnlargedNetwork, which normalises before it enlarges, and none to arch"
@@ -112,24 +120,23 @@ class EnlargedNetwork(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """The map before the head, ``(N, D, H', W')``; tokens ``(N, T, D)`` of a transformer."""
-        z: Tensor = self._part("features")(self.enlarged(x))
+        z: Tensor = self.arch.features(self.enlarged(x))
         return z
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The vector f that the global pooling gives to the classifier, ``(N, D)`` [choice]."""
-        z = self.features(x)
-        head = self._part("head")
-        names = [name for name, _ in head.named_children()]
-        f: Tensor = head[: names.index("pool") + 1](z).flatten(1)
-        return f
+        """See :func:`pooled`."""
+        return pooled(self, x)
 
-    def _part(self, name: str) -> Any:
-        if not hasattr(self.arch, name):
-            raise TypeError(
-                f"{type(self.arch).__name__} has no {name!r}, so its pooled feature is unknown; "
-                "use a backbone of common.networks, which are stem, stages and head"
-            )
-        return getattr(self.arch, name)
+    def own_losses(self) -> dict[str, InnerLoss]:
+        """``feature``, and where the first strides can be changed, ``ce_strides``.
+
+        The paper's specially designed attacks were not found; these are ours instead [choice].
+        """
+        losses: dict[str, InnerLoss] = {"feature": feature_distance} if pools_of(self) else {}
+        is_fixed = any(part.has_fixed_size for part in parts_of(self.arch))
+        if isinstance(self.arch, ResNet) and not is_fixed:
+            losses["ce_strides"] = other_strides
+        return losses
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]."""
@@ -139,6 +146,71 @@ class EnlargedNetwork(nn.Module):
     def extra_repr(self) -> str:
         """Settings, for ``print(net)``."""
         return f"scale_factor={self.scale_factor}, mode={self.mode}"
+
+
+# ------------------------------------------------------- attacks through the mechanism [choice]
+
+
+def pools_of(net: nn.Module) -> list[nn.Module]:
+    """The modules that may be a network's global pooling."""
+    kinds = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+    named = net.named_modules()
+    return [m for name, m in named if name.endswith("head.pool") or isinstance(m, kinds)]
+
+
+def pooled(model: Any, x: Tensor) -> Tensor:
+    """The vector f that the global pooling gives to the classifier, ``(N, D)`` [choice].
+
+    It is what the last of the pools puts out that run in a pass of the whole network.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    net: nn.Module = network_of(model)
+    if not (pools := pools_of(net)):
+        raise TypeError(
+            f"{type(net).__name__} has no global pooling, so its pooled feature is unknown; use a "
+            "network with head.pool or an adaptive pool"
+        )
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        kept.append(output.flatten(1))
+
+    with ExitStack() as hooks:
+        for pool in pools:
+            hooks.enter_context(pool.register_forward_hook(keep))
+        net(x)
+    return kept[-1]
+
+
+def feature_distance(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> squared l2 distance of the pooled features of x' and x, ``(N,)``; no labels."""
+    with torch.no_grad():
+        clean = differentiable(pooled(model, batch["x"]))
+    return lambda x: (pooled(model, x) - clean).square().sum(dim=1)
+
+
+def other_strides(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> cross-entropy of the twin with other strides, ``(N,)``: a stride-transfer attack."""
+    return label_loss(with_other_strides(network_of(model)), differentiable(batch["y"]))
+
+
+def with_other_strides(net: nn.Module) -> nn.Module:
+    """The same weights with the second stage's stride changed from 2 to 1 or from 1 to 2.
+
+    These are the two networks of the paper's comparison, 1222 and 1122: their state dicts fit each
+    other [measured].
+    """
+    twin = copy.deepcopy(net).eval()
+    block = parts_like(twin, EnlargedNetwork)[0].arch.stages[1][0]
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d) and (
+            module is block.conv1 or module.kernel_size == (1, 1)
+        ):
+            side = 1 if module.stride[0] == 2 else 2
+            module.stride = (side, side)
+    return twin
 
 
 # ----------------------------------------------------------------------------- shrinking strides
@@ -167,6 +239,44 @@ def shrink(strides: Sequence[int]) -> tuple[int, ...]:
         raise ConfigurationError(f"strides {list(strides)} have no 2 to replace by 1")
     first = list(strides).index(2)
     return (*strides[:first], 1, *strides[first + 1 :])
+
+
+def shrink_first(net: nn.Module, image_shape: Sequence[int]) -> None:
+    """Replace the first stride above 1 of any network by 1, in place: :func:`shrink` on modules.
+
+    Convolutions and pools that stride and read maps of the same size are one operator, as a block
+    and its shortcut. A pool without overlap is left out.
+
+    Raises:
+        ConfigurationError: If nothing strides.
+    """
+    seen: list[tuple[str, int]] = []
+
+    def keep(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append((name, args[0].shape[-1]))
+
+    with ExitStack() as hooks:
+        for name, module in net.named_modules():
+            if isinstance(module, STRIDING) and _stride(module) > 1:
+                hooks.enter_context(module.register_forward_pre_hook(partial(keep, name)))
+        try_out(net, image_shape, "give the image_shape of the images it is for")
+    if not seen:
+        raise ConfigurationError(
+            f"{type(net).__name__} has no convolution or pool with a stride above 1 to replace by 1"
+        )
+    for name in {name for name, side in seen if side == seen[0][1]}:
+        found: Any = net.get_submodule(name)
+        if not isinstance(found, nn.Conv2d) and found.kernel_size == found.stride:
+            net.set_submodule(name, nn.Identity())
+        else:
+            found.stride = (1, 1) if isinstance(found, nn.Conv2d) else 1
+
+
+STRIDING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+def _stride(module: Any) -> int:
+    return int(module.stride if isinstance(module.stride, int) else max(module.stride))
 
 
 # ------------------------------------------------------------------------------ named networks

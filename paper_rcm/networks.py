@@ -1,15 +1,53 @@
-"""The network of DAJAT: two copies of every batch-norm [code]."""
+"""Larger maps in any network; and the network of DAJAT: two copies of every batch-norm [code]."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError, check_choice
-from common.networks.resnet import ResNet18
+from common.modes import try_out
+from common.networks.resnet import ResNet18, check_positive
+from paper_rcm.method import EnlargedNetwork, shrink_first
 
 Branch = Literal["base", "auto"]
+
+
+def with_larger_input(net: nn.Module, **settings: Any) -> EnlargedNetwork:
+    """A network that sees its input enlarged, for configuration files.
+
+    Args:
+        net: The base network.
+        **settings: Of :class:`~paper_rcm.method.EnlargedNetwork`.
+    """
+    return EnlargedNetwork(net, **settings)
+
+
+def with_larger_maps(
+    net: nn.Module, times: int = 1, image_shape: Sequence[int] | None = None
+) -> nn.Module:
+    """A network whose first strides above 1 are 1, for configuration files.
+
+    Args:
+        net: The base network; it is changed and returned.
+        times: How many strides are replaced, which :func:`~paper_rcm.method.shrink_first` does.
+        image_shape: Channels, height and width of the images; the command line fills it in.
+
+    Raises:
+        ConfigurationError: If there is no shape, there are fewer strides, or the network does not
+            work with larger maps.
+    """
+    check_positive(times=times)
+    if image_shape is None:
+        raise ConfigurationError(
+            "strides are found with a blank image, so image_shape must be given: (channels, "
+            "height, width); the command line fills it in from the data"
+        )
+    for _ in range(times):
+        shrink_first(net, image_shape)
+    try_out(net, image_shape, "change strides first, and put other methods around the result")
+    return net
 
 
 class SplitBatchNorm2d(nn.Module):

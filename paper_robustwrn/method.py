@@ -14,11 +14,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from common.errors import ConfigurationError, check_choice
+from common.evaluation.measures import cost
+from common.networks.backbone import Backbone
 from common.networks.normalize import Statistics
 from common.networks.resnet import Activation, check_positive, check_stages, conv3x3, named_sequence
 from common.networks.wide_resnet import WideResNet, initialize
@@ -120,6 +123,10 @@ class RobustWideResNet(WideResNet):
             ).apply(initialize)
         elif stem_stride != 1:
             self.stem = conv3x3(in_channels, channels[0], stem_stride).apply(initialize)
+
+    def _sized(self, widths: Sequence[int]) -> dict[str, Any]:
+        stem = next(m for m in self.stem.modules() if isinstance(m, nn.Conv2d))
+        return {"channels": (stem.out_channels, *widths)}
 
 
 def check_configuration(
@@ -241,11 +248,15 @@ def robust_widths(w: int, ratio: float = 0.4, stages: int = 3) -> tuple[int, ...
         ConfigurationError: If ``w`` is below 1 or ``ratio`` not positive.
     """
     check_positive(w=w, stages=stages)
+    last = math.floor(check_ratio(ratio) * w + Fraction(1, 2))
+    return (w,) * (stages - 1) + (max(last, 1),)
+
+
+def check_ratio(ratio: float) -> Fraction:
+    """The ratio in exact arithmetic: 0.29 * 50 is 14.499999999999998 as a float."""
     if not (math.isfinite(ratio) and ratio > 0):
         raise ConfigurationError(f"ratio scales the last stage and must be positive, got {ratio}")
-    # In exact arithmetic: 0.29 * 50 is 14.499999999999998 as a float.
-    last = math.floor(Fraction(str(ratio)) * w + Fraction(1, 2))
-    return (w,) * (stages - 1) + (max(last, 1),)
+    return Fraction(str(ratio))
 
 
 def smallest_robust(
@@ -265,6 +276,76 @@ def smallest_robust(
         if rule.cost(measure, **images) >= budget:
             break
     return w
+
+
+def with_budget_rule(
+    net: nn.Module,
+    ratio: float = 0.4,
+    measure: Measure = "parameters",
+    step: int = 1,
+    image_shape: Sequence[int] | None = None,
+) -> Backbone:
+    """The rule in any staged network: its last stage narrower, the others wider, at its own budget.
+
+    Widths are multiplied by the smallest number, and that of the last stage by ``ratio`` of it, for
+    which the network costs at least as much as the given one [R]. Weights are drawn anew.
+
+    Args:
+        net: The base network, one of stages with free widths.
+        ratio: Of the factor of the last stage to that of the others.
+        measure: What a budget counts.
+        step: The width of the first stage is a multiple of it; 16 for whole widening factors.
+        image_shape: Channels, height and width of the images, for multiply-accumulates; the command
+            line fills it in.
+
+    Raises:
+        ConfigurationError: If the network has no free widths, or there is no shape.
+    """
+    check_choice("measure", measure, Measure)
+    check_positive(step=step)
+    if not (isinstance(net, Backbone) and hasattr(net, "widths")):
+        raise ConfigurationError(
+            f"{type(net).__name__} is no network of stages of common.networks, whose widths could "
+            "be changed; apply the rule to the backbone, and other methods to the result"
+        )
+    if image_shape is None:
+        raise ConfigurationError(
+            "multiply-accumulates depend on the images, so image_shape must be given: (channels, "
+            "height, width); the command line fills it in from the data"
+        )
+    by, base, image = check_ratio(ratio), net.widths, torch.empty(*image_shape, device="meta")
+
+    def widths(first: int) -> list[int]:
+        exact = [Fraction(first * step, base[0]) * width for width in base]
+        exact[-1] *= by
+        return [max(math.floor(width + Fraction(1, 2)), 1) for width in exact]
+
+    def spent(sizes: Sequence[int]) -> float:
+        with torch.device("meta"):
+            made = net.resized(sizes)
+        if tuple(sizes) == base and _shapes(made) != _shapes(net):
+            raise ConfigurationError(
+                f"{type(net).__name__} was changed since it was made, for instance by another "
+                "method; apply the rule first, and other methods to the result"
+            )
+        return cost(made, image)["macs"] if measure == "macs" else _count(made)
+
+    budget = spent(base)
+    first = base[0] // step or 1
+    first = max(round(first * math.sqrt(budget / spent(widths(first)))), 1)  # costs are quadratic
+    while spent(widths(first)) < budget:
+        first += 1
+    while first > 1 and spent(widths(first - 1)) >= budget:
+        first -= 1
+    return net.resized(widths(first))
+
+
+def _shapes(net: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in net.parameters()]
+
+
+def _count(net: nn.Module) -> int:
+    return sum(shape.numel() for shape in _shapes(net))
 
 
 def search(

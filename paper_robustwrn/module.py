@@ -7,6 +7,7 @@ from torch import Tensor
 from common.attacks.losses import margin
 from common.classifier import RobustClassifier
 from common.objectives import Batch, InnerLoss, Model, differentiable
+from paper_robustwrn.networks import CellNetwork
 
 
 class RobustWRNClassifier(RobustClassifier):
@@ -15,9 +16,9 @@ class RobustWRNClassifier(RobustClassifier):
     def on_train_epoch_start(self) -> None:
         """Set the probability of this epoch."""
         super().on_train_epoch_start()
-        set_progress = getattr(self.net, "set_progress", None)
-        if set_progress is not None:
-            set_progress(self.current_epoch / (self.trainer.max_epochs or 1))
+        for module in self.net.modules():
+            if isinstance(module, CellNetwork):
+                module.set_progress(self.current_epoch / (self.trainer.max_epochs or 1))
 
     def adaptive_losses(self) -> dict[str, InnerLoss]:
         """Cross-entropy and margin, and ``cw_official``: see :func:`coupled_margin`."""

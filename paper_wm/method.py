@@ -9,18 +9,19 @@ The names of the two variants, smoothing and unsharp, are [S]; their formulas ar
 weight for every position of the feature X, and a local filter without parameters follows.
 """
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.attacks.losses import cross_entropy
 from common.errors import ConfigurationError, check_choice
-from common.modes import try_out
+from common.networks.insertion import find_places
+from common.networks.parts import Part
+from common.objectives import Batch, InnerLoss, differentiable
 
 Variant = Literal["smoothing", "unsharp", "highpass", "scale", "subtract", "subtract_summed"]
 """``smoothing`` and ``unsharp`` are the two variants [S]; ``scale`` is the control without a filter
@@ -68,7 +69,7 @@ def reduce(
 # -------------------------------------------------------------------------------------- the layer
 
 
-class WeightMap(nn.Module):
+class WeightMap(Part):
     r"""Y = K(M * X): a weight for every position, then a filter without parameters [D].
 
     The two ``subtract`` variants are :math:`X - A_k(M X)` and :math:`X - \sum_c A_k(M_c X_c)`. The
@@ -89,6 +90,8 @@ class WeightMap(nn.Module):
     Raises:
         ConfigurationError: If a setting is out of range or does not apply to the variant.
     """
+
+    has_fixed_size = True
 
     def __init__(
         self,
@@ -142,6 +145,14 @@ class WeightMap(nn.Module):
         else:
             start.normal_(1.0, 0.1)
         self.map = nn.Parameter(start * init_value, requires_grad=trainable)
+
+    def own_losses(self) -> dict[str, InnerLoss]:
+        """``ce_bypass``, cross-entropy with gradients past the maps.
+
+        The layer draws no random numbers and its gradients are exact, so the usual losses are the
+        white-box attack already [M]; this one asks whether the gradients are of any use.
+        """
+        return {"ce_bypass": past_the_maps}
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``(N, C, H, W)`` to features of the same shape; float32 under autocast.
@@ -212,33 +223,18 @@ def insert_weight_maps(
             times in a forward pass, or its output is no feature map; or a setting is refused.
     """
     check_choice("variant", variant, Variant)
-    if not after:
-        raise ConfigurationError(
-            "no place for a weight map was named; give after, for instance after: [stem.conv]"
-        )
-    places = {name: _module_after(net, name) for name in after}
-    if len(set(map(id, places.values()))) < len(after):
-        raise ConfigurationError(
-            f"two of the places {list(after)} are the same module; name each of them once"
-        )
-    seen: dict[str, list[Any]] = {name: [] for name in after}
-
-    def keep(name: str, _: Any, __: Any, output: Any) -> None:
-        seen[name].append(output)
-
-    with ExitStack() as hooks:
-        for name, module in places.items():
-            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
-        try_out(net, example_shape, "give the example_shape of the images it is for")
+    places, _ = find_places(net, after, example_shape, "a weight map")
     maps = {}
-    for name, outputs in seen.items():
-        if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].ndim != 4:
-            raise ConfigurationError(_misfit(name, outputs))
-        (output,) = outputs
+    for name, (module, output) in places.items():
+        if hasattr(module, "weight_map"):
+            raise ConfigurationError(
+                f"there is a weight map after {name!r} already; insert maps once, into a fresh "
+                "network"
+            )
         maps[name] = WeightMap(variant, output.shape[1:], **settings).to(output.device)
     for name, weight_map in maps.items():
-        places[name].add_module("weight_map", weight_map)
-        places[name].register_forward_hook(_apply_weight_map)
+        places[name].module.add_module("weight_map", weight_map)
+        places[name].module.register_forward_hook(_apply_weight_map)
     return net
 
 
@@ -271,38 +267,12 @@ def _apply_weight_map(module: Any, _: Any, output: Tensor) -> Tensor:
     return mapped
 
 
-def _module_after(net: nn.Module, name: str) -> nn.Module:
-    """The module that a map behind ``name`` is attached to."""
-    modules = dict(net.named_modules())
-    if not name or name not in modules:
-        near = difflib.get_close_matches(name, modules, n=1)
-        known = [key for key, module in modules.items() if isinstance(module, nn.Conv2d)]
-        hint = f"did you mean {near[0]!r}?" if near else f"convolutions are {', '.join(known[:8])}"
-        raise ConfigurationError(f"the network has no module {name!r} to put a map after; {hint}")
-    module: nn.Module = modules[name]
-    while isinstance(module, nn.Sequential) and len(module):
-        if type(module).forward is not nn.Sequential.forward:
-            raise ConfigurationError(
-                f"module {name!r} is a Sequential that overrides forward, so its last "
-                "module may not be the last to run; name one of its modules"
-            )
-        module = list(module.children())[-1]
-    if hasattr(module, "weight_map"):
-        raise ConfigurationError(
-            f"there is a weight map after {name!r} already; insert maps once, into a fresh network"
-        )
-    return module
+def past_the_maps(model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """X' -> cross-entropy, ``(N,)``, whose gradient passes the maps as if they were not there."""
+    y = differentiable(batch["y"])
 
+    def loss(x: Tensor) -> Tensor:
+        with bypassed(model):
+            return cross_entropy(model(x), y)
 
-def _misfit(name: str, seen: list[Any]) -> str:
-    if len(seen) == 1:
-        what = tuple(seen[0].shape) if isinstance(seen[0], Tensor) else type(seen[0]).__name__
-        return (
-            f"module {name!r} puts out {what}, and a weight map needs a feature (N, C, H, W); name "
-            "a module before pooling and flattening"
-        )
-    times = f"{len(seen)} times" if seen else "never"
-    return (
-        f"module {name!r} runs {times} in a forward pass, and a map belongs to one place; name a "
-        "module that runs once"
-    )
+    return loss

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import ConfigurationError, check_choice
 from common.networks.alexnet import AlexNet
+from common.networks.insertion import inside
 from common.networks.normalize import Normalize, Statistics
 from common.networks.preact_resnet import PreActResNet18
 from common.networks.resnet import ResNet, ResNet18, check_positive, conv3x3, named_sequence
@@ -87,7 +88,7 @@ def places(
     ``placement`` is ``first`` (default) or ``all`` blocks of a small CNN, ``stem`` (default) of a
     ResNet or WideResNet of ``common.networks``, or ``stages``, which is the stem and the output of
     every stage; ``position`` is ``pre``, before batch-norm, or ``post``, behind the activation and
-    before pooling.
+    before pooling. These networks may be inside others.
 
     Raises:
         ConfigurationError: If the network does not have such places.
@@ -96,10 +97,13 @@ def places(
     if placement is not None:
         check_choice("placement", placement, Placement)
     kind = type(net).__name__
-    if not isinstance(net, SmallCNN | ResNet | WideResNet):
+    found = inside(net, (SmallCNN, ResNet, WideResNet))
+    if found is None:
         raise ConfigurationError(
             f"where weight maps go in a {kind} is not known; name modules: after: [conv1]"
         )
+    prefix, net = found
+    kind = type(net).__name__
     known = ("first", "all") if isinstance(net, SmallCNN) else ("stem", "stages")
     if placement not in (*known, None):
         raise ConfigurationError(
@@ -107,16 +111,17 @@ def places(
         )
     if isinstance(net, SmallCNN):
         layer = "conv" if position == "pre" else "act"
-        return [f"blocks.{i}.{layer}" for i in range(3 if placement == "all" else 1)], []
-    stages = [f"stages.{i}" for i in range(len(net.stages))] if placement == "stages" else []
+        return [f"{prefix}blocks.{i}.{layer}" for i in range(3 if placement == "all" else 1)], []
+    count = len(net.stages) if placement == "stages" else 0  # type: ignore[arg-type]
+    stages = [f"{prefix}stages.{i}" for i in range(count)]
     if isinstance(net, ResNet):
-        return ["stem.conv" if position == "pre" else "stem.act"], stages
+        return [f"{prefix}stem.conv" if position == "pre" else f"{prefix}stem.act"], stages
     if position == "post":
         raise ConfigurationError(
             "the stem of a wide ResNet is one convolution, without batch-norm and activation; set "
             "position: pre"
         )
-    return ["stem"], stages
+    return [f"{prefix}stem"], stages
 
 
 def with_weight_maps(

@@ -34,8 +34,9 @@ from common.networks.resnet import ResNet
 from common.objectives import ALP, AT, MART, TRADES
 from paper_awnet.method import Router
 from paper_awnet.module import AWNetClassifier
-from paper_awnet.networks import AWNet, DigitsStudent, OATNet, Teacher
+from paper_awnet.networks import AWNet, DigitsStudent, OATNet
 from paper_awnet.objectives import BMTARD, OAT, HybridCE, RoutedTRADES
+from paper_awnet.teachers import Teacher
 from paper_cifs.method import CIFSResNet, JointCrossEntropy
 from paper_cifs.module import CIFSClassifier
 from paper_rcm.networks import split_batch_norm

@@ -13,6 +13,7 @@ from common.checkpoints import load_checkpoint
 from common.errors import CheckpointError, ConfigurationError, RunDirectoryError
 from common.files import yaml_damage_of
 from common.limits import read_yaml
+from common.networks.parts import declared_losses
 from common.objectives import InnerLoss, OnLogits
 from common.parsing import ArgumentParser, check_named
 from common.results.identity import check_evaluated, check_package, decisive, settings_in
@@ -45,14 +46,14 @@ class Victim(nn.Module):
         return logits
 
     def adaptive_losses(self) -> dict[str, InnerLoss]:
-        """Cross-entropy, margin and difference of logits ratio."""
+        """Cross-entropy, margin and difference of logits ratio, and those of parts."""
         losses: dict[str, InnerLoss] = {
             "ce_f": OnLogits(cross_entropy),
             "cw_f": OnLogits(hinge_margin),
         }
         if self.num_classes >= 3:
             losses["dlr_f"] = OnLogits(dlr)
-        return losses
+        return declared_losses(self.net, losses)
 
 
 def as_victim(model: nn.Module, num_classes: int) -> nn.Module:

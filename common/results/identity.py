@@ -326,11 +326,15 @@ def _file_digest(path: Path) -> str:
 def check_package(package: str, classes: set[str], configs: list[str]) -> None:
     """Refuse a configuration whose classes or files are those of another paper than ``package``.
 
+    Classes of several papers may be composed, if one of them is of ``package``.
+
     Raises:
         ConfigurationError: Naming the other paper.
     """
     known = set(papers())
     found = {path: path.partition(".")[0] for path in sorted(classes)}
+    if package in found.values():
+        found = {}
     for config in configs:
         folders = [part for part in Path(config).resolve().parts if part in known]
         found[config] = folders[-1] if folders else package

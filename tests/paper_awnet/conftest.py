@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from paper_awnet.method import Router
-from paper_awnet.networks import AWNet, DigitsStudent, Teacher
+from paper_awnet.networks import AWNet, DigitsStudent
+from paper_awnet.teachers import Teacher
 
 N = 6
 

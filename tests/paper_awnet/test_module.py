@@ -15,8 +15,8 @@ from common.modes import frozen
 from common.networks.resnet import ResNet
 from common.objectives import Natural
 from paper_awnet.module import AWNetClassifier
-from paper_awnet.networks import OATNet, forced
-from paper_awnet.objectives import LAMBDAS, HybridCE
+from paper_awnet.networks import LAMBDAS, OATNet, forced
+from paper_awnet.objectives import HybridCE
 
 CONFIGS = Path(__file__).parents[2] / "paper_awnet/configs"
 KNOWS = {

@@ -14,8 +14,16 @@ from common.networks.resnet import ResNet, ResNet18
 from common.networks.vgg import VGG
 from common.networks.wide_resnet import WideResNet
 from paper_awnet.method import Detector, DynamicConv2d, MixBatchNorm2d, Router
-from paper_awnet.networks import AWNet, DigitsStudent, OATNet, ResNet34, ResNet56, Teacher
-from paper_awnet.objectives import LAMBDAS, MTARD
+from paper_awnet.networks import (
+    LAMBDAS,
+    AWNet,
+    DigitsStudent,
+    OATNet,
+    ResNet34,
+    ResNet56,
+)
+from paper_awnet.objectives import MTARD
+from paper_awnet.teachers import Teacher
 
 SMALL = partial(Router, widths=(4, 6, 8), type_hidden=5)
 WILD = partial(SMALL, init="normal")

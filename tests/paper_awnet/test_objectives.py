@@ -11,12 +11,11 @@ from torch import nn
 from common.attacks.losses import kl_divergence
 from common.errors import ConfigurationError
 from common.objectives import TRADES
-from paper_awnet.method import Detector
-from paper_awnet.networks import AWNet, DigitsStudent, OATNet, Teacher, forced
+from paper_awnet.method import Detector, signal_statistics
+from paper_awnet.networks import LAMBDAS, AWNet, DigitsStudent, OATNet, forced
 from paper_awnet.objectives import (
     ARD,
     BMTARD,
-    LAMBDAS,
     MTARD,
     OAT,
     RSLAD,
@@ -25,8 +24,8 @@ from paper_awnet.objectives import (
     balanced,
     distillation,
     negative_entropy,
-    signal_statistics,
 )
+from paper_awnet.teachers import Teacher
 
 N = 6
 

@@ -24,6 +24,7 @@ from paper_cifs.method import (
     LinearProbe,
     NonlinearProbe,
     OnesMask,
+    joint_logits,
     joint_loss,
     undetached,
 )
@@ -92,7 +93,7 @@ def test_networks_are_their_backbones_and_two_selections(make, plain, buffers, s
         added = set(net.state_dict()) - set(backbone.state_dict())
         assert set(backbone.state_dict()) <= set(net.state_dict())
         assert {name.split(".")[0] for name in added} == {"selections"}
-        f, probes = net.eval()(torch.rand(2, *shape))
+        f, probes = joint_logits(net.eval(), torch.rand(2, *shape))
         assert [t.shape for t in (f, *probes)] == [(2, 10)] * 3
     first, second = (s.probe for s in net.selections.values())
     assert (type(first), type(second)) == (NonlinearProbe, LinearProbe)
@@ -114,23 +115,30 @@ def test_masks_of_ones_leave_the_plain_network(make, plain):
         selection.mask = OnesMask()
     x, y = images(dtype=DOUBLE)
     for mode in (True, False):
-        f, probes = net.train(mode)(x, y)
+        f, probes = joint_logits(net.train(mode), x, y)
         assert (f - plain.train(mode)(x)).abs().max() == 0
         assert len(probes) == 2
+
+
+def plain_of(net: nn.Module, plain: nn.Module) -> nn.Module:
+    """The backbone with the weights of a network with selections."""
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if k[:10] != "selections"})
+    return plain.double().eval()
 
 
 @pytest.mark.parametrize("positions", [("stages_0_0",), ("stages_1_0", "stages_1_1")])
 def test_resnet_masks_what_both_branches_of_the_next_block_read(positions, sharpen):
     net = sharpen(tiny_resnet(selections=dict.fromkeys(positions, nonlinear))).double().eval()
+    plain = plain_of(net, ResNet(**RESNET))
     x, y = images(dtype=DOUBLE)
-    z, slow = net.stem(net.normalize(x)), []
-    for i, stage in enumerate(net.stages):
+    z, slow = plain.stem(x), []
+    for i, stage in enumerate(plain.stages):
         for j, block in enumerate(stage):
             z = block(z)
             if f"stages_{i}_{j}" in positions:
                 z, p = net.selections[f"stages_{i}_{j}"](z, y)
                 slow.append(p)
-    f, raw = net(x, y)
+    f, raw = joint_logits(net, x, y)
     torch.testing.assert_close([f, *raw], [net.head.linear(z.mean((2, 3))), *slow])
 
 
@@ -142,14 +150,15 @@ def test_wrn_masks_the_residual_branch_only(sharpen):
     assert all(not layer.bias.any() for layer in linears)
     sharpen(net)
     x, y = images(dtype=DOUBLE)
-    z = net.stem(x)
-    for block in (net.stages[0][0], net.stages[1][0], net.stages[2][0]):
+    plain = plain_of(net, WideResNet(**WRN))
+    z = plain.stem(x)
+    for block in (plain.stages[0][0], plain.stages[1][0], plain.stages[2][0]):
         z = block(z)
-    last = net.stages[2][1]
+    last = plain.stages[2][1]
     a_bar, p1 = net.selections["stages_2_1_act1"](F.relu(last.bn1(z)), y)
     z = z + last.conv2(F.relu(last.bn2(last.conv1(a_bar))))
     z_bar, p2 = net.selections["head_act"](F.relu(net.head.norm(z)), y)
-    f, raw = net(x, y)
+    f, raw = joint_logits(net, x, y)
     torch.testing.assert_close([f, *raw], [net.head.linear(z_bar.mean((2, 3))), p1, p2])
 
 
@@ -178,7 +187,7 @@ def test_refused_positions(make, message):
 @both_kinds
 def test_gradients_of_the_losses(make):
     net, (x, y) = make(), images(8)
-    f, probes = net(x, y)
+    f, probes = joint_logits(net, x, y)
     names, parameters = zip(*net.named_parameters(), strict=True)
     gradients = torch.autograd.grad(
         F.cross_entropy(f, y), parameters, retain_graph=True, allow_unused=True
@@ -194,18 +203,19 @@ def test_gradients_of_the_losses(make):
 @both_kinds
 def test_works_in_inference_mode_compiled_copied_and_pickled(make, sharpen):
     net = sharpen(make()).eval()
-    x, y = images()
-    f, _ = net(x)
+    x, _ = images()
+    f = net(x)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(net)))
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     with torch.inference_mode():
-        assert torch.equal(copied(x)[0], f)
-        assert torch.equal(compiled(x, y)[0], f)
+        assert torch.equal(copied(x), f)
+        assert torch.equal(compiled(x), f)
+        assert torch.equal(joint_logits(compiled, x)[1][1], joint_logits(net, x)[1][1])
     with undetached(net):  # the flag is part of the graph's guards
         gradients = []
         for run in (net, compiled):
             t = x.clone().requires_grad_()
-            gradients.append(torch.autograd.grad(run(t)[0].sum(), t)[0])
+            gradients.append(torch.autograd.grad(run(t).sum(), t)[0])
     assert torch.equal(*gradients)
 
 
@@ -225,7 +235,8 @@ def test_what_reads_a_masked_feature_leaves_mixed_precision(make, guarded, befor
                 lambda _, args, out, name=name: seen.update({name: {args[0].dtype, out.dtype}})
             )
     with torch.autocast("cpu", torch.bfloat16):
-        f, raw = net(images()[0])
+        f, raw = joint_logits(net, images()[0])
+        assert torch.is_autocast_enabled("cpu")
     assert {t.dtype for t in (f, *raw)} == {torch.float32}
     readers = {n for n in seen if n.startswith((guarded, "head.linear", "selections"))} - before
     assert len(readers) > 5

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import ConfigurationError
+from common.networks.parts import declared_losses
 from paper_cifs.method import (
     CAS,
     CIFS,
@@ -15,7 +16,6 @@ from paper_cifs.method import (
     JointCrossEntropy,
     JointTRADES,
     NaturalJointCrossEntropy,
-    adaptive_losses,
     joint_logits,
     joint_loss,
     training_factor,
@@ -109,7 +109,7 @@ def test_joint_cross_entropy_sees_images_of_one_kind(
 ):
     assert kind.needs_x_adv == (image == "x_adv")
     y, objective = batch["y"], kind(beta, rescale=rescale)
-    f, raw = copy.deepcopy(model.net.train())(batch[image], y)
+    f, raw = joint_logits(copy.deepcopy(model.net.train()), batch[image], y)
     expected = F.cross_entropy(f, y) + beta / 2 * sum(F.cross_entropy(p, y) for p in raw)
     loss = objective.outer(model, {image: batch[image], "y": y})
     assert loss.item() == pytest.approx(factor * expected.item(), rel=1e-5)
@@ -128,7 +128,7 @@ def test_joint_cross_entropy_sees_images_of_one_kind(
     ],
 )
 def test_attack_beta_is_its_own_number(objective, beta, model, batch):
-    f, raw = model.net(batch["x_adv"])
+    f, raw = joint_logits(model, batch["x_adv"])
     loss = objective.inner(model, batch)(batch["x_adv"])
     torch.testing.assert_close(loss, joint_loss(f, raw, batch["y"], beta))
 
@@ -146,7 +146,7 @@ def test_joint_trades_written_out(label_free, batch):
     batch["x_adv"] = torch.rand_like(batch["x"])
     model.net.head.linear.weight.data *= 1e4  # predictions apart: KL is not symmetric
     objective = JointTRADES(beta=4.0, lam=3.0)
-    (f, raw), (f_adv, raw_adv) = model.net(batch["x"]), model.net(batch["x_adv"])
+    (f, raw), (f_adv, raw_adv) = (joint_logits(model, batch[kind]) for kind in ("x", "x_adv"))
     divergence = slow_kl(f, f_adv)
     assert not torch.allclose(divergence, slow_kl(f_adv, f), rtol=0.01)
     clean = slow_cross_entropy(f, batch["y"])
@@ -187,11 +187,11 @@ def test_names_of_adaptive_losses(model, plain, cifs_network):
     both = {f"{b}_{n}" for b in ("ce", "cw") for n in ("f", *(f"joint{v}" for v in BETAS))}
     probes = {f"{b}_p{s}" for b in ("ce", "cw") for s in (1, 2)}
     assert set(model.adaptive_losses()) == both | probes | {"ce_undetached"}
-    one = adaptive_losses(cifs_network(selections={"stages_1_0": CIFS}))
+    one = declared_losses(cifs_network(selections={"stages_1_0": CIFS}), {})
     assert "ce_p1" in one
     assert "ce_p2" not in one
     cas = cifs_network(selections={"stages_0_0": CAS, "stages_1_0": CAS})
-    assert set(adaptive_losses(cas)) == both | probes
+    assert set(declared_losses(cas, {})) == both | probes
     assert set(plain.adaptive_losses()) == {"ce_f", "cw_f"}
 
 
@@ -199,7 +199,7 @@ def test_values_of_adaptive_losses(model, batch):
     y, x = batch["y"], batch["x_adv"]
     model.net.head.linear.weight.data *= 1e6  # far enough for the hinge to close on some examples
     with torch.no_grad():
-        f, raw = model.net(x)
+        f, raw = joint_logits(model, x)
     assert (slow_hinge(f, y) == 0).any()
     bases = {"ce": partial(F.cross_entropy, reduction="none"), "cw": slow_hinge}
     values = {name: make(model, batch)(x) for name, make in model.adaptive_losses().items()}

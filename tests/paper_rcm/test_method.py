@@ -62,7 +62,7 @@ def test_order_is_normalise_then_interpolate_as_in_the_code(mode, m):
 
 
 def test_says_when_the_pooled_feature_is_unknown():
-    with pytest.raises(TypeError, match="Sequential has no 'features'"):
+    with pytest.raises(TypeError, match="EnlargedNetwork has no global pooling"):
         EnlargedNetwork(nn.Sequential(nn.Flatten())).pooled(torch.rand(1, 3, 4, 4))
 
 

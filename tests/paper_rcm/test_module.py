@@ -5,8 +5,8 @@ from torch import nn
 
 from common.attacks.pgd import PGD
 from common.objectives import AT
-from paper_rcm.method import DigitsNet, EnlargedNetwork
-from paper_rcm.module import RCMClassifier, with_other_strides
+from paper_rcm.method import DigitsNet, EnlargedNetwork, with_other_strides
+from paper_rcm.module import RCMClassifier
 
 
 def test_other_strides_have_the_same_weights_and_are_their_own_inverse(model, digits) -> None:

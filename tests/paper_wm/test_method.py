@@ -258,7 +258,7 @@ def test_a_second_map_and_images_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="a weight map after 'conv1' already"):
         insert_weight_maps(net, ["conv1"], (1, 8, 8), "unsharp")
     assert len(net.conv1._forward_hooks) == 1
-    with pytest.raises(ConfigurationError, match=r"images of shape 2x8x8.*give the example_shape"):
+    with pytest.raises(ConfigurationError, match=r"images of shape 2x8x8.*give the shape"):
         insert_weight_maps(plain(), ["conv1"], (2, 8, 8), "smoothing")
     net.tail = type("Backwards", (nn.Sequential,), {"forward": lambda self, x: x})(nn.ReLU())
     with pytest.raises(ConfigurationError, match="overrides forward"):
