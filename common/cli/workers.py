@@ -17,9 +17,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Fork is safe here because the server only imports: no parallel region has run in it, so OpenMP has
-# no threads that a child would wait for, and OpenBLAS stops its own around a fork. Other systems
-# than Linux have libraries (Accelerate) that forbid fork; processes are new interpreters there.
+# Fork is safe here because the server only imports. No parallel region and no backward pass has run
+# in it, so OpenMP and autograd have no threads that a child would wait for, and OpenBLAS stops its
+# own around a fork. Other systems than Linux have libraries (Accelerate) that forbid fork; processes
+# are new interpreters there.
 _METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 
 
@@ -68,6 +69,7 @@ def _terminate() -> None:
 
 
 def _run(module: str, words: list[str], log: Path | None) -> None:
+    """In the child: what ``python -m`` does."""
     if log is not None:
         os.setpgid(0, 0)
         with log.open("wb") as file:
