@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from multiprocessing.forkserver import _forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 # Fork is safe here because the server only imports. No parallel region and no backward pass has run
 # in it, so OpenMP and autograd have no threads that a child would wait for, and OpenBLAS stops its
 # own around a fork. Other systems than Linux have libraries (Accelerate) that forbid fork; processes
 # are new interpreters there.
-_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+_METHOD: Literal["forkserver", "spawn"] = "forkserver" if sys.platform == "linux" else "spawn"
 
 
 def start(module: str, words: Sequence[str], log: Path | None = None) -> BaseProcess:
@@ -60,7 +60,8 @@ def ending_with_this() -> Iterator[None]:
             _terminate()
         raise
     finally:
-        _forkserver._stop()  # which waits for it, so that its times are among those of children
+        # Waits for the server, whose times are among those of children only then.
+        _forkserver._stop()  # type: ignore[attr-defined]
 
 
 def _terminate() -> None:
