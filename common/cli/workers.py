@@ -15,13 +15,17 @@ from contextlib import contextmanager
 from multiprocessing.forkserver import _forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-# Fork is safe here because the server only imports. No parallel region and no backward pass has run
-# in it, so OpenMP and autograd have no threads that a child would wait for, and OpenBLAS stops its
-# own around a fork. Other systems than Linux have libraries (Accelerate) that forbid fork; processes
-# are new interpreters there.
-_METHOD: Literal["forkserver", "spawn"] = "forkserver" if sys.platform == "linux" else "spawn"
+# Fork is safe here because the server only imports. No parallel region and no backward pass has
+# run in it, so OpenMP and autograd have no threads that a child would wait for, and OpenBLAS stops
+# its own around a fork. Other systems than Linux have libraries (Accelerate) that forbid fork;
+# processes are new interpreters there.
+if sys.platform == "linux":
+    _CONTEXT = multiprocessing.get_context("forkserver")
+    _CONTEXT.set_forkserver_preload(["common.cli.preloaded"])
+else:
+    _CONTEXT = multiprocessing.get_context("spawn")
 
 
 def start(module: str, words: Sequence[str], log: Path | None = None) -> BaseProcess:
@@ -29,9 +33,7 @@ def start(module: str, words: Sequence[str], log: Path | None = None) -> BasePro
 
     With a log it has a process group of its own, so that Ctrl-C reaches this process alone.
     """
-    context = multiprocessing.get_context(_METHOD)
-    context.set_forkserver_preload(["common.cli.preloaded"])
-    process = context.Process(target=_run, args=(module, list(words), log))
+    process = _CONTEXT.Process(target=_run, args=(module, list(words), log))
     process.start()
     return process
 
