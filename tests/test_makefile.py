@@ -16,13 +16,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PAPER = """
-import os, pathlib, sys
+import os, pathlib, signal, sys, time
 words = sys.argv[1:]
 stem, seed = pathlib.Path(words[2]).stem, words[4]
 with open("asked", "a") as asked:
     print(stem, seed, *words[7:], sep="|", file=asked)
 if stem == os.environ.get("FAILS"):
     sys.exit("something broke")
+if stem == os.environ.get("KILLED"):
+    os.kill(os.getpid(), signal.SIGKILL)
+if stem == os.environ.get("WAITS"):
+    signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True))
+    pathlib.Path("waiting").touch()
+    signal.pause()
+    sys.exit(time.sleep(0.5))
 run = pathlib.Path("runs/paper_cifs", stem, f"seed{seed}")
 if stem != os.environ.get("FORGETS"):
     (run / "results.json").write_text("{}")
@@ -36,7 +43,8 @@ def project(tmp_path: Path) -> Path:
     (folder / "common").mkdir(parents=True)
     for name in (
         *("__init__.py", "errors.py", "files.py", "limits.py", "packages.py"),
-        *("cli/__init__.py", "cli/rows.py", "results/__init__.py", "results/selection.py"),
+        *("cli/__init__.py", "cli/rows.py", "cli/workers.py", "results/__init__.py"),
+        "results/selection.py",
     ):
         (folder / "common" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "common" / name, folder / "common" / name)
@@ -146,10 +154,11 @@ def test_only_the_run_of_a_seed_gives_its_result(project: Path) -> None:
     assert results == {f"digits_resnet_{stem}-seed0.json" for stem in stems}
 
 
-def test_other_rows_continue_if_one_fails(project: Path) -> None:
-    done = make(project, "reproduce-cifs", "SEEDS=0", PAIR, FAILS="digits_resnet_cas_natural")
+@pytest.mark.parametrize(("how", "said"), [("FAILS", "something broke"), ("KILLED", "status -9")])
+def test_other_rows_continue_if_one_fails(project: Path, how: str, said: str) -> None:
+    done = make(project, "reproduce-cifs", "SEEDS=0", PAIR, **{how: "digits_resnet_cas_natural"})
     assert done.returncode != 0
-    assert "FAILED digits_resnet_cas_natural seed 0: something broke" in done.stdout
+    assert f"FAILED digits_resnet_cas_natural seed 0: {said}" in done.stdout
     assert "FAILED digits_resnet_cas seed 0: it needs digits_resnet_cas_natural" in done.stdout
     stems = {stem for stem, _ in asked(project)}
     assert stems == {
@@ -160,6 +169,27 @@ def test_other_rows_continue_if_one_fails(project: Path) -> None:
     assert (project / "tabulated").exists(), "the table is still rendered"
     assert make(project, "reproduce-cifs", "SEEDS=0", PAIR).returncode == 0
     assert asked(project) == [("digits_resnet_cas_natural", "0"), ("digits_resnet_cas", "0")]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_rows_are_asked_to_stop_once_and_waited_for(project: Path, signum: int) -> None:
+    row = "digits_resnet_cas_natural"
+    job = subprocess.Popen(
+        ["make", f"PY={sys.executable}", "reproduce-cifs", "SEEDS=0", f"ON={row}"],
+        cwd=project,
+        env=os.environ | {"WAITS": row},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (project / "waiting").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    os.killpg(job.pid, signum)
+    assert job.wait(timeout=60) != 0
+    log = project / f"runs/paper_cifs/{row}/seed0/log.txt"
+    assert log.read_text() == "asked to stop\n"
+    assert not (project / "tabulated").exists()
 
 
 def test_a_row_without_a_result_is_not_finished(project: Path) -> None:

@@ -182,6 +182,7 @@ TORCH = [
     Private("torch", "_C", "see the next two"),
     Private("torch._C", "_set_grad_enabled", "no_grad is ignored while an audit differentiates"),
     Private("torch._C", "_InferenceMode", "inference_mode is ignored, as no_grad"),
+    Private("torch.cuda", "_is_in_bad_fork", "whether a parent used CUDA; nothing public says so"),
 ]
 OTHERS = [
     Private(
@@ -192,6 +193,12 @@ OTHERS = [
     ),
     Private("argparse.ArgumentParser", "_actions", "names of all options, to suggest the nearest"),
     Private("argparse._SubParsersAction", "_name_parser_map", "the same, of subcommands"),
+    Private(
+        "multiprocessing.forkserver._forkserver",
+        "_stop",
+        "waits for the server, whose times count as those of children only after that",
+        "",
+    ),
 ]
 LISTED = [*LIGHTNING, *TORCH, *OTHERS]
 

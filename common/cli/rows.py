@@ -14,19 +14,18 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from common.cli.workers import ending_with_this, start
 from common.errors import ConfigurationError, UserError, output_may_close
 from common.files import write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
@@ -39,6 +38,15 @@ SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
 
 BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
 """What every experiment begins with."""
+
+
+SMALL = {
+    "OMP_NUM_THREADS": "1",  # one row per core
+    # glibc keeps freed memory for the next pass. A tenth of the time goes into new pages otherwise.
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**28),
+}
+"""The environment of rows on small networks."""
 
 
 def results_folder(package: str) -> Path:
@@ -77,12 +85,16 @@ class Row:
         return results_folder(self.package) / f"{self.stem}-seed{self.seed}.json"
 
     @property
-    def command(self) -> list[str]:
-        """The command that makes it."""
+    def log(self) -> Path:
+        """What its process prints."""
+        return self.run / "log.txt"
+
+    @property
+    def words(self) -> list[str]:
+        """The words after ``python -m`` and the package that make it."""
         return [
-            *(sys.executable, "-m", self.package, "reproduce", "--config", str(self.config)),
-            *("--seed_everything", str(self.seed), "--trainer.enable_progress_bar", "false"),
-            *self.options,
+            *("reproduce", "--config", str(self.config), "--seed_everything", str(self.seed)),
+            *("--trainer.enable_progress_bar", "false", *self.options),
         ]
 
     @cached_property
@@ -225,6 +237,15 @@ def collect(package: str, options: Sequence[str] = ()) -> None:
             write_bytes_atomically(path, content)
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A row that is being made: its process, its digest from before, and when it began."""
+
+    process: BaseProcess
+    digest: str
+    at: float
+
+
 class Runner:
     """Makes rows, ``jobs`` at a time, each after those it needs."""
 
@@ -232,8 +253,7 @@ class Runner:
         self.rows = rows
         self.jobs = jobs
         self.failed: dict[Row, str] = {}
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._is_stopped = threading.Event()
+        self._running: dict[Row, _Begun] = {}
 
     def __call__(self) -> bool:
         """Make what is not finished; whether all rows are finished then."""
@@ -242,55 +262,50 @@ class Runner:
             print(f"{len(finished)} of {len(self.rows)} rows are finished", flush=True)
         waiting = TopologicalSorter({row: row.needs for row in self.rows})
         waiting.prepare()
-        under_way: dict[Future[str], Row] = {}
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                while waiting.is_active():
-                    for row in waiting.get_ready():
-                        if row in finished:
-                            waiting.done(row)
-                        else:
-                            under_way[pool.submit(self._make, row)] = row
-                    for ended in wait(under_way, return_when=FIRST_COMPLETED).done:
-                        row = under_way.pop(ended)
-                        if problem := ended.result():
-                            self.failed[row] = problem
-                            print(f"FAILED {row}: {problem}", flush=True)
-                        waiting.done(row)
-            except BaseException:
-                self.stop()
-                raise
+        ready: list[Row] = []
+        while waiting.is_active():
+            ready += waiting.get_ready()
+            if ready and len(self._running) < self.jobs:
+                row = ready.pop(0)
+                if row in finished or not self._begin(row):
+                    waiting.done(row)
+                continue
+            wait([begun.process.sentinel for begun in self._running.values()])
+            ended = [row for row, begun in self._running.items() if not begun.process.is_alive()]
+            for row in ended:
+                self._end(row)
+                waiting.done(row)
         return not self.failed
 
-    def stop(self) -> None:
-        """End the rows that run; each saves what it has, as after any SIGTERM."""
-        self._is_stopped.set()
-        for process in list(self._running):
-            process.terminate()
-
-    def _make(self, row: Row) -> str:
-        """Make one row; what went wrong, if anything."""
-        lost = [needed.stem for needed in row.needs if needed in self.failed]
-        if lost or self._is_stopped.is_set():
-            return f"it needs {', '.join(lost)}" if lost else "stopped"
+    def _begin(self, row: Row) -> bool:
+        """Start to make a row, unless one that it needs has failed."""
+        if lost := [needed.stem for needed in row.needs if needed in self.failed]:
+            self._fail(row, f"it needs {', '.join(lost)}")
+            return False
         (row.run / "finished").unlink(missing_ok=True)
         row.run.mkdir(parents=True, exist_ok=True)
-        digest, begun, log = row.digest, time.perf_counter(), row.run / "log.txt"
+        digest, begun = row.digest, time.perf_counter()
         print(f"begin  {row}", flush=True)
-        with log.open("wb") as file:
-            process = subprocess.Popen(row.command, stdout=file, stderr=subprocess.STDOUT)
-            self._running.add(process)
-            if self._is_stopped.is_set():
-                process.terminate()
-            status = process.wait()
-            self._running.discard(process)
-        if status != 0 or not (row.run / "results.json").is_file():
-            lines = [line.strip() for line in log.read_text(errors="replace").split("\n")]
-            last = next(filter(None, reversed(lines)), f"status {status}")
-            return f"{last} (whole log in {log})"
-        row.finish(digest)
-        print(f"end    {row}  ({time.perf_counter() - begun:.0f} s)", flush=True)
-        return ""
+        process = start(row.package, row.words, row.log)
+        self._running[row] = _Begun(process, digest, begun)
+        return True
+
+    def _end(self, row: Row) -> None:
+        """Record what became of a row whose process has ended."""
+        begun = self._running.pop(row)
+        status = begun.process.exitcode
+        if status == 0 and (row.run / "results.json").is_file():
+            row.finish(begun.digest)
+            print(f"end    {row}  ({time.perf_counter() - begun.at:.0f} s)", flush=True)
+            return
+        text = row.log.read_text(errors="replace") if row.log.is_file() else ""
+        lines = (line.strip() for line in reversed(text.split("\n")))
+        last = next(filter(None, lines), f"status {status}")
+        self._fail(row, f"{last} (whole log in {row.log})")
+
+    def _fail(self, row: Row, problem: str) -> None:
+        self.failed[row] = problem
+        print(f"FAILED {row}: {problem}", flush=True)
 
 
 def parser_of(program: str, description: str | None) -> argparse.ArgumentParser:
@@ -344,14 +359,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.plan:
         _print_plan(rows, jobs)
         return 0
-    if is_small:  # one row per core
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if is_small:
+        for name, value in SMALL.items():
+            os.environ.setdefault(name, value)
     runner = Runner(rows, jobs)
-    _end_with(runner)
-    is_complete = runner()
-    collect(given.package, options)
-    if given.report:
-        is_complete &= _report(given.package, ["--on", given.on, "--seeds", given.seeds], options)
+    with ending_with_this():
+        is_complete = runner()
+        collect(given.package, options)
+        if given.report:
+            selection = ["--on", given.on, "--seeds", given.seeds]
+            is_complete &= _report(given.package, selection, options)
     if runner.failed:
         print("some rows failed, see FAILED above; the same command tries them again", flush=True)
     return int(not is_complete)
@@ -361,9 +378,12 @@ def _report(package: str, selection: Sequence[str], options: Sequence[str]) -> b
     """Analyse the results and print the tables; whether all went well."""
     tables = ["common.cli.reproduction", package, *selection, "--", *options]
     has_analysis = (package_folder(package) / "analysis.py").is_file()
-    commands = [[f"{package}.analysis", *selection]] * has_analysis + [tables]
-    done = [subprocess.run([sys.executable, "-m", *words], check=False) for words in commands]
-    return all(process.returncode == 0 for process in done)
+    statuses = []
+    for module, *words in [[f"{package}.analysis", *selection]] * has_analysis + [tables]:
+        process = start(module, words)
+        process.join()
+        statuses.append(process.exitcode)
+    return not any(statuses)
 
 
 def _print_plan(rows: Sequence[Row], jobs: int) -> None:
@@ -378,18 +398,8 @@ def _print_plan(rows: Sequence[Row], jobs: int) -> None:
             problem += f", after {after}" if after else ""
         print(f"{row!s:{width}}  {problem or 'is finished'}")
     print(f"\n{len(unmade)} of {len(rows)} rows would be made, {jobs} at a time", end="")
-    print(f", the first by\n  {shlex.join(unmade[0].command)}" if unmade else "")
-
-
-def _end_with(runner: Runner) -> None:
-    """When this process is told to end, the rows it runs are, and what else it has started."""
-
-    def stop(signum: int, _: Any) -> NoReturn:
-        runner.stop()
-        raise SystemExit(128 + signum)
-
-    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(signum, stop)
+    words = [sys.executable, "-m", unmade[0].package, *unmade[0].words] if unmade else []
+    print(f", the first by\n  {shlex.join(words)}" if unmade else "")
 
 
 def _alone(row: Row) -> str:

@@ -24,7 +24,7 @@ from common.attacks.decision import DecisionBased
 from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import margin
 from common.attacks.pgd import input_gradient
-from common.attacks.randomness import ExampleRandom
+from common.attacks.randomness import ExampleRandom, seeded
 from common.attacks.settings import Budget
 from common.evaluation.audit.gradients import anchored, eager, straight_through, undetached
 from common.evaluation.steps import in_ball, is_wrong, judged, predict
@@ -127,11 +127,14 @@ def persisted(
     inner: InnerLoss,
     threat: Threat | None,
     engine: AttackEngine | None,
+    is_repeatable: bool,
     model: Any,
     batch: Batch,
     random: ExampleRandom,
 ) -> Columns:
     """An attack that climbs ``inner``, and further ones on examples without a usable gradient.
+
+    One that is repeatable would do the same again where the loss stays the same.
 
     Adds two columns, bool ``(N,)``, for examples that withstood the first attack: ``unmoved``, the
     loss has no finite gradient other than zero at x and where the attack ended; ``distorted``,
@@ -151,7 +154,9 @@ def persisted(
         if "moved" in columns:
             columns["moved"] &= ~unmoved
         rows = (unmoved | distorted).nonzero().flatten()
-        columns = _attacked_again(run, inner, position, model, batch, again, columns, rows)
+        would_repeat = is_repeatable and engine is None and len(rows) > 0
+        if not would_repeat or _calls_forward(inner, model, batch):
+            columns = _attacked_again(run, inner, position, model, batch, again, columns, rows)
         rows = (unmoved & columns["correct"]).nonzero().flatten()
         if len(rows) > 0 and threat is not None:
             attack = DecisionBased(threat.radius, threat.norm, QUERIES)
@@ -188,6 +193,14 @@ def _attacked_again(
     return columns
 
 
+def _calls_forward(inner: InnerLoss, model: nn.Module, batch: Batch) -> bool:
+    """Whether the loss calls the model as a whole, and so meets what :func:`seen_through` does."""
+    x = batch["x"][:1].detach().clone().requires_grad_()
+    with seeded(0, x.device), torch.enable_grad(), seen_through(model, None, False) as seen:
+        inner(model, part_of(batch, torch.zeros(1, dtype=torch.long, device=x.device)))(x)
+    return bool(seen)
+
+
 def _improved(columns: Columns, found: Columns, rows: Tensor) -> Columns:
     if "moved" in columns:
         columns["moved"][rows] |= found["moved"]
@@ -207,10 +220,14 @@ def decided(attack: DecisionBased, model: Any, batch: Batch, random: ExampleRand
 
 def _has_gradient(inner: InnerLoss, model: Any, batch: Batch, ends: Tensor) -> Tensor:
     """Whether the loss has a finite gradient other than zero at x or at the ends, ``(N,)``."""
-    loss = anchored(inner(model, batch))
-    gradients = [input_gradient(loss, x).flatten(1) for x in (batch["x"], ends)]
-    largest = torch.stack([g.nan_to_num(0.0, 0.0, 0.0).abs().amax(dim=1) for g in gradients])
-    return largest.amax(dim=0) > 0.0
+    found = torch.zeros_like(batch["y"], dtype=torch.bool)
+    for x in (ends, batch["x"]):
+        rows = (~found).nonzero().flatten()
+        if len(rows) > 0:
+            loss = anchored(inner(model, part_of(batch, rows)))
+            gradient = input_gradient(loss, x[rows]).flatten(1).nan_to_num(0.0, 0.0, 0.0)
+            found[rows] = gradient.abs().amax(dim=1) > 0.0
+    return found
 
 
 def _is_distorted(model: nn.Module, position: int, batch: Batch, x: Tensor) -> Tensor:
@@ -306,20 +323,21 @@ def _is_origin(model: nn.Module, x: Tensor, position: int, output: Tensor) -> bo
 
 
 @contextmanager
-def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> Iterator[None]:
+def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> Iterator[list[int]]:
     """Forward passes with gradients return scores that an ascent can climb.
 
     Those are the recorded scores at ``position`` (``None``: the output), scaled to a spread of
     :data:`SPREAD`, with the class of the output on top. Passes without gradients, by which success
     is judged, stay as they are. If bridged, gradients pass through what the model detaches or
-    rounds.
+    rounds. Yields the sizes of passes with gradients.
     """
     is_own = "forward" in vars(model)
-    plain = model.forward
+    plain, seen = model.forward, list[int]()
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return plain(x, *args, **kwargs)
+        seen.append(len(x))
         bridges = (undetached(), straight_through(model)) if is_bridged else ()
         output, found = _recorded(lambda x: plain(x.clone(), *args, **kwargs), x, *bridges)
         recorded = [] if position is None else found[position : position + 1]
@@ -327,7 +345,7 @@ def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> It
 
     model.forward = forward
     try:
-        yield
+        yield seen
     finally:
         if is_own:
             model.forward = plain

@@ -350,7 +350,9 @@ class _Planned:
         idle = partial(getattr, self.attack, "idle", None)
         run = partial(attacked, craft, self.threat, idle=idle)
         if is_persisted:
-            return partial(persisted, run, loss, self.threat, self.engine)
+            # AutoAttack draws for the whole batch: on some of it, it starts elsewhere.
+            is_repeatable = not isinstance(self.attack, AutoAttack)
+            return partial(persisted, run, loss, self.threat, self.engine, is_repeatable)
         return partial(run, self.engine)
 
     def _budget(self, passes: Budget, is_persisted: bool = True) -> Budget:

@@ -174,8 +174,8 @@ def test_only_what_stands_is_attacked_again(model, examples) -> None:
     reduced = [size for size, is_reduced in sizes if is_reduced]
     full = [size for size, is_reduced in sizes if not is_reduced]
     assert reduced == [int(outcomes.correct["clean"].sum())] * 6
-    # Six steps, two gradients to see that there is one, and the signatures before and after.
-    assert len(full) == 6 + 2 + 2
+    # Six steps, a gradient to see that there is one, and the signatures before and after.
+    assert len(full) == 6 + 1 + 2
     full = full[1:-1]
     assert 0 < full[0] < reduced[0]
     assert full[0] >= outcomes.correct["pgd/ce_f"].sum()

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
+from common.attacks.losses import cross_entropy
 from common.attacks.pgd import FGSM, PGD
 from common.evaluation import Evaluation, SuiteEntry, evaluate
 from common.evaluation.confirm import seen_through
+from common.objectives import OnLogits
 
 EPS = 0.01
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -92,13 +94,30 @@ def test_vanishing_gradients_reach_the_result(squashed, data) -> None:
     assert bool((scores.abs() == 1.0).all())  # each of them saturated
 
 
-def test_linear_scores_raise_no_warning_and_take_two_more_gradients(squashed, data) -> None:
+def test_linear_scores_raise_no_warning_and_take_one_more_gradient(squashed, data) -> None:
     model, passes = squashed(), []
     model.net.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     found = evaluated(model, data, {"pgd": SuiteEntry(PGD(EPS, steps=10))})
     assert found.warnings == []
     assert found.result["attacks"]["pgd/ce_f"]["unmoved"] == 0
-    assert sum(passes) <= 10 + 2 + 3  # the check at the start takes some too
+    assert sum(passes) <= 10 + 1 + 3  # the check at the start takes some too
+
+
+@pytest.mark.parametrize(("loss", "times"), [("ce_inside", 1), ("ce_f", 2)])
+def test_an_attack_is_made_again_where_its_loss_becomes_another(
+    squashed, data, loss, times
+) -> None:
+    """A loss on the scores before squashing meets the same gradients again, one on f does not."""
+
+    def inside(model, batch):
+        return lambda x: cross_entropy(model.net(x), batch["y"])
+
+    model, passes = squashed(torch.sigmoid, 100.0), []
+    model.adaptive_losses = lambda: {"ce_inside": inside, "ce_f": OnLogits(cross_entropy)}
+    model.net.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    found = evaluated(model, data, {"pgd": SuiteEntry(PGD(EPS / 20, steps=20), [loss])}, EPS / 20)
+    assert bool(found.outcomes.columns[f"pgd/{loss}"]["distorted"].any())
+    assert 20 * times <= sum(passes) < 20 * (times + 1)
 
 
 def test_an_auxiliary_head_is_not_what_the_scores_come_from(around, data) -> None:

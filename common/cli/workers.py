@@ -1,0 +1,84 @@
+"""Runs modules like ``python -m``, in processes that need not import torch and Lightning again.
+
+Each process is forked from one server that has imported them and done nothing else, so it begins as
+a new interpreter would: nothing is seeded, no device is in use. Where it ends, however it ends, the
+others are not concerned.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.forkserver import _forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Fork is safe here because the server only imports. No parallel region and no backward pass has
+# run in it, so OpenMP and autograd have no threads that a child would wait for, and OpenBLAS stops
+# its own around a fork. Other systems than Linux have libraries (Accelerate) that forbid fork;
+# processes are new interpreters there.
+if sys.platform == "linux":
+    _CONTEXT = multiprocessing.get_context("forkserver")
+    _CONTEXT.set_forkserver_preload(["common.cli.preloaded"])
+else:
+    _CONTEXT = multiprocessing.get_context("spawn")
+
+
+def start(module: str, words: Sequence[str], log: Path | None = None) -> BaseProcess:
+    """Start ``python -m module *words``; its output goes to ``log``, or to that of this process.
+
+    With a log it has a process group of its own, so that Ctrl-C reaches this process alone.
+    """
+    process = _CONTEXT.Process(target=_run, args=(module, list(words), log))
+    process.start()
+    return process
+
+
+@contextmanager
+def ending_with_this() -> Iterator[None]:
+    """Within the block, a signal to end this process ends those that it has started, and waits.
+
+    A row saves what it has, as after any SIGTERM; at a second signal it ends at once.
+    """
+
+    def end(signum: int, _: Any) -> NoReturn:
+        raise SystemExit(128 + signum)
+
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, end)
+    try:
+        yield
+    except BaseException:
+        _terminate()
+        try:
+            for process in multiprocessing.active_children():
+                process.join()
+        finally:
+            _terminate()
+        raise
+    finally:
+        # Waits for the server, whose times are among those of children only then.
+        _forkserver._stop()  # type: ignore[attr-defined]
+
+
+def _terminate() -> None:
+    for process in multiprocessing.active_children():
+        process.terminate()
+
+
+def _run(module: str, words: list[str], log: Path | None) -> None:
+    """In the child: what ``python -m`` does."""
+    if log is not None:
+        os.setpgid(0, 0)
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), sys.stdout.fileno())
+            os.dup2(file.fileno(), sys.stderr.fileno())
+    if (torch := sys.modules.get("torch")) and torch.cuda._is_in_bad_fork():
+        raise SystemExit("a library used CUDA as it was imported, so that no row can use it")
+    sys.argv[1:] = words
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
