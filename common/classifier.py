@@ -32,8 +32,9 @@ class RobustClassifier(LightningModule):
         scheduler_interval: Step the scheduler after every epoch or every optimiser step.
         groups: Parameters with another learning rate or weight decay than the rest.
         channels_last: Keep convolution weights in the layout ``NHWC``; often faster, with other
-            rounding. Off by default: torch 2.15 aborts in the weight gradient of convolutions with
-            4 channels in this layout on a CPU.
+            rounding. Off by default: in this layout on a CPU torch 2.15 aborts in the weight
+            gradient of convolutions with 4 channels, and of 1x1 convolutions with a stride and 8
+            channels on large maps.
     """
 
     def __init__(

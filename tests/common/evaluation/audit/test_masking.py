@@ -61,7 +61,8 @@ def test_honest_models_are_as_good_as_claimed(lab, case) -> None:
     assert (attempt.labels(x) == y).float().mean() > 0.7
     # Cross-entropy alone overestimates TRADES.
     assert attempt.plain() - attempt.knowing()[0] <= 0.2
-    assert failed(lab.audited(model)[0]) == set()
+    # With fewer steps labels alone find more of the median filter than gradients do.
+    assert failed(lab.audited(model, steps=40, restarts=10)[0]) == set()
 
 
 def test_a_table_counts_what_was_flagged() -> None:
