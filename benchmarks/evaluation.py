@@ -45,7 +45,8 @@ def robust_digits(
     return net.eval(), x, y
 
 
-def _right(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def right(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Which images the network classifies correctly, bool ``(N,)``."""
     with torch.no_grad():
         found: Tensor = net(x).argmax(1) == y
     return found
@@ -54,7 +55,7 @@ def _right(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def compare(examples: int, rounds: int) -> dict[str, Any]:
     """AutoAttack standard and PGD-100, verdict by verdict."""
     net, x, y = robust_digits()
-    clean = _right(net, x, y).float().mean().item()
+    clean = right(net, x, y).float().mean().item()
     return {
         "setting": f"DigitsResNet after PGD-5 training on 8x8 digits, clean accuracy {clean:.3f}; "
         f"AutoAttack on the first {examples} test images in linf eps {EPS}, PGD-100 on all "
@@ -84,7 +85,7 @@ def _official(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     official = pyautoattack.AutoAttack(net, norm="Linf", eps=EPS, version="standard", seed=0)
     with torch.random.fork_rng():
         x_adv, _ = official.run_standard_evaluation(x, y, batch_size=250)
-    return _right(net, x_adv, y)
+    return right(net, x_adv, y)
 
 
 def _suite(
@@ -117,7 +118,7 @@ def _pgd100(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
     def plain(eps: float, step_size: float, steps: int) -> Tensor:
         loop = bare(Task(net, x, y, eps=eps, step_size=step_size, steps=steps))
-        return _right(net, loop(net, x, y), y)
+        return right(net, loop(net, x, y), y)
 
     low, high = 0.0, 0.5
     for _ in range(8):

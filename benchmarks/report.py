@@ -1,7 +1,7 @@
 """Results as JSON, and as the tables people read."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -87,9 +87,9 @@ def rendered(name: str, whole: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table, all columns but the first to the right."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
+def table(head: list[str], rows: list[list[str]], words: Collection[int] = (0,)) -> list[str]:
+    """A Markdown table; ``words`` are the places of its columns of text, the others are numbers."""
+    rule = ["---" if place in words else "---:" for place in range(len(head))]
     return ["| " + " | ".join(cells) + " |" for cells in [head, rule, *rows]]
 
 

@@ -15,7 +15,8 @@ import pyautoattack
 import torch
 from torch import Tensor, nn
 
-from benchmarks.report import RESULTS, machine
+from benchmarks.evaluation import right
+from benchmarks.report import RESULTS, machine, table
 from common.attacks.geometry import parse_radius
 from common.data.subset import subset
 from common.evaluation import evaluate
@@ -53,7 +54,7 @@ def compared(run: Path, eps: str | None, examples: int) -> Row:
     x, y = _images(data, examples)
     net = Victim(model, int(y.max()) + 1).eval()
     with frozen(net, "eval"):
-        clean = _right(net, x, y)
+        clean = right(net, x, y)
         official, ours = _official(net, x, y, radius), _strong(net, x, y, radius)
     broken = {"official": clean & ~official[0], "strong": clean & ~ours[0]}
     return {
@@ -76,12 +77,6 @@ def _images(data: Any, examples: int) -> tuple[Tensor, Tensor]:
     return images[rows].float() / 255.0, labels[rows].long()
 
 
-def _right(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = torch.cat([net(part).argmax(1) for part in torch.split(x, 250)]) == y
-    return found
-
-
 def _official(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Row]:
     """As the documentation of the package says; verdicts from its images, which are checked."""
     attack = pyautoattack.AutoAttack(net, norm="Linf", eps=eps, version="standard", seed=0)
@@ -93,7 +88,7 @@ def _official(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor,
     seconds = time.process_time() - begun
     if (x_adv - x).abs().max() > eps + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
         raise RuntimeError("the official package left the ball")
-    return _right(net, x_adv, y), {"forward": forward, "backward": backward, "seconds": seconds}
+    return right(net, x_adv, y), {"forward": forward, "backward": backward, "seconds": seconds}
 
 
 def _strong(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Row]:
@@ -127,8 +122,7 @@ def rendered(rows: Sequence[Row]) -> str:
     """One row per network, as Markdown."""
     head = ["network", "data, eps", "images", "clean", "withstand autoattack", "withstand strong",
             "broken by autoattack alone", "broken by strong alone", "passes", "time"]  # fmt: skip
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *map(_cells, rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join(table(head, [_cells(row) for row in rows], words=(0, 1)))
 
 
 def _cells(row: Row) -> list[str]:

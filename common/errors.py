@@ -56,6 +56,15 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         )
 
 
+def check_in_pixels(name: str, length: float) -> None:
+    """Raise a ConfigurationError for a length in the linf norm above 1, the range of pixels."""
+    if length > 1.0:
+        hint = f"; did you mean '{length:g}/255'?" if length <= 255.0 else ""
+        raise ConfigurationError(
+            f"{name} must lie in [0, 1] (pixels are in [0, 1]), got {length}{hint}"
+        )
+
+
 class DataUnavailableError(UserError, RuntimeError):
     """A data set that is missing, truncated, altered or cannot be fetched."""
 

@@ -27,7 +27,7 @@ from common.cli.start import experiments
 from common.data.corruptions import CIFAR10C, CORRUPTIONS, SEVERITIES
 from common.data.images import ImageDataModule
 from common.errors import ConfigurationError, RunDirectoryError
-from common.evaluation.models import load_run
+from common.evaluation.models import device_of, load_run
 from common.files import check_writable, read_sealed_json, write_sealed_json
 from common.modes import network_of
 from common.packages import file_named
@@ -57,7 +57,7 @@ def correct_by_severity(
 ) -> list[int]:
     """How many images of each severity of a corruption a network classifies correctly."""
     model.eval()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     divisor = torch.full((), 255.0, device=device)  # as in training: see common.data.images
     found = [0] * SEVERITIES
     for severity in range(SEVERITIES):

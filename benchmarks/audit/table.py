@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.audit.networks import EPS
 from benchmarks.audit.zoo import ZOO
+from benchmarks.report import table
 from common.files import write_json_atomically
 from common.limits import read_json
 from common.results.markdown import write_readme
@@ -31,15 +32,16 @@ def rendered(rows: Sequence[Row], examples: int) -> str:
     """Rates with intervals, then one row per network, as Markdown."""
     minutes = sum(row["seconds"] for row in rows) / 60.0
     head = ["network", "half", "clean %", "claimed %", "true %", "flagged", "checks that failed"]
+    rates = ["", "design", "held out", "all"]
     lines = [
         f"{len(rows)} of {len(ZOO)} networks, {examples} test images each, linf eps {EPS:g}; "
         f"{minutes:.0f} minutes of processor time.",
         "",
-        *_table(["", "design", "held out", "all"], [_rates(rows, True), _rates(rows, False)]),
+        *table(rates, [_rates(rows, True), _rates(rows, False)], range(len(rates))),
     ]
     for is_masked, title in ((True, "Masked"), (False, "Honest")):
         cells = [_cells(row) for row in rows if row["is_masked"] is is_masked]
-        lines += ["", *_table([f"{title} {head[0]}", *head[1:]], cells)]
+        lines += ["", *table([f"{title} {head[0]}", *head[1:]], cells, range(len(head)))]
     return "\n".join(lines)
 
 
@@ -63,8 +65,3 @@ def _rates(rows: Sequence[Row], is_masked: bool) -> list[str]:
         low, high = wilson_interval(flagged, len(part))
         cells.append(f"{flagged} of {len(part)} ({100.0 * low:.0f} to {100.0 * high:.0f} %)")
     return cells
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    rule = ["---"] * len(head)
-    return ["| " + " | ".join(cells) + " |" for cells in [head, rule, *rows]]

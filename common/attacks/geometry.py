@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.attacks.randomness import ExampleRandom
-from common.errors import ConfigurationError, check_choice
+from common.errors import ConfigurationError, check_choice, check_in_pixels
 
 Norm = Literal["linf", "l2", "l1"]
 Random = torch.Generator | ExampleRandom | None
@@ -43,11 +43,8 @@ def parse_radius(value: float | str, norm: Norm = "linf", name: str = "eps") -> 
             f"{name} must be a number of at least 0 or a fraction such as '8/255', got "
             f"{str(value)[:80]!r}"
         )
-    if norm == "linf" and number > 1.0:
-        hint = f"; did you mean '{number:g}/255'?" if number <= 255.0 else ""
-        raise ConfigurationError(
-            f"{name} must lie in [0, 1] (pixels are in [0, 1]), got {number}{hint}"
-        )
+    if norm == "linf":
+        check_in_pixels(name, number)
     return number
 
 

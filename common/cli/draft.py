@@ -21,12 +21,12 @@ from common.cli.declared import (
     misfit,
     offered_instead,
 )
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_in_pixels
 from common.files import yaml_damage_of
 from common.limits import check_yaml, read_yaml
 from common.packages import CONFIGS, package_folder, papers
 from common.parsing import denial
-from common.settings import nearest
+from common.settings import nearest, type_name
 
 SECTIONS = {
     "model": "common.classifier.RobustClassifier",
@@ -63,7 +63,7 @@ def drafted(files: Sequence[Path], options: Sequence[tuple[str, str]]) -> Settin
     settings: Settings = reduce(_merged, map(_read, files), {})
     for name, value in options:
         settings = _with(settings, name.removesuffix("+").split("."), _inline(value))
-    return settings
+    return _with_sections(settings, "the command line")
 
 
 def _read(path: Path) -> Settings:
@@ -74,7 +74,19 @@ def _read(path: Path) -> Settings:
         raise ConfigurationError(
             f"{path} holds no settings (sections such as model, data, trainer)"
         )
-    return {key: _whole(value, path.parent) for key, value in settings.items()}
+    whole = {key: _whole(value, path.parent) for key, value in settings.items()}
+    return _with_sections(whole, path)
+
+
+def _with_sections(settings: Settings, origin: Path | str) -> Settings:
+    """The settings, after a check of the sections that no run does without."""
+    for key in ("data", "trainer"):
+        if not isinstance(value := settings.get(key, {}), Mapping):
+            raise ConfigurationError(
+                f"{origin}: {key} is {str(value)[:80]!r}, expected settings by name, or a YAML "
+                "file of them"
+            )
+    return settings
 
 
 def _whole(value: Any, folder: Path, links: int = 0) -> Any:
@@ -189,11 +201,8 @@ def _check_meaning(name: str, value: Any, kind: str, beside: Mapping[str, Any]) 
         raise ConfigurationError(
             f"{name} is {value}, expected a number from 0 on; {RATES[key]} is usual"
         )
-    if key == "eps" and number > 1 and beside.get("norm", "linf") == "linf":
-        raise ConfigurationError(
-            f"{name} must lie in [0, 1] (pixels are in [0, 1]), got {value}; did you mean "
-            f"'{number:g}/255'?"
-        )
+    if key == "eps" and beside.get("norm", "linf") == "linf":
+        check_in_pixels(name, number)
     named = _class_of(value)
     is_class = isinstance(value, Mapping) or kind == "nn.Module"
     if is_class and (problem := denial(named)):
@@ -216,16 +225,26 @@ def _own_classes() -> dict[str, str]:
 
 
 def _check_channels(settings: Settings) -> None:
-    """Refuse a network of torchvision, which takes images of 3 channels, for other images."""
-    source = _class_of((settings.get("data") or {}).get("source"))
-    channels = channels_of(source) if source else None
-    for name, value in _named(settings.get("model"), "model"):
-        if channels not in (None, 3) and _class_of(value).startswith("torchvision.models."):
-            raise ConfigurationError(
-                f"{name} is {_class_of(value)}, which takes images of 3 channels, and "
-                f"{source.rpartition('.')[2]} has {channels}; choose a network of "
-                "common.networks or other data"
-            )
+    source = _class_of(settings.get("data", {}).get("source"))
+    if source and (channels := channels_of(source)) is not None:
+        for name, value in _named(settings.get("model"), "model"):
+            check_channels(name, _class_of(value), source, channels)
+
+
+def check_channels(name: str, network: str, source: str, channels: int) -> None:
+    """Refuse a network of torchvision, which takes images of 3 channels, for other images.
+
+    Args:
+        name: Of the setting.
+        network: Import path of what it names.
+        source: Import path of the source of the images.
+        channels: Of the images.
+    """
+    if network.startswith("torchvision.models.") and channels != 3:
+        raise ConfigurationError(
+            f"{name} is {network}, which takes images of 3 channels, and {type_name(source)} has "
+            f"{channels}; choose a network of common.networks or other data"
+        )
 
 
 def number_of(value: Any) -> float:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from common.cli.draft import check_channels
 from common.errors import ConfigurationError
 from common.parsing import ArgumentParser, load_named
 from common.settings import explain, nodes, plain_digest, type_name
@@ -47,12 +48,7 @@ def fill_from_data(config: Namespace) -> None:
         arguments = node.get("init_args") if "class_path" in node else None
         names = set(vars(arguments or Namespace()))  # type: ignore[no-untyped-call]
         is_torchvisions = node.get("class_path", "").startswith("torchvision.models.")
-        if is_torchvisions and arguments is not None and spec.shape[0] != 3:
-            raise ConfigurationError(
-                f"{path} is {node['class_path']}, which takes images of 3 channels, and "
-                f"{type_name(source.class_path)} has {spec.shape[0]}; choose a network of "
-                "common.networks or other data"
-            )
+        check_channels(path, node.get("class_path", ""), source.class_path, spec.shape[0])
         is_network = known.keys() <= names or shape.keys() <= names or is_torchvisions
         if arguments is None or not is_network:
             continue

@@ -35,6 +35,7 @@ from common.errors import RunDirectoryError
 from common.evaluation.audit.gradients import anchored
 from common.evaluation.history import is_close
 from common.evaluation.images import Examples, digest_of
+from common.evaluation.models import device_of
 from common.evaluation.steps import JUDGED, Step, judged
 from common.files import damage_of, write_sealed, write_text_atomically
 from common.objectives import Batch
@@ -155,7 +156,7 @@ def identity_of(model: nn.Module, examples: Examples, seed: int, settings: Any =
         "seed": seed,
         "settings": settings,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "pyautoattack")},
-        "device": next((p.device.type for p in model.parameters()), "cpu"),
+        "device": device_of(model).type,
     }
 
 

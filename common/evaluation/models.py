@@ -61,6 +61,11 @@ def as_victim(model: nn.Module, num_classes: int) -> nn.Module:
     return model if hasattr(model, "adaptive_losses") else Victim(model, num_classes)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of a model are; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def as_module(model: Any) -> nn.Module:
     """The model itself, or a module without parameters around a function."""
     if isinstance(model, nn.parallel.DistributedDataParallel):

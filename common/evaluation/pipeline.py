@@ -28,10 +28,10 @@ from common.evaluation.images import Examples
 from common.evaluation.inputs import collect
 from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means
-from common.evaluation.models import as_module
+from common.evaluation.models import as_module, device_of
 from common.evaluation.named_models import find_model
 from common.evaluation.pictures import draw
-from common.evaluation.planning import Plan, device_of, plan
+from common.evaluation.planning import Plan, plan
 from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress, Progress
 from common.evaluation.report import Evaluation, with_findings

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from common.attacks.decision import DecisionBased
@@ -13,7 +12,7 @@ from common.evaluation.corruptions import check_images
 from common.evaluation.images import Examples
 from common.evaluation.measures import Measure, measure_steps
 from common.evaluation.model_check import Checked, check_model
-from common.evaluation.models import as_victim
+from common.evaluation.models import as_victim, device_of
 from common.evaluation.steps import Step
 from common.evaluation.suite import SuiteEntry, check_suite, steps_of
 from common.results.lines import Threat
@@ -85,11 +84,6 @@ def is_random_expected(suite: Mapping[str, SuiteEntry]) -> bool:
         entry.eot > 1 or getattr(entry.attack, "version", None) == "rand"
         for entry in suite.values()
     )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the parameters of a model are; the CPU if it has none."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _without_gradient(

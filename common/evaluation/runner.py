@@ -30,7 +30,7 @@ from common.evaluation.journal import (
     networks_of,
     probe_step,
 )
-from common.evaluation.models import adapted
+from common.evaluation.models import adapted, device_of
 from common.evaluation.passes import Passes, counted
 from common.evaluation.progress import Progress
 from common.evaluation.report import suspicions
@@ -368,7 +368,7 @@ class _Run:
 
     def _attacked(self, step: Step, rows: Tensor) -> Columns:
         """Run the step on one chunk."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         key = zlib.crc32(step.entry.encode())
         # For forward passes that draw: the same numbers on any device and after a restart.
         seed = zlib.crc32(f"{self.seed} {step.key} {rows.tolist()}".encode())

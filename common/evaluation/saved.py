@@ -27,6 +27,7 @@ from common.attacks.settings import Settings
 from common.errors import ConfigurationError, RunDirectoryError
 from common.evaluation.images import READ, Examples
 from common.evaluation.inputs import collect
+from common.evaluation.models import device_of
 from common.evaluation.steps import in_ball, judged
 from common.files import read_sealed_json, write_bytes_atomically, write_sealed_json
 from common.modes import frozen
@@ -221,7 +222,7 @@ def _check_data(saved: Saved, examples: Examples, folder: Path) -> None:
 
 def _check_verdicts(model: Any, saved: Saved, rows: slice) -> None:
     y = saved.y[rows]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with torch.no_grad(), frozen(model, "eval"):
         logits = model(torch.from_numpy(saved.x_adv[rows].copy()).to(device)).float().cpu()
     found = margin(logits, y)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import goals, report
+from benchmarks import goals, report, strong
+from benchmarks.audit import table as audit_table
 from benchmarks.peak import Passes, flops_of, memory_of
 from benchmarks.timing import exponent, interleaved
 from common.analysis.profiling import quartiles
@@ -93,6 +94,12 @@ def test_committed_numbers_are_those_of_the_tables_and_of_the_readme() -> None:
     assert set(shown) == {"goals", "accuracy"}
     readme = (report.RESULTS.parent / "README.md").read_text(encoding="utf-8")
     assert all("\n".join(lines) in readme for lines in shown.values())
+    compared, audited = (
+        json.loads((report.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("strong", "audit")
+    )
+    assert strong.rendered(list(compared["rows"].values())) in readme
+    assert audit_table.rendered(list(audited["rows"].values()), audited["examples"]) in readme
 
 
 def test_a_goal_is_judged_by_what_was_measured() -> None:

@@ -33,6 +33,7 @@ def _files(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.yaml").write_text("model:\n  a: [1,\nb: }\n")
     Path("stray.yaml").write_text("data: {batchsize: 3}\n")
+    Path("bare.yaml").write_text("data: digits\n")
     Path("odd.yaml").write_text("wieghts: a.pt\n")
     Path("text.ckpt").write_text("hello")
     torch.save({"state_dict": {}}, "bare.ckpt")
@@ -78,6 +79,8 @@ def _files(tmp_path, monkeypatch) -> None:
         ((*FIT, "--seed_everything", "4294967296"), "4294967296"),
         ((*FIT, "--trainer.gradient_clip_val", "-1e-3"), "-1e-3"),
         ((*FIT, "--trainer.max_steps", "0"), "max_steps is 0"),
+        ((*FIT, "--trainer", "3"), "trainer is '3'"),
+        ((*FIT, "--config", "bare.yaml"), "bare.yaml: data is 'digits'"),
     ],
 )
 def test_mistakes_are_found_before_lightning_is_imported(capsys, monkeypatch, words, named) -> None:
