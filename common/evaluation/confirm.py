@@ -112,8 +112,8 @@ def _steered(inner: InnerLoss, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor
 Run = Callable[[AttackEngine | None, Any, Batch, ExampleRandom], Columns]
 """(engine, model, batch, random numbers) -> outcomes of an attack."""
 
-PERSISTED = Budget(forward=3, backward=2)
-"""Passes that look for a usable gradient and for squashing, beside those of the attacks."""
+PERSISTED = Budget(forward=2, backward=1)
+"""Passes that look for a usable gradient where an attack ended, and for squashing."""
 QUERIES = 500
 """Labels per example of the attack by labels only."""
 SPREAD = 10.0

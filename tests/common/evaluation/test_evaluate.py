@@ -88,8 +88,8 @@ def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, mode
         evaluate(model, digits, suite, eps=0.1, progress=False)
         all_calls = len(calls)
         evaluate(model, digits, suite, eps=0.1, output=tmp_path, progress=False)
-    # At each radius gradient and verdict, then two gradients and two passes; one pass of noise.
-    assert all_calls - (len(calls) - all_calls) == 3 * (2 + 4) + 1
+    # At each radius gradient and verdict, then a gradient and two passes; one pass of noise.
+    assert all_calls - (len(calls) - all_calls) == 3 * (2 + 3) + 1
 
 
 FACTORY = """
