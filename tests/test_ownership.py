@@ -89,8 +89,8 @@ def test_a_run_that_is_set_aside_leaves_what_is_not_ours(tiny) -> None:
     assert_discreet(path)
     assert set(tiny.result()["provenance"]["last"]) == {
         "commit", "dirty", "versions", "device", "world_size", "threads", "precision", "tf32",
-        "checkpoint_digest", "config_digest", "data_digest", "wall_time_s", "attack_seconds", "date", "protocol",
-        "weights",
+        "checkpoint_digest", "config_digest", "data_digest", "wall_time_s", "attack_seconds",
+        "date", "protocol", "weights",
     }  # fmt: skip
 
 
