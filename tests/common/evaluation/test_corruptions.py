@@ -96,7 +96,9 @@ def test_accuracy_by_corruption_and_severity(
     }
     assert len(set(expected.values())) > 3
     output = {"output": tmp_path / "out"}
-    found = evaluate(model(), data, fgsm | suite(root), **SETTINGS, **output)
+    claim = tmp_path / "model_info.json"
+    claim.write_text(json.dumps({"corruptions_acc": "99.99", "reported": "99.99"}))
+    found = evaluate(model(), data, fgsm | suite(root), **SETTINGS, **output, claim=claim)
     metrics = found.metrics
     for (name, severity), accuracy in expected.items():
         assert metrics[f"c/{name}/severity={severity}"] == pytest.approx(accuracy)
@@ -106,6 +108,8 @@ def test_accuracy_by_corruption_and_severity(
     assert metrics["c/severity=2"] == pytest.approx(fmean(expected[name, 2] for name in NAMES))
     assert metrics["c"] == pytest.approx(fmean(expected.values()))
     assert metrics["c_error"] == pytest.approx(1 - metrics["c"])
+    (compared,) = found.comparisons
+    assert (compared.ours, compared.is_inside) == (metrics["c"], False)
     alone = evaluate(model(), data, fgsm, **SETTINGS)
     assert torch.equal(alone.robust, found.robust)
     assert f"{100 * metrics['c/snow/severity=5']:.2f}" in str(found)

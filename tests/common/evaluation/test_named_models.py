@@ -18,8 +18,10 @@ from common.attacks.pgd import FGSM
 from common.errors import UserError
 from common.evaluation import SuiteEntry, evaluate
 from common.evaluation.__main__ import main
+from common.evaluation.claims import read_claim
 from common.evaluation.models import load_run
 from common.evaluation.named_models import find_model
+from common.results.lines import Threat
 
 MEAN, STD = [0.5, 0.25, 0.125], [0.5, 0.25, 2.0]
 X = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -163,6 +165,7 @@ def test_a_claim_is_compared(linear, data, tmp_path) -> None:
         ({"threat_model": "L2"}, "l2"),
         ({"clean_acc": "0.9x"}, "0.9x"),
         ({"reported": 101}, "101"),
+        ({"reported": True}, "True"),
     ):
         path.write_text(json.dumps(claim | wrong))
         with pytest.raises(UserError, match=named):
@@ -170,6 +173,25 @@ def test_a_claim_is_compared(linear, data, tmp_path) -> None:
     path.write_text("[]")
     with pytest.raises(UserError, match=str(path)):
         evaluate(model, data, suite, **given)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"clean_acc": "94.78", "reported": "0.0", "autoattack_acc": "0.28"}, (94.78, 0, 0.28)),
+        ({"clean_acc": " 91.5 %", "reported": "Unknown", "autoattack_acc": None}, (91.5,)),
+        ({"clean_acc": 0.5538, "reported": 58, "eps": 8 / 255, "external": "N/A"}, (55.38, 58)),
+        ({"clean_acc": "90", "reported": "80.1", "corruptions_acc": "80.1"}, (90, 80.1)),
+    ],
+    ids=["percent", "signs", "shares", "corruptions"],
+)
+def test_claims_as_robustbench_writes_them(tmp_path, found, expected) -> None:
+    path = tmp_path / "model_info.json"
+    rest = {"eps": "8/255", "additional_data": False, "architecture": None, "footnote": "50 %"}
+    path.write_text(json.dumps(rest | found))
+    claim = read_claim(path, Threat("linf", "8/255"))
+    assert [100 * share for share in claim.values()] == pytest.approx(expected)
+    assert ("reported" in claim) == ("corruptions_acc" not in found and len(expected) > 1)
 
 
 def test_a_run_by_name_and_exported(tiny, capsys, monkeypatch, tmp_path) -> None:
