@@ -177,6 +177,8 @@ def check_examples(x: Tensor, y: Tensor) -> Tensor:
         raise ConfigurationError(
             f"images must be floating-point numbers in [0, 1], got {x.dtype}; divide bytes by 255"
         )
+    if x.layout != torch.strided:
+        raise ConfigurationError(f"images must be dense, got {x.layout}; give x.to_dense()")
     tolerance = max(ROUNDING, 2.0 * torch.finfo(x.dtype).eps)
     low, high = (bound.item() for bound in torch.aminmax(x))
     if not (math.isfinite(low) and math.isfinite(high)):

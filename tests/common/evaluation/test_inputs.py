@@ -83,6 +83,7 @@ class Broken(Dataset):
         (lambda x, y: (2 * x - 1, y), "look normalised"),
         (lambda x, y: (x * 255, y), "look like bytes: divide them by 255"),
         (lambda x, y: ((x * 255).byte(), y), "got torch.uint8; divide bytes by 255"),
+        (lambda x, y: (x.to_sparse(), y), "torch.sparse_coo"),
         (lambda x, y: (x.log(), y), "NaN or infinity"),
         (lambda x, y: (x[0], y), r"shape \(N, C, H, W\)"),
         (lambda x, y: (x * 1.3 - 0.1, y), "resampling.*overshoots.*clamp"),
