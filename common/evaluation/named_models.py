@@ -111,6 +111,10 @@ def _from_collection(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 def _robustbench(library: Any, name: str, **arguments: Any) -> nn.Module:
     *place, model = name.split("/")
+    if len(place) > 2:
+        raise ConfigurationError(
+            f"robustbench:{name} has {len(place) + 1} parts; expected NAME or DATASET/THREAT/NAME"
+        )
     chosen = dict(zip(("dataset", "threat_model"), place, strict=False))
     net: nn.Module = library.load_model(model_name=model, **{**chosen, **arguments})
     return net

@@ -115,6 +115,7 @@ def test_torchvision_brings_its_weights_and_normalisation(monkeypatch) -> None:
     ("name", "named"),
     [
         ("robustbench:unknown", "unknown"),
+        ("robustbench:model_info/cifar10/Linf/Standard", "model_info"),
         ("torchvision:squeezenet1_1", "no route to host"),
         ("torchvision:resnet1", "resnet1"),
         ("runs/nowhere", "runs/nowhere"),
