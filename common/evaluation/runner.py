@@ -342,6 +342,9 @@ class _Run:
         mine = self._run(step, {i: chunks[i] for i in missing}, standing)
         for theirs in self.team.gather(mine):
             found |= theirs
+        for i in missing:
+            _drop(standing, chunks[i], found[i][0])
+        self.progress.advance(0, int(standing.sum()))
         if self.outcomes is not None:
             costs = (cost for _, cost in found.values())
             self.outcomes.costs[step.key] = reduce(Cost.plus, costs, Cost())
@@ -352,7 +355,8 @@ class _Run:
     ) -> dict[int, tuple[Columns, Cost]]:
         """Run a step on this process's share of the chunks; ``standing`` loses what it breaks."""
         mine = {}
-        for i in list(chunks)[self.team.rank :: self.team.size]:
+        size, sizes = self.team.size, [len(rows) for rows in chunks.values()]
+        for number, i in enumerate(list(chunks)[self.team.rank :: size]):
             rows, begun = chunks[i], time.perf_counter()
             self.passes.take()
             columns = self._attacked(step, rows)
@@ -360,7 +364,7 @@ class _Run:
             mine[i] = columns, cost
             self.journal.write(step, rows, *mine[i])
             _drop(standing, rows, columns)
-            done = min(len(rows) * self.team.size, sum(map(len, chunks.values())))
+            done = sum(sizes[number * size : (number + 1) * size])  # others are as far
             self.progress.advance(done, int(standing.sum()))
             self.forecast.ran(len(rows), cost)
             self._tell()

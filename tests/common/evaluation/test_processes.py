@@ -86,12 +86,16 @@ def both(folder: Path, work: Callable[[Path], Any]) -> list[Any]:
 class Told(Progress):
     def __init__(self) -> None:
         self.passes: list[int] = []
+        self.done = 0
+
+    def advance(self, examples: int, survivors: int) -> None:
+        self.done += examples
 
     def foresee(self, passes: int, seconds: float) -> None:
         self.passes.append(passes)
 
 
-def _evaluated(folder: Path) -> list[int]:
+def _evaluated(folder: Path) -> tuple[list[int], int]:
     """Inside a process group the model is often wrapped, and would wait for the other process."""
     model, told = Stock().eval(), Told()
     if torch.distributed.is_initialized():
@@ -99,13 +103,14 @@ def _evaluated(folder: Path) -> list[int]:
     audit = Audit(9, None, 4, 2, square_queries=5, random_samples=5, decision_queries=20)
     settings: dict[str, Any] = {"audit": audit, "save_examples": True, "batch_size": 8}
     evaluate(model, data(), SUITE, output=folder / "out", progress=told, **settings)
-    return told.passes
+    return told.passes, told.done
 
 
 @pytest.mark.slow
 def test_evaluate_shares_the_work_of_a_process_group(tmp_path, no_pictures) -> None:
-    first, second = both(tmp_path / "two", _evaluated)
-    alone = _evaluated(tmp_path / "one")
+    (first, done), (second, _) = both(tmp_path / "two", _evaluated)
+    alone, done_alone = _evaluated(tmp_path / "one")
+    assert done == done_alone
     assert alone[0] > first[0] > first[-1] == 0  # after two chunks there, one here
     assert second == []
     one, two = (
