@@ -22,6 +22,7 @@ from common.errors import ConfigurationError, RunDirectoryError
 from common.evaluation.confirm import part_of, settled
 from common.evaluation.corruptions import Corruptions
 from common.evaluation.models import adapted
+from common.evaluation.runner import Team
 from common.evaluation.suite import SuiteEntry, check_suite, steps_of
 from common.files import check_writable, write_text_atomically
 from common.modes import frozen
@@ -36,8 +37,8 @@ class PredictionWriter(BasePredictionWriter):
     With :attr:`~common.callbacks.resuming.Run.attack`, an entry of the suite of the trainer's
     :class:`RobustEvaluation`, class and probabilities under this attack follow.
 
-    The predicted class is -1 where the network's scores are not finite. With several devices each
-    rank writes a ``predictions-rank<k>.csv``.
+    The predicted class is -1 where the network's scores are not finite. Rows are in the order of
+    the index; the first process writes those of all.
     """
 
     def __init__(self) -> None:
@@ -73,7 +74,13 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, module: Any, predictions: Sequence[Any], *_: Any
     ) -> None:
         """Write one row per image."""
-        found = {key: torch.cat([part[key] for part in predictions]) for key in predictions[0]}
+        mine = [{key: value.cpu() for key, value in part.items()} for part in predictions]
+        parts = [part for theirs in Team.of_processes().gather(mine) for part in theirs]
+        if not trainer.is_global_zero:
+            return
+        found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        order = found["index"].argsort()
+        found = {key: column[order] for key, column in found.items()}
         ends = [end for end in ("", "_adv") if f"predicted{end}" in found]
         numbers = [found[key] for key in ("index", "y", *(f"predicted{end}" for end in ends))]
         shares = torch.cat([found[f"probabilities{end}"] for end in ends], dim=1)
@@ -91,9 +98,8 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def predictions_path(trainer: Trainer) -> Path:
-    """Where this process writes its predictions."""
-    rank = "" if trainer.world_size == 1 else f"-rank{trainer.global_rank}"
-    return Path(trainer.default_root_dir) / f"predictions{rank}.csv"
+    """Where the predictions go."""
+    return Path(trainer.default_root_dir) / "predictions.csv"
 
 
 def attacked(module: Any, batch: Batch, name: str, entry: SuiteEntry, seed: int) -> Tensor:

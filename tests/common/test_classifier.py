@@ -57,7 +57,7 @@ def test_clean_accuracy(model) -> None:
 
 def test_predictions_have_no_class_either(model, tmp_path) -> None:
     batch = {"x": torch.zeros(6, 1), "y": torch.zeros(6), "index": torch.arange(6)}
-    trainer = SimpleNamespace(world_size=1, global_rank=0, default_root_dir=tmp_path)
+    trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path)
     PredictionWriter().write_on_epoch_end(trainer, model, [model.predict_step(batch, 0)], [])
     with (tmp_path / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -1,6 +1,7 @@
 """Predictions under an attack of the suite, beside the clean ones."""
 
 import csv
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +33,9 @@ def module() -> RobustClassifier:
 
 @pytest.fixture
 def predict(tmp_path, quiet_trainer, module):
-    def predict(attack: str | None) -> list[dict[str, str]]:
+    def predict(attack: str | None, **settings: Any) -> list[dict[str, str]]:
         callbacks = RobustEvaluation(SUITE), PredictionWriter()
-        trainer = quiet_trainer(*callbacks, default_root_dir=tmp_path)
+        trainer = quiet_trainer(*callbacks, default_root_dir=tmp_path, **settings)
         data = ImageDataModule(Digits(), test_limit=200, eval_batch_size=90)
         trainer.predict(module, datamodule=data, attack=attack)
         return list(csv.DictReader((tmp_path / "predictions.csv").open()))
@@ -59,6 +60,14 @@ def test_they_are_those_of_the_evaluation(predict, module) -> None:
         assert (shares == [float(row[f"p{k}"]) for k in range(10)]) == (
             row["predicted"] != row["label"]
         )
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_file_of_one(predict) -> None:
+    one, two = predict("pgd"), predict("pgd", devices=2, strategy="ddp_fork")
+    assert [row["index"] for row in two] == [str(i) for i in range(200)]
+    for row, other in zip(one, two, strict=True):  # six digits, of sums in batches of other sizes
+        assert [*map(float, other.values())] == pytest.approx([*map(float, row.values())], abs=2e-6)
 
 
 @pytest.mark.parametrize("name", ["noise", "pgd20"])
