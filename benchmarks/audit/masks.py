@@ -126,6 +126,14 @@ def tempered(scores: Tensor, x: Tensor) -> Tensor:
     return scores * torch.exp(3.0 * torch.sin(x.flatten(1) @ drawn(64, 1).to(x)))
 
 
+def trapped(scores: Tensor, x: Tensor) -> Tensor:
+    """The margin is mirrored near the boundary, where an ascent stays in a local optimum."""
+    top = scores.topk(2, dim=1)
+    margin = top.values[:, :1] - top.values[:, 1:]
+    shown = torch.where(margin < 1.5, 3.0 - margin, margin)
+    return scores.scatter_add(1, top.indices[:, :1], shown - margin)
+
+
 def hidden_threes(scores: Tensor, x: Tensor) -> Tensor:
     """One class shows a decoy."""
     is_three = (scores.argmax(dim=1) == 3)[:, None]

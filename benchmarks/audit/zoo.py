@@ -112,6 +112,7 @@ MASKED: dict[str, Callable[[], nn.Module]] = {
     "networks chosen by a hash": lambda: masks.Hashed().eval(),
     "scores of another network": lambda: masks.Borrowed().eval(),
     "nearest neighbour": lambda: masks.Nearest().eval(),
+    "local optimum before the boundary": lambda: Behind(robust(cnn()), masks.trapped).eval(),
 }
 RANDOM = ("random rounding", "random decoys", "random activations")
 STATEFUL = ("remembers images", "counts calls")
@@ -188,6 +189,21 @@ def _median(x: Tensor) -> Tensor:
     return around.median(dim=1).values
 
 
+class _Largest(nn.Module):
+    """The larger one of every two channels (maxout, Goodfellow et al. 2013)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.unflatten(1, (-1, 2)).amax(dim=2)
+
+
+def _maxout() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), _Largest(), nn.Conv2d(8, 32, 3, padding=1), _Largest()),
+        *(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 10)),
+    )
+
+
 def _scaled(factor: float) -> Callable[[], nn.Module]:
     return lambda: Behind(robust(cnn()), lambda scores, _: factor * scores).eval()
 
@@ -209,6 +225,7 @@ HONEST: dict[str, Callable[[], nn.Module]] = {
     "CNN, median filter": lambda: robust(Front(cnn(), _median)),
     "two CNNs": lambda: _Ensemble().eval(),
     "CNN, wide": lambda: robust(cnn(width=24), epochs=6),
+    "CNN, maxout": lambda: robust(_maxout()),
 }
 
 
