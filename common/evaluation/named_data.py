@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,9 +130,19 @@ def _transform(resize: int | None, crop: int | None) -> Callable[[Any], Tensor]:
             f"data_crop {crop} is larger than data_resize {resize}; choose a smaller one"
         )
     steps = [] if resize is None else [transforms.Resize(resize)]
-    steps += [] if crop is None else [transforms.CenterCrop(crop)]
+    steps += [] if crop is None else [partial(_cut, crop)]
     transform: Callable[[Any], Tensor] = transforms.Compose([*steps, transforms.ToTensor()])
     return transform
+
+
+def _cut(side: int, image: Any) -> Any:
+    """The centre of a picture."""
+    from torchvision.transforms.functional import center_crop
+
+    if min(image.size) < side:  # it would be padded with black
+        width, height = image.size
+        raise ValueError(f"data_crop is {side} and an image has {width}x{height} pixels")
+    return center_crop(image, [side, side])
 
 
 def _streamed(name: str, root: str | None, transform: Callable[[Any], Tensor]) -> NamedData:

@@ -179,6 +179,8 @@ def test_data_by_name(tmp_path, factory: str, capsys) -> None:
     common = ["--model", "torch.nn:Flatten", "--eps", "0.1", "--suite", "suite.yaml"]
     assert main([*common, "--data", "photos", "--data_resize", "4", "--data_crop", "5"]) == 2
     assert "data_crop 5" in capsys.readouterr().err
+    assert main([*common, "--data", "photos", "--data_crop", "21"]) == 2
+    assert "24x20" in capsys.readouterr().err
     sizes = ["--data_resize", "4", "--data_crop", "2"]
     assert main([*common, "--data", "photos", *sizes]) == 2  # 12 scores, 10 classes
     assert "12 scores" in capsys.readouterr().err
