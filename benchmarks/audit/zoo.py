@@ -193,7 +193,7 @@ class _Largest(nn.Module):
     """The larger one of every two channels (maxout, Goodfellow et al. 2013)."""
 
     def forward(self, h: Tensor) -> Tensor:
-        return h.unflatten(1, (-1, 2)).amax(dim=2)
+        return h.view(len(h), -1, 2, *h.shape[2:]).amax(dim=2)
 
 
 def _maxout() -> nn.Module:
