@@ -11,13 +11,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from common.attacks.engine.folding import has_hooks
 from common.attacks.losses import classify, cross_entropy
 from common.errors import ConfigurationError, check_choice
 from common.modes import network_of
 from common.networks.parts import ADVERSARIAL, CLEAN, Part, parts_like, telling
 from common.networks.resnet import ResNet, kaiming
 from common.objectives import Batch, InnerLoss, Model, differentiable
+from paper_awnet.insertion import Scope, branch_convolutions, check_free, replace_norms
 from paper_awnet.method import (
     DynamicConv2d,
     FiLMBatchNorm2d,
@@ -41,10 +41,6 @@ LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 1.0)
 """Values of OAT's lambda."""
 
 Network = TypeVar("Network", bound=Part)
-SHORTCUTS = ("shortcut", "downsample")
-"""Names by which a residual block is known: ours, and those of torchvision."""
-
-Scope = Literal["block", "last_conv"]
 Mixing = Literal["soft", "hard", "clean", "adv"]
 
 
@@ -89,10 +85,7 @@ class AWNet(Part):
         super().__init__()
         check_choice("scope", scope, Scope)
         check_choice("mixing", mixing, Mixing)
-        if parts_like(arch, AWNet):
-            raise ConfigurationError(
-                f"{type(arch).__name__} has a router already; put one AWNet into a network"
-            )
+        check_norms_are_free(arch)
         self.route = Route()
         self.mixing: Mixing = mixing
         self.arch = arch
@@ -217,47 +210,13 @@ def with_router(net: nn.Module, **settings: Any) -> AWNet:
     return AWNet(net, **settings)
 
 
-def branch_convolutions(arch: nn.Module, scope: Scope) -> list[list[tuple[str, nn.Conv2d]]]:
-    """By block, the convolutions of the residual branch in forward order, with their full names.
-
-    Raises:
-        ConfigurationError: If there are none, or there is no such scope.
-    """
-    check_choice("scope", scope, Scope)
-    branches = []
-    for prefix, block in arch.named_modules():
-        if not any(hasattr(block, name) for name in SHORTCUTS):
-            continue
-        found = [
-            (f"{prefix}.{name}" if prefix else name, module)
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Conv2d) and name.partition(".")[0] not in SHORTCUTS
-        ]
-        if found:
-            branches.append(found if scope == "block" else found[-1:])
-    if not branches:
-        raise ConfigurationError(
-            f"{type(arch).__name__} has no residual blocks (modules with a shortcut or downsample) "
-            "whose filters could be scaled; use a residual network, or set dynamic: false"
-        )
-    return branches
-
-
-def replace_norms(root: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> None:
-    """Replace every batch-norm by what ``make`` returns for it."""
-    for name, module in list(root.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            check_free(name, module)
-            root.set_submodule(name, make(module))
-
-
-def check_free(name: str, module: nn.Module) -> None:
-    """Refuse to replace a module whose input or output another method changes."""
-    if has_hooks(module):
-        raise ConfigurationError(
-            f"another method is inserted at {name}, which is to be replaced; put the network with "
-            "the replaced modules inside, and insert the other method into it"
-        )
+def check_norms_are_free(arch: nn.Module) -> None:
+    """Refuse a network whose batch-norms an :class:`AWNet` or :class:`OATNet` sets already."""
+    for kind in (AWNet, OATNet):
+        if parts_like(arch, kind):
+            raise ConfigurationError(
+                f"the network has an {kind.__name__} already; put one AWNet or OATNet into it"
+            )
 
 
 def training_rows(types: Tensor | None, network: str) -> tuple[Rows, Rows]:
@@ -386,6 +345,7 @@ class OATNet(Part):
 
     def __init__(self, arch: nn.Module, knob: float = 0.2, hidden: int = 64) -> None:
         super().__init__()
+        check_norms_are_free(arch)
         if not 0.0 <= knob <= 1.0:
             raise ConfigurationError(
                 f"knob is OAT's lambda in [0, 1], got {knob}; 0 asks for clean accuracy alone"

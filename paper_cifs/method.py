@@ -461,7 +461,8 @@ def insert_selections(
         beta: Weight of the raw logits together in the losses of ``common.objectives``.
 
     Raises:
-        ConfigurationError: If there are selections already, or a weight is refused.
+        ConfigurationError: If there are selections already, a name is taken, or a weight is
+            refused.
     """
     check_weight("beta", beta)
     if isinstance(net, nn.Sequential):
@@ -472,6 +473,17 @@ def insert_selections(
         raise ConfigurationError(
             f"{type(net).__name__} has channel selections already; give all positions in one call"
         )
+    keys = [name.replace(".", "_") for name in selections]
+    if taken := [key for key in keys if keys.count(key) > 1 or hasattr(Selections(), key)]:
+        raise ConfigurationError(
+            f"a channel selection cannot be named {taken[0]!r}, which is taken; rename the module "
+            "that it follows, or name another one"
+        )
+    if hasattr(net, "selections"):
+        raise ConfigurationError(
+            f"{type(net).__name__} has an attribute 'selections', where channel selections are "
+            "kept; rename it"
+        )
     for name, selection in selections.items():
         selection.weight = beta / len(selections)
         parent = net.get_submodule(name.rpartition(".")[0])
@@ -480,7 +492,7 @@ def insert_selections(
         else:
             net.get_submodule(name).register_forward_hook(partial(_mask_output, selection))
     run_in_full_precision(net, list(selections))
-    net.selections = Selections({key.replace(".", "_"): s for key, s in selections.items()})
+    net.selections = Selections(dict(zip(keys, selections.values(), strict=True)))
 
 
 def _mask_input(selection: ChannelSelection, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

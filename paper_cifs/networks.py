@@ -43,6 +43,10 @@ def with_cifs(
         selections = usual_selections(list(positions_of(net)), hidden=128)
     names = {name.replace(".", "_"): name for name, _ in net.named_modules()}
     chosen = {names.get(key.replace(".", "_"), key): make for key, make in selections.items()}
+    if len(chosen) < len(selections):
+        raise ConfigurationError(
+            f"two of the selections {list(selections)} follow the same module; give one of them"
+        )
     places, logits = find_places(net, list(chosen), image_shape, "a channel selection")
     made = {
         name: chosen[name](place.output.shape[1], logits.shape[1]).to(place.output.device)

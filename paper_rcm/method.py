@@ -134,7 +134,7 @@ class EnlargedNetwork(Part):
         """
         losses: dict[str, InnerLoss] = {"feature": feature_distance} if pools_of(self) else {}
         is_fixed = any(part.has_fixed_size for part in parts_of(self.arch))
-        if isinstance(self.arch, ResNet) and not is_fixed:
+        if isinstance(self.arch, ResNet) and len(self.arch.stages) > 1 and not is_fixed:
             losses["ce_strides"] = other_strides
         return losses
 
@@ -203,7 +203,9 @@ def with_other_strides(net: nn.Module) -> nn.Module:
     other [measured].
     """
     twin = copy.deepcopy(net).eval()
-    block = parts_like(twin, EnlargedNetwork)[0].arch.stages[1][0]
+    # An EnlargedNetwork may be around another one.
+    (arch,) = (p.arch for p in parts_like(twin, EnlargedNetwork) if isinstance(p.arch, ResNet))
+    block: Any = arch.stages[1][0]
     for module in block.modules():
         if isinstance(module, nn.Conv2d) and (
             module is block.conv1 or module.kernel_size == (1, 1)
@@ -245,7 +247,7 @@ def shrink_first(net: nn.Module, image_shape: Sequence[int]) -> None:
     """Replace the first stride above 1 of any network by 1, in place: :func:`shrink` on modules.
 
     Convolutions and pools that stride and read maps of the same size are one operator, as a block
-    and its shortcut. A pool without overlap is left out.
+    and its shortcut. A pool without overlap becomes the identity.
 
     Raises:
         ConfigurationError: If nothing strides.
@@ -266,10 +268,12 @@ def shrink_first(net: nn.Module, image_shape: Sequence[int]) -> None:
         )
     for name in {name for name, side in seen if side == seen[0][1]}:
         found: Any = net.get_submodule(name)
-        if not isinstance(found, nn.Conv2d) and found.kernel_size == found.stride:
-            net.set_submodule(name, nn.Identity())
-        else:
-            found.stride = (1, 1) if isinstance(found, nn.Conv2d) else 1
+        if isinstance(found, nn.Conv2d):
+            found.stride = (1, 1)
+            continue
+        if found.kernel_size == found.stride:  # the identity; what is inserted behind it stays
+            found.kernel_size, found.padding = 1, 0
+        found.stride = 1
 
 
 STRIDING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)

@@ -61,6 +61,20 @@ def cifs(net: nn.Module, name: str = "stages.0", make=select, **settings) -> nn.
     return with_cifs(net, {name: make}, image_shape=SHAPE, **settings)
 
 
+class Small(nn.Module):
+    """A network without batch-norm, whose first module has a given name."""
+
+    def __init__(self, first: str = "conv") -> None:
+        super().__init__()
+        self.add_module(first, nn.Conv2d(1, 4, 3))
+        self.pool, self.linear = nn.MaxPool2d(2), nn.Linear(4, K)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, pool, linear = list(self.children())[:3]
+        return linear(pool(first(x)).relu().mean((2, 3)))
+
+
+TWICE = ("stages.1", "stages_1")
 maps = partial(with_weight_maps, variant="smoothing", image_shape=SHAPE)
 larger = partial(with_larger_maps, image_shape=SHAPE)
 enlarged = partial(with_larger_input, scale_factor=2)
@@ -75,6 +89,8 @@ NETWORKS = {
     "wm": lambda: maps(resnet()),
     "input": lambda: enlarged(resnet()),
     "strides": lambda: larger(wide()),
+    "strides_of_cifs": lambda: larger(cifs(Small(), "pool")),
+    "input_of_input": lambda: enlarged(enlarged(resnet())),
     "rule": lambda: rule(resnet(widths=(6, 12))),
     "router": lambda: router(wide()),
     "router_of_cifs_of_input": lambda: router(cifs(enlarged(resnet()), "arch.stages.1")),
@@ -249,6 +265,14 @@ def test_networks_of_other_packages() -> None:
         (lambda: rule(DigitsResNet()), "DigitsResNet"),
         (lambda: rule(resnet(), ratio=0.0), "0.0"),
         (lambda: enlarged(resnet(mean=[0.3], std=[0.4])), "0.3"),
+        (lambda: cifs(resnet(), ""), "stem.conv"),
+        (lambda: with_cifs(resnet(), dict.fromkeys(TWICE, select), image_shape=SHAPE), "stages_1"),
+        (lambda: cifs(Small("keys"), "keys"), "keys"),
+        (lambda: cifs(Small("selections"), "pool"), "selections"),
+        (lambda: router(Small(), dynamic=False), "Small"),
+        (lambda: OATNet(router(resnet())), "AWNet"),
+        (lambda: router(OATNet(resnet())), "OATNet"),
+        (lambda: larger(maps(Small(), after=["pool"])), "weight map"),
     ],
 )
 def test_networks_that_make_no_sense(make, named) -> None:

@@ -110,8 +110,8 @@ class _FullPrecision:
 
 
 def _module_after(net: nn.Module, name: str, what: str) -> nn.Module:
-    modules = dict(net.named_modules())
-    if not name or name not in modules:
+    modules = {key: module for key, module in net.named_modules() if key}
+    if name not in modules:
         near = difflib.get_close_matches(name, modules, n=1)
         known = [key for key, module in modules.items() if isinstance(module, nn.Conv2d)]
         hint = f"did you mean {near[0]!r}?" if near else f"convolutions are {', '.join(known[:8])}"
