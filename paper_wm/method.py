@@ -163,8 +163,8 @@ class WeightMap(Part):
         if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"this weight map was made for features (N, {', '.join(map(str, self.shape))}), "
-                f"got {tuple(x.shape)}; it belongs to positions and is not resized, so insert the "
-                "maps with the shape of the images that the network will see"
+                f"got {tuple(x.shape)}; it belongs to positions and is not resized, so insert maps "
+                "last, into the whole network, with the shape of its images"
             )
         kind = x.device.type
         is_cast = kind != "meta" and torch.is_autocast_enabled(kind)

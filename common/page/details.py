@@ -214,7 +214,7 @@ def _numbers(measured: Sequence[Measured]) -> dict[str, list[Number]]:
             elif name in share:
                 found[name].append(_share(one, name, value))
             else:
-                found[name].append(Number(f"{value:.6g}"))
+                found[name].append(Number(f"{value:,.0f}" if value % 1 == 0 else f"{value:.6g}"))
     return found
 
 

@@ -142,7 +142,7 @@ def inline(text: str, links: Mapping[str, str] = {}) -> Markup:
     parts = []
     for i, part in enumerate(re.split(r"`([^`]+)`", one_line(text))):
         if i % 2:
-            code = Markup("<code>{}</code>").format(part)
+            code = Markup("<code>{}</code>").format(breakable(part))
             link = Markup('<a href="#{}">{}</a>')
             parts.append(link.format(links[part], code) if part in links else code)
         else:
@@ -153,6 +153,11 @@ def inline(text: str, links: Mapping[str, str] = {}) -> Markup:
     return Markup("").join(parts)
 
 
+def breakable(name: str) -> Markup:
+    """A name that a narrow column may break behind underscores and slashes."""
+    return Markup(re.sub("([_/])", r"\1<wbr>", str(escape(name))))
+
+
 def blocks(sheet: Sheet) -> list[list[list[str]]]:
     """The lines of a table by row: a line whose first cell is empty belongs to the one above."""
     found: list[list[list[str]]] = []
@@ -161,6 +166,11 @@ def blocks(sheet: Sheet) -> list[list[list[str]]]:
             found.append([])
         found[-1].append(line)
     return found
+
+
+def is_prose(sheet: Sheet) -> bool:
+    """Whether a table has sentences, which a narrow screen shows below each other."""
+    return any(len(cell) > 60 for line in sheet.lines for cell in line)
 
 
 def picture(path: Path) -> str:
@@ -184,7 +194,9 @@ def render(sources: Sequence[Source]) -> str:
     )
     environment.filters |= {
         "inline": inline,
+        "breakable": breakable,
         "blocks": blocks,
+        "is_prose": is_prose,
         "picture": picture,
         "percent": percent,
         "mean": fmean,

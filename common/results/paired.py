@@ -96,14 +96,21 @@ def obstacle(first: Named, second: Named, metrics: Sequence[str] = ()) -> str:
         return f"the images differ: {_images(first)}, {_images(second)}"
     if differences := list(_entries_that_differ(first, second, metrics)):
         reasons = "; ".join(differences)
-        return f"the suites differ: {reasons}; choose a metric that both have with --metric"
+        return f"the suites differ: {reasons}; choose with --metric among {_shared(first, second)}"
     for name in metrics or [name for name in first.bases if name in second.bases]:
         if lacking := [one.name for one in (first, second) if name not in one.bases]:
-            return f"there is no metric {name!r} in {' and '.join(lacking)}"
+            known = _shared(first, second)
+            return f"there is no metric {name!r} in {' and '.join(lacking)}; both have {known}"
         if first.bases[name] != second.bases[name] and not is_audit(name):
             sizes = f"{first.bases[name].size:,} and {second.bases[name].size:,}"
             return f"the images differ: {name} is about {sizes}, and not the same ones"
     return ""
+
+
+def _shared(first: Named, second: Named) -> str:
+    """The metrics that can be compared, but for those of single losses, for messages."""
+    names = paired(first.entry, second.entry)
+    return ", ".join(name for name in names if "/" not in name and not is_audit(name))
 
 
 def _entries_that_differ(first: Named, second: Named, metrics: Sequence[str]) -> Iterator[str]:

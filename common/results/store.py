@@ -166,11 +166,17 @@ def read_result(path: str | Path) -> Result:
             not those of its outcomes.
     """
     remedy = (
-        "delete it and run the experiment's test again, which needs no training (with make, "
-        "delete the file finished in its run directory; make reproduce and publish write it again)"
+        "if a run wrote it, delete it and run the experiment's test again, which needs no training "
+        "(with make, delete the file finished in its run directory; make reproduce and publish "
+        "write it again)"
     )
     try:
         data = read_json(path)
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"there is no file {path}; results are called EXPERIMENT-seedK.json, or results.json "
+            "in a run directory"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
     schema = data.get("schema") if isinstance(data, dict) else None

@@ -40,7 +40,8 @@ function filterTable(tools) {
   const words = tools.querySelector("input[type=search]").value.toLowerCase().split(/\s+/);
   const choices = [...tools.querySelectorAll("select")].filter((one) => one.value !== "");
   const isRunOnly = tools.querySelector("input[type=checkbox]")?.checked;
-  let shown = 0;
+  const shown = [];
+  let count = 0;
   for (const block of table.tBodies) {
     const text = block.textContent.toLowerCase();
     block.hidden = !(
@@ -48,14 +49,24 @@ function filterTable(tools) {
       choices.every((one) => block.dataset[one.name] === one.value) &&
       (!isRunOnly || block.dataset.run === "1")
     );
-    shown += !block.hidden;
+    if (block.hidden) continue;
+    count += 1;
+    shown.push(...block.rows);
   }
-  tools.querySelector(".count").textContent = `${shown} of ${table.tBodies.length} rows`;
+  tools.querySelector(".count").textContent = `${count} of ${table.tBodies.length} rows`;
+  hideEmptyColumns(table, shown);
+}
+
+function hideEmptyColumns(table, shown) {
+  for (const head of table.tHead.rows[0].cells) {
+    const at = head.cellIndex;
+    const isEmpty = shown.length > 0 && shown.every((row) => !row.cells[at].textContent.trim());
+    if (head.hidden === isEmpty) continue;
+    for (const row of table.rows) row.cells[at].hidden = isEmpty;
+  }
 }
 
 // ---- plots: drawn when they come into view, since a phone has little memory
-
-let loading = null;
 
 async function unpack() {
   const packed = atob(document.getElementById("plotly").textContent);
@@ -69,12 +80,24 @@ async function unpack() {
 async function draw(box) {
   if (box.dataset.drawn) return;
   box.dataset.drawn = "1";
-  await (loading ??= unpack());
+  await loaded;
   const { data, layout } = JSON.parse(box.querySelector("script").textContent);
-  const isNarrow = box.clientWidth < 480;
+  let width = null;
+  const fit = () => {
+    if (box.clientWidth === width) return;
+    width = box.clientWidth;
+    Plotly.react(box, data, layoutOf(width, data, layout), { displayModeBar: false });
+  };
+  fit();
+  new ResizeObserver(fit).observe(box);
+}
+
+function layoutOf(width, data, layout) {
+  const isNarrow = width < 480;
   const below = { orientation: "h", yref: "container", y: 0, yanchor: "bottom", xref: "container", x: 0 };
-  Plotly.newPlot(box, data, {
+  return {
     ...layout,
+    width,
     height: 360 + (isNarrow ? 20 * data.length : 0),
     margin: { l: 50, r: 10, t: 10, b: 45 },
     font: { family: getComputedStyle(document.body).fontFamily, size: 12 },
@@ -84,7 +107,7 @@ async function draw(box) {
     hoverlabel: { align: "left" },
     showlegend: true,
     legend: isNarrow ? below : {},
-  }, { responsive: true, displayModeBar: false });
+  };
 }
 
 // ---- a link to a row opens it
@@ -103,6 +126,7 @@ for (const tools of document.querySelectorAll(".tools")) {
   tools.addEventListener("input", () => filterTable(tools));
   filterTable(tools);
 }
+const loaded = unpack(); // at once: what is printed has to be drawn without waiting
 const boxes = document.querySelectorAll(".plot");
 const observer = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) draw(entry.target);
