@@ -154,6 +154,15 @@ def test_plots_are_drawn_and_tell_their_points(
         browser.emulate(width)
         fits = f"document.documentElement.scrollWidth <= innerWidth && innerWidth == {width}"
         assert browser.wait(f"return {fits}")
+        browser.wait(
+            "return [...document.querySelectorAll('.plot')].every(box => {"
+            "const drawn = box.querySelector('.main-svg').getBoundingClientRect();"
+            "return drawn.height <= box.clientHeight && Math.abs(drawn.width - box.clientWidth) < 2"
+            "})"
+        )
+        if width == 375:  # sentences need no scrolling sideways on a phone
+            parents = "[...document.querySelectorAll('.prose')].map(one => one.parentElement)"
+            assert browser.run(f"return {parents}.every(one => one.scrollWidth <= one.clientWidth)")
     assert browser.run("return performance.getEntriesByType('resource').map(one => one.name)") == []
     colors = []
     for scheme, media in (("light", ""), ("dark", ""), ("dark", "print")):

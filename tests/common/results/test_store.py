@@ -224,7 +224,7 @@ def test_a_worst_case_of_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "\x00\xff"])
 def test_what_is_no_result_at_all_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "result.json"
-    with pytest.raises(ConfigurationError, match=r"result\.json cannot be read"):
+    with pytest.raises(ConfigurationError, match=r"result\.json"):
         read_result(path)
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigurationError, match=r"result\.json"):
