@@ -204,8 +204,9 @@ def with_other_strides(net: nn.Module) -> nn.Module:
     """
     twin = copy.deepcopy(net).eval()
     # An EnlargedNetwork may be around another one.
-    (arch,) = (p.arch for p in parts_like(twin, EnlargedNetwork) if isinstance(p.arch, ResNet))
-    block: Any = arch.stages[1][0]
+    around: list[Any] = [part.arch for part in parts_like(twin, EnlargedNetwork)]
+    backbone: Any = next(arch for arch in around if isinstance(arch, ResNet))
+    block = backbone.stages[1][0]
     for module in block.modules():
         if isinstance(module, nn.Conv2d) and (
             module is block.conv1 or module.kernel_size == (1, 1)
