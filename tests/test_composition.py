@@ -11,7 +11,8 @@ import torch
 import torchvision
 from torch import nn
 
-from common.attacks.pgd import PGD
+from common.attacks.engine.network import AttackEngine
+from common.attacks.pgd import PGD, input_gradient
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
 from common.classifier import RobustClassifier
 from common.cli.start import main
@@ -146,6 +147,9 @@ def test_every_objective_trains_every_method_which_is_then_attacked(name, batch)
         (gradient,) = torch.autograd.grad(loss(model, batch)(x).sum(), x)
         assert gradient.isfinite().all(), key
         assert (gradient.flatten(1).abs().amax(1) > 0).all(), key
+    with frozen(model), AttackEngine(precision="bf16").applied(model, batch["x"]):
+        for key, loss in model.adaptive_losses().items():
+            assert input_gradient(loss(model, batch), batch["x"]).isfinite().all(), key
 
 
 def test_losses_of_nested_methods_add_up() -> None:

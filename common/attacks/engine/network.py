@@ -247,7 +247,20 @@ def _stand_in(conv: nn.Conv2d, engine: AttackEngine, tile: int | None) -> nn.Con
         made.__class__ = WinogradConv2d
         made.tile = tile  # type: ignore[assignment]
         made.is_contiguous = not engine.channels_last  # type: ignore[assignment]
+    elif engine.is_reduced:
+        made.__class__ = _ReducedConv2d
     return made.eval()
+
+
+class _ReducedConv2d(nn.Conv2d):
+    """With weights in bfloat16, which computes in the input's type where autocast is off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        output: Tensor = self._conv_forward(x, self.weight.to(x.dtype), bias)
+        return output
 
 
 class _PassThrough(nn.Identity):
