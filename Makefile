@@ -31,16 +31,20 @@ ALONE  := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # -jN makes N rows at a time; make 3.81 does not tell recipes what N is, JOBS=N does in all versions.
 JOBS   ?= $(patsubst -j%,%,$(filter -j%,$(MFLAGS)))
 CHOSEN  = paper_$* --on "$(ON)" --seeds "$(SEEDS)"
+PLAN    = $(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --plan -- $(ARGS)
+# Whether make only prints commands (-n): it prints the plan too.
+DRY     = $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
 
 # NAME stands for a paper in the list of targets. By exec a signal to make reaches what it runs.
 ##@ First
 # reproduce-NAME: ## train and attack a paper's networks: tables and figures in runs/
 $(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
+	$(if $(DRY),+@! command -v $(PY) > /dev/null || $(PLAN))
 	@exec $(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --report -- $(ARGS)
 
 # plan-NAME: ## the rows that reproduce-NAME would make
 $(PAPERS:%=plan-%): plan-%: $(STAMP)
-	@$(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --plan -- $(ARGS)
+	@$(PLAN)
 
 test: $(STAMP) ## fast tests, some minutes
 	$(ALONE) $(PY) -m pytest -n auto

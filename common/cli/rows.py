@@ -357,7 +357,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*(_alone(row) for row in rows if row.stem in chosen), sep="\n")
         return 0
     if given.plan:
-        _print_plan(rows, jobs)
+        unmade = _print_plan(rows, jobs)
+        if unmade and not is_small:
+            _print_estimates(unmade)
         return 0
     if is_small:
         for name, value in SMALL.items():
@@ -386,8 +388,8 @@ def _report(package: str, selection: Sequence[str], options: Sequence[str]) -> b
     return not any(statuses)
 
 
-def _print_plan(rows: Sequence[Row], jobs: int) -> None:
-    """One line per row, in the order in which they run, and what is run for each."""
+def _print_plan(rows: Sequence[Row], jobs: int) -> list[Row]:
+    """One line per row, in the order in which they run; returns those that would run."""
     width = max(len(str(row)) for row in rows)
     unmade = []
     for row in rows:
@@ -399,7 +401,20 @@ def _print_plan(rows: Sequence[Row], jobs: int) -> None:
         print(f"{row!s:{width}}  {problem or 'is finished'}")
     print(f"\n{len(unmade)} of {len(rows)} rows would be made, {jobs} at a time", end="")
     words = [sys.executable, "-m", unmade[0].package, *unmade[0].words] if unmade else []
-    print(f", the first by\n  {shlex.join(words)}" if unmade else "")
+    print(f", the first by\n  {shlex.join(words)}" if unmade else "", flush=True)
+    return unmade
+
+
+def _print_estimates(rows: Sequence[Row]) -> None:
+    """How long rows would take; a plan does not fail where that is unknown."""
+    try:
+        from common.cli.estimate import print_estimates  # torch and Lightning take seconds
+
+        print_estimates(rows)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # a paper's module can raise anything when it is imported
+        print(f"their times are unknown: {error}")
 
 
 def _alone(row: Row) -> str:

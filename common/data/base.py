@@ -1,8 +1,9 @@
 """Interface of image sources: a specification, and two splits as uint8 tensors."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class ImageSource(ABC):
     """
 
     spec: ImageSpec
+    sizes: ClassVar[Mapping[Split, int]] = {}
+    """Images of each split of the whole set, where they are known before a file is read."""
 
     @abstractmethod
     def prepare(self) -> None:

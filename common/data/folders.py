@@ -39,7 +39,6 @@ class FolderSource(ImageSource):
 
     folder: ClassVar[str]
     address: ClassVar[str]
-    sizes: ClassVar[dict[Split, int]]
 
     def __init__(self, root: str = "data", verify: bool = True) -> None:
         self.root = Path(root).expanduser().absolute()

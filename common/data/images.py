@@ -185,6 +185,19 @@ class ImageDataModule(LightningDataModule):
         """Seed of order and augmentation: ``seed``, or else the run's."""
         return run_seed() if self.seed is None else self.seed
 
+    def counts(self) -> dict[str, int]:
+        """Images of an epoch of training, ``train``, and of ``val`` and ``test``; reads no file.
+
+        Versions by ``views`` are not counted. A KeyError if the source states no sizes.
+        """
+        train, test = self.source.sizes["train"], self.source.sizes["test"]
+        held_out = self._held_out(train) if self.validate_on == "held-out" else 0
+        return {
+            "train": sum(self._batch_sizes(min(train - held_out, self.train_limit or train))),
+            "val": min(held_out or test, self.val_limit or train),
+            "test": min(test, self.test_limit or test),
+        }
+
     def prepare_data(self) -> None:
         """Fetches and checks the files; Lightning calls it in one process per machine."""
         self.source.prepare()
@@ -339,14 +352,15 @@ class ImageDataModule(LightningDataModule):
         """Whether the images are kept in the memory of a GPU."""
         return self._is_on_cuda and self.num_workers == 0 and self.extra is None
 
+    def _held_out(self, n: int) -> int:
+        """How many of n training images are held out."""
+        return self.val_size if isinstance(self.val_size, int) else max(round(self.val_size * n), 1)
+
     def _split(self) -> tuple[Tensor, Tensor]:
         """Rows of the training split to train on, and rows held out."""
         _, y = self._load("train")
-        count = self.val_size
-        if isinstance(count, float):
-            count = max(round(count * len(y)), 1)
         try:
-            return stratified_split(y, count, self.split_seed)
+            return stratified_split(y, self._held_out(len(y)), self.split_seed)
         except ConfigurationError as error:
             raise ConfigurationError(f"data.val_size {self.val_size}: {error}") from None
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -76,7 +76,7 @@ class Digits(ImageSource):
         size: Height and width after antialiased bilinear resizing; the statistics are those of 8x8.
     """
 
-    TEST_SIZE = 700
+    sizes: ClassVar[Mapping[Split, int]] = {"train": 1_097, "test": 700}
 
     def __init__(self, size: int = 8) -> None:
         if size < 1:
@@ -95,7 +95,7 @@ class Digits(ImageSource):
         digits = load_digits()
         x = torch.from_numpy(digits.images).mul(255 / 16).round()[:, None]
         y = torch.from_numpy(digits.target).long()
-        train, test = stratified_split(y, self.TEST_SIZE, seed=0)
+        train, test = stratified_split(y, self.sizes["test"], seed=0)
         rows = train if split == "train" else test
         x = x[rows]
         if self.size != 8:
@@ -112,6 +112,7 @@ class CIFAR10(DownloadedSource):
     address = "https://www.cs.toronto.edu/~kriz/cifar.html"
     dataset = datasets.CIFAR10
     spec = _spec("CIFAR-10", (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    sizes: ClassVar[Mapping[Split, int]] = {"train": 50_000, "test": 10_000}
 
     def _checksums(self) -> dict[str, str]:
         return dict([*self.dataset.train_list, *self.dataset.test_list])
@@ -149,6 +150,7 @@ class SVHN(DownloadedSource):
     address = "http://ufldl.stanford.edu/housenumbers"
     dataset = datasets.SVHN
     spec = _spec("SVHN", (3, 32, 32), (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), _DIGITS)
+    sizes: ClassVar[Mapping[Split, int]] = {"train": 73_257, "test": 26_032}
 
     def _checksums(self) -> dict[str, str]:
         lists = self.dataset.split_list
@@ -180,6 +182,7 @@ class MNIST(DownloadedSource):
     dataset = datasets.MNIST
     contents: ClassVar[dict[str, str]] = {}  # SHA-256 of the unpacked files, where they are known
     spec = _spec("MNIST", (1, 28, 28), (0.1307,), (0.3081,), _DIGITS)
+    sizes: ClassVar[Mapping[Split, int]] = {"train": 60_000, "test": 10_000}
 
     def _checksums(self) -> dict[str, str]:
         return dict(self.dataset.resources)
@@ -236,5 +239,5 @@ class TinyImageNet(FolderSource):
 
     folder = "tiny-imagenet-200"
     address = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-    sizes: ClassVar[dict[Split, int]] = {"train": 100_000, "test": 10_000}
+    sizes: ClassVar[Mapping[Split, int]] = {"train": 100_000, "test": 10_000}
     spec = _spec("Tiny-ImageNet", (3, 64, 64), (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
