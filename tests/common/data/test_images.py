@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import seed_everything
 
 from common.data.images import ImageDataModule
-from common.data.sources import CIFAR10
+from common.data.sources import CIFAR10, Digits
 from common.data.subset import subset
 from common.errors import ConfigurationError, DataUnavailableError
 
@@ -70,6 +70,22 @@ def test_what_is_known_before_a_file_is_read(tmp_path) -> None:
         data.train_dataloader()
     with pytest.raises(DataUnavailableError):
         data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"val_size": 0.25},
+        {"val_size": 297, "drop_last": True, "test_limit": 50},
+        {"validate_on": "test", "train_limit": 500, "val_limit": 70},
+    ],
+)
+def test_counts_are_those_of_the_sets_though_no_file_is_read(settings) -> None:
+    data = ImageDataModule(Digits(), batch_size=100, **settings)
+    counts = data.counts()
+    data.setup()
+    trained = sum(len(batch["y"]) for batch in data.train_dataloader())
+    assert counts == {"train": trained, "val": len(data.val_set), "test": len(data.test_set)}
 
 
 # -------------------------------------------------------------------------------------- splits
