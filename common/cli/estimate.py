@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import add
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.analysis.profiling import device_name, timed
+from common.attacks.pgd import PGD
 from common.attacks.settings import Budget
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.robust_evaluation import RobustEvaluation
@@ -74,11 +75,11 @@ ASSUMED = Rate(2e-13, 2e-13, 1e-5)
 """Of a GPU where there is none: half the float32 peak of an A100 (19.5 TFLOP/s)."""
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations; on a GPU each takes some microseconds to start."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -217,7 +218,7 @@ def _validation(evaluation: RobustEvaluation, module: Any) -> Budget:
     if evaluation.validation is None:
         return JUDGED
     losses = resolve_losses(evaluation.validation.losses, module)
-    attack: Any = evaluation.validation.attack
+    attack = cast(PGD, evaluation.validation.attack)
     return attack.budget.plus(JUDGED).times(len(losses)).plus(JUDGED)
 
 
