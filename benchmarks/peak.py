@@ -1,7 +1,7 @@
 """What a step needs - passes, operations, memory - and how fast the machine multiplies at best."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from benchmarks.loops import Numerics, computed_in
 from common.analysis.profiling import timed
 from common.evaluation.measures import cost
 
@@ -103,15 +104,8 @@ class _Alive(TorchDispatchMode):
 def memory_of(step: Callable[[], object], *alive: Tensor) -> int:
     """Most bytes of tensors alive at once in a step, those ``alive`` before it included.
 
-    Counted tensor by tensor, so without an allocator's or a convolution's workspace. With those
-    alive on a GPU it is what the allocator hands out beyond what others hold.
+    Counted tensor by tensor, so without an allocator's or a convolution's workspace.
     """
-    if any(tensor.is_cuda for tensor in alive):
-        own = sum(tensor.untyped_storage().nbytes() for tensor in alive)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return int(torch.cuda.max_memory_allocated() - before + own)
     tracker = _Alive()
     with tracker:
         for tensor in alive:
@@ -120,41 +114,62 @@ def memory_of(step: Callable[[], object], *alive: Tensor) -> int:
     return tracker.most
 
 
-def peaks(device: str, batch: int) -> dict[str, float]:
-    """GFLOP/s of matrix products and 3x3 convolutions, float32 and bfloat16.
+def reserved_from_here() -> Callable[[], int]:
+    """Call it for the most bytes that torch has taken of the GPU since, beyond those it held.
+
+    So workspaces, compiled graphs' own memory and what the allocator cannot fill count too.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    return lambda: torch.cuda.max_memory_reserved() - before
+
+
+def peaks(
+    device: str, batch: int, numerics: Iterable[Numerics] = ("fp32", "bf16")
+) -> dict[str, float]:
+    """GFLOP/s of matrix products and 3x3 convolutions.
 
     Matrix products are the best of square ones and those that the stages' convolutions would be;
     convolutions are in the faster of the two layouts.
     """
-    products = [(n, n, n) for n in (512, 1024, 2048)]
-    products += [(batch * size**2, 9 * channels, channels) for channels, size in SHAPES[1:]]
     found: dict[str, float] = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-
-        def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape, device=device).to(dtype)
-
-        found[f"matmul {name}"] = max(
-            _rate(2 * m * k * n, partial(torch.matmul, random(m, k), random(k, n)), device)
-            for m, k, n in products
-        )
-        for channels, size in SHAPES:
-            both = random(batch, channels, size, size), random(channels, channels, 3, 3)
-            found[f"conv {channels}@{size}x{size} {name}"] = max(
-                _rate(
-                    2 * batch * size**2 * channels**2 * 9,
-                    partial(F.conv2d, *(t.to(memory_format=layout) for t in both), padding=1),
-                    device,
-                )
-                for layout in (torch.contiguous_format, torch.channels_last)
-            )
+    for name in numerics:
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        with computed_in("fp32" if name == "bf16" else name, device):
+            found |= {f"{k} {name}": rate for k, rate in _rates(device, batch, dtype).items()}
     return found
 
 
-def _rate(operations: int, step: Callable[[], object], device: str, budget: float = 0.4) -> float:
-    """Billions of operations per second in the shortest call of those that fit the budget."""
+def _rates(device: str, batch: int, dtype: torch.dtype) -> dict[str, float]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    products = [(n, n, n) for n in (512, 1024, 2048, *((4096, 8192) if device != "cpu" else ()))]
+    products += [(batch * size**2, 9 * channels, channels) for channels, size in SHAPES[1:]]
+    found = {
+        "matmul": max(
+            _rate(2 * m * k * n, partial(torch.matmul, random(m, k), random(k, n)), device)
+            for m, k, n in products
+        )
+    }
+    for channels, size in SHAPES:
+        both = random(batch, channels, size, size), random(channels, channels, 3, 3)
+        found[f"conv {channels}@{size}x{size}"] = max(
+            _rate(
+                2 * batch * size**2 * channels**2 * 9,
+                partial(F.conv2d, *(t.to(memory_format=layout) for t in both), padding=1),
+                device,
+            )
+            for layout in (torch.contiguous_format, torch.channels_last)
+        )
+    return found
+
+
+def _rate(operations: int, step: Callable[[], object], device: str) -> float:
+    """Billions of operations per second in the shortest of the calls within 0.4 s, or 0.1 s."""
     step()
-    best, spent = float("inf"), 0.0
+    best, spent, budget = float("inf"), 0.0, 0.4 if device == "cpu" else 0.1
     while spent < budget:
         seconds = timed(step, device)[0]
         best, spent = min(best, seconds), spent + seconds

@@ -3,14 +3,14 @@
 import importlib
 import importlib.metadata
 import weakref
-from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.loops import Attack, Task
+from benchmarks.loops import Attack, Build, Task
+from benchmarks.timing import reason
 
 
 def torchattacks(task: Task) -> Attack:
@@ -57,7 +57,7 @@ def art(task: Task) -> Attack:
     return attack
 
 
-PEERS: dict[str, Callable[[Task], Attack]] = {
+PEERS: dict[str, Build] = {
     "torchattacks": torchattacks,
     "foolbox": foolbox,
     "adversarial-robustness-toolbox": art,
@@ -65,13 +65,14 @@ PEERS: dict[str, Callable[[Task], Attack]] = {
 """By the name of the distribution."""
 
 
-def available(task: Task) -> tuple[dict[str, Attack], dict[str, str]]:
-    """The peers that can be imported, by name and version, and why the others cannot."""
-    found: dict[str, Attack] = {}
+def available(task: Task) -> tuple[dict[str, Build], dict[str, str]]:
+    """The peers that work, by name and version, and why the others do not."""
+    found: dict[str, Build] = {}
     missing: dict[str, str] = {}
     for name, build in PEERS.items():
         try:
-            found[f"{name} {importlib.metadata.version(name)}"] = build(task)
+            build(task)
+            found[f"{name} {importlib.metadata.version(name)}"] = build
         except Exception as error:  # a library may fail to import in many ways
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            missing[name] = reason(error)
     return found, missing

@@ -1,12 +1,16 @@
 """Times of things done in turns, so that what disturbs the machine disturbs all of them."""
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from common.analysis.profiling import quartiles, timed
+from common.errors import is_out_of_memory
 
 Step = Callable[[], object]
 
@@ -19,6 +23,8 @@ class Timing:
     ``wall_s`` the median time by the clock.
     """
 
+    RELATIVE: ClassVar = ("ratio", "lower", "upper")
+
     ratio: float
     lower: float
     upper: float
@@ -27,21 +33,26 @@ class Timing:
 
 
 def interleaved(
-    steps: Mapping[str, Step], base: str, rounds: int, warm_up: int = 0, device: str = "cpu"
+    steps: Mapping[str, Step],
+    base: str,
+    rounds: int,
+    device: str = "cpu",
+    seconds: float = math.inf,
 ) -> dict[str, Timing]:
     """Call all candidates once per round, in alternating order, and compare within the rounds.
 
     The base begins a round and ends it, so that a machine that slows down meanwhile counts for it
-    by half as it does for the others.
+    by half as it does for the others. No round but the first begins when ``seconds`` are over.
     """
     if base not in steps or rounds < 1:
         raise ValueError(f"need a base among {', '.join(steps)} and a round, got {base}, {rounds}")
-    for step in [*steps.values()] * warm_up:
-        step()
+    until = time.monotonic() + seconds
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     wall: dict[str, list[float]] = {name: [] for name in steps}
     others = [name for name in steps if name != base]
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number and time.monotonic() > until:
+            break
         for name in (base, *others, base):
             spent, passed = timed(steps[name], device)
             cpu[name].append(spent)
@@ -60,3 +71,11 @@ def exponent(times: Mapping[int, float], offset: float = 0.0) -> float:
     """The b of the power law time = a * (size + offset)^b that fits best on logarithmic axes."""
     sizes = np.add(list(times), offset)
     return float(np.polyfit(np.log(sizes), np.log(list(times.values())), 1)[0])
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in one line."""
+    if is_out_of_memory(error):
+        return "out of memory"
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}"

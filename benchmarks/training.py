@@ -1,22 +1,31 @@
 """One step of PGD adversarial training: ours, peers, and the bare loop, which is 1."""
 
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from statistics import harmonic_mean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.loops import Attack, Candidate, Task, bare, candidate, one_graph, ours
-from benchmarks.peak import Passes, counted, flops_of, memory_of, peaks
-from benchmarks.timing import exponent, interleaved
+from benchmarks.loops import Build, Candidate, Task, bare, candidate, one_graph, ours
+from benchmarks.peak import Passes, counted, flops_of, memory_of, peaks, reserved_from_here
+from benchmarks.timing import Timing, exponent, interleaved, reason
 from common.analysis.profiling import timed
 from common.attacks.engine.network import AttackEngine
 from common.networks.resnet import DigitsResNet, ResNet18
 from common.networks.wide_resnet import WideResNet
 
+Entry = tuple[Task, Build]
+
 BASE = "bare loop"
+BACKWARD = "loop with backward()"
+NO_TIME = "not measured: no time left"
 ENGINES = {
     "ours, no engine": None,
     "ours, folded": AttackEngine(channels_last=False, winograd=False),
@@ -42,70 +51,156 @@ def task(net: nn.Module, batch: int, steps: int, device: str = "cpu") -> Task:
     return Task(net.eval().to(device), x.to(device), y.to(device), steps=steps)
 
 
-def attacks(what: Task, is_compiled: bool) -> tuple[dict[str, Attack], dict[str, str]]:
+def entries(what: Task, is_compiled: bool) -> tuple[dict[str, Entry], dict[str, str]]:
     """All candidates by name, and the peers that are not there."""
     engines = ENGINES | (COMPILED if is_compiled else {})
-    found = {BASE: bare(what)} | {name: ours(what, engine) for name, engine in engines.items()}
+    builds: dict[str, Build] = {BASE: bare}
+    builds |= {name: partial(ours, engine=engine) for name, engine in engines.items()}
     if is_compiled:
-        found["ours, folded, channels_last, Winograd, one compiled graph per step"] = one_graph(
-            what, AttackEngine()
+        builds["ours, folded, channels_last, Winograd, one compiled graph per step"] = partial(
+            one_graph, engine=AttackEngine()
         )
-    found["loop with backward()"] = bare(what, by_backward=True)
     there, missing = peers.available(what)
-    return found | there, missing
+    builds |= {BACKWARD: partial(bare, by_backward=True), **there}
+    return {name: (what, build) for name, build in builds.items()}, missing
+
+
+def measured(
+    candidates: Mapping[str, Entry],
+    rounds: int,
+    seconds: float = math.inf,
+    say: Callable[[str], None] = print,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Images, passes, memory and time of candidates relative to the first; and why some have none.
+
+    Images and passes come first, of an attack of three steps: what disagrees there is no
+    candidate, and longer ones amplify rounding. One that fails, or needs more memory than there is,
+    stops none of the others. Candidates that have not been tried when 0.6 of ``seconds`` are over
+    are left out.
+    """
+    begun = time.monotonic()
+    base = next(iter(candidates))
+    steps: dict[str, Candidate] = {}
+    rows: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    wanted: Tensor | None = None
+    for number, (name, (task, build)) in enumerate(candidates.items(), 1):
+        if number > 1 and time.monotonic() - begun > 0.6 * seconds:
+            missing[name] = NO_TIME
+            continue
+        say(f"  {number} of {len(candidates)}: {name}")
+        try:
+            steps[name], rows[name], images = _tried(task, build, wanted, "compiled" in name)
+            wanted = images if name == base else wanted
+        except Exception as error:  # of peers and compilers in many ways
+            missing[name] = reason(error)
+        if name in missing:
+            say(f"    {missing[name]}")
+            _free()
+    times = _timed(steps, missing, base, rounds, seconds - (time.monotonic() - begun))
+    for name, timing in times.items():
+        rows[name] |= asdict(timing) | {"images_per_s": len(steps[name].task.x) / timing.wall_s}
+        if base not in times:
+            rows[name] = {k: v for k, v in rows[name].items() if k not in Timing.RELATIVE}
+        elif "peak_memory_mb" in rows[name]:
+            rows[name]["memory_ratio"] = rows[name]["peak_memory_mb"] / rows[base]["peak_memory_mb"]
+        say(f"  {rows[name]['images_per_s']:9.1f} images/s: {name}")
+    return {name: rows[name] for name in times}, missing
+
+
+def _tried(
+    task: Task, build: Build, wanted: Tensor | None, is_compiled: bool
+) -> tuple[Candidate, dict[str, Any], Tensor]:
+    """A candidate that has made two steps, what they needed, and its images."""
+    reserved = reserved_from_here() if task.x.is_cuda else None
+    step = candidate(task, build(task))
+    short = replace(task, steps=min(task.steps, 3))
+    images = Candidate(short, build(short), step.net, step.optimizer).images()
+    difference = (images - (images if wanted is None else wanted)).abs()
+    row: dict[str, Any] = {
+        "largest_difference": difference.max().item(),
+        "pixels_apart": (difference > 1e-5).float().mean().item(),
+    }
+    if is_compiled:  # hooks would change what is compiled
+        step()
+    else:
+        with counted(step.net) as passes:
+            step()
+        row["passes"] = asdict(passes)
+    if reserved is not None:
+        step()
+        row["peak_memory_mb"] = reserved() / 1e6
+    elif not is_compiled:  # the second step has gradients of the first
+        row["peak_memory_mb"] = memory_of(step, *step.alive()) / 1e6
+    return step, row, images
+
+
+def _timed(
+    steps: Mapping[str, Candidate],
+    missing: dict[str, str],
+    base: str,
+    rounds: int,
+    seconds: float,
+) -> dict[str, Timing]:
+    """Times of the steps; one that fails meanwhile becomes missing."""
+
+    def guarded(name: str) -> None:
+        if name in missing:
+            return
+        try:
+            steps[name]()
+        except RuntimeError as error:  # memory that others hold
+            missing[name] = reason(error)
+
+    if not steps:
+        return {}
+    device = next(iter(steps.values())).task.x.device.type
+    found = interleaved(
+        {name: partial(guarded, name) for name in steps},
+        base if base in steps else next(iter(steps)),
+        rounds,
+        device,
+        seconds,
+    )
+    return {name: timing for name, timing in found.items() if name not in missing}
+
+
+def _free() -> None:
+    """Give back what a candidate that failed has held."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def operations(task: Task) -> float:
+    """Floating-point operations of a step of the bare loop."""
+    return flops_of(task.net, task.x, Passes(task.steps + 1, task.steps + 1, 1))
 
 
 def compare(
     batch: int, steps: int, rounds: int, is_compiled: bool = False, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Time, passes, memory and images of every candidate.
-
-    Images and passes come first, of an attack of three steps: what disagrees there is no
-    candidate, and longer ones amplify rounding.
-    """
+    """Time, passes, memory and images of every candidate."""
     torch.manual_seed(0)
     what = task(ResNet18(), batch, steps, device)
-    found, missing = attacks(what, is_compiled)
-    steps_of = {name: candidate(what, attack) for name, attack in found.items()}
-    short = replace(what, steps=3)
-    checked, _ = attacks(short, is_compiled)
-    wanted = candidate(short, checked[BASE]).images()
-    rows: dict[str, Any] = {}
-    counts: dict[str, Passes] = {}
-    for name, step in steps_of.items():
-        tried = Candidate(short, checked[name], step.net, step.optimizer)
-        difference = (tried.images() - wanted).abs()
-        rows[name] = {
-            "largest_difference": difference.max().item(),
-            "pixels_apart": (difference > 1e-5).float().mean().item(),
-        }
-        if "compiled" not in name:
-            with counted(step.net) as counts[name]:
-                step()
-            memory = memory_of(step, *step.alive())  # the second step has gradients of the first
-            rows[name] |= {"passes": asdict(counts[name]), "peak_memory_mb": memory / 1e6}
-    times = interleaved(steps_of, BASE, rounds, device=device)
+    candidates, missing = entries(what, is_compiled)
+    rows, failed = measured(candidates, rounds)
     best = peaks(device, batch)
-    base = steps_of[BASE]
-    operations = flops_of(base.net, what.x, counts[BASE])
-    for name, timing in times.items():
+    needed = operations(what)
+    for name, row in rows.items():
         precision = "bf16" if "bf16" in name else "fp32"
-        rate = operations / (timing.cpu_s if device == "cpu" else timing.wall_s) / 1e9
-        rows[name] |= asdict(timing) | {
+        rate = needed / row["cpu_s" if device == "cpu" else "wall_s"] / 1e9
+        row |= {
             "useful_gflops": rate,
             "of_matmul_peak": rate / best[f"matmul {precision}"],
             # the stages have equally many operations
             "of_conv_peak": rate
             / harmonic_mean(v for k, v in best.items() if k[:4] == "conv" and precision in k),
-            "images_per_s": batch / timing.wall_s,
         }
-    for row in rows.values():
-        if "peak_memory_mb" in row:
-            row["memory_ratio"] = row["peak_memory_mb"] / rows[BASE]["peak_memory_mb"]
     return {
         "setting": f"ResNet-18, batch {batch} of 3x32x32, PGD-{steps} and one step of SGD",
         "rows": rows,
-        "missing": missing,
+        "missing": missing | failed,
         "peaks_gflops": best,
         "rounds": rounds,
     }

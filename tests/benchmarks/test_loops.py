@@ -1,12 +1,16 @@
 """What is compared is comparable: the same images, and as many passes as are said."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 from benchmarks import accuracy, overheads
-from benchmarks.loops import Task, bare, candidate, one_graph, ours
+from benchmarks.loops import Task, bare, candidate, in_channels_last, one_graph, ours
 from benchmarks.peak import Passes, counted
 from benchmarks.peers import PEERS, available
+from benchmarks.training import measured
 from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import FGSM, PGD
 from common.callbacks.adversarial_training import AdversarialTraining
@@ -51,8 +55,8 @@ def test_images_are_those_of_the_bare_loop(task, monkeypatch) -> None:
     wanted = candidate(task, bare(task)).images()
     assert (wanted - task.x).abs().max() > 0.03
     there, missing = available(task)
-    for name, attack in {"ours": ours(task), "backward": bare(task, True), **there}.items():
-        assert share_apart(candidate(task, attack).images(), wanted) < 0.01, name
+    for name, build in {"ours": ours, "backward": partial(bare, by_backward=True), **there}.items():
+        assert share_apart(candidate(task, build(task)).images(), wanted) < 0.01, name
     assert share_apart(candidate(task, ours(task, AttackEngine())).images(), wanted) < 0.03
     assert len(there) + len(missing) == len(PEERS)
 
@@ -75,6 +79,61 @@ def test_a_step_keeps_weights_and_leaves_gradients_and_momentum_alive(task) -> N
     assert all(torch.equal(v, before[name]) for name, v in step.net.named_parameters())
     weights = sum(parameter.numel() for parameter in step.net.parameters())
     assert sum(tensor.numel() for tensor in step.alive()) == at_first + 2 * weights
+
+
+def test_a_candidate_that_fails_or_needs_too_much_memory_stops_no_other(task) -> None:
+    def greedy(_):
+        def attack(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+        return attack
+
+    def late(_):
+        calls = []
+
+        def attack(net, x, y):
+            calls.append(1)
+            if len(calls) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x
+
+        return attack
+
+    def broken(_):
+        raise AttributeError("no such option")
+
+    what = replace(task, steps=1)
+    builds = {"bare loop": bare, "greedy": greedy, "late": late, "broken": broken, "ours": ours}
+    said = []
+    rows, missing = measured({k: (what, v) for k, v in builds.items()}, 2, say=said.append)
+    assert list(rows) == ["bare loop", "ours"]
+    assert missing["greedy"] == missing["late"] == "out of memory"
+    assert "no such option" in missing["broken"]
+    assert rows["bare loop"]["ratio"] == 1.0
+    assert rows["ours"]["passes"] == {"forward": 2, "backward": 2, "weight_gradient": 1}
+    assert rows["ours"]["images_per_s"] > 0
+    assert any("3 of 5" in line for line in said)
+    rows, missing = measured({"greedy": (what, greedy), "ours": (what, ours)}, 1, say=said.append)
+    assert "ratio" not in rows["ours"], "nothing to compare with"
+    rows, missing = measured({"ours": (what, ours), "bare": (what, bare)}, 1, 0.0, said.append)
+    assert list(rows) == ["ours"]
+    assert set(missing) == {"bare"}
+
+
+@pytest.mark.parametrize("numerics", ["fp32", "tf32", "bf16"])
+def test_numerics_are_those_of_attack_and_update_alone(task, numerics) -> None:
+    seen = []
+
+    def attack(net, x, y):
+        seen.append(torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32)
+        seen.append(net(x).dtype)
+        return x
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    candidate(in_channels_last(replace(task, numerics=numerics)), attack)()
+    dtype = torch.bfloat16 if numerics == "bf16" else torch.float32
+    assert seen == [numerics != "fp32", dtype]
+    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,16 @@ def test_turns_alternate_and_ratios_are_within_a_round() -> None:
     calls: list[str] = []
     names = ("one", "two", "three")
     steps = {name: (lambda name=name: calls.append(name)) for name in names}
-    found = interleaved(steps, "one", rounds=2, warm_up=1)
-    assert calls == [*names, "one", "two", "three", "one", "one", "three", "two", "one"]
+    found = interleaved(steps, "one", rounds=2)
+    assert calls == ["one", "two", "three", "one", "one", "three", "two", "one"]
     assert list(found) == list(names)
     assert found["one"].ratio == found["one"].lower == found["one"].upper == 1.0
     for base, rounds in (("four", 2), ("one", 0)):
         with pytest.raises(ValueError, match=rf"one, two, three.*{base}, {rounds}"):
             interleaved(steps, base, rounds)
+    calls.clear()
+    interleaved(steps, "one", rounds=9, seconds=0.0)
+    assert len(calls) == 4  # one round in any case
 
 
 def test_quartiles_and_exponents() -> None:
