@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.failures import reason
 from benchmarks.loops import Attack, Build, Task
-from benchmarks.timing import reason
 
 
 def torchattacks(task: Task) -> Attack:

@@ -10,7 +10,6 @@ from typing import ClassVar
 import numpy as np
 
 from common.analysis.profiling import quartiles, timed
-from common.errors import is_out_of_memory
 
 Step = Callable[[], object]
 
@@ -71,11 +70,3 @@ def exponent(times: Mapping[int, float], offset: float = 0.0) -> float:
     """The b of the power law time = a * (size + offset)^b that fits best on logarithmic axes."""
     sizes = np.add(list(times), offset)
     return float(np.polyfit(np.log(sizes), np.log(list(times.values())), 1)[0])
-
-
-def reason(error: BaseException) -> str:
-    """Why something failed, in one line."""
-    if is_out_of_memory(error):
-        return "out of memory"
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first[:200]}"

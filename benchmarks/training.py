@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
+from benchmarks.failures import NO_TIME, reason
 from benchmarks.loops import Build, Candidate, Task, bare, candidate, one_graph, ours
 from benchmarks.peak import Passes, counted, flops_of, memory_of, peaks, reserved_from_here
-from benchmarks.timing import Timing, exponent, interleaved, reason
+from benchmarks.timing import Timing, exponent, interleaved
 from common.analysis.profiling import timed
 from common.attacks.engine.network import AttackEngine
 from common.networks.resnet import DigitsResNet, ResNet18
@@ -25,7 +26,6 @@ Entry = tuple[Task, Build]
 
 BASE = "bare loop"
 BACKWARD = "loop with backward()"
-NO_TIME = "not measured: no time left"
 ENGINES = {
     "ours, no engine": None,
     "ours, folded": AttackEngine(channels_last=False, winograd=False),

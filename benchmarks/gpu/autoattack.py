@@ -1,0 +1,88 @@
+"""AutoAttack and the suite ``strong``: seconds, passes and verdicts on one robust network."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import strong
+from benchmarks.evaluation import right
+from benchmarks.gpu.journal import Row
+from benchmarks.gpu.parts import Measurements, Setting
+from benchmarks.loops import Candidate, Task, computed_in, ours
+from common.attacks.engine.network import AttackEngine
+from common.data.sources import Digits
+from common.data.subset import subset
+from common.modes import frozen
+from common.networks.resnet import DigitsResNet, ResNet18
+
+EPS = 0.1
+EPOCHS = 12
+IMAGES = 250  # a batch of both
+
+
+def measurements(setting: Setting) -> Measurements:
+    """Ours with the attack engine, the official package, ours without."""
+    engine = AttackEngine()
+    runs: dict[str, Callable[..., Any]] = {
+        "suite autoattack, folded": partial(strong.ours, suite="autoattack", engine=engine),
+        "suite strong, folded": partial(strong.ours, engine=engine),
+        "official package": strong.official,
+        "suite autoattack": partial(strong.ours, suite="autoattack"),
+        "suite strong": strong.ours,
+    }
+    return {name: partial(_attacked, setting, run) for name, run in runs.items()}
+
+
+def _attacked(setting: Setting, run: Callable[..., tuple[Tensor, Row]]) -> Row:
+    net = network(setting)
+    images, labels = Digits(_size(setting)).load("test")
+    rows = subset(labels, 4 if setting.is_smoke else IMAGES)
+    x = (images[rows].float() / 255.0).to(setting.device)
+    y = labels[rows].to(setting.device)
+    with computed_in("fp32", setting.device), frozen(net):
+        clean = int(right(net, x, y).sum())
+        held, cost = run(net, x, y, EPS)
+    robust = int(held.sum())
+    passes = cost["forward"] + cost["backward"]
+    return {
+        "network": type(net).__name__,
+        "images": len(y),
+        "clean": clean,
+        "robust": robust,
+        **{f"attack_{name}" if name == "seconds" else name: value for name, value in cost.items()},
+        "summary": f"{robust} of {len(y)} withstand it ({clean} clean), {cost['seconds']:.1f} s, "
+        f"{passes:,} passes of images, {passes / cost['seconds']:,.0f} a second",
+    }
+
+
+def _size(setting: Setting) -> int:
+    return 8 if setting.is_smoke else 32
+
+
+def network(setting: Setting) -> nn.Module:
+    """A ResNet-18 after adversarial training on digits of 32x32; trained once."""
+    return _network(setting.device, setting.is_smoke, setting.runs / "autoattack.pt")
+
+
+@cache
+def _network(device: str, is_smoke: bool, path: Path) -> nn.Module:
+    torch.manual_seed(0)
+    net = (DigitsResNet() if is_smoke else ResNet18(in_channels=1)).to(device)
+    if path.is_file():
+        net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        return net.eval()
+    images, labels = Digits(8 if is_smoke else 32).load("train")
+    x, y = (images.float() / 255.0).to(device), labels.to(device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    whole = Task(net, x, y, eps=EPS, step_size=EPS / 3, steps=5, numerics="bf16")
+    attack = ours(whole)
+    for _ in range(1 if is_smoke else EPOCHS):
+        for rows in torch.split(torch.randperm(len(y)).to(device), 100):
+            Candidate(replace(whole, x=x[rows], y=y[rows]), attack, net, optimizer)()
+    torch.save(net.state_dict(), path)
+    return net.eval()

@@ -1,0 +1,92 @@
+"""Epochs of two rows on Fashion-MNIST by the real command, until the time is up; it resumes."""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.journal import DONE, SKIPPED, UNFINISHED, Row
+from benchmarks.gpu.papers import SMOKE, on_device
+from benchmarks.gpu.parts import Measurements, Setting
+from common.checkpoints import load_checkpoint
+from common.cli.workers import start
+from common.data.sources import FashionMNIST
+from common.errors import DataUnavailableError
+
+PACKAGE = "paper_cifs"
+STEMS = ("fashion_mnist_resnet10_plain", "fashion_mnist_resnet10_cifs")
+BATCH = 128
+STOPPING = 20.0
+"""Seconds within which a run that was asked to stop has saved its checkpoint."""
+
+
+def measurements(setting: Setting) -> Measurements:
+    """Both rows share the time that is left."""
+    stems = STEMS[:1] if setting.is_smoke else STEMS
+    return {
+        stem: partial(_trained, setting, stem, len(stems) - number)
+        for number, stem in enumerate(stems)
+    }
+
+
+def _trained(setting: Setting, stem: str, waiting: int) -> Row:
+    """Train until this row's share of the time is over; ``waiting`` rows share it."""
+    try:
+        FashionMNIST(download=False).prepare()
+    except DataUnavailableError as error:
+        return {"state": SKIPPED, "summary": str(error)}
+    folder = setting.runs / "epochs"
+    folder.mkdir(parents=True, exist_ok=True)
+    last = folder / PACKAGE / stem / "seed0" / "checkpoints" / "last.ckpt"
+    words = ["reproduce", "--config", stem, "--runs", str(folder), *on_device(setting.device)]
+    words += ["--trainer.enable_progress_bar", "false", "--checkpoint.every_n_train_steps", "50"]
+    if setting.is_smoke:
+        words += [f"--{name}={value}" for name, value in SMOKE.items()]
+    before, begun = progress(last).get("steps", 0), time.time()
+    log = folder / f"{stem}.txt"
+    is_finished = ended(words, log, setting.seconds_left / waiting - STOPPING)
+    seconds = time.time() - begun
+    found = progress(last)
+    if not found:
+        raise RuntimeError(f"no checkpoint was written in {seconds:.0f} s (log in {log})")
+    rate = (found["steps"] - before) * BATCH / seconds
+    best = f", best robust accuracy {100 * found['best']:.2f} %" if "best" in found else ""
+    return found | {
+        "state": DONE if is_finished else UNFINISHED,
+        "images_per_s": rate,
+        "summary": f"{found['steps']} steps in all, {found['epochs']} whole epochs{best}; "
+        f"{rate:.0f} images/s now, start and validation included",
+    }
+
+
+def ended(words: list[str], log: Path, seconds: float) -> bool:
+    """Run the command for so long, then ask it to stop; whether it had come to its end.
+
+    Raises:
+        RuntimeError: If it failed.
+    """
+    process = start(PACKAGE, words, log)
+    process.join(max(seconds, 1.0))
+    if process.exitcode is None:
+        process.terminate()  # it saves a checkpoint after the batch
+        process.join(STOPPING)
+        process.kill()
+        process.join()
+        return False
+    if process.exitcode != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise RuntimeError(f"{(lines or ['no output'])[-1]} (log in {log})")
+    return True
+
+
+def progress(last: Path) -> dict[str, Any]:
+    """Steps, whole epochs and best validation accuracy of a run; nothing before its first step."""
+    if not last.is_file():
+        return {}
+    checkpoint = load_checkpoint(last)
+    loop = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    found = {"steps": int(checkpoint["global_step"]), "epochs": int(loop["processed"])}
+    for state in checkpoint["callbacks"].values():
+        if isinstance(state, dict) and state.get("best_model_score") is not None:
+            found["best"] = float(state["best_model_score"])
+    return found

@@ -1,0 +1,43 @@
+"""What has been measured on a device, on disk after every measurement."""
+
+from pathlib import Path
+from typing import Any
+
+from common.files import write_json_atomically
+from common.limits import read_json
+
+Row = dict[str, Any]
+"""``state``, ``call`` (which command measured it), ``summary`` in a line, ``seconds``, figures."""
+
+DONE, UNFINISHED, RUNNING = "done", "unfinished", "running"
+SKIPPED, FAILED = "skipped", "failed"
+
+
+class Journal:
+    """The results of a device as JSON: ``{"machine": ..., "parts": {part: {key: row}}}``.
+
+    One process writes at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def whole(self) -> dict[str, Any]:
+        """Everything that has been written."""
+        found = read_json(self.path) if self.path.is_file() else {}
+        return {"machine": {}, "parts": {}} | found
+
+    def describe(self, machine: dict[str, Any]) -> None:
+        """Write what the figures belong to."""
+        write_json_atomically(self.path, self.whole() | {"machine": machine})
+
+    def rows(self, part: str) -> dict[str, Row]:
+        """The measurements of a part by their names."""
+        found: dict[str, Row] = self.whole()["parts"].get(part, {})
+        return found
+
+    def put(self, part: str, key: str, row: Row) -> None:
+        """Write one measurement."""
+        whole = self.whole()
+        whole["parts"].setdefault(part, {})[key] = row
+        write_json_atomically(self.path, whole)

@@ -1,0 +1,192 @@
+"""Where the host waits for the device: nowhere in an attack, and in a training step where said."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu.journal import Row
+from benchmarks.gpu.papers import STEMS, on_device
+from benchmarks.gpu.parts import ROOT, Measurements, Setting
+from benchmarks.training import task
+from common.attacks.engine.network import AttackEngine
+from common.attacks.losses import cross_entropy
+from common.attacks.pgd import MIM, PGD, FriendlyPGD
+from common.cli.main import RobustCLI
+from common.limits import read_yaml
+from common.modes import frozen
+from common.networks.resnet import DigitsResNet
+
+MESSAGE = "called a synchronizing"
+"""What CUDA's warnings have in common."""
+QUESTIONS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select")
+"""Operations whose result the host needs before it can go on."""
+
+
+class _Questions(TorchDispatchMode):
+    """Warns on a CPU where CUDA would."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().partition(".")[0] in QUESTIONS:
+            warnings.warn(f"{MESSAGE} operation, {func.name()}", stacklevel=2)
+        return func(*args, **(kwargs or {}))
+
+
+class Waits:
+    """Counts by place where the host waits, in the phases that are to be watched.
+
+    On a GPU CUDA's own check tells; on a CPU the operations that would wait.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.phase = ""
+        self.places: dict[str, Counter[str]] = {}
+
+    @contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Until the end of the block, count what happens in a phase."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = self._note
+            with nullcontext() if self.device == "cuda" else _Questions():
+                yield
+
+    def enter(self, phase: str) -> str:
+        """Begin a phase, ``""`` for what is not watched; the one before."""
+        before, self.phase = self.phase, phase
+        self.places.setdefault(phase, Counter())
+        if self.device == "cuda":
+            torch.cuda.set_sync_debug_mode("warn" if phase else "default")
+        return before
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """A phase until the end of the block."""
+        before = self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def _note(self, message: Any, category: Any, filename: str, line: int, *_: Any) -> None:
+        if self.phase and MESSAGE in str(message):
+            path = os.path.relpath(filename, ROOT)
+            place = path if not path.startswith("..") else "/".join(Path(filename).parts[-3:])
+            self.places[self.phase][f"{place}:{line}"] += 1
+
+
+def measurements(setting: Setting) -> Measurements:
+    """Attacks with several engines, and training steps of a row per paper."""
+    rows = [*STEMS.items()][: 1 if setting.is_smoke else None]
+    return {"attacks": partial(_attacks, setting)} | {
+        stem: partial(_training, setting, package, stem) for package, stem in rows
+    }
+
+
+def _found(waits: Waits, steps: int = 1) -> Row:
+    """Fails where an attack waits; elsewhere waits are told."""
+    inside, outside = (waits.places.get(phase, Counter()) for phase in ("attack", "step"))
+    if inside:
+        raise RuntimeError(f"an attack waits at {_listed(inside)}")
+    told = f", a training step beside it {outside.total() / steps:g} times" if steps > 1 else ""
+    at = f" ({_listed(outside)})" if outside else ""
+    return {"places": dict(outside), "summary": f"attacks wait nowhere{told}{at}"}
+
+
+def _listed(places: Counter[str]) -> str:
+    return ", ".join(f"{place} {count}x" for place, count in places.most_common())
+
+
+def _attacks(setting: Setting) -> Row:
+    torch.manual_seed(0)
+    what = task(DigitsResNet(in_channels=3), 4, 3, setting.device)
+    attacks = [PGD(0.1, 0.03, 3), PGD(0.5, 0.2, 3, norm="l2"), PGD(5.0, 1.0, 3, norm="l1"),
+               PGD(0.1, 0.03, 3, restarts=2), MIM(0.1, steps=3),
+               FriendlyPGD(0.1, 0.03, 3, tau={0: 1})]  # fmt: skip
+    waits = Waits(setting.device)
+    with waits.noticed(), frozen(what.net):
+        for engine in (None, AttackEngine(), AttackEngine(precision="bf16")):
+            for attack in attacks:
+                for phase in ("", "attack"):  # the first call tries the engine out
+                    _attack(what.net, what.x, what.y, attack, engine, waits, phase)
+    return _found(waits) | {"attacks": [repr(attack) for attack in attacks]}
+
+
+def _attack(
+    net: torch.nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD,
+    engine: AttackEngine | None,
+    waits: Waits,
+    phase: str,
+) -> None:
+    generator = torch.Generator(x.device).manual_seed(0)
+    with (
+        nullcontext() if engine is None else engine.applied(net, x),
+        waits.during(phase),
+    ):
+        attack(
+            lambda z: cross_entropy(net(z), y),
+            x,
+            generator,
+            is_adversarial=lambda z: net(z).argmax(dim=1) != y,
+        )
+
+
+class Watched(Callback):
+    """Watches two steps of the trainer, loading and logging included, but the first one."""
+
+    steps = 2
+
+    def __init__(self, waits: Waits) -> None:
+        self.waits = waits
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The step before is over."""
+        if batch_idx == 0:
+            self.waits.enter("step")
+        elif batch_idx == self.steps:
+            self.waits.enter("")
+
+
+def _training(setting: Setting, package: str, stem: str) -> Row:
+    path = ROOT / package / "configs" / f"{stem}.yaml"
+    words = ["--config", str(path), *on_device(setting.device)]
+    words += ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    words += ["--trainer.enable_checkpointing", "false", "--trainer.limit_val_batches", "0"]
+    words += ["--trainer.max_epochs", "1", "--trainer.max_steps", str(Watched.steps + 1)]
+    words += ["--trainer.log_every_n_steps", "1000", "--warm_start.experiment", "null"]
+    objective = read_yaml(path)["model"]["init_args"]["objective"]
+    for name, value in (objective.get("init_args") or {}).items():
+        if isinstance(value, dict) and "experiment" in value:  # a teacher, trained or not
+            words += [f"--model.objective.{name}.as_it_is", "true"]
+    cli = RobustCLI(package, words, run=False)
+    waits = Waits(setting.device)
+    adversary = cli.config_init["adversary"]
+    original = adversary.on_train_batch_start
+
+    def attacked(*args: Any) -> None:
+        with waits.during("attack" if waits.phase else ""):
+            original(*args)
+
+    adversary.on_train_batch_start = attacked
+    cli.trainer.callbacks.insert(0, Watched(waits))
+    with waits.noticed():
+        try:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        finally:
+            waits.enter("")
+    return _found(waits, Watched.steps)
