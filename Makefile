@@ -85,6 +85,10 @@ bench: $(BENCH) ## ours against peers and the bare loop, under half an hour [ARG
 bench-full: $(BENCH) ## the same with more rounds, sizes and examples, an hour or two
 	OMP_NUM_THREADS=1 $(BENCHPY) -m benchmarks --full --compile $(ARGS)
 
+# PY=python3 uses the packages of that one: without a network nothing can be installed.
+gpu: $(if $(filter command,$(origin PY)),,$(STAMP)) ## all that is measured on a GPU, 25 minutes; continues [PY=python3 ARGS="--minutes 10"]
+	@exec $(PY) -m benchmarks.gpu $(ARGS)
+
 tensorboard: $(STAMP) ## look at all runs
 	$(VENV)/bin/tensorboard --logdir runs
 
@@ -147,5 +151,5 @@ $(BENCH): $(STAMP)
 clean: ## remove the environment and caches; runs and results stay
 	rm -rf $(VENV) $(BENCHENV) $(OLDENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build
 
-.PHONY: help test reproduce results report bench bench-full tensorboard new check format test-wheel \
+.PHONY: help test reproduce results report bench bench-full gpu tensorboard new check format test-wheel \
   test-slow test-faults test-oldest setup clean $(foreach do,reproduce plan publish commands,$(PAPERS:%=$(do)-%))

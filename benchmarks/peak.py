@@ -126,9 +126,12 @@ def reserved_from_here() -> Callable[[], int]:
 
 
 def peaks(
-    device: str, batch: int, numerics: Iterable[Numerics] = ("fp32", "bf16")
+    device: str,
+    batch: int,
+    numerics: Iterable[Numerics] = ("fp32", "bf16"),
+    seconds: float = 0.4,
 ) -> dict[str, float]:
-    """GFLOP/s of matrix products and 3x3 convolutions.
+    """GFLOP/s of matrix products and 3x3 convolutions, in the shortest call within ``seconds``.
 
     Matrix products are the best of square ones and those that the stages' convolutions would be;
     convolutions are in the faster of the two layouts.
@@ -137,11 +140,14 @@ def peaks(
     for name in numerics:
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
         with computed_in("fp32" if name == "bf16" else name, device):
-            found |= {f"{k} {name}": rate for k, rate in _rates(device, batch, dtype).items()}
+            rates = _rates(device, batch, dtype, seconds)
+            found |= {f"{key} {name}": rate for key, rate in rates.items()}
     return found
 
 
-def _rates(device: str, batch: int, dtype: torch.dtype) -> dict[str, float]:
+def _rates(device: str, batch: int, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+    rate = partial(_rate, device=device, seconds=seconds)
+
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
@@ -149,28 +155,27 @@ def _rates(device: str, batch: int, dtype: torch.dtype) -> dict[str, float]:
     products += [(batch * size**2, 9 * channels, channels) for channels, size in SHAPES[1:]]
     found = {
         "matmul": max(
-            _rate(2 * m * k * n, partial(torch.matmul, random(m, k), random(k, n)), device)
+            rate(2 * m * k * n, partial(torch.matmul, random(m, k), random(k, n)))
             for m, k, n in products
         )
     }
     for channels, size in SHAPES:
         both = random(batch, channels, size, size), random(channels, channels, 3, 3)
         found[f"conv {channels}@{size}x{size}"] = max(
-            _rate(
+            rate(
                 2 * batch * size**2 * channels**2 * 9,
                 partial(F.conv2d, *(t.to(memory_format=layout) for t in both), padding=1),
-                device,
             )
             for layout in (torch.contiguous_format, torch.channels_last)
         )
     return found
 
 
-def _rate(operations: int, step: Callable[[], object], device: str) -> float:
-    """Billions of operations per second in the shortest of the calls within 0.4 s, or 0.1 s."""
+def _rate(operations: int, step: Callable[[], object], device: str, seconds: float) -> float:
+    """Billions of operations per second."""
     step()
-    best, spent, budget = float("inf"), 0.0, 0.4 if device == "cpu" else 0.1
-    while spent < budget:
-        seconds = timed(step, device)[0]
-        best, spent = min(best, seconds), spent + seconds
+    best, spent = timed(step, device)[0], 0.0
+    while spent < seconds:
+        taken = timed(step, device)[0]
+        best, spent = min(best, taken), spent + taken
     return operations / best / 1e9
