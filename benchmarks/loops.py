@@ -62,7 +62,7 @@ def computed_in(numerics: Numerics, device: str) -> Iterator[None]:
 
 def in_channels_last(task: Task) -> Task:
     """The same task with network and images in the layout ``NHWC``."""
-    net = copy.deepcopy(task.net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = copy.deepcopy(task.net).to(memory_format=torch.channels_last)
     return replace(task, net=net, x=task.x.contiguous(memory_format=torch.channels_last))
 
 

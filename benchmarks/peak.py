@@ -1,5 +1,6 @@
 """What a step needs - passes, operations, memory - and how fast the machine multiplies at best."""
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -119,6 +120,7 @@ def reserved_from_here() -> Callable[[], int]:
 
     So workspaces, compiled graphs' own memory and what the allocator cannot fill count too.
     """
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()

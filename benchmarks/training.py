@@ -168,7 +168,7 @@ def _timed(
 def _free() -> None:
     """Give back what a candidate that failed has held."""
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

@@ -323,6 +323,14 @@ def test_an_interrupted_install_leaves_no_stamp(project: Path) -> None:
     assert not (project / ".venv/.installed").exists()
 
 
+def test_a_given_python_needs_no_environment(project: Path) -> None:
+    (project / ".venv/.installed").unlink()
+    done = make(project, "-n", "gpu", "ARGS=--minutes 9")
+    assert "-m benchmarks.gpu --minutes 9" in done.stdout
+    assert "venv" not in done.stdout
+    assert "-m venv" in make(project, "-n", "setup").stdout
+
+
 @pytest.mark.parametrize("index", ["", "https://download.pytorch.org/whl/cpu"])
 @pytest.mark.parametrize("target", ["setup", "test-oldest"])
 def test_where_torch_is_installed_from(project: Path, target: str, index: str) -> None:

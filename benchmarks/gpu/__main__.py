@@ -63,7 +63,10 @@ def _supervised(given: argparse.Namespace) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", machine["processor"].lower()).strip("-")
     journal = Journal((folder / f"gpu-{name}{'-smoke' if given.smoke else ''}.json").absolute())
     journal.describe(machine)
-    print(f"{machine['processor']}, {given.minutes:g} minutes; figures go to {journal.path}")
+    print(
+        f"{machine['processor']}, {given.minutes:g} minutes; figures go to {journal.path}",
+        flush=True,
+    )
     given.runs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _end)
     total, share = 60.0 * given.minutes - GRACE - 5.0, 0.0

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.failures import NO_TIME
 from benchmarks.gpu.journal import DONE, SKIPPED, UNFINISHED, Row
 from benchmarks.gpu.papers import SMOKE, on_device
 from benchmarks.gpu.parts import Measurements, Setting
@@ -18,6 +19,8 @@ STEMS = ("fashion_mnist_resnet10_plain", "fashion_mnist_resnet10_cifs")
 BATCH = 128
 STOPPING = 20.0
 """Seconds within which a run that was asked to stop has saved its checkpoint."""
+SHORTEST = 30.0
+"""Seconds that are worth a start."""
 
 
 def measurements(setting: Setting) -> Measurements:
@@ -35,28 +38,32 @@ def _trained(setting: Setting, stem: str, waiting: int) -> Row:
         FashionMNIST(download=False).prepare()
     except DataUnavailableError as error:
         return {"state": SKIPPED, "summary": str(error)}
-    folder = setting.runs / "epochs"
+    folder, seconds = setting.runs / "epochs", setting.seconds_left / waiting - STOPPING
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / PACKAGE / stem / "seed0" / "checkpoints" / "last.ckpt"
+    before, log = progress(last), folder / f"{stem}.txt"
+    if seconds < SHORTEST:
+        return _row(before, UNFINISHED) if before else {"state": SKIPPED, "summary": NO_TIME}
     words = ["reproduce", "--config", stem, "--runs", str(folder), *on_device(setting.device)]
     words += ["--trainer.enable_progress_bar", "false", "--checkpoint.every_n_train_steps", "50"]
     if setting.is_smoke:
         words += [f"--{name}={value}" for name, value in SMOKE.items()]
-    before, begun = progress(last).get("steps", 0), time.time()
-    log = folder / f"{stem}.txt"
-    is_finished = ended(words, log, setting.seconds_left / waiting - STOPPING)
-    seconds = time.time() - begun
-    found = progress(last)
+    begun = time.time()
+    is_finished = ended(words, log, seconds)
+    seconds, found = time.time() - begun, progress(last)
     if not found:
         raise RuntimeError(f"no checkpoint was written in {seconds:.0f} s (log in {log})")
-    rate = (found["steps"] - before) * BATCH / seconds
-    best = f", best robust accuracy {100 * found['best']:.2f} %" if "best" in found else ""
-    return found | {
-        "state": DONE if is_finished else UNFINISHED,
-        "images_per_s": rate,
-        "summary": f"{found['steps']} steps in all, {found['epochs']} whole epochs{best}; "
-        f"{rate:.0f} images/s now, start and validation included",
-    }
+    rate = (found["steps"] - before.get("steps", 0)) * BATCH / seconds
+    return _row(found | {"images_per_s": rate}, DONE if is_finished else UNFINISHED)
+
+
+def _row(found: Row, state: str) -> Row:
+    summary = f"{found['steps']} steps in all, {found['epochs']} whole epochs"
+    if "best" in found:
+        summary += f", best robust accuracy {100 * found['best']:.2f} %"
+    if "images_per_s" in found:
+        summary += f"; {found['images_per_s']:.0f} images/s, start and validation included"
+    return found | {"state": state, "summary": summary}
 
 
 def ended(words: list[str], log: Path, seconds: float) -> bool:
@@ -85,7 +92,10 @@ def progress(last: Path) -> dict[str, Any]:
         return {}
     checkpoint = load_checkpoint(last)
     loop = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-    found = {"steps": int(checkpoint["global_step"]), "epochs": int(loop["processed"])}
+    found: dict[str, Any] = {
+        "steps": int(checkpoint["global_step"]),
+        "epochs": int(loop["processed"]),
+    }
     for state in checkpoint["callbacks"].values():
         if isinstance(state, dict) and state.get("best_model_score") is not None:
             found["best"] = float(state["best_model_score"])

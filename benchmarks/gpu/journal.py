@@ -1,8 +1,10 @@
 """What has been measured on a device, on disk after every measurement."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.failures import NO_TIME
 from common.files import write_json_atomically
 from common.limits import read_json
 
@@ -11,6 +13,8 @@ Row = dict[str, Any]
 
 DONE, UNFINISHED, RUNNING = "done", "unfinished", "running"
 SKIPPED, FAILED = "skipped", "failed"
+START = "start"
+"""The row of a part that could not begin."""
 
 
 class Journal:
@@ -35,6 +39,13 @@ class Journal:
         """The measurements of a part by their names."""
         found: dict[str, Row] = self.whole()["parts"].get(part, {})
         return found
+
+    def expect(self, part: str, keys: Iterable[str]) -> None:
+        """Make these the measurements of a part; those that are new have had no time so far."""
+        whole, rows = self.whole(), self.rows(part)
+        new = {"state": SKIPPED, "summary": NO_TIME}
+        whole["parts"][part] = {key: rows.get(key, new) for key in keys}
+        write_json_atomically(self.path, whole)
 
     def put(self, part: str, key: str, row: Row) -> None:
         """Write one measurement."""

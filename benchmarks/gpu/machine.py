@@ -17,5 +17,5 @@ def described(device: str) -> dict[str, Any]:
         "memory_gb": round(about.total_memory / 1e9, 1),
         "capability": f"{about.major}.{about.minor}",
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }

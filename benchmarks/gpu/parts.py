@@ -3,13 +3,22 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from benchmarks.failures import NO_TIME, reason
-from benchmarks.gpu.journal import DONE, FAILED, RUNNING, SKIPPED, UNFINISHED, Journal, Row
+from benchmarks.gpu.journal import (
+    DONE,
+    FAILED,
+    RUNNING,
+    SKIPPED,
+    START,
+    UNFINISHED,
+    Journal,
+    Row,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +52,7 @@ class Setting:
         return self.until - time.time()
 
 
-Measurements = dict[str, Callable[[], Row]]
+Measurements = Mapping[str, Callable[[], Row]]
 
 
 def run(
@@ -59,18 +68,24 @@ def run(
     tried again. A device that has stopped working ends the process, see :data:`BROKEN`.
     """
     parent = os.getppid()
-    listed = (todo or import_module(f"benchmarks.gpu.{part}").measurements)(setting)
+    try:
+        listed = (todo or import_module(f"benchmarks.gpu.{part}").measurements)(setting)
+    except Exception as error:  # of a package that is not there, for instance
+        journal.put(part, START, {"state": FAILED, "call": call, "summary": reason(error)})
+        print(f"[{part}] failed: {reason(error)}", flush=True)
+        return
+    journal.expect(part, listed)
     for number, (key, measure) in enumerate(listed.items(), 1):
-        before = journal.rows(part).get(key, {})
+        before = journal.rows(part)[key]
         title = f"[{part} {number} of {len(listed)}] {key}"
-        if before.get("state") == DONE or before.get("call") == call:
+        if before["state"] == DONE or before.get("call") == call:
             print(f"{title}: {before['state']} before", flush=True)
             continue
         if os.getppid() != parent:
             raise SystemExit("the process that started this one is gone")
         if setting.seconds_left < 3.0:
             print(f"{title}: {NO_TIME}", flush=True)
-            if before.get("state") != UNFINISHED:
+            if before["state"] != UNFINISHED:
                 journal.put(part, key, {"state": SKIPPED, "call": call, "summary": NO_TIME})
             continue
         print(f"{title}, {setting.seconds_left:.0f} s left", flush=True)

@@ -16,7 +16,7 @@ from benchmarks.gpu.parts import Measurements, Setting
 from benchmarks.loops import Numerics, Task, bare, in_channels_last, ours
 from benchmarks.peak import peaks
 from benchmarks.training import BACKWARD, BASE, Entry, measured, operations, task
-from common.attacks.engine.network import AttackEngine
+from common.attacks.engine.network import AttackEngine, Precision
 from common.networks.resnet import DigitsResNet, ResNet18
 from common.networks.wide_resnet import WideResNet
 
@@ -44,12 +44,11 @@ def measurements(setting: Setting) -> Measurements:
         *product(small, NUMERICS[:2], [True]),
         *product(large, NUMERICS[::-1], [True]),
     ]
-    return {"peaks": partial(_peaks, setting)} | {
-        f"{net}, batch {batch}, {numerics}{', compiled' if is_compiled else ''}": partial(
-            _steps, setting, net, batch, numerics, is_compiled
-        )
-        for (net, batch), numerics, is_compiled in plan
-    }
+    found: dict[str, Callable[[], Row]] = {"peaks": partial(_peaks, setting)}
+    for (net, batch), numerics, is_compiled in plan:
+        name = f"{net}, batch {batch}, {numerics}{', compiled' if is_compiled else ''}"
+        found[name] = partial(_steps, setting, net, batch, numerics, is_compiled)
+    return found
 
 
 def _peaks(setting: Setting) -> Row:
@@ -60,7 +59,8 @@ def _peaks(setting: Setting) -> Row:
 
 
 def _steps(setting: Setting, net: str, batch: int, numerics: Numerics, is_compiled: bool) -> Row:
-    torch.compiler.reset()  # graphs of other batches would make shapes dynamic
+    if is_compiled:
+        torch.compiler.reset()  # graphs of other batches would make shapes dynamic
     torch.manual_seed(0)
     made = task(NETS[net](), batch, 2 if setting.is_smoke else 10, setting.device)
     what = replace(made, numerics=numerics)
@@ -123,5 +123,5 @@ def compiled(what: Task) -> dict[str, Entry]:
 
 
 def _engine(what: Task, **options: Any) -> Any:
-    precision = "bf16" if what.numerics == "bf16" else "32"
+    precision: Precision = "bf16" if what.numerics == "bf16" else "32"
     return partial(ours, engine=AttackEngine(precision=precision, **options))

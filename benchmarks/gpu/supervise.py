@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from benchmarks.failures import NO_TIME
-from benchmarks.gpu.journal import FAILED, RUNNING, SKIPPED, Journal
+from benchmarks.gpu.journal import FAILED, RUNNING, SKIPPED, START, Journal
 
 GRACE = 10.0
 """Seconds between asking a process to end and ending it."""
@@ -38,7 +38,7 @@ def supervise(
             return
         if _measured(journal, part, call) == before:
             summary = f"the process ended with status {status}, see what it printed"
-            journal.put(part, "start", {"state": FAILED, "call": call, "summary": summary})
+            journal.put(part, START, {"state": FAILED, "call": call, "summary": summary})
             return
 
 

@@ -1,6 +1,6 @@
 """Where the host waits for the device: nowhere in an attack, and in a training step where said."""
 
-import os
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu.journal import Row
 from benchmarks.gpu.papers import STEMS, on_device
 from benchmarks.gpu.parts import ROOT, Measurements, Setting
-from benchmarks.training import task
 from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import MIM, PGD, FriendlyPGD
@@ -32,12 +31,12 @@ QUESTIONS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten:
 """Operations whose result the host needs before it can go on."""
 
 
-class _Questions(TorchDispatchMode):
+class _Questions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Warns on a CPU where CUDA would."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name().partition(".")[0] in QUESTIONS:
-            warnings.warn(f"{MESSAGE} operation, {func.name()}", stacklevel=2)
+            warnings.warn(f"{MESSAGE} operation, {func.name()}", stacklevel=1)
         return func(*args, **(kwargs or {}))
 
 
@@ -57,8 +56,9 @@ class Waits:
         """Until the end of the block, count what happens in a phase."""
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            warnings.showwarning = self._note
-            with nullcontext() if self.device == "cuda" else _Questions():
+            warnings.showwarning = self._note  # type: ignore[assignment]
+            asked: Any = _Questions
+            with nullcontext() if self.device == "cuda" else asked():
                 yield
 
     def enter(self, phase: str) -> str:
@@ -78,19 +78,26 @@ class Waits:
         finally:
             self.enter(before)
 
-    def _note(self, message: Any, category: Any, filename: str, line: int, *_: Any) -> None:
+    def _note(self, message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
         if self.phase and MESSAGE in str(message):
-            path = os.path.relpath(filename, ROOT)
-            place = path if not path.startswith("..") else "/".join(Path(filename).parts[-3:])
-            self.places[self.phase][f"{place}:{line}"] += 1
+            self.places[self.phase][_caller() or f"{filename}:{lineno}"] += 1
+
+
+def _caller() -> str:
+    """The innermost line that belongs to no library."""
+    for frame, line in traceback.walk_stack(None):
+        path = Path(frame.f_code.co_filename)
+        is_ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+        if is_ours and path != Path(__file__):
+            return f"{path.relative_to(ROOT)}:{line}"
+    return ""
 
 
 def measurements(setting: Setting) -> Measurements:
     """Attacks with several engines, and training steps of a row per paper."""
     rows = [*STEMS.items()][: 1 if setting.is_smoke else None]
-    return {"attacks": partial(_attacks, setting)} | {
-        stem: partial(_training, setting, package, stem) for package, stem in rows
-    }
+    training = {stem: partial(_training, setting, package, stem) for package, stem in rows}
+    return {"attacks": partial(_attacks, setting), **training}
 
 
 def _found(waits: Waits, steps: int = 1) -> Row:
@@ -98,9 +105,10 @@ def _found(waits: Waits, steps: int = 1) -> Row:
     inside, outside = (waits.places.get(phase, Counter()) for phase in ("attack", "step"))
     if inside:
         raise RuntimeError(f"an attack waits at {_listed(inside)}")
-    told = f", a training step beside it {outside.total() / steps:g} times" if steps > 1 else ""
+    told = f"; a training step waits {outside.total() / steps:g} times beside its attack"
     at = f" ({_listed(outside)})" if outside else ""
-    return {"places": dict(outside), "summary": f"attacks wait nowhere{told}{at}"}
+    summary = f"attacks wait nowhere{told if steps > 1 else ''}{at}"
+    return {"places": dict(outside), "summary": summary}
 
 
 def _listed(places: Counter[str]) -> str:
@@ -109,16 +117,18 @@ def _listed(places: Counter[str]) -> str:
 
 def _attacks(setting: Setting) -> Row:
     torch.manual_seed(0)
-    what = task(DigitsResNet(in_channels=3), 4, 3, setting.device)
+    net = DigitsResNet().eval().to(setting.device)
+    x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
+    x, y = x.to(setting.device), y.to(setting.device)
     attacks = [PGD(0.1, 0.03, 3), PGD(0.5, 0.2, 3, norm="l2"), PGD(5.0, 1.0, 3, norm="l1"),
                PGD(0.1, 0.03, 3, restarts=2), MIM(0.1, steps=3),
                FriendlyPGD(0.1, 0.03, 3, tau={0: 1})]  # fmt: skip
     waits = Waits(setting.device)
-    with waits.noticed(), frozen(what.net):
+    with waits.noticed(), frozen(net):
         for engine in (None, AttackEngine(), AttackEngine(precision="bf16")):
             for attack in attacks:
                 for phase in ("", "attack"):  # the first call tries the engine out
-                    _attack(what.net, what.x, what.y, attack, engine, waits, phase)
+                    _attack(net, x, y, attack, engine, waits, phase)
     return _found(waits) | {"attacks": [repr(attack) for attack in attacks]}
 
 
@@ -132,10 +142,7 @@ def _attack(
     phase: str,
 ) -> None:
     generator = torch.Generator(x.device).manual_seed(0)
-    with (
-        nullcontext() if engine is None else engine.applied(net, x),
-        waits.during(phase),
-    ):
+    with waits.during(phase), nullcontext() if engine is None else engine.applied(net, x):
         attack(
             lambda z: cross_entropy(net(z), y),
             x,
@@ -166,7 +173,8 @@ def _training(setting: Setting, package: str, stem: str) -> Row:
     path = ROOT / package / "configs" / f"{stem}.yaml"
     words = ["--config", str(path), *on_device(setting.device)]
     words += ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
-    words += ["--trainer.enable_checkpointing", "false", "--trainer.limit_val_batches", "0"]
+    words += ["--trainer.default_root_dir", str(setting.runs / "waits" / stem)]
+    words += ["--trainer.limit_val_batches", "0", "--trainer.enable_model_summary", "false"]
     words += ["--trainer.max_epochs", "1", "--trainer.max_steps", str(Watched.steps + 1)]
     words += ["--trainer.log_every_n_steps", "1000", "--warm_start.experiment", "null"]
     objective = read_yaml(path)["model"]["init_args"]["objective"]
