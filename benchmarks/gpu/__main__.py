@@ -62,33 +62,48 @@ def _supervised(given: argparse.Namespace) -> int:
     folder = given.output or (given.runs if given.smoke else RESULTS)
     name = re.sub(r"[^a-z0-9]+", "-", machine["processor"].lower()).strip("-")
     journal = Journal((folder / f"gpu-{name}{'-smoke' if given.smoke else ''}.json").absolute())
+    _check_versions(journal, machine)
     journal.describe(machine)
     print(
         f"{machine['processor']}, {given.minutes:g} minutes; figures go to {journal.path}",
         flush=True,
     )
     given.runs.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _end)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _end)
     total, share = 60.0 * given.minutes - GRACE - 5.0, 0.0
-    try:
-        for part, its in SHARES.items():
-            share += its
-            until = begun + total * share
-            print(f"--- {part}, until {until - begun:.0f} s of {total:.0f} s", flush=True)
-            words = [
-                *(sys.executable, "-m", "benchmarks.gpu", "--part", part, "--call", call),
-                *("--until", str(until), "--journal", str(journal.path)),
-                *("--device", given.device, "--runs", str(given.runs.absolute())),
-                *(["--smoke"] if given.smoke else []),
-            ]
+    for part, its in SHARES.items():
+        share += its
+        until = begun + total * share
+        print(f"--- {part}, until {until - begun:.0f} s of {total:.0f} s", flush=True)
+        words = [
+            *(sys.executable, "-m", "benchmarks.gpu", "--part", part, "--call", call),
+            *("--until", str(until), "--journal", str(journal.path)),
+            *("--device", given.device, "--runs", str(given.runs.absolute())),
+            *(["--smoke"] if given.smoke else []),
+        ]
+        try:
             supervise(words, journal, part, call, until, environment)
-    finally:
-        text = write(journal)
+        finally:
+            text = write(journal)
     print(text)
     rows = [row for rows in journal.whole()["parts"].values() for row in rows.values()]
     failed = sum(row["state"] == FAILED for row in rows)
     print(f"{time.time() - begun:.0f} s; {len(rows)} measurements, {failed} failed: {journal.path}")
     return int(failed > 0)
+
+
+def _check_versions(journal: Journal, machine: dict[str, Any]) -> None:
+    """Refuse to put figures of other versions into one file."""
+    before = journal.whole()["machine"] or machine
+    for name, value in {**machine["versions"], "python": machine["python"]}.items():
+        if (its := {**before["versions"], "python": before["python"]}.get(name)) != value:
+            print(
+                f"error: {journal.path} was measured with {name} {its}, and here is {value}; move "
+                "it away, or choose another folder with --output FOLDER",
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
 
 
 def _end(signum: int, _: Any) -> NoReturn:

@@ -1,6 +1,7 @@
 """A short run of one row per paper on the device, its verdicts compared with the CPU's."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 
 from benchmarks.gpu.journal import Row
 from benchmarks.gpu.parts import Measurements, Setting
+from common.cli.rows import SMALL
 from common.cli.workers import start
 from common.results.outcomes import figures
 from common.results.store import read_result
@@ -35,6 +37,8 @@ SMOKE: dict[str, Any] = {
 
 def measurements(setting: Setting) -> Measurements:
     """A row of each paper."""
+    for name, value in SMALL.items():
+        os.environ.setdefault(name, value)
     rows = [*STEMS.items()][: 1 if setting.is_smoke else None]  # the first one needs no other
     return {stem: partial(_compared, setting, package, stem) for package, stem in rows}
 
