@@ -6,6 +6,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import torch
 from torch import nn
 
 from benchmarks import peers
