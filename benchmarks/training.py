@@ -65,15 +65,11 @@ def entries(what: Task, is_compiled: bool) -> tuple[dict[str, Entry], dict[str, 
     return {name: (what, build) for name, build in builds.items()}, missing
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def measured(
     candidates: Mapping[str, Entry],
     rounds: int,
     seconds: float = math.inf,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = print,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Images, passes, memory and time of candidates relative to the first; and why some have none.
 

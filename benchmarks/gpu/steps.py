@@ -30,7 +30,7 @@ SMALL = (("ResNet-18", 128), ("ResNet-18", 512), ("WRN-34-10", 128))
 LARGE = (("ResNet-18", 1024), ("WRN-34-10", 512), ("WRN-34-10", 1024))
 SMOKE = (("DigitsResNet", 4),)
 ROUNDS = 9
-SECONDS = {False: 40.0, True: 240.0}
+SECONDS = {False: 60.0, True: 240.0}
 """The most that the candidates of one measurement may take together, not compiled and compiled."""
 
 
