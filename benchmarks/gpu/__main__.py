@@ -22,6 +22,7 @@ from benchmarks.gpu.journal import FAILED, Journal
 from benchmarks.gpu.parts import ROOT, SHARES, Setting, run
 from benchmarks.gpu.supervise import GRACE, supervise
 from common.cli.workers import ending_with_this
+from common.errors import ConfigurationError, UserError
 
 MACHINE = (
     "import json, sys; from benchmarks.gpu.machine import described; "
@@ -49,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not given.minutes > 0.5:
         parser.error(f"--minutes is {given.minutes:g}; give more than 0.5")
-    return _supervised(given)
+    try:
+        return _supervised(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _supervised(given: argparse.Namespace) -> int:
@@ -98,12 +103,10 @@ def _check_versions(journal: Journal, machine: dict[str, Any]) -> None:
     before = journal.whole()["machine"] or machine
     for name, value in {**machine["versions"], "python": machine["python"]}.items():
         if (its := {**before["versions"], "python": before["python"]}.get(name)) != value:
-            print(
-                f"error: {journal.path} was measured with {name} {its}, and here is {value}; move "
-                "it away, or choose another folder with --output FOLDER",
-                file=sys.stderr,
+            raise ConfigurationError(
+                f"{journal.path} was measured with {name} {its}, and here is {value}; move it "
+                "away, or choose another folder with --output FOLDER"
             )
-            raise SystemExit(2)
 
 
 def _end(signum: int, _: Any) -> NoReturn:
@@ -125,12 +128,10 @@ def _machine(device: str, environment: dict[str, str]) -> dict[str, Any]:
     )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        print(
-            f"error: the device {device} cannot be used ({last}); --device cpu --smoke tries the "
-            "command without one",
-            file=sys.stderr,
+        raise ConfigurationError(
+            f"the device {device} cannot be used ({last}); --device cpu --smoke tries the command "
+            "without one"
         )
-        raise SystemExit(2)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 

@@ -24,7 +24,7 @@ STEMS = {
 }
 SHORT = {"trainer.max_epochs": 3, "data.test_limit": 100}
 SMOKE = {
-    "trainer.max_epochs": 1, "data.train_limit": 40, "data.val_limit": 10, "data.test_limit": 4
+    "trainer.max_epochs": 1, "data.train_limit": 130, "data.val_limit": 10, "data.test_limit": 4
 }  # fmt: skip
 
 

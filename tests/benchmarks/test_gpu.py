@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import loops, peak
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import epochs, machine, papers, steps, table, waits
 from benchmarks.gpu import tests as gpu_tests
 from benchmarks.gpu.journal import Journal
@@ -262,6 +263,21 @@ def test_every_candidate_makes_a_step_on_a_fake_gpu(numerics, monkeypatch) -> No
             x_adv = candidate(task, build(task))()
             assert (x_adv.device.type, x_adv.dtype) == ("cuda", torch.float32)
         assert loops.in_channels_last(what).x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_device_that_is_not_there_or_other_versions_are_refused(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    words = ["--runs", str(tmp_path), "--output", str(tmp_path)]
+    monkeypatch.setattr(command, "MACHINE", "raise RuntimeError('no driver')")
+    assert command.main(words) == 2
+    assert "RuntimeError: no driver" in capsys.readouterr().err
+    about = {"processor": "NVIDIA H200", "python": "3.11.7", "versions": {"torch": "2.9.0"}}
+    Journal(tmp_path / "gpu-nvidia-h200.json").describe(about)
+    about["versions"] = {"torch": "2.15.0"}
+    monkeypatch.setattr(command, "MACHINE", f"print('hello'); print({json.dumps(about)!r})")
+    assert command.main(words) == 2
+    assert "torch 2.9.0" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------- the whole
