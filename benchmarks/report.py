@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks import goals
-from common.analysis.profiling import device_name
 from common.files import write_json_atomically, write_text_atomically
 from common.limits import read_json
 from common.results.markdown import write_readme
+from common.results.provenance import device_name
 from common.versions import cpu_capabilities
 
 RESULTS = Path(__file__).parent / "results"

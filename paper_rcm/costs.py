@@ -22,7 +22,6 @@ from torch import nn
 from common.analysis.profiling import (
     Ratio,
     adversarial_training_step,
-    device_name,
     peak_memory,
     relative_times,
 )
@@ -33,6 +32,7 @@ from common.evaluation.measures import cost
 from common.files import read_sealed_json, write_sealed_json
 from common.limits import read_yaml
 from common.parsing import build, load_named
+from common.results.provenance import device_name
 from common.results.selection import select
 from common.results.store import COSTS, read_costs
 from paper_rcm.figures import cost_figure

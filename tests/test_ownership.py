@@ -90,7 +90,7 @@ def test_a_run_that_is_set_aside_leaves_what_is_not_ours(tiny) -> None:
     assert set(tiny.result()["provenance"]["last"]) == {
         "commit", "dirty", "versions", "device", "world_size", "threads", "precision", "tf32",
         "checkpoint_digest", "config_digest", "data_digest", "wall_time_s", "attack_seconds",
-        "date", "protocol", "weights",
+        "date", "protocol", "weights", "training",
     }  # fmt: skip
 
 

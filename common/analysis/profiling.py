@@ -4,11 +4,9 @@ Counts of parameters and multiply-accumulates are in :mod:`common.evaluation.mea
 """
 
 import copy
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -142,13 +140,3 @@ def adversarial_training_step(
         optimizer.step()
 
     return step
-
-
-def device_name(device: torch.device | str) -> str:
-    """Of a processor or graphics card, for costs that depend on it."""
-    if torch.device(device).type != "cpu":
-        return torch.cuda.get_device_name(device)
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())

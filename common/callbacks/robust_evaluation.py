@@ -24,6 +24,7 @@ from common.attacks.losses import as_class
 from common.attacks.pgd import PGD
 from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.callbacks.batches import BatchReader
+from common.callbacks.costs import training_cost
 from common.callbacks.resuming import WEIGHTS, run_of
 from common.errors import ConfigurationError
 from common.evaluation.audit.checks import Audit
@@ -40,6 +41,7 @@ from common.optimization import refuse_half_precision
 from common.results.identity import SETTINGS, evaluated_digest
 from common.results.lines import Threat
 from common.results.outcomes import logged
+from common.results.schema import TrainingCost
 
 
 class RobustEvaluation(Callback):
@@ -98,6 +100,7 @@ class RobustEvaluation(Callback):
         self.reports: list[str] = []
         """The tables of ``test``, one for each checkpoint."""
         self._weights: str | None = None
+        self._cost: TrainingCost | None = None
         self._at: dict[str, int] = {}
         self._accuracies: MetricCollection | None = None
         self._classes = 0
@@ -127,7 +130,7 @@ class RobustEvaluation(Callback):
                 "trainer.precision is 64-true; robustness is measured in float32, so test with "
                 "trainer.precision 32-true"
             )
-        self._weights, self._at = None, {}
+        self._weights, self._cost, self._at = None, None, {}
         if type(module).forward is LightningModule.forward:
             raise ConfigurationError(
                 f"{type(module).__name__} has no forward; give it one from images to logits"
@@ -211,8 +214,8 @@ class RobustEvaluation(Callback):
     # ---- test --------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Read which weights the checkpoint holds, when they were saved, and its settings."""
-        self._weights = checkpoint.get(WEIGHTS)
+        """Read which weights the checkpoint holds, when they were saved, and what they took."""
+        self._weights, self._cost = checkpoint.get(WEIGHTS), training_cost(checkpoint)
         self._at = {key: checkpoint[key] for key in ("epoch", "global_step")}
         given = run_of(trainer).settings
         if trainer.state.fn != TrainerFn.FITTING and given is not None and SETTINGS in checkpoint:
@@ -292,6 +295,7 @@ class RobustEvaluation(Callback):
                 "precision": str(trainer.precision),
                 "protocol": self.protocol,
                 "weights": self._weights,
+                **({} if self._cost is None else {"training": self._cost}),
             },
             pictures=self.pictures,
         )

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import common.strategy  # noqa: F401  (registers the device-invariant ddp)
 from common.callbacks.checkpointing import SealedCheckpointIO
+from common.callbacks.costs import CostRecorder
 from common.callbacks.finite import FiniteGuard
 from common.callbacks.resuming import Resuming, RunTrainer, SignalConnector, StoppedBySignal
 from common.checkpoints import load_checkpoint
@@ -72,7 +73,7 @@ class Trainer(RunTrainer):
                 "not supported, because attacks and robust accuracy need more; use bf16-mixed or "
                 "32-true"
             )
-        self.callbacks[:0] = [Resuming(), FiniteGuard()]
+        self.callbacks[:0] = [Resuming(), FiniteGuard(), CostRecorder()]
         self._signal_connector = self._connector = SignalConnector(self)
         loop = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = EpochLoop(self, loop.min_steps, loop.max_steps)

@@ -1,4 +1,8 @@
-"""Compares result files: ``python -m common.results compare a.json b.json``."""
+"""What result files say together.
+
+``python -m common.results compare a.json b.json`` compares them image by image; ``python -m
+common.results costs FOLDER`` sets costs of training beside accuracies.
+"""
 
 import argparse
 import sys
@@ -9,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import ConfigurationError, UserError, output_may_close
+from common.results.costs import cost_sheets
 from common.results.markdown import one_line
 from common.results.outcomes import is_audit, worst_over
 from common.results.paired import Named, Paired, obstacle, paired
@@ -16,10 +21,15 @@ from common.results.statistics import holm
 from common.results.store import read_result
 from common.results.tables import print_tables
 
-DESCRIPTION = (
+COMPARE = (
     "Compare result files image by image, each with the first: the difference in points, the exact "
     "McNemar test, and which images only one gets right. The files are those of papers and those "
     "that an evaluation writes. They are refused if threat model, images or suite differ."
+)
+
+COSTS = (
+    "Print what training took (seconds per epoch, peak memory) beside clean, PGD-20, AutoAttack "
+    "and worst-case accuracy, for every experiment of a folder of results, as Markdown."
 )
 
 
@@ -115,16 +125,28 @@ def _notes(first: Named, second: Named, pairs: Mapping[str, Paired]) -> Iterator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the comparison; returns the exit status."""
+    """Print what the subcommand finds; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m common.results", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="compare")
-    command = commands.add_parser("compare", help="result files", description=DESCRIPTION)
+    commands = parser.add_subparsers(required=True, metavar="{compare,costs}")
+    command = commands.add_parser("compare", help="result files", description=COMPARE)
     command.add_argument("files", nargs="+", metavar="file.json", help="at least two")
     command.add_argument("--metric", action="append", default=[], metavar="NAME", help="only this")
     command.add_argument("--checkpoint", help="of every file; by default last, or the only one")
+    command.set_defaults(
+        run=lambda given: print_tables(compare(given.files, given.metric, given.checkpoint))
+    )
+    command = commands.add_parser("costs", help="a folder of results", description=COSTS)
+    command.add_argument("folder", help="for instance paper_cifs/results")
+    command.add_argument("--checkpoint", default="last", help="last or selected; by default last")
+    command.set_defaults(
+        run=lambda given: print(
+            *(sheet.to_markdown() for sheet in cost_sheets(given.folder, given.checkpoint)),
+            sep="\n\n",
+        )
+    )
     given = parser.parse_args(argv)
     try:
-        print_tables(compare(given.files, given.metric, given.checkpoint))
+        given.run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -55,6 +55,16 @@ def _git(*arguments: str, folder: Path = Path(__file__).parent) -> str | None:
     return done.stdout.rstrip()
 
 
+def device_name(device: torch.device | str) -> str:
+    """Name of a processor or graphics card, on which times depend."""
+    if torch.device(device).type != "cpu":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
 def is_tracked() -> bool:
     """Whether this code belongs to the git repository around it, as that of a checkout does.
 
@@ -82,7 +92,6 @@ def collect(
 ) -> dict[str, Any]:
     """Everything about a result that may differ between two runs giving the same numbers."""
     changes = code_changes() if is_tracked() else None
-    name = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return {
         "commit": None if changes is None else _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
@@ -91,7 +100,7 @@ def collect(
             "python": platform.python_version(),
             **{package: version(package) for package in PACKAGES},
         },
-        "device": f"{device.type} ({name})",
+        "device": f"{device.type} ({device_name(device)})",
         "world_size": world_size,
         "threads": torch.get_num_threads(),
         "precision": precision,

@@ -157,6 +157,24 @@ class CheckpointResult(TypedDict):
     """Steps left out because they need a gradient and the model has none."""
 
 
+@_described
+class TrainingCost(TypedDict):
+    """What the training behind a checkpoint took, of its first process."""
+
+    seconds_per_epoch: Annotated[float, Field(ge=0)]
+    """Median over the measured epochs, without validation."""
+    epochs: _Size
+    """How many were measured."""
+    peak_memory: _Count
+    """Bytes: on a GPU of tensors, on a CPU resident bytes of the process, libraries included."""
+    device: str
+    """Its kind and name."""
+    threads: _Size
+    processes: _Size
+    versions: dict[str, str]
+    """Of torch and Lightning."""
+
+
 @with_config(ConfigDict(strict=True, extra="allow", use_attribute_docstrings=True))
 class Provenance(TypedDict):
     """Where the figures of a checkpoint come from; other keys are for the reader."""
@@ -173,6 +191,8 @@ class Provenance(TypedDict):
     """Of the images and labels."""
     date: NotRequired[str]
     """When it was measured, ISO 8601."""
+    training: NotRequired[TrainingCost]
+    """Absent if no whole epoch of training was measured."""
 
 
 def _with_counts(checkpoint: CheckpointResult) -> CheckpointResult:

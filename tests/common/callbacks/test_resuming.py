@@ -18,6 +18,7 @@ from common.attacks.pgd import FGSM, PGD
 from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.averaging import LateAveraging, WarmUpAveraging
 from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
+from common.callbacks.costs import training_cost
 from common.callbacks.resuming import STATES
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
@@ -155,6 +156,10 @@ def test_a_run_stopped_within_an_epoch_is_resumed_as_if_undisturbed(
     assert state(tmp_path)["epoch"] == 1, "epoch 2 had not begun"
     fit(tmp_path, *extra(), resume=True, **settings)
     assert_same(undisturbed(*extra(), **settings), tmp_path)
+    measured = [
+        training_cost(state(f))["epochs"] for f in (undisturbed(*extra(), **settings), tmp_path)
+    ]
+    assert measured == [3, 1], "epochs 0 and 1 were interrupted"
 
 
 @pytest.mark.parametrize(("number", "accumulate"), [(0, 1), (1, 2), (2, 2)])
