@@ -1,16 +1,17 @@
 """``python -m benchmarks [SECTION ...] [--full] [--compile] [--device cuda]``.
 
-Writes ``benchmarks/results/<name>.json`` and ``.md``; sections that are not asked for stay as they
-were.
+Writes ``benchmarks/results/<name>.json`` and ``.md``, again whenever a section has found more;
+sections that are not asked for stay as they were.
 """
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 
 from benchmarks import accuracy, evaluation, overheads, report, training
+from benchmarks.timing import Keep
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,26 +28,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", help="of the files; by default that of the device")
     given = parser.parse_args(argv)
     name = given.name or torch.device(given.device).type
-    for section in given.sections or report.SECTIONS:
-        found = measured(section, given)
-        path = report.write(name, section, found, given.device)
-        print(f"{section}: written to {path}", flush=True)
-    print(path.with_suffix(".md").read_text(encoding="utf-8"))
+    sections = given.sections or list(report.SECTIONS)
+    for number, section in enumerate(sections, 1):
+        print(f"{number} of {len(sections)}: {section}", flush=True)
+        measure(section, given, partial(report.write, name, section, given.device))
+    print((report.RESULTS / f"{name}.md").read_text(encoding="utf-8"))
 
 
-def measured(section: str, given: argparse.Namespace) -> dict[str, Any]:
-    """The findings of one section."""
+def measure(section: str, given: argparse.Namespace, keep: Keep) -> None:
+    """Measure a section; ``keep`` gets its findings so far whenever there are more."""
     if section == "training":
         rounds = given.rounds or (9 if given.full else 3)
-        return training.compare(given.batch, given.steps, rounds, given.compile, given.device)
-    if section == "evaluation":
+        training.compare(given.batch, given.steps, rounds, given.compile, given.device, keep)
+    elif section == "evaluation":
         examples = given.examples or (400 if given.full else 128)
-        return evaluation.compare(examples, given.rounds or (3 if given.full else 1))
-    if section == "accuracy":
-        return accuracy.compare(seeds=10 if given.full else 5, epochs=12)
-    if section == "growth":
-        return training.growth(given.full, given.device)
-    return overheads.compare(given.full)
+        evaluation.compare(examples, given.rounds or (3 if given.full else 1), keep)
+    elif section == "accuracy":
+        accuracy.compare(10 if given.full else 5, 12, keep)
+    elif section == "growth":
+        training.growth(given.full, given.device, keep)
+    else:
+        overheads.compare(given.full, keep)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """What the engine does to the robustness of what is trained with it."""
 
 import statistics
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.evaluation import EPS, robust_digits
+from benchmarks.timing import Keep
 from common.attacks.autoattack import AutoAttack
 from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import PGD
@@ -27,7 +27,7 @@ SUITE = {
 }
 
 
-def compare(seeds: int, epochs: int) -> dict[str, Any]:
+def compare(seeds: int, epochs: int, keep: Keep) -> None:
     """Clean and worst-case accuracy over seeds, by the engine of the training attack.
 
     The evaluation attacks the plain float32 network, for every training engine.
@@ -36,13 +36,17 @@ def compare(seeds: int, epochs: int) -> dict[str, Any]:
     for seed in range(seeds):
         for name, engine in ENGINES.items():
             found[name].append(_accuracies(*robust_digits(epochs, seed, engine)))
-    return {
-        "setting": f"DigitsResNet on 8x8 digits, {epochs} epochs of PGD-5 training in linf eps "
-        f"{EPS}, {seeds} seeds; the worst case of PGD-50 on two losses and APGD on 700 test "
-        "images, all in float32 without an engine",
-        "rows": {name: _row(found[name], found[BASE]) for name in ENGINES},
-        "accuracies": found,
-    }
+            both = "clean {clean:.3f}, worst case {worst:.3f}".format_map(found[name][-1])
+            print(f"  seed {seed + 1} of {seeds}: {both}: {name}", flush=True)
+        keep(
+            {
+                "setting": f"DigitsResNet on 8x8 digits, {epochs} epochs of PGD-5 training in linf "
+                f"eps {EPS}, {seed + 1} seeds; the worst case of PGD-50 on two losses and APGD on "
+                "700 test images, all in float32 without an engine",
+                "rows": {name: _row(found[name], found[BASE]) for name in ENGINES},
+                "accuracies": found,
+            }
+        )
 
 
 def _accuracies(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:

@@ -1,8 +1,6 @@
 """Evaluation: the official AutoAttack alone against ours, and a hundred steps of PGD."""
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.loops import Candidate, Task, bare, ours
-from benchmarks.timing import interleaved
+from benchmarks.timing import Keep, Timing, interleaved
 from common.attacks.autoattack import AutoAttack
 from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import PGD
 from common.data.sources import Digits
-from common.evaluation.confirm import attacked, official
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
-from common.evaluation.steps import Step
 from common.evaluation.suite import SuiteEntry, steps_of
 from common.networks.resnet import DigitsResNet
+
+Run = Callable[[], Tensor]
+"""An attack: which images withstand it, bool ``(N,)``."""
 
 EPS = 0.1
 
@@ -52,40 +51,49 @@ def right(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return found
 
 
-def compare(examples: int, rounds: int) -> dict[str, Any]:
+def compare(examples: int, rounds: int, keep: Keep) -> None:
     """AutoAttack standard and PGD-100, verdict by verdict."""
     net, x, y = robust_digits()
     clean = right(net, x, y).float().mean().item()
-    return {
+    found: dict[str, Any] = {
         "setting": f"DigitsResNet after PGD-5 training on 8x8 digits, clean accuracy {clean:.3f}; "
         f"AutoAttack on the first {examples} test images in linf eps {EPS}, PGD-100 on all "
         f"{len(y)} at a radius that breaks half of them",
         "examples": examples,
-        "autoattack": _autoattack(net, x[:examples], y[:examples], rounds),
-        "pgd100": _pgd100(net, x, y),
     }
+    for key, runs, repeats in (
+        ("autoattack", _autoattack(net, x[:examples], y[:examples]), rounds),
+        ("pgd100", _pgd100(net, x, y), 3),
+    ):
+        print(f"{key}: {len(runs)} candidates, {repeats} round(s)", flush=True)
+
+        def kept(part: dict[str, Any], key: str = key) -> None:
+            found[key] = part
+            keep(found)
+
+        _measured(net, runs, repeats, kept)
 
 
-def _autoattack(net: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
+def _autoattack(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Run]:
     entry = SuiteEntry(AutoAttack(EPS))
-    runs: dict[str, Callable[[], Tensor]] = {
-        "official package alone": partial(_official, net, x, y),
+    return {
+        "official package alone": lambda: right(net, autoattacked(net, x, y), y),
         "ours, no engine": partial(_suite, net, x, y, entry, "aa/square"),
         "ours, folded, channels_last": partial(
             _suite, net, x, y, entry, "aa/square", AttackEngine()
         ),
-        # What suites do not do: see common.evaluation.suite.
-        "bf16 first, float32 after it": partial(_reduced, net, x, y),
     }
-    return _measured(net, runs, rounds)
 
 
-def _official(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """As its documentation says; verdicts from its images."""
-    official = pyautoattack.AutoAttack(net, norm="Linf", eps=EPS, version="standard", seed=0)
+def autoattacked(net: nn.Module, x: Tensor, y: Tensor, eps: float = EPS) -> Tensor:
+    """Images of the official AutoAttack, called as its documentation says."""
+    attack = pyautoattack.AutoAttack(
+        net, norm="Linf", eps=eps, version="standard", seed=0, device=x.device
+    )
+    attack.verbose = False
     with torch.random.fork_rng():
-        x_adv, _ = official.run_standard_evaluation(x, y, batch_size=250)
-    return right(net, x_adv, y)
+        x_adv: Tensor = attack.run_standard_evaluation(x, y, batch_size=250)[0]
+    return x_adv
 
 
 def _suite(
@@ -93,27 +101,12 @@ def _suite(
 ) -> Tensor:
     """Through the whole of our evaluation, clean pass, bookkeeping and all."""
     model = Victim(net, 10).eval()
-    return _outcome(
-        model, x, y, steps_of({key.partition("/")[0]: entry}, model, 10, 0, engine), key
-    )
-
-
-def _reduced(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    attack, engine = AutoAttack(EPS), AttackEngine(precision="bf16")
-    model = Victim(net, 10).eval()
-    steps = []
-    for step in steps_of({"aa": SuiteEntry(attack)}, model, 10, 0):
-        craft = partial(official, attack, str(step.settings["part"]), 0, None)
-        steps.append(replace(step, run=partial(attacked, craft, step.threat, engine)))
-    return _outcome(model, x, y, steps, "aa/square")
-
-
-def _outcome(model: nn.Module, x: Tensor, y: Tensor, steps: list[Step], key: str) -> Tensor:
     batch = {"x": x, "y": y, "index": torch.arange(len(y))}
+    steps = steps_of({key.partition("/")[0]: entry}, model, 10, 0, engine)
     return run_steps(model, batch, steps, seed=0, batch_size=len(y)).correct[key]
 
 
-def _pgd100(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+def _pgd100(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Run]:
     """At a radius at which about half of the images withstand PGD-20."""
 
     def plain(eps: float, step_size: float, steps: int) -> Tensor:
@@ -128,26 +121,25 @@ def _pgd100(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
     radius = (low + high) / 2
     attack = PGD(radius, radius / 10, 100, start="zero")
 
-    def suite(is_compact: bool, engine: AttackEngine | None = None) -> Callable[[], Tensor]:
+    def suite(is_compact: bool, engine: AttackEngine | None = None) -> Run:
         entry = SuiteEntry(attack, until_broken=is_compact)
         return partial(_suite, net, x, y, entry, "pgd/ce_f", engine)
 
-    runs: dict[str, Callable[[], Tensor]] = {
+    return {
         "loop without compaction": partial(plain, radius, radius / 10, 100),
         "ours, every step": suite(False),
         "ours, until broken": suite(True),
         "ours, until broken, folded": suite(True, AttackEngine(channels_last=False)),
     }
-    return _measured(net, runs, rounds=3) | {"eps": radius}
 
 
-def _measured(net: nn.Module, runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, Any]:
+def _measured(net: nn.Module, runs: dict[str, Run], rounds: int, keep: Keep) -> None:
     """Times, verdicts beside the first's, and how many images went through the network."""
     base = next(iter(runs))
     verdicts: dict[str, Tensor] = {}
     images = dict.fromkeys(runs, 0)
 
-    def kept(name: str) -> None:
+    def run(name: str) -> None:
         images[name] = 0
 
         def count(module: nn.Module, args: Any) -> None:
@@ -156,16 +148,17 @@ def _measured(net: nn.Module, runs: dict[str, Callable[[], Tensor]], rounds: int
         with net.register_forward_pre_hook(count):
             verdicts[name] = runs[name]()
 
-    begun = time.perf_counter()
-    times = interleaved({name: partial(kept, name) for name in runs}, base, rounds)
-    rows = {
-        name: {
-            **vars(timing),
-            "images": images[name],
-            "robust": int(verdicts[name].sum()),
-            "broken_here_alone": int((verdicts[base] & ~verdicts[name]).sum()),
-            "broken_there_alone": int((verdicts[name] & ~verdicts[base]).sum()),
+    def kept(times: dict[str, Timing]) -> None:
+        rows = {
+            name: {
+                **vars(timing),
+                "images": images[name],
+                "robust": int(verdicts[name].sum()),
+                "broken_here_alone": int((verdicts[base] & ~verdicts[name]).sum()),
+                "broken_there_alone": int((verdicts[name] & ~verdicts[base]).sum()),
+            }
+            for name, timing in times.items()
         }
-        for name, timing in times.items()
-    }
-    return {"rows": rows, "rounds": rounds, "seconds": time.perf_counter() - begun}
+        keep({"rows": rows, "rounds": rounds})
+
+    interleaved({name: partial(run, name) for name in runs}, base, rounds, keep=kept)

@@ -74,28 +74,6 @@ def _without_matrix_units(whole: Whole) -> str | None:
     return f"no AMX: bf16 multiplies {times:.1f} times as fast as fp32"
 
 
-def _passes(whole: Whole) -> str | None:
-    """A backward pass to the weights costs about what one to the images does."""
-    table = _found(whole, "training", "rows")
-    counts = {name: sum(row["passes"].values()) for name, row in table.items() if "passes" in row}
-    peers = [count for name, count in counts.items() if name.startswith(BACKWARD)]
-    if not peers or EAGER not in counts:
-        return None
-    least, own = min(peers), counts[EAGER]
-    return f"they take {least} passes and ours {own}: {least / own:.2f} times as many"
-
-
-def _second_pass(whole: Whole) -> str | None:
-    """What bf16 does not break is attacked again in float32, and that alone takes so long."""
-    row = _found(whole, "evaluation", "autoattack", "rows", ENGINE)
-    examples = _found(whole, "evaluation", "examples")
-    again = row["ratio"] * row["robust"] / examples
-    return (
-        f"{row['robust']} of {examples} withstand it, and attacking those again in float32 takes "
-        f"about {again:.2f}"
-    )
-
-
 def _at(*keys: str) -> Callable[[Whole], Ratio]:
     """A timed row, or a number without quartiles, under some keys of a section's findings."""
 
@@ -151,7 +129,7 @@ GOALS = (
          excuse=_without_matrix_units),
     Goal("the same, compiled", 0.18, _at("training", "rows", BF16_COMPILED),
          excuse=_without_matrix_units),
-    Goal("loops with backward() / ours in fp32", 1.6, _against(BACKWARD, EAGER), True, _passes),
+    Goal("loops with backward() / ours in fp32", 1.6, _against(BACKWARD, EAGER), True),
     Goal("the same, ours in bf16", 8.0, _against(BACKWARD, BF16), True, _without_matrix_units),
     Goal("torchattacks / ours in fp32", 1.08, _against(("torchattacks",), EAGER), True),
     Goal("the same, ours in bf16", 5.0, _against(("torchattacks",), BF16), True,
@@ -160,9 +138,6 @@ GOALS = (
          _at("training", "rows", EAGER, "memory_ratio")),
     Goal("AutoAttack in fp32 / official package", 0.65,
          _at("evaluation", "autoattack", "rows", ENGINE)),
-    Goal("the same, bf16 first", 0.35,
-         _at("evaluation", "autoattack", "rows", "bf16 first, float32 after it"),
-         excuse=_second_pass),
     Goal("verdicts of AutoAttack that differ", 0, _disagreements),
     Goal("PGD-100 / loop without compaction", 0.45,
          _at("evaluation", "pgd100", "rows", "ours, until broken, folded")),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.loops import Task, candidate, ours
+from benchmarks.timing import Keep
 from common.analysis.profiling import quartiles, timed
 from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import PGD
@@ -25,18 +26,10 @@ from common.classifier import RobustClassifier
 from common.cli.trainer import Trainer
 from common.data.base import ImageSource, ImageSpec
 from common.data.images import ImageDataModule
-from common.data.loading import Batch, ImageDataset
 from common.networks.resnet import ResNet, ResNet18
 from common.objectives import AT
 
 ROOT = Path(__file__).parent.parent
-IMPORTS = (
-    "torch",
-    "common.attacks.pgd",
-    "common.evaluation.pipeline",
-    "common.results.tables",
-    "common.cli.main",
-)
 
 
 class Noise(ImageSource):
@@ -56,31 +49,6 @@ class Noise(ImageSource):
         generator = torch.Generator().manual_seed(0)
         x = torch.randint(0, 256, (self.n, 3, 32, 32), generator=generator, dtype=torch.uint8)
         return x, torch.randint(10, (self.n,), generator=generator)
-
-
-class _TimedImages(ImageDataModule):
-    """Images, and the processor time that fetching and augmenting them takes."""
-
-    spent = 0.0
-
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any) -> Any:
-            begun = time.process_time()
-            found = function(*args)
-            self.spent += time.process_time() - begun
-            return found
-
-        return timed
-
-    def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        fetch = self._timed(ImageDataset.__getitems__)
-        assert self.train_set is not None
-        self.train_set.__class__ = type("Timed", (ImageDataset,), {"__getitems__": fetch})
-
-    def on_after_batch_transfer(self, *args: Any) -> Batch:
-        found: Batch = self._timed(super().on_after_batch_transfer)(*args)
-        return found
 
 
 class _Beside(AdversarialTraining):
@@ -127,7 +95,7 @@ def lightning(batch: int, attack_steps: int, steps: int, is_small: bool = False)
     beside = _Beside(PGD(8 / 255, 2 / 255, attack_steps, "zero"), engine=engine, bare=bare)
     torch.manual_seed(0)
     module = RobustClassifier(build(), AT(), partial(torch.optim.SGD, lr=0.0, momentum=0.9))
-    data = _TimedImages(
+    data = ImageDataModule(
         Noise(batch * (steps + 3)), batch_size=batch, val_size=batch, drop_last=True,
         crop_padding=4, flip=True,
     )  # fmt: skip
@@ -139,7 +107,6 @@ def lightning(batch: int, attack_steps: int, steps: int, is_small: bool = False)
     trainer.fit(module, datamodule=data)
     pairs = beside.pairs()
     lower, median, upper = quartiles([through / alone for through, alone in pairs])
-    through, alone = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
     return {
         "setting": f"{'small ResNet' if is_small else 'ResNet-18'}, batch {batch}, "
         f"PGD-{attack_steps}, loading, crop and flip included",
@@ -147,25 +114,22 @@ def lightning(batch: int, attack_steps: int, steps: int, is_small: bool = False)
         "ratio": median,
         "lower": lower,
         "upper": upper,
-        "bare_cpu_s": alone,
-        "data_share": data.spent / (len(pairs) + 2) / through,
+        "bare_cpu_s": statistics.median(alone for _, alone in pairs),
     }
 
 
-def compare(is_full: bool) -> dict[str, Any]:
+def compare(is_full: bool, keep: Keep) -> None:
     """All overheads. With one step of attack what is beside the attack weighs most."""
-    found = [lightning(32, 10, 40, is_small=True), lightning(32, 10, 8), lightning(128, 1, 8)]
-    if is_full:
-        found.append(lightning(128, 10, 8))
-    return {"lightning": found, "imports": imports(), "command_line": command_line()}
-
-
-def imports(repeats: int = 3) -> dict[str, Any]:
-    """Processor seconds of a fresh interpreter importing something, the interpreter's included."""
-    return {
-        name: min(_cpu([sys.executable, "-c", f"import {name}"]) for _ in range(repeats))
-        for name in IMPORTS
-    }
+    found: dict[str, Any] = {"lightning": []}
+    settings = [(32, 10), (32, 10), (128, 1), *([(128, 10)] if is_full else [])]
+    for number, (batch, attack_steps) in enumerate(settings):
+        is_small = number == 0
+        row = lightning(batch, attack_steps, 40 if is_small else 8, is_small)
+        found["lightning"].append(row)
+        print(f"  {row['setting']}: {row['ratio']:.3f}", flush=True)
+        keep(found)
+    found["command_line"] = command_line()
+    keep(found)
 
 
 def command_line(repeats: int = 3) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Results as JSON, and as the tables people read."""
 
 import platform
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +16,8 @@ from common.limits import read_json
 from common.results.markdown import write_readme
 from common.results.provenance import device_name
 from common.versions import cpu_capabilities
+
+Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -43,47 +45,55 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def write(name: str, section: str, found: Any, device: str) -> Path:
+def machine_text(about: Mapping[str, Any]) -> str:
+    """Processor and versions in one line, without the date."""
+    versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items() if found)
+    return (
+        f"{about['processor']}, {about['threads']} thread(s), bf16 units: {about['bf16_units']}; "
+        f"Python {about['python']}, {versions}"
+    )
+
+
+def write(name: str, section: str, device: str, found: Any) -> None:
     """Put one section's findings beside the others and render all of them again."""
     path = RESULTS / f"{name}.json"
     whole = read_json(path) if path.is_file() else {}
     whole[section] = {"machine": machine(device), "found": found}
     write_json_atomically(path, whole)
     write_text_atomically(path.with_suffix(".md"), rendered(name, whole))
-    readme = RESULTS.parent / "README.md"
-    if name == "cpu" and readme.is_file():
-        for block, lines in summary(whole).items():
-            write_readme(readme, "\n".join(lines), f"<!-- {block} -->", f"<!-- /{block} -->")
-    return path
 
 
-def summary(whole: dict[str, Any]) -> dict[str, list[str]]:
-    """What the README shows of the results on a CPU, by the names of the markers around it."""
-    found: dict[str, list[str]] = {}
-    if "training" in whole:
-        found["goals"] = table(["what", "goal", "measured", ""], goals.rows(whole))
-    if "accuracy" in whole:
-        found["accuracy"] = _accuracy(whole["accuracy"]["found"])
-    return found
+def write_row(path: Path, row: Row) -> list[Row]:
+    """Put a row beside the others of a file, in place of one of its name, and return all."""
+    rows = read_json(path)["rows"] if path.is_file() else {}
+    rows[row["name"]] = row | {"machine": machine_text(machine("cpu"))}
+    write_json_atomically(path, {"rows": rows})
+    return list(rows.values())
+
+
+def measured_on(rows: Iterable[Row]) -> str:
+    """The machines of rows as a paragraph."""
+    return "; ".join(dict.fromkeys(row["machine"] for row in rows)) + "."
+
+
+def write_blocks(path: Path, blocks: Mapping[str, str]) -> None:
+    """Replace the parts of a text, each between comments with its name."""
+    for name, text in blocks.items():
+        write_readme(path, text, f"<!-- {name} -->", f"<!-- /{name} -->")
 
 
 def rendered(name: str, whole: dict[str, Any]) -> str:
     """All sections as Markdown."""
     lines = [f"# Benchmarks on {name}", ""]
-    if "goals" in (shown := summary(whole)):
-        lines += ["## Goals", "", *shown["goals"], ""]
+    if "training" in whole:
+        head = ["what", "goal", "measured", ""]
+        lines += ["## Goals", "", *table(head, goals.rows(whole)), ""]
     for section, render in SECTIONS.items():
         if section not in whole:
             continue
         about = whole[section]["machine"]
         lines += [f"## {section.capitalize()}", "", *render(whole[section]["found"]), ""]
-        lines += [
-            f"{about['processor']}, {about['threads']} thread(s), bf16 units: "
-            f"{about['bf16_units']}; "
-            + ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
-            + f"; {about['date']}.",
-            "",
-        ]
+        lines += [f"{machine_text(about)}; {about['date']}.", ""]
     return "\n".join(lines)
 
 
@@ -132,6 +142,8 @@ def _evaluation(found: dict[str, Any]) -> list[str]:
     counts = ("images", "robust", "broken_here_alone", "broken_there_alone")
     lines = [found["setting"] + "."]
     for title, key in (("AutoAttack standard", "autoattack"), ("PGD-100", "pgd100")):
+        if key not in found:
+            continue
         rounds = found[key]["rounds"]
         head = [f"{title}, {rounds} round(s)", "time / first", "quartiles", "images classified"]
         head += ["robust", "broken here alone", "broken there alone"]
@@ -164,11 +176,8 @@ def _overheads(found: dict[str, Any]) -> list[str]:
     for row in found["lightning"]:
         what = f"step through Lightning / bare: {row['setting']}; {row['steps']} steps"
         rows.append([what, f"{row['ratio']:.4f}", _span(row, 4)])
-    for row in found["lightning"]:
-        what = f"fetching and augmenting, share of the time: {row['setting']}"
-        rows.append([what, f"{100 * row['data_share']:.2f} %", ""])
-    rows += [[f"import {k}, CPU s", f"{v:.2f}", ""] for k, v in found["imports"].items()]
-    rows += [[f"command line: {k}", f"{v:.2f}", ""] for k, v in found["command_line"].items()]
+    times = found.get("command_line", {}).items()
+    rows += [[f"command line: {name}", f"{value:.2f}", ""] for name, value in times]
     return table(["what", "value", "quartiles"], rows)
 
 

@@ -5,13 +5,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from common.analysis.profiling import quartiles, timed
 
 Step = Callable[[], object]
+Keep = Callable[[dict[str, Any]], None]
+"""Gets what was found so far, whenever there is more."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,14 @@ def interleaved(
     rounds: int,
     device: str = "cpu",
     seconds: float = math.inf,
+    say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Timing]], None] = lambda _: None,
 ) -> dict[str, Timing]:
     """Call all candidates once per round, in alternating order, and compare within the rounds.
 
     The base begins a round and ends it, so that a machine that slows down meanwhile counts for it
     by half as it does for the others. No round but the first begins when ``seconds`` are over.
+    ``say`` gets a line for every call, ``keep`` the times after every round.
     """
     if base not in steps or rounds < 1:
         raise ValueError(f"need a base among {', '.join(steps)} and a round, got {base}, {rounds}")
@@ -56,12 +61,24 @@ def interleaved(
             spent, passed = timed(steps[name], device)
             cpu[name].append(spent)
             wall[name].append(passed)
+            say(f"  round {number + 1} of {rounds}, {passed:.2f} s: {name}")
         others.reverse()
-    cpu[base] = [(first + last) / 2 for first, last in zip(*[iter(cpu[base])] * 2, strict=True)]
+        found = _timings(cpu, wall, base)
+        keep(found)
+    return found
+
+
+def _timings(
+    cpu: Mapping[str, list[float]], wall: Mapping[str, list[float]], base: str
+) -> dict[str, Timing]:
+    """Of the seconds of all calls; of the base there are two in each round."""
     found = {}
-    for name, spent_by_round in cpu.items():
-        lower, median, upper = quartiles(np.divide(spent_by_round, cpu[base]).tolist())
-        times = statistics.median(spent_by_round), statistics.median(wall[name])
+    by_round = {
+        name: np.reshape(spent, (-1, 1 + (name == base))).mean(1) for name, spent in cpu.items()
+    }
+    for name, spent_by_round in by_round.items():
+        lower, median, upper = quartiles((spent_by_round / by_round[base]).tolist())
+        times = float(np.median(spent_by_round)), statistics.median(wall[name])
         found[name] = Timing(median, lower, upper, *times)
     return found
 

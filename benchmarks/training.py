@@ -16,7 +16,7 @@ from benchmarks import peers
 from benchmarks.failures import NO_TIME, reason
 from benchmarks.loops import Build, Candidate, Task, bare, candidate, one_graph, ours
 from benchmarks.peak import Passes, counted, flops_of, memory_of, peaks, reserved_from_here
-from benchmarks.timing import Timing, exponent, interleaved
+from benchmarks.timing import Keep, Timing, exponent, interleaved
 from common.analysis.profiling import timed
 from common.attacks.engine.network import AttackEngine
 from common.networks.resnet import DigitsResNet, ResNet18
@@ -70,13 +70,14 @@ def measured(
     rounds: int,
     seconds: float = math.inf,
     say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any], dict[str, str]], None] = lambda *_: None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Images, passes, memory and time of candidates relative to the first; and why some have none.
 
     Images and passes come first, of an attack of three steps: what disagrees there is no
     candidate, and longer ones amplify rounding. One that fails, or needs more memory than there is,
     stops none of the others. Candidates that have not been tried when 0.6 of ``seconds`` are over
-    are left out.
+    are left out. ``say`` gets lines of progress, ``keep`` rows and reasons after every round.
     """
     begun = time.monotonic()
     base = next(iter(candidates))
@@ -97,15 +98,37 @@ def measured(
         if name in missing:
             say(f"    {missing[name]}")
             _free()
-    times = _timed(steps, missing, base, rounds, seconds - (time.monotonic() - begun))
-    for name, timing in times.items():
-        rows[name] |= asdict(timing) | {"images_per_s": len(steps[name].task.x) / timing.wall_s}
-        if base not in times:
-            rows[name] = {k: v for k, v in rows[name].items() if k not in Timing.RELATIVE}
-        elif "peak_memory_mb" in rows[name]:
-            rows[name]["memory_ratio"] = rows[name]["peak_memory_mb"] / rows[base]["peak_memory_mb"]
-        say(f"  {rows[name]['images_per_s']:9.1f} images/s: {name}")
-    return {name: rows[name] for name in times}, missing
+
+    batch = len(next(iter(candidates.values()))[0].x)
+
+    def timed_rows(times: Mapping[str, Timing]) -> dict[str, Any]:
+        return {name: _row(rows, times, name, base, batch) for name in times}
+
+    times = _timed(
+        steps,
+        missing,
+        base,
+        rounds,
+        seconds - (time.monotonic() - begun),
+        say,
+        lambda times: keep(timed_rows(times), missing),
+    )
+    found = timed_rows(times)
+    for name, row in found.items():
+        say(f"  {row['images_per_s']:9.1f} images/s: {name}")
+    return found, missing
+
+
+def _row(
+    tried: Mapping[str, Any], times: Mapping[str, Timing], name: str, base: str, batch: int
+) -> dict[str, Any]:
+    timing = asdict(times[name])
+    row: dict[str, Any] = tried[name] | timing | {"images_per_s": batch / times[name].wall_s}
+    if base not in times:
+        return {key: value for key, value in row.items() if key not in Timing.RELATIVE}
+    if "peak_memory_mb" in row:
+        row["memory_ratio"] = row["peak_memory_mb"] / tried[base]["peak_memory_mb"]
+    return row
 
 
 def _tried(
@@ -141,6 +164,8 @@ def _timed(
     base: str,
     rounds: int,
     seconds: float,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Timing]], None],
 ) -> dict[str, Timing]:
     """Times of the steps; one that fails meanwhile becomes missing."""
 
@@ -154,6 +179,10 @@ def _timed(
 
     if not steps:
         return {}
+
+    def there(times: dict[str, Timing]) -> dict[str, Timing]:
+        return {name: timing for name, timing in times.items() if name not in missing}
+
     device = next(iter(steps.values())).task.x.device.type
     found = interleaved(
         {name: partial(guarded, name) for name in steps},
@@ -161,8 +190,10 @@ def _timed(
         rounds,
         device,
         seconds,
+        say,
+        lambda times: keep(there(times)),
     )
-    return {name: timing for name, timing in found.items() if name not in missing}
+    return there(found)
 
 
 def _free() -> None:
@@ -178,58 +209,76 @@ def operations(task: Task) -> float:
 
 
 def compare(
-    batch: int, steps: int, rounds: int, is_compiled: bool = False, device: str = "cpu"
-) -> dict[str, Any]:
+    batch: int, steps: int, rounds: int, is_compiled: bool, device: str, keep: Keep
+) -> None:
     """Time, passes, memory and images of every candidate."""
     torch.manual_seed(0)
     what = task(ResNet18(), batch, steps, device)
-    candidates, missing = entries(what, is_compiled)
-    rows, failed = measured(candidates, rounds)
+    setting = f"ResNet-18, batch {batch} of 3x32x32, PGD-{steps} and one step of SGD"
+    print(f"{setting}; {rounds} rounds, after a trial of each candidate", flush=True)
+    candidates, absent = entries(what, is_compiled)
     best = peaks(device, batch)
     needed = operations(what)
-    for name, row in rows.items():
+
+    def of_peak(name: str, row: dict[str, Any]) -> dict[str, Any]:
         precision = "bf16" if "bf16" in name else "fp32"
         rate = needed / row["cpu_s" if device == "cpu" else "wall_s"] / 1e9
-        row |= {
+        # the stages have equally many operations
+        convolutions = [v for k, v in best.items() if k[:4] == "conv" and precision in k]
+        return row | {
             "useful_gflops": rate,
             "of_matmul_peak": rate / best[f"matmul {precision}"],
-            # the stages have equally many operations
-            "of_conv_peak": rate
-            / harmonic_mean(v for k, v in best.items() if k[:4] == "conv" and precision in k),
+            "of_conv_peak": rate / harmonic_mean(convolutions),
         }
-    return {
-        "setting": f"ResNet-18, batch {batch} of 3x32x32, PGD-{steps} and one step of SGD",
-        "rows": rows,
-        "missing": missing | failed,
-        "peaks_gflops": best,
-        "rounds": rounds,
-    }
+
+    def kept(rows: dict[str, Any], failed: dict[str, str]) -> None:
+        keep(
+            {
+                "setting": setting,
+                "rows": {name: of_peak(name, row) for name, row in rows.items()},
+                "missing": absent | failed,
+                "peaks_gflops": best,
+                "rounds": rounds,
+            }
+        )
+
+    measured(candidates, rounds, keep=kept)
 
 
-def growth(is_full: bool, device: str = "cpu") -> dict[str, Any]:
+def growth(is_full: bool, device: str, keep: Keep) -> None:
     """Time of our step against batch size, attack steps and network, with the exponents."""
     batches = (8, 16, 32, 64, 128, 256) if is_full else (8, 16, 32, 64)
     steps = (1, 3, 10, 30, 100) if is_full else (1, 3, 10, 30)
-
-    def small() -> nn.Module:
-        return DigitsResNet(in_channels=3)
-
-    def seconds(net: nn.Module, batch: int, steps: int) -> float:
-        what = task(net, batch, steps, device)
+    nets: dict[str, Callable[[], nn.Module]] = {
+        "DigitsResNet": partial(DigitsResNet, in_channels=3),
+        "ResNet-18": ResNet18,
+        **({"WRN-34-10": partial(WideResNet, 34, 10)} if is_full else {}),
+    }
+    small = nets["DigitsResNet"]
+    by: dict[str, dict[Any, float]] = {"batch": {}, "steps": {}, "network": {}}
+    sizes: list[tuple[str, Any, nn.Module, int, int]] = [
+        *(("batch", n, small(), n, 10) for n in batches),
+        *(("steps", k, small(), 32, k) for k in steps),
+        *(("network", name, build(), 8, 3) for name, build in nets.items()),
+    ]
+    for axis, size, net, batch, count in sizes:
+        what = task(net, batch, count, device)
         step = candidate(what, ours(what))
         step()
-        return min(timed(step, device)[0] for _ in range(3))
+        by[axis][size] = min(timed(step, device)[0] for _ in range(3))
+        print(f"  {axis} {size}: {by[axis][size]:.3g} s", flush=True)
+        keep(_grown(by))
 
-    by_batch = {n: seconds(small(), n, 10) for n in batches}
-    by_steps = {k: seconds(small(), 32, k) for k in steps}
-    nets: dict[str, Any] = {"DigitsResNet": small, "ResNet-18": ResNet18}
-    if is_full:
-        nets["WRN-34-10"] = lambda: WideResNet(34, 10)
-    return {
+
+def _grown(by: Mapping[str, Mapping[Any, float]]) -> dict[str, Any]:
+    """Seconds along each axis; with two sizes, the exponent."""
+    found: dict[str, Any] = {
         "setting": "our step without an engine; DigitsResNet on 3x32x32, batch 32, PGD-10 where "
-        "not varied; networks at batch 8, PGD-3",
-        "batch": {"seconds": by_batch, "exponent": exponent(by_batch)},
-        # One step of the attack is beside the update, so its time grows with steps plus 1.5.
-        "steps": {"seconds": by_steps, "exponent": exponent(by_steps, 1.5)},
-        "network": {"seconds": {name: seconds(build(), 8, 3) for name, build in nets.items()}},
+        "not varied; networks at batch 8, PGD-3"
     }
+    # One step of the attack is beside the update, so its time grows with steps plus 1.5.
+    for axis, offset in (("batch", 0.0), ("steps", 1.5), ("network", None)):
+        found[axis] = {"seconds": dict(by[axis])}
+        if offset is not None and len(by[axis]) > 1:
+            found[axis]["exponent"] = exponent(by[axis], offset)
+    return found

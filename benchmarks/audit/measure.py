@@ -42,6 +42,7 @@ def measured(case: Case, examples: int) -> dict[str, Any]:
         "name": case.name,
         "is_masked": case.is_masked,
         "half": case.half,
+        "examples": examples,
         "clean": clean,
         "claimed": claimed,
         "true": true,

@@ -1,41 +1,24 @@
 """The table of the zoo, and how often the audit was right."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from benchmarks.audit.networks import EPS
 from benchmarks.audit.zoo import ZOO
-from benchmarks.report import table
-from common.files import write_json_atomically
-from common.limits import read_json
-from common.results.markdown import write_readme
+from benchmarks.report import Row, measured_on, table
 from common.results.statistics import wilson_interval
 
-Row = dict[str, Any]
-BEGIN, END = "<!-- audit -->", "<!-- /audit -->"
 
-
-def write(row: Row, examples: int, machine: dict[str, Any], path: Path) -> str:
-    """Put a row beside the others, as JSON and in the README of the benchmarks."""
-    whole = read_json(path) if path.is_file() else {"rows": {}}
-    whole |= {"machine": machine, "eps": EPS, "examples": examples}
-    known = whole["rows"] | {row["name"]: row}
-    whole["rows"] = {case.name: known[case.name] for case in ZOO if case.name in known}
-    write_json_atomically(path, whole)
-    text = rendered(list(whole["rows"].values()), examples)
-    write_readme(path.parent.parent / "README.md", text, BEGIN, END)
-    return text
-
-
-def rendered(rows: Sequence[Row], examples: int) -> str:
+def rendered(known: Sequence[Row]) -> str:
     """Rates with intervals, then one row per network, as Markdown."""
+    order = {case.name: place for place, case in enumerate(ZOO)}
+    rows = sorted(known, key=lambda row: order.get(row["name"], len(order)))
+    examples = "/".join(dict.fromkeys(str(row["examples"]) for row in rows))
     minutes = sum(row["seconds"] for row in rows) / 60.0
     head = ["network", "half", "clean %", "claimed %", "true %", "flagged", "checks that failed"]
     rates = ["", "design", "held out", "all"]
     lines = [
         f"{len(rows)} of {len(ZOO)} networks, {examples} test images each, linf eps {EPS:g}; "
-        f"{minutes:.0f} minutes of processor time.",
+        f"{minutes:.0f} minutes of processor time. {measured_on(rows)}",
         "",
         *table(rates, [_rates(rows, True), _rates(rows, False)], range(len(rates))),
     ]

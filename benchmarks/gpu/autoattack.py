@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import strong
+from benchmarks import passes
 from benchmarks.evaluation import right
 from benchmarks.gpu.journal import Row
 from benchmarks.gpu.parts import Measurements, Setting
@@ -30,11 +30,11 @@ def measurements(setting: Setting) -> Measurements:
     """Ours with the attack engine, the official package, ours without."""
     engine = AttackEngine()
     runs: dict[str, Callable[..., Any]] = {
-        "suite autoattack, folded": partial(strong.ours, suite="autoattack", engine=engine),
-        "suite strong, folded": partial(strong.ours, engine=engine),
-        "official package": strong.official,
-        "suite autoattack": partial(strong.ours, suite="autoattack"),
-        "suite strong": strong.ours,
+        "suite autoattack, folded": partial(passes.ours, suite="autoattack", engine=engine),
+        "suite strong, folded": partial(passes.ours, engine=engine),
+        "official package": passes.official,
+        "suite autoattack": partial(passes.ours, suite="autoattack"),
+        "suite strong": passes.ours,
     }
     return {name: partial(_attacked, setting, run) for name, run in runs.items()}
 
@@ -49,7 +49,7 @@ def _attacked(setting: Setting, run: Callable[..., tuple[Tensor, Row]]) -> Row:
         clean = int(right(net, x, y).sum())
         held, cost = run(net, x, y, EPS[setting.is_smoke])
     robust = int(held.sum())
-    passes = cost["forward"] + cost["backward"]
+    total = cost["forward"] + cost["backward"]
     return {
         "network": type(net).__name__,
         "images": len(y),
@@ -57,7 +57,7 @@ def _attacked(setting: Setting, run: Callable[..., tuple[Tensor, Row]]) -> Row:
         "robust": robust,
         **{f"attack_{name}" if name == "seconds" else name: value for name, value in cost.items()},
         "summary": f"{robust} of {len(y)} withstand it ({clean} clean), {cost['seconds']:.1f} s, "
-        f"{passes:,} passes of images, {passes / cost['seconds']:,.0f} a second",
+        f"{total:,} passes of images, {total / cost['seconds']:,.0f} a second",
     }
 
 

@@ -21,28 +21,34 @@ COSTS = "costs"
 class CostRecorder(Callback):
     """Measures each epoch from its start to the end of its last batch, so without validation.
 
-    Epochs that a run was resumed in are left out. The first process measures.
+    Epochs that a run was resumed in are left out. The first process measures: on a GPU the most
+    bytes of tensors, on a CPU how far the peak of the process rose since training began.
     """
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
-        self._memory = 0
+        self._memory = self._before = 0
         self._begun: float | None = None
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        """Note what imports and data have taken of a CPU's memory."""
+        device = trainer.strategy.root_device
+        self._before = _peak_memory(device) if device.type == "cpu" else 0
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Begin to measure; Lightning does not call it where a run is resumed within an epoch."""
-        if module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(module.device)
+        if (device := trainer.strategy.root_device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self._begun = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any, **__: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Note the epoch's time after its last batch, before the validation that follows."""
         if self._begun is None or not trainer.is_last_batch:
             return
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)
+        if (device := trainer.strategy.root_device).type == "cuda":
+            torch.cuda.synchronize(device)
         self._seconds.append(time.perf_counter() - self._begun)
-        self._memory = max(self._memory, _peak_memory(module.device))
+        self._memory = max(self._memory, _peak_memory(device) - self._before)
         self._begun = None
 
     def on_save_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:

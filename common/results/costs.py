@@ -21,7 +21,7 @@ METRICS = [
 ]
 NOTE = (
     "Mean ± standard deviation over seeds. Seconds per epoch are of training alone, without "
-    "validation; memory is that of a GPU's tensors, or on a CPU of the process, libraries included."
+    "validation; memory is that of a GPU's tensors, on a CPU what training added to the process."
 )
 
 

@@ -166,7 +166,7 @@ class TrainingCost(TypedDict):
     epochs: _Size
     """How many were measured."""
     peak_memory: _Count
-    """Bytes: on a GPU of tensors, on a CPU resident bytes of the process, libraries included."""
+    """Bytes: on a GPU of tensors; on a CPU beyond the resident peak of the process before."""
     device: str
     """Its kind and name."""
     threads: _Size

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from functools import partial
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -173,7 +175,9 @@ def test_what_an_engine_does_to_robustness_is_measured_over_seeds(monkeypatch) -
     monkeypatch.setattr(
         accuracy, "ENGINES", {"no engine": None, "bf16": AttackEngine(precision="bf16")}
     )
-    found = accuracy.compare(seeds=1, epochs=1)
+    kept: list[dict[str, Any]] = []
+    accuracy.compare(seeds=1, epochs=1, keep=kept.append)
+    (found,) = kept
     for name, row in found["rows"].items():
         assert row["worst"] == found["accuracies"][name][0]["worst"]
         assert 0.05 < row["worst"] < row["clean"] < 1.0
@@ -186,7 +190,6 @@ def test_steps_of_the_trainer_and_bare_ones_are_timed_in_turns() -> None:
     assert found["steps"] == 3
     assert found["bare_cpu_s"] > 0
     assert 0 < found["lower"] <= found["ratio"] <= found["upper"]
-    assert 0 < found["data_share"] < 1
 
 
 @pytest.mark.slow

@@ -6,20 +6,24 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import goals, report, strong
+from benchmarks import goals, passes, report
+from benchmarks.audit import __main__ as audit
 from benchmarks.audit import table as audit_table
 from benchmarks.gpu import table as gpu_table
 from benchmarks.peak import Passes, flops_of, memory_of
 from benchmarks.timing import exponent, interleaved
 from common.analysis.profiling import quartiles
 from common.networks.resnet import ResNet18
+from common.results.markdown import is_current
 
 
 def test_turns_alternate_and_ratios_are_within_a_round() -> None:
     calls: list[str] = []
     names = ("one", "two", "three")
     steps = {name: (lambda name=name: calls.append(name)) for name in names}
-    found = interleaved(steps, "one", rounds=2)
+    kept: list[list[str]] = []
+    found = interleaved(steps, "one", rounds=2, keep=lambda times: kept.append(list(times)))
+    assert kept == [list(names)] * 2  # after every round
     assert calls == ["one", "two", "three", "one", "one", "three", "two", "one"]
     assert list(found) == list(names)
     assert found["one"].ratio == found["one"].lower == found["one"].upper == 1.0
@@ -77,9 +81,10 @@ def test_sections_are_kept_beside_each_other(tmp_path, monkeypatch) -> None:
     more = {"p": 0.8, "low": -0.01, "high": 0.012}
     tested = {f"{kind}_{name}": v for kind in ("clean", "worst") for name, v in more.items()}
     accuracy = {"setting": "Digits", "rows": {"no engine": base, "bf16": base | tested}}
-    report.write("cpu", "accuracy", accuracy, "cpu")
-    report.write("cpu", "growth", growth, "cpu")
-    path = report.write("cpu", "evaluation", evaluation, "cpu")
+    report.write("cpu", "accuracy", "cpu", accuracy)
+    report.write("cpu", "growth", "cpu", growth)
+    report.write("cpu", "evaluation", "cpu", evaluation)
+    path = tmp_path / "results/cpu.json"
     assert set(json.loads(path.read_text())) == {"growth", "evaluation", "accuracy"}
     text = path.with_suffix(".md").read_text()
     assert text.index("## Evaluation") < text.index("## Growth")
@@ -90,22 +95,32 @@ def test_sections_are_kept_beside_each_other(tmp_path, monkeypatch) -> None:
     assert f"torch {torch.__version__.split('+')[0]}" in text
 
 
-def test_committed_numbers_are_those_of_the_tables_and_of_the_readme() -> None:
-    for path in (p for p in report.RESULTS.glob("*.json") if p.stem not in ("audit", "strong")):
+def test_a_row_replaces_the_one_of_its_name(tmp_path) -> None:
+    path = tmp_path / "rows.json"
+    report.write_row(path, {"name": "a", "value": 1})
+    report.write_row(path, {"name": "b", "value": 2})
+    rows = report.write_row(path, {"name": "a", "value": 3})
+    assert [(row["name"], row["value"]) for row in rows] == [("a", 3), ("b", 2)]
+    assert f"torch {torch.__version__.split('+')[0]}" in report.measured_on(rows)
+    assert json.loads(path.read_text())["rows"] == {row["name"]: row for row in rows}
+
+
+def test_committed_numbers_are_those_of_the_tables() -> None:
+    def rows(name: str) -> list[report.Row]:
+        text = (report.RESULTS / f"{name}.json").read_text(encoding="utf-8")
+        return list(json.loads(text)["rows"].values())
+
+    for path in (p for p in report.RESULTS.glob("*.json") if p.stem not in ("audit", "passes")):
         whole = json.loads(path.read_text(encoding="utf-8"))
         is_gpu = path.stem.startswith("gpu-")
         text = gpu_table.rendered(whole) if is_gpu else report.rendered(path.stem, whole)
         assert path.with_suffix(".md").read_text("utf-8") == text
-    shown = report.summary(json.loads((report.RESULTS / "cpu.json").read_text(encoding="utf-8")))
-    assert set(shown) == {"goals", "accuracy"}
-    readme = (report.RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    assert all("\n".join(lines) in readme for lines in shown.values())
-    compared, audited = (
-        json.loads((report.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("strong", "audit")
-    )
-    assert strong.rendered(list(compared["rows"].values())) in readme
-    assert audit_table.rendered(list(audited["rows"].values()), audited["examples"]) in readme
+    found = {"curves": passes.curves(rows("passes")), "verdicts": passes.verdicts(rows("passes"))}
+    for name, text in found.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        assert is_current(report.RESULTS / "passes.md", text, begin, end)
+    audited = audit_table.rendered(rows("audit"))
+    assert is_current(audit.README, audited, "<!-- audit -->", "<!-- /audit -->")
 
 
 def test_a_goal_is_judged_by_what_was_measured() -> None:

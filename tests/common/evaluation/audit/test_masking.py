@@ -67,15 +67,16 @@ def test_honest_models_are_as_good_as_claimed(lab, case) -> None:
 
 def test_a_table_counts_what_was_flagged() -> None:
     def row(name, is_masked, half, failed):
-        numbers = {"clean": 1.0, "claimed": 0.5, "true": 0.0, "seconds": 30.0}
-        return numbers | {"name": name, "is_masked": is_masked, "half": half, "failed": failed}
+        numbers = {"clean": 1.0, "claimed": 0.5, "true": 0.0, "seconds": 30.0, "examples": 100}
+        about = {"name": name, "is_masked": is_masked, "half": half, "machine": "Toy"}
+        return numbers | about | {"failed": failed}
 
     rows = [
         row("a", True, "design", ["transfer"]),
         row("b", True, "held out", []),
         row("c", False, "design", []),
     ]
-    text = rendered(rows, 100)
+    text = rendered(rows)
     assert "| 1 of 1 (21 to 100 %) | 0 of 1 (0 to 79 %) | 1 of 2 (9 to 91 %) |" in text
     assert "| 0 of 1 (0 to 79 %) |  | 0 of 1 (0 to 79 %) |" in text
     assert "| a | design | 100 | 50 | 0 | yes | transfer |" in text
