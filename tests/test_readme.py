@@ -17,7 +17,8 @@ from common.results.store import read_result
 ROOT = Path(__file__).parents[1]
 PAPERS = sorted(ROOT.glob("paper_*/README.md"))
 COMMON = sorted(ROOT.glob("common/**/README.md"))
-READMES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *COMMON, *PAPERS]
+BENCHMARKS = sorted(ROOT.glob("benchmarks/**/README.md"))
+READMES = [ROOT / "README.md", *BENCHMARKS, *COMMON, *PAPERS]
 
 
 def python_blocks(readme: Path) -> list[str]:

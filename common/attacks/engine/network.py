@@ -26,7 +26,7 @@ from common.attacks.engine.folding import (
     folded_weights,
     has_hooks,
 )
-from common.attacks.engine.winograd import WinogradConv2d, tiles_of
+from common.attacks.engine.winograd import WinogradConv2d, large, tiles_of
 from common.attacks.settings import Settings
 from common.errors import check_choice
 
@@ -130,8 +130,8 @@ class AttackEngine(Settings):
     def _plan(self, model: nn.Module, x: Tensor) -> "_Plan":
         plan = self._plans.of.get(model)
         if plan is None or not plan.fits():
-            pairs = _tried_out(model, x) if self.fold else []
-            plan = _Plan(model, pairs, self, tiles_of(model, x) if self._is_winograd else {})
+            pairs, tiles = _tried_out(model, x, self)
+            plan = _Plan(model, pairs, self, tiles)
             _LOG.info("%s folds %d batch-norms", self, len(pairs))
             self._plans.of[model] = plan
         return plan
@@ -302,67 +302,77 @@ def _widened(found: Any) -> Any:
     return found.float() if isinstance(found, Tensor) and found.is_floating_point() else found
 
 
-def _tried_out(model: nn.Module, x: Tensor) -> list[Pair]:
-    """The pairs that can be folded; none if the outputs then differ.
+def _tried_out(
+    model: nn.Module, x: Tensor, engine: AttackEngine
+) -> tuple[list[Pair], dict[int, int]]:
+    """The pairs that can be folded, and the tiles of large convolutions by their identity.
 
-    Tracing and testing use copies, since forward methods may change a module.
+    Passes and tracing use a copy, since forward methods may change a module.
     """
-    if not any(isinstance(module, NORMS) for module in model.modules()):
-        return []
+    folds = engine.fold and any(isinstance(module, NORMS) for module in model.modules())
+    tiles = engine._is_winograd and bool(large(model, x.device))
+    if not folds and not tiles:
+        return [], {}
     try:
         with aside(x.device):
-            read = copy.deepcopy(model)
-            names = {id(module): name for name, module in read.named_modules()}
-            found = [(names[id(conv)], names[id(norm)]) for conv, norm in foldable(read)]
-        pairs = _named(model, found)
+            trial = copy.deepcopy(model)
+    except Exception as error:  # a model may have parts of any kind
+        _warn(model, f"it cannot be copied ({type(error).__name__}: {error})")
+        return [], {}
+    sizes = tiles_of(trial, x) if tiles else {}
+    pairs = _pairs_of(model, trial, x) if folds else []
+    return pairs, {id(model.get_submodule(name)): tile for name, tile in sizes.items()}
+
+
+def _pairs_of(model: nn.Module, trial: nn.Module, x: Tensor) -> list[Pair]:
+    """The pairs that can be folded; none if the outputs of the copy then differ."""
+    of = model.get_submodule
+    try:
+        with aside(x.device):
+            copied = foldable(trial)
+        names = {id(module): name for name, module in trial.named_modules()}
+        pairs = [
+            Pair(cast(nn.Conv2d, of(names[id(conv)])), of(names[id(norm)])) for conv, norm in copied
+        ]
         is_skipped = not pairs or any(pair.norm.training for pair in pairs)
-        is_equal = is_skipped or _is_equal(model, found, x[:2])
-    except Exception as error:  # of a forward method, or of what cannot be copied
-        _LOG.warning(
-            "attacks use %s as it is: folding could not be tried out (%s: %s)",
-            type(model).__name__, type(error).__name__, error,
-        )  # fmt: skip
+        is_equal = is_skipped or _is_equal(trial, copied, x[:2])
+    except Exception as error:  # of anybody's forward method
+        _warn(model, f"folding could not be tried out ({type(error).__name__}: {error})")
         return []
     for pair in pairs:
         check_mode(pair)
     if not is_equal:
-        _LOG.warning(
-            "attacks use %s as it is: folding its batch-norms changes what it computes",
-            type(model).__name__,
-        )
+        _warn(model, "folding its batch-norms changes what it computes")
     return pairs if is_equal else []
 
 
-def _named(model: nn.Module, names: list[tuple[str, str]]) -> list[Pair]:
-    of = model.get_submodule
-    return [Pair(cast(nn.Conv2d, of(conv)), of(norm)) for conv, norm in names]
+def _warn(model: nn.Module, reason: str) -> None:
+    _LOG.warning("attacks use %s as it is: %s", type(model).__name__, reason)
 
 
-def _is_equal(model: nn.Module, names: list[tuple[str, str]], x: Tensor) -> bool:
+def _is_equal(trial: nn.Module, pairs: list[Pair], x: Tensor) -> bool:
     """Whether folding leaves the outputs of a copy unchanged.
 
     The copy gets random statistics and scales: zeros and ones would hide an error.
     """
     with aside(x.device):
-        trial = copy.deepcopy(model)
         generator = torch.Generator().manual_seed(0)
         for module in trial.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 _randomise(module, generator)
-        plainly = AttackEngine(channels_last=False, winograd=False)
-        plan = _Plan(trial, _named(trial, names), plainly, {})
+        plan = _Plan(trial, pairs, AttackEngine(channels_last=False, winograd=False), {})
         torch.manual_seed(0)
         wanted = trial(x.clone())
         plan.refresh()
         torch.manual_seed(0)
         with plan.swapped():
             got = trial(x.clone())
-    pairs = [
+    leaves = [
         (one, other)
         for one, other in zip(tree_leaves(wanted), tree_leaves(got), strict=True)
         if isinstance(one, Tensor)
     ]
-    return bool(pairs) and all(_is_close(one, other) for one, other in pairs)
+    return bool(leaves) and all(_is_close(one, other) for one, other in leaves)
 
 
 def _is_close(wanted: Tensor, got: Tensor) -> bool:

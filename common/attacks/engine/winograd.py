@@ -6,8 +6,8 @@ section 4). GPU libraries do this already. On a CPU it is faster for many channe
 linear in the image: autograd gives derivatives of any order and stores no image.
 """
 
-import copy
 import logging
+from contextlib import ExitStack
 from functools import lru_cache
 
 import torch
@@ -55,30 +55,35 @@ def tile_of(conv: nn.Conv2d, size: tuple[int, int]) -> int | None:
     return tile if height * width >= _LEAST_USE * padded else None
 
 
-def tiles_of(model: nn.Module, x: Tensor) -> dict[int, int]:
-    """The tiles of the convolutions that become faster, by their identity.
-
-    The sizes of the maps are those in a forward pass of a copy on the first two images.
-    Convolutions with hooks are left out, and those called with maps that need different tiles.
-    """
-    large = {
+def large(model: nn.Module, device: torch.device) -> dict[str, nn.Conv2d]:
+    """The convolutions that may become faster, by name: without hooks, on a CPU."""
+    return {
         name: conv
         for name, conv in model.named_modules()
-        if type(conv) is nn.Conv2d and tile_of(conv, (4, 4)) and not has_hooks(conv)
+        if device.type == "cpu"
+        and type(conv) is nn.Conv2d
+        and tile_of(conv, (4, 4))
+        and not has_hooks(conv)
     }
-    if not large or x.device.type != "cpu":
-        return {}
-    found: dict[str, set[int | None]] = {name: set() for name in large}
-    with aside(x.device):
-        try:
-            trial = copy.deepcopy(model)
-            for name, conv in large.items():
-                trial.get_submodule(name).register_forward_pre_hook(
-                    lambda _, args, conv=conv, seen=found[name]: seen.add(
-                        tile_of(conv, args[0].shape[-2:])
-                    )
+
+
+def tiles_of(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """The tiles of the convolutions that become faster, by name.
+
+    The sizes of the maps are those in a forward pass of the first two images. Convolutions called
+    with maps that need different tiles are left out.
+    """
+    found: dict[str, set[int | None]] = {}
+    with ExitStack() as hooks, aside(x.device):
+        for name, conv in large(model, x.device).items():
+            seen = found[name] = set()
+            hooks.enter_context(
+                conv.register_forward_pre_hook(
+                    lambda conv, args, seen=seen: seen.add(tile_of(conv, args[0].shape[-2:]))
                 )
-            trial(x[:2].clone())
+            )
+        try:
+            model(x[:2].clone())
         except Exception as error:  # of anybody's forward method
             _LOG.warning(
                 "large convolutions of %s stay as they are: their maps were not found (%s: %s)",
@@ -86,7 +91,7 @@ def tiles_of(model: nn.Module, x: Tensor) -> dict[int, int]:
             )  # fmt: skip
             return {}
     alike = {name: tiles.pop() for name, tiles in found.items() if len(tiles) == 1}
-    return {id(large[name]): tile for name, tile in alike.items() if tile is not None}
+    return {name: tile for name, tile in alike.items() if tile is not None}
 
 
 def transformed(weight: Tensor, tile: int) -> Tensor:

@@ -236,7 +236,6 @@ def test_where_it_is_off(net, uses, caplog) -> None:
             torch.testing.assert_close(other(X), net(X), **SINGLE)
     assert uses == []
     assert "attacks use ResNet as it is" in caplog.text
-    assert "their maps were not found (TypeError: cannot pickle 'generator'" in caplog.text
 
 
 @pytest.mark.slow
