@@ -1,5 +1,6 @@
 """Evaluation: the official AutoAttack alone against ours, and a hundred steps of PGD."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -137,7 +138,7 @@ def _measured(net: nn.Module, runs: dict[str, Run], rounds: int, keep: Keep) -> 
     """Times, verdicts beside the first's, and how many images went through the network."""
     base = next(iter(runs))
     verdicts: dict[str, Tensor] = {}
-    images = dict.fromkeys(runs, 0)
+    images, done = dict.fromkeys(runs, 0), itertools.count(1)
 
     def run(name: str) -> None:
         images[name] = 0
@@ -159,6 +160,6 @@ def _measured(net: nn.Module, runs: dict[str, Run], rounds: int, keep: Keep) -> 
             }
             for name, timing in times.items()
         }
-        keep({"rows": rows, "rounds": rounds})
+        keep({"rows": rows, "rounds": next(done)})
 
     interleaved({name: partial(run, name) for name in runs}, base, rounds, keep=kept)

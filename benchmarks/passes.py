@@ -7,6 +7,7 @@ rows of other runs stay.
 """
 
 import argparse
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from common.analysis.profiling import timed
 from common.attacks.autoattack import AutoAttack
 from common.attacks.engine.network import AttackEngine
 from common.attacks.geometry import parse_radius
-from common.attacks.pgd import PGD
+from common.attacks.pgd import PGD, Start
 from common.data.subset import subset
 from common.evaluation import Evaluation, evaluate
 from common.evaluation.drawing import CYCLE, MARKERS, blank_figure, save_figure, tidy_axes
@@ -94,7 +95,8 @@ def _attacks(
     """Attacks by name: which images withstand, and the passes; and peers that are not there."""
 
     def climbed(steps: int, restarts: int = 1) -> dict[str, SuiteEntry]:
-        attack = PGD(eps, steps=steps, restarts=restarts)
+        start: Start = "zero" if restarts == 1 else "uniform"  # libraries start at x too
+        attack = PGD(eps, steps=steps, start=start, restarts=restarts)
         return {"pgd": SuiteEntry(attack, survivors_only=True, until_broken=True)}
 
     apgd = AutoAttack(eps, version="custom", attacks=["apgd-ce", "apgd-t"])
@@ -128,7 +130,9 @@ def ours(
 
     def run() -> None:
         data = x.cpu(), y.cpu()
-        found.append(evaluate(net, data, suite, eps=eps, progress=False, engine=engine))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of costs passes, which are counted
+            found.append(evaluate(net, data, suite, eps=eps, progress=False, engine=engine))
 
     seconds = timed(run, x.device)[0]
     costs = found[0].outcomes.costs.values()

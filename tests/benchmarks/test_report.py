@@ -1,18 +1,23 @@
 """Numbers behind the tables, and the tables."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import goals, passes, report
+from benchmarks.__main__ import main as benchmark
 from benchmarks.audit import __main__ as audit
 from benchmarks.audit import table as audit_table
 from benchmarks.gpu import table as gpu_table
+from benchmarks.loops import Task, bare
 from benchmarks.peak import Passes, flops_of, memory_of
 from benchmarks.timing import exponent, interleaved
 from common.analysis.profiling import quartiles
+from common.attacks.pgd import PGD
+from common.evaluation.suite import SuiteEntry
 from common.networks.resnet import ResNet18
 from common.results.markdown import is_current
 
@@ -95,6 +100,26 @@ def test_sections_are_kept_beside_each_other(tmp_path, monkeypatch) -> None:
     assert f"torch {torch.__version__.split('+')[0]}" in text
 
 
+def test_an_interrupted_section_keeps_what_it_had(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    times = iter([0.5, 0.5, 0.5, 1.0, 1.0, 1.0])
+
+    def timed(*_: object) -> tuple[float, float]:
+        if (seconds := next(times, None)) is None:
+            raise KeyboardInterrupt
+        return seconds, seconds
+
+    monkeypatch.setattr("benchmarks.training.timed", timed)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(["growth", "--name", "toy"])
+    whole = json.loads((tmp_path / "results/toy.json").read_text())
+    assert whole["growth"]["found"]["batch"] == {
+        "seconds": {"8": 0.5, "16": 1.0},
+        "exponent": pytest.approx(1.0),
+    }
+    assert (tmp_path / "results/toy.md").is_file()
+
+
 def test_a_row_replaces_the_one_of_its_name(tmp_path) -> None:
     path = tmp_path / "rows.json"
     report.write_row(path, {"name": "a", "value": 1})
@@ -121,6 +146,49 @@ def test_committed_numbers_are_those_of_the_tables() -> None:
         assert is_current(report.RESULTS / "passes.md", text, begin, end)
     audited = audit_table.rendered(rows("audit"))
     assert is_current(audit.README, audited, "<!-- audit -->", "<!-- /audit -->")
+
+
+def test_passes_of_a_library_are_counted_and_its_images_checked() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+    x, y = torch.rand(6, 1, 2, 2), torch.randint(3, (6,))
+    task = Task(net, x, y, eps=0.1, step_size=0.05, steps=3)
+    held, found = passes.theirs(net, x, y, 0.1, bare(task))
+    assert held.shape == y.shape
+    assert (found["forward"], found["backward"]) == (18, 18)
+    with pytest.raises(RuntimeError, match=r"0\.05"):
+        passes.theirs(net, x, y, 0.05, bare(task))
+    entry = SuiteEntry(PGD(0.1, steps=3, start="zero"))
+    _, ours = passes.ours(net, x, y, 0.1, {"pgd": entry})
+    assert ours["backward"] <= 18
+
+
+def test_accuracy_and_passes_are_set_beside_each_other() -> None:
+    def cost(robust: int, forward: int) -> dict[str, Any]:
+        return {"robust": robust, "forward": forward, "backward": 100, "seconds": forward / 100}
+
+    both = {passes.STRONG: cost(10, 200), passes.OFFICIAL: cost(12, 900)}
+    row = {
+        **{
+            "name": "a",
+            "data": "Digits",
+            "eps": 0.1,
+            "examples": 20,
+            "clean": 18,
+            "machine": "Toy",
+        },
+        **{"attacks": both, "missing": {"art": "not there"}},
+        **{"broken_by_official_alone": [], "broken_by_strong_alone": [3, 7]},
+    }
+    more = row | {"name": "b", "attacks": {"ours, PGD-10": cost(15, 60), **both}}
+    text = passes.curves([row, more])
+    assert "**b**" in text
+    assert "**a**" not in text
+    order = [text.index(line) for line in ("| 75.0 | 8 | 0.6 |", "| 50.0 | 15 |", "| 60.0 | 50 |")]
+    assert order == sorted(order)
+    assert "not there" in text
+    table = "| 20 | 18 | 12 | 10 | 0 | 2: 3, 7 | 0.30 | 0.22 |"
+    assert passes.verdicts([row, more]).count(table) == 2
+    assert [ax.get_title() for ax in passes.drawn([row, more]).axes] == ["b"]
 
 
 def test_a_goal_is_judged_by_what_was_measured() -> None:
