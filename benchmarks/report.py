@@ -183,7 +183,7 @@ def _overheads(found: dict[str, Any]) -> list[str]:
 
 def _growth(found: dict[str, Any]) -> list[str]:
     rows = []
-    for axis in ("batch", "steps", "network"):
+    for axis in [axis for axis in ("batch", "steps", "network") if axis in found]:
         seconds = ", ".join(f"{k}: {v:.3g}" for k, v in found[axis]["seconds"].items())
         power = found[axis].get("exponent")
         rows.append([axis, seconds, "" if power is None else f"{power:.2f}"])

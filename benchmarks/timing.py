@@ -16,6 +16,11 @@ Keep = Callable[[dict[str, Any]], None]
 """Gets what was found so far, whenever there is more."""
 
 
+def shown(text: str) -> None:
+    """Print a line at once, in files too."""
+    print(text, flush=True)
+
+
 @dataclass(frozen=True)
 class Timing:
     """Of one candidate over all rounds: the median and the quartiles of its time over the base's.
@@ -39,7 +44,7 @@ def interleaved(
     rounds: int,
     device: str = "cpu",
     seconds: float = math.inf,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = shown,
     keep: Callable[[dict[str, Timing]], None] = lambda _: None,
 ) -> dict[str, Timing]:
     """Call all candidates once per round, in alternating order, and compare within the rounds.

@@ -17,7 +17,7 @@ from benchmarks import peers
 from benchmarks.failures import NO_TIME, reason
 from benchmarks.loops import Build, Candidate, Task, bare, candidate, one_graph, ours
 from benchmarks.peak import Passes, counted, flops_of, memory_of, peaks, reserved_from_here
-from benchmarks.timing import Keep, Timing, exponent, interleaved
+from benchmarks.timing import Keep, Timing, exponent, interleaved, shown
 from common.analysis.profiling import timed
 from common.attacks.engine.network import AttackEngine
 from common.networks.resnet import DigitsResNet, ResNet18
@@ -70,7 +70,7 @@ def measured(
     candidates: Mapping[str, Entry],
     rounds: int,
     seconds: float = math.inf,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = shown,
     keep: Callable[[dict[str, Any], dict[str, str]], None] = lambda *_: None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Images, passes, memory and time of candidates relative to the first; and why some have none.
@@ -252,36 +252,29 @@ def growth(is_full: bool, device: str, keep: Keep) -> None:
     """Time of our step against batch size, attack steps and network, with the exponents."""
     batches = (8, 16, 32, 64, 128, 256) if is_full else (8, 16, 32, 64)
     steps = (1, 3, 10, 30, 100) if is_full else (1, 3, 10, 30)
-    nets: dict[str, Callable[[], nn.Module]] = {
-        "DigitsResNet": partial(DigitsResNet, in_channels=3),
-        "ResNet-18": ResNet18,
-        **({"WRN-34-10": partial(WideResNet, 34, 10)} if is_full else {}),
+    small = partial(DigitsResNet, in_channels=3)
+    nets: dict[str, Callable[[], nn.Module]] = {"DigitsResNet": small, "ResNet-18": ResNet18}
+    if is_full:
+        nets["WRN-34-10"] = partial(WideResNet, 34, 10)
+    # One step of the attack is beside the update, so its time grows with steps plus 1.5.
+    axes: dict[str, tuple[float, dict[Any, tuple[Callable[[], nn.Module], int, int]]]] = {
+        "batch": (0.0, {n: (small, n, 10) for n in batches}),
+        "steps": (1.5, {k: (small, 32, k) for k in steps}),
+        "network": (math.nan, {name: (build, 8, 3) for name, build in nets.items()}),
     }
-    small = nets["DigitsResNet"]
-    by: dict[str, dict[Any, float]] = {"batch": {}, "steps": {}, "network": {}}
-    sizes: list[tuple[str, Any, nn.Module, int, int]] = [
-        *(("batch", n, small(), n, 10) for n in batches),
-        *(("steps", k, small(), 32, k) for k in steps),
-        *(("network", name, build(), 8, 3) for name, build in nets.items()),
-    ]
-    for axis, size, net, batch, count in sizes:
-        what = task(net, batch, count, device)
-        step = candidate(what, ours(what))
-        step()
-        by[axis][size] = min(timed(step, device)[0] for _ in range(3))
-        print(f"  {axis} {size}: {by[axis][size]:.3g} s", flush=True)
-        keep(_grown(by))
-
-
-def _grown(by: Mapping[str, Mapping[Any, float]]) -> dict[str, Any]:
-    """Seconds along each axis; with two sizes, the exponent."""
     found: dict[str, Any] = {
         "setting": "our step without an engine; DigitsResNet on 3x32x32, batch 32, PGD-10 where "
         "not varied; networks at batch 8, PGD-3"
     }
-    # One step of the attack is beside the update, so its time grows with steps plus 1.5.
-    for axis, offset in (("batch", 0.0), ("steps", 1.5), ("network", None)):
-        found[axis] = {"seconds": dict(by[axis])}
-        if offset is not None and len(by[axis]) > 1:
-            found[axis]["exponent"] = exponent(by[axis], offset)
-    return found
+    for axis, (offset, sizes) in axes.items():
+        times: dict[Any, float] = {}
+        for size, (build, batch, count) in sizes.items():
+            what = task(build(), batch, count, device)
+            step = candidate(what, ours(what))
+            step()
+            times[size] = min(timed(step, device)[0] for _ in range(3))
+            print(f"  {axis} {size}: {times[size]:.3g} s", flush=True)
+            found[axis] = {"seconds": times}
+            if offset >= 0 and len(times) > 1:
+                found[axis]["exponent"] = exponent(times, offset)
+            keep(found)
