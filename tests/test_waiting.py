@@ -161,7 +161,7 @@ def test_an_attack_asks_for_no_value(name: str, device: str) -> None:
 )
 def test_nor_does_an_engine(device, precision, monkeypatch: pytest.MonkeyPatch) -> None:
     # The trial, once per network, compares values.
-    monkeypatch.setattr(engine, "_tried_out", lambda net, _: foldable(net))
+    monkeypatch.setattr(engine, "_tried_out", lambda net, *_: (foldable(net), {}))
     found = attacked(ATTACKS["linf"], device, AttackEngine(precision=precision))
     assert found.device.type == device
 

@@ -248,7 +248,7 @@ def test_every_candidate_makes_a_step_on_a_fake_gpu(numerics, monkeypatch) -> No
     zeros = lambda _, x, **__: (torch.zeros_like(x),)  # noqa: E731
     monkeypatch.setattr(torch.autograd, "grad", zeros)
     monkeypatch.setattr(torch.Tensor, "backward", lambda _: None)
-    monkeypatch.setattr(engine, "_tried_out", lambda net, _: foldable(net))
+    monkeypatch.setattr(engine, "_tried_out", lambda net, *_: (foldable(net), {}))
     monkeypatch.setattr(steps.peers, "available", lambda _: ({}, {}))
     # A module of such tensors can neither be copied nor converted.
     monkeypatch.setattr(loops, "copy", SimpleNamespace(deepcopy=lambda net: net))
