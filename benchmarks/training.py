@@ -100,31 +100,22 @@ def measured(
             say(f"    {missing[name]}")
             _free()
 
-    batch = len(next(iter(candidates.values()))[0].x)
+    def found(times: Mapping[str, Timing]) -> dict[str, Any]:
+        there = {name: times[name] for name in times if name not in missing}
+        return {name: _row(rows, there, name, base) for name in there}
 
-    def timed_rows(times: Mapping[str, Timing]) -> dict[str, Any]:
-        return {name: _row(rows, times, name, base, batch) for name in times}
-
-    times = _timed(
-        steps,
-        missing,
-        base,
-        rounds,
-        seconds - (time.monotonic() - begun),
-        say,
-        lambda times: keep(timed_rows(times), missing),
-    )
-    found = timed_rows(times)
-    for name, row in found.items():
+    left = seconds - (time.monotonic() - begun)
+    times = _timed(steps, missing, base, rounds, left, say, lambda t: keep(found(t), missing))
+    for name, row in (timed_rows := found(times)).items():
         say(f"  {row['images_per_s']:9.1f} images/s: {name}")
-    return found, missing
+    return timed_rows, missing
 
 
 def _row(
-    tried: Mapping[str, Any], times: Mapping[str, Timing], name: str, base: str, batch: int
+    tried: Mapping[str, Any], times: Mapping[str, Timing], name: str, base: str
 ) -> dict[str, Any]:
-    timing = asdict(times[name])
-    row: dict[str, Any] = tried[name] | timing | {"images_per_s": batch / times[name].wall_s}
+    row: dict[str, Any] = tried[name] | asdict(times[name])
+    row["images_per_s"] = row.pop("images") / row["wall_s"]
     if base not in times:
         return {key: value for key, value in row.items() if key not in Timing.RELATIVE}
     if "peak_memory_mb" in row:
@@ -142,6 +133,7 @@ def _tried(
     images = Candidate(short, build(short), step.net, step.optimizer).images()
     difference = (images - (images if wanted is None else wanted)).abs()
     row: dict[str, Any] = {
+        "images": len(task.x),
         "largest_difference": difference.max().item(),
         "pixels_apart": (difference > 1e-5).float().mean().item(),
     }
@@ -168,7 +160,7 @@ def _timed(
     say: Callable[[str], None],
     keep: Callable[[dict[str, Timing]], None],
 ) -> dict[str, Timing]:
-    """Times of the steps; one that fails meanwhile becomes missing."""
+    """Times of the steps; one that fails meanwhile becomes missing, and its times say nothing."""
 
     def guarded(name: str) -> None:
         if name in missing:
@@ -180,21 +172,16 @@ def _timed(
 
     if not steps:
         return {}
-
-    def there(times: dict[str, Timing]) -> dict[str, Timing]:
-        return {name: timing for name, timing in times.items() if name not in missing}
-
     device = next(iter(steps.values())).task.x.device.type
-    found = interleaved(
+    return interleaved(
         {name: partial(guarded, name) for name in steps},
         base if base in steps else next(iter(steps)),
         rounds,
         device,
         seconds,
         say,
-        lambda times: keep(there(times)),
+        keep,
     )
-    return there(found)
 
 
 def _free() -> None:
