@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.analysis.profiling import device_name, timed
+from common.analysis.profiling import timed
 from common.attacks.pgd import PGD
 from common.attacks.settings import Budget
 from common.callbacks.adversarial_training import AdversarialTraining
@@ -33,6 +33,7 @@ from common.evaluation.steps import JUDGED, Step
 from common.evaluation.suite import ball_of, resolve_losses, steps_of
 from common.modes import frozen
 from common.objectives import Batch
+from common.results.provenance import device_name
 
 Made = TypeVar("Made")
 
