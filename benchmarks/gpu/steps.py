@@ -60,10 +60,10 @@ def _peaks(setting: Setting) -> Row:
 
 def _steps(setting: Setting, net: str, batch: int, numerics: Numerics, is_compiled: bool) -> Row:
     if is_compiled:
-        from torch._dynamo import config  # takes seconds, which only compiling needs
+        import torch._dynamo as dynamo  # takes seconds, which only compiling needs
 
         torch.compiler.reset()  # graphs of other batches would make shapes dynamic
-        config.recompile_limit = 64  # all networks of a process are one function
+        dynamo.config.recompile_limit = 64  # all networks of a process are one function
     torch.manual_seed(0)
     made = task(NETS[net](), batch, 2 if setting.is_smoke else 10, setting.device)
     what = replace(made, numerics=numerics)
