@@ -253,14 +253,12 @@ def _stand_in(conv: nn.Conv2d, engine: AttackEngine, tile: int | None) -> nn.Con
 
 
 class _ReducedConv2d(nn.Conv2d):
-    """With weights in bfloat16, which computes in the input's type where autocast is off."""
+    """With weights in bfloat16, whose output has the input's type where autocast is off."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        output: Tensor = self._conv_forward(x, self.weight.to(x.dtype), bias)
-        return output
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class _PassThrough(nn.Identity):
