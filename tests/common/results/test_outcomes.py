@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from common.results.bases import bases, comparable, last_of
 from common.results.lines import Line, Outcomes, Threat
-from common.results.outcomes import checkpoint_entry, figures, logged, outcome_bits, positions
+from common.results.outcomes import (
+    checkpoint_entry,
+    figures,
+    logged,
+    outcome_bits,
+    positions,
+    worst_over,
+)
 from common.results.packing import pack_outcomes, unpack_outcomes
 from common.results.statistics import wilson_interval
 
@@ -243,6 +250,15 @@ def test_attacks_of_an_audit_enter_where_they_break_more() -> None:
     assert entry(**{"audit_pgd/ce": few})["metrics"]["worst"] == 0.25
     assert entry(**{"audit_pgd/ce": few})["sizes"]["worst"] == 4
     assert entry(**{"audit_pgd/ce": [1, 1, 1, 0]})["metrics"]["worst"] == 0.0
+
+
+def test_attacks_of_an_audit_always_enter_on_the_images_of_the_suite() -> None:
+    """Otherwise the worst cases of two seeds would be over different attacks."""
+    for audit in ([1] * 10, [0] * 10, [1] * 4):
+        suite = dict.fromkeys(("pgd20/ce_f", "aa/apgd-ce", "aa/square"), [1] * 10)
+        found = entry(**suite, **{"audit_pgd/ce": audit})
+        names = worst_over(found["clean"], found["attacks"])
+        assert ("audit_pgd/ce" in names) is (len(audit) == 10)
 
 
 def test_the_points_of_a_sweep_are_groups() -> None:
