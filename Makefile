@@ -64,7 +64,7 @@ help: ## this list
 ##@ Results
 reproduce: $(PAPERS:%=reproduce-%) ## all papers
 
-robustness: reproduce-robustness ## all methods in one network, under one protocol; up to 40 CPU minutes
+robustness: reproduce-robustness ## all methods in one network, under one protocol; about 50 CPU minutes
 
 # publish-NAME: ## finished rows become the published results in paper_NAME and its README
 $(NAMES:%=publish-%): publish-%: $(STAMP)
