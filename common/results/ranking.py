@@ -135,7 +135,8 @@ def _line(one: Placed) -> list[str]:
 
 
 def _interval(low: float, high: float) -> str:
-    return f"{100 * low:.2f} to {100 * high:.2f}"
+    """In percent; a t interval is cut where no accuracy can be."""
+    return f"{100 * max(low, 0.0):.2f} to {100 * min(high, 1.0):.2f}"
 
 
 def _places(stems: Sequence[str], known: Mapping[str, Mapping[int, Measured]]) -> dict[str, int]:
