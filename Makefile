@@ -22,6 +22,7 @@ PIP      := -m pip install --quiet --disable-pip-version-check $(INDEX)
 SIZE     := $(if $(TORCH_INDEX),,: about 5 GB; TORCH_INDEX=https://download.pytorch.org/whl/cpu for less)
 
 PAPERS := $(shell ls -d paper_*/configs | sed -nE 's|^paper_([A-Za-z0-9_]+)/configs$$|\1|p')
+NAMES  := $(PAPERS) robustness# the second is benchmarks/robustness
 ON     ?= digits
 SEEDS  ?= 0 1 2
 ARGS   ?=
@@ -30,16 +31,17 @@ ARGS   ?=
 ALONE  := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # -jN makes N rows at a time; make 3.81 does not tell recipes what N is, JOBS=N does in all versions.
 JOBS   ?= $(patsubst -j%,%,$(filter -j%,$(MFLAGS)))
-CHOSEN  = paper_$* --on "$(ON)" --seeds "$(SEEDS)"
+PACKAGE = $(if $(filter robustness,$*),benchmarks.robustness,paper_$*)
+CHOSEN  = $(PACKAGE) --on "$(ON)" --seeds "$(SEEDS)"
 
 # NAME stands for a paper in the list of targets. By exec a signal to make reaches what it runs.
 ##@ First
 # reproduce-NAME: ## train and attack a paper's networks: tables and figures in runs/
-$(PAPERS:%=reproduce-%): reproduce-%: $(STAMP)
+$(NAMES:%=reproduce-%): reproduce-%: $(STAMP)
 	@exec $(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --report -- $(ARGS)
 
 # plan-NAME: ## the rows that reproduce-NAME would make
-$(PAPERS:%=plan-%): plan-%: $(STAMP)
+$(NAMES:%=plan-%): plan-%: $(STAMP)
 	@$(PY) -m common.cli.rows $(CHOSEN) --jobs "$(JOBS)" --plan -- $(ARGS)
 
 test: $(STAMP) ## fast tests, some minutes
@@ -49,7 +51,7 @@ help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} \
 	  /^(# )?[A-Za-z-]+:.*## / {sub(/^# /, ""); printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo 'NAME is $(PAPERS)'
+	@echo 'NAME is $(NAMES)'
 	@echo 'ON="digits"                      rows: exact names, patterns with *, beginnings of names'
 	@echo 'SEEDS="0 1 2"                    their seeds'
 	@echo 'ARGS="--trainer.max_epochs 3"    options of every row'
@@ -58,19 +60,21 @@ help: ## this list
 ##@ Results
 reproduce: $(PAPERS:%=reproduce-%) ## all papers
 
+robustness: reproduce-robustness ## all methods in one network, under one protocol; up to 40 CPU minutes
+
 # publish-NAME: ## finished rows become the published results in paper_NAME and its README
-$(PAPERS:%=publish-%): publish-%: $(STAMP)
+$(NAMES:%=publish-%): publish-%: $(STAMP)
 	@$(PY) -m common.cli.publish $(CHOSEN)
 
 # commands-NAME: ## one command per row, for a cluster
-$(PAPERS:%=commands-%): commands-%: $(STAMP)
+$(NAMES:%=commands-%): commands-%: $(STAMP)
 	@$(PY) -m common.cli.rows $(CHOSEN) --commands -- $(ARGS)
 
 reproduce-% plan-% publish-% commands-%:
-	$(error there is no paper '$*' here; there are $(PAPERS))
+	$(error there is no paper '$*' here; there are $(NAMES))
 
 results: $(STAMP) ## render the tables of all READMEs again from the published results
-	@$(PY) -m common.results.tables $(addprefix paper_,$(PAPERS))
+	@$(PY) -m common.results.tables $(addprefix paper_,$(PAPERS)) benchmarks.robustness
 
 report: $(STAMP) ## one page with all published results: report/index.html
 	@$(PY) -m common.page $(addprefix paper_,$(PAPERS))
@@ -143,5 +147,5 @@ $(BENCH): $(STAMP)
 clean: ## remove the environment and caches; runs and results stay
 	rm -rf $(VENV) $(BENCHENV) $(OLDENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build
 
-.PHONY: help test reproduce results report bench bench-full tensorboard new check format test-wheel \
-  test-slow test-faults test-oldest setup clean $(foreach do,reproduce plan publish commands,$(PAPERS:%=$(do)-%))
+.PHONY: help test reproduce robustness results report bench bench-full tensorboard new check format test-wheel \
+  test-slow test-faults test-oldest setup clean $(foreach do,reproduce plan publish commands,$(NAMES:%=$(do)-%))

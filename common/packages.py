@@ -16,10 +16,16 @@ CONFIGS = Path(__file__).parent / "configs"
 def package_folder(package: str) -> Path:
     """The folder of a package, without importing it; relative if it is in the current folder.
 
+    ``benchmarks.robustness`` is one too.
+
     Raises:
         ConfigurationError: If there is no such package.
     """
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    is_name = all(map(str.isidentifier, package.split(".")))
+    try:
+        spec = importlib.util.find_spec(package) if is_name else None
+    except ModuleNotFoundError:  # the package around it
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigurationError(
             f"there is no package {package!r}; there are {', '.join(papers()) or 'none'}. A paper "
@@ -27,6 +33,11 @@ def package_folder(package: str) -> Path:
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def short_name(package: str) -> str:
+    """What stands for NAME in the targets of make: ``cifs``, ``robustness``."""
+    return package.removeprefix("paper_").removeprefix("benchmarks.")
 
 
 def papers() -> list[str]:

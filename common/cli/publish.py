@@ -16,7 +16,7 @@ from typing import Any
 from common.cli.rows import Row, parser_of, results_folder, rows_of
 from common.errors import ConfigurationError, UserError, output_may_close
 from common.files import read_sealed_json, write_bytes_atomically, write_sealed_json
-from common.packages import package_folder
+from common.packages import package_folder, short_name
 from common.results.provenance import code_changes
 from common.results.published import Digests, digests, shortened
 from common.results.reference import read_reference
@@ -151,8 +151,7 @@ class Publication:
 
     def command(self, on: str) -> str:
         """What makes a selection of rows and their analysis."""
-        paper = self.package.removeprefix("paper_")
-        return f"make reproduce-{paper} ON={shlex.quote(on)}"
+        return f"make reproduce-{short_name(self.package)} ON={shlex.quote(on)}"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from common.packages import short_name
 from common.results.bases import Measured, ball_text
 from common.results.outcomes import figures, is_audit
 from common.results.reference import Row
@@ -96,7 +97,7 @@ class Details:
     @property
     def short(self) -> str:
         """The paper's name in menus."""
-        return self.package.removeprefix("paper_")
+        return short_name(self.package)
 
     @property
     def lacking(self) -> list[str]:
@@ -139,13 +140,9 @@ def details_of(
 
 
 def command_of(package: str, stem: str, seeds: Sequence[int]) -> str:
-    """What trains and evaluates a row; empty for what is no paper."""
-    if not package.startswith("paper_"):
-        return ""
+    """What trains and evaluates a row."""
     chosen = " ".join(map(str, seeds))
-    return (
-        f'make reproduce-{package.removeprefix("paper_")} ON={shlex.quote(stem)} SEEDS="{chosen}"'
-    )
+    return f'make reproduce-{short_name(package)} ON={shlex.quote(stem)} SEEDS="{chosen}"'
 
 
 def percent(share: float) -> str:

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from common.analysis.claims import Verdict
 from common.files import write_text_atomically
-from common.packages import package_folder
+from common.packages import package_folder, short_name
 from common.page.details import COLUMNS, Details, details_of, percent
 from common.page.plots import Plot, plots_of
 from common.results.markdown import Sheet, one_line
@@ -72,7 +72,7 @@ class Source:
     @property
     def short(self) -> str:
         """Its name in menus."""
-        return self.name.removeprefix("paper_")
+        return short_name(self.name)
 
     @property
     def links(self) -> dict[str, str]:

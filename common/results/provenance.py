@@ -17,6 +17,7 @@ from common import PROJECT
 CODE = (
     *(":(top,glob)common/**/*.py", ":(top,glob)common/**/*.yaml"),
     *(":(top,glob)paper_*/**/*.py", ":(top,glob)paper_*/configs/**"),
+    *(":(top,glob)benchmarks/robustness/*.py", ":(top,glob)benchmarks/robustness/configs/**"),
 )
 """What decides a number, as git names files; results and texts are not among it."""
 

@@ -78,6 +78,7 @@ class Group:
         baseline: Stem of the row that the others are compared with, example by example.
         compare: Keys of the metrics to compare; by default the group's own ones that are ``worst``
             or about a single loss.
+        ranked: Whether its rows are also ranked, by :mod:`common.results.ranking`.
     """
 
     __pydantic_config__ = _KNOWN_KEYS
@@ -89,6 +90,7 @@ class Group:
     first: Annotated[list[str], Field(max_length=WIDEST)] | None = None
     baseline: str | None = None
     compare: list[str] | None = None
+    ranked: bool = False
 
     @property
     def shown(self) -> list[Metric]:

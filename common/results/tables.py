@@ -34,6 +34,7 @@ from common.results.cells import compact_of, sheet_of
 from common.results.comparison import comparison_sheet
 from common.results.front import write_front
 from common.results.markdown import Sheet, escape, folded, is_current, write_readme
+from common.results.ranking import ranking, ranking_sheet
 from common.results.reference import Reference, Row, read_reference
 from common.results.selection import select
 from common.results.store import load_results, read_costs
@@ -53,6 +54,7 @@ class Report:
         reference: What the paper printed.
         rows: Those asked for.
         results: Ours, by experiment.
+        boards: Rankings of the tables that ask for one.
         sheets: Tables with results, each followed by its paired comparison.
         analysis: Verdicts and other tables of the paper's analysis.
         never: Tables whose rows have not been run.
@@ -64,6 +66,7 @@ class Report:
     reference: Reference
     rows: list[Row]
     results: Results
+    boards: list[Sheet] = field(default_factory=list)
     sheets: list[Sheet] = field(default_factory=list)
     analysis: list[Sheet] = field(default_factory=list)
     never: list[Sheet] = field(default_factory=list)
@@ -87,7 +90,7 @@ class Report:
         parts = [
             escape(self.legend),
             f"Rows run: {number} of {len(self.rows)} configured.",
-            *(sheet.to_markdown() for sheet in [*self.sheets, *self.analysis]),
+            *(sheet.to_markdown() for sheet in [*self.boards, *self.sheets, *self.analysis]),
         ]
         if self.never:
             title = f"Tables whose rows have not been run: {len(self.never)}"
@@ -155,6 +158,9 @@ def render_table(
             report.never.append(sheet)
             continue
         report.sheets.append(sheet)
+        if group.ranked:
+            placed, left_out = ranking(group, members, results)
+            report.boards.append(ranking_sheet(group.title, placed, left_out))
         if not run <= shown:
             report.compact.append(compact_of(group, members, results))
             shown |= run

@@ -1,0 +1,1 @@
+"""All methods in one backbone, under one protocol: ``make robustness``."""
