@@ -8,7 +8,6 @@ from common.attacks.geometry import check_count
 from common.attacks.randomness import ExampleRandom
 from common.attacks.settings import Budget
 from common.evaluation.measures import Measure, cost
-from common.modes import network_of
 from common.objectives import Batch
 from common.results.lines import Columns
 
