@@ -510,11 +510,13 @@ class Paper:
 
     Attributes:
         folder: Of the paper.
+        package: Its import name.
         paths: Configuration files, by stem.
     """
 
     def __init__(self, name: str) -> None:
         self.folder = Path(__file__).parents[1] / name
+        self.package = name.replace("/", ".")
         self.paths = {path.stem: path for path in sorted(self.folder.glob("configs/*.yaml"))}
 
     @cached_property

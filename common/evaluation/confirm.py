@@ -9,7 +9,7 @@ distorts, is attacked again: through the scores before squashing, then through w
 detaches or rounds, and last by labels only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from common.attacks.randomness import ExampleRandom, seeded
 from common.attacks.settings import Budget
 from common.evaluation.audit.gradients import anchored, eager, straight_through, undetached
 from common.evaluation.steps import in_ball, is_wrong, judged, predict
+from common.networks.parts import Part, parts_of, telling
 from common.objectives import Batch, InnerLoss, OnLogits
 from common.results.lines import Columns, Threat
 
@@ -281,9 +282,13 @@ def _recorded(
     x: Tensor,
     *around: AbstractContextManager[Any],
     turned: int | None = None,
+    parts: Sequence[Part] = (),
 ) -> tuple[Tensor, list[Tensor]]:
-    """Scores of a pass inside the contexts, and the tensors of their shape on the way to them."""
-    with torch.no_grad():
+    """Scores of a pass inside the contexts, and the tensors of their shape on the way to them.
+
+    What ``parts`` answer in the pass of one image that finds the number of classes is dropped.
+    """
+    with torch.no_grad(), telling(parts):
         classes = model(x[:1]).shape[1]
     recorder = _Recorder(len(x), classes, turned)
     with ExitStack() as stack:
@@ -339,7 +344,9 @@ def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> It
             return plain(x, *args, **kwargs)
         seen.append(len(x))
         bridges = (undetached(), straight_through(model)) if is_bridged else ()
-        output, found = _recorded(lambda x: plain(x.clone(), *args, **kwargs), x, *bridges)
+        output, found = _recorded(
+            lambda x: plain(x.clone(), *args, **kwargs), x, *bridges, parts=parts_of(model)
+        )
         recorded = [] if position is None else found[position : position + 1]
         return _climbable(recorded[0] if recorded else output, output)
 

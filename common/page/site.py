@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 from typing import get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -18,10 +17,10 @@ from plotly.offline import get_plotlyjs
 from common.analysis.claims import Verdict
 from common.files import write_text_atomically
 from common.packages import package_folder, short_name
-from common.page.details import COLUMNS, Details, details_of, percent
+from common.page.details import COLUMNS, Details, details_of
 from common.page.plots import Plot, plots_of
 from common.results.markdown import Sheet, one_line
-from common.results.ranking import Placed, ranking
+from common.results.ranking import RANKED, ranking_sheet
 from common.results.reference import Row
 from common.results.schema import Result
 from common.results.store import load_results, read_costs
@@ -32,21 +31,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 COMPARISON = Path("benchmarks") / "robustness"
 """The comparison of all methods: a ``reference.yaml`` whose groups are its tables and whose rows
 are its experiments, and ``results`` with a result file for each experiment and seed."""
-
-
-@dataclass(frozen=True)
-class Board:
-    """A ranking of the rows of one table.
-
-    Attributes:
-        title: Of the table.
-        placed: Its rows from the best to the worst.
-        left_out: What cannot be compared, in sentences.
-    """
-
-    title: str
-    placed: list[Placed]
-    left_out: list[str]
 
 
 @dataclass(frozen=True)
@@ -64,7 +48,7 @@ class Source:
 
     name: str
     report: Report
-    boards: list[Board]
+    boards: list[Sheet]
     details: list[Details]
     plots: list[Plot]
     figures: list[Path]
@@ -125,13 +109,13 @@ def _source(name: str, folder: Path, anchors: _Anchors) -> Source:
     return Source(name, report, list(_boards(report)), details, plots, figures)
 
 
-def _boards(report: Report) -> Iterator[Board]:
+def _boards(report: Report) -> Iterator[Sheet]:
     """Rankings of the tables with a worst case of at least two rows."""
     for group in report.reference.groups:
         if "worst" in (metric.key for metric in group.metrics):
-            placed, left_out = ranking(group, report.reference.members(group), report.results)
-            if len(placed) > 1:
-                yield Board(group.title, placed, left_out)
+            sheet = ranking_sheet(group, report.reference.members(group), report.results)
+            if len(sheet.lines) > 1:
+                yield sheet
 
 
 # ---------------------------------------------------------------------------------------- render
@@ -186,8 +170,6 @@ def render(sources: Sequence[Source]) -> str:
         "inline": inline,
         "blocks": blocks,
         "picture": picture,
-        "percent": percent,
-        "mean": fmean,
     }
     papers = [source for source in sources if source.name != COMPARISON.name]
     plotly, script = get_plotlyjs(), (TEMPLATES / "page.js").read_text()
@@ -198,6 +180,7 @@ def render(sources: Sequence[Source]) -> str:
         comparison=next((one for one in sources if one.name == COMPARISON.name), None),
         rows=rows,
         titles=[title for title in titles if any(row.columns[title].text for row in rows)],
+        ranked=RANKED,
         verdicts=get_args(Verdict),
         plotly=base64.b64encode(gzip.compress(plotly.encode(), mtime=0)).decode(),
         script=Markup(script),

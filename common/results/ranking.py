@@ -14,13 +14,14 @@ from common.results.statistics import LEVEL, Difference, holm, paired_t_test, wi
 
 WORST = "worst"
 
-_NOTE = (
-    "Rows by the worst case over all attacks of their suite, on {sizes} images, the mean over "
-    "seeds. Rows with the same place are not told apart from the first of them: the exact McNemar "
-    "test does not reject at 5 % in every seed (largest p value of the seeds, Holm's correction "
-    "for the number of pairs). *over images* and *over seeds* are 95 % intervals: how far other "
-    "test images (Wilson) or other training runs (t) could move the mean."
+RANKED = (
+    "Rows are ranked by the worst case over all attacks of their suite, the mean over seeds. Rows "
+    "with the same place are not told apart from the first of them: the exact McNemar test does "
+    "not reject at 5 % in every seed (largest p value of the seeds, Holm's correction for the "
+    "number of pairs). *Over images* and *over seeds* are 95 % intervals: how far other test "
+    "images (Wilson) or other training runs (t) could move the mean."
 )
+"""What a ranking shows."""
 
 
 @dataclass(frozen=True)
@@ -108,34 +109,33 @@ def ranking(group: Group, rows: Sequence[Row], results: Results) -> tuple[list[P
     ], left_out
 
 
-def ranking_sheet(title: str, placed: Sequence[Placed], left_out: Sequence[str]) -> Sheet:
-    """A ranking as a table.
-
-    Args:
-        title: Of the table that is ranked.
-        placed: As from :func:`ranking`.
-        left_out: As from :func:`ranking`.
-    """
-    header = ["row", "place", "worst case", "over images", "over seeds", "Natural", "MACs", "seeds"]
-    lines = []
-    for one in placed:
-        seeds = one.over_seeds if one.seeds > 1 else None
-        macs = one.values("macs")
-        lines.append(
-            [
-                f"{one.row.label} (`{one.row.stem}`)",
-                str(one.place),
-                f"{100 * one.worst:.2f}",
-                "{:.2f} to {:.2f}".format(*(100 * bound for bound in one.over_images)),
-                f"{100 * seeds.low:.2f} to {100 * seeds.high:.2f}" if seeds else "",
-                f"{100 * fmean(one.values('clean_acc')):.2f}",
-                f"{fmean(macs):,.0f}" if macs else "",
-                str(one.seeds),
-            ]
-        )
+def ranking_sheet(group: Group, rows: Sequence[Row], results: Results) -> Sheet:
+    """The ranking of the rows of a table; the arguments are those of :func:`ranking`."""
+    placed, left_out = ranking(group, rows, results)
     notes = [f"Left out: {text}." for text in left_out]
-    sizes = ", ".join(f"{size:,}" for size in sorted({one.size for one in placed}))
-    return Sheet(f"Leaderboard: {title}", _NOTE.format(sizes=sizes), header, lines, notes)
+    if sizes := sorted({one.size for one in placed}):
+        notes.insert(0, f"Worst case on {', '.join(f'{size:,}' for size in sizes)} images.")
+    header = ["row", "place", "worst case", "over images", "over seeds", "Natural", "MACs", "seeds"]
+    return Sheet(f"Ranking: {group.title}", "", header, [_line(one) for one in placed], notes)
+
+
+def _line(one: Placed) -> list[str]:
+    seeds = one.over_seeds if one.seeds > 1 else None
+    macs = one.values("macs")
+    return [
+        f"{one.row.label} (`{one.row.stem}`)",
+        str(one.place),
+        f"{100 * one.worst:.2f}",
+        _interval(*one.over_images),
+        _interval(seeds.low, seeds.high) if seeds else "",
+        f"{100 * fmean(one.values('clean_acc')):.2f}",
+        f"{fmean(macs):,.0f}" if macs else "",
+        str(one.seeds),
+    ]
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{100 * low:.2f} to {100 * high:.2f}"
 
 
 def _places(stems: Sequence[str], known: Mapping[str, Mapping[int, Measured]]) -> dict[str, int]:

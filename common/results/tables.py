@@ -34,7 +34,7 @@ from common.results.cells import compact_of, sheet_of
 from common.results.comparison import comparison_sheet
 from common.results.front import write_front
 from common.results.markdown import Sheet, escape, folded, is_current, write_readme
-from common.results.ranking import ranking, ranking_sheet
+from common.results.ranking import RANKED, ranking_sheet
 from common.results.reference import Reference, Row, read_reference
 from common.results.selection import select
 from common.results.store import load_results, read_costs
@@ -90,6 +90,7 @@ class Report:
         parts = [
             escape(self.legend),
             f"Rows run: {number} of {len(self.rows)} configured.",
+            *([escape(RANKED)] if self.boards else []),
             *(sheet.to_markdown() for sheet in [*self.boards, *self.sheets, *self.analysis]),
         ]
         if self.never:
@@ -159,8 +160,7 @@ def render_table(
             continue
         report.sheets.append(sheet)
         if group.ranked:
-            placed, left_out = ranking(group, members, results)
-            report.boards.append(ranking_sheet(group.title, placed, left_out))
+            report.boards.append(ranking_sheet(group, members, results))
         if not run <= shown:
             report.compact.append(compact_of(group, members, results))
             shown |= run

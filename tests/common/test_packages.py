@@ -25,6 +25,7 @@ def own(tmp_path, monkeypatch) -> Path:
 def test_papers_are_found_beside_common_and_in_the_current_folder(own) -> None:
     assert package_folder("paper_own") == Path("paper_own"), "short, to be read in messages"
     assert package_folder("paper_cifs") == ROOT / "paper_cifs"
+    assert package_folder("benchmarks.robustness") == ROOT / "benchmarks/robustness"
     assert {"paper_own", "paper_cifs", "paper_wm"} <= set(papers())
     with pytest.raises(ConfigurationError, match=r"paper_onw.* paper_own"):
         package_folder("paper_onw")

@@ -9,7 +9,8 @@ from common.attacks.losses import cross_entropy
 from common.attacks.pgd import FGSM, PGD
 from common.evaluation import Evaluation, SuiteEntry, evaluate
 from common.evaluation.confirm import seen_through
-from common.objectives import OnLogits
+from common.networks.parts import Part
+from common.objectives import OnLogits, answer
 
 EPS = 0.01
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -154,3 +155,25 @@ def test_forward_is_put_back(squashed, data) -> None:
         assert torch.equal(scores.argmax(dim=1), before.argmax(dim=1))
     assert "forward" not in vars(model)
     assert torch.equal(model(x), before)
+
+
+class Probed(Part):
+    """Linear scores, which are answered and then squashed."""
+
+    def __init__(self, inside: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inside, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.linear(x.flatten(1))
+        if self.told is not None:
+            self.told.logits.append((1.0, scores))
+        return torch.sigmoid(100 * scores)
+
+
+def test_parts_answer_for_the_images_alone(data) -> None:
+    x, y = data[0][:5].clone().requires_grad_(), data[1][:5]
+    net = Probed(x[0].numel())
+    with seen_through(net, 0, is_bridged=True):
+        found = answer(net, [net], x, y)
+    assert [len(logits) for _, logits in found.further] == [5]

@@ -150,7 +150,8 @@ def test_the_comparison_is_read_from_its_own_folder(paper: Any, capsys: Any) -> 
     sources = gather(["paper_toy"], Path("benchmarks/robustness"))
     assert [source.name for source in sources] == ["robustness", "paper_toy"]
     (board,) = sources[0].boards
-    assert [row.row.stem for row in board.placed] == ["toy_net_ours", "toy_net_plain"]
+    stems = [re.search("`(.*)`", line[0])[1] for line in board.lines]
+    assert stems == ["toy_net_ours", "toy_net_plain"]
     assert main(["paper_toy"]) == 0
     assert "report/index.html" in capsys.readouterr().out
     assert 'id="robustness-toy_net_ours"' in Path("report/index.html").read_text()
