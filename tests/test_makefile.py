@@ -215,6 +215,17 @@ def test_plans_and_dry_runs_make_nothing(project: Path, words: list[str]) -> Non
         assert "-m paper_cifs reproduce --config" in done.stdout
 
 
+def test_the_comparison_is_made_as_a_paper_is(project: Path) -> None:
+    configs = project / "benchmarks/robustness/configs"
+    shutil.copytree(ROOT / "benchmarks/robustness/configs", configs)
+    for folder in (configs.parents[1], configs.parent):
+        (folder / "__init__.py").touch()
+    done = make(project, "plan-robustness", "SEEDS=0", "ON=digits_resnet_plain_a*")
+    assert "2 of 2 rows would be made" in done.stdout, done.stderr
+    assert "-m benchmarks.robustness reproduce --config" in done.stdout
+    assert "common.cli.rows benchmarks.robustness --on" in make(project, "-n", "robustness").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "jobs"),
     [

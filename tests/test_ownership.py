@@ -13,7 +13,11 @@ import pytest
 from common.evaluation.__main__ import main as evaluation_command
 
 ROOT = Path(__file__).parents[1]
-RESULTS = sorted(ROOT.glob("paper_*/results/*.json"))
+RESULTS = sorted(
+    path
+    for folder in ("paper_*", "benchmarks/robustness")
+    for path in ROOT.glob(f"{folder}/results/*.json")
+)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

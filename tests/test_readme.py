@@ -17,7 +17,8 @@ from common.results.store import read_result
 ROOT = Path(__file__).parents[1]
 PAPERS = sorted(ROOT.glob("paper_*/README.md"))
 COMMON = sorted(ROOT.glob("common/**/README.md"))
-READMES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *COMMON, *PAPERS]
+COMPARISON = ROOT / "benchmarks/robustness/README.md"
+READMES = [ROOT / "README.md", ROOT / "benchmarks/README.md", COMPARISON, *COMMON, *PAPERS]
 
 
 def python_blocks(readme: Path) -> list[str]:
@@ -111,10 +112,11 @@ def test_files_and_targets_a_readme_names_exist(readme) -> None:
         assert (readme.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("readme", PAPERS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("readme", [*PAPERS, COMPARISON], ids=lambda path: path.parent.name)
 def test_the_tables_of_a_paper_are_those_of_its_results(readme: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert tables.main([readme.parent.name, "--check"]) == 0, capsys.readouterr().out[-300:]
+    package = ".".join(readme.parent.relative_to(ROOT).parts)
+    assert tables.main([package, "--check"]) == 0, capsys.readouterr().out[-300:]
 
 
 def test_the_citation_is_about_this_version_and_these_papers() -> None:

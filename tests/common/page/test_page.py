@@ -62,11 +62,15 @@ class Page(HTMLParser):
         return [given["id"] or "" for _, given in self.tags if "id" in given]
 
 
+def folder_of(name: str) -> Path:
+    return ROOT / ("benchmarks/robustness" if name == "robustness" else name)
+
+
 def test_every_number_of_every_result_is_on_the_page(everything: Any) -> None:
     page, count = Page(everything[1]), 0
     for source in everything[0]:
         anchors = {one.row.stem: one for one in source.details}
-        for result in load_results(ROOT / source.name / "results"):
+        for result in load_results(folder_of(source.name) / "results"):
             one = anchors[result["experiment"]]
             column = one.seeds.index(result["seed"])
             for label, entry in result["checkpoints"].items():
@@ -87,7 +91,8 @@ def test_every_number_of_every_result_is_on_the_page(everything: Any) -> None:
 def test_points_of_plots_are_numbers_of_the_files(everything: Any) -> None:
     for source in everything[0]:
         last = [
-            result["checkpoints"]["last"] for result in load_results(ROOT / source.name / "results")
+            result["checkpoints"]["last"]
+            for result in load_results(folder_of(source.name) / "results")
         ]
         worst = {
             round(100 * one["metrics"]["worst"], 6) for one in last if "worst" in one["metrics"]

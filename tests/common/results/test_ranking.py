@@ -39,6 +39,21 @@ def test_rows_that_a_test_does_not_tell_apart_share_a_place(paper: Any) -> None:
     assert first.over_images[0] < first.worst < first.over_images[1]
 
 
+def test_a_table_shows_its_ranking_if_it_asks_for_it(paper: Any) -> None:
+    put(paper, "toy_net_plain", 0.5, measures={"macs": 1200.0})
+    put(paper, "toy_net_ours", 0.7)
+    first, second = (f"{100 * one.worst:.2f}" for one in ranked(paper)[0])
+    assert render_table("paper_toy").boards == []
+    rows = {stem: {"groups": ["E8"], "last": {}, "selected": {}} for stem in STEMS}
+    columns = [{"key": "worst", "title": "worst"}]
+    paper.write(groups={"E8": {"metrics": columns, "ranked": True}}, rows=rows)
+    report = render_table("paper_toy")
+    ((ours, plain),) = (sheet.lines for sheet in report.boards)
+    assert (ours[1:3], ours[6]) == (["1", first], "")
+    assert (plain[1:3], plain[6]) == (["2", second], "1,200")
+    assert report.markdown.index(f"| {first} |") < report.markdown.index("<details>")
+
+
 def test_a_difference_in_one_seed_alone_is_none(paper: Any) -> None:
     for seed, robust in ((0, 0.8), (1, 0.5)):
         paper.put("toy_net_ours", seed, robust=robust, without="aa/square")
