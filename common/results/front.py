@@ -70,15 +70,16 @@ def write_front(readme: Path) -> None:
     """Render the summary and the coverage of a root README, where it has places for them.
 
     Args:
-        readme: Its folder holds the papers, each with a ``reference.yaml``.
+        readme: Its folder holds the papers and the comparison, each with a ``reference.yaml``.
     """
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     papers = {
-        path.parent.name: (
+        path.parent.relative_to(readme.parent).as_posix(): (
             read_reference(path),
             by_experiment(load_results(path.parent / "results")),
         )
-        for path in sorted(readme.parent.glob("paper_*/reference.yaml"))
+        for folder in ("paper_*", "benchmarks/*")
+        for path in sorted(readme.parent.glob(f"{folder}/reference.yaml"))
     }
     tables = {"coverage": coverage(papers)}
     for reference, results in papers.values():

@@ -236,7 +236,7 @@ def render_readmes(package: str) -> Report:
     """Write the tables of the published results into the READMEs of a paper and of the project."""
     report, folder = render_table(package), package_folder(package)
     write_readme(folder / "README.md", report.markdown)
-    write_front(folder.parent / "README.md")
+    write_front(folder.parents[package.count(".")] / "README.md")
     return report
 
 
@@ -269,7 +269,7 @@ def _render(package: str, check: bool) -> int:
         return int(is_old)
     report = render_readmes(package)
     print_tables(report.compact[:1] or [f"{package}: no row has been run"])
-    print(f"{len(report.missing)} rows are not complete. All tables: {package}/README.md")
+    print(f"{len(report.missing)} rows are not complete. All tables: {package_folder(package)}/README.md")
     return 0
 
 
