@@ -27,6 +27,7 @@ _MOST_LINKS = 8
 _LONG = 80
 """Characters of what is no number."""
 _CLASS = re.compile(r"^class (\w+)", re.MULTILINE)
+_ALIAS = re.compile(r"^([A-Z]\w*) = ", re.MULTILINE)
 _Definition = ast.ClassDef | ast.FunctionDef
 
 
@@ -194,15 +195,20 @@ def channels_of(path: str) -> int | None:
 
 
 def classes_in(folders: Iterable[Path]) -> dict[str, str]:
-    """Classes that the modules of packages define: short name -> path."""
+    """Classes that the modules of packages define: short name -> path.
+
+    Without names that stand for something else in another module, such as a type of text.
+    """
     found: dict[str, str] = {}
+    aliases: set[str] = set()
     for folder in folders:
         for file in sorted(folder.rglob("*.py")):
             parts = (folder.name, *file.relative_to(folder).with_suffix("").parts)
             module = ".".join(parts).removesuffix(".__init__")
             text = file.read_text(encoding="utf-8", errors="replace")
             found |= {name: f"{module}.{name}" for name in _CLASS.findall(text)}
-    return found
+            aliases.update(_ALIAS.findall(text))
+    return {name: path for name, path in found.items() if name not in aliases}
 
 
 def misfit(value: Any, annotation: str) -> str:
