@@ -269,7 +269,8 @@ def _render(package: str, check: bool) -> int:
         return int(is_old)
     report = render_readmes(package)
     print_tables(report.compact[:1] or [f"{package}: no row has been run"])
-    print(f"{len(report.missing)} rows are not complete. All tables: {package_folder(package)}/README.md")
+    readme = package_folder(package) / "README.md"
+    print(f"{len(report.missing)} rows are not complete. All tables: {readme}")
     return 0
 
 
