@@ -102,6 +102,13 @@ def test_the_budget_is_that_of_the_backbone_and_equal_rows_are_near_it(compariso
             assert row.groups == list(itertools.compress(tables, fits)), stem
 
 
+def test_all_that_may_break_an_image_runs_on_the_same_images(comparison, dataset) -> None:
+    """Otherwise the worst case of a row that only the audit breaks is about other images."""
+    evaluation = comparison.config(f"{dataset}_resnet_plain_at")["evaluation"]
+    entries = [*evaluation["suite"].values(), evaluation["audit"]]
+    assert len({entry["examples"] for entry in entries if "examples" in entry}) == 1
+
+
 def test_every_method_is_in_the_same_backbone(comparison, dataset) -> None:
     (backbone,) = backbones(comparison.read(f"configs/shared/net_{dataset}_plain.yaml"))
     for name in METHODS:
