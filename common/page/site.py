@@ -154,7 +154,8 @@ def blocks(sheet: Sheet) -> list[list[list[str]]]:
 
 def is_prose(sheet: Sheet) -> bool:
     """Whether a table has sentences, which a narrow screen shows below each other."""
-    return any(len(cell) > 60 for line in sheet.lines for cell in line)
+    cells = (cell for line in sheet.lines for cell in line)
+    return any(len(re.sub(r"`[^`]*`", "", cell)) > 60 for cell in cells)  # names are no sentences
 
 
 def picture(path: Path) -> str:
