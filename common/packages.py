@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -38,6 +39,12 @@ def package_folder(package: str) -> Path:
 def short_name(package: str) -> str:
     """What stands for NAME in the targets of make: ``cifs``, ``robustness``."""
     return package.removeprefix("paper_").removeprefix("benchmarks.")
+
+
+def reproduction(package: str, on: str, *seeds: int | str) -> str:
+    """The command that makes a selection of rows, with these seeds or with the usual ones."""
+    command = f"make reproduce-{short_name(package)} ON={shlex.quote(on)}"
+    return f'{command} SEEDS="{" ".join(map(str, seeds))}"' if seeds else command
 
 
 def papers() -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from common.errors import ConfigurationError
-from common.networks.insertion import find_places
+from common.networks.insertion import find_places, given_shape
 from paper_cifs.method import (
     BETA,
     Selection,
@@ -34,11 +34,7 @@ def with_cifs(
     Raises:
         ConfigurationError: If there is no shape or no such module, or a setting is out of range.
     """
-    if image_shape is None:
-        raise ConfigurationError(
-            "the channels of a feature are found with a blank image, so image_shape must be given: "
-            "(channels, height, width); the command line fills it in from the data"
-        )
+    image_shape = given_shape(image_shape, "the channels of a feature are found with a blank image")
     if selections is None:
         selections = usual_selections(list(positions_of(net)), hidden=128)
     names = {name.replace(".", "_"): name for name, _ in net.named_modules()}

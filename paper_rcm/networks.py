@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from common.errors import ConfigurationError, check_choice
 from common.modes import try_out
+from common.networks.insertion import given_shape
 from common.networks.resnet import ResNet18, check_positive
 from paper_rcm.method import EnlargedNetwork, shrink_first
 
@@ -39,11 +40,7 @@ def with_larger_maps(
             work with larger maps.
     """
     check_positive(times=times)
-    if image_shape is None:
-        raise ConfigurationError(
-            "strides are found with a blank image, so image_shape must be given: (channels, "
-            "height, width); the command line fills it in from the data"
-        )
+    image_shape = given_shape(image_shape, "strides are found with a blank image")
     for _ in range(times):
         shrink_first(net, image_shape)
     try_out(net, image_shape, "change strides first, and put other methods around the result")

@@ -22,6 +22,7 @@ from torch import nn
 from common.errors import ConfigurationError, check_choice
 from common.evaluation.measures import cost
 from common.networks.backbone import Backbone
+from common.networks.insertion import given_shape
 from common.networks.normalize import Statistics
 from common.networks.resnet import Activation, check_positive, check_stages, conv3x3, named_sequence
 from common.networks.wide_resnet import WideResNet, initialize
@@ -308,11 +309,7 @@ def with_budget_rule(
             f"{type(net).__name__} is no network of stages of common.networks, whose widths could "
             "be changed; apply the rule to the backbone, and other methods to the result"
         )
-    if image_shape is None:
-        raise ConfigurationError(
-            "multiply-accumulates depend on the images, so image_shape must be given: (channels, "
-            "height, width); the command line fills it in from the data"
-        )
+    image_shape = given_shape(image_shape, "multiply-accumulates depend on the images")
     by, base, image = check_ratio(ratio), net.widths, torch.empty(*image_shape, device="meta")
 
     def widths(first: int) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import ConfigurationError, check_choice
 from common.networks.alexnet import AlexNet
-from common.networks.insertion import inside
+from common.networks.insertion import given_shape, inside
 from common.networks.normalize import Normalize, Statistics
 from common.networks.preact_resnet import PreActResNet18
 from common.networks.resnet import ResNet, ResNet18, check_positive, conv3x3, named_sequence
@@ -159,11 +159,7 @@ def with_weight_maps(
             f"placement={placement} and after={after} both say where maps go; give one of them"
         )
     first, stages = (after, []) if after is not None else places(net, placement, position)
-    if image_shape is None:
-        raise ConfigurationError(
-            "weight maps belong to positions, so image_shape must be given: (channels, height, "
-            "width); the command line fills it in from the data"
-        )
+    image_shape = given_shape(image_shape, "weight maps belong to positions")
     insert_weight_maps(net, first, image_shape, variant, init_value=init_value, **settings)
     if stages:
         is_sum = variant == "smoothing" and settings.get("kernel_norm", "sum") == "sum"

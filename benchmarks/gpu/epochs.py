@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.failures import NO_TIME
 from benchmarks.gpu.journal import DONE, SKIPPED, UNFINISHED, Row
-from benchmarks.gpu.papers import SMOKE, on_device
+from benchmarks.gpu.papers import SMOKE, last_line, on_device
 from benchmarks.gpu.parts import Measurements, Setting
 from common.checkpoints import load_checkpoint
 from common.cli.workers import start
@@ -81,8 +81,7 @@ def ended(words: list[str], log: Path, seconds: float) -> bool:
         process.join()
         return False
     if process.exitcode != 0:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise RuntimeError(f"{(lines or ['no output'])[-1]} (log in {log})")
+        raise RuntimeError(f"{last_line(log)} (log in {log})")
     return True
 
 

@@ -50,8 +50,13 @@ def command(package: str, words: Sequence[str], log: Path, until: float) -> floa
         return round(time.time() - begun, 1)
     process.terminate()
     process.join()
+    raise RuntimeError(f"{last_line(log)} (status {process.exitcode}, log in {log})")
+
+
+def last_line(log: Path) -> str:
+    """What a process said last."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    raise RuntimeError(f"{(lines or ['no output'])[-1]} (status {process.exitcode}, log in {log})")
+    return (lines or ["no output"])[-1]
 
 
 def on_device(device: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from common.cli.rows import Row, parser_of, results_folder, rows_of
 from common.errors import ConfigurationError, UserError, output_may_close
 from common.files import read_sealed_json, write_bytes_atomically, write_sealed_json
-from common.packages import package_folder, short_name
+from common.packages import package_folder, reproduction
 from common.results.provenance import code_changes
 from common.results.published import Digests, digests, shortened
 from common.results.reference import read_reference
@@ -97,14 +97,15 @@ class Publication:
             if changed & scope.keys():
                 self.refusals.append(
                     f"{path} was made from other results than would be published ({others}); run "
-                    f"{self.command(report['on'])} with all seeds that are published"
+                    f"{reproduction(self.package, report['on'])} with all seeds that are published"
                 )
                 changed -= scope.keys()
             else:
                 self.notes.append(f"{path.name} stays as it is: the new one differs in {others}")
         if changed and (package_folder(self.package) / "analysis.py").is_file():
             self.refusals.append(
-                f"{shortened(sorted(changed))} are in no analysis; run {self.command(self.on)}"
+                f"{shortened(sorted(changed))} are in no analysis; "
+                f"run {reproduction(self.package, self.on)}"
             )
 
     def _add_analysis(self, path: Path, report: Mapping[str, Any]) -> None:
@@ -114,7 +115,9 @@ class Publication:
             name = f"figures/{Path(figure).name}"
             self.files[name] = self.fresh / name
             if not self.files[name].is_file():
-                self.refusals.append(f"{self.files[name]} is missing; run {self.command(self.on)}")
+                self.refusals.append(
+                    f"{self.files[name]} is missing; run {reproduction(self.package, self.on)}"
+                )
         published = self.published / path.name
         known = _read(published)["missing"] if published.is_file() else []
         lost = [what for what in report["missing"] if what not in known]
@@ -148,10 +151,6 @@ class Publication:
             merged = dict(sorted((known | self.costs).items()))
             write_sealed_json(path, {"schema": 1, "experiments": merged})
         render_readmes(self.package)
-
-    def command(self, on: str) -> str:
-        """What makes a selection of rows and their analysis."""
-        return f"make reproduce-{short_name(self.package)} ON={shlex.quote(on)}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -215,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if publication.refusals:
             print(*(f"refused: {one}" for one in publication.refusals), sep="\n", file=sys.stderr)
             print(
-                f"nothing was published; {publication.command(given.on)} SEEDS="
+                f"nothing was published; {reproduction(publication.package, given.on)} SEEDS="
                 f"{shlex.quote(given.seeds)}, without ARGS, makes what is missing or old",
                 file=sys.stderr,
             )

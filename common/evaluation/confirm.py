@@ -337,7 +337,7 @@ def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> It
     rounds. Yields the sizes of passes with gradients.
     """
     is_own = "forward" in vars(model)
-    plain, seen = model.forward, list[int]()
+    plain, parts, seen = model.forward, parts_of(model), list[int]()
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -345,7 +345,7 @@ def seen_through(model: nn.Module, position: int | None, is_bridged: bool) -> It
         seen.append(len(x))
         bridges = (undetached(), straight_through(model)) if is_bridged else ()
         output, found = _recorded(
-            lambda x: plain(x.clone(), *args, **kwargs), x, *bridges, parts=parts_of(model)
+            lambda x: plain(x.clone(), *args, **kwargs), x, *bridges, parts=parts
         )
         recorded = [] if position is None else found[position : position + 1]
         return _climbable(recorded[0] if recorded else output, output)

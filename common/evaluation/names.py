@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from common.errors import ConfigurationError, RunDirectoryError
-from common.packages import data_sections, file_named, package_folder, short_name
+from common.packages import data_sections, file_named, package_folder, reproduction
 
 COLLECTIONS = {
     "robustbench": (
@@ -76,7 +76,7 @@ def run_of(name: str) -> Path | None:
     if not (run / "config.yaml").is_file():
         raise RunDirectoryError(
             f"{name} needs the weights of its run, and {run} holds none; make it with "
-            f'make reproduce-{short_name(package)} ON={experiment} SEEDS="{seed}"'
+            f"{reproduction(package, experiment, seed)}"
         )
     return run
 

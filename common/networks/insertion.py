@@ -60,6 +60,20 @@ def find_places(
     return {name: Place(modules[name], output) for name, output in seen}, logits
 
 
+def given_shape(image_shape: Sequence[int] | None, reason: str) -> Sequence[int]:
+    """The shape ``(C, H, W)`` of an image, which the command line fills in; without one an error.
+
+    Raises:
+        ConfigurationError: With the reason for which it is needed.
+    """
+    if image_shape is None:
+        raise ConfigurationError(
+            f"{reason}, so image_shape must be given: (channels, height, width); the command line "
+            "fills it in from the data"
+        )
+    return image_shape
+
+
 def inside(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[str, nn.Module] | None:
     """The first network of these kinds in another one or it itself, and its prefix in names."""
     for name, module in net.named_modules():

@@ -1,7 +1,6 @@
 """What the page says about one experiment: the numbers of its result files and their origin."""
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common.packages import short_name
+from common.packages import reproduction, short_name
 from common.results.bases import Measured, ball_text
 from common.results.outcomes import figures, is_audit
 from common.results.reference import Row
@@ -132,17 +131,11 @@ def details_of(
         row,
         seeds,
         [result_path(folder, row.stem, seed).name for seed in seeds],
-        command_of(package, row.stem, seeds),
+        reproduction(package, row.stem, *seeds),
         [_part(label, found) for label in labels],
         examples if examples.is_file() else None,
         dict(_columns(row, found)),
     )
-
-
-def command_of(package: str, stem: str, seeds: Sequence[int]) -> str:
-    """What trains and evaluates a row."""
-    chosen = " ".join(map(str, seeds))
-    return f'make reproduce-{short_name(package)} ON={shlex.quote(stem)} SEEDS="{chosen}"'
 
 
 def percent(share: float) -> str:
