@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.attacks.losses import cross_entropy, full_precision, kl_divergence
 from common.errors import ConfigurationError, check_choice
-from common.networks.parts import ADVERSARIAL, CLEAN, Need, Part, parts_of, telling
+from common.networks.parts import Need, Part, parts_of, telling
 
 Batch = dict[str, Tensor]
 Model = Callable[[Tensor], Tensor]
@@ -170,7 +170,7 @@ class TRADES(LogitObjective):
         """KL(f(x) || f(x')), the clean prediction held constant and computed once."""
         y, parts = differentiable(batch["y"]), parts_of(model)
         with torch.inference_mode(False), torch.no_grad():
-            clean = answer(model, parts, batch["x"], y, CLEAN)
+            clean = answer(model, parts, batch["x"], y, len(y))
         return lambda x: combined(kl_divergence, [clean, answer(model, parts, x, y)])
 
     def loss(self, y: Tensor, *logits: Tensor) -> Tensor:
@@ -303,15 +303,15 @@ def answer(
     parts: Sequence[Part],
     x: Tensor,
     y: Tensor,
-    types: int | Tensor = ADVERSARIAL,
+    clean: int = 0,
 ) -> Answer:
     """What a network with these parts says of images ``(N, C, H, W)`` with labels ``(N,)``.
 
-    ``types`` is that of all images, or of each ``(N,)``.
+    The first ``clean`` of the images are clean, the others adversarial.
     """
     if not parts:
         return Answer(model(x))
-    with telling(parts, y, torch.full_like(y, types) if isinstance(types, int) else types) as told:
+    with telling(parts, y, clean) as told:
         logits = model(x)
     return Answer(logits, told.logits, list(told.losses.values()), told.report)
 
@@ -319,15 +319,17 @@ def answer(
 def answers(
     model: Model, parts: Sequence[Part], batch: Batch, images: Sequence[str], together: bool
 ) -> list[Answer]:
-    """What a network says of each kind of images, in one pass, or in one for each kind in turn."""
-    y, kinds = batch["y"], {"x": CLEAN, "x_adv": ADVERSARIAL}
+    """What a network says of each kind of images, in one pass, or in one for each kind in turn.
+
+    In one pass, clean images come first.
+    """
+    y = batch["y"]
     given = [adversarial_images(batch) if name == "x_adv" else batch[name] for name in images]
-    types = [kinds[name] for name in images]
+    clean = [len(y) * (name == "x") for name in images]
     if not together:
-        return [answer(model, parts, x, y, kind) for x, kind in zip(given, types, strict=True)]
-    each = torch.tensor(types, device=y.device).repeat_interleave(len(y))
-    whole = answer(model, parts, torch.cat(given), y.repeat(len(given)), each)
-    rows = range(0, len(each), len(y))
+        return [answer(model, parts, x, y, n) for x, n in zip(given, clean, strict=True)]
+    whole = answer(model, parts, torch.cat(given), y.repeat(len(given)), sum(clean))
+    rows = range(0, len(y) * len(given), len(y))
     return [whole.cut(slice(first, first + len(y))) for first in rows]
 
 

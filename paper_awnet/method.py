@@ -166,20 +166,30 @@ class Route:
             vars(self).update(vars(type(self)()))
 
 
-def rows_by_type(types: Tensor) -> tuple[Rows, Rows]:
-    """Where the clean and where the adversarial images of a batch are, from types ``(N,)``.
+Types = int | Tensor
+"""The types of a batch's images, ``(N,)``, or how many are clean, which then come first."""
+
+
+def rows_by_type(types: Types, count: int) -> tuple[Rows, Rows]:
+    """Where the clean and where the adversarial of ``count`` images are.
+
+    A number is known to the host. For the values of a tensor the host waits for the device.
 
     Raises:
-        ConfigurationError: If there are types other than 0 and 1.
+        ConfigurationError: If there are types other than 0 and 1, or not one for each image.
     """
-    if types.ndim != 1 or not ((types == CLEAN) | (types == ADVERSARIAL)).all():
+    if isinstance(types, int):
+        if not 0 <= types <= count:
+            raise ConfigurationError(f"{types} of {count} images cannot be clean, 0 to {count} can")
+        return slice(0, types), slice(types, count)
+    if types.shape != (count,) or not ((types == CLEAN) | (types == ADVERSARIAL)).all():
         raise ConfigurationError(
-            "types must be 0 (clean) or 1 (adversarial) for each image, got "
+            f"types must be 0 (clean) or 1 (adversarial) for each of {count} images, got "
             f"{torch.unique(types).tolist()} of shape {tuple(types.shape)}"
         )
     clean = int((types == CLEAN).sum())
     if not types[:clean].any():  # clean ones first, as in training: no copies
-        return slice(0, clean), slice(clean, len(types))
+        return slice(0, clean), slice(clean, count)
     return (types == CLEAN).nonzero()[:, 0], (types == ADVERSARIAL).nonzero()[:, 0]
 
 

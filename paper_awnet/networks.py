@@ -28,6 +28,7 @@ from paper_awnet.method import (
     Router,
     Rows,
     SideNetwork,
+    Types,
     check_probabilities,
     rows_by_type,
     signal_statistics,
@@ -107,13 +108,14 @@ class AWNet(Part):
         """Logits ``(N, K)`` of images ``(N, C, H, W)`` in [0, 1]; training mode is told types."""
         told = self.told
         routing: dict[str, Any] = self.routing(x) if self.is_cut else self.given
-        found = self.outputs(x, None if told is None else told.types, **routing)
+        clean = None if told is None else told.clean
+        found = self.outputs(x, clean, **routing)
         if told is not None:
             told.said |= {"p": found.p, "signals": found.signals}
-            if told.types is not None:
-                told.losses["type"] = cross_entropy(found.type_logits, told.types)  # [F][D]
-                if self.training and bool(told.types.min() != told.types.max()):
-                    told.report |= route_report(found, told.types)
+            if clean is not None:
+                told.losses["type"] = type_loss(found.type_logits, clean)
+                if self.training and 0 < clean < len(x):
+                    told.report |= route_report(found, clean)
         return found.logits
 
     @torch.no_grad()
@@ -154,7 +156,7 @@ class AWNet(Part):
     def outputs(
         self,
         x: Tensor,
-        types: Tensor | None = None,
+        types: Types | None = None,
         p: Tensor | None = None,
         signals: Sequence[Tensor] | None = None,
     ) -> Outputs:
@@ -162,7 +164,8 @@ class AWNet(Part):
 
         Args:
             x: In [0, 1].
-            types: 0 clean or 1 adversarial, ``(N,)``; read by the two batch-norms in training mode.
+            types: 0 clean or 1 adversarial, ``(N,)``, or the number of clean images, which come
+                first; read by the two batch-norms in training mode.
             p: P_type instead of the network's, ``(2,)`` or ``(N, 2)``: for the mixture of
                 batch-norms, and for a detector's signals, which follow it.
             signals: All omega_j ``(N, S_j)`` instead of the network's.
@@ -170,7 +173,8 @@ class AWNet(Part):
         Raises:
             ConfigurationError: If one of them is missing or has another shape.
         """
-        rows = training_rows(types, "AWNet") if self.training and self.has_mixbn else None
+        is_split = self.training and self.has_mixbn
+        rows = training_rows(types, len(x), "AWNet") if is_split else None
         z, type_logits = self.router.read(x)
         own = type_logits.softmax(dim=1)
         used = own if p is None else check_probabilities(p, len(x)).to(own)
@@ -219,7 +223,7 @@ def check_norms_are_free(arch: nn.Module) -> None:
             )
 
 
-def training_rows(types: Tensor | None, network: str) -> tuple[Rows, Rows]:
+def training_rows(types: Types | None, count: int, network: str) -> tuple[Rows, Rows]:
     """The images of each type, which training mode needs; missing ones are an error."""
     if types is None:
         raise ConfigurationError(
@@ -227,7 +231,7 @@ def training_rows(types: Tensor | None, network: str) -> tuple[Rows, Rows]:
             "give types=..., or put the network into evaluation mode. An objective of "
             "paper_awnet.objectives does so, an attack needs adversary.mode: eval"
         )
-    return rows_by_type(types)
+    return rows_by_type(types, count)
 
 
 def require_network(model: Any, kind: type[Network]) -> Network:
@@ -241,14 +245,25 @@ def require_network(model: Any, kind: type[Network]) -> Network:
     return found[0]
 
 
-def route_report(found: Outputs, types: Tensor) -> dict[str, Tensor]:
+def types_of(u: Tensor, clean: int) -> Tensor:
+    """The types ``(N,)`` of images with type logits u, the first ``clean`` of which are clean."""
+    kinds = torch.full((len(u),), ADVERSARIAL, device=u.device)
+    kinds[:clean] = CLEAN
+    return kinds
+
+
+def type_loss(u: Tensor, clean: int) -> Tensor:
+    """CE(u, t) of each image ``(N,)`` [F][D], the first ``clean`` of which are clean."""
+    return cross_entropy(u, types_of(u, clean))
+
+
+def route_report(found: Outputs, clean: int) -> dict[str, Tensor]:
     """Accuracy of the types, and the movement of the filters of each block, to log."""
     u = found.type_logits.detach()
-    right = (classify(u) == types).float().mean()
-    report = {"loss_type": cross_entropy(u, types).mean(), "type_acc": right}
+    right = (classify(u) == types_of(u, clean)).float().mean()
+    report = {"loss_type": type_loss(u, clean).mean(), "type_acc": right}
     for j, omega in enumerate(found.signals, 1):
-        clean, adversarial = (omega[rows].detach() for rows in rows_by_type(types))
-        statistics = signal_statistics(clean, adversarial)
+        statistics = signal_statistics(omega[:clean].detach(), omega[clean:].detach())
         report |= {f"omega{j}_{name}": value for name, value in statistics.items()}
     return report
 
@@ -291,13 +306,13 @@ def router_detached(net: AWNet, whole: Model, x: Tensor, y: Tensor) -> Tensor:
 def misroute(net: AWNet, whole: Model, x: Tensor, y: Tensor) -> Tensor:
     """CE(u(x'), clean), which has nothing to do with the class (A5)."""
     if whole is net:  # the backbone need not run
-        return cross_entropy(net.router.read(x)[1], torch.full_like(y, CLEAN))
-    return looking(net, whole, x, torch.full_like(y, CLEAN))[1]
+        return type_loss(net.router.read(x)[1], len(x))
+    return looking(net, whole, x, CLEAN)[1]
 
 
-def looking(net: AWNet, whole: Model, x: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and the cross-entropy of the type head with given types."""
-    with telling([net], types=types) as told:
+def looking(net: AWNet, whole: Model, x: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """Logits, and the cross-entropy of the type head with one type."""
+    with telling([net], clean=len(x) if kind == CLEAN else 0) as told:
         logits = whole(x)
     return logits, told.losses["type"]
 
@@ -306,7 +321,7 @@ def joint(kind: int, weight: float) -> InnerLoss:
     """CE(f(x'), y) - weight CE(u(x'), kind): wrong, and of that type (A3)."""
 
     def loss(net: AWNet, whole: Model, x: Tensor, y: Tensor) -> Tensor:
-        logits, looks = looking(net, whole, x, torch.full_like(y, kind))
+        logits, looks = looking(net, whole, x, kind)
         return cross_entropy(logits, y) - weight * looks
 
     return aware(loss)
@@ -363,12 +378,12 @@ class OATNet(Part):
         """``ce_knob_<lambda>``: cross-entropy of the network at another lambda."""
         return {f"ce_knob_{lam:g}": partial(at_lambda, lam) for lam in LAMBDAS}
 
-    def at(self, x: Tensor, lam: float | Tensor, types: Tensor | None = None) -> Tensor:
+    def at(self, x: Tensor, lam: float | Tensor, types: Types | None = None) -> Tensor:
         """Logits ``(N, K)`` at one lambda for all images or at that of each ``(N,)``.
 
-        In training mode the types ``(N,)`` select the batch-norm, in evaluation mode lambda does.
+        In training mode the types select the batch-norm, in evaluation mode lambda does.
         """
-        rows = training_rows(types, "OATNet") if self.training else None
+        rows = training_rows(types, len(x), "OATNet") if self.training else None
         each = lam.to(x) if isinstance(lam, Tensor) else x.new_full((len(x),), lam)
         is_adversarial = (each > 0).to(x)
         mixture = torch.stack([1 - is_adversarial, is_adversarial], dim=1)

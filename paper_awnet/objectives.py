@@ -75,11 +75,6 @@ def negative_entropy(probabilities: Tensor) -> Tensor:
     return (probabilities * torch.log(probabilities + 1e-5)).mean()
 
 
-def both_types(x: Tensor) -> Tensor:
-    """The types ``(2N,)`` of N clean images and, after them, their adversarial versions."""
-    return torch.arange(2, device=x.device).repeat_interleave(len(x))
-
-
 class PairedObjective(Objective, nn.Module, ABC):
     """A classification loss on both kinds of images, plus lambda_type L_type.
 
@@ -395,7 +390,7 @@ class OAT(Objective):
         x_adv, x, y = adversarial_images(batch), batch["x"], batch["y"]
         lam = self.drawn(batch["index"])
         net = require_network(model, OATNet)
-        both = net.at(torch.cat([x, x_adv]), torch.cat([lam, lam]), both_types(x))
+        both = net.at(torch.cat([x, x_adv]), torch.cat([lam, lam]), len(x))
         clean, adv = torch.split(both, len(x))
         loss: Tensor = ((1 - lam) * cross_entropy(clean, y) + lam * cross_entropy(adv, y)).mean()
         return loss

@@ -25,7 +25,8 @@ class Told:
 
     Attributes:
         y: Labels ``(N,)``.
-        types: 0 for a clean and 1 for an adversarial image, ``(N,)``.
+        clean: How many of the images are clean; these come first. A number, which no device has to
+            be asked for.
         logits: Weights and further logits ``(N, K)``, in forward order.
         losses: Losses of the parts themselves by name, ``(N,)`` each.
         said: Other answers by name, for those who know the part.
@@ -33,7 +34,7 @@ class Told:
     """
 
     y: Tensor | None = None
-    types: Tensor | None = None
+    clean: int | None = None
     logits: list[tuple[float, Tensor]] = field(default_factory=list)
     losses: dict[str, Tensor] = field(default_factory=dict)
     said: dict[str, Any] = field(default_factory=dict)
@@ -77,10 +78,10 @@ def parts_like(model: Any, kind: type[Kind]) -> list[Kind]:
 
 @contextmanager
 def telling(
-    parts: Sequence[Part], y: Tensor | None = None, types: Tensor | None = None
+    parts: Sequence[Part], y: Tensor | None = None, clean: int | None = None
 ) -> Iterator[Told]:
     """Tell parts about the pass that is made in the block, and collect their answers."""
-    told, before = Told(y, types), [part.told for part in parts]
+    told, before = Told(y, clean), [part.told for part in parts]
     try:
         for part in parts:
             part.told = told

@@ -172,7 +172,7 @@ def test_training_is_two_batch_norms_on_two_batches() -> None:
     x = torch.randn(8, 5, 3, 3)
     types = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
     p = torch.rand(8, 2, requires_grad=True)
-    with route.told((), p, rows_by_type(types)):
+    with route.told((), p, rows_by_type(types, 8)):
         out = mix(x)
     expected = torch.empty_like(x)
     for kind, twin in enumerate(twins):
@@ -183,7 +183,7 @@ def test_training_is_two_batch_norms_on_two_batches() -> None:
         assert torch.equal(norm.running_var, twin.running_var)
     assert torch.autograd.grad(out.sum(), p, allow_unused=True) == (None,)
     order = torch.argsort(types, stable=True)
-    with route.told((), None, rows_by_type(types[order])):
+    with route.told((), None, rows_by_type(types[order], 8)):
         torch.testing.assert_close(mix(x[order]), expected[order])
 
 
@@ -192,19 +192,24 @@ def test_images_of_one_type_leave_the_other_batch_norm_as_it_is(kind) -> None:
     mix, route = mixed()
     other = (mix.adv, mix.clean)[kind]
     before = copy.deepcopy(other.state_dict())
-    with route.told((), None, rows_by_type(torch.full((4,), kind))):
+    with route.told((), None, rows_by_type(torch.full((4,), kind), 4)):
         mix(torch.randn(4, 5, 3, 3))
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
     assert (mix.clean, mix.adv)[kind].num_batches_tracked == 1
 
 
 def test_rows_by_type() -> None:
-    assert rows_by_type(torch.tensor([0, 0, 1])) == (slice(0, 2), slice(2, 3))
-    clean, adv = rows_by_type(torch.tensor([1, 0, 1]))
+    assert rows_by_type(torch.tensor([0, 0, 1]), 3) == rows_by_type(2, 3)
+    assert rows_by_type(2, 3) == (slice(0, 2), slice(2, 3))
+    clean, adv = rows_by_type(torch.tensor([1, 0, 1]), 3)
     assert clean.tolist() == [1]
     assert adv.tolist() == [0, 2]
     with pytest.raises(ConfigurationError, match=r"\[0, 2\]"):
-        rows_by_type(torch.tensor([0, 2]))
+        rows_by_type(torch.tensor([0, 2]), 2)
+    with pytest.raises(ConfigurationError, match="each of 3 images"):
+        rows_by_type(torch.tensor([0, 1]), 3)
+    with pytest.raises(ConfigurationError, match="4 of 3 images"):
+        rows_by_type(4, 3)
 
 
 def test_straight_through_has_hard_values_and_soft_gradients() -> None:
