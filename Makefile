@@ -59,7 +59,7 @@ help: ## this list
 	@echo 'ON="digits"                      rows: exact names, patterns with *, beginnings of names'
 	@echo 'SEEDS="0 1 2"                    their seeds'
 	@echo 'ARGS="--trainer.max_epochs 3"    options of every row'
-	@echo 'JOBS=2                           rows at a time; one per core on the digits, else one'
+	@echo 'JOBS=2                           rows at a time; by default one, or one per core on a CPU'
 
 ##@ Results
 reproduce: $(PAPERS:%=reproduce-%) ## all papers

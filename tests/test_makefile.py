@@ -21,6 +21,7 @@ words = sys.argv[1:]
 stem, seed = pathlib.Path(words[2]).stem, words[4]
 with open("asked", "a") as asked:
     print(stem, seed, *words[7:], sep="|", file=asked)
+pathlib.Path("threads").write_text(str(os.environ.get("OMP_NUM_THREADS")))
 if stem == os.environ.get("FAILS"):
     sys.exit("something broke")
 if stem == os.environ.get("KILLED"):
@@ -230,12 +231,30 @@ def test_the_comparison_is_made_as_a_paper_is(project: Path) -> None:
     [
         (["-j3"], "3"),
         (["ARGS=--a '-j4 b'"], CORES),
+        (["ON=fashion_small_resnet_cas"], CORES),
         (["ON=cifar10_resnet18_cas"], "1"),
     ],
 )
 def test_how_many_rows_are_made_at_a_time(project: Path, words: list[str], jobs: str) -> None:
     done = make(project, "plan-cifs", "SEEDS=0", *words, OMP_NUM_THREADS="1")
     assert f"{jobs} at a time" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "threads"),
+    [
+        (["ON=digits_resnet_cas_natural"], "1"),
+        (["ON=fashion_small_resnet_cas", "JOBS=1"], "1"),
+        (["ON=cifar10_resnet18_cas"], "None"),
+        (["ON=cifar10_resnet18_cas", "JOBS=2"], str(max(1, int(CORES) // 2))),
+    ],
+)
+def test_rows_made_at_a_time_share_the_cores(project, words: list[str], threads: str) -> None:
+    """With a thread per core each, they would spend their time waiting for each other."""
+    for seed, chosen in enumerate(({}, {"OMP_NUM_THREADS": "3"})):
+        done = make(project, "reproduce-cifs", f"SEEDS={seed}", *words, **chosen)
+        assert done.returncode == 0, done.stdout
+        assert (project / "threads").read_text() == chosen.get("OMP_NUM_THREADS", threads)
 
 
 def test_commands_stand_for_themselves(project: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ SMALL = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
 }
-"""The environment of rows on small networks."""
+"""The environment of rows whose configs ask for a CPU: their networks are small."""
 
 
 def results_folder(package: str) -> Path:
@@ -112,6 +112,15 @@ class Row:
                     "the path, which is relative to the config"
                 )
         return [self.config.parent / name for name in names]
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether its config, or a file that this refers to, asks for a CPU."""
+        texts = [
+            *self._texts,
+            *(t for part in self.parts for t in _texts_in(read_yaml(part), set())),
+        ]
+        return ("accelerator", "cpu") in texts
 
     @cached_property
     def needs(self) -> list["Row"]:
@@ -324,11 +333,15 @@ def split_options(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
 
 
+def _cores() -> int:
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
 def _jobs(text: str | None, is_small: bool) -> int:
-    """How many rows are made at a time: as told, else one per core on the digits."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """How many rows are made at a time: as told, else one per core if they ask for a CPU."""
     if not text:
-        return (cores or 1) if is_small else 1
+        return _cores() if is_small else 1
     if not text.isdecimal() or int(text) < 1:
         raise ConfigurationError(f"JOBS is {text!r}, expected how many rows to make at a time")
     return int(text)
@@ -339,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, options = split_options(argv)
     parser = parser_of("common.cli.rows", __doc__)
     parser.epilog = "What follows -- are options of every row."
-    parser.add_argument("--jobs", help="rows at a time; by default one per core on digits, else 1")
+    parser.add_argument("--jobs", help="rows at a time; by default 1, but one per core on a CPU")
     parser.add_argument("--plan", action="store_true", help="print what would run")
     parser.add_argument("--commands", action="store_true", help="print a command for each row")
     parser.add_argument("--report", action="store_true", help="then analyse them and print tables")
@@ -347,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         say_shadowed("common", given.package)
         rows = rows_of(given.package, given.on, parse_seeds(given.seeds), options)
-        is_small = all(row.stem.startswith("digits_") for row in rows)
+        is_small = all(row.is_on_cpu for row in rows)
         jobs = _jobs(given.jobs, is_small)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -358,12 +371,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if given.plan:
         unmade = _print_plan(rows, jobs)
-        if unmade and not is_small:
+        if not all(row.stem.startswith("digits_") for row in unmade):  # these are a minute each
             _print_estimates(unmade)
         return 0
-    if is_small:
-        for name, value in SMALL.items():
-            os.environ.setdefault(name, value)
+    threads = {"OMP_NUM_THREADS": str(max(1, _cores() // jobs))}  # else rows wait for each other
+    for name, value in (SMALL if is_small else threads if jobs > 1 else {}).items():
+        os.environ.setdefault(name, value)
     runner = Runner(rows, jobs)
     with ending_with_this():
         is_complete = runner()

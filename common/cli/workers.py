@@ -10,12 +10,13 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.forkserver import _forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # Fork is safe here because the server only imports. No parallel region and no backward pass has
 # run in it, so OpenMP and autograd have no threads that a child would wait for, and OpenBLAS stops
@@ -42,11 +43,15 @@ def start(module: str, words: Sequence[str], log: Path | None = None) -> BasePro
 def ending_with_this() -> Iterator[None]:
     """Within the block, a signal to end this process ends those that it has started, and waits.
 
-    A row saves what it has, as after any SIGTERM; at a second signal it ends at once.
+    A row saves what it has, as after any SIGTERM; at a second signal it ends at once. What follows
+    within a second is the same one: make passes on what its process group has received too.
     """
+    heard: list[float] = []
 
-    def end(signum: int, _: Any) -> NoReturn:
-        raise SystemExit(128 + signum)
+    def end(signum: int, _: Any) -> None:
+        heard.append(time.monotonic())
+        if len(heard) == 1 or heard[-1] - heard[0] > 1.0:
+            raise SystemExit(128 + signum)
 
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
@@ -54,8 +59,8 @@ def ending_with_this() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _terminate()
         try:
+            _terminate()
             for process in multiprocessing.active_children():
                 process.join()
         finally:

@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from common.cli.workers import ending_with_this
 
 ROWS = """
 import sys
@@ -58,3 +62,27 @@ def test_every_process_begins_alike_whatever_ran_before(tmp_path: Path) -> None:
     assert first == second
     assert first["threads of the server"] == 1
     assert not first["saw CUDA"]
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the second would cut short what the first asked for."""
+    kept, now = [], time.monotonic()
+
+    def rows() -> None:
+        with ending_with_this():
+            with pytest.raises(SystemExit, match="130"):
+                os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            kept.append("the first")
+            monkeypatch.setattr(time, "monotonic", lambda: now + 60)
+            os.kill(os.getpid(), signal.SIGTERM)
+            kept.append("the last")
+
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            rows()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert kept == ["the first"]
