@@ -1,5 +1,6 @@
 """The report of an evaluation: accuracies, the outcome of every example, reasons for doubt."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -188,17 +189,21 @@ def _without_gradient(outcomes: Outcomes) -> Iterator[str]:
         "distorted": "the scores are squashed at the end of the model, which distorts gradients",
     }
     for name, text in what.items():
-        found = [
-            f"{key} for {int(columns[name].sum())}"
-            for key, columns in outcomes.columns.items()
-            if name in columns and bool(columns[name].any())
-        ]
-        if found:
+        counts = Counter(
+            {
+                key: int(columns[name].sum())
+                for key, columns in outcomes.columns.items()
+                if name in columns
+            }
+        )
+        if found := [f"{key} for {count}" for key, count in (+counts).most_common()]:
+            rest = f" and {len(found) - 3} more attacks," if len(found) > 3 else ""
             yield (
                 f"{text}: an attack got no usable direction for examples that withstood it "
-                f"({', '.join(found)} of {len(outcomes.y)}). They were attacked again, through the "
-                "scores before squashing, through what the model cuts or rounds, and by labels "
-                "alone; an evaluation that lacks this overestimates the model's robustness"
+                f"({', '.join(found[:3])}{rest} of {len(outcomes.y)}). They were attacked again, "
+                "through the scores before squashing, through what the model cuts or rounds, and "
+                "by labels alone; an evaluation that lacks this overestimates the model's "
+                "robustness"
             )
 
 

@@ -9,7 +9,6 @@ from rich.text import Text
 
 from common.results.bases import Results
 from common.results.columns import Columns
-from common.results.comparison import audit_notes
 from common.results.markdown import Sheet
 from common.results.outcomes import metrics_of
 from common.results.reference import UNITS, Group, Metric, Row
@@ -44,7 +43,6 @@ def sheet_of(group: Group, rows: list[Row], results: Results, costs: _Costs) -> 
     ]
     titles, notes = _titles(group, known, results, columns)
     notes += columns.notes()
-    notes += audit_notes(known, results)
     if unknown := [f"`{row.stem}`" for row in rows if row not in known]:
         notes.insert(0, f"Neither published nor measured yet: {', '.join(unknown)}")
     if not known:

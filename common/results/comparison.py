@@ -1,7 +1,9 @@
 """What stands under a table: paired comparisons of its rows, and what audits of them found."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
+from typing import TypeVar
 
 from common.results.bases import Measured, Results
 from common.results.markdown import Sheet
@@ -10,6 +12,8 @@ from common.results.paired import Paired, paired
 from common.results.reference import Group, Row
 from common.results.schema import AuditCheck
 from common.results.statistics import paired_t_test
+
+T = TypeVar("T")
 
 _NOTE = (
     "Last checkpoints. *difference* is this row minus {label} in points, the mean over seeds. "
@@ -116,32 +120,71 @@ def _compared(found: Mapping[int, Paired]) -> list[str]:
 
 
 def audit_notes(rows: Sequence[Row], results: Results) -> list[str]:
-    """Warnings about failed checks and remarks, and a line about the rows that passed all."""
-    warnings, passed = [], []
-    remarks: dict[str, list[str]] = {}
+    """Failed checks and remarks, a line for each kind, and one about the rows that passed all."""
+    failed: dict[str, list[tuple[Measured, AuditCheck]]] = {}
+    remarks: dict[str, list[tuple[Measured, str]]] = {}
+    passed = []
+    for one in (one for row in rows for one in results.get(row.stem, [])):
+        for remark in one.entry["remarks"]:
+            remarks.setdefault(_BRACKETS.sub("", remark), []).append((one, remark))
+        for check in _checks(one):
+            if check["verdict"] == "fail":
+                failed.setdefault(check["question"], []).append((one, check))
     for row in rows:
-        checks = []
-        for one in results.get(row.stem, []):
-            where = f"`{row.stem}` seed {one.seed}, {one.label}"
-            for remark in one.entry["remarks"]:
-                remarks.setdefault(remark, []).append(where)
-            found = one.entry["audit"]["checks"] if "audit" in one.entry else []
-            if failed := [_failure(check) for check in found if check["verdict"] == "fail"]:
-                warnings.append(f"⚠ audit: {where}: {'; '.join(failed)}")
-            checks += [check["verdict"] for check in found]
-        if "pass" in checks and "fail" not in checks:
-            passed.append(f"`{row.stem}` ({checks.count('pass')})")
-    warnings += [f"⚠ {', '.join(where)}: {remark}" for remark, where in remarks.items()]
-    if passed:
-        warnings.append(f"Audit, number of checks passed and none failed: {', '.join(passed)}")
-    return warnings
-
-
-def _failure(check: AuditCheck) -> str:
-    numbers = [
-        f"{name} {number:.4g}"
-        for name, number in (("value", check["value"]), ("threshold", check["threshold"]))
-        if number is not None
+        found = [check["verdict"] for one in results.get(row.stem, []) for check in _checks(one)]
+        if "pass" in found and "fail" not in found:
+            passed.append(f"`{row.stem}` ({found.count('pass')})")
+    notes = [
+        f"⚠ audit, failed: {question} {_failures(found)}" for question, found in failed.items()
     ]
-    remark = ", ".join(numbers) or check["detail"]
-    return f"{check['question']} ({remark})" if remark else check["question"]
+    for kind, told in remarks.items():
+        texts = {remark for _, remark in told}
+        text = texts.pop() if len(texts) == 1 else f"{kind} (the figures are in the result files)"
+        notes.append(f"⚠ {_where(one for one, _ in told)}: {text}")
+    if passed:
+        notes.append(f"Audit, number of checks passed and none failed: {', '.join(passed)}")
+    return notes
+
+
+_BRACKETS = re.compile(r" \([^()]*\)")
+"""Where a remark has its figures."""
+
+
+def _checks(one: Measured) -> Sequence[AuditCheck]:
+    return one.entry["audit"]["checks"] if "audit" in one.entry else []
+
+
+def _failures(found: Sequence[tuple[Measured, AuditCheck]]) -> str:
+    """The figures of failed checks with one question, row by row."""
+    limits = sorted(check["threshold"] for _, check in found if check["threshold"] is not None)
+    ends = dict.fromkeys(f"{limit:.4g}" for limit in [*limits[:1], *limits[-1:]])
+    parts = []
+    for told in _by_row(found, lambda pair: pair[0]):
+        values = dict.fromkeys(_value(check) for _, check in told)
+        where = _where(one for one, _ in told)
+        parts.append(f"{where}: {', '.join(values)}" if any(values) else where)
+    return "; ".join(parts) + (f" (threshold {' to '.join(ends)})" if ends else "")
+
+
+def _value(check: AuditCheck) -> str:
+    return check["detail"] if check["value"] is None else f"{check['value']:.4g}"
+
+
+def _where(measured: Iterable[Measured]) -> str:
+    """Rows with their checkpoints and seeds."""
+    rows = []
+    for found in _by_row(measured, lambda one: one):
+        seeds: dict[str, list[int]] = {}
+        for one in found:
+            seeds.setdefault(one.label, []).append(one.seed)
+        of = [f"{label} of seed {', '.join(map(str, n))}" for label, n in seeds.items()]
+        rows.append(f"`{found[0].stem}` ({'; '.join(of)})")
+    return ", ".join(rows)
+
+
+def _by_row(found: Iterable[T], measured: Callable[[T], Measured]) -> list[list[T]]:
+    """What belongs to one experiment together."""
+    rows: dict[str, list[T]] = {}
+    for one in found:
+        rows.setdefault(measured(one).stem, []).append(one)
+    return list(rows.values())

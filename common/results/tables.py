@@ -31,7 +31,7 @@ from common.files import read_sealed_json
 from common.packages import package_folder
 from common.results.bases import Measured, Results, by_experiment
 from common.results.cells import compact_of, sheet_of
-from common.results.comparison import comparison_sheet
+from common.results.comparison import audit_notes, comparison_sheet
 from common.results.front import write_front
 from common.results.markdown import Sheet, escape, folded, is_current, write_readme
 from common.results.ranking import RANKED, ranking_sheet
@@ -149,6 +149,7 @@ def render_table(
     costs = read_costs(folder)
     report = Report(reference, rows, results)
     shown: set[str] = set()
+    told: set[str] = set()  # rows whose audits stand under a table
     for group in reference.groups:
         members = [row for row in reference.members(group) if row in rows]
         if not members or (groups is not None and group.id not in groups):
@@ -158,6 +159,8 @@ def render_table(
         if not run:
             report.never.append(sheet)
             continue
+        sheet.notes += audit_notes([row for row in members if row.stem not in told], results)
+        told |= run
         report.sheets.append(sheet)
         if group.ranked:
             report.boards.append(ranking_sheet(group, members, results))

@@ -90,13 +90,19 @@ def test_failed_audits_and_remarks_are_shown_and_passed_checks_counted(paper: An
     paper.put(seed=1, audit=failed)
     text = paper.markdown(groups=["E1"])
     assert (
-        "\n\n⚠ audit: `toy_net_ours` seed 1, last: Do 200 steps break no more than 20? "
-        "(value 3.142, threshold 1); Is it? (it is not)\n\n" in text
-    )
+        "\n\n⚠ audit, failed: Do 200 steps break no more than 20? `toy_net_ours` (last of seed 1): "
+        "3.142 (threshold 1)\n\n"
+        "⚠ audit, failed: Is it? `toy_net_ours` (last of seed 1): it is not\n\n"
+    ) in text
     assert "number of checks passed and none failed: `toy_net_plain` (2)\n\n" in text
-    assert text.count("⚠") == 1
+    assert text.count("⚠") == 2
+    paper.put("toy_net_plain", 2, audit=audit("fail", value=7, threshold=1.5))
+    assert (
+        "`toy_net_plain` (last of seed 2): 7; `toy_net_ours` (last of seed 1): 3.142 "
+        "(threshold 1 to 1.5)"
+    ) in paper.markdown(groups=["E1"])
     for seed in (0, 1):
         paper.put(seed=seed, weakness="its radius 0.001 is less than 0.2")
-    where = "`toy_net_ours` seed 0, last, `toy_net_ours` seed 1, last"
-    assert f"⚠ {where}: there is no worst case: no attack used the" in paper.markdown()
+    where = "`toy_net_ours` (last of seed 0, 1)"
+    assert paper.markdown().count(f"⚠ {where}: there is no worst case: no attack used the") == 1
     assert paper.lines_of("E8: worst", "toy_net_ours") == {}
