@@ -272,7 +272,6 @@ ANALYSIS = Analysis(
     measure=measure,
     figures=figures,
     scope=scope,
-    baseline="static_mtard",
     accuracy="worst",
     accuracy_label="worst-case accuracy",
     compared=lambda method: method.endswith("_mtard"),

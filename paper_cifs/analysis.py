@@ -159,7 +159,6 @@ ANALYSIS = Analysis(
     measure=measure_runs,
     figures=figures,
     scope=scope,
-    baseline="plain",
     accuracy=WORST,
     accuracy_label="PGD-20 accuracy, worst loss",
     compared=lambda method: not method.endswith("_natural"),

@@ -208,7 +208,6 @@ ANALYSIS = Analysis(
     claims=claims,
     measure=measure,
     figures=figures,
-    baseline="222_avg",
     accuracy=AR,
     accuracy_label="PGD-20 accuracy",
 )

@@ -117,7 +117,6 @@ ANALYSIS = Analysis(
     claims=claims,
     measure=measure,
     figures=figures,
-    baseline=f"{LATE}_sat",
     accuracy=METRIC,
     accuracy_label="PGD-20 accuracy",
     compared=lambda method: not method.endswith("_natural"),

@@ -312,7 +312,6 @@ ANALYSIS = Analysis(
     figures=figures,
     tables=lambda found: [amplification_table(found), checks_table(found)],
     scope=scope,
-    baseline="base",
     accuracy="worst",
     accuracy_label="worst-case accuracy",
     note=NOTE,

@@ -28,7 +28,7 @@ from common.files import write_sealed_json
 from common.packages import package_folder
 from common.results.bases import comparable, last_of
 from common.results.published import digests
-from common.results.reference import read_reference
+from common.results.reference import Reference, read_reference
 from common.results.schema import Result
 from common.results.selection import parse_seeds, select
 from common.results.store import read_result
@@ -166,7 +166,6 @@ class Analysis:
     Attributes:
         package: Of the paper.
         claims: Results and measures to claims with verdicts.
-        baseline: Method that the forest plot shows differences to.
         accuracy: Metric of the forest plot.
         accuracy_label: The same in words.
         scope: A beginning of stems to what the stems of an analysis begin with, and the prefix
@@ -181,7 +180,6 @@ class Analysis:
 
     package: str
     claims: Callable[[Found], Sequence[Claim]]
-    baseline: str
     accuracy: str
     accuracy_label: str
     scope: Callable[[str], tuple[str, str]] = scope_of
@@ -210,7 +208,10 @@ class Analysis:
             ConfigurationError: If there is neither a result nor a measure to work on.
         """
         rows, prefix = self.scope(on)
-        found = Found(rows, prefix, seeds, runs, results, device, load, self._labels())
+        path = package_folder(self.package) / "reference.yaml"
+        reference = read_reference(path) if path.is_file() else Reference([], {})
+        labels = {stem: row.label for stem, row in reference.rows.items()}
+        found = Found(rows, prefix, seeds, runs, results, device, load, labels)
         found.read_results(self.needed)
         self.measure(found)
         if not found.metrics and not any(found.measured.values()):
@@ -230,7 +231,7 @@ class Analysis:
             "missing": found.missing,
         }
         start = prefix if found.is_digits else f"{rows}_"
-        pictures = {"differences": self.forest(found), **self.figures(found)}
+        pictures = {"differences": self.forest(found, reference), **self.figures(found)}
         figures = [
             save_figure(figure, results / "figures" / f"{start}{name}.png")
             for name, figure in pictures.items()
@@ -242,24 +243,27 @@ class Analysis:
         write_sealed_json(path, report)
         return {**report, "figures": [str(figure) for figure in figures], "path": str(path)}
 
-    def _labels(self) -> dict[str, str]:
-        path = package_folder(self.package) / "reference.yaml"
-        rows = read_reference(path).rows if path.is_file() else {}
-        return {stem: row.label for stem, row in rows.items()}
+    def forest(self, found: Found, reference: Reference) -> Figure | None:
+        """Differences of all rows to the baseline of their first table that has one.
 
-    def forest(self, found: Found) -> Figure | None:
-        """Differences of all rows to the baseline; ``None`` where there is no other row."""
-        base = found.of(self.baseline, self.accuracy)
+        ``None`` where it has no result, or there is no other row.
+        """
+        methods = {f"{found.prefix}{method}": method for method, _ in found.metrics}
+        named = (group.baseline for group in reference.groups)
+        baseline = next((methods[stem] for stem in named if stem in methods), None)
+        if baseline is None:
+            return None
+        base = found.of(baseline, self.accuracy)
         differences = {
             found.label(method): difference
-            for method in sorted({method for method, _ in found.metrics} - {self.baseline})
+            for method in sorted({method for method, _ in found.metrics} - {baseline})
             if self.compared(method)
             and (difference := paired_difference(found.of(method, self.accuracy), base, 100.0))
         }
         if not differences:
             return None
         ordered = dict(sorted(differences.items(), key=lambda item: -item[1].mean))
-        return forest_plot(ordered, found.label(self.baseline), self.accuracy_label)
+        return forest_plot(ordered, found.label(baseline), self.accuracy_label)
 
     def main(self, args: Sequence[str] | None = None) -> int:
         """Run the command; 0 for every outcome of the verdicts, 2 where nothing can be done."""

@@ -41,7 +41,8 @@ def test_sweep_figures_come_from_whatever_has_finished(tmp_path, write) -> None:
     report = ANALYSIS.analyse(tmp_path, tmp_path, "cifar10_grid", [0])
     names = {path.rpartition("/")[2] for path in report["figures"]}
     prefix = "cifar10_grid_"
-    assert names == {prefix + n for n in ("parameters.png", "macs.png", "stage_widths.png")}
+    drawn = ("parameters", "macs", "stage_widths", "differences")
+    assert names == {f"{prefix}{name}.png" for name in drawn}
     assert report["claims"] == []
     with pytest.raises(ConfigurationError, match="nothing to analyse"):
         ANALYSIS.analyse(tmp_path, tmp_path, "svhn", [0])

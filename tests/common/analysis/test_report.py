@@ -13,11 +13,24 @@ from common.errors import CheckpointError, ConfigurationError
 from common.files import read_sealed_json
 
 PGD = "pgd20/ce_f"
+REFERENCE = f"""
+groups:
+- id: other
+  title: Another data set
+  baseline: cifar10_base
+  metrics: &pgd [{{key: {PGD}, title: PGD-20}}]
+- {{id: digits, title: Digits, baseline: digits_base, metrics: *pgd}}
+rows:
+  cifar10_base: {{groups: [other], label: base}}
+  digits_base: {{groups: [digits], label: the base}}
+  digits_ours: {{groups: [digits], label: ours}}
+"""
 
 
 @pytest.fixture(autouse=True)
 def _paper(tmp_path, monkeypatch) -> None:
     (tmp_path / "paper_toy").mkdir()
+    (tmp_path / "paper_toy/reference.yaml").write_text(REFERENCE)
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -40,7 +53,6 @@ def toy(**changes) -> Analysis:
             judge("a", "more", found.gain("ours", "base", PGD), found.seeds, above=0.0)
         ],
         "measure": measure,
-        "baseline": "base",
         "accuracy": PGD,
         "accuracy_label": "PGD-20 accuracy",
         "needed": {"base": (PGD,)},
@@ -71,6 +83,11 @@ def test_from_results_to_a_file_a_figure_and_a_verdict(results) -> None:
     assert written["claims"][0]["judgements"][""]["per_seed"] == {"0": 20.0, "1": 20.0}
     assert len(written["missing"]) == 2, "the runs"
     assert report["figures"] == [str(results / "figures/digits_differences.png")]
+    reference = results / "paper_toy/reference.yaml"
+    reference.write_text(REFERENCE.replace("baseline: digits_base, ", ""))
+    assert toy().analyse(results / "runs", results, "digits", [0, 1])["figures"] == []
+    reference.write_text(REFERENCE)
+    toy().analyse(results / "runs", results, "digits", [0, 1])
     first = (results / "analysis.json").read_bytes()
     toy().analyse(results / "runs", results, "digits", [0, 1])
     assert (results / "analysis.json").read_bytes() == first

@@ -21,7 +21,7 @@ PGD = "pgd20/ce_f"
 REFERENCE = f"""
 title: Toy
 checkpoints: [last]
-groups: [{{id: E1, title: Main, metrics: [{{key: {PGD}, title: PGD-20}}]}}]
+groups: [{{id: E1, title: Main, baseline: digits_base, metrics: [{{key: {PGD}, title: PGD-20}}]}}]
 rows:
   digits_base: {{groups: [E1], label: base}}
   digits_ours: {{groups: [E1], label: ours}}
@@ -31,7 +31,6 @@ ANALYSIS = Analysis(
     claims=lambda found: [
         judge("a", "more", found.gain("ours", "base", PGD), found.seeds, above=0.0)
     ],
-    baseline="base",
     accuracy=PGD,
     accuracy_label="PGD-20 accuracy",
 )
