@@ -65,6 +65,6 @@ def _row(found: list[dict[str, float]], base: list[dict[str, float]]) -> dict[st
         row[key] = statistics.mean(values)
         row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
         test = paired_t_test([a - b for a, b in zip(values, others, strict=True)])
-        if found is not base and test is not None and test.seeds > 1:
+        if found is not base and test is not None and test.is_tested:
             row |= {f"{key}_p": test.p, f"{key}_low": test.low, f"{key}_high": test.high}
     return row

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -23,6 +23,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine has no memory left."""
     says_so = isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(str(error))
     return isinstance(error, MemoryError) or bool(says_so)
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """The first ``most`` names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 @contextmanager

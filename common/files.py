@@ -221,6 +221,12 @@ def damage_of(path: str | Path) -> str:
     return f"its bytes have the SHA-256 {found[:12]}..., it was written with {written[:12]}..."
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def content_digest(data: Mapping[str, Any]) -> str:
     """SHA-256 of JSON values, independent of spaces and the order of keys."""
     try:

@@ -49,7 +49,10 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Logits ``(N, K)``, constant."""
-        logits: Tensor = self.net.to(x.device, x.dtype)(x)
+        first = next(self.net.parameters(), x)
+        if (first.device, first.dtype) != (x.device, x.dtype):
+            self.net.to(x.device, x.dtype)
+        logits: Tensor = self.net(x)
         return logits
 
     def load(self, run: str | Path, shape: Sequence[int], num_classes: int) -> None:

@@ -105,9 +105,14 @@ def direction(differences: Mapping[str, Difference]) -> Verdict:
 
 
 def counted(differences: Mapping[str, Difference], what: str) -> str:
-    """How many levels are up and down, and the two that move most."""
+    """How many levels are up and down, and two of them: significant ones first, then by size."""
     up, down = ups_and_downs(differences)
-    largest = sorted(differences, key=lambda name: -abs(differences[name].mean))[:2]
+
+    def order(name: str) -> tuple[bool, float]:
+        one = differences[name]
+        return not (one.is_up or one.is_down), -abs(one.mean)
+
+    largest = sorted(differences, key=order)[:2]
     shown = ", ".join(f"{name} {differences[name].text()}" for name in sorted(largest))
     return f"up at {up}, down at {down} of {len(differences)} {what}; {shown}"
 
@@ -271,7 +276,7 @@ CLAIMS = {
 NOTE = (
     "By one rule: a level counts where the paired t-test over seeds against base is significant "
     f"(two-sided, 5 %); {LEVELS} or more levels up and fewer down support a claim, the reverse "
-    "contradicts it. Differences are in points, with 95 % intervals. With three seeds the test has "
+    "contradicts it. Differences are in points, with 95 % intervals. With few seeds the test has "
     "little power, levels are not independent, and p values are not corrected. Controls are "
     "compared with base too. What is tested is this reconstruction: a contradicted claim may be "
     "its fault."

@@ -143,6 +143,35 @@ def test_other_arguments_make_rows_again_and_keep_their_quotes(project: Path) ->
     assert asked(project) == []
 
 
+def test_a_changed_overlay_makes_rows_again(project: Path) -> None:
+    row = ("reproduce-cifs", "ON=digits_resnet_cas_natural", "SEEDS=0")
+    for words, path in (
+        ("--config my.yaml", project / "my.yaml"),
+        ("--config=my.yaml", project / "my.yaml"),
+        ("--config fast", project / "common/configs/fast.yaml"),
+    ):
+        path.write_text("trainer: {max_epochs: 1}\n")
+        make(project, *row, f"ARGS={words}")
+        assert len(asked(project)) == 1
+        make(project, *row, f"ARGS={words}")
+        assert asked(project) == []
+        path.write_text("trainer: {max_epochs: 2}\n")
+        make(project, *row, f"ARGS={words}")
+        assert len(asked(project)) == 1
+
+
+def test_other_rows_continue_where_a_folder_cannot_be_made(project: Path) -> None:
+    (project / "runs/paper_cifs").mkdir(parents=True)
+    (project / "runs/paper_cifs/digits_resnet_cas_natural").touch()
+    done = make(project, "reproduce-cifs", "SEEDS=0", PAIR)
+    assert done.returncode != 0
+    assert "FAILED digits_resnet_cas_natural seed 0: " in done.stdout
+    assert {stem for stem, _ in asked(project)} == {
+        "digits_resnet_plain_natural",
+        "digits_resnet_plain",
+    }
+
+
 def test_only_the_run_of_a_seed_gives_its_result(project: Path) -> None:
     for name in ("digits_resnet_cas/seed0-replaced1", "digits_of_old/seed0"):
         aside = project / "runs/paper_cifs" / name

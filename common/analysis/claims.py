@@ -149,8 +149,9 @@ def judge(
             "supported" if held == len(values) else "contradicted",
             f"mean {test.mean:.4g}, {limit} {threshold:.4g} in {held} of {len(values)} seeds",
         )
-    if test.seeds == 1:
-        return decided("not decided", f"{test.mean:.4g} of one seed, which no test decides")
+    if not test.is_tested:
+        which = "one seed" if test.seeds == 1 else "every seed"
+        return decided("not decided", f"{test.mean:.4g} of {which}, which no test decides")
     up, down = (test.is_up, test.is_down)[:: int(sign)]
     interval = f"[{test.low:.4g}, {test.high:.4g}]"
     return decided(

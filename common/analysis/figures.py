@@ -1,6 +1,5 @@
 """The forest plot that every paper has, and points with their spread over seeds."""
 
-import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
@@ -52,13 +51,13 @@ def forest_plot(differences: Mapping[str, Difference], baseline: str, accuracy: 
     ax = fig.subplots()
     means = [abs(one.mean) for one in differences.values()]
     ends = [
-        max(abs(one.low), abs(one.high)) if math.isfinite(one.low) else abs(one.mean)
+        max(abs(one.low), abs(one.high)) if one.is_tested else abs(one.mean)
         for one in differences.values()
     ]
     reach = 1.05 * max(1.0, min(max(ends), 3 * max(median(ends), *means)))
     for row, one in enumerate(differences.values()):
         low, high = max(one.low, -reach), min(one.high, reach)
-        if math.isfinite(one.low):
+        if one.is_tested:
             ax.plot([low, high], [row, row], color=BLUE, linewidth=1.6, solid_capstyle="butt")
             for end, full, mark in ((low, one.low, "<"), (high, one.high, ">")):
                 if end != full:

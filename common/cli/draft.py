@@ -104,7 +104,7 @@ def _inline(value: str) -> Any:
     try:
         check_yaml(value)
         return _whole(yaml.safe_load(value), Path())
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # the second of a date that there is not
         return value
 
 

@@ -1,5 +1,6 @@
 """What a command needs beside settings that exist: a seed, an end, a checkpoint and devices."""
 
+import glob
 import os
 import sys
 from collections.abc import Container, Mapping, Sequence
@@ -82,7 +83,8 @@ def check_checkpoint(settings: Mapping[str, Any], package: str, files: Sequence[
     stem = "selected" if name == "best" else name
     path = base / "checkpoints" / f"{stem}.ckpt"
     if not any(
-        (run / path.relative_to(base)).exists() for run in base.parent.glob(f"{base.name}*")
+        (run / path.relative_to(base)).exists()
+        for run in (base, *base.parent.glob(f"{glob.escape(base.name)}-v*"))
     ):
         raise CheckpointError(
             f"{path} does not exist; train first: python -m {package} fit --config {experiment}"

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from common.cli.rows import Row, parser_of, results_folder, rows_of
-from common.errors import ConfigurationError, UserError, output_may_close
+from common.errors import ConfigurationError, UserError, listed, output_may_close
 from common.files import read_sealed_json, write_bytes_atomically, write_sealed_json
 from common.packages import package_folder, reproduction
 from common.results.provenance import code_changes
-from common.results.published import Digests, digests, shortened
+from common.results.published import Digests, digests
 from common.results.reference import read_reference
 from common.results.schema import Result
 from common.results.selection import parse_seeds, select
@@ -93,7 +93,7 @@ class Publication:
                 self._add_analysis(path, report)
                 changed -= scope.keys()
                 continue
-            others = shortened(sorted({name for name, _ in made_of.items() ^ scope.items()}))
+            others = listed(sorted({name for name, _ in made_of.items() ^ scope.items()}))
             if changed & scope.keys():
                 self.refusals.append(
                     f"{path} was made from other results than would be published ({others}); run "
@@ -104,7 +104,7 @@ class Publication:
                 self.notes.append(f"{path.name} stays as it is: the new one differs in {others}")
         if changed and (package_folder(self.package) / "analysis.py").is_file():
             self.refusals.append(
-                f"{shortened(sorted(changed))} are in no analysis; "
+                f"{listed(sorted(changed))} are in no analysis; "
                 f"run {reproduction(self.package, self.on)}"
             )
 
@@ -124,10 +124,11 @@ class Publication:
         self.notes += [f"{path.name} lacks {what}" for what in lost]
 
     def add_costs(self) -> None:
-        """Costs of the data sets of which all published ones were measured again."""
+        """Costs of the rows' data sets, where all published ones were measured again."""
         costs, before = read_costs(self.fresh), read_costs(self.published)
         entries = read_sealed_json(self.fresh / COSTS)["experiments"] if costs else {}
-        for dataset in sorted({stem.partition("_")[0] for stem in costs}):
+        chosen = {row.stem for row in rows_of(self.package, self.on, parse_seeds(self.seeds))}
+        for dataset in sorted({stem.partition("_")[0] for stem in chosen & costs.keys()}):
             known, measured = (
                 {stem for stem in found if stem.partition("_")[0] == dataset}
                 for found in (before, costs)

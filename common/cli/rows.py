@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -27,16 +28,16 @@ from typing import Any
 
 from common.cli.workers import ending_with_this, start
 from common.errors import ConfigurationError, UserError, output_may_close
-from common.files import write_bytes_atomically, write_json_atomically
+from common.files import file_digest, write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
-from common.packages import package_folder, papers, say_shadowed
+from common.packages import CONFIGS, package_folder, papers, say_shadowed
 from common.results.selection import parse_seeds, select
 
 SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
 """Names of experiments and paths of referenced files."""
 
 
-BASE = Path(__file__).parents[1] / "configs" / "base.yaml"
+BASE = CONFIGS / "base.yaml"
 """What every experiment begins with."""
 
 
@@ -131,10 +132,20 @@ class Row:
         return [row for row in found if row.config.is_file()]
 
     @property
+    def overlays(self) -> list[Path]:
+        """The files that options name, by path or as experiments and overlays are named."""
+        found = []
+        for value in (word.partition("=")[2] or word for word in self.options):
+            named = (folder / f"{value}.yaml" for folder in (self.config.parent, CONFIGS))
+            with suppress(OSError, ValueError):  # where it can be no path
+                found += [path for path in (Path(value), *named) if path.is_file()][:1]
+        return found
+
+    @property
     def digest(self) -> str:
         """SHA-256 of all that decides whether a finished run is this row's."""
         found = hashlib.sha256(json.dumps([self.seed, *self.options]).encode())
-        for path in [BASE, self.config, *self.parts]:
+        for path in [BASE, self.config, *self.parts, *self.overlays]:
             found.update(path.read_bytes())
         for row in self.needs:
             found.update(row.digest.encode())
@@ -148,7 +159,7 @@ class Row:
         try:
             record = read_json(self.run / "finished")
             made = record["row"], record["options"], record["result"]
-            result = _sha256(self.run / "results.json")
+            result = file_digest(self.run / "results.json")
         except (OSError, ValueError, KeyError, TypeError):
             return "is not finished"
         if made[1] != list(self.options):
@@ -162,13 +173,9 @@ class Row:
         record = {
             "row": digest,
             "options": list(self.options),
-            "result": _sha256(self.run / "results.json"),
+            "result": file_digest(self.run / "results.json"),
         }
         write_json_atomically(self.run / "finished", record)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _texts_in(value: Any, seen: set[int]) -> Iterator[tuple[str, str]]:
@@ -291,12 +298,16 @@ class Runner:
         if lost := [needed.stem for needed in row.needs if needed in self.failed]:
             self._fail(row, f"it needs {', '.join(lost)}")
             return False
-        (row.run / "finished").unlink(missing_ok=True)
-        row.run.mkdir(parents=True, exist_ok=True)
-        digest, begun = row.digest, time.perf_counter()
+        try:
+            (row.run / "finished").unlink(missing_ok=True)
+            row.run.mkdir(parents=True, exist_ok=True)
+            digest = row.digest
+        except (UserError, OSError) as error:  # a config or the disk went away meanwhile
+            self._fail(row, str(error))
+            return False
         print(f"begin  {row}", flush=True)
-        process = start(row.package, row.words, row.log)
-        self._running[row] = _Begun(process, digest, begun)
+        begun = time.perf_counter()
+        self._running[row] = _Begun(start(row.package, row.words, row.log), digest, begun)
         return True
 
     def _end(self, row: Row) -> None:

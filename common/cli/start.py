@@ -46,6 +46,7 @@ FIRST = {
 }
 """The options that people use first; reproduce takes no checkpoint."""
 FLAGS = ("--print_config",)
+HELP = ("--help", "-h")
 _BEGIN = ("--config", "--model", "--print_config")
 
 
@@ -93,7 +94,7 @@ def main(
 
 def help_of(words: Sequence[str], package: str, more: Mapping[str, str]) -> str:
     """The text that a command asks for, unless it asks for the help on everything."""
-    is_asked = any(word in ("--help", "-h") for word in words) and words[-1] != "all"
+    is_asked = any(word in HELP for word in words) and words[-1] != "all"
     if is_asked and words[0].startswith("-"):
         texts = dict(SUBCOMMANDS)
         texts |= {name: documented(module).replace("``", "") for name, module in more.items()}
@@ -153,8 +154,8 @@ def checked(words: Sequence[str], package: str, more: Mapping[str, str]) -> list
             f"the first word is a subcommand, {found}give one of {', '.join(known)} "
             f"(python -m {package} --help)"
         )
-    if "--help" in words:
-        return [word for word in words if word != "all"]
+    if any(word in HELP for word in words):
+        return ["--help" if word in HELP else word for word in words if word != "all"]
     options = list(_options(words[1:], package))
     if not any(name.startswith(_BEGIN) for name, _ in options):
         raise ConfigurationError(

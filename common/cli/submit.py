@@ -88,7 +88,10 @@ def main(args: Sequence[str] | None = None) -> None:
         name, equals, value = setting.partition("=")
         if not equals:
             parser.error(f"expected name=value, got {setting!r}")
-        settings[name] = yaml.safe_load(value)
+        try:
+            settings[name] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            parser.error(f"{name} is no YAML value: {value!r} ({str(error).splitlines()[0]})")
     try:
         jobs = submit(sys.stdin, given.folder, given.cluster, settings)
     except UserError as error:

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.data.reading import check_folder, listed, one_line, read_jpeg
-from common.errors import ConfigurationError, DataUnavailableError
-from common.files import strangeness_of
+from common.data.reading import check_folder, one_line, read_jpeg
+from common.errors import ConfigurationError, DataUnavailableError, listed
+from common.files import file_digest, strangeness_of
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise"),
@@ -201,8 +201,7 @@ class CorruptedFolders(Corrupted):
 
 @cache
 def _file_digest(path: Path, _: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)
 
 
 class CIFAR10C(CorruptedArrays):

@@ -15,8 +15,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from common.data.base import Arrays, ImageSource, Split, as_tensors
-from common.data.reading import check_folder, listed, md5_of, one_line
-from common.errors import DataUnavailableError, check_choice
+from common.data.reading import check_folder, md5_of, one_line
+from common.errors import DataUnavailableError, check_choice, listed
 from common.files import strangeness_of
 
 _NETWORK_TIMEOUT = 15.0  # seconds without an answer; torchvision sets no limit

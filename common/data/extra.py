@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from common.attacks.randomness import ExampleRandom, Stream
 from common.data.base import Arrays, ImageSpec, check_arrays
 from common.data.loading import EpochSampler
-from common.data.reading import check_folder, listed, map_npz, one_line, read_pickle, whole_numbers
-from common.errors import ConfigurationError, DataUnavailableError
+from common.data.reading import check_folder, map_npz, one_line, read_pickle, whole_numbers
+from common.errors import ConfigurationError, DataUnavailableError, listed
 from common.files import strangeness_of
 
 

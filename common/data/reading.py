@@ -11,7 +11,6 @@ import secrets
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from common.errors import DataUnavailableError
+from common.errors import DataUnavailableError, listed
 from common.files import expansion_of, most_unpacked
 
 
@@ -43,13 +42,6 @@ def check_folder(root: Path, name: str) -> None:
 def one_line(error: BaseException) -> str:
     """Class and message of an error, without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def listed(names: Iterable[str], most: int = 4) -> str:
-    """The first ``most`` names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def md5_of(path: Path) -> str:

@@ -135,7 +135,7 @@ def adversarial_grid(
     for i in range(n):
         sizes = [f"{NORM_NAMES[norm]} {d[i]:.3g}" for norm, d in distances.items()]
         grid[1, i].set_xlabel("\n".join(sizes), fontsize=FONT - 1, color=GREY)
-        truth = f"true: {class_names[int(y[i])]}"
+        truth = f"true: {_name(int(y[i]), class_names)}"
         grid[2, i].set_xlabel(truth, fontsize=FONT - 1, color=GREY)
     return fig
 
@@ -150,14 +150,18 @@ def _draw_images(axes: npt.NDArray[np.object_], images: Tensor) -> None:
             spine.set_visible(False)
 
 
+def _name(label: int, class_names: Sequence[str]) -> str:
+    """Of a class, or its number; scores that are not finite give the class -1."""
+    return class_names[label] if 0 <= label < len(class_names) else str(label)
+
+
 def _draw_predictions(
     axes: npt.NDArray[np.object_], predicted: Tensor, y: Tensor, class_names: Sequence[str]
 ) -> None:
     for ax, label, truth in zip(axes, predicted.tolist(), y.tolist(), strict=False):
         is_wrong = label != truth
-        has_name = 0 <= label < len(class_names)  # scores that are not finite give -1
         ax.set_title(
-            f"{'✗ ' if is_wrong else ''}{class_names[label] if has_name else label}",
+            f"{'✗ ' if is_wrong else ''}{_name(label, class_names)}",
             fontsize=FONT,
             color=RED if is_wrong else INK,
             fontweight="bold" if is_wrong else "normal",

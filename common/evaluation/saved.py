@@ -29,7 +29,7 @@ from common.evaluation.images import READ, Examples
 from common.evaluation.inputs import collect
 from common.evaluation.models import device_of
 from common.evaluation.steps import in_ball, judged
-from common.files import read_sealed_json, write_bytes_atomically, write_sealed_json
+from common.files import file_digest, read_sealed_json, write_bytes_atomically, write_sealed_json
 from common.modes import frozen
 from common.objectives import Batch
 from common.results.lines import Columns, Outcomes, Threat
@@ -134,7 +134,7 @@ class Saver:
                 "robust": int(robust.sum()),
                 "norm": threat.norm if threat else None,
                 "eps": threat.radius if threat else None,
-                "x_adv_digest": _digest(self.folder),
+                "x_adv_digest": file_digest(self.folder / X_ADV),
             }
         )
 
@@ -176,7 +176,7 @@ def load_examples(
     """
     folder = Path(folder)
     saved = _opened(folder)
-    if _digest(folder) != saved.about["x_adv_digest"]:
+    if file_digest(folder / X_ADV) != saved.about["x_adv_digest"]:
         raise RunDirectoryError(f"{folder / X_ADV} is damaged; make the images again")
     if data is not None:
         _check_data(saved, collect(data), folder)
@@ -284,11 +284,6 @@ class SavedExamples(Settings):
         if outside := int((~in_ball(x_adv, x, threat)).sum()):
             raise _outside(outside, len(rows), self.folder)
         return judged(model, batch, x_adv, threat)
-
-
-def _digest(folder: Path) -> str:
-    with (folder / X_ADV).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _save(path: Path, values: NDArray[Any]) -> None:

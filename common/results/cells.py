@@ -111,7 +111,12 @@ def _cell(
 
 
 def _repeats(values: list[float]) -> str:
-    return " / ".join(f"{value:.2f}" for value in values)
+    return " / ".join(map(_number, values))
+
+
+def _number(value: float) -> str:
+    """Two decimals, none of a large count."""
+    return f"{value:,.0f}" if value >= 1000.0 and value.is_integer() else f"{value:.2f}"
 
 
 def spread_of(values: list[float], ends: Sequence[float] = ()) -> str:

@@ -111,7 +111,7 @@ def _compared(found: Mapping[int, Paired]) -> list[str]:
         f"{fmean(differences):+.2f}",
         f"{only_ours} / {only_theirs}",
         ", ".join(f"{pair.p:.2g}" for pair in found.values()),
-        "" if test is None or test.seeds == 1 else f"{test.p:.2g}",
+        "" if test is None or not test.is_tested else f"{test.p:.2g}",
         ", ".join(map(str, found)),
     ]
 

@@ -40,7 +40,12 @@ def summary(wanted: Summary, reference: Reference, results: Results) -> Sheet:
         lines.append([row.label, *cells, "" if test is None else test.text(), seeds])
     shown = [metrics[key] for key in wanted.metrics]
     against = "" if baseline is None else f" to {baseline.label}"
-    header = ["network", *(metric.title for metric in shown), f"difference{against}", "seeds"]
+    header = [
+        "network",
+        *(metric.title for metric in shown),
+        f"difference{against}",
+        "number of seeds",
+    ]
     notes = [
         f"Percent, mean ± standard deviation over seeds; the difference is that of the "
         f"{metrics[wanted.difference].title}, in points, with its 95 % t interval over seeds."

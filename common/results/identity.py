@@ -4,7 +4,6 @@ They are what :func:`decisive` takes from a configuration, with ``package``,
 ``experiment`` and, under ``files``, digests of the files that settings name by path.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from common.checkpoints import checkpoint_beside, load_checkpoint
 from common.errors import CheckpointError, ConfigurationError
+from common.files import file_digest
 from common.packages import papers
 from common.results.provenance import weights_digest
 from common.settings import nodes, plain_digest, type_name
@@ -264,7 +264,7 @@ def contents(settings: Settings, run: str | Path) -> dict[str, str]:
             continue
         for key, value in node.items():
             if isinstance(value, str) and {".", os.sep} & set(value) and _is_file(value):
-                found[f"{name}.{key}"] = _file_digest(Path(value))
+                found[f"{name}.{key}"] = file_digest(Path(value))[:16]
     return found
 
 
@@ -275,7 +275,7 @@ def _origin(path: Path, name: str, node: Mapping[str, Any], settings: Settings) 
     except CheckpointError:
         if not node.get("path"):
             raise
-        return _file_digest(path)  # bare weights; who loads them says what is wrong with them
+        return file_digest(path)[:16]  # bare weights; who loads them says what is wrong with them
     if not node.get("path") or SETTINGS in checkpoint:
         made = settings_in(checkpoint, path)
         theirs = _network(made)
@@ -313,11 +313,6 @@ def _is_file(name: str) -> bool:
         return Path(name).is_file()
     except OSError:  # far too long for a file's name
         return False
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------ other packages

@@ -40,12 +40,13 @@ class Sheet:
         parts = [f"{'#' * self.level} {escape(self.title)}"] if self.title else []
         if self.note:
             parts.append(_paragraph(self.note))
-        if self.header:
+        if self.lines:
             ruler = ["---:" if numeric else "---" for numeric in self.numeric()]
             lines = (self.header, ruler, *self.lines)
             parts.append("\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
         if self.more is not None:
-            parts.append(folded("More columns", self.more.to_markdown()))
+            more = self.more.to_markdown()
+            parts.append(folded("More columns", more) if self.lines else more)
         return "\n\n".join([*parts, *map(_paragraph, self.notes)])
 
 

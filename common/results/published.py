@@ -1,10 +1,11 @@
 """Results beside the published ones of the same rows and seeds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from common.errors import listed
 from common.files import content_digest
 from common.results.outcomes import figures
 from common.results.schema import CheckpointResult, Result
@@ -22,12 +23,6 @@ def digests(results: Iterable[Result]) -> Digests:
         f"{result['experiment']}-seed{result['seed']}.json": content_digest(result["checkpoints"])
         for result in results
     }
-
-
-def shortened(names: Sequence[str], most: int = 3) -> str:
-    """The first of several names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def difference(ours: Result, published: Result) -> str:
@@ -76,5 +71,6 @@ def _difference(ours: CheckpointResult, published: CheckpointResult) -> str:
         names = ours["metrics"].keys() | published["metrics"].keys()
         pairs = {name: [one["metrics"].get(name) for one in (ours, published)] for name in names}
         others_ = sorted(name for name, (a, b) in pairs.items() if a != b)
-        parts.append(f"other figures: {shortened(others_)}")
+        others_ = others_ or [key for key in _CONTENT if ours.get(key) != published.get(key)]
+        parts.append(f"other figures: {listed(others_)}")
     return ", ".join(parts)

@@ -1,5 +1,6 @@
 """Rows of a table ranked by their worst case, where a paired test can tell them apart."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,11 +16,11 @@ from common.results.statistics import LEVEL, Difference, holm, paired_t_test, wi
 WORST = "worst"
 
 RANKED = (
-    "Rows are ranked by the worst case over all attacks of their suite, the mean over seeds. Rows "
-    "with the same place are not told apart from the first of them: the exact McNemar test does "
-    "not reject at 5 % in every seed (largest p value of the seeds, Holm's correction for the "
-    "number of pairs). *Over images* and *over seeds* are 95 % intervals: how far other test "
-    "images (Wilson) or other training runs (t) could move the mean."
+    "Rows are ranked by the worst case over all attacks of their suite, the mean over seeds. A row "
+    "opens a new place if, with every seed and in the same direction, the exact McNemar test tells "
+    "it from the first row of the place before (5 %, the largest p value of the seeds, Holm's "
+    "correction over all pairs). *Over images* and *over seeds* are 95 % intervals: how far other "
+    "test images (Wilson) or other training runs (t) could move the mean."
 )
 """What a ranking shows."""
 
@@ -115,19 +116,28 @@ def ranking_sheet(group: Group, rows: Sequence[Row], results: Results) -> Sheet:
     notes = [f"Left out: {text}." for text in left_out]
     if sizes := sorted({one.size for one in placed}):
         notes.insert(0, f"Worst case on {', '.join(f'{size:,}' for size in sizes)} images.")
-    header = ["row", "place", "worst case", "over images", "over seeds", "Natural", "MACs", "seeds"]
+    header = [
+        "row",
+        "place",
+        "worst case",
+        "over images",
+        "over seeds",
+        "Clean",
+        "MACs",
+        "number of seeds",
+    ]
     return Sheet(f"Ranking: {group.title}", "", header, [_line(one) for one in placed], notes)
 
 
 def _line(one: Placed) -> list[str]:
-    seeds = one.over_seeds if one.seeds > 1 else None
+    seeds = one.over_seeds
     macs = one.values("macs")
     return [
         f"{one.row.label} (`{one.row.stem}`)",
         str(one.place),
         f"{100 * one.worst:.2f}",
         _interval(*one.over_images),
-        _interval(seeds.low, seeds.high) if seeds else "",
+        _interval(seeds.low, seeds.high) if seeds is not None and seeds.is_tested else "",
         f"{100 * fmean(one.values('clean_acc')):.2f}",
         f"{fmean(macs):,.0f}" if macs else "",
         str(one.seeds),
@@ -154,7 +164,11 @@ def _places(stems: Sequence[str], known: Mapping[str, Mapping[int, Measured]]) -
 
 
 def _largest_p(first: Mapping[int, Measured], second: Mapping[int, Measured]) -> float:
-    """The largest p value over the shared seeds; 1 without any."""
+    """The largest p value over the shared seeds; 1 without any, or if they disagree."""
     shared = [seed for seed in first if seed in second]
     found = [paired(first[seed].entry, second[seed].entry).get(WORST) for seed in shared]
-    return max((1.0 if pair is None else pair.p for pair in found), default=1.0)
+    known = [pair for pair in found if pair is not None]
+    signs = {math.copysign(1.0, pair.difference) for pair in known}
+    if len(known) < len(found) or len(signs) != 1:
+        return 1.0
+    return max(pair.p for pair in known)

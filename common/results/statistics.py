@@ -58,9 +58,9 @@ class Difference:
 
     Attributes:
         mean: In the unit of the numbers.
-        low: Lower end of the 95 % t interval of the mean; minus infinity with one seed.
+        low: Lower end of the 95 % t interval of the mean; minus infinity where nothing is tested.
         high: Upper end.
-        p: p value of the two-sided paired t-test; 1 with one seed.
+        p: p value of the two-sided paired t-test; 1 where nothing is tested.
         seeds: Number of pairs.
         threshold: Value of the mean under the null hypothesis.
     """
@@ -73,6 +73,11 @@ class Difference:
     threshold: float = 0.0
 
     @property
+    def is_tested(self) -> bool:
+        """Whether there are several seeds, whose differences vary."""
+        return math.isfinite(self.low)
+
+    @property
     def is_up(self) -> bool:
         """Whether the mean is significantly above the threshold."""
         return self.p < LEVEL and self.mean > self.threshold
@@ -83,15 +88,16 @@ class Difference:
         return self.p < LEVEL and self.mean < self.threshold
 
     def text(self, digits: int = 1) -> str:
-        """Mean and interval; the mean alone with one seed."""
+        """Mean and interval; the mean alone where nothing is tested."""
         middle, low, high = (f"{n:+.{digits}f}" for n in (self.mean, self.low, self.high))
-        return f"{middle} [{low}, {high}]" if self.seeds > 1 else middle
+        return f"{middle} [{low}, {high}]" if self.is_tested else middle
 
 
 def paired_t_test(numbers: Sequence[float], threshold: float = 0.0) -> Difference | None:
     """Two-sided t-test of the differences of pairs of runs; ``None`` without any.
 
-    Differences that do not vary have the p value 1 at the threshold and 0 elsewhere.
+    One difference, or several that do not vary, decide nothing: an accuracy counts examples, so
+    that the same example can make equal differences in all seeds.
 
     Args:
         numbers: One difference per pair.
@@ -100,11 +106,8 @@ def paired_t_test(numbers: Sequence[float], threshold: float = 0.0) -> Differenc
     if not numbers:
         return None
     n, middle = len(numbers), fmean(numbers)
-    if n == 1:
-        return Difference(middle, -math.inf, math.inf, 1.0, n, threshold)
     if max(numbers) - min(numbers) <= 1e-9 * max(map(abs, numbers)):
-        p = 1.0 if math.isclose(middle, threshold, abs_tol=1e-12) else 0.0
-        return Difference(middle, middle, middle, p, n, threshold)
+        return Difference(middle, -math.inf, math.inf, 1.0, n, threshold)
     from scipy.stats import ttest_1samp
 
     found = ttest_1samp(numbers, threshold)

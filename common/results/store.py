@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from filelock import FileLock
 
 from common.errors import ConfigurationError
-from common.files import content_digest, read_sealed_json, write_json_atomically
+from common.files import check_writable, content_digest, read_sealed_json, write_json_atomically
 from common.limits import read_json
 from common.results.outcomes import derived, missing_worst
 from common.results.schema import RESULT, SCHEMA, CheckpointResult, Provenance, Result
@@ -63,8 +64,26 @@ def merge_result(
         ConfigurationError: If the entry is none, or the file is no result, or another experiment's.
         RunDirectoryError: If the file cannot be written.
     """
-    path, origin = Path(path), cast(Provenance, dict(provenance))
+    path = Path(path)
     check_mergeable(path, paper, experiment, seed, "another file with --evaluation.results")
+    check_writable(path)
+    # Tests of two checkpoints of a run may end together.
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        merged: dict[str, Any] = {
+            **{"schema": SCHEMA, "paper": paper, "experiment": experiment, "seed": seed},
+            **_with_others(path, label, entry, cast(Provenance, dict(provenance))),
+        }
+        if problem := problem_of(RESULT, merged):
+            raise ConfigurationError(f"the result for {path} cannot be written: {problem}")
+        merged["digest"] = content_digest(merged)
+        write_json_atomically(path, merged)
+    return cast(Result, merged)
+
+
+def _with_others(
+    path: Path, label: str, entry: CheckpointResult, origin: Provenance
+) -> dict[str, Any]:
+    """The checkpoints of a result: this one, and those in the file that may stay."""
     found = {label: (entry, origin)}
     for other, kept in _kept(path).items():
         if other == label:
@@ -75,22 +94,13 @@ def merge_result(
             warnings.warn(
                 f"{path} held the checkpoint {other} of other settings (config or protocol of the "
                 f"test), which cannot be compared with {label}: it was removed; test it again",
-                stacklevel=2,
+                stacklevel=3,
             )
     order = sorted(found, key=_label_order)
-    merged: Result = {
-        "schema": SCHEMA,
-        "paper": paper,
-        "experiment": experiment,
-        "seed": seed,
+    return {
         "checkpoints": {name: found[name][0] for name in order},
         "provenance": {name: found[name][1] for name in order},
     }
-    if problem := problem_of(RESULT, merged):
-        raise ConfigurationError(f"the result for {path} cannot be written: {problem}")
-    merged["digest"] = content_digest(merged)
-    write_json_atomically(path, merged)
-    return merged
 
 
 def _kept(path: Path) -> dict[str, tuple[CheckpointResult, Provenance]]:
@@ -106,7 +116,7 @@ def _kept(path: Path) -> dict[str, tuple[CheckpointResult, Provenance]]:
         names = (f"{path.name}.unreadable{number}" for number in count(1))
         aside = next(file for name in names if not (file := path.with_name(name)).exists())
         path.rename(aside)
-        warnings.warn(f"{error} (kept as {aside.name})", stacklevel=3)
+        warnings.warn(f"{error} (kept as {aside.name})", stacklevel=4)
         return {}
 
 

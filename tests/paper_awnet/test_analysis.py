@@ -36,36 +36,41 @@ def test_weighted_robust_accuracy() -> None:
         w_robust(found, PGD, 1.5)
 
 
+def varied(entry, seed: int):
+    """The numbers of an entry, another little power in every seed: differences and ratios vary."""
+    if isinstance(entry, dict):
+        return {key: varied(value, seed) for key, value in entry.items()}
+    return entry ** (1 + 1e-4 * seed)
+
+
 def verdicts(good: bool, seeds=(0, 1)) -> dict[str, str]:
     accuracies = {"static_mtard": 0.2, "mixbn_mtard": 0.3, "dynamic_mtard": 0.21}
     accuracies |= {"awnet_mtard": 0.3 if good else 0.22}
     metrics = {
-        (name, seed): {"clean_acc": 0.98, PGD: value, "worst": value / 2}
+        (name, seed): varied({"clean_acc": 0.98, PGD: value, "worst": value / 2}, seed)
         for name, value in accuracies.items()
         for seed in seeds
     }
     if not good:
         for seed in seeds:
-            metrics["awnet_mtard", seed]["worst"] = 0.05
+            metrics["awnet_mtard", seed]["worst"] = varied(0.05, seed)
     examined = {
-        seed: {
-            "routing": {"clean": {"type_acc": 0.99}, "pgd": {"type_acc": 0.97 if good else 0.6}},
-            "forced": {
-                "clean": {"soft": 0.98, "clean": 0.98, "adv": 0.94 if good else 0.97},
-                "pgd": {"soft": 0.3, "clean": 0.05 if good else 0.3, "adv": 0.3},
-            },
-            "omega_shift": 0.02 if good else 0.3,
-            "omega_std": 0.01,
-        }
-        for seed in seeds
+        "routing": {"clean": {"type_acc": 0.99}, "pgd": {"type_acc": 0.97 if good else 0.6}},
+        "forced": {
+            "clean": {"soft": 0.98, "clean": 0.98, "adv": 0.94 if good else 0.97},
+            "pgd": {"soft": 0.3, "clean": 0.05 if good else 0.3, "adv": 0.3},
+        },
+        "omega_shift": 0.02 if good else 0.3,
+        "omega_std": 0.01,
     }
-    count = 8 if good else 3
-    compared = {s: {"further": count, "smaller_l1": count, "larger_kurtosis": count} for s in seeds}
-    of_robust = 0.3 if good else 0.05
-    reach = {"teacher_clean": dict.fromkeys(seeds, 0.1)}
-    reach |= {"teacher_robust": dict.fromkeys(seeds, of_robust)}
+    compared = dict.fromkeys(("further", "smaller_l1", "larger_kurtosis"), 8 if good else 3)
+    reach = {"teacher_clean": 0.1, "teacher_robust": 0.3 if good else 0.05}
     found = Found("digits", "digits_", [0, 1], Path(), Path(), metrics=metrics)
-    found.kept |= {"compared": compared, "examined": examined, "reach": reach}
+    found.kept |= {
+        "compared": {seed: varied(compared, seed) for seed in seeds},
+        "examined": {seed: varied(examined, seed) for seed in seeds},
+        "reach": {name: {s: varied(value, s) for s in seeds} for name, value in reach.items()},
+    }
     return {one.id: one.verdict for one in claims(found)}
 
 
@@ -98,7 +103,7 @@ def test_weights_are_compared_with_the_next_seeds() -> None:
 @pytest.fixture
 def put_result(file_result, pgd_outcomes):
     def put_result(folder, name: str, seed: int, held: int) -> None:
-        file_result(folder, "paper_awnet", f"digits_{name}", seed, pgd_outcomes(held))
+        file_result(folder, "paper_awnet", f"digits_{name}", seed, pgd_outcomes(held, 500))
 
     return put_result
 
@@ -121,9 +126,9 @@ def load(stub_data):
 def test_the_whole_analysis(tmp_path, monkeypatch, put_result, load, touch_checkpoints) -> None:
     monkeypatch.setattr(measures, "PGD", lambda eps, step, steps: pgd.PGD(eps, step, 1))
     runs, results = tmp_path / "runs", tmp_path / "results"
-    for name, held in (("static_mtard", 10), ("awnet_mtard", 20)):
-        for seed in (0, 1):
-            put_result(results, name, seed, held)
+    for name, held in (("static_mtard", (100, 100)), ("awnet_mtard", (200, 201))):
+        for seed, count in enumerate(held):
+            put_result(results, name, seed, count)
     names = ("teacher_clean", "teacher_robust", "awnet_mtard")
     touch_checkpoints(runs, [f"digits_{name}" for name in names], (0, 1))
     run = runs / "digits_awnet_mtard/seed0"
@@ -154,8 +159,8 @@ def test_results_alone_are_enough_for_some_verdicts(tmp_path, put_result) -> Non
     with pytest.raises(ConfigurationError, match=r"nothing to analyse.*make reproduce-awnet"):
         ANALYSIS.analyse(tmp_path, tmp_path, "digits", [0])
     for seed in (0, 1):
-        put_result(tmp_path, "static_mtard", seed, 10)
-        put_result(tmp_path, "awnet_mtard", seed, 10)
+        put_result(tmp_path, "static_mtard", seed, 100)
+        put_result(tmp_path, "awnet_mtard", seed, 100 + seed)
     report = ANALYSIS.analyse(tmp_path / "runs", tmp_path, "digits", [0, 1])
     verdict = {line[0]: line[2] for line in report["tables"][0]["lines"]}
     assert verdict["C2"] == "contradicted"

@@ -18,8 +18,9 @@ DIGITS, SMOOTHING = "digits_cnn3", VARIANTS["smoothing"]
 def metrics(**methods: tuple[float, ...]):
     """(method, seed) -> accuracies for (noise, attack[, clean]) that vary a little over seeds."""
     found = {}
-    for method, (noise, attack, *clean) in ({"base": BASE} | methods).items():
-        for seed, shift in zip(SEEDS, JITTER, strict=True):
+    for i, (method, (noise, attack, *clean)) in enumerate(({"base": BASE} | methods).items()):
+        for seed, jitter in zip(SEEDS, JITTER, strict=True):
+            shift = jitter * (1 + 1e-3 * i)  # differences vary a little too
             one = {"clean_acc": (clean or [0.98])[0] + 0.1 * shift}
             one |= dict.fromkeys(LEVELS, noise + shift)
             one["uniform/level=0.1/draw=0"] = 0.0  # single draws are no levels
@@ -161,7 +162,7 @@ def test_differences_are_paired_and_in_points() -> None:
     assert set(noise) == set(LEVELS)
     for one in noise.values():
         assert one.mean == pytest.approx(30.0)
-        assert one.high - one.low == pytest.approx(0.0, abs=1e-9), "what seeds share drops out"
+        assert one.high - one.low < 0.01, "what seeds share drops out"
     attacks = attack_differences(BETTER_MAPS, "smoothing", "base")
     assert set(attacks) == {"eps=0.03", "eps=0.05"}
     assert attacks["eps=0.03"].mean == pytest.approx(30.0), "the lowest over attacks counts"

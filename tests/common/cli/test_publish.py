@@ -248,6 +248,10 @@ def test_costs_are_put_among_the_published_ones_by_data_set(project: Project) ->
     assert published() == 0
     found = {stem: metrics["step_time"] for stem, metrics in read_costs(project.results).items()}
     assert found == {"digits_base": 2.0, "digits_ours": 2.0, "svhn_a": 1.0, "svhn_b": 1.0}
+    # of rows that are not being published
+    costs(project.runs / "results", digits_base=2.0, digits_ours=2.0, svhn_a=3.0, svhn_b=3.0)
+    assert published() == 0
+    assert read_costs(project.results)["svhn_a"]["step_time"] == 1.0
 
 
 def test_what_differs_from_the_published_results_is_counted(

@@ -40,7 +40,12 @@ def grid_of(n: int = 4, channels: int = 1, **changes) -> Figure:
         **{"x": x, "x_adv": x_adv, "y": y, "predicted": y, "predicted_adv": (y + 1) % 3},
         "distances": {"linf": torch.full((n,), 0.1), "l2": torch.arange(n) / 3},
     } | changes
-    return adversarial_grid(**arguments, class_names=NAMES)
+    return adversarial_grid(**({"class_names": NAMES} | arguments))
+
+
+def test_classes_without_names_have_numbers() -> None:
+    texts = [ax.get_xlabel() for ax in grid_of(class_names=()).axes]
+    assert {"true: 0", "true: 1", "true: 2"} <= set(texts)
 
 
 def rows_of(fig: Figure) -> np.ndarray:

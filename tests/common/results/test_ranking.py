@@ -61,6 +61,13 @@ def test_a_difference_in_one_seed_alone_is_none(paper: Any) -> None:
     assert {one.place for one in ranked(paper)[0]} == {1}
 
 
+def test_seeds_that_contradict_each_other_tell_nothing_apart(paper: Any) -> None:
+    for seed, (a, b) in enumerate(((0.9, 0.4), (0.4, 0.9))):
+        paper.put("toy_net_plain", seed, robust=a, without="aa/square")
+        paper.put("toy_net_ours", seed, robust=b, without="aa/square")
+    assert {one.place for one in ranked(paper)[0]} == {1}
+
+
 def test_rows_measured_otherwise_are_left_out_and_named(paper: Any) -> None:
     put(paper, "toy_net_plain", 0.5)
     put(paper, "toy_net_ours", 0.6)

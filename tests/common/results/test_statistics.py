@@ -46,8 +46,8 @@ def test_a_paired_interval_by_hand() -> None:
     one = paired_t_test([0.8 - 0.7])
     assert (one.low, one.high, one.p, one.text()) == (-math.inf, math.inf, 1.0, "+0.1")
     same = paired_t_test([0.75 - 0.5, 0.5 - 0.25])
-    assert (same.low, same.high, same.p) == (0.25, 0.25, 0.0)
-    assert paired_t_test([0.25, 0.25], threshold=0.25).p == 1.0
+    assert (same.is_tested, same.low, same.high, same.p) == (False, -math.inf, math.inf, 1.0)
+    assert same.text(2) == "+0.25"
     # differences 1, 2, 3: 2 ± 4.3027 / sqrt(3), t = 2 sqrt(3) with 2 degrees of freedom
     found = paired_t_test([2.0 - 1.0, 4.0 - 2.0, 6.0 - 3.0])
     assert (found.low, found.high) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)

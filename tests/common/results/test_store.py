@@ -2,6 +2,8 @@
 
 import copy
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from common.errors import ConfigurationError
 from common.files import content_digest, write_json_atomically
+from common.results import store
 from common.results.lines import Line, Outcomes
 from common.results.outcomes import checkpoint_entry
 from common.results.schema import SCHEMA, SCHEMA_FILE, json_schema
@@ -54,6 +57,17 @@ def put(path: Path, label: str = "last", digest: str = "d", **changes: Any) -> A
 
 
 # ----------------------------------------------------------------------------- writing and merging
+
+
+def test_checkpoints_that_are_tested_at_once_are_all_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = store._kept
+    monkeypatch.setattr(store, "_kept", lambda path: (slow(path), time.sleep(0.05))[0])
+    labels = ["last", "selected", "epoch1", "epoch2"]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda label: put(tmp_path / "results.json", label), labels))
+    assert set(read_result(tmp_path / "results.json")["checkpoints"]) == set(labels)
 
 
 def test_the_text_does_not_depend_on_the_order_of_measurements(tmp_path: Path) -> None:
