@@ -96,7 +96,7 @@ def claims(found: Found) -> list[Claim]:
 
 def figures(found: Found) -> dict[str, Figure | None]:
     """Scatter plots, stage-wise curves, and the Lipschitz bound."""
-    networks = networks_of(found.results)
+    networks = networks_of(found.results, found.prefix)
     trained = [one for one in networks if not one.name.endswith("natural")] or networks
     trained = [replace(one, name=found.label(one.name)) for one in trained]
     dataset = found.prefix.rstrip("_")

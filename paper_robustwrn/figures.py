@@ -41,8 +41,8 @@ class Network:
     macs: float
 
 
-def networks_of(results: Sequence[Result]) -> list[Network]:
-    """One entry per experiment that has been measured, by parameters."""
+def networks_of(results: Sequence[Result], prefix: str) -> list[Network]:
+    """One entry per experiment that has been measured, by parameters, named without ``prefix``."""
     chosen = {}
     for result in results:
         for label in ("selected", "last"):
@@ -58,7 +58,7 @@ def networks_of(results: Sequence[Result]) -> list[Network]:
     for stem, every in by_stem.items():
         accuracies, parameters, macs = zip(*every, strict=True)
         percent = [100 * value for value in accuracies]
-        found.append(Network(stem.partition("_")[2], percent, fmean(parameters), fmean(macs)))
+        found.append(Network(stem.removeprefix(prefix), percent, fmean(parameters), fmean(macs)))
     return sorted(found, key=lambda network: network.parameters)
 
 

@@ -51,9 +51,9 @@ def test_sweep_figures_come_from_whatever_has_finished(tmp_path, write) -> None:
 def test_a_stage_curve_needs_networks_that_differ_in_one_stage(tmp_path, write) -> None:
     write(tmp_path, "cifar10_grid_w10-10-8", 0.5, 1e6)
     write(tmp_path, "cifar10_grid_w8-8-10", 0.5, 2e6)
-    assert stage_curves(networks_of(load_results(tmp_path)), "w") is None
+    assert stage_curves(networks_of(load_results(tmp_path), "cifar10_"), "w") is None
     write(tmp_path, "cifar10_grid_w10-10-4", 0.4, 3e6)
-    figure = stage_curves(networks_of(load_results(tmp_path)), "w")
+    figure = stage_curves(networks_of(load_results(tmp_path), "cifar10_"), "w")
     line, *_ = figure.axes[0].lines
     assert list(line.get_xdata()) == [4, 8]
     assert list(line.get_ydata()) == pytest.approx([40, 50])
