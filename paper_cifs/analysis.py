@@ -22,7 +22,7 @@ MODELS = {"plain_natural": "natural training", "plain": "adversarial training", 
 # Of a data set; else ResNet-18.
 NETWORKS = {"digits": "resnet", "fashion_small": "resnet", "fashion_mnist": "resnet10"}
 EPS: dict[str, float | str] = {"digits": 0.2, "fashion_small": 0.1}  # else 8/255
-ON_F, WORST = "pgd20/ce_f", "pgd20"
+ON_F, WORST = "pgd20/ce_f", "worst"
 
 
 def experiment_of(on: str) -> tuple[str, str]:
@@ -68,13 +68,13 @@ def claims(found: Found) -> list[Claim]:
     gains = {
         f"{first} - {second}, {title}": found.gain(first, second, metric)
         for first, second in (("cifs", "plain"), ("aux", "plain"), ("cifs", "aux"))
-        for metric, title in ((ON_F, "on f"), (WORST, "worst loss"))
+        for metric, title in ((ON_F, "on f"), (WORST, "worst case"))
     }
     return [
         judge(
             "a",
             "PGD-20 on f: accuracy of CIFS minus that of the plain network is positive, in points. "
-            "Beside it: the same with each network's worst loss, and aux, which has the probes and "
+            "Beside it: the same in each network's worst case, and aux, which has the probes and "
             "the joint loss but no mask: a gain it shares is not the mask's",
             found.gain("cifs", "plain", ON_F),
             found.seeds,
@@ -160,7 +160,7 @@ ANALYSIS = Analysis(
     figures=figures,
     scope=scope,
     accuracy=WORST,
-    accuracy_label="PGD-20 accuracy, worst loss",
+    accuracy_label="worst-case accuracy",
     compared=lambda method: not method.endswith("_natural"),
     needed=dict.fromkeys(("plain", "cifs", "aux"), (ON_F, WORST)) | {"cas": (ON_F,)},
 )

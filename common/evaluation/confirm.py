@@ -319,9 +319,7 @@ def _is_ranked_alike(scores: Tensor, output: Tensor) -> bool:
     return torch.equal(output.gather(1, chosen).squeeze(1), output.amax(dim=1))
 
 
-def _is_origin(
-    model: nn.Module, x: Tensor, position: int, scores: Tensor, output: Tensor
-) -> bool:
+def _is_origin(model: nn.Module, x: Tensor, position: int, scores: Tensor, output: Tensor) -> bool:
     """Whether the output is a function of recorded scores alone.
 
     Other scores there make another output, and these make the same one of other images. An

@@ -32,7 +32,7 @@ def varied(entry, seed: int):
 def made_up(plain=0.70, cifs=0.74, aux=0.73, cas=0.90):
     """Metrics of every seed."""
     of = {
-        method: {"pgd20/ce_f": accuracy, "pgd20": accuracy - 0.01}
+        method: {"pgd20/ce_f": accuracy, "worst": accuracy - 0.01}
         for method, accuracy in (("plain", plain), ("cifs", cifs), ("aux", aux))
     }
     # The last loss is not a probe's.
@@ -65,7 +65,7 @@ def test_claims_are_supported_where_they_should():
     values = {id_: claim.judgements[""].per_seed[0] for id_, claim in found.items()}
     expected = {"a": 4.0, "b": 0.08, "c": 0.156, "d": 20.0, "e": 1 - 0.18 / 0.28}
     assert values == pytest.approx(expected, abs=1e-6)
-    for part in ("cifs - plain, on f 4", "aux - plain, worst loss 3", "cifs - aux, on f 1"):
+    for part in ("cifs - plain, on f 4", "aux - plain, worst case 3", "cifs - aux, on f 1"):
         assert part in found["a"].judgements[""].reason
 
 
