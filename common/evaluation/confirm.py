@@ -255,12 +255,12 @@ class _Recorder(TorchFunctionMode):
     Args:
         n: Number of images.
         classes: Number of classes.
-        instead: The position of one of them, and scores that take its place for what follows.
+        turned: Of which of them the classes are exchanged for what follows.
     """
 
-    def __init__(self, n: int, classes: int, instead: tuple[int, Tensor] | None) -> None:
+    def __init__(self, n: int, classes: int, turned: int | None) -> None:
         super().__init__()
-        self._shape, self._instead = (n, classes), instead
+        self._shape, self._turned = (n, classes), turned
         self.found: list[Tensor] = []
 
     def __torch_function__(
@@ -272,8 +272,8 @@ class _Recorder(TorchFunctionMode):
         if is_score and out.numel() == n * classes:
             # A copy, since what follows may overwrite it.
             self.found.append(out.reshape(n, classes).clone())
-            if self._instead is not None and len(self.found) - 1 == self._instead[0]:
-                return self._instead[1].reshape(out.shape)
+            if len(self.found) - 1 == self._turned:
+                return self.found[-1].roll(1, dims=1).reshape(out.shape)
         return out
 
 
@@ -281,7 +281,7 @@ def _recorded(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
     *around: AbstractContextManager[Any],
-    instead: tuple[int, Tensor] | None = None,
+    turned: int | None = None,
     parts: Sequence[Part] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """Scores of a pass inside the contexts, and the tensors of their shape on the way to them.
@@ -290,7 +290,7 @@ def _recorded(
     """
     with torch.no_grad(), telling(parts):
         classes = model(x[:1]).shape[1]
-    recorder = _Recorder(len(x), classes, instead)
+    recorder = _Recorder(len(x), classes, turned)
     with ExitStack() as stack:
         for context in (eager(), *around, recorder):
             stack.enter_context(context)
@@ -308,7 +308,7 @@ def _before_squashing(model: nn.Module, x: Tensor) -> int | None:
         if _is_ranked_alike(scores, output):
             if torch.equal(scores, output):
                 return None
-            if _is_origin(model, x, position, scores, output):
+            if _is_origin(model, x, position, output):
                 return position
     return None
 
@@ -319,18 +319,14 @@ def _is_ranked_alike(scores: Tensor, output: Tensor) -> bool:
     return torch.equal(output.gather(1, chosen).squeeze(1), output.amax(dim=1))
 
 
-def _is_origin(model: nn.Module, x: Tensor, position: int, scores: Tensor, output: Tensor) -> bool:
-    """Whether the output is a function of recorded scores alone.
+def _is_origin(model: nn.Module, x: Tensor, position: int, output: Tensor) -> bool:
+    """Whether the scores come from a recorded tensor: other values there make other scores.
 
-    Other scores there make another output, and these make the same one of other images. An
-    auxiliary head that ranks the classes alike lies beside the output, or steers it together with
-    features (CIFS).
+    An auxiliary head that ranks the classes alike and lies beside the scores is none. One that
+    steers them, as the probes of CIFS do, is: attacks through it break more of CAS than those
+    through its output.
     """
-    turned = _recorded(model, x, instead=(position, scores.roll(1, dims=1)))[0]
-    if torch.equal(turned, output):
-        return False
-    of_others = _recorded(model, 1 - x, instead=(position, scores))[0]
-    return torch.allclose(of_others, output, rtol=1e-4, atol=1e-6)
+    return not torch.equal(_recorded(model, x, turned=position)[0], output)
 
 
 @contextmanager

@@ -185,8 +185,9 @@ def suspicions(outcomes: Outcomes) -> list[str]:
 
 def _without_gradient(outcomes: Outcomes) -> Iterator[str]:
     what = {
-        "unmoved": "gradients vanish or are not finite",
-        "distorted": "the scores are squashed at the end of the model, which distorts gradients",
+        "unmoved": "gradients vanish or are not finite: an attack got no usable direction for",
+        "distorted": "the output follows scores inside the model that have other gradients, as "
+        "where it is squashed or an auxiliary head steers it: an attack may have been misled on",
     }
     for name, text in what.items():
         counts = Counter(
@@ -199,11 +200,10 @@ def _without_gradient(outcomes: Outcomes) -> Iterator[str]:
         if found := [f"{key} for {count}" for key, count in (+counts).most_common()]:
             rest = f" and {len(found) - 3} more attacks," if len(found) > 3 else ""
             yield (
-                f"{text}: an attack got no usable direction for examples that withstood it "
+                f"{text} examples that withstood it "
                 f"({', '.join(found[:3])}{rest} of {len(outcomes.y)}). They were attacked again, "
-                "through the scores before squashing, through what the model cuts or rounds, and "
-                "by labels alone; an evaluation that lacks this overestimates the model's "
-                "robustness"
+                "through such scores, through what the model cuts or rounds, and by labels alone; "
+                "an evaluation that lacks this can overestimate the model's robustness"
             )
 
 
