@@ -70,8 +70,8 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatc
 
     def rows() -> None:
         with ending_with_this():
-            with pytest.raises(SystemExit, match="130"):
-                os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(SystemExit, match="143"):
+                os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             kept.append("the first")
             monkeypatch.setattr(time, "monotonic", lambda: now + 60)
