@@ -15,8 +15,10 @@ from common.cli.declared import arguments_of, is_module, misfit
 from common.cli.draft import PLAIN, SECTIONS, check, drafted
 from common.cli.main import FILLED_IN, RobustCLI
 from common.cli.parser import fill_from_data
-from common.cli.start import FIRST, main
+from common.cli.preconditions import check_checkpoint
+from common.cli.start import FIRST, checked, main
 from common.cli.trainer import Trainer
+from common.errors import CheckpointError
 from common.evaluation.__main__ import FLAGS, OPTIONS
 from common.evaluation.__main__ import main as evaluation
 from common.evaluation.command import _parser
@@ -282,3 +284,24 @@ def test_a_reader_that_has_ended_is_no_error(words) -> None:
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_date_that_there_is_not_is_text() -> None:
+    settings = drafted([CONFIGS / "base.yaml"], [("experiment", "2024-02-30")])
+    assert settings["experiment"] == "2024-02-30"
+
+
+def test_both_words_ask_for_the_help_on_everything() -> None:
+    for word in ("-h", "--help"):
+        assert checked(["fit", word, "all"], "paper_cifs", {}) == ["fit", "--help"]
+
+
+def test_the_run_of_another_seed_has_no_checkpoint_of_this_one(tmp_path: Path) -> None:
+    settings = {"ckpt_path": "last", "seed_everything": 1, "runs": str(tmp_path)}
+    (tmp_path / "paper_cifs/a/seed10/checkpoints").mkdir(parents=True)
+    (tmp_path / "paper_cifs/a/seed10/checkpoints/last.ckpt").touch()
+    with pytest.raises(CheckpointError, match="train first"):
+        check_checkpoint(settings, "paper_cifs", [Path("a.yaml")])
+    (tmp_path / "paper_cifs/a/seed1-v1/checkpoints").mkdir(parents=True)
+    (tmp_path / "paper_cifs/a/seed1-v1/checkpoints/last.ckpt").touch()
+    check_checkpoint(settings, "paper_cifs", [Path("a.yaml")])
