@@ -44,7 +44,13 @@ def project(tmp_path: Path) -> Path:
     (folder / "common").mkdir(parents=True)
     for name in (
         *("__init__.py", "errors.py", "files.py", "limits.py", "packages.py"),
-        *("cli/__init__.py", "cli/rows.py", "cli/workers.py", "results/__init__.py"),
+        *(
+            "cli/__init__.py",
+            "cli/apart.py",
+            "cli/rows.py",
+            "cli/workers.py",
+            "results/__init__.py",
+        ),
         "results/selection.py",
     ):
         (folder / "common" / name).parent.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from typing import Any
 # processes are new interpreters there.
 if sys.platform == "linux":
     _CONTEXT = multiprocessing.get_context("forkserver")
-    _CONTEXT.set_forkserver_preload(["common.cli.preloaded"])
+    _CONTEXT.set_forkserver_preload(["common.cli.apart", "common.cli.preloaded"])
 else:
     _CONTEXT = multiprocessing.get_context("spawn")
 
