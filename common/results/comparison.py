@@ -1,9 +1,9 @@
 """What stands under a table: paired comparisons of its rows, and what audits of them found."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from statistics import fmean
-from typing import TypeVar
 
 from common.results.bases import Measured, Results
 from common.results.markdown import Sheet
@@ -12,8 +12,6 @@ from common.results.paired import Paired, paired
 from common.results.reference import Group, Row
 from common.results.schema import AuditCheck
 from common.results.statistics import paired_t_test
-
-T = TypeVar("T")
 
 _NOTE = (
     "Last checkpoints. *difference* is this row minus {label} in points, the mean over seeds. "
@@ -159,7 +157,8 @@ def _failures(found: Sequence[tuple[Measured, AuditCheck]]) -> str:
     limits = sorted(check["threshold"] for _, check in found if check["threshold"] is not None)
     ends = dict.fromkeys(f"{limit:.4g}" for limit in [*limits[:1], *limits[-1:]])
     parts = []
-    for told in _by_row(found, lambda pair: pair[0]):
+    for _, group in groupby(found, key=lambda pair: pair[0].stem):
+        told = list(group)
         values = dict.fromkeys(_value(check) for _, check in told)
         where = _where(one for one, _ in told)
         parts.append(f"{where}: {', '.join(values)}" if any(values) else where)
@@ -171,20 +170,12 @@ def _value(check: AuditCheck) -> str:
 
 
 def _where(measured: Iterable[Measured]) -> str:
-    """Rows with their checkpoints and seeds."""
+    """Rows with their checkpoints and seeds; those of a row come one after the other."""
     rows = []
-    for found in _by_row(measured, lambda one: one):
+    for stem, found in groupby(measured, key=lambda one: one.stem):
         seeds: dict[str, list[int]] = {}
         for one in found:
             seeds.setdefault(one.label, []).append(one.seed)
         of = [f"{label} of seed {', '.join(map(str, n))}" for label, n in seeds.items()]
-        rows.append(f"`{found[0].stem}` ({'; '.join(of)})")
+        rows.append(f"`{stem}` ({'; '.join(of)})")
     return ", ".join(rows)
-
-
-def _by_row(found: Iterable[T], measured: Callable[[T], Measured]) -> list[list[T]]:
-    """What belongs to one experiment together."""
-    rows: dict[str, list[T]] = {}
-    for one in found:
-        rows.setdefault(measured(one).stem, []).append(one)
-    return list(rows.values())
