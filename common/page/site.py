@@ -3,6 +3,7 @@
 import base64
 import gzip
 import hashlib
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from typing import get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from common.analysis.claims import Verdict
+from common.errors import ConfigurationError
 from common.files import write_text_atomically
 from common.packages import package_folder, short_name
 from common.page.details import COLUMNS, Details, details_of
@@ -159,8 +162,18 @@ def is_prose(sheet: Sheet) -> bool:
 
 
 def picture(path: Path) -> str:
-    """A PNG as part of the page."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    """A PNG as part of the page: the same pixels as WebP, in less than half the size.
+
+    Raises:
+        ConfigurationError: If it is damaged.
+    """
+    smaller = io.BytesIO()
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.save(smaller, "WEBP", lossless=True)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigurationError(f"{path} is no readable PNG: {error}; publish it again") from error
+    return "data:image/webp;base64," + base64.b64encode(smaller.getvalue()).decode()
 
 
 def digest(script: str) -> str:

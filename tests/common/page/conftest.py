@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from common.page.site import gather, render
 
@@ -53,5 +54,5 @@ def hostile(paper: Any) -> tuple[str, str]:
     figures = Path("paper_toy/results/figures")
     figures.mkdir()
     for name in (f"{text}.png", f"{text}_examples.png"):
-        (figures / name).write_bytes(b"\x89PNG")
+        Image.new("RGB", (2, 3), "red").save(figures / name)
     return HOSTILE, render(gather(["paper_toy"]))

@@ -1,5 +1,7 @@
 """The page of all results: its numbers are those of the files, and text of strangers stays text."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -7,10 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from common.page.__main__ import main
-from common.page.site import gather, inline, render
+from common.page.site import gather, inline, picture, render
 from common.results.store import load_results
 
 ROOT = Path(__file__).parents[3]
@@ -110,7 +114,7 @@ def test_the_page_loads_nothing_and_its_links_have_targets(everything: Any) -> N
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in page.links()} <= set(ids)
     for tag, given in page.tags:
-        assert not given.get("src") or (given["src"] or "").startswith("data:image/png")
+        assert not given.get("src") or (given["src"] or "").startswith("data:image/webp")
         assert tag not in ("iframe", "object", "embed")
     (policy,) = (g["content"] or "" for t, g in page.tags if g.get("http-equiv"))
     assert "default-src 'none'" in policy
@@ -123,7 +127,7 @@ def test_text_of_strangers_stays_text(hostile: tuple[str, str]) -> None:
     page = Page(html)
     for tag, given in page.tags:
         assert not any(name.startswith("on") for name in given)
-        assert tag != "img" or (given["src"] or "").startswith("data:image/png;base64,iVBORw==")
+        assert tag != "img" or (given["src"] or "").startswith("data:image/webp;base64,UklGR")
     kinds = [given.get("type") for tag, given in page.tags if tag == "script"]
     assert set(kinds) == {"application/json", "application/gzip", None}
     assert kinds.count(None) == 1
@@ -175,6 +179,31 @@ def test_confusion_and_examples_are_shown(paper: Any) -> None:
     cells = re.findall(r'<td style="--share: [\d.e-]+">(\d+)</td>', html)
     assert list(map(int, cells)) == [count for row in table for count in row]
     assert 'make reproduce-toy ON=toy_net_ours SEEDS="0"' in Page(html).texts
+
+
+def test_a_picture_keeps_its_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "noise.png"
+    noise = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    noise[..., 3] |= 1  # WebP may change the colours of pixels that nobody sees
+    Image.fromarray(noise).save(path)
+    kind, _, content = picture(path).partition(",")
+    assert kind == "data:image/webp;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as shown:
+        np.testing.assert_array_equal(np.array(shown.convert("RGBA")), noise)
+
+
+def test_a_damaged_picture_is_named_in_one_line(paper: Any, capsys: Any) -> None:
+    paper.put()
+    path = Path("paper_toy/results/figures/a.png")
+    path.parent.mkdir()
+    Image.new("RGB", (20, 30), "red").save(path)
+    for content in (b"", path.read_bytes()[:50], path.read_bytes().replace(b"IDAT", b"IDAX")):
+        path.write_bytes(content)
+        assert main(["paper_toy"]) == 2
+        captured = capsys.readouterr()
+        assert str(path) in captured.err
+        assert captured.err.count("\n") == 1
+        assert not Path("report").exists()
 
 
 def test_a_damaged_file_is_named_in_one_line(paper: Any, capsys: Any) -> None:
