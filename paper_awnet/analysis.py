@@ -261,8 +261,9 @@ def plane(found: Found, roles: Roles) -> dict[str, list[tuple[float, float, floa
 
 def scope(on: str) -> tuple[str, str]:
     """What stems begin with: the data set, and the backbone where what is asked for has one."""
-    found = re.match(r"[a-z0-9]+_(?:resnet|wrn|mobilenetv)\d+(?:_\d+)?(?=_|$)", on)
-    base = roles_of(found[0] if found else on.partition("_")[0]).base
+    small = next((base for base in SMALL if on.startswith(base)), "")
+    backbone = re.match(r"[a-z0-9]+_(?:resnet|wrn|mobilenetv)\d+(?:_\d+)?(?=_|$)", on)
+    base = small or (backbone[0] if backbone else on.partition("_")[0])
     return base, f"{base}_"
 
 

@@ -44,6 +44,8 @@ COMPARED = {
 
 EPS: dict[str, float | str] = {"digits": 0.15, "fashion_small": 0.1}  # else 8/255
 
+SIDES_OF_IMAGES = {"digits": 8, "fashion": 28, "tiny": 64}  # else 32
+
 DIGITS_BATCH = 50
 """Of the steps that are timed on the digits: that of their recipe."""
 
@@ -189,7 +191,7 @@ def left_at_one(found: Found) -> BySeed:
 
 def figures(found: Found) -> dict[str, Figure | None]:
     """Simulation, accuracies, movement, costs, features and the budget."""
-    image = 8 if found.is_digits else 32
+    image = SIDES_OF_IMAGES.get(found.prefix.partition("_")[0], 32)
     maps = {key: value for key, value in found.metrics.items() if network_of(key[0])[0]}
     simulated = found.measured.get("simulation")
     embeddings = found.kept["embeddings"]

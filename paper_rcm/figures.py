@@ -95,7 +95,7 @@ def accuracy_figure(metrics: Metrics, image: int, label: Callable[[str], str]) -
 def movement_figure(metrics: Metrics, image: int) -> Figure | None:
     """Movement of the pooled feature of trained networks against the side of the map (E6)."""
     fig = blank_figure(7.0, 3.0)
-    keys = {"pooled_change": "PGD-20", "pooled_change_noise": "uniform noise"}
+    keys = {"pooled_change": "PGD", "pooled_change_noise": "uniform noise"}
     drawn = False
     for ax, (key, title) in zip(fig.subplots(1, 2), keys.items(), strict=True):
         for i, pool in enumerate(("avg", "max")):

@@ -184,5 +184,8 @@ def test_a_weighted_mean_is_about_the_examples_of_the_attack() -> None:
     real = roles_of("cifar10_resnet18")
     assert (real.base, real.robust, real.pgd) == ("cifar10_resnet18", "trades", "pgd_trades/ce_f")
     assert ANALYSIS.scope("cifar10_resnet18") == ("cifar10_resnet18", "cifar10_resnet18_")
+    for small in ("digits", "fashion_small"):
+        for on in (small, f"{small}_", f"{small}_awnet_mtard"):
+            assert ANALYSIS.scope(on) == (small, f"{small}_")
     entry = {"a": {"p": torch.ones(2), "auroc": 0.5}, "b": 1}
     assert without_tensors(entry) == {"a": {"auroc": 0.5}, "b": 1}, "tensors are for pictures"

@@ -98,3 +98,23 @@ def test_the_whole_analysis(tmp_path, monkeypatch, file_result, pgd_outcomes) ->
     assert any("digits_222_avg" in what for what in report["missing"]), "no checkpoints: it says so"
     with pytest.raises(ConfigurationError, match="nothing to analyse"):
         ANALYSIS.analyse(tmp_path, tmp_path, "cifar10", [0])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "method", "side"),
+    [
+        ("digits_", "122_avg", "2x2"),
+        ("fashion_small_", "122_avg", "7x7"),
+        ("fashion_small_", "222_m2_avg", "7x7"),
+        ("cifar10_", "resnet18_1122_at", "8x8"),
+        ("tiny_", "resnet18_1222_at", "8x8"),
+    ],
+)
+def test_figures_name_the_side_of_the_last_map(prefix: str, method: str, side: str) -> None:
+    found = Found(prefix.rstrip("_"), prefix, [0], Path(), Path())
+    found.kept["embeddings"] = {}
+    found.metrics = {(method, 0): {"clean_acc": 0.9, AR: 0.5, "consistency": 0.6}}
+    figure = analysis.figures(found)["accuracies"]
+    assert figure is not None
+    (tick,) = figure.axes[0].get_xticklabels()
+    assert tick.get_text().endswith(side)
