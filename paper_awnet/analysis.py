@@ -52,8 +52,12 @@ def w_robust(metrics: Mapping[str, float], attack: str, w: float = 0.5) -> float
     """Weighted robust accuracy, w A_nat + (1 - w) A_adv [M][S], both of the attack's examples."""
     if not 0.0 <= w <= 1.0:
         raise ConfigurationError(f"w weighs the clean accuracy and lies in [0, 1], got {w}")
-    clean = metrics.get(f"{attack.partition('/')[0]}_clean", metrics["clean_acc"])
-    return w * clean + (1 - w) * metrics[attack]
+    return w * clean_beside(metrics, attack) + (1 - w) * metrics[attack]
+
+
+def clean_beside(metrics: Mapping[str, float], attack: str) -> float:
+    """Clean accuracy on the images of an attack."""
+    return metrics.get(f"{attack.partition('/')[0]}_clean", metrics["clean_acc"])
 
 
 def without_tensors(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,15 +251,21 @@ def figures(found: Found) -> dict[str, Figure | None]:
     return drawn
 
 
-def plane(found: Found, roles: Roles) -> dict[str, list[tuple[float, float, float | None]]]:
-    """Clean accuracy, PGD accuracy and worst case of every model and seed."""
-    points: dict[str, list[tuple[float, float, float | None]]] = {}
+def plane(found: Found, roles: Roles) -> dict[str, list[dict[str, pictures.Point]]]:
+    """Clean accuracy with that under PGD, and with the worst case, of every model and seed.
+
+    Both accuracies of a pair are of the images of the attack.
+    """
+    attacks = {"pgd": roles.pgd, "worst": "worst"}
+    points: dict[str, list[dict[str, pictures.Point]]] = {}
     for (name, _), numbers in sorted(found.metrics.items()):
         if roles.pgd in numbers and not name.startswith("teacher"):
-            # A worst case of a part of the images has no place beside accuracies of all.
-            worst = None if "worst_clean" in numbers else numbers.get("worst")
-            point = (numbers["clean_acc"], numbers[roles.pgd], worst)
-            points.setdefault(found.label(name).removesuffix(", MTARD"), []).append(point)
+            pairs = {
+                kind: (clean_beside(numbers, attack), numbers[attack])
+                for kind, attack in attacks.items()
+                if attack in numbers
+            }
+            points.setdefault(found.label(name).removesuffix(", MTARD"), []).append(pairs)
     return points
 
 

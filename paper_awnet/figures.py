@@ -24,6 +24,9 @@ from common.evaluation.drawing import (
 )
 from paper_awnet.measures import Filters, histograms
 
+Point = tuple[float, float]
+"""Clean accuracy and accuracy under an attack."""
+
 
 def panels(
     titles: Sequence[str], x: str, width: float = 2.4, height: float = 2.7
@@ -97,24 +100,25 @@ def router_histograms(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     return fig
 
 
-def trade_off(points: Mapping[str, Sequence[tuple[float, float, float | None]]]) -> Figure | None:
+def trade_off(points: Mapping[str, Sequence[Mapping[str, Point]]]) -> Figure | None:
     """Robust against clean accuracy, with lines of equal W-Robust (F5).
 
     Args:
-        points: By label and seed: clean accuracy, accuracy under PGD, and in the worst case.
+        points: By label and seed: those under PGD (``pgd``) and in the worst case (``worst``), if
+            it is known.
     """
     if not points:
         return None
-    x = "clean accuracy (%); grey: equal W-Robust, 10 points apart"
+    x = "clean accuracy on the attacked images (%); grey: equal W-Robust, 10 points apart"
     fig, (ax,) = panels([""], x, 5.7, 4.0)
     for i, (label, group) in enumerate(points.items()):
         style: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "linestyle": ""}
         style["marker"] = MARKERS[(i + i // len(CYCLE)) % len(MARKERS)]
-        ax.plot([100 * p[0] for p in group], [100 * p[1] for p in group], label=label, **style)
-        worst = [(100 * p[0], 100 * p[2]) for p in group if p[2] is not None]
-        if worst:
-            ax.plot(*zip(*worst, strict=True), markerfacecolor="white", **style)
-    drawn = [p for group in points.values() for p in group]
+        looks = {"pgd": {"label": label}, "worst": {"markerfacecolor": "white"}}
+        for kind, look in looks.items():
+            pairs = [pair[kind] for pair in group if kind in pair]
+            ax.plot([100 * p[0] for p in pairs], [100 * p[1] for p in pairs], **(style | look))
+    drawn = [pair for group in points.values() for pairs in group for pair in pairs.values()]
     left, right = 100 * min(p[0] for p in drawn) - 1, 100 * max(p[0] for p in drawn) + 1
     for total in range(10, 200, 20):
         ax.plot([left, right], [total - left, total - right], color=GREY, linewidth=0.4)

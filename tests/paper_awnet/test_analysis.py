@@ -13,6 +13,7 @@ from common.errors import ConfigurationError
 from common.results.reference import Metric
 from paper_awnet import measures
 from paper_awnet.analysis import ANALYSIS, claims, plane, roles_of, w_robust, without_tensors
+from paper_awnet.figures import trade_off
 from paper_awnet.measures import Filters, compare_weights, curves_of
 from paper_awnet.method import Router
 from paper_awnet.module import AWNetClassifier
@@ -180,7 +181,11 @@ def test_a_weighted_mean_is_about_the_examples_of_the_attack() -> None:
     found = Found("digits", "digits_", [0], Path(), Path())
     found.metrics = {("awnet", 0): metrics | {roles.pgd: 0.4}}
     points = plane(found, roles)
-    assert points == {"awnet": [(0.1, 0.4, None)]}, "a worst case of a part of the images"
+    assert points == {"awnet": [{"pgd": (0.1, 0.4), "worst": (0.9, 0.5)}]}, "of the same images"
+    figure = trade_off(points)
+    assert figure is not None
+    drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines[:2]]
+    assert drawn == [[[10.0, 40.0]], [[90.0, 50.0]]]
     real = roles_of("cifar10_resnet18")
     assert (real.base, real.robust, real.pgd) == ("cifar10_resnet18", "trades", "pgd_trades/ce_f")
     assert ANALYSIS.scope("cifar10_resnet18") == ("cifar10_resnet18", "cifar10_resnet18_")
