@@ -118,3 +118,19 @@ def test_figures_name_the_side_of_the_last_map(prefix: str, method: str, side: s
     assert figure is not None
     (tick,) = figure.axes[0].get_xticklabels()
     assert tick.get_text().endswith(side)
+
+
+def test_claims_of_fashion_are_about_networks_there() -> None:
+    found = Found("fashion_small", "fashion_small_", [0, 1], Path(), Path())
+    found.kept["separated"] = {}
+    found.measured["simulation"] = {"side": {"avg": {4: 1.0, 8: 0.5}, "max": {4: 1.0, 8: 1.0}}}
+    accuracies = {"222_avg": (0.73, 0.74), "122_avg": (0.71, 0.7), "222_m2_avg": (0.75, 0.77)}
+    found.metrics = {
+        (name, seed): {AR: value, "clean_acc": 0.9}
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    }
+    judged = {claim.id: claim for claim in claims(found)}
+    assert list(judged) == ["R3", "R4", "R6", "E8"]
+    assert "7x7" in judged["R6"].claim
+    assert judged["E8"].verdict == "not run"
