@@ -39,12 +39,16 @@ class Roles(NamedTuple):
     eps: float
 
 
+def small_of(on: str) -> str:
+    """What stems of small networks begin with; empty for other networks."""
+    return next((base for base in SMALL if on.startswith(base)), "")
+
+
 def roles_of(on: str) -> Roles:
     """Of small networks the two teachers are compared, else ST and TRADES of one backbone."""
-    for base, eps in SMALL.items():
-        if on.startswith(base):
-            names = ("teacher_clean", "teacher_robust", "static_mtard", "awnet_mtard")
-            return Roles(base, *names, "pgd20/ce_f", eps)
+    if base := small_of(on):
+        names = ("teacher_clean", "teacher_robust", "static_mtard", "awnet_mtard")
+        return Roles(base, *names, "pgd20/ce_f", SMALL[base])
     return Roles(on, "st", "trades", "mtard", "awnet_mtard", "pgd_trades/ce_f", 8 / 255)
 
 
@@ -106,7 +110,7 @@ def claims(found: Found) -> list[Claim]:
 
     Layers are counted on the digits, and only there are all parts trained.
     """
-    if roles_of(found.on).base not in SMALL:
+    if not small_of(found.on):
         return []
     every = [*accuracy_claims(found), *router_claims(found), *network_claims(found)]
     digits = {"C1a", "C1b", "C6b", "C6c"}
@@ -276,9 +280,8 @@ def plane(found: Found, roles: Roles) -> dict[str, list[dict[str, pictures.Point
 
 def scope(on: str) -> tuple[str, str]:
     """What stems begin with: the data set, and the backbone where what is asked for has one."""
-    small = next((base for base in SMALL if on.startswith(base)), "")
     backbone = re.match(r"[a-z0-9]+_(?:resnet|wrn|mobilenetv)\d+(?:_\d+)?(?=_|$)", on)
-    base = small or (backbone[0] if backbone else on.partition("_")[0])
+    base = small_of(on) or (backbone[0] if backbone else on.partition("_")[0])
     return base, f"{base}_"
 
 

@@ -26,6 +26,7 @@ from paper_rcm.figures import (
     accuracy_figure,
     budget_figure,
     features_figure,
+    map_name,
     movement_figure,
     network_of,
     simulation_figure,
@@ -44,7 +45,7 @@ COMPARED = {
 
 EPS: dict[str, float | str] = {"digits": 0.15, "fashion_small": 0.1}  # else 8/255
 
-SIDES_OF_IMAGES = {"digits": 8, "fashion": 28, "tiny": 64}  # else 32
+SIDES_OF_IMAGES = {"digits": 8, "fashion_small": 28, "tiny": 64}  # else 32
 
 DIGITS_BATCH = 50
 """Of the steps that are timed on the digits: that of their recipe."""
@@ -53,12 +54,22 @@ EXAMPLES = 2000
 """Images whose features are embedded."""
 
 
+def dataset_of(found: Found) -> str:
+    """The data set as stems name it."""
+    return found.prefix.rstrip("_")
+
+
+def image_side(found: Found) -> int:
+    """Of the images of the data set, in pixels."""
+    return SIDES_OF_IMAGES.get(dataset_of(found), 32)
+
+
 def measure(found: Found) -> None:
     """The simulation, costs on the digits, and how far classes are apart in the networks compared.
 
     Pictures of the embedded features are of the first seed.
     """
-    dataset = found.prefix.rstrip("_")
+    dataset = dataset_of(found)
     compared = COMPARED.get(dataset, ())
     embeddings: dict[str, dict[str, Any]] = {}
     separated: dict[tuple[str, int], dict[str, float]] = {}
@@ -105,13 +116,10 @@ def claims(found: Found) -> list[Claim]:
     that only the digits have.
     """
     digits = {"R1", "R2", "R5", "R7", "E6", "E14"}
-    if found.prefix not in ("digits_", "fashion_small_") or "simulation" not in found.measured:
+    small = ("digits", "fashion_small")
+    if dataset_of(found) not in small or "simulation" not in found.measured:
         return []
-    return [one for one in _claims(found) if found.is_digits or one.id not in digits]
-
-
-def _claims(found: Found) -> list[Claim]:
-    side = "2x2" if found.is_digits else "7x7"
+    side = map_name("122_avg", image_side(found))
     beforehand = (
         "; not expected on 8x8 images, where the image is the bottleneck" if found.is_digits else ""
     )
@@ -135,7 +143,7 @@ def _claims(found: Found) -> list[Claim]:
         apart = found.kept["separated"]
         return minus(by_seed(apart, "122_avg", key), by_seed(apart, "222_avg", key))
 
-    return [
+    judged = [
         verdict(
             "R1",
             "simulation, average pooling: movement at the largest side over that at the smallest "
@@ -189,6 +197,7 @@ def _claims(found: Found) -> list[Claim]:
             left_at_one(found), below=0.0, every=True,
         ),
     ]  # fmt: skip
+    return [one for one in judged if found.is_digits or one.id not in digits]
 
 
 def left_at_one(found: Found) -> BySeed:
@@ -203,7 +212,7 @@ def left_at_one(found: Found) -> BySeed:
 
 def figures(found: Found) -> dict[str, Figure | None]:
     """Simulation, accuracies, movement, costs, features and the budget."""
-    image = SIDES_OF_IMAGES.get(found.prefix.partition("_")[0], 32)
+    image = image_side(found)
     maps = {key: value for key, value in found.metrics.items() if network_of(key[0])[0]}
     simulated = found.measured.get("simulation")
     embeddings = found.kept["embeddings"]
@@ -211,7 +220,7 @@ def figures(found: Found) -> dict[str, Figure | None]:
         "simulation": simulation_figure(simulated) if simulated else None,
         "accuracies": accuracy_figure(maps, image, found.label) if maps else None,
         "movement": movement_figure(maps, image),
-        "cost": draw(found.folder, found.prefix.rstrip("_")),
+        "cost": draw(found.folder, dataset_of(found)),
         "features": features_figure(embeddings) if embeddings else None,
         "budget": budget_figure({(found.label(m), s): v for (m, s), v in found.metrics.items()}),
     }

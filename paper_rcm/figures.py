@@ -41,6 +41,12 @@ def map_side(method: str, image: int) -> float:
     return float(side)
 
 
+def map_name(method: str, image: int) -> str:
+    """The last map as ``7x7``."""
+    side = map_side(method, image)
+    return f"{side:.0f}x{side:.0f}"
+
+
 def _draw(ax: Axes, line: Mapping[Any, float], number: int, label: str) -> None:
     at = sorted(line)
     style: dict[str, Any] = {"color": CYCLE[number], "marker": MARKERS[number], "markersize": 5}
@@ -83,9 +89,7 @@ def accuracy_figure(metrics: Metrics, image: int, label: Callable[[str], str]) -
             if (values := by_seed(metrics, name, key).values())
         }
         error_bars(ax, points, i, kind, linestyle="")
-    sides = [f"{map_side(name, image):.0f}x{map_side(name, image):.0f}" for name in names]
-    named = [label(name).replace(", ", "\n") for name in names]
-    ticks = [f"{name}\n{side}" for name, side in zip(named, sides, strict=True)]
+    ticks = [f"{label(name)}, {map_name(name, image)}".replace(", ", "\n") for name in names]
     ax.set_xticks(range(len(names)), ticks, fontsize=FONT - 1)
     _finish(ax, "", "accuracy (%), ± sd over seeds")
     put_legend_above(fig, ax)
