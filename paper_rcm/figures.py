@@ -77,7 +77,7 @@ def simulation_figure(found: Mapping[str, Mapping[str, Mapping[int, float]]]) ->
 
 def accuracy_figure(metrics: Metrics, image: int, label: Callable[[str], str]) -> Figure:
     """NA, CA and AR of every network, by the side of its last map (E5)."""
-    names = sorted({m for m, _ in metrics}, key=lambda m: (network_of(m)[1], map_side(m, image)))
+    names = sorted({m for m, _ in metrics}, key=lambda m: (network_of(m)[1], map_side(m, image), m))
     fig = blank_figure(max(4.8, 0.9 * len(names) + 1.5), 3.3)
     ax = fig.subplots()
     kinds = {"clean_acc": "natural", "consistency": "consistency", AR: "robust"}
@@ -105,7 +105,7 @@ def movement_figure(metrics: Metrics, image: int) -> Figure | None:
         for i, pool in enumerate(("avg", "max")):
             points = {
                 map_side(name, image): list(values)
-                for name in {m for m, _ in metrics}
+                for name in sorted({m for m, _ in metrics})
                 if network_of(name)[1:] == (pool, 1.0)
                 and (values := by_seed(metrics, name, key).values())
             }

@@ -8,7 +8,16 @@ from common.analysis.report import Found
 from common.errors import ConfigurationError
 from paper_rcm import analysis
 from paper_rcm.analysis import ANALYSIS, claims
-from paper_rcm.figures import AR, BUDGET, budget_figure, cost_figure, map_side, network_of
+from paper_rcm.figures import (
+    AR,
+    BUDGET,
+    accuracy_figure,
+    budget_figure,
+    cost_figure,
+    map_name,
+    map_side,
+    network_of,
+)
 
 
 def test_names_tell_strides_pooling_and_factor() -> None:
@@ -134,3 +143,11 @@ def test_claims_of_fashion_are_about_networks_there() -> None:
     assert list(judged) == ["R3", "R4", "R6", "E8"]
     assert "7x7" in judged["R6"].claim
     assert judged["E8"].verdict == "not run"
+
+
+def test_networks_with_equal_maps_are_drawn_in_the_order_of_their_names() -> None:
+    names = ["122_avg", "212_avg", "221_avg", "222_m2_avg", "241_m2_avg"]
+    metrics = {(name, 0): {AR: 0.5, "clean_acc": 0.9} for name in reversed(names)}
+    figure = accuracy_figure(metrics, 8, lambda name: name)
+    ticks = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert ticks == [f"{name}\n{map_name(name, 8)}" for name in names]
