@@ -21,7 +21,11 @@ from common.networks.wide_resnet import WideResNet
 from paper_robustwrn.figures import METRIC, lipschitz_figure, networks_of, scatter, stage_curves
 from paper_robustwrn.measures import lipschitz_of
 
-EARLY, LATE = "d3-1-1", "d1-1-3"
+PLACES = {
+    "digits_": {"early": "d3-1-1", "late": "d1-1-3"},
+    "fashion_small_": {"early": "d4-1-1", "even": "d2-2-2", "late": "d1-1-4"},
+}
+"""Networks that differ in where their blocks are, by what stems begin with."""
 
 
 def measure(found: Found) -> None:
@@ -41,26 +45,60 @@ def measure(found: Found) -> None:
 
 
 def claims(found: Found) -> list[Claim]:
-    """What the scaled-down run is held against: directions, with the margins of the trial runs."""
-    if not found.is_digits:
+    """What the small networks are held against.
+
+    On the digits directions with the margins of the trial runs, and the bound; on all small images
+    the paper's directions.
+    """
+    places = PLACES.get(found.prefix)
+    if places is None:
         return []
-    early, late, of = f"{EARLY}_sat", f"{LATE}_sat", found.of
-    lower = combined(of(early, "clean_acc"), of(late, "clean_acc"), min)
-    natural = combined(of(f"{EARLY}_natural", METRIC), of(f"{LATE}_natural", METRIC), max)
-    share: BySeed = {}
-    for (_, seed), numbers in found.kept["lipschitz"].items():
-        share[seed] = max(share.get(seed, 0.0), numbers["largest"] / numbers["bound"])
+    early, late, of = f"{places['early']}_sat", f"{places['late']}_sat", found.of
 
     def verdict(id: str, text: str, values: BySeed, **limits: Any) -> Claim:
         return judge(id, text, values, found.seeds, **limits)
 
+    def ahead(id: str, base: str, what: str) -> Claim:
+        beside = {"in clean accuracy": found.gain(early, f"{places[base]}_sat", "clean_acc")}
+        return verdict(
+            id,
+            f"the paper's direction: PGD-20 of the early-heavy network minus that of the {what}, "
+            "in points, is positive",
+            found.gain(early, f"{places[base]}_sat", METRIC), above=0.0, beside=beside,
+        )  # fmt: skip
+
+    directions = [
+        verdict(
+            "e",
+            "the paper's direction: the local Lipschitz constant of the early-heavy network minus "
+            "that of the late-heavy one is negative",
+            minus(of(early, "lipschitz"), of(late, "lipschitz")), below=0.0,
+            beside={name: of(f"{name}_sat", "lipschitz") for name in places.values()},
+        ),
+        verdict(
+            "f",
+            "the paper's direction: stability of the early-heavy network minus that of the "
+            "late-heavy one, in points, is positive",
+            found.gain(early, late, "stability"), above=0.0,
+        ),
+        ahead("g", "late", "late-heavy one"),
+        *([ahead("h", "even", "even one")] if "even" in places else []),
+    ]  # fmt: skip
+    if not found.is_digits:
+        return directions
+    lower = combined(of(early, "clean_acc"), of(late, "clean_acc"), min)
+    first, last = (of(f"{name}_natural", METRIC) for name in places.values())
+    natural = combined(first, last, max)
+    share: BySeed = {}
+    for (_, seed), numbers in found.kept["lipschitz"].items():
+        share[seed] = max(share.get(seed, 0.0), numbers["largest"] / numbers["bound"])
     return [
         verdict(
             "a",
             "PGD-20: blocks in the first stage against blocks in the last, 2.6 times the "
             "parameters and equal MACs; the difference in points is above -3",
             found.gain(early, late, METRIC), above=-3.0,
-            beside={f"parameters {n}": of(f"{n}_sat", "parameters") for n in (EARLY, LATE)},
+            beside={f"parameters {n}": of(f"{n}_sat", "parameters") for n in places.values()},
         ),
         verdict(
             "b",
@@ -78,19 +116,7 @@ def claims(found: Found) -> list[Claim]:
             "any image of any network reaches is at most 1",
             share, below=1.0, every=True,
         ),
-        verdict(
-            "e",
-            "the paper's direction: the local Lipschitz constant of the early-heavy network minus "
-            "that of the late-heavy one is negative",
-            minus(of(early, "lipschitz"), of(late, "lipschitz")), below=0.0,
-            beside={EARLY: of(early, "lipschitz"), LATE: of(late, "lipschitz")},
-        ),
-        verdict(
-            "f",
-            "the paper's direction: stability of the early-heavy network minus that of the "
-            "late-heavy one, in points, is positive",
-            found.gain(early, late, "stability"), above=0.0,
-        ),
+        *directions,
     ]  # fmt: skip
 
 

@@ -10,9 +10,19 @@ from torch.utils.tensorboard import SummaryWriter
 from common.analysis.report import Found
 from common.attacks import pgd
 from common.errors import ConfigurationError
+from common.results.lines import Line
+from common.results.outcomes import checkpoint_entry
 from common.results.reference import Metric
 from paper_awnet import measures
-from paper_awnet.analysis import ANALYSIS, claims, plane, roles_of, w_robust, without_tensors
+from paper_awnet.analysis import (
+    ANALYSIS,
+    claims,
+    plane,
+    roles_of,
+    w_robust,
+    without_audit,
+    without_tensors,
+)
 from paper_awnet.figures import trade_off
 from paper_awnet.measures import Filters, compare_weights, curves_of
 from paper_awnet.method import Router
@@ -68,6 +78,7 @@ def verdicts(good: bool, seeds=(0, 1)) -> dict[str, str]:
     reach = {"teacher_clean": 0.1, "teacher_robust": 0.3 if good else 0.05}
     found = Found("digits", "digits_", [0, 1], Path(), Path(), metrics=metrics)
     found.kept |= {
+        "suite": metrics,
         "compared": {seed: varied(compared, seed) for seed in seeds},
         "examined": {seed: varied(examined, seed) for seed in seeds},
         "reach": {name: {s: varied(value, s) for s in seeds} for name, value in reach.items()},
@@ -84,6 +95,19 @@ def test_verdicts_turn_out_either_way() -> None:
     assert set(good.values()) == {"supported"}
     assert set(bad.values()) == {"contradicted"}
     assert set(verdicts(True, seeds=(0,)).values()) == {"not run"}, "a seed is missing"
+
+
+def test_an_audit_does_not_move_the_worst_case_to_its_own_images(pgd_outcomes) -> None:
+    """It broke one image of ten that the suite left; the suite's worst case is on all 50."""
+    outcomes = pgd_outcomes(30)
+    among = torch.arange(50) < 10
+    outcomes.attacked["audit_square"] = among
+    outcomes.correct["audit_square"] = among & (torch.arange(50) > 0)
+    outcomes.lines["audit_square"] = Line("audit_square", norm="linf", eps=0.3)
+    entry = checkpoint_entry(outcomes)
+    assert (entry["metrics"]["worst"], entry["sizes"]["worst"]) == (0.9, 10)
+    suite = without_audit(entry)
+    assert (suite["metrics"]["worst"], suite["sizes"]) == (0.6, {})
 
 
 def test_weights_are_compared_with_the_next_seeds() -> None:

@@ -81,7 +81,7 @@ def verdicts(early: float, late: float, natural: float, share: float) -> dict[st
 
 def test_verdicts_turn_out_either_way() -> None:
     good = verdicts(0.77, 0.76, 0.02, 0.5)
-    assert [name for name, verdict in good.items() if verdict == "supported"] == list("abcdf")
+    assert [name for name, verdict in good.items() if verdict == "supported"] == list("abcdfg")
     bad = verdicts(0.70, 0.76, 0.5, 1.5)
     assert [name for name, verdict in bad.items() if verdict == "supported"] == ["b", "e"]
     assert set(good.values()) == set(bad.values()) == {"supported", "contradicted"}
@@ -92,3 +92,20 @@ def test_a_missing_seed_leaves_the_verdict_open(tmp_path, write) -> None:
     report = ANALYSIS.analyse(tmp_path / "no_runs", tmp_path, "digits", [0, 1])
     assert {line[2] for line in report["tables"][0]["lines"]} == {"not run"}
     assert any("checkpoint" in what for what in report["missing"])
+
+
+def test_directions_are_judged_on_real_images(tmp_path, write) -> None:
+    for seed in (0, 1):
+        for name, held in (("d4-1-1", 0.8), ("d2-2-2", 0.7), ("d1-1-4", 0.6 + 0.01 * seed)):
+            smooth = {"lipschitz": varied(20 / held, seed), "stability": varied(held, seed)}
+            write(tmp_path, f"fashion_small_{name}_sat", held, 9e4, seed, **smooth)
+    report = ANALYSIS.analyse(tmp_path, tmp_path, "fashion_small", [0, 1])
+    judged = {one["id"]: one["judgements"][""] for one in report["claims"]}
+    assert {id: one["verdict"] for id, one in judged.items()} == {
+        "e": "supported",
+        "f": "supported",
+        "g": "supported",
+        "h": "not decided",
+    }
+    assert judged["g"]["per_seed"] == {"0": pytest.approx(20), "1": pytest.approx(19)}
+    assert "every seed" in judged["h"]["reason"], "ten points in both, which no test decides"
