@@ -1,6 +1,7 @@
 """Attacks that know their settings and passes; settings are changed one at a time and written."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -40,6 +41,21 @@ class Settings:
         given = ", ".join(f"{name}={value!r}" for name, value in self._given.items())
         return f"{type(self).__name__}({given})"
 
+    def recipe(self) -> str:
+        """Class, steps and what else differs from the defaults, for a reader of results.
+
+        The ball is told elsewhere. Numbers are those in use: the step size of ``eps/10`` is a
+        number. Files and networks are left out.
+        """
+        parameters = inspect.signature(type(self)).parameters
+        words = [type(self).__name__]
+        for name in parameters.keys() - {"eps", "norm"}:
+            value = getattr(self, name, self._given.get(name))
+            is_told = name == "steps" or value != parameters[name].default
+            if is_told and (text := _short(value)):
+                words.append(f"{name} {text}")
+        return ", ".join(words[:1] + sorted(words[1:]))
+
     def settings(self) -> dict[str, Any]:
         """Class and all arguments, defaults included, as plain values."""
         parameters = inspect.signature(type(self)).parameters
@@ -48,6 +64,16 @@ class Settings:
         }
         name = f"{type(self).__module__}.{type(self).__qualname__}"
         return {"class": name} | {key: _plain(value) for key, value in arguments.items()}
+
+
+def _short(value: Any) -> str:
+    """A number, a word or a list of them; empty for anything else, such as a path."""
+    if isinstance(value, list | tuple):
+        parts = [_short(part) for part in value]
+        return " ".join(parts) if all(parts) else ""
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[\w-]+", value) else ""
+    return f"{value:.6g}" if isinstance(value, int | float) else ""
 
 
 def _plain(value: Any) -> Any:

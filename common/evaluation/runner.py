@@ -213,6 +213,7 @@ def _line(step: Step, threat: Threat | None, weakness: str) -> Line:
         counts=_counts(step, threat),
         at=dict(step.at),
         weakness=weakness,
+        recipe=step.recipe,
     )
 
 

@@ -43,6 +43,7 @@ class Step:
         needs_gradient: Whether it is useless on a model without a gradient.
         networks: Other networks whose function decides the outcome, for the journal.
         budget: The most passes of the model per image, its judgement included; ``None`` if unknown.
+        recipe: The attack and its effort in words, for results.
     """
 
     key: str
@@ -60,6 +61,7 @@ class Step:
     needs_gradient: bool = False
     networks: tuple[nn.Module, ...] = ()
     budget: Budget | None = None
+    recipe: str = ""
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, Scope)

@@ -147,6 +147,12 @@ class SuiteEntry:
             )
 
     @property
+    def effort(self) -> list[str]:
+        """What is done beside the attack's own settings, in words."""
+        words = {"until broken": self.until_broken, f"eot {self.eot}": self.eot > 1}
+        return [word for word, applies in words.items() if applies]
+
+    @property
     def uses_engine(self) -> bool:
         """Whether an engine computes the attack's passes."""
         others = Noise | Transfer | SavedExamples | DecisionBased | Corruptions
@@ -380,6 +386,7 @@ class _Planned:
             "threat": self.threat,
             "reach": getattr(attack, "reach", math.inf),
             "budget": JUDGED,
+            "recipe": ", ".join([attack.recipe(), *entry.effort]),
         }
         key = "/".join([self.name, *filter(None, [part]), *point])
         return Step(key, self.name, run, settings, at=at, **(given | fields))

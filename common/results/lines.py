@@ -92,6 +92,7 @@ class Line:
         at: The point of a sweep, such as ``{"eps": 0.1}``, ``{"level": 0.2, "draw": 0}``.
         weakness: Why withstanding it is no evidence for the threat model: it did not use the whole
             radius, or did not move. Empty if it is evidence.
+        recipe: The attack and its effort in words, such as ``PGD, restarts 5, steps 20``.
     """
 
     entry: str
@@ -102,6 +103,7 @@ class Line:
     counts: bool = True
     at: Mapping[str, float] = field(default_factory=dict)
     weakness: str = ""
+    recipe: str = ""
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, Counted)

@@ -337,6 +337,8 @@ def _attack_entry(outcomes: "Outcomes", name: str, y: NDArray[Any]) -> AttackRes
         entry["subset"] = pack_outcomes(within)
     if line.weakness:
         entry["weakness"] = line.weakness
+    if line.recipe:
+        entry["recipe"] = line.recipe
     entry |= _nonfinite(outcomes, name, within)
     columns = outcomes.columns.get(name, {})
     if "unmoved" in columns:

@@ -83,9 +83,10 @@ class Named:
 def obstacle(first: Named, second: Named, metrics: Sequence[str] = ()) -> str:
     """Why two checkpoints, or these metrics of them, cannot be compared; empty if they can.
 
-    Threat model and images have to be the same, and the entries of the suite with their norms and
-    radii. Losses within an entry may differ, since adaptive ones belong to a network. With
-    ``metrics``, only the entries of these have to be the same, and none for ``worst``.
+    Threat model and images have to be the same, and the entries of the suite: norm, radius, attack,
+    steps, restarts, where both files know them. Losses within an entry may differ, since adaptive
+    ones belong to a network. With ``metrics``, only the entries of these have to be the same, and
+    none for ``worst``.
     """
     a, b = first.entry, second.entry
     if a["threat"] != b["threat"]:
@@ -118,14 +119,21 @@ def _entries_that_differ(first: Named, second: Named, metrics: Sequence[str]) ->
     for name in dict.fromkeys([*a, *b]):
         if name not in a or name not in b:
             yield f"only {(first if name in a else second).name} has {name}"
-        elif a[name] != b[name]:
-            yield f"{name} is {a[name]} in {first.name}, {b[name]} in {second.name}"
+        for x, y in zip(a.get(name, ()), b.get(name, ()), strict=False):
+            if x and y and x != y:
+                yield f"{name} is {x} in {first.name}, {y} in {second.name}"
 
 
-def _suite(entry: CheckpointResult, metrics: Sequence[str]) -> dict[str, str]:
-    """The ball of every point of the suite, or of those that the metrics are about."""
+def _suite(entry: CheckpointResult, metrics: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Ball and recipe of every point of the suite, or of those that the metrics are about.
+
+    The recipe is empty where it is unknown.
+    """
     return {
-        group_of(name, attack): ball_text(attack["norm"], attack["eps"])
+        group_of(name, attack): (
+            ball_text(attack["norm"], attack["eps"]),
+            attack.get("recipe", ""),
+        )
         for name, attack in entry["attacks"].items()
         if (metrics_of(name, attack) & set(metrics) if metrics else not is_audit(name))
     }

@@ -81,6 +81,8 @@ class AttackResult(TypedDict):
     """Which examples of the split they are, one bit each; absent if they are all."""
     weakness: NotRequired[str]
     """Why withstanding it is no evidence for the threat model; absent if it is."""
+    recipe: NotRequired[str]
+    """The attack and its effort: ``PGD, restarts 5, step_size 0.01, steps 20``."""
     distances: NotRequired[dict[str, float | None]]
     """Median ``linf`` and ``l2`` distance over the examples it broke; null if it broke none."""
     nonfinite: NotRequired[_Count]

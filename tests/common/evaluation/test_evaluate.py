@@ -17,6 +17,7 @@ from common.attacks.pgd import FGSM, PGD
 from common.evaluation import SuiteEntry, evaluate
 from common.evaluation.__main__ import main
 from common.evaluation.named_models import build_model
+from common.results.__main__ import main as results
 from common.results.store import read_result
 
 
@@ -58,6 +59,33 @@ def test_an_ordinary_model_in_a_few_lines_is_left_as_it_was(model, digits) -> No
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (SuiteEntry(PGD(0.1, 0.02, 3)), "steps 3"),
+        (SuiteEntry(PGD(0.1, "eps/5", 4, restarts=2)), "restarts 2"),
+        (SuiteEntry(PGD(0.1, 0.05, 4)), "step_size 0.05"),
+        (SuiteEntry(PGD(0.1, 0.02, 4), until_broken=True), "until broken"),
+        (SuiteEntry(FGSM(0.1)), "FGSM"),
+        (SuiteEntry(PGD(0.1, "eps/5", 4)), ""),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_attacks_of_another_effort_are_not_compared(
+    tmp_path, model, digits, capsys, entry, told
+) -> None:
+    for name, one in (("a", SuiteEntry(PGD(0.1, 0.02, 4))), ("b", entry)):
+        evaluate(model, digits, {"it": one}, eps=0.1, output=tmp_path / name, progress=False)
+    capsys.readouterr()
+    files = [str(tmp_path / name / "results.json") for name in "ab"]
+    assert results(["compare", *files]) == (2 if told else 0)
+    error = capsys.readouterr().err
+    assert error.count("\n") == bool(told)
+    assert told in error
+    assert ("PGD, step_size 0.02, steps 4" in error) == bool(told)
+    assert results(["compare", *files, "--metric", "clean_acc"]) == 0
 
 
 def test_results_pictures_and_outcomes_are_filed_and_gone_on_with(tmp_path, model, digits) -> None:
