@@ -10,7 +10,7 @@ from typing import Any
 
 from common.packages import reproduction, short_name
 from common.results.bases import Measured, ball_text
-from common.results.outcomes import figures, is_audit
+from common.results.outcomes import cut_from_autoattack, figures, is_audit
 from common.results.reference import Row
 from common.results.schema import AuditCheck, Result
 from common.results.store import result_path
@@ -147,14 +147,28 @@ def _columns(row: Row, found: Sequence[Result]) -> Iterator[tuple[str, Number]]:
     """What was published and the mean of our last checkpoints, by title."""
     last = [result["checkpoints"]["last"] for result in found if "last" in result["checkpoints"]]
     for title, keys in COLUMNS.items():
-        printed = next((p for key in keys if (p := row.printed("last", key))), [])
-        yield f"{title}, paper", Number(f"{fmean(printed):.2f}" if printed else "")
+        yield f"{title}, published", _published(row, keys)
         key = next((key for key in keys if any(key in one["metrics"] for one in last)), "")
         known = [one["metrics"][key] for one in last if key in one["metrics"]]
-        sizes = {one["sizes"][key] for one in last if key in one["sizes"]}
-        hint = f"on {', '.join(f'{size:,}' for size in sorted(sizes))} images" if sizes else ""
-        ours = percent(fmean(known)) + "‡" * bool(hint) if known else ""
-        yield f"{title}, ours", Number(ours, hint)
+        sizes = sorted({one["sizes"][key] for one in last if key in one["sizes"]})
+        hints = [f"on {', '.join(f'{size:,}' for size in sizes)} images"] if sizes else []
+        marks = "‡" * bool(hints)
+        if key == "aa" and (cut := {cut_from_autoattack(one["attacks"]) for one in last} - {""}):
+            hints, marks = [*hints, *sorted(cut)], f"{marks}†"
+        yield (
+            f"{title}, ours",
+            Number(percent(fmean(known)) + marks if known else "", "; ".join(hints)),
+        )
+
+
+def _published(row: Row, keys: Sequence[str]) -> Number:
+    """The mean of what was printed for the last checkpoint, else for a selected one."""
+    for label, mark in (("last", ""), ("selected", "§")):
+        for key in keys:
+            if printed := row.printed(label, key):
+                tag = f" [{row.source}]" if row.source else ""
+                return Number(f"{fmean(printed):.2f}{mark}{tag}", f"{row.origin}, {label}")
+    return Number()
 
 
 def _part(label: str, found: Sequence[Result]) -> Part:

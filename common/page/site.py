@@ -199,9 +199,10 @@ def render(sources: Sequence[Source]) -> str:
     }
     papers = [source for source in sources if source.name != COMPARISON.name]
     plotly, script = get_plotlyjs(), (TEMPLATES / "page.js").read_text()
-    rows = [one for paper in papers for one in paper.details]
-    titles = [f"{title}, {whose}" for title in COLUMNS for whose in ("paper", "ours")]
+    rows = [one for source in sources for one in source.details]
+    titles = [f"{title}, {whose}" for title in COLUMNS for whose in ("published", "ours")]
     return environment.get_template("index.html").render(
+        sources=sources,
         papers=papers,
         comparison=next((one for one in sources if one.name == COMPARISON.name), None),
         rows=rows,

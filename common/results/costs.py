@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import ConfigurationError
-from common.results.bases import Measured, ball_text, by_experiment
+from common.results.bases import Measured, Results, ball_text, by_experiment
 from common.results.cells import spread_of
 from common.results.columns import Columns
 from common.results.markdown import Sheet
+from common.results.outcomes import cut_from_autoattack
 from common.results.reference import UNITS, Group, Metric
 from common.results.schema import Provenance, Result, TrainingCost
 from common.results.store import load_results
@@ -81,6 +82,7 @@ def _sheet(protocol: Protocol, results: Sequence[Result], label: str) -> Sheet:
         notes=[
             *(["; ".join(parts)] if parts else []),
             *columns.notes(),
+            *_cut(found),
             *_machines(results, label),
         ],
     )
@@ -102,6 +104,16 @@ def _line(
         values = [columns.value(metric, measured) for measured in seeds]
         cells.append(spread_of([UNITS[metric.unit] * v for v in values if v is not None]))
     return [f"`{stem}`", *cells, str(len(seeds))]
+
+
+def _cut(found: Results) -> Iterator[str]:
+    """Where AutoAttack is less than its standard version, as notes."""
+    where: dict[str, list[str]] = {}
+    for stem, every in found.items():
+        for cut in {cut_from_autoattack(one.entry["attacks"]) for one in every} - {""}:
+            where.setdefault(cut, []).append(f"`{stem}`")
+    for cut, rows in where.items():
+        yield f"AutoAttack is cut ({cut}): {', '.join(rows)}."
 
 
 def _machines(results: Sequence[Result], label: str) -> Iterator[str]:

@@ -79,6 +79,22 @@ def is_audit(name: str) -> bool:
     return name.startswith("audit")
 
 
+ENSEMBLE = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""The attacks of AutoAttack's standard version."""
+
+
+def cut_from_autoattack(attacks: Mapping[str, AttackResult]) -> str:
+    """What the entry ``aa`` has less than AutoAttack's standard version, in words.
+
+    Empty if it has everything, or there is no such entry.
+    """
+    parts = {name.partition("/")[2]: one for name, one in attacks.items() if name.startswith("aa/")}
+    lacking = [name for name in ENSEMBLE if name not in parts] if parts else []
+    recipes = (one.get("recipe", "").split(", ") for one in parts.values())
+    changed = dict.fromkeys(word for words in recipes for word in words if word[-1:].isdigit())
+    return ", ".join([*(f"without {name}" for name in lacking), *changed])
+
+
 def counts_as_attack(attack: AttackResult) -> bool:
     """Whether a step enters ``worst``."""
     return attack["kind"] == "attack" and attack["counts"]

@@ -86,7 +86,7 @@ def test_the_page_is_searched_sorted_and_read(
     browser: Browser, everything: Any, tmp_path: Path
 ) -> None:
     sources, html = everything
-    rows = [one for source in sources for one in source.details if source.name != "robustness"]
+    rows = [one for source in sources for one in source.details]
     made = {one.row.stem for one in rows if one.parts}
     path = tmp_path / "index.html"
     path.write_text(html)

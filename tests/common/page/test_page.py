@@ -166,6 +166,28 @@ def test_the_comparison_is_read_from_its_own_folder(paper: Any, capsys: Any) -> 
     assert 'id="robustness-toy_net_ours"' in Path("report/index.html").read_text()
 
 
+def test_the_table_of_all_rows_says_whose_numbers_stand_in_it(paper: Any) -> None:
+    """Others' numbers with their tag, those of selected checkpoints, a cut AutoAttack; all rows."""
+    printed = {"clean_acc": 88.25, "aa": 47.5}
+    row = {"last": {}, "selected": printed, "source": "M", "origin": "another framework"}
+    groups = {"E1": {"metrics": [{"key": key, "title": key} for key in printed]}}
+    paper.write(groups=groups, rows={"toy_net_ours": row, "toy_net_plain": {"last": {}}})
+    paper.put()
+    shutil.copytree("paper_toy", "benchmarks/robustness")
+    sources = gather(["paper_toy"], Path("benchmarks/robustness"))
+    for source in sources:
+        (columns,) = (one.columns for one in source.details if one.seeds)
+        assert columns["Natural, published"].text == "88.25§ [M]"
+        assert columns["Natural, published"].hint == "another framework, selected"
+        assert columns["AutoAttack, ours"].text.endswith("‡†")
+        cut = "on 50 images; without apgd-ce, without apgd-t, without fab-t"
+        assert columns["AutoAttack, ours"].hint == cut
+    html = render(sources)
+    assert html.count('title="another framework, selected"') == 4, "rows of the comparison as well"
+    assert "paper</button>" in html
+    assert ", paper</button>" not in html
+
+
 def test_confusion_and_examples_are_shown(paper: Any) -> None:
     paper.put()
     path = Path("paper_toy/results/toy_net_ours-seed0.json")
