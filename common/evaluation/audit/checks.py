@@ -178,7 +178,8 @@ class Audit:
         measure = partial(gradients, losses, threat)
         directions = {"h": FINE_STEP, "directions": DIRECTIONS}
         each, other = BUDGETS["derivatives"], BUDGETS["gradient"]
-        passes = each.times(len(losses) + 1).plus(other.times(len(losses) + 1))
+        beside = int(len(losses) > 1)  # the logits, with which several losses are compared
+        passes = each.times(len(losses) + beside).plus(other.times(len(losses) + 1))
         yield step("audit_gradients", measure, directions, budget=passes, **probe)
         yield step("audit_forward", forward, {}, budget=BUDGETS["forward"], **probe)
         yield step("audit_memory", memory, {}, budget=BUDGETS["memory"], **probe)

@@ -70,18 +70,20 @@ def gradients(
         columns = {}
         batch = batch | {"y": aim}
         for name, h in steps.items():
-            plain = label_loss(model, aim)
-            reference = directional_derivatives(plain, batch["x"], signs, h)[1]
-            found = []
+            found, reference = [], None
+            if len(losses) > 1:
+                plain = label_loss(model, aim)
+                reference = directional_derivatives(plain, batch["x"], signs, h)[1]
             for inner in losses.values():
                 predicted, measured = directional_derivatives(
                     inner(model, batch), batch["x"], signs, h, own=name == "coarse"
                 )
                 agreement = cosine(predicted, measured)
-                # A loss that has little to do with the decision proves nothing about it.
-                is_other = cosine(measured[:, :DIRECTIONS], reference) < RELEVANT
-                is_other &= len(losses) > 1
-                found.append(torch.where(is_other, 0.0, agreement).nan_to_num(-2.0))
+                if reference is not None:
+                    # A loss that has little to do with the decision proves nothing about it.
+                    is_other = cosine(measured[:, :DIRECTIONS], reference) < RELEVANT
+                    agreement = torch.where(is_other, 0.0, agreement)
+                found.append(agreement.nan_to_num(-2.0))
             best = torch.stack(found).amax(dim=0)
             columns[name] = torch.where(best < -1.5, torch.nan, best)
         return columns
