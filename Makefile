@@ -62,7 +62,7 @@ help: ## this list
 	@echo 'JOBS=2                           rows at a time; by default one, or one per core on a CPU'
 
 ##@ Results
-reproduce: $(PAPERS:%=reproduce-%) ## all papers
+reproduce: $(NAMES:%=reproduce-%) ## all papers, and the comparison of their methods
 
 robustness: reproduce-robustness ## all methods in one network, under one protocol; about 50 CPU minutes
 
