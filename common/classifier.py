@@ -107,7 +107,7 @@ class RobustClassifier(LightningModule):
         if is_logged(self.trainer):
             for name, value in self.objective.report.items():
                 self.log(f"train/{name}", value, batch_size=len(batch["y"]), sync_dist=True)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["y"]), sync_dist=True)
+        self.log("train/loss", loss, batch_size=len(batch["y"]), sync_dist=True)
         return weighted(loss, batch, "window")
 
     def watch(self, name: str, value: Tensor) -> None:

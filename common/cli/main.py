@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -21,6 +21,7 @@ from common.callbacks.adversarial_training import AdversarialTraining
 from common.callbacks.checkpointing import LastCheckpoint, SelectedCheckpoint
 from common.callbacks.monitoring import Monitoring
 from common.callbacks.predictions import PredictionWriter
+from common.callbacks.progress import ProgressBar
 from common.callbacks.robust_evaluation import RobustEvaluation
 from common.callbacks.warm_start import WarmStart
 from common.callbacks.weight_perturbation import AdversarialWeightPerturbation
@@ -265,7 +266,7 @@ class RobustCLI(LightningCLI):
         config = self._get(self.config_init, "trainer", default={})
         extra: list[Callback] = [PredictionWriter()]
         if config.get("enable_progress_bar") is not False:
-            extra.append(RichProgressBar())
+            extra.append(ProgressBar())
         if config.get("logger") and not config.get("fast_dev_run"):
             extra.append(LearningRateMonitor(logging_interval="step"))
         if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):

@@ -144,6 +144,13 @@ def test_an_attack_that_waits_fails_and_says_where(setting, monkeypatch) -> None
         waits.measurements(setting)["attacks"]()
 
 
+def test_a_training_step_waits_once_to_check_its_loss(setting) -> None:
+    """Nothing is read for a progress bar that is not there; SGD's state has no numbers to read."""
+    (place,) = waits.measurements(setting)["digits_d1-1-3_sat"]()["places"].items()
+    assert place[0].startswith("common/callbacks/finite.py:")
+    assert place[1] == waits.Watched.steps
+
+
 def test_cuda_is_asked_to_tell_in_the_phases_that_are_watched(monkeypatch) -> None:
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
