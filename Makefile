@@ -64,7 +64,7 @@ help: ## this list
 ##@ Results
 reproduce: $(NAMES:%=reproduce-%) ## all papers, and the comparison of their methods
 
-robustness: reproduce-robustness ## all methods in one network, under one protocol; about 50 CPU minutes
+robustness: reproduce-robustness ## all methods in one network, under one protocol; 60 to 80 CPU minutes
 
 # publish-NAME: ## finished rows become the published results in paper_NAME and its README
 $(NAMES:%=publish-%): publish-%: $(STAMP)
