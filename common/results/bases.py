@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
-from common.results.outcomes import figures, worst_over
+from common.results.outcomes import Figure, figures, worst_over
 from common.results.schema import CheckpointResult, Result
 
 T = TypeVar("T", bound=Hashable)
@@ -35,8 +35,11 @@ class Basis(NamedTuple):
 
 def bases(checkpoint: CheckpointResult) -> dict[str, Basis]:
     """The basis of every metric; of a measure that is no accuracy it is the whole split."""
+    return _bases(checkpoint, figures(checkpoint["clean"], checkpoint["attacks"]))
+
+
+def _bases(checkpoint: CheckpointResult, known: Mapping[str, Figure]) -> dict[str, Basis]:
     classes = tuple(total for _, total in checkpoint["clean"]["per_class"])
-    known = figures(checkpoint["clean"], checkpoint["attacks"])
     found = {n: Basis(classes, f.size, f.mask.tobytes()) for n, f in known.items()}
     return dict.fromkeys(checkpoint["metrics"], found["clean_acc"]) | found
 
@@ -51,9 +54,14 @@ class Measured:
     entry: CheckpointResult
 
     @cached_property
+    def figures(self) -> dict[str, Figure]:
+        """What is behind every accuracy."""
+        return figures(self.entry["clean"], self.entry["attacks"])
+
+    @cached_property
     def bases(self) -> dict[str, Basis]:
         """The examples that every metric is about."""
-        return bases(self.entry)
+        return _bases(self.entry, self.figures)
 
     @cached_property
     def attacks(self) -> frozenset[str]:

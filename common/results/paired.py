@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from common.results.bases import Basis, ball_text, bases
-from common.results.outcomes import figures, group_of, is_audit, metrics_of
+from common.results.outcomes import Figure, figures, group_of, is_audit, metrics_of
 from common.results.schema import CheckpointResult
 from common.results.statistics import mcnemar_exact
 
@@ -44,17 +44,19 @@ class Paired:
 def paired(first: CheckpointResult, second: CheckpointResult) -> dict[str, Paired]:
     """Every metric that is about the same images in both, with one outcome per image."""
     a, b = (figures(one["clean"], one["attacks"]) for one in (first, second))
-    found = {}
-    for name in (name for name in a if name in b):
-        x, y = a[name], b[name]
-        if x.bits is None or y.bits is None or not np.array_equal(x.mask, y.mask):
-            continue
-        only_first, only_second = (
-            np.flatnonzero(right & ~other).tolist()
-            for right, other in ((x.bits, y.bits), (y.bits, x.bits))
-        )
-        found[name] = Paired(x.size, x.value, y.value, only_first, only_second)
-    return found
+    pairs = {name: pair_of(a[name], b[name]) for name in a if name in b}
+    return {name: pair for name, pair in pairs.items() if pair is not None}
+
+
+def pair_of(x: Figure, y: Figure) -> Paired | None:
+    """A metric of two checkpoints; ``None`` on other images, or without an outcome per image."""
+    if x.bits is None or y.bits is None or not np.array_equal(x.mask, y.mask):
+        return None
+    only_first, only_second = (
+        np.flatnonzero(right & ~other).tolist()
+        for right, other in ((x.bits, y.bits), (y.bits, x.bits))
+    )
+    return Paired(x.size, x.value, y.value, only_first, only_second)
 
 
 # --------------------------------------------------------------------------------- comparability

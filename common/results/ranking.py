@@ -9,7 +9,7 @@ from statistics import fmean
 from common.results.bases import Measured, Results, usual
 from common.results.columns import Columns
 from common.results.markdown import Sheet
-from common.results.paired import paired
+from common.results.paired import pair_of
 from common.results.reference import Group, Row
 from common.results.statistics import LEVEL, Difference, holm, paired_t_test, wilson_interval
 
@@ -166,7 +166,7 @@ def _places(stems: Sequence[str], known: Mapping[str, Mapping[int, Measured]]) -
 def _largest_p(first: Mapping[int, Measured], second: Mapping[int, Measured]) -> float:
     """The largest p value over the shared seeds; 1 without any, or if they disagree."""
     shared = [seed for seed in first if seed in second]
-    found = [paired(first[seed].entry, second[seed].entry).get(WORST) for seed in shared]
+    found = [pair_of(first[s].figures[WORST], second[s].figures[WORST]) for s in shared]
     known = [pair for pair in found if pair is not None]
     signs = {math.copysign(1.0, pair.difference) for pair in known}
     if len(known) < len(found) or len(signs) != 1:
