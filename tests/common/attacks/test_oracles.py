@@ -105,7 +105,8 @@ def test_pgd_from_our_random_start(task, norm, name, eps, monkeypatch):
     attack = getattr(foolbox.attacks, name)(abs_stepsize=eps / 4, steps=10)
     monkeypatch.setattr(attack, "get_random_start", lambda x0, _: type(x0)(start), raising=True)
     theirs = attack(task.foolbox, task.x, task.y, epsilons=eps)[0]
-    torch.testing.assert_close(theirs, ours, **CLOSE)
+    # Steps along small gradients amplify rounding, which depends on the processor.
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6 if norm == "linf" else 1e-5)
 
 
 @pytest.mark.parametrize(
