@@ -8,7 +8,7 @@ from statistics import fmean
 from common.results.bases import Measured, Results
 from common.results.markdown import Sheet
 from common.results.outcomes import group_of
-from common.results.paired import Paired, paired
+from common.results.paired import Paired, pairs_of
 from common.results.reference import Group, Row
 from common.results.schema import AuditCheck
 from common.results.statistics import paired_t_test
@@ -49,7 +49,7 @@ def comparison_sheet(
         theirs = {one.seed: one for one in _last(baseline, results)}
         pairs = [(one, theirs[one.seed]) for one in _last(row, results) if one.seed in theirs]
         strangers += [f"`{row.stem}` (seed {a.seed})" for a, b in pairs if not _is_same(a, b)]
-        compared = {a.seed: paired(a.entry, b.entry) for a, b in pairs if _is_same(a, b)}
+        compared = {a.seed: pairs_of(a.figures, b.figures) for a, b in pairs if _is_same(a, b)}
         for key in keys:
             found = {seed: of[key] for seed, of in compared.items() if key in of}
             for a, b in pairs:

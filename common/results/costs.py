@@ -110,7 +110,7 @@ def _cut(found: Results) -> Iterator[str]:
     """Where AutoAttack is less than its standard version, as notes."""
     where: dict[str, list[str]] = {}
     for stem, every in found.items():
-        for cut in {cut_from_autoattack(one.entry["attacks"]) for one in every} - {""}:
+        for cut in sorted({cut_from_autoattack(one.entry["attacks"]) for one in every} - {""}):
             where.setdefault(cut, []).append(f"`{stem}`")
     for cut, rows in where.items():
         yield f"AutoAttack is cut ({cut}): {', '.join(rows)}."

@@ -91,7 +91,8 @@ def cut_from_autoattack(attacks: Mapping[str, AttackResult]) -> str:
     parts = {name.partition("/")[2]: one for name, one in attacks.items() if name.startswith("aa/")}
     lacking = [name for name in ENSEMBLE if name not in parts] if parts else []
     recipes = (one.get("recipe", "").split(", ") for one in parts.values())
-    changed = dict.fromkeys(word for words in recipes for word in words if word[-1:].isdigit())
+    fewer = ("steps ", "square_queries ")
+    changed = dict.fromkeys(word for words in recipes for word in words if word.startswith(fewer))
     return ", ".join([*(f"without {name}" for name in lacking), *changed])
 
 

@@ -1,6 +1,6 @@
 """Two checkpoints compared image by image, and whether they can be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,7 +43,11 @@ class Paired:
 
 def paired(first: CheckpointResult, second: CheckpointResult) -> dict[str, Paired]:
     """Every metric that is about the same images in both, with one outcome per image."""
-    a, b = (figures(one["clean"], one["attacks"]) for one in (first, second))
+    return pairs_of(*(figures(one["clean"], one["attacks"]) for one in (first, second)))
+
+
+def pairs_of(a: Mapping[str, Figure], b: Mapping[str, Figure]) -> dict[str, Paired]:
+    """:func:`paired`, from the figures of both checkpoints."""
     pairs = {name: pair_of(a[name], b[name]) for name in a if name in b}
     return {name: pair for name, pair in pairs.items() if pair is not None}
 
