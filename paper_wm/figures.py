@@ -26,6 +26,7 @@ from common.evaluation.drawing import (
     blank_figure,
     put_legend_above,
     tidy_axes,
+    tidy_log_axis,
 )
 from paper_wm.measures import (
     WHITE_BOX,
@@ -166,6 +167,7 @@ def scatter_figure(metrics: Metrics, summaries: Summaries, labels: Mapping[str, 
             x, y = [at for at, _ in points], [100 * accuracy for _, accuracy in points]
             ax.plot(x, y, linestyle="", markersize=5, label=label, **style)
         ax.set_xscale("log")
+        tidy_log_axis(ax.xaxis)
         ax.set_xlabel(f"median {title}", fontsize=FONT)
         tidy_axes(ax)
     axes[0].set_ylabel(f"accuracy under {SCATTER[noise_key(metrics)]} (%)", fontsize=FONT)

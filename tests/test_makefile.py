@@ -44,14 +44,8 @@ def project(tmp_path: Path) -> Path:
     (folder / "common").mkdir(parents=True)
     for name in (
         *("__init__.py", "errors.py", "files.py", "limits.py", "packages.py"),
-        *(
-            "cli/__init__.py",
-            "cli/apart.py",
-            "cli/rows.py",
-            "cli/workers.py",
-            "results/__init__.py",
-        ),
-        "results/selection.py",
+        *(f"cli/{name}.py" for name in ("__init__", "apart", "rows", "workers")),
+        *(f"results/{name}.py" for name in ("__init__", "reference", "selection", "typed")),
     ):
         (folder / "common" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "common" / name, folder / "common" / name)

@@ -28,7 +28,7 @@ from common.files import write_sealed_json
 from common.packages import package_folder
 from common.results.bases import comparable, last_of
 from common.results.published import digests
-from common.results.reference import Reference, read_reference
+from common.results.reference import Reference, meant_by, read_reference
 from common.results.schema import Result
 from common.results.selection import parse_seeds, select
 from common.results.store import read_result
@@ -280,7 +280,8 @@ class Analysis:
         o = parser.parse_args(args)
         results, status = o.runs / "results", 0
         stems = {path.name.rpartition("-seed")[0] for path in results.glob("*-seed*.json")}
-        for on in dict.fromkeys(self.scope(one)[0] for one in beginnings(o.on, stems)):
+        chosen = meant_by(self.package, o.on)
+        for on in dict.fromkeys(self.scope(one)[0] for one in beginnings(chosen, stems)):
             try:
                 report = self.analyse(o.runs, results, on, parse_seeds(o.seeds), o.device)
                 print(describe(report))

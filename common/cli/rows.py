@@ -31,6 +31,7 @@ from common.errors import ConfigurationError, UserError, output_may_close
 from common.files import file_digest, write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
 from common.packages import CONFIGS, package_folder, papers, say_shadowed
+from common.results.reference import meant_by
 from common.results.selection import parse_seeds, select
 
 SAFE = re.compile(r"[A-Za-z0-9._/+-]+")
@@ -370,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     try:
         say_shadowed("common", given.package)
+        given.on = meant_by(given.package, given.on)
         rows = rows_of(given.package, given.on, parse_seeds(given.seeds), options)
         is_small = all(row.is_on_cpu for row in rows)
         jobs = _jobs(given.jobs, is_small)

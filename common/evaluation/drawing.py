@@ -19,6 +19,7 @@ from common.files import write_bytes_atomically
 
 if TYPE_CHECKING:  # imported where a picture is drawn
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 INK, GREY, RED = "#222222", "#6b6b6b", "#C00000"
@@ -54,6 +55,17 @@ def tidy_axes(ax: Axes, grid: bool = True) -> None:
     if grid:
         ax.grid(axis="y", color="#e2e2e2", linewidth=0.6)
         ax.set_axisbelow(True)
+
+
+def tidy_log_axis(axis: Axis) -> None:
+    """Plain numbers far enough apart on a logarithmic axis, once its data is drawn."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    steps = (1.0, 2.0, 5.0) if high / low > 3 else range(1, 10)
+    axis.set_major_locator(LogLocator(subs=steps if high / low < 100 else (1.0,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(fig: Figure, path: str | Path, dpi: int = DPI) -> Path:

@@ -10,6 +10,8 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from common.errors import ConfigurationError
 from common.limits import read_yaml
+from common.packages import package_folder
+from common.results.selection import select
 from common.results.typed import problem_of
 
 Unit = Literal["percent", "plain", "thousands", "millions", "giga"]
@@ -149,6 +151,7 @@ class Reference:
         checkpoints: What a complete result has; ``[last]`` where nothing is selected.
         tags: Sources of numbers, by the tag that rows name.
         summary: What the root README shows.
+        selections: Further words for ``ON=``, each with the selection that it stands for.
         title: Of the paper.
         arxiv: Its number there.
         venue: Where it appeared.
@@ -161,6 +164,7 @@ class Reference:
     )
     tags: dict[str, str] = field(default_factory=dict)
     summary: Summary | None = None
+    selections: dict[str, str] = field(default_factory=dict)
     title: str = ""
     arxiv: str = ""
     venue: str = ""
@@ -190,8 +194,24 @@ def read_reference(path: str | Path) -> Reference:
     return reference
 
 
+def meant_by(package: str, on: str) -> str:
+    """A selection of rows without the words that the paper's ``reference.yaml`` defines.
+
+    Raises:
+        ConfigurationError: If there is no such package, or its file cannot be read.
+    """
+    path = package_folder(package) / "reference.yaml"
+    words = read_reference(path).selections if path.is_file() else {}
+    return " ".join(words.get(word, word) for word in on.split())
+
+
 def _problems(reference: Reference) -> Iterator[str]:
     """What names something that is not there."""
+    for word, selection in reference.selections.items():
+        if select(reference.rows, word):
+            yield f"selections defines {word!r}, which already means rows"
+        if not select(reference.rows, selection):
+            yield f"selections lets {word!r} stand for {selection!r}, which means no row"
     columns = {group.id: [metric.key for metric in group.metrics] for group in reference.groups}
     for group in reference.groups:
         plain = {metric.key for metric in group.metrics if metric.mean_of is None}

@@ -1,5 +1,6 @@
 """Figures show the values they are given and survive on disk."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from common.evaluation.drawing import (
     magnification,
     per_class_bars,
     save_figure,
+    tidy_log_axis,
 )
 
 NAMES = ["zero", "one", "two"]
@@ -46,6 +48,22 @@ def grid_of(n: int = 4, channels: int = 1, **changes) -> Figure:
 def test_classes_without_names_have_numbers() -> None:
     texts = [ax.get_xlabel() for ax in grid_of(class_names=()).axes]
     assert {"true: 0", "true: 1", "true: 2"} <= set(texts)
+
+
+@pytest.mark.parametrize("span", [2, 3, 4, 9, 30, 90, 1e4])
+def test_numbers_of_a_logarithmic_axis_are_apart(span: float) -> None:
+    fig = blank_figure(3.0, 3.0)
+    ax = fig.subplots()
+    ax.plot([0.3, 0.3 * span], [0, 1])
+    ax.set_xscale("log")
+    tidy_log_axis(ax.xaxis)
+    fig.draw_without_rendering()
+    ends = [ax.transAxes.transform((side, 0))[0] for side in (0, 1)]
+    labels = [*ax.get_xticklabels(), *ax.get_xticklabels(minor=True)]
+    boxes = [one.get_window_extent() for one in labels if one.get_text()]
+    seen = sorted((b.x0, b.x1) for b in boxes if ends[0] <= (b.x0 + b.x1) / 2 <= ends[1])
+    assert len(seen) >= 2
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(seen))
 
 
 def rows_of(fig: Figure) -> np.ndarray:

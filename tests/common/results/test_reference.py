@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+from common.cli.rows import rows_of
 from common.errors import ConfigurationError
-from common.results.reference import read_reference
+from common.packages import papers
+from common.results.reference import meant_by, read_reference
 
 NATURAL, AA = {"key": "clean_acc", "title": "Natural"}, {"key": "aa", "title": "AA"}
 
@@ -39,6 +41,8 @@ def mean(**mean_of: float) -> dict[str, Any]:
         (mean(clean_acc=0.5, aa=0.6), "weights of w in the group E1 must sum to 1"),
         (mean(clean_acc=1.5, aa=-0.5), "mean_of.aa is -0.5: .* greater than or equal to 0"),
         ({"checkpoints": ["best"]}, "checkpoints.0 is 'best': .*'last' or 'selected'"),
+        ({"selections": {"small": "lost"}}, "lets 'small' stand for 'lost', which means no row"),
+        ({"selections": {"toy": "toy_net_ours"}}, "'toy', which already means rows"),
         ({"summary": {"group": "E9", "metrics": [], "difference": "aa"}}, "there is no 'E9'"),
         ({"summary": {"group": "E1", "metrics": ["aa"], "difference": "x"}}, "there is no 'x'"),
     ],
@@ -57,3 +61,16 @@ def test_a_damaged_reference_is_named(paper: Any, text: str) -> None:
     (paper.folder / "reference.yaml").write_text(text)
     with pytest.raises(ConfigurationError, match=r"reference\.yaml cannot be read"):
         read_reference(paper.folder / "reference.yaml")
+
+
+def test_words_of_a_selection_are_replaced_by_what_they_stand_for(paper: Any) -> None:
+    assert meant_by(paper.folder.name, "toy small") == "toy small"
+    paper.write(selections={"small": "toy_net_ours toy_net_plain"})
+    assert meant_by(paper.folder.name, "toy small") == "toy toy_net_ours toy_net_plain"
+
+
+def test_every_paper_has_small_networks_on_fashion_mnist() -> None:
+    for package in papers():
+        rows = rows_of(package, meant_by(package, "fashion_small"), [0])
+        assert rows
+        assert all("fashion" in row.stem for row in rows)
