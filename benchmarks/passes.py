@@ -200,7 +200,7 @@ def curves(rows: Sequence[Row]) -> str:
             *table(head, cells),
             "",
             *(f"- {name} did not run: {why}" for name, why in row["missing"].items()),
-            "",
+            *([""] if row["missing"] else []),
         ]
     return "\n".join([*parts, measured_on(_complete(rows))])
 
