@@ -52,6 +52,20 @@ def test_rates_are_measured_and_later_those_of_the_nearest_network(monkeypatch) 
     assert rates.of(module, (1, 8, 8), 16, 1e9) == first
 
 
+def test_rates_on_a_cpu_are_those_of_one_thread_shared_by_all(monkeypatch) -> None:
+    threads, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(estimate, "timed", lambda step, _: (6.0, 100.0))
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    rate = Rates(torch.device("cpu")).of(module, (1, 8, 8), 16, 640.0)
+    assert rate.forward == pytest.approx(6.0 / 4 / (16 * 640))
+    assert seen == [1, 4, 1, 4]
+    monkeypatch.undo()
+    assert torch.get_num_threads() == threads
+
+
 def test_times_follow_the_settings_of_a_row(monkeypatch) -> None:
     monkeypatch.setattr(Rates, "of", lambda *_: Rate(1.0, 1.0))
     found = []
