@@ -4,6 +4,7 @@ The parser of the command line parses each distinct section once: a command line
 would take minutes. One experiment of each kind goes through ``main``, all of them in slow tests.
 """
 
+import importlib
 import json
 import pickle
 import re
@@ -24,7 +25,10 @@ from common.cli.main import RobustCLI
 from common.cli.rows import Row
 from common.cli.start import main
 from common.evaluation.suite import check_suite, steps_of
+from common.packages import package_folder, papers
 from common.parsing import ArgumentParser, load_named
+from common.results.reference import read_reference
+from common.results.selection import select
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [
@@ -306,3 +310,15 @@ def test_an_experiment_survives_fit(path, tmp_path, monkeypatch, request, paper_
     options = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
     monkeypatch.chdir(tmp_path)
     main(["fit", "--config", str(path), *options], package=paper.package)
+
+
+@pytest.mark.parametrize("package", papers())
+@pytest.mark.parametrize("on", ["", "*", "cifar*", "cifar10", "fashion*", "*_at", "digits", "f*"])
+def test_every_row_of_a_paper_is_in_the_analysis_of_any_selection(package: str, on: str) -> None:
+    analysis = importlib.import_module(f"{package}.analysis").ANALYSIS
+    stems = list(read_reference(package_folder(package) / "reference.yaml").rows)
+    scopes = [analysis.scope(part) for part in dict.fromkeys(analysis.parts(on, stems))]
+    for stem in select(stems, on):
+        assert any(
+            stem in select(stems, rows) and stem.startswith(prefix) for rows, prefix in scopes
+        ), stem

@@ -304,6 +304,7 @@ def test_commands_stand_for_themselves(project: Path, tmp_path: Path) -> None:
 def test_a_wrong_choice_is_named(project: Path) -> None:
     for words, what in (
         (("reproduce-cifs", "ON=imagenet"), "ON='imagenet'"),
+        (("reproduce-cifs", "ON=digits_resnet_cas digits_resnet_csi"), "ON='digits_resnet_csi'"),
         (("reproduce-cifs", "SEEDS=one"), "'one'"),
         (("reproduce-cifs", "JOBS=0"), "'0'"),
         (("reproduce-cfis",), "'cfis' here; there are cifs"),
@@ -313,6 +314,17 @@ def test_a_wrong_choice_is_named(project: Path) -> None:
         assert wrong.returncode != 0
         assert what in wrong.stderr
     assert not (project / "tabulated").exists()
+
+
+def test_results_that_cannot_be_collected_are_one_line(project: Path) -> None:
+    folder = project / "runs/paper_cifs/results"
+    folder.parent.mkdir(parents=True)
+    folder.touch()
+    made = make(project, "reproduce-cifs", "ON=digits_resnet_cas_natural", "SEEDS=0")
+    assert made.returncode != 0
+    assert "error: " in made.stderr
+    assert "Traceback" not in made.stderr
+    assert "end    digits_resnet_cas_natural seed 0" in made.stdout
 
 
 HOSTILE = [

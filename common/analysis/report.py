@@ -280,27 +280,38 @@ class Analysis:
         o = parser.parse_args(args)
         results, status = o.runs / "results", 0
         stems = {path.name.rpartition("-seed")[0] for path in results.glob("*-seed*.json")}
-        chosen = meant_by(self.package, o.on)
-        for on in dict.fromkeys(self.scope(one)[0] for one in beginnings(chosen, stems)):
+        try:
+            seeds, chosen = parse_seeds(o.seeds), meant_by(self.package, o.on)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        for on in dict.fromkeys(self.parts(chosen, stems)):
             try:
-                report = self.analyse(o.runs, results, on, parse_seeds(o.seeds), o.device)
+                report = self.analyse(o.runs, results, on, seeds, o.device)
                 print(describe(report))
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 status = 2
         return status
 
+    def parts(self, on: str, stems: Iterable[str]) -> Iterator[str]:
+        """The analyses that a selection is about: each of its rows is in one of them."""
+        for word in on.split() or ["*"]:
+            start = re.split(r"[*?[]", word)[0].rstrip("_")
+            found = select(stems, word)
+            yield from (self._part(stem, start) for stem in found)
+            if not found:
+                yield self.scope(start or word)[0]
 
-def beginnings(on: str, stems: Iterable[str]) -> Iterator[str]:
-    """With what the stems of a selection begin: a word up to its first wildcard.
-
-    Data sets of the stems it selects where it begins with a wildcard.
-    """
-    for word in on.split():
-        if start := re.split(r"[*?[]", word)[0].rstrip("_"):
-            yield start
-        else:
-            yield from sorted({stem.partition("_")[0] for stem in select(stems, word)})
+    def _part(self, stem: str, start: str) -> str:
+        """The analysis of a row: its own, else all that begins as asked for, else its data set."""
+        if (own := self.scope(stem)[0]) != stem:
+            return own
+        for beginning in filter(None, (start, stem.partition("_")[0])):
+            rows, prefix = self.scope(beginning)
+            if stem.startswith(prefix) and select([stem], rows):
+                return rows
+        return stem
 
 
 def plain_values(value: Any) -> Any:

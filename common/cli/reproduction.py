@@ -58,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = beside_published(rows)
         title = f"ON={given.on!r} SEEDS={given.seeds!r} ARGS={shlex.join(options)!r}"
         path = folder.parent / "tables.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, document(given.package, title, report.markdown, found))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

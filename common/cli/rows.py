@@ -201,13 +201,14 @@ def rows_of(package: str, on: str, seeds: Sequence[int], options: Sequence[str] 
     stems = [path.stem for path in sorted(folder.glob("*.yaml"))]
     if not stems:
         raise ConfigurationError(f"{folder} has no configs; there are {', '.join(papers())}")
+    for word in on.split():
+        if not select(stems, word):
+            near = difflib.get_close_matches(word, stems, n=3, cutoff=0.3) or stems[:3]
+            raise ConfigurationError(
+                f"no config in {folder} is meant by ON={word!r}, which takes exact names, patterns "
+                f"with * and beginnings; the nearest of {len(stems)} are {', '.join(near)}"
+            )
     chosen = select(stems, on)
-    if not chosen:
-        near = difflib.get_close_matches(on, stems, n=3, cutoff=0.3) or stems[:3]
-        raise ConfigurationError(
-            f"no config in {folder} is meant by ON={on!r}, which takes exact names, patterns with "
-            f"* and beginnings; the nearest of {len(stems)} are {', '.join(near)}"
-        )
     if unusual := [stem for stem in chosen if not SAFE.fullmatch(stem)]:
         raise ConfigurationError(
             f"{folder / unusual[0]!s}.yaml has an unusual name; use letters, digits and ._+-"
@@ -316,8 +317,12 @@ class Runner:
         begun = self._running.pop(row)
         status = begun.process.exitcode
         if status == 0 and (row.run / "results.json").is_file():
-            row.finish(begun.digest)
-            print(f"end    {row}  ({time.perf_counter() - begun.at:.0f} s)", flush=True)
+            try:
+                row.finish(begun.digest)
+            except (UserError, OSError) as error:  # a full disk, which other rows may not meet
+                self._fail(row, str(error))
+            else:
+                print(f"end    {row}  ({time.perf_counter() - begun.at:.0f} s)", flush=True)
             return
         text = row.log.read_text(errors="replace") if row.log.is_file() else ""
         lines = (line.strip() for line in reversed(text.split("\n")))
@@ -393,7 +398,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner = Runner(rows, jobs)
     with ending_with_this():
         is_complete = runner()
-        collect(given.package, options)
+        try:
+            collect(given.package, options)
+        except (UserError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         if given.report:
             selection = ["--on", given.on, "--seeds", given.seeds]
             is_complete &= _report(given.package, selection, options)

@@ -59,11 +59,11 @@ def tidy_axes(ax: Axes, grid: bool = True) -> None:
 
 def tidy_log_axis(axis: Axis) -> None:
     """Plain numbers far enough apart on a logarithmic axis, once its data is drawn."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    steps = (1.0, 2.0, 5.0) if high / low > 3 else range(1, 10)
-    axis.set_major_locator(LogLocator(subs=steps if high / low < 100 else (1.0,)))
+    steps = (1.0, 2.0, 5.0) if high / low < 60 else (1.0,)
+    axis.set_major_locator(MaxNLocator(4) if high / low < 3 else LogLocator(subs=steps))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

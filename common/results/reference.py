@@ -208,10 +208,11 @@ def meant_by(package: str, on: str) -> str:
 def _problems(reference: Reference) -> Iterator[str]:
     """What names something that is not there."""
     for word, selection in reference.selections.items():
-        if select(reference.rows, word):
-            yield f"selections defines {word!r}, which already means rows"
-        if not select(reference.rows, selection):
-            yield f"selections lets {word!r} stand for {selection!r}, which means no row"
+        if len(word.split()) != 1 or select(reference.rows, word):
+            yield f"selections defines {word!r}, which is no single word or already means rows"
+        for part in selection.split() or [selection]:
+            if not part or not select(reference.rows, part):
+                yield f"selections lets {word!r} stand for {part!r}, which means no row"
     columns = {group.id: [metric.key for metric in group.metrics] for group in reference.groups}
     for group in reference.groups:
         plain = {metric.key for metric in group.metrics if metric.mean_of is None}

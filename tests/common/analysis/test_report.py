@@ -134,6 +134,40 @@ def test_the_command_fails_only_where_there_is_nothing(tmp_path, results, capsys
         toy().analyse(results, results, "svhn", [0])
 
 
+STEMS = [
+    "cifar100_resnet18_a",
+    "cifar10_resnet18_a",
+    "cifar10_resnet18_b",
+    "digits_a",
+    "fashion_small_a",
+]
+
+
+@pytest.mark.parametrize(
+    ("on", "parts"),
+    [
+        ("cifar10", ["cifar10"]),
+        ("cifar10_resnet18", ["cifar10_resnet18"]),
+        ("cifar10_res*", ["cifar10_res"]),
+        ("cifar*", ["cifar100", "cifar10"]),
+        ("dig*", ["digits"]),
+        ("fashion", ["fashion_small"]),
+        ("*small*", ["fashion_small"]),
+        ("digits_a fashion_small_a", ["digits", "fashion_small"]),
+        ("", ["cifar100", "cifar10", "digits", "fashion_small"]),
+        ("svhn", ["svhn"]),
+    ],
+)
+def test_every_row_of_a_selection_is_in_an_analysis(on: str, parts: list[str]) -> None:
+    assert list(dict.fromkeys(toy().parts(on, STEMS))) == parts
+
+
+def test_a_damaged_reference_is_one_line(tmp_path, results, capsys) -> None:
+    (tmp_path / "paper_toy/reference.yaml").write_text("rows: [")
+    assert toy().main(["--runs", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_numbers_that_are_not_finite_become_null() -> None:
     values = {"a": torch.tensor([1.0, math.nan]), 3: [math.inf, True, None, "x"]}
     assert plain_values(values) == {"a": [1.0, None], "3": [None, True, None, "x"]}

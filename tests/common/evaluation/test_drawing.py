@@ -50,7 +50,7 @@ def test_classes_without_names_have_numbers() -> None:
     assert {"true: 0", "true: 1", "true: 2"} <= set(texts)
 
 
-@pytest.mark.parametrize("span", [2, 3, 4, 9, 30, 90, 1e4])
+@pytest.mark.parametrize("span", [1.04, 1.2, 2, 3, 4, 9, 30, 90, 1e4])
 def test_numbers_of_a_logarithmic_axis_are_apart(span: float) -> None:
     fig = blank_figure(3.0, 3.0)
     ax = fig.subplots()
