@@ -268,14 +268,24 @@ def untrained_weights(row: Row) -> dict[str, Tensor]:
 @pytest.mark.faults
 @pytest.mark.parametrize("devices", [2, 3])
 def test_in_float32_sums_round_otherwise_and_no_more(tmp_path: Path, devices: int) -> None:
-    """The README's tolerance; the sign in the attack may flip where a gradient is rounding."""
+    """The README's tolerance, without kinks: where rounding turns one over, gradients jump."""
+
+    def smooth() -> RobustClassifier:
+        blocks = [
+            layer
+            for width in (1, 4)
+            for layer in (nn.Conv2d(width, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Softplus())
+        ]
+        net = nn.Sequential(*blocks, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(4, 10))
+        return RobustClassifier(net, TRADES(6.0), partial(torch.optim.SGD, lr=0.05, momentum=0.9))
+
     ten_steps = 5 * BATCH
-    row = Row(plain(TRADES(6.0)), PGD(0.2, 0.1, steps=2, norm="l2"), images=ten_steps)
+    row = Row(smooth, PGD(0.2, 0.1, steps=2, norm="l2"), images=ten_steps)
     train(row, 1, tmp_path / "one", "32-true")
     train(row, devices, tmp_path / "more", "32-true")
     one, more = (result(tmp_path / name)[0] for name in ("one", "more"))
     for name, value in one.items():
-        torch.testing.assert_close(value, more[name], rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(value, more[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("images", [IMAGES, pytest.param(UNEVEN, marks=slow)])
