@@ -197,12 +197,14 @@ def read_reference(path: str | Path) -> Reference:
 def meant_by(package: str, on: str) -> str:
     """A selection of rows without the words that the paper's ``reference.yaml`` defines.
 
+    Such a word may end as a beginning does: ``fashion_small*`` means the same.
+
     Raises:
         ConfigurationError: If there is no such package, or its file cannot be read.
     """
     path = package_folder(package) / "reference.yaml"
     words = read_reference(path).selections if path.is_file() else {}
-    return " ".join(words.get(word, word) for word in on.split())
+    return " ".join(words.get(word.rstrip("_*"), word) for word in on.split())
 
 
 def _problems(reference: Reference) -> Iterator[str]:
