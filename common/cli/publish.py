@@ -19,7 +19,7 @@ from common.files import read_sealed_json, write_bytes_atomically, write_sealed_
 from common.packages import package_folder, reproduction
 from common.results.provenance import code_changes
 from common.results.published import Digests, digests
-from common.results.reference import meant_by, read_reference
+from common.results.reference import read_reference
 from common.results.schema import Result
 from common.results.selection import parse_seeds, select
 from common.results.store import COSTS, load_results, read_costs, read_result
@@ -207,9 +207,8 @@ def _changed_code() -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Publish rows, or say why not; returns the exit status."""
     given = parser_of("common.cli.publish", __doc__).parse_args(argv)
+    publication = Publication(given.package, given.on, given.seeds)
     try:
-        given.on = meant_by(given.package, given.on)
-        publication = Publication(given.package, given.on, given.seeds)
         publication.refusals += _changed_code()
         publication.add_rows()
         publication.add_costs()

@@ -14,7 +14,6 @@ from common.files import write_text_atomically
 from common.packages import package_folder
 from common.results.markdown import Sheet
 from common.results.published import SAME, difference
-from common.results.reference import meant_by
 from common.results.selection import parse_seeds
 from common.results.store import read_result
 from common.results.tables import print_tables, render_table
@@ -49,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, options = split_options(argv)
     given = parser_of("common.cli.reproduction", __doc__).parse_args(words)
     try:
-        given.on = meant_by(given.package, given.on)
         seeds = parse_seeds(given.seeds)
         rows = rows_of(given.package, given.on, seeds, options)
         stems = " ".join(dict.fromkeys(row.stem for row in rows))

@@ -201,6 +201,7 @@ def rows_of(package: str, on: str, seeds: Sequence[int], options: Sequence[str] 
     stems = [path.stem for path in sorted(folder.glob("*.yaml"))]
     if not stems:
         raise ConfigurationError(f"{folder} has no configs; there are {', '.join(papers())}")
+    on = meant_by(package, on)
     for word in on.split():
         if not select(stems, word):
             near = difflib.get_close_matches(word, stems, n=3, cutoff=0.3) or stems[:3]
@@ -376,7 +377,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     try:
         say_shadowed("common", given.package)
-        given.on = meant_by(given.package, given.on)
         rows = rows_of(given.package, given.on, parse_seeds(given.seeds), options)
         is_small = all(row.is_on_cpu for row in rows)
         jobs = _jobs(given.jobs, is_small)
@@ -384,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if given.commands:
-        chosen = select({row.stem for row in rows}, given.on)
+        chosen = select({row.stem for row in rows}, meant_by(given.package, given.on))
         print(*(_alone(row) for row in rows if row.stem in chosen), sep="\n")
         return 0
     if given.plan:

@@ -76,6 +76,6 @@ def test_words_of_a_selection_are_replaced_by_what_they_stand_for(paper: Any) ->
 
 def test_every_paper_has_small_networks_on_fashion_mnist() -> None:
     for package in papers():
-        rows = rows_of(package, meant_by(package, "fashion_small"), [0])
+        rows = rows_of(package, "fashion_small", [0])
         assert rows
         assert all("fashion" in row.stem for row in rows)
