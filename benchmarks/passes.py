@@ -27,7 +27,14 @@ from common.attacks.geometry import parse_radius
 from common.attacks.pgd import PGD, Start
 from common.data.subset import subset
 from common.evaluation import Evaluation, evaluate
-from common.evaluation.drawing import CYCLE, MARKERS, blank_figure, save_figure, tidy_axes
+from common.evaluation.drawing import (
+    CYCLE,
+    MARKERS,
+    blank_figure,
+    save_figure,
+    tidy_axes,
+    tidy_log_axis,
+)
 from common.evaluation.models import Victim, load_run
 from common.evaluation.passes import counted
 from common.evaluation.suite import SuiteEntry
@@ -239,6 +246,7 @@ def drawn(rows: Sequence[Row]) -> Any:
             ax.plot(*zip(*sorted(places), strict=True), marker=marker, linestyle=line,
                     color=colour, label=by, markersize=5)  # fmt: skip
         ax.set(title=row["name"], xscale="log", xlabel="passes per image, forward and backward")
+        tidy_log_axis(ax.xaxis)
         tidy_axes(ax)
     figure.axes[0].set_ylabel("accuracy after the attack, %")
     figure.axes[-1].legend(frameon=False, fontsize=8)
