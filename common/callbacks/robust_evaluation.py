@@ -6,7 +6,7 @@ Any LightningModule that returns logits and any loader will do; those of this pr
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -66,7 +66,8 @@ class RobustEvaluation(Callback):
         measures: Other numbers of the network, see :mod:`common.evaluation.measures`.
         engine: Computes the passes of the suite's attacks, but not of validation; the plain
             float32 network judges their success (:mod:`common.evaluation.confirm`).
-        pictures: Whether to draw curves, bars and examples beside the results and in TensorBoard.
+        pictures: Whether to draw curves, bars and examples beside the results and in TensorBoard;
+            ``examples`` for the examples alone.
         results: The JSON file of results; ``None`` puts ``results.json`` into the run directory.
         experiment: Name under which results are filed; the command line fills it in.
         paper: Package of the experiment; the command line fills it in.
@@ -80,7 +81,7 @@ class RobustEvaluation(Callback):
         audit: Audit | None = None,
         measures: dict[str, Measure] | None = None,
         engine: AttackEngine | None = None,
-        pictures: bool = True,
+        pictures: bool | Literal["examples"] = True,
         results: str | None = None,
         experiment: str | None = None,
         paper: str | None = None,

@@ -47,9 +47,19 @@ def draw(
             names[:classes],
             "under the attack that broke it first",
         )
-    if grid := _examples(outcomes, x, names):
-        pictures["examples"] = grid
-    return pictures
+    return pictures | draw_examples(result, outcomes, x, names)
+
+
+def draw_examples(
+    result: CheckpointResult,
+    outcomes: Outcomes,
+    x: Tensor | Images,
+    names: Sequence[str] | None = None,
+) -> dict[str, Figure]:
+    """The picture ``examples`` alone, if any example fell; see :func:`draw`."""
+    names = names or [str(label) for label in range(len(result["clean"]["per_class"]))]
+    grid = _examples(outcomes, x, names)
+    return {"examples": grid} if grid else {}
 
 
 def _bars(

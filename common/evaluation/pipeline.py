@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means
 from common.evaluation.models import as_module, device_of
 from common.evaluation.named_models import find_model
-from common.evaluation.pictures import draw
+from common.evaluation.pictures import draw, draw_examples
 from common.evaluation.planning import Plan, plan
 from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress, Progress
@@ -62,7 +62,7 @@ class Filing:
     at: Mapping[str, int] = field(default_factory=dict)
     config_digest: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    pictures: bool = True
+    pictures: bool | Literal["examples"] = True
 
     def beside(self, name: str) -> Path:
         """A folder beside the results: ``outcomes`` or ``figures``."""
@@ -366,7 +366,8 @@ def _made_with(
 def _draw(
     evaluation: Evaluation, filing: Filing, examples: Examples, names: Sequence[str] | None
 ) -> None:
-    evaluation.pictures = draw(evaluation.result, evaluation.outcomes, examples["x"], names)
+    drawn = draw if filing.pictures is True else draw_examples
+    evaluation.pictures = drawn(evaluation.result, evaluation.outcomes, examples["x"], names)
     for title, figure in evaluation.pictures.items():
         save_figure(figure, filing.beside("figures") / f"{filing.label}_{title}.png")
 

@@ -84,6 +84,25 @@ def test_a_checkpoint_that_no_attack_names_is_measured_without_one(tmp_path, qui
     assert {"clean_acc", "parameters", "macs"} == set(entry["metrics"])
 
 
+def test_examples_can_be_the_only_picture(tmp_path, quiet_trainer) -> None:
+    suite = {
+        "pgd": SuiteEntry(PGD(0.3, 0.1, 5)),
+        "noise": SuiteEntry(GaussianNoise(levels=[0.1, 0.2])),
+    }
+    data = ImageDataModule(Digits(), test_limit=64)
+    for pictures, drawn in (("examples", {"examples"}), (False, set()), (True, None)):
+        folder = tmp_path / str(pictures)
+        evaluation = RobustEvaluation(suite, pictures=pictures)
+        trainer = quiet_trainer(evaluation, default_root_dir=folder)
+        with pytest.warns(UserWarning, match="about chance"):
+            trainer.test(module(), datamodule=data, verbose=False)
+        names = {path.stem for path in folder.glob("figures/*.png")}
+        if drawn is None:
+            assert {"untrained_examples", "untrained_confusion", "untrained_noise_level"} <= names
+        else:
+            assert names == {f"untrained_{name}" for name in drawn}
+
+
 def command(folder: Path, *launcher: str) -> dict:
     call = [
         *(sys.executable, "-m", *launcher, "common.evaluation"),
