@@ -19,6 +19,8 @@ import yaml
 
 from common.errors import ConfigurationError, UserError
 
+COUNTS = ("nodes", "tasks_per_node", "cpus_per_task", "timeout_min")
+
 
 class Command:
     """One line, run by a shell in the folder it was submitted from."""
@@ -58,21 +60,29 @@ def submit(
         settings: Of submitit's ``AutoExecutor``.
 
     Raises:
-        ConfigurationError: If there is no command, submitit is missing, or a setting is unknown.
+        ConfigurationError: If there is no command, submitit is missing, or it refuses a
+            setting, the folder or the cluster.
     """
     commands = [Command(line.strip(), Path.cwd()) for line in lines if line.strip()]
     if not commands:
         raise ConfigurationError("no command to submit; is ON= the beginning of a config's name?")
+    for name, value in (settings or {}).items():
+        if name.endswith(COUNTS) and isinstance(value, int) and value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {value}")
     try:
         import submitit
     except ImportError as error:
         raise ConfigurationError("submitit is not installed: pip install submitit") from error
-    executor = submitit.AutoExecutor(folder=Path(folder), cluster=cluster)
     try:
+        executor = submitit.AutoExecutor(folder=Path(folder), cluster=cluster)
         executor.update_parameters(**(settings or {}))
-    except (NameError, TypeError) as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
-    return list(executor.map_array(Command.__call__, commands))
+        return list(executor.map_array(Command.__call__, commands))
+    except Exception as error:  # a setting meets arithmetic, files and other programs in there
+        problem = " ".join(str(error).split()) or "no reason given"
+        raise ConfigurationError(
+            f"submitit refuses {settings or 'the jobs'} ({type(error).__name__}: {problem}); check "
+            f"the settings, the cluster, and that {folder} can be written"
+        ) from error
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -33,11 +33,24 @@ def test_each_line_is_a_job_and_runs_where_it_was_submitted(tmp_path: Path, monk
     assert command.checkpoint().function is command, "a job that is stopped is queued again"
 
 
-def test_what_cannot_be_submitted(tmp_path: Path, capsys) -> None:
+def test_what_cannot_be_submitted(tmp_path: Path, capsys, monkeypatch) -> None:
     with pytest.raises(ConfigurationError, match="no command to submit"):
         submit([], tmp_path, "debug", {})
     with pytest.raises(ConfigurationError, match="partition_of_slurm"):
         submit(["true"], tmp_path, "debug", {"partition_of_slurm": "gpu"})
+    for settings, told in (
+        ({"timeout_min": "abc"}, "timeout_min.*abc"),
+        ({"tasks_per_node": 0}, "tasks_per_node must be at least 1, got 0"),
+        ({"debug_timeout_min": -1}, "debug_timeout_min must be at least 1, got -1"),
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            submit(["true"], tmp_path, "debug", settings)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"that .*file can be written"):
+        submit(["true"], tmp_path / "file", "local")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigurationError, match="srun"):
+        submit(["true"], tmp_path, "slurm")
     with pytest.raises(SystemExit):
         main(["timeout_min"])
     assert "expected name=value, got 'timeout_min'" in capsys.readouterr().err
