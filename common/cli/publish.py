@@ -157,8 +157,11 @@ class Publication:
 def _read(path: Path) -> dict[str, Any]:
     try:
         report = {"figures": [], "made_of": {}} | read_sealed_json(path)
-        return {key: report[key] for key in ("on", "figures", "made_of", "missing")}
-    except (OSError, ValueError, KeyError) as error:
+        for key, kind in {"on": str, "figures": list, "made_of": dict, "missing": list}.items():
+            if not isinstance(report[key], kind):
+                raise TypeError(f"{key} is {report[key]!r:.80}")
+        return report
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{path} cannot be read ({type(error).__name__}: {error}); delete it and run the "
             "analysis again"

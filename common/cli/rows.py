@@ -159,12 +159,12 @@ class Row:
             return "has not been run"
         try:
             record = read_json(self.run / "finished")
-            made = record["row"], record["options"], record["result"]
+            made = record["row"], list(record["options"]), record["result"]
             result = file_digest(self.run / "results.json")
         except (OSError, ValueError, KeyError, TypeError):
             return "is not finished"
         if made[1] != list(self.options):
-            return f"was made with ARGS={shlex.join(map(str, made[1])) if made[1] else ''!r}"
+            return f"was made with ARGS={shlex.join(map(str, made[1]))!r}"
         if made[0] != self.digest:
             return "was made before its config, or something that this names, changed"
         return "" if made[2] == result else "has another results.json than it was made with"
@@ -360,8 +360,8 @@ def _jobs(text: str | None, is_small: bool) -> int:
     """How many rows are made at a time: as told, else one per core if they ask for a CPU."""
     if not text:
         return _cores() if is_small else 1
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigurationError(f"JOBS is {text!r}, expected how many rows to make at a time")
+    if not text.isdecimal() or len(text) > 6 or int(text) < 1:
+        raise ConfigurationError(f"JOBS is {text[:80]!r}, expected how many rows to make at a time")
     return int(text)
 
 
@@ -376,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="then analyse them and print tables")
     given = parser.parse_args(words)
     try:
+        package_folder(given.package)  # is there
         say_shadowed("common", given.package)
         rows = rows_of(given.package, given.on, parse_seeds(given.seeds), options)
         is_small = all(row.is_on_cpu for row in rows)

@@ -28,9 +28,12 @@ def parse_seeds(text: str) -> list[int]:
     """The seeds that a text such as ``0 1 2`` names, each once.
 
     Raises:
-        ConfigurationError: If it names none, or has something else in it.
+        ConfigurationError: If it names none, one that PyTorch does not take, or something else.
     """
     words = text.replace(",", " ").split()
-    if not words or not all(word.isdecimal() for word in words):
-        raise ConfigurationError(f'SEEDS is {text!r}, expected numbers as in "0 1 2"')
+    is_seed = (w.isdecimal() and len(w) <= 10 and int(w) < 2**32 for w in words)
+    if not words or not all(is_seed):
+        raise ConfigurationError(
+            f'SEEDS is {text[:80]!r}, expected numbers from 0 to {2**32 - 1}, as in "0 1 2"'
+        )
     return list(dict.fromkeys(map(int, words)))

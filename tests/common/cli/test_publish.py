@@ -210,6 +210,30 @@ def test_missing_seeds_are_named_and_all_reasons_at_once(
     assert not project.results.exists()
 
 
+@pytest.mark.parametrize(
+    "value", [None, 3, "row", [], {"row": 1}, {"options": 2}, {"options": [3]}]
+)
+def test_a_record_of_the_wrong_types_is_that_of_no_finished_row(
+    project: Project, value: Any
+) -> None:
+    project.all_made()
+    row = Row("paper_toy", "digits_ours", 0)
+    record = json.loads((row.run / "finished").read_text())
+    changed = record | value if isinstance(value, dict) else value
+    (row.run / "finished").write_text(json.dumps(changed))
+    assert row.problem
+
+
+@pytest.mark.parametrize("key", ["on", "figures", "made_of", "missing"])
+def test_an_analysis_of_the_wrong_types_is_refused(project: Project, capsys, key: str) -> None:
+    project.all_made()
+    path = project.runs / "results/analysis.json"
+    report = {k: v for k, v in json.loads(path.read_text()).items() if k != "digest"}
+    path.write_text(json.dumps(report | {key: 3}))
+    assert publish.main(["paper_toy", "--seeds", "0"]) == 2
+    assert f"analysis.json cannot be read (TypeError: {key} is 3)" in capsys.readouterr().err
+
+
 def test_edits_of_texts_do_not_matter(project: Project) -> None:
     project.all_made()
     (project.folder / "notes.py").touch()
