@@ -102,6 +102,23 @@ def test_a_warm_started_row_waits_for_what_it_starts_from(project: Path) -> None
     assert (project / "tabulated").read_text() == "paper_cifs --on digits --seeds 0 --\n"
 
 
+def test_rows_that_took_long_when_they_were_published_begin_first(project: Path) -> None:
+    published = project / "paper_cifs/results"
+    published.mkdir()
+    took = {"aux": 5.0, "cas": 20.0, "plain": 80.0}
+    for method, seconds in took.items():
+        origin = {"wall_time_s": seconds / 2, "training": None}
+        longer = origin | {"training": {"seconds_per_epoch": seconds / 20, "epochs": 10}}
+        text = json.dumps({"provenance": {"last": longer, "selected": origin | {"wall_time_s": 0}}})
+        (published / f"digits_resnet_{method}-seed0.json").write_text(text)
+    (published / "digits_resnet_cifs-seed0.json").write_text('{"provenance": 3}')
+    assert make(project, "reproduce-cifs", "SEEDS=0", "JOBS=1").returncode == 0
+    order = [stem.removeprefix("digits_resnet_") for stem, _ in asked(project)]
+    assert order[0] == "plain_natural", "what the longest chain begins with"
+    long_first = [method for method in order if method in took]
+    assert long_first == ["plain", "cas", "aux"]
+
+
 def test_a_row_is_made_again_only_when_something_that_decides_it_has_changed(project: Path) -> None:
     def remade() -> list[str]:
         assert make(project, "reproduce-cifs", "SEEDS=0", PAIR).returncode == 0

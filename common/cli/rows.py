@@ -132,6 +132,18 @@ class Row:
         found = [Row(self.package, stem, self.seed, self.options) for stem in sorted(named)]
         return [row for row in found if row.config.is_file()]
 
+    @cached_property
+    def seconds(self) -> float:
+        """How long its published run took, as far as that is known; else 0."""
+        published = package_folder(self.package) / "results" / self.result.name
+        try:
+            origins = list(read_json(published)["provenance"].values())
+            training = [origin.get("training") or {} for origin in origins]
+            epochs = [t["seconds_per_epoch"] * t["epochs"] for t in training if t]
+            return float(max(epochs, default=0.0) + sum(o["wall_time_s"] for o in origins))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return 0.0  # only the order of rows depends on it
+
     @property
     def overlays(self) -> list[Path]:
         """The files that options name, by path or as experiments and overlays are named."""
@@ -256,6 +268,17 @@ def collect(package: str, options: Sequence[str] = ()) -> None:
             write_bytes_atomically(path, content)
 
 
+def _seconds_left(rows: Sequence[Row]) -> dict[Row, float]:
+    """How long each row and the longest chain of rows that need it take; needed ones come first."""
+    after = dict.fromkeys(rows, 0.0)
+    left = {}
+    for row in reversed(rows):
+        left[row] = row.seconds + after[row]
+        for needed in row.needs:
+            after[needed] = max(after[needed], left[row])
+    return left
+
+
 @dataclass(frozen=True)
 class _Begun:
     """A row that is being made: its process, its digest from before, and when it began."""
@@ -266,12 +289,13 @@ class _Begun:
 
 
 class Runner:
-    """Makes rows, ``jobs`` at a time, each after those it needs."""
+    """Makes rows, ``jobs`` at a time, each after those it needs, the longest first."""
 
     def __init__(self, rows: Sequence[Row], jobs: int) -> None:
         self.rows = rows
         self.jobs = jobs
         self.failed: dict[Row, str] = {}
+        self._left = _seconds_left(rows)
         self._running: dict[Row, _Begun] = {}
 
     def __call__(self) -> bool:
@@ -284,6 +308,7 @@ class Runner:
         ready: list[Row] = []
         while waiting.is_active():
             ready += waiting.get_ready()
+            ready.sort(key=self._left.__getitem__, reverse=True)
             if ready and len(self._running) < self.jobs:
                 row = ready.pop(0)
                 if row in finished or not self._begin(row):
@@ -425,7 +450,7 @@ def _report(package: str, selection: Sequence[str], options: Sequence[str]) -> b
 
 
 def _print_plan(rows: Sequence[Row], jobs: int) -> list[Row]:
-    """One line per row, in the order in which they run; returns those that would run."""
+    """One line per row, each after those it needs; returns those that would run."""
     width = max(len(str(row)) for row in rows)
     unmade = []
     for row in rows:
