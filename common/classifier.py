@@ -32,9 +32,10 @@ class RobustClassifier(LightningModule):
         scheduler_interval: Step the scheduler after every epoch or every optimiser step.
         groups: Parameters with another learning rate or weight decay than the rest.
         channels_last: Keep convolution weights in the layout ``NHWC``; often faster, with other
-            rounding. Off by default: in this layout on a CPU torch 2.15 aborts in the weight
-            gradient of convolutions with 4 channels, and of 1x1 convolutions with a stride and 8
-            channels on large maps.
+            rounding. Off by default, and not for networks with fewer than 16 channels: in this
+            layout on a CPU torch 2.15 writes beyond its memory in the weight gradient of strided
+            1x1 convolutions with fewer than 8 channels (8 too on large maps), and ends with
+            ``double free`` or goes on. Which ones are hit depends on the processor.
     """
 
     def __init__(
