@@ -6,7 +6,7 @@ Any LightningModule that returns logits and any loader will do; those of this pr
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.callbacks.batches import BatchReader
 from common.callbacks.costs import training_cost
 from common.callbacks.resuming import WEIGHTS, run_of
-from common.errors import ConfigurationError
+from common.errors import ConfigurationError, check_choice
 from common.evaluation.audit.checks import Audit
 from common.evaluation.measures import Measure
 from common.evaluation.models import as_victim
+from common.evaluation.pictures import Pictures
 from common.evaluation.pipeline import Filing, run
 from common.evaluation.runner import Team, in_order
 from common.evaluation.steps import is_wrong, predict
@@ -81,11 +82,12 @@ class RobustEvaluation(Callback):
         audit: Audit | None = None,
         measures: dict[str, Measure] | None = None,
         engine: AttackEngine | None = None,
-        pictures: bool | Literal["examples"] = True,
+        pictures: Pictures = True,
         results: str | None = None,
         experiment: str | None = None,
         paper: str | None = None,
     ) -> None:
+        check_choice("evaluation.pictures", pictures, Pictures)
         self.suite = suite or {}
         self.validation = validation
         self.threat = threat

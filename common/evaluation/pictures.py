@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from common.results.schema import CheckpointResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Pictures = Literal[True, False, "examples"]
+"""Which pictures are drawn: all, none, or the adversarial examples alone."""
 
 _AXES = {"eps": "eps", "steps": "steps", "level": "noise level"}
 
