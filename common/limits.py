@@ -13,6 +13,8 @@ from common.errors import ConfigurationError
 
 LARGEST_INTEGER = 10**18 - 1
 """Of a text; the next ones need more than 64 bits."""
+LARGEST_SEED = 2**32 - 1
+"""NumPy takes no larger ones."""
 MOST_YAML_BYTES, MOST_YAML_VALUES, MOST_YAML_LEVELS = 2**20, 10**5, 100
 MOST_JSON_BYTES = 2**26
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

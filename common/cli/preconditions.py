@@ -11,7 +11,7 @@ from zipfile import BadZipFile, ZipFile
 from common.cli.draft import number_of
 from common.errors import CheckpointError, ConfigurationError
 from common.files import check_torch_file
-from common.limits import MOST_JSON_BYTES
+from common.limits import LARGEST_SEED, MOST_JSON_BYTES
 from common.packages import CONFIGS
 from common.settings import class_paths, type_name
 
@@ -29,9 +29,9 @@ def experiment_of(files: Sequence[Path]) -> str:
 
 def check_seed(seed: Any) -> None:
     """Refuse what is no seed (Lightning would draw one), with a ConfigurationError."""
-    if type(seed) is not int or not 0 <= seed < 2**32:
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
         raise ConfigurationError(
-            f"seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}"
+            f"seed_everything must be a whole number from 0 to {LARGEST_SEED}, got {seed}"
         )
 
 

@@ -138,9 +138,9 @@ class Row:
         published = package_folder(self.package) / "results" / self.result.name
         try:
             origins = list(read_json(published)["provenance"].values())
-            training = [origin.get("training") or {} for origin in origins]
-            epochs = [t["seconds_per_epoch"] * t["epochs"] for t in training if t]
-            return float(max(epochs, default=0.0) + sum(o["wall_time_s"] for o in origins))
+            made = [cost for origin in origins if (cost := origin.get("training"))]
+            training = max((m["seconds_per_epoch"] * m["epochs"] for m in made), default=0.0)
+            return float(training + sum(origin["wall_time_s"] for origin in origins))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return 0.0  # only the order of rows depends on it
 

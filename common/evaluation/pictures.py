@@ -33,16 +33,17 @@ def draw(
     outcomes: Outcomes,
     x: Tensor | Images,
     names: Sequence[str] | None = None,
+    which: Pictures = True,
 ) -> dict[str, Figure]:
-    """All pictures that the outcomes allow, by name.
+    """The pictures that are asked for and that the outcomes allow, by name.
 
     ``x`` are the clean images, ``(N, C, H, W)``, in the order of the outcomes; ``names`` those of
     the classes.
     """
     classes = len(result["clean"]["per_class"])
     names = names or [str(label) for label in range(classes)]
-    pictures = curves(result)
-    if "worst" in result["metrics"]:
+    pictures = curves(result) if which is True else {}
+    if which is True and "worst" in result["metrics"]:
         rows = torch.tensor(positions(result, "worst"))  # all bars are about the same examples
         pictures["per_class"] = _bars(result, outcomes, rows, names[:classes])
         pictures["confusion"] = confusion_matrix(
@@ -50,19 +51,9 @@ def draw(
             names[:classes],
             "under the attack that broke it first",
         )
-    return pictures | draw_examples(result, outcomes, x, names)
-
-
-def draw_examples(
-    result: CheckpointResult,
-    outcomes: Outcomes,
-    x: Tensor | Images,
-    names: Sequence[str] | None = None,
-) -> dict[str, Figure]:
-    """The picture ``examples`` alone, if any example fell; see :func:`draw`."""
-    names = names or [str(label) for label in range(len(result["clean"]["per_class"]))]
-    grid = _examples(outcomes, x, names)
-    return {"examples": grid} if grid else {}
+    if which and (grid := _examples(outcomes, x, names)):
+        pictures["examples"] = grid
+    return pictures
 
 
 def _bars(

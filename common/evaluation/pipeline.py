@@ -30,7 +30,7 @@ from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means
 from common.evaluation.models import as_module, device_of
 from common.evaluation.named_models import find_model
-from common.evaluation.pictures import Pictures, draw, draw_examples
+from common.evaluation.pictures import Pictures, draw
 from common.evaluation.planning import Plan, plan
 from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress, Progress
@@ -264,8 +264,7 @@ def run(
             saver.finish(outcomes, evaluation.position)
         made_with = _made_with(planned.victim, filing, team, outcomes, engine, begun)
         _file(evaluation, filing, seed, {**made_with, "data_digest": data_digest})
-        if filing.pictures:
-            _draw(evaluation, filing, examples, class_names)
+        _draw(evaluation, filing, examples, class_names)
     return evaluation
 
 
@@ -369,8 +368,8 @@ def _made_with(
 def _draw(
     evaluation: Evaluation, filing: Filing, examples: Examples, names: Sequence[str] | None
 ) -> None:
-    drawn = draw if filing.pictures is True else draw_examples
-    evaluation.pictures = drawn(evaluation.result, evaluation.outcomes, examples["x"], names)
+    found, x = evaluation.outcomes, examples["x"]
+    evaluation.pictures = draw(evaluation.result, found, x, names, filing.pictures)
     for title, figure in evaluation.pictures.items():
         save_figure(figure, filing.beside("figures") / f"{filing.label}_{title}.png")
 

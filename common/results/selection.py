@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from common.errors import ConfigurationError
+from common.limits import LARGEST_SEED
 
 
 def select(stems: Iterable[str], on: str) -> list[str]:
@@ -28,12 +29,12 @@ def parse_seeds(text: str) -> list[int]:
     """The seeds that a text such as ``0 1 2`` names, each once.
 
     Raises:
-        ConfigurationError: If it names none, one that PyTorch does not take, or something else.
+        ConfigurationError: If it names none, one that is too large, or something else.
     """
     words = text.replace(",", " ").split()
-    is_seed = (w.isdecimal() and len(w) <= 10 and int(w) < 2**32 for w in words)
+    is_seed = (w.isdecimal() and len(w) <= 10 and int(w) <= LARGEST_SEED for w in words)
     if not words or not all(is_seed):
         raise ConfigurationError(
-            f'SEEDS is {text[:80]!r}, expected numbers from 0 to {2**32 - 1}, as in "0 1 2"'
+            f'SEEDS is {text[:80]!r}, expected numbers from 0 to {LARGEST_SEED}, as in "0 1 2"'
         )
     return list(dict.fromkeys(map(int, words)))
