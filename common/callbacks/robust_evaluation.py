@@ -26,11 +26,11 @@ from common.attacks.randomness import ExampleRandom, Stream, run_seed
 from common.callbacks.batches import BatchReader
 from common.callbacks.costs import training_cost
 from common.callbacks.resuming import WEIGHTS, run_of
-from common.errors import ConfigurationError, check_choice
+from common.errors import ConfigurationError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.measures import Measure
 from common.evaluation.models import as_victim
-from common.evaluation.pictures import Pictures
+from common.evaluation.pictures import Pictures, check_pictures
 from common.evaluation.pipeline import Filing, run
 from common.evaluation.runner import Team, in_order
 from common.evaluation.steps import is_wrong, predict
@@ -87,7 +87,7 @@ class RobustEvaluation(Callback):
         experiment: str | None = None,
         paper: str | None = None,
     ) -> None:
-        check_choice("evaluation.pictures", pictures, Pictures)
+        check_pictures("evaluation.pictures", pictures)
         self.suite = suite or {}
         self.validation = validation
         self.threat = threat

@@ -1,4 +1,4 @@
-"""What every row imports: imported once, before rows are forked.
+"""What every row imports and reads: once, before rows are forked.
 
 There is no code of papers and users here: it could use a GPU as it is imported, and no row could
 after that.
@@ -12,3 +12,8 @@ import torch.utils.tensorboard
 import common.analysis.report
 import common.cli.main
 import common.networks.resnet
+from common.cli.start import checked
+from common.packages import CONFIGS
+
+# Reads from their source what the classes of every row take, which is kept.
+checked(["reproduce", "--config", str(CONFIGS / "base.yaml")], "common", {})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from common.errors import check_choice
 from common.evaluation.drawing import (
     accuracy_curve,
     adversarial_grid,
@@ -22,10 +23,14 @@ from common.results.schema import CheckpointResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Pictures = Literal[True, False, "examples"]
+Pictures = bool | Literal["examples"]
 """Which pictures are drawn: all, none, or the adversarial examples alone."""
-
 _AXES = {"eps": "eps", "steps": "steps", "level": "noise level"}
+
+
+def check_pictures(name: str, which: object) -> None:
+    """Raise a ConfigurationError if the setting of this name is no choice of pictures."""
+    check_choice(name, which, Literal[True, False, "examples"])
 
 
 def draw(

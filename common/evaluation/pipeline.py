@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.attacks.engine.network import AttackEngine
 from common.attacks.geometry import Norm
 from common.attacks.randomness import seeded
-from common.errors import ConfigurationError, UserError, check_choice
+from common.errors import ConfigurationError, UserError
 from common.evaluation.audit.checks import Audit
 from common.evaluation.claims import compare, read_claim
 from common.evaluation.corruptions import mean_errors
@@ -30,7 +30,7 @@ from common.evaluation.journal import Journal, identity_of
 from common.evaluation.measures import Measure, means
 from common.evaluation.models import as_module, device_of
 from common.evaluation.named_models import find_model
-from common.evaluation.pictures import Pictures, draw
+from common.evaluation.pictures import Pictures, check_pictures, draw
 from common.evaluation.planning import Plan, plan
 from common.evaluation.presets import Suite, chosen_threat, load_suite
 from common.evaluation.progress import ConsoleProgress, Progress
@@ -65,7 +65,7 @@ class Filing:
     pictures: Pictures = True
 
     def __post_init__(self) -> None:
-        check_choice("pictures", self.pictures, Pictures)
+        check_pictures("pictures", self.pictures)
 
     def beside(self, name: str) -> Path:
         """A folder beside the results: ``outcomes`` or ``figures``."""

@@ -38,6 +38,7 @@ slow = pytest.mark.slow
         ("--checkpoint.dirpath", "elsewhere", "unknown option"),
         ("--monitoring.hyperparameters", "{a: 1}", "unknown option"),
         ("--evaluation.validation.eot", "4", "drop eot"),
+        ("--evaluation.pictures", "exmples", "expected bool or one of ['examples']"),
         ("--evaluation.results", "tiny.yaml/r.json", None),
     ],
 )  # fmt: skip
