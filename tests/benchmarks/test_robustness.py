@@ -23,7 +23,8 @@ OBJECTIVES = {
     "mart": {"class_path": "common.objectives.MART", "init_args": {"beta": 5.0}},
     "atawp": {"class_path": "common.objectives.AT"},
 }
-NARROWER = {"digits": ("input", "maps", "rule"), "fashion_small": ("input", "maps")}
+NARROWER = ("input", "maps")
+NETWORKS = [*METHODS, *(f"{name}_equal" for name in NARROWER)]
 SHAPES = {"digits": (1, 8, 8), "fashion_small": (1, 28, 28)}
 NEAR = 0.05
 """How far from the budget a network of the tables at equal cost may be."""
@@ -39,22 +40,18 @@ def comparison(paper_of) -> Any:
     return paper_of("benchmarks/robustness")
 
 
-def networks(dataset: str) -> list[str]:
-    return [*METHODS, *(f"{name}_equal" for name in NARROWER[dataset])]
-
-
 def test_the_grid_is_complete(comparison) -> None:
     expected = {
         f"{dataset}_resnet_{network}_{objective}"
         for dataset in SHAPES
-        for network, objective in itertools.product(networks(dataset), OBJECTIVES)
+        for network, objective in itertools.product(NETWORKS, OBJECTIVES)
     }
     assert set(comparison.paths) == expected
 
 
 def test_rows_differ_in_network_objective_and_weight_perturbation_alone(comparison, dataset):
     whole = comparison.config(f"{dataset}_resnet_plain_at")
-    for network, objective in itertools.product(networks(dataset), OBJECTIVES):
+    for network, objective in itertools.product(NETWORKS, OBJECTIVES):
         config = comparison.config(f"{dataset}_resnet_{network}_{objective}")
         awp = {"weight_perturbation": {"gamma": 0.005}} if objective == "atawp" else {}
         model = whole["model"]["init_args"] | {
@@ -87,13 +84,11 @@ def network(comparison, dataset: str, name: str) -> nn.Module:
 def test_the_budget_is_that_of_the_backbone_and_equal_rows_are_near_it(comparison, dataset) -> None:
     measure = comparison.config(f"{dataset}_resnet_plain_at")["evaluation"]["measures"]["cost"]
     image = torch.empty(SHAPES[dataset], device="meta")
-    costs = {
-        name: cost(network(comparison, dataset, name), image)["macs"] for name in networks(dataset)
-    }
+    costs = {name: cost(network(comparison, dataset, name), image)["macs"] for name in NETWORKS}
     budget = costs["plain"]
     assert measure["init_args"] == {"budget": budget}
     near = {name for name, macs in costs.items() if abs(macs / budget - 1) <= NEAR}
-    assert set(costs) - near == set(NARROWER[dataset])
+    assert set(costs) - near == set(NARROWER)
     tables = (dataset.removesuffix("_small"), f"{dataset.removesuffix('_small')}_equal")
     for stem, row in comparison.reference.rows.items():
         if stem.startswith(dataset):
@@ -112,7 +107,11 @@ def test_all_that_may_break_an_image_runs_on_the_same_images(comparison, dataset
 def test_every_method_is_in_the_same_backbone(comparison, dataset) -> None:
     (backbone,) = backbones(comparison.read(f"configs/shared/net_{dataset}_plain.yaml"))
     for name in METHODS:
-        assert backbones(comparison.read(f"configs/shared/net_{dataset}_{name}.yaml")) == [backbone]
+        found = backbones(comparison.read(f"configs/shared/net_{dataset}_{name}.yaml"))
+        if (dataset, name) == ("digits", "rule"):  # which rounds costs up, here by a fifth
+            assert found[0]["init_args"].pop("widths") == [7, 14, 30]
+            found[0]["init_args"]["widths"] = backbone["init_args"]["widths"]
+        assert found == [backbone]
 
 
 def backbones(settings: dict[str, Any]) -> list[dict[str, Any]]:
