@@ -123,6 +123,15 @@ class RobustEvaluation(Callback):
                     f"drop {field.name}, which is for entries of evaluation.suite"
                 )
 
+    def for_checkpoint(self, label: str) -> tuple[dict[str, SuiteEntry], Audit | None]:
+        """The attacks and the audit of a checkpoint, by its name."""
+
+        def is_for_it(part: SuiteEntry | Audit) -> bool:
+            return part.checkpoints is None or label in part.checkpoints
+
+        suite = {name: entry for name, entry in self.suite.items() if is_for_it(entry)}
+        return suite, self.audit if self.audit is not None and is_for_it(self.audit) else None
+
     # ---- set-up ------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, module: Any, stage: str) -> None:
@@ -251,11 +260,7 @@ class RobustEvaluation(Callback):
         self._examples = []
         data = getattr(trainer, "datamodule", None)
         label = label_of(trainer)
-        suite = {
-            name: entry
-            for name, entry in self.suite.items()
-            if entry.checkpoints is None or label in entry.checkpoints
-        }
+        suite, audit = self.for_checkpoint(label)
         filing = self._filing(trainer)
         with torch.inference_mode(False), frozen(module, "eval"):
             found = run(
@@ -263,7 +268,7 @@ class RobustEvaluation(Callback):
                 in_order({key: torch.cat([part[key] for part in parts]) for key in parts[0]}),
                 suite,
                 self.threat or ball_of(self.suite),
-                audit=self.audit,
+                audit=audit,
                 measures=self.measures,
                 engine=self.engine,
                 seed=run_seed(),

@@ -232,15 +232,11 @@ def _tests(
     """
     total = Budget()
     for label in ("last", "selected")[: max(min(validations, 2), 1)]:
-        suite = {
-            name: entry
-            for name, entry in evaluation.suite.items()
-            if entry.checkpoints is None or label in entry.checkpoints
-        }
+        suite, audit = evaluation.for_checkpoint(label)
         steps: list[Step] = steps_of(suite, module, num_classes, 0, evaluation.engine)
         threat = evaluation.threat or ball_of(suite)
-        if evaluation.audit is not None and threat is not None:
-            steps += evaluation.audit.steps(module, threat, num_classes)
+        if audit is not None and threat is not None:
+            steps += audit.steps(module, threat, num_classes)
         total = total.plus(JUDGED.times(2 * images))  # the accuracy without an attack, twice
         for step in [*steps, *measure_steps(evaluation.measures)]:
             passes = step.budget or Budget()

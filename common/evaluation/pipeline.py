@@ -149,7 +149,7 @@ def evaluate(
     checks = audit if isinstance(audit, Audit) else ready.audit or (Audit() if audit else None)
     if checks is None and not ready.entries:
         check_suite(ready.entries, model)
-    _check_unused(ready.entries, engine)
+    _check_unused(ready.entries, checks, engine)
     if device is not None:
         model = _moved(model, device)
     with warnings.catch_warnings(record=True) as caught:
@@ -412,13 +412,17 @@ def _warn(team: Team, texts: Sequence[str]) -> None:
         warnings.warn(text, stacklevel=4)
 
 
-def _check_unused(entries: Mapping[str, SuiteEntry], engine: AttackEngine | None) -> None:
+def _check_unused(
+    entries: Mapping[str, SuiteEntry], audit: Audit | None, engine: AttackEngine | None
+) -> None:
     """Refuse settings that would change nothing for a model that is passed in."""
-    for name, entry in entries.items():
-        if entry.checkpoints is not None:
+    parts = {f"the suite entry {name!r}": entry.checkpoints for name, entry in entries.items()}
+    parts["the audit"] = None if audit is None else audit.checkpoints
+    for name, labels in parts.items():
+        if labels is not None:
             raise ConfigurationError(
-                f"the suite entry {name!r} is for the checkpoints {', '.join(entry.checkpoints)} "
-                "of a run, and a model that is passed in is none; drop checkpoints"
+                f"{name} is for the checkpoints {', '.join(labels)} of a run, and a model that is "
+                "passed in is none; drop checkpoints"
             )
     if engine is not None and not any(entry.uses_engine for entry in entries.values()):
         raise ConfigurationError(

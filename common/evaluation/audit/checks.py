@@ -68,6 +68,7 @@ class Audit:
         max_eps: Where accuracy has to be at chance; by default the whole box.
         transfer: A surrogate for transfer attacks: a checkpoint of a run, or a network. ``None``
             distils one from the model's labels for the images of the audit.
+        checkpoints: Run for checkpoints of these names only (``last``, ``selected``).
 
     Raises:
         ConfigurationError: If a number is out of range.
@@ -84,6 +85,7 @@ class Audit:
         decision_queries: int = 1000,
         max_eps: float | None = None,
         transfer: str | nn.Module | None = None,
+        checkpoints: list[str] | None = None,
     ) -> None:
         self.examples = check_count("the audit's examples", examples, 1)
         self.losses = losses or ["ce_*"]
@@ -94,6 +96,7 @@ class Audit:
         self.decision_queries = check_count("the audit's decision_queries", decision_queries, 1)
         self.max_eps = max_eps
         self.transfer = transfer
+        self.checkpoints = checkpoints
 
     def steps(self, model: Any, threat: Threat, num_classes: int) -> list[Step]:
         """Attacks and measurements, for :func:`common.evaluation.runner.run_steps`."""

@@ -75,13 +75,15 @@ def test_the_callback_and_the_function_report_the_same(
 
 def test_a_checkpoint_that_no_attack_names_is_measured_without_one(tmp_path, quiet_trainer) -> None:
     suite = {"fgsm": SuiteEntry(FGSM(0.02), checkpoints=["last"])}
-    trainer = quiet_trainer(RobustEvaluation(suite, pictures=False), default_root_dir=tmp_path)
+    evaluation = RobustEvaluation(suite, audit=Audit(checkpoints=["last"]), pictures=False)
+    trainer = quiet_trainer(evaluation, default_root_dir=tmp_path)
     data = ImageDataModule(Digits(), test_limit=32)
     with pytest.warns(UserWarning, match="about chance"):
         trainer.test(module(), datamodule=data, verbose=False)
     entry = read_result(tmp_path / "results.json")["checkpoints"]["untrained"]
     assert entry["attacks"] == {}
     assert {"clean_acc", "parameters", "macs"} == set(entry["metrics"])
+    assert "audit" not in entry
 
 
 def test_examples_can_be_the_only_picture(tmp_path, quiet_trainer) -> None:

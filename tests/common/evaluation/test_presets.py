@@ -228,6 +228,7 @@ def test_settings_that_cannot_work_are_refused(problem) -> None:
         ("quick", {"norm": "l2"}, "norm is l2 and eps is not given"),
         ({"n": noise}, {"engine": AttackEngine()}, "drop engine"),
         ({"p": last}, {}, "drop checkpoints"),
+        ("quick", {"audit": Audit(checkpoints=["last"])}, "the audit is for the checkpoints last"),
     ):
         with pytest.raises(ConfigurationError, match=match):
             evaluate(model, (x, y), suite, progress=False, **given)
