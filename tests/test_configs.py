@@ -110,6 +110,15 @@ def test_an_experiment_says_which_row_it_is_and_what_it_needs(paper) -> None:
         assert {*starts, *predecessors(config).values()} <= set(paper.paths)
 
 
+def test_on_the_digits_an_audit_is_about_the_examples_of_the_worst_case(paper) -> None:
+    """Else the worst case of a row that only the audit breaks is about fewer than in other rows."""
+    for stem in paper.paths:
+        evaluation = paper.config(stem)["evaluation"]
+        if stem.startswith("digits_") and "audit" in evaluation:
+            parts = [entry.get("examples") for entry in evaluation["suite"].values()]
+            assert evaluation["audit"]["examples"] == min(filter(None, parts)), stem
+
+
 def test_a_change_in_a_shared_file_is_a_change_of_the_row(paper) -> None:
     for stem, path in paper.paths.items():
         row = Row(paper.package, stem, 0, ())
