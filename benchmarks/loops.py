@@ -106,26 +106,6 @@ def ours(task: Task, engine: AttackEngine | None = None) -> Attack:
     return attack
 
 
-def one_graph(task: Task, engine: AttackEngine) -> Attack:
-    """The engine's network with a whole attack step compiled: pass, gradient and projection."""
-
-    def step(net: nn.Module, x_adv: Tensor, y: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-        gradient = torch.func.grad(lambda z: cross_entropy(net(z), y).sum())(x_adv)
-        return torch.min(torch.max(x_adv + task.step_size * gradient.sign(), lower), upper)
-
-    compiled = torch.compile(step, fullgraph=True)
-
-    def attack(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        lower, upper = (x - task.eps).clamp(min=0), (x + task.eps).clamp(max=1)
-        x_adv = x
-        with frozen(net), engine.applied(net, x):
-            for _ in range(task.steps):
-                x_adv = compiled(net, x_adv, y, lower, upper)
-        return x_adv
-
-    return attack
-
-
 @dataclass
 class Candidate:
     """A training step on a copy of the task's network."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.failures import NO_TIME, reason
-from benchmarks.loops import Build, Candidate, Task, bare, candidate, one_graph, ours
+from benchmarks.loops import Build, Candidate, Task, bare, candidate, ours
 from benchmarks.peak import Passes, counted, flops_of, memory_of, peaks, reserved_from_here
 from benchmarks.timing import Keep, Timing, exponent, interleaved, shown
 from common.analysis.profiling import timed
@@ -57,10 +57,6 @@ def entries(what: Task, is_compiled: bool) -> tuple[dict[str, Entry], dict[str, 
     engines = ENGINES | (COMPILED if is_compiled else {})
     builds: dict[str, Build] = {BASE: bare}
     builds |= {name: partial(ours, engine=engine) for name, engine in engines.items()}
-    if is_compiled:
-        builds["ours, folded, channels_last, Winograd, one compiled graph per step"] = partial(
-            one_graph, engine=AttackEngine()
-        )
     there, missing = peers.available(what)
     builds |= {BACKWARD: partial(bare, by_backward=True), **there}
     return {name: (what, build) for name, build in builds.items()}, missing

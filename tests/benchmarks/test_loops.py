@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import accuracy, overheads
-from benchmarks.loops import Task, bare, candidate, in_channels_last, one_graph, ours
+from benchmarks.loops import Task, bare, candidate, in_channels_last, ours
 from benchmarks.peak import Passes, counted
 from benchmarks.peers import PEERS, available
 from benchmarks.training import measured
@@ -189,9 +189,3 @@ def test_steps_of_the_trainer_and_bare_ones_are_timed_in_turns() -> None:
     assert found["steps"] == 3
     assert found["bare_cpu_s"] > 0
     assert 0 < found["lower"] <= found["ratio"] <= found["upper"]
-
-
-@pytest.mark.slow
-def test_a_step_in_one_compiled_graph_gives_the_images_of_the_bare_loop(task) -> None:
-    found = candidate(task, one_graph(task, AttackEngine())).images()
-    assert share_apart(found, candidate(task, bare(task)).images()) < 0.05
