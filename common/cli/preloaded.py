@@ -12,8 +12,8 @@ import torch.utils.tensorboard
 import common.analysis.report
 import common.cli.main
 import common.networks.resnet
-from common.cli.start import checked
+from common.cli.draft import check, drafted
 from common.packages import CONFIGS
 
 # Reads from their source what the classes of every row take, which is kept.
-checked(["reproduce", "--config", str(CONFIGS / "base.yaml")], "common", {})
+check(drafted([CONFIGS / "base.yaml"], []))
