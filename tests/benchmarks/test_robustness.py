@@ -106,12 +106,12 @@ def test_all_that_may_break_an_image_runs_on_the_same_images(comparison, dataset
 
 def test_every_method_is_in_the_same_backbone(comparison, dataset) -> None:
     (backbone,) = backbones(comparison.read(f"configs/shared/net_{dataset}_plain.yaml"))
+    narrower = backbone | {"init_args": backbone["init_args"] | {"widths": [7, 14, 30]}}
     for name in METHODS:
+        # The rule rounds costs up, on networks as small as those of the digits by a fifth.
+        expected = narrower if (dataset, name) == ("digits", "rule") else backbone
         found = backbones(comparison.read(f"configs/shared/net_{dataset}_{name}.yaml"))
-        if (dataset, name) == ("digits", "rule"):  # which rounds costs up, here by a fifth
-            assert found[0]["init_args"].pop("widths") == [7, 14, 30]
-            found[0]["init_args"]["widths"] = backbone["init_args"]["widths"]
-        assert found == [backbone]
+        assert found == [expected], name
 
 
 def backbones(settings: dict[str, Any]) -> list[dict[str, Any]]:
