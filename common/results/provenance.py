@@ -44,7 +44,8 @@ def code_changes(folder: Path = Path(__file__).parent) -> list[str] | None:
 def _git(*arguments: str, folder: Path = Path(__file__).parent) -> str | None:
     try:
         done = subprocess.run(
-            ["git", *arguments],
+            # A process that is killed while it holds the lock of the index would leave it behind.
+            ["git", "--no-optional-locks", *arguments],
             cwd=folder,
             capture_output=True,
             text=True,

@@ -1,5 +1,6 @@
 """Which commit a result records."""
 
+import os
 import runpy
 import shutil
 import subprocess
@@ -35,3 +36,22 @@ def test_a_commit_is_recorded_only_of_the_repository_that_holds_the_code(tmp_pat
     git("commit", "-q", "-m", "now it is part of it")
     found = collected(installed)
     assert (found["commit"], found["dirty"]) == (git("rev-parse", "HEAD").strip(), False)
+
+
+def test_asking_for_changes_never_locks_the_index(tmp_path) -> None:
+    """A run that is killed meanwhile would leave the lock, and no commit would work any more."""
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    file = tmp_path / "common/code.py"
+    file.parent.mkdir()
+    file.write_text("x = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    os.utime(file, (0, 0))  # git reads the file again, and would write down that it is the same
+    before = (tmp_path / ".git/index").read_bytes()
+    assert provenance.code_changes(tmp_path) == ["common/code.py"]
+    assert (tmp_path / ".git/index").read_bytes() == before
+    git("status")
+    assert (tmp_path / ".git/index").read_bytes() != before
