@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from common.files import write_bytes_atomically
 
@@ -36,6 +38,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 NORM_NAMES = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 FONT = 9.0
 DPI = 100
+CELL, LINE = 1.05, 0.14
+"""Inches: the side of an image in a grid, and a line of small text."""
 
 
 def blank_figure(width: float, height: float) -> Figure:
@@ -136,30 +140,44 @@ def adversarial_grid(
         raise ValueError("adversarial images must be numbers, got NaN; show attacked images only")
     delta, distances = x_adv - x, distances or {}
     factor = magnification(delta)
-    fig = blank_figure(1.05 * n + 0.9, 3.9 + 0.14 * len(distances))
-    grid = fig.subplots(3, n, squeeze=False)
     rows = {"clean": x, f"perturbation\n× {factor:g}": 0.5 + factor * delta, "adversarial": x_adv}
-    for axes, (name, images) in zip(grid, rows.items(), strict=True):
-        _draw_images(axes, images)
-        axes[0].set_ylabel(name, fontsize=FONT, color=INK)
-    _draw_predictions(grid[0], predicted, y, class_names)
-    _draw_predictions(grid[2], predicted_adv, y, class_names)
-    for i in range(n):
-        sizes = [f"{NORM_NAMES[norm]} {d[i]:.3g}" for norm, d in distances.items()]
-        grid[1, i].set_xlabel("\n".join(sizes), fontsize=FONT - 1, color=GREY)
-        truth = f"true: {_name(int(y[i]), class_names)}"
-        grid[2, i].set_xlabel(truth, fontsize=FONT - 1, color=GREY)
+    tall = CELL * x.shape[2] / x.shape[3]
+    above, below = (0.25, 0.05, 0.25), (0.05, 0.1 + LINE * len(distances), 0.1 + LINE)
+    fig = blank_figure(0.7 + CELL * n, 3 * tall + sum(above) + sum(below))
+    fig.set_layout_engine("none")  # everything has a place; finding one took half a second
+    width, height = fig.get_size_inches()
+    axes, top = [], height
+    for (name, images), over, under in zip(rows.items(), above, below, strict=True):
+        top -= over + tall
+        ax = fig.add_axes((0.6 / width, top / height, CELL * n / width, tall / height))
+        _draw_images(ax, images)
+        ax.set_ylabel(name, fontsize=FONT, color=INK)
+        axes.append(ax)
+        top -= under
+    _draw_predictions(axes[0], predicted[:n], y, class_names)
+    _draw_predictions(axes[2], predicted_adv[:n], y, class_names)
+    sizes = [[f"{NORM_NAMES[norm]} {d[i]:.3g}" for norm, d in distances.items()] for i in range(n)]
+    _draw_below(axes[1], ["\n".join(lines) for lines in sizes])
+    _draw_below(axes[2], [f"true: {_name(int(label), class_names)}" for label in y[:n]])
     return fig
 
 
-def _draw_images(axes: npt.NDArray[np.object_], images: Tensor) -> None:
-    pixels = images.clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    for ax, image in zip(axes, pixels, strict=True):
-        picture = image[:, :, 0] if image.shape[-1] == 1 else image
-        ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        ax.set(xticks=[], yticks=[])
-        for spine in ax.spines.values():
-            spine.set_visible(False)
+def _draw_images(ax: Axes, images: Tensor) -> None:
+    """Images beside each other, with white around them; image i is about ``ax``'s x = i."""
+    margin = max(1, images.shape[3] // 16)
+    framed = functional.pad(images.clamp(0, 1), (margin, margin, margin, margin), value=1.0)
+    strip = torch.cat(list(framed), dim=2).permute(1, 2, 0).numpy()
+    picture = strip[:, :, 0] if strip.shape[-1] == 1 else strip
+    ends = (-0.5, len(images) - 0.5, 1.0, 0.0)
+    ax.imshow(picture, "gray", aspect="auto", vmin=0, vmax=1, interpolation="nearest", extent=ends)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def _draw_below(ax: Axes, texts: Sequence[str]) -> None:
+    place: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
+    for i, text in enumerate(texts):
+        ax.text(i, -0.03, text, fontsize=FONT - 1, color=GREY, **place)
 
 
 def _name(label: int, class_names: Sequence[str]) -> str:
@@ -167,18 +185,13 @@ def _name(label: int, class_names: Sequence[str]) -> str:
     return class_names[label] if 0 <= label < len(class_names) else str(label)
 
 
-def _draw_predictions(
-    axes: npt.NDArray[np.object_], predicted: Tensor, y: Tensor, class_names: Sequence[str]
-) -> None:
-    for ax, label, truth in zip(axes, predicted.tolist(), y.tolist(), strict=False):
+def _draw_predictions(ax: Axes, predicted: Tensor, y: Tensor, class_names: Sequence[str]) -> None:
+    place: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+    for i, (label, truth) in enumerate(zip(predicted.tolist(), y.tolist(), strict=False)):
         is_wrong = label != truth
-        ax.set_title(
-            f"{'✗ ' if is_wrong else ''}{_name(label, class_names)}",
-            fontsize=FONT,
-            color=RED if is_wrong else INK,
-            fontweight="bold" if is_wrong else "normal",
-            pad=3,
-        )
+        text = f"{'✗ ' if is_wrong else ''}{_name(label, class_names)}"
+        color, weight = (RED, "bold") if is_wrong else (INK, "normal")
+        ax.text(i, 1.02, text, fontsize=FONT, color=color, fontweight=weight, **place)
 
 
 def draw_per_class_bars(
@@ -269,7 +282,8 @@ def confusion_matrix(counts: npt.ArrayLike, class_names: Sequence[str], title: s
     if k <= 20:
         for (i, j), count in np.ndenumerate(table):
             color = "white" if share[i, j] > 0.5 else INK if count else GREY
-            ax.text(j, i, f"{count:g}", ha="center", va="center", fontsize=FONT - 2, color=color)
+            cell = ax.text(j, i, f"{count:g}", ha="center", va="center", color=color)
+            cell.set(fontsize=FONT - 2, in_layout=False)  # it lies within the axes: half the time
     tidy_axes(ax, grid=False)
     if k <= 40:
         is_long = max(map(len, class_names)) > 3

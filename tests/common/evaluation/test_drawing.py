@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
@@ -46,8 +48,7 @@ def grid_of(n: int = 4, channels: int = 1, **changes) -> Figure:
 
 
 def test_classes_without_names_have_numbers() -> None:
-    texts = [ax.get_xlabel() for ax in grid_of(class_names=()).axes]
-    assert {"true: 0", "true: 1", "true: 2"} <= set(texts)
+    assert below(grid_of(class_names=()).axes[2]) == [f"true: {k}" for k in (0, 1, 2, 0)]
 
 
 @pytest.mark.parametrize("span", [1.04, 1.2, 2, 3, 4, 9, 30, 90, 1e4])
@@ -66,37 +67,64 @@ def test_numbers_of_a_logarithmic_axis_are_apart(span: float) -> None:
     assert all(left[1] < right[0] for left, right in itertools.pairwise(seen))
 
 
-def rows_of(fig: Figure) -> np.ndarray:
-    return np.array(fig.axes).reshape(3, -1)
+def shown(ax: Axes) -> list[np.ndarray]:
+    """The 8x8 images of a row, each with a margin of one pixel."""
+    strip = np.asarray(ax.images[0].get_array())
+    left, right, bottom, top = ax.images[0].get_extent()
+    assert (left, right) == (-0.5, strip.shape[1] // 10 - 0.5)  # image i is about x = i
+    assert bottom > top
+    return [strip[1:-1, 10 * i + 1 : 10 * i + 9] for i in range(strip.shape[1] // 10)]
+
+
+def above(ax: Axes) -> list[Text]:
+    return [text for text in ax.texts if text.get_position()[1] > 1]
+
+
+def below(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts if text.get_position()[1] < 0]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_adversarial_image_is_the_sum_of_what_is_above_it(channels: int) -> None:
-    rows = rows_of(grid_of(channels=channels))
-    assert "× 5" in rows[1, 0].get_ylabel()
-    for column, *pair in zip(rows.T, *images(channels=channels), strict=True):
+    axes = grid_of(channels=channels).axes
+    assert "× 5" in axes[1].get_ylabel()
+    columns = zip(*map(shown, axes), *images(channels=channels), strict=True)
+    for clean, delta, adversarial, *pair in columns:
         x, x_adv = (picture.permute(1, 2, 0).squeeze(-1) for picture in pair)
-        shown = [np.asarray(ax.images[0].get_array()) for ax in column]
-        assert np.allclose(shown[0], x, atol=1e-6)
-        assert np.allclose(shown[2], x_adv, atol=1e-6)
-        assert np.allclose(shown[0] + (shown[1] - 0.5) / 5, shown[2], atol=1e-5)
-        if channels == 1:  # otherwise matplotlib stretches each image to its own range
-            assert column[0].images[0].get_clim() == (0, 1)
+        assert np.allclose(clean, x, atol=1e-6)
+        assert np.allclose(adversarial, x_adv, atol=1e-6)
+        assert np.allclose(clean + (delta - 0.5) / 5, adversarial, atol=1e-5)
+    if channels == 1:  # otherwise matplotlib stretches the images to their own range
+        assert all(ax.images[0].get_clim() == (0, 1) for ax in axes)
 
 
 def test_a_grid_names_classes_and_distances_and_marks_wrong_predictions() -> None:
-    rows = rows_of(grid_of(predicted_adv=torch.tensor([0, 2, 2, -1])))
-    assert [ax.get_title() for ax in rows[0]] == ["zero", "one", "two", "zero"]
-    assert [ax.get_title() for ax in rows[2]] == ["zero", "✗ two", "two", "✗ -1"]
-    is_red = [to_rgb(ax.title.get_color()) == to_rgb(RED) for ax in rows[2]]
+    axes = grid_of(predicted_adv=torch.tensor([0, 2, 2, -1])).axes
+    assert [text.get_text() for text in above(axes[0])] == ["zero", "one", "two", "zero"]
+    assert [text.get_text() for text in above(axes[2])] == ["zero", "✗ two", "two", "✗ -1"]
+    is_red = [to_rgb(text.get_color()) == to_rgb(RED) for text in above(axes[2])]
     assert is_red == [False, True, False, True]
-    assert [ax.get_xlabel() for ax in rows[2]] == [f"true: {NAMES[k]}" for k in (0, 1, 2, 0)]
-    assert rows[1, 1].get_xlabel() == "L∞ 0.1\nL2 0.333"
+    assert below(axes[2]) == [f"true: {NAMES[k]}" for k in (0, 1, 2, 0)]
+    assert below(axes[1])[1] == "L∞ 0.1\nL2 0.333"
 
 
 def test_a_grid_shows_as_many_as_asked_for() -> None:
-    assert rows_of(grid_of(max_examples=3, distances=None)).shape == (3, 3)
-    assert rows_of(grid_of(n=2)).shape == (3, 2)
+    for fig, count in ((grid_of(max_examples=3, distances=None), 3), (grid_of(n=2), 2)):
+        assert [len(shown(ax)) for ax in fig.axes] == [count] * 3
+        assert [len(above(ax)) for ax in fig.axes] == [count, 0, count]
+
+
+@pytest.mark.parametrize("norms", [[], ["linf"], ["linf", "l2"]])
+def test_texts_of_a_grid_touch_no_image_and_no_other_text(norms: list[str]) -> None:
+    fig = grid_of(n=8, distances={norm: torch.full((8,), 0.1) for norm in norms})
+    fig.draw_without_rendering()
+    texts = [text for ax in fig.axes for text in ax.texts if text.get_text()]
+    boxes = [item.get_window_extent() for item in [*fig.axes, *texts]]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for box in boxes:
+        assert fig.bbox.x0 <= box.x0 < box.x1 <= fig.bbox.x1
+        assert fig.bbox.y0 <= box.y0 < box.y1 <= fig.bbox.y1
 
 
 @pytest.mark.parametrize(
