@@ -126,9 +126,9 @@ def test_a_dynamic_convolution_needs_signals_and_no_bias() -> None:
         DynamicConv2d(nn.Conv2d(4, 6, 3), Route(), 0)
 
 
-def mixed(channels: int = 5) -> tuple[MixBatchNorm2d, Route]:
+def mixed(channels: int = 5, route: Route | None = None) -> tuple[MixBatchNorm2d, Route]:
     """Two batch-norms that have seen different things."""
-    route = Route()
+    route = route or Route()
     mix = MixBatchNorm2d(nn.BatchNorm2d(channels), route)
     assert mix.clean.weight.data_ptr() != mix.adv.weight.data_ptr()
     for norm in (mix.clean, mix.adv):
@@ -162,7 +162,21 @@ def test_evaluation_is_linear_in_p_and_equals_the_two_batch_norms() -> None:
         assert mix(x.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(ZeroDivisionError), route.told([torch.ones(1, 1)], p):
         raise ZeroDivisionError
-    assert (route.signals, route.mixture, route.rows) == ((), None, None)
+    assert (route.signals, route.mixture, route.rows, route.maps) == ((), None, None, ())
+
+
+def test_each_of_several_pairs_mixes_its_own_two() -> None:
+    route = Route()
+    pairs = [mixed(channels, route)[0].eval() for channels in (5, 2, 7)]
+    p = torch.rand(6, 2, requires_grad=True)
+    for mix in copy.deepcopy(pairs) + pairs:
+        x = torch.randn(6, mix.clean.num_features, 3, 3)
+        with mix.route.told((), p):
+            out = mix(x)
+        each = p[:, :, None, None, None] * torch.stack([mix.clean(x), mix.adv(x)], dim=1)
+        torch.testing.assert_close(out, each.sum(dim=1))
+        found, expected = (torch.autograd.grad(y.square().sum(), p)[0] for y in (out, each.sum(1)))
+        torch.testing.assert_close(found, expected)
 
 
 def test_training_is_two_batch_norms_on_two_batches() -> None:

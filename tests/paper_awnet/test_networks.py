@@ -128,7 +128,8 @@ def test_nothing_is_kept_from_a_pass_and_copies_are_independent(shake) -> None:
     net, x = shake(small(router=WILD)).eval(), torch.rand(3, 1, 8, 8)
     before = net(x)
     twin = copy.deepcopy(net)
-    assert (net.route.signals, net.route.mixture, net.route.rows) == ((), None, None)
+    route = net.route
+    assert (route.signals, route.mixture, route.rows, route.maps) == ((), None, None, ())
     assert twin.route is not net.route
     assert all(m.route is twin.route for m in twin.modules() if isinstance(m, DynamicConv2d))
     assert torch.equal(twin(x), before)
