@@ -43,6 +43,7 @@ from common.evaluation.transfer import Transfer
 from common.limits import check_label
 from common.objectives import Batch, InnerLoss, OnLogits
 from common.results.lines import Columns, Threat
+from common.results.schema import Checkpoint, check_checkpoints
 
 Attack = (
     PGD
@@ -97,7 +98,7 @@ class SuiteEntry:
     survivors_only: bool = False
     all_images: bool = False
     examples: int | None = None
-    checkpoints: list[str] | None = None
+    checkpoints: list[Checkpoint] | None = None
     sweep: dict[str, list[float | str]] | None = None
     eot: int = 1
     until_broken: bool = False
@@ -111,6 +112,7 @@ class SuiteEntry:
         for name, value in (("examples", self.examples), ("eot", self.eot)):
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} of a suite entry must be at least 1, got {value}")
+        check_checkpoints("a suite entry", self.checkpoints)
         for reason in self._unused():
             raise ConfigurationError(f"{reason} (the attack is {type(self.attack).__name__})")
         for name, values in (self.sweep or {}).items():

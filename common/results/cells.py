@@ -12,7 +12,7 @@ from common.results.columns import Columns
 from common.results.markdown import Sheet
 from common.results.outcomes import metrics_of
 from common.results.reference import UNITS, Group, Metric, Row
-from common.results.store import LABELS
+from common.results.schema import LABELS
 
 COMPACT = 4
 """Columns of numbers that fit into a terminal."""

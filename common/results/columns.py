@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from common.results.bases import Basis, Measured, Results, usual
 from common.results.reference import Group, Metric
-from common.results.store import LABELS
+from common.results.schema import LABELS
 
 T = TypeVar("T", bound=Hashable)
 

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from common.errors import ConfigurationError
 from common.limits import read_yaml
 from common.packages import package_folder
+from common.results.schema import Checkpoint
 from common.results.selection import select
 from common.results.typed import problem_of
 
@@ -28,7 +29,6 @@ WIDEST = 8
 """Most columns of numbers that a table shows at once."""
 
 Number = float | list[float] | None
-Checkpoint = Literal["last", "selected"]
 _KNOWN_KEYS = ConfigDict(extra="forbid")
 
 

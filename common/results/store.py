@@ -17,11 +17,8 @@ from common.errors import ConfigurationError
 from common.files import check_writable, content_digest, read_sealed_json, write_json_atomically
 from common.limits import read_json
 from common.results.outcomes import derived, missing_worst
-from common.results.schema import RESULT, SCHEMA, CheckpointResult, Provenance, Result
+from common.results.schema import LABELS, RESULT, SCHEMA, CheckpointResult, Provenance, Result
 from common.results.typed import problem_of
-
-LABELS = ("last", "selected")
-"""The checkpoints tables show, in this order."""
 
 TOLERANCE = 2e-6
 """Of figures in a file that was edited by hand."""

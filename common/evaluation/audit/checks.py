@@ -40,7 +40,7 @@ from common.evaluation.suite import resolve_losses
 from common.evaluation.transfer import MIXED, NOISY, DistilledTransfer, Transfer
 from common.objectives import Batch, InnerLoss
 from common.results.lines import Columns, Outcomes, Threat
-from common.results.schema import AuditResult
+from common.results.schema import AuditResult, Checkpoint, check_checkpoints
 
 Run = Callable[[Any, Batch, ExampleRandom], Columns]
 
@@ -85,7 +85,7 @@ class Audit:
         decision_queries: int = 1000,
         max_eps: float | None = None,
         transfer: str | nn.Module | None = None,
-        checkpoints: list[str] | None = None,
+        checkpoints: list[Checkpoint] | None = None,
     ) -> None:
         self.examples = check_count("the audit's examples", examples, 1)
         self.losses = losses or ["ce_*"]
@@ -96,7 +96,7 @@ class Audit:
         self.decision_queries = check_count("the audit's decision_queries", decision_queries, 1)
         self.max_eps = max_eps
         self.transfer = transfer
-        self.checkpoints = checkpoints
+        self.checkpoints = check_checkpoints("the audit", checkpoints)
 
     def steps(self, model: Any, threat: Threat, num_classes: int) -> list[Step]:
         """Attacks and measurements, for :func:`common.evaluation.runner.run_steps`."""

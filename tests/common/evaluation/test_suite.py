@@ -20,6 +20,7 @@ from common.data.images import ImageDataModule
 from common.data.sources import Digits
 from common.errors import ConfigurationError
 from common.evaluation import SuiteEntry, Transfer, check_suite, resolve_losses
+from common.evaluation.audit.checks import Audit
 from common.evaluation.runner import run_steps
 from common.evaluation.steps import judged
 from common.evaluation.suite import steps_of
@@ -110,6 +111,10 @@ def test_suite_mistakes_are_found_before_the_first_attack() -> None:
         (lambda: SuiteEntry(PGD(0.1), survivors_only=True, all_images=True), "survivors_only"),
         (lambda: SuiteEntry(AutoAttack(0.1), all_images=True), "drop all_images"),
         (lambda: Transfer(PGD(0.1), Model(), "dlr"), "got 'dlr'"),
+        (lambda: SuiteEntry(FGSM(0.1), checkpoints=["lst"]), "entry .* last, selected, got 'lst'"),
+        (lambda: SuiteEntry(FGSM(0.1), checkpoints=[]), "for no checkpoint.*drop checkpoints"),
+        (lambda: Audit(checkpoints=["best"]), "audit .* last, selected, got 'best'"),
+        (lambda: Audit(checkpoints=[]), "for no checkpoint.*drop checkpoints"),
     ):
         with pytest.raises(ConfigurationError, match=match):
             mistake()
@@ -213,16 +218,16 @@ def test_weights_that_were_tested_are_not_tested_again(
         return attacked(self, *args, **kwargs)
 
     monkeypatch.setattr(PGD, "__call__", counted)
-    only_here = SuiteEntry(FGSM(0.1), checkpoints=["untrained"])
-    entries = {"fgsm": SuiteEntry(FGSM(0.02), ["c*", "model"]), "other": only_here}
+    elsewhere = SuiteEntry(FGSM(0.1), checkpoints=["last"])
+    entries = {"fgsm": SuiteEntry(FGSM(0.02), ["c*", "model"]), "other": elsewhere}
     trainer = quiet_trainer(RobustEvaluation(entries, pictures=False), default_root_dir=tmp_path)
     module, data = tiny(), ImageDataModule(Digits(), test_limit=30)
     trainer.test(module, datamodule=data, verbose=False)
-    assert len(calls) == 4
+    assert len(calls) == 3
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "selected.ckpt")
     trainer.test(module, datamodule=data, ckpt_path=tmp_path / "selected.ckpt", verbose=False)
-    assert len(calls) == 4
+    assert len(calls) == 3
     found = read_result(tmp_path / "results.json")["checkpoints"]
     assert set(found["selected"]["attacks"]) == {"fgsm/ce_f", "fgsm/cw_f", "fgsm/model"}
     for name, entry in found["selected"]["attacks"].items():
@@ -230,7 +235,7 @@ def test_weights_that_were_tested_are_not_tested_again(
     with torch.no_grad():
         module.net.head.linear.bias += 1
     trainer.test(module, datamodule=data, verbose=False)
-    assert len(calls) > 4
+    assert len(calls) > 3
 
 
 def test_the_result_file_holds_every_outcome(tmp_path, quiet_trainer) -> None:
