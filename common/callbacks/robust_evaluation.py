@@ -123,6 +123,11 @@ class RobustEvaluation(Callback):
                     f"drop {field.name}, which is for entries of evaluation.suite"
                 )
 
+    @property
+    def ball(self) -> Threat | None:
+        """The threat model, of all checkpoints: as given, or that of the suite's first attack."""
+        return self.threat or ball_of(self.suite)
+
     def for_checkpoint(self, label: str) -> tuple[dict[str, SuiteEntry], Audit | None]:
         """The attacks and the audit of a checkpoint, by its name."""
 
@@ -153,7 +158,7 @@ class RobustEvaluation(Callback):
             for entry in self.suite.values():
                 if isinstance(entry.attack, Transfer):
                     _ = entry.attack.network  # a surrogate that is not there, or another
-            if self.audit is not None and self.threat is None and ball_of(self.suite) is None:
+            if self.audit is not None and self.ball is None:
                 raise ConfigurationError(
                     "evaluation.audit needs a threat model, and no attack of the suite has a ball; "
                     "add --evaluation.threat.norm linf --evaluation.threat.eps 8/255"
@@ -267,7 +272,7 @@ class RobustEvaluation(Callback):
                 module,
                 in_order({key: torch.cat([part[key] for part in parts]) for key in parts[0]}),
                 suite,
-                self.threat or ball_of(self.suite),
+                self.ball,
                 audit=audit,
                 measures=self.measures,
                 engine=self.engine,

@@ -30,7 +30,7 @@ from common.cli.rows import Row
 from common.cli.start import checked
 from common.evaluation.measures import measure_steps
 from common.evaluation.steps import JUDGED, Step
-from common.evaluation.suite import ball_of, resolve_losses, steps_of
+from common.evaluation.suite import resolve_losses, steps_of
 from common.modes import frozen
 from common.objectives import Batch
 from common.results.provenance import device_name
@@ -234,9 +234,8 @@ def _tests(
     for label in ("last", "selected")[: max(min(validations, 2), 1)]:
         suite, audit = evaluation.for_checkpoint(label)
         steps: list[Step] = steps_of(suite, module, num_classes, 0, evaluation.engine)
-        threat = evaluation.threat or ball_of(suite)
-        if audit is not None and threat is not None:
-            steps += audit.steps(module, threat, num_classes)
+        if audit is not None and evaluation.ball is not None:
+            steps += audit.steps(module, evaluation.ball, num_classes)
         total = total.plus(JUDGED.times(2 * images))  # the accuracy without an attack, twice
         for step in [*steps, *measure_steps(evaluation.measures)]:
             passes = step.budget or Budget()
