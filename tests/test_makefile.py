@@ -45,7 +45,10 @@ def project(tmp_path: Path) -> Path:
     for name in (
         *("__init__.py", "errors.py", "files.py", "limits.py", "packages.py"),
         *(f"cli/{name}.py" for name in ("__init__", "apart", "rows", "workers")),
-        *(f"results/{name}.py" for name in ("__init__", "reference", "selection", "typed")),
+        *(
+            f"results/{name}.py"
+            for name in ("__init__", "labels", "reference", "selection", "typed")
+        ),
     ):
         (folder / "common" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "common" / name, folder / "common" / name)

@@ -42,8 +42,8 @@ from common.evaluation.steps import JUDGED, Step, is_wrong, judged
 from common.evaluation.transfer import Transfer
 from common.limits import check_label
 from common.objectives import Batch, InnerLoss, OnLogits
+from common.results.labels import Checkpoint, check_checkpoints
 from common.results.lines import Columns, Threat
-from common.results.schema import Checkpoint, check_checkpoints
 
 Attack = (
     PGD

@@ -9,10 +9,10 @@ from rich.text import Text
 
 from common.results.bases import Results
 from common.results.columns import Columns
+from common.results.labels import LABELS
 from common.results.markdown import Sheet
 from common.results.outcomes import metrics_of
 from common.results.reference import UNITS, Group, Metric, Row
-from common.results.schema import LABELS
 
 COMPACT = 4
 """Columns of numbers that fit into a terminal."""

@@ -4,8 +4,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 from common.results.bases import Basis, Measured, Results, usual
+from common.results.labels import LABELS
 from common.results.reference import Group, Metric
-from common.results.schema import LABELS
 
 T = TypeVar("T", bound=Hashable)
 

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from common.errors import ConfigurationError
 from common.limits import read_yaml
 from common.packages import package_folder
-from common.results.schema import Checkpoint
+from common.results.labels import Checkpoint
 from common.results.selection import select
 from common.results.typed import problem_of
 

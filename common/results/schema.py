@@ -8,12 +8,11 @@ evaluated again; times, places and versions are under ``provenance``. Figures (`
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NotRequired, get_args
+from typing import Annotated, Any, Final, Literal, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from common.errors import ConfigurationError, check_choice
 from common.files import write_json_atomically
 from common.results.packing import unpack_outcomes
 
@@ -21,26 +20,6 @@ SCHEMA: Final = 3
 """Version of the files that are written and read."""
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
-
-Checkpoint = Literal["last", "selected"]
-"""The checkpoints that a run keeps, in the order in which tables show them."""
-LABELS: tuple[str, ...] = get_args(Checkpoint)
-
-
-def check_checkpoints(part: str, names: list[Checkpoint] | None) -> list[Checkpoint] | None:
-    """The checkpoints that a part of an evaluation is for; None is all.
-
-    Raises:
-        ConfigurationError: If it is for none that a run keeps: it would be left out silently.
-    """
-    if names == []:
-        raise ConfigurationError(
-            f"{part} would be for no checkpoint; name last or selected, or drop checkpoints"
-        )
-    for name in names or []:
-        check_choice(f"each of the checkpoints of {part}", name, Checkpoint)
-    return names
-
 
 _described = with_config(
     ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)

@@ -16,8 +16,9 @@ from filelock import FileLock
 from common.errors import ConfigurationError
 from common.files import check_writable, content_digest, read_sealed_json, write_json_atomically
 from common.limits import read_json
+from common.results.labels import LABELS
 from common.results.outcomes import derived, missing_worst
-from common.results.schema import LABELS, RESULT, SCHEMA, CheckpointResult, Provenance, Result
+from common.results.schema import RESULT, SCHEMA, CheckpointResult, Provenance, Result
 from common.results.typed import problem_of
 
 TOLERANCE = 2e-6

@@ -39,8 +39,9 @@ from common.evaluation.steps import JUDGED, Step, is_wrong, judged
 from common.evaluation.suite import resolve_losses
 from common.evaluation.transfer import MIXED, NOISY, DistilledTransfer, Transfer
 from common.objectives import Batch, InnerLoss
+from common.results.labels import Checkpoint, check_checkpoints
 from common.results.lines import Columns, Outcomes, Threat
-from common.results.schema import AuditResult, Checkpoint, check_checkpoints
+from common.results.schema import AuditResult
 
 Run = Callable[[Any, Batch, ExampleRandom], Columns]
 
