@@ -253,9 +253,7 @@ def mixed_maps(pairs: Sequence["MixBatchNorm2d"], p: Tensor) -> list[tuple[Tenso
     gains, shifts = [], []
     for kind in ("clean", "adv"):
         norms = [cast(nn.BatchNorm2d, getattr(pair, kind)) for pair in pairs]
-        gain = torch.cat([norm.weight for norm in norms]) * torch.rsqrt(
-            torch.cat([cast(Tensor, norm.running_var) + norm.eps for norm in norms])
-        )
+        gain = torch.cat([gain_of(norm) for norm in norms])
         mean = torch.cat([cast(Tensor, norm.running_mean) for norm in norms])
         gains.append(gain)
         shifts.append(torch.cat([norm.bias for norm in norms]) - mean * gain)

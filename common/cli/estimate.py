@@ -33,6 +33,7 @@ from common.evaluation.steps import JUDGED, Step
 from common.evaluation.suite import resolve_losses, steps_of
 from common.modes import frozen
 from common.objectives import Batch
+from common.results.labels import LABELS
 from common.results.provenance import device_name
 
 Made = TypeVar("Made")
@@ -231,7 +232,7 @@ def _tests(
     With one validation they are the same, and what has been run is not run again.
     """
     total = Budget()
-    for label in ("last", "selected")[: max(min(validations, 2), 1)]:
+    for label in LABELS[: max(min(validations, 2), 1)]:
         suite, audit = evaluation.for_checkpoint(label)
         steps: list[Step] = steps_of(suite, module, num_classes, 0, evaluation.engine)
         if audit is not None and evaluation.ball is not None:

@@ -13,11 +13,12 @@ from common.errors import CheckpointError, ConfigurationError
 from common.files import check_torch_file
 from common.limits import LARGEST_SEED, MOST_JSON_BYTES
 from common.packages import CONFIGS
+from common.results.labels import LABELS
 from common.settings import class_paths, type_name
 
 LIGHTNING_VERSION = "pytorch-lightning_version"
 
-NAMED = ("last", "selected", "best")
+NAMED = (*LABELS, "best")
 """Values of ``--ckpt_path`` beside files; ``best`` is what was selected."""
 
 

@@ -23,6 +23,7 @@ from common.checkpoints import load_checkpoint
 from common.cli.preconditions import check_version
 from common.errors import ConfigurationError, RunDirectoryError, UserError
 from common.results.identity import check_evaluated, check_resumed, settings_in
+from common.results.labels import LABELS
 
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
     lambda record: "Tip:" not in record.getMessage()  # advertisements
@@ -86,7 +87,7 @@ class Trainer(RunTrainer):
         folder = Path(self.default_root_dir) / "checkpoints"
         last = folder / "last.ckpt"
         self.fit(model, datamodule=datamodule, ckpt_path=str(last) if last.exists() else None)
-        for name in ("last", "selected"):
+        for name in LABELS:
             if self.strategy.broadcast((folder / f"{name}.ckpt").exists()):
                 self.test(model, datamodule=datamodule, ckpt_path=str(folder / f"{name}.ckpt"))
 

@@ -136,6 +136,7 @@ def adversarial_grid(
             f"{tuple(x_adv.shape)}, of which {n} are shown"
         )
     x, x_adv = (images[:n].detach().float().cpu() for images in (x, x_adv))
+    y, predicted, predicted_adv = (labels[:n] for labels in (y, predicted, predicted_adv))
     if not x_adv.isfinite().all():
         raise ValueError("adversarial images must be numbers, got NaN; show attacked images only")
     delta, distances = x_adv - x, distances or {}
@@ -154,11 +155,11 @@ def adversarial_grid(
         ax.set_ylabel(name, fontsize=FONT, color=INK)
         axes.append(ax)
         top -= under
-    _draw_predictions(axes[0], predicted[:n], y, class_names)
-    _draw_predictions(axes[2], predicted_adv[:n], y, class_names)
+    _draw_predictions(axes[0], predicted, y, class_names)
+    _draw_predictions(axes[2], predicted_adv, y, class_names)
     sizes = [[f"{NORM_NAMES[norm]} {d[i]:.3g}" for norm, d in distances.items()] for i in range(n)]
     _draw_below(axes[1], ["\n".join(lines) for lines in sizes])
-    _draw_below(axes[2], [f"true: {_name(int(label), class_names)}" for label in y[:n]])
+    _draw_below(axes[2], [f"true: {_name(int(label), class_names)}" for label in y])
     return fig
 
 
@@ -175,9 +176,13 @@ def _draw_images(ax: Axes, images: Tensor) -> None:
 
 
 def _draw_below(ax: Axes, texts: Sequence[str]) -> None:
-    place: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
     for i, text in enumerate(texts):
-        ax.text(i, -0.03, text, fontsize=FONT - 1, color=GREY, **place)
+        _write(ax, i, -0.03, text, va="top", fontsize=FONT - 1, color=GREY)
+
+
+def _write(ax: Axes, i: int, height: float, text: str, **style: Any) -> None:
+    """Text about image i, at a height that is 0 below the images and 1 above them."""
+    ax.text(i, height, text, transform=ax.get_xaxis_transform(), ha="center", **style)
 
 
 def _name(label: int, class_names: Sequence[str]) -> str:
@@ -186,12 +191,11 @@ def _name(label: int, class_names: Sequence[str]) -> str:
 
 
 def _draw_predictions(ax: Axes, predicted: Tensor, y: Tensor, class_names: Sequence[str]) -> None:
-    place: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-    for i, (label, truth) in enumerate(zip(predicted.tolist(), y.tolist(), strict=False)):
+    for i, (label, truth) in enumerate(zip(predicted.tolist(), y.tolist(), strict=True)):
         is_wrong = label != truth
         text = f"{'✗ ' if is_wrong else ''}{_name(label, class_names)}"
         color, weight = (RED, "bold") if is_wrong else (INK, "normal")
-        ax.text(i, 1.02, text, fontsize=FONT, color=color, fontweight=weight, **place)
+        _write(ax, i, 1.02, text, va="bottom", fontsize=FONT, color=color, fontweight=weight)
 
 
 def draw_per_class_bars(
