@@ -27,7 +27,12 @@ Model = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` to logits ``(N, K)``; while training, the LightningModule itself."""
 
 InnerLoss = Callable[[Any, Batch], Callable[[Tensor], Tensor]]
-"""What :meth:`Objective.inner` is: (model, batch) -> (x' -> per-example loss)."""
+"""What :meth:`Objective.inner` is: (model, batch) -> (x' -> per-example loss).
+
+One whose pass has the model's own logits may have a method ``with_logits`` too, (model, batch) ->
+(x' -> logits and loss): attacks that need both then make one pass.
+"""
+LogitsAndLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Objective:
@@ -253,8 +258,18 @@ class OnLogits:
 
     def __call__(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """X' ``(N, C, H, W)`` -> the loss of each example, ``(N,)``."""
+        both = self.with_logits(model, batch)
+        return lambda x: both(x)[1]
+
+    def with_logits(self, model: Any, batch: Batch) -> LogitsAndLoss:
+        """X' -> the logits ``(N, K)`` and the loss, in one pass."""
         y = differentiable(batch["y"])
-        return lambda x: self.loss(model(x), y)
+
+        def both(x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = model(x)
+            return logits, self.loss(logits, y)
+
+        return both
 
 
 def differentiable(tensor: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from common.networks.wide_resnet import WideBlock, WideResNet, initialize
 from common.objectives import (
     Batch,
     InnerLoss,
+    LogitsAndLoss,
     Objective,
     adversarial_images,
     check_weight,
@@ -792,18 +793,23 @@ class AdaptiveLoss:
 
     def __call__(self, model: Any, batch: Batch) -> Callable[[Tensor], Tensor]:
         """The function from x' ``(N, C, H, W)`` to the per-example loss ``(N,)``."""
+        both = self.with_logits(model, batch)
+        return lambda x: both(x)[1]
+
+    def with_logits(self, model: Any, batch: Batch) -> LogitsAndLoss:
+        """X' -> the logits of f ``(N, K)`` and the loss, in one pass."""
         y = differentiable(batch["y"])
 
-        def loss(x: Tensor) -> Tensor:
+        def both(x: Tensor) -> tuple[Tensor, Tensor]:
             with undetached(model) if self.through_mask else nullcontext():
                 f, probes = joint_logits(model, x, y)
             if self.probe is None:
-                return joint_loss(f, probes, y, self.beta, self.base)
+                return f, joint_loss(f, probes, y, self.beta, self.base)
             if self.probe > len(probes):
                 raise ConfigurationError(
                     f"probe {self.probe} is to be attacked and the network has {len(probes)}; "
                     "probes are counted from 1"
                 )
-            return self.base(probes[self.probe - 1], y)
+            return f, self.base(probes[self.probe - 1], y)
 
-        return loss
+        return both

@@ -27,9 +27,10 @@ from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom, seeded
 from common.attacks.settings import Budget
 from common.evaluation.audit.gradients import anchored, eager, straight_through, undetached
+from common.evaluation.passes import makes_logits
 from common.evaluation.steps import in_ball, is_wrong, judged, predict
 from common.networks.parts import Part, parts_of, telling
-from common.objectives import Batch, InnerLoss, OnLogits
+from common.objectives import Batch, InnerLoss
 from common.results.lines import Columns, Threat
 
 Crafted = tuple[Tensor, Tensor | None]
@@ -103,11 +104,12 @@ def merged(columns: Columns, others: Columns, rows: Tensor) -> Columns:
     return {name: column.index_copy(0, rows, others[name]) for name, column in columns.items()}
 
 
-def _steered(inner: InnerLoss, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    logits = model(x)
-    if isinstance(inner, OnLogits):  # one pass for both
-        return logits, inner.loss(logits, y)
-    return logits, inner(model, {"x": x, "y": y})(x)
+def _steered(inner: Any, model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    batch = {"x": x, "y": y}
+    if makes_logits(inner):
+        both: tuple[Tensor, Tensor] = inner.with_logits(model, batch)(x)
+        return both
+    return model(x), inner(model, batch)(x)
 
 
 Run = Callable[[AttackEngine | None, Any, Batch, ExampleRandom], Columns]
@@ -155,7 +157,7 @@ def persisted(
         if "moved" in columns:
             columns["moved"] &= ~unmoved
         rows = (unmoved | distorted).nonzero().flatten()
-        would_repeat = is_repeatable and engine is None and len(rows) > 0
+        would_repeat = is_repeatable and len(rows) > 0
         if not would_repeat or _calls_forward(inner, model, batch):
             columns = _attacked_again(run, inner, position, model, batch, again, columns, rows)
         rows = (unmoved & columns["correct"]).nonzero().flatten()

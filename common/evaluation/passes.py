@@ -1,15 +1,14 @@
 """Counts how many images pass through a model, forwards and backwards, while it is attacked."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from common.attacks.pgd import LossFn
 from common.objectives import Batch, InnerLoss, OnLogits
 
 
@@ -61,20 +60,31 @@ def counting(inner: InnerLoss) -> InnerLoss:
     """The loss; where it bypasses the model's own forward, each call counts as one pass."""
     if isinstance(inner, OnLogits):
         return inner
+    counted_inner: Any = _counted(inner)
+    if makes_logits(inner):
+        counted_inner.with_logits = _counted(inner.with_logits)  # type: ignore[attr-defined]
+    return cast(InnerLoss, counted_inner)
 
-    def inner_loss(model: Any, batch: Batch) -> LossFn:
-        loss = inner(model, batch)
+
+def makes_logits(inner: InnerLoss) -> bool:
+    """Whether the logits come from the loss's own pass, by its ``with_logits``."""
+    return hasattr(inner, "with_logits")
+
+
+def _counted(made: Callable[[Any, Batch], Callable[[Tensor], Any]]) -> Any:
+    def counted_made(model: Any, batch: Batch) -> Callable[[Tensor], Any]:
+        function = made(model, batch)
         passes = _COUNTED.get(model) if isinstance(model, nn.Module) else None
         if passes is None:
-            return loss
+            return function
 
-        def counted_loss(x: Tensor) -> Tensor:
+        def counted_function(x: Tensor) -> Any:
             before = passes.forward
-            values = loss(x)
+            values = function(x)
             if passes.forward == before:
                 passes.notice(x)
             return values
 
-        return counted_loss
+        return counted_function
 
-    return inner_loss
+    return counted_made

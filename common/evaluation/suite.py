@@ -36,7 +36,7 @@ from common.evaluation.confirm import (
     persisted,
 )
 from common.evaluation.corruptions import Corruptions
-from common.evaluation.passes import counting
+from common.evaluation.passes import counting, makes_logits
 from common.evaluation.saved import SavedExamples
 from common.evaluation.steps import JUDGED, Step, is_wrong, judged
 from common.evaluation.transfer import Transfer
@@ -341,7 +341,7 @@ class _Planned:
             loss = adaptive or (OnLogits(cross_entropy) if part == "apgd-ce" else MARGIN)
             craft = partial(official, attack, part, self.seed, adaptive)
             passes = attack.budget(part, self.num_classes)
-            if adaptive is not None and not isinstance(adaptive, OnLogits):
+            if adaptive is not None and not makes_logits(adaptive):
                 passes = passes.times(2)  # logits and loss are computed apart
             yield self._step(
                 self._crafted(craft, loss, is_persisted=part != "square"),

@@ -212,6 +212,15 @@ def test_values_of_adaptive_losses(model, batch):
     assert torch.equal(values["ce_undetached"], values["ce_joint2"])
 
 
+def test_adaptive_losses_have_the_models_logits_in_their_pass(model, batch):
+    with torch.no_grad():
+        wanted = model(batch["x_adv"])
+        for name, inner in model.adaptive_losses().items():
+            logits, loss = inner.with_logits(model, batch)(batch["x_adv"])
+            assert torch.equal(logits, wanted), name
+            assert torch.equal(loss, inner(model, batch)(batch["x_adv"])), name
+
+
 def test_undetached_loss_has_another_gradient_and_leaves_the_network_as_it_was(model, batch):
     losses, x = model.adaptive_losses(), batch["x"].clone().requires_grad_()
     cut, full = (

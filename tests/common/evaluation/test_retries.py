@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
+from common.attacks.engine.network import AttackEngine
 from common.attacks.losses import cross_entropy
 from common.attacks.pgd import FGSM, PGD
 from common.evaluation import Evaluation, SuiteEntry, evaluate
@@ -63,8 +64,8 @@ SQUASHINGS = {
 }
 
 
-def evaluated(model: nn.Module, data, suite, eps: float = EPS) -> Evaluation:
-    return evaluate(model, data, suite, eps=eps, progress=False)
+def evaluated(model: nn.Module, data, suite, eps: float = EPS, **settings) -> Evaluation:
+    return evaluate(model, data, suite, eps=eps, progress=False, **settings)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +105,10 @@ def test_linear_scores_raise_no_warning_and_take_one_more_gradient(squashed, dat
     assert sum(passes) <= 10 + 1 + 3  # the check at the start takes some too
 
 
+@pytest.mark.parametrize("engine", [None, AttackEngine()], ids=["plain", "engine"])
 @pytest.mark.parametrize(("loss", "times"), [("ce_inside", 1), ("ce_f", 2)])
 def test_an_attack_is_made_again_where_its_loss_becomes_another(
-    squashed, data, loss, times
+    squashed, data, loss, times, engine
 ) -> None:
     """A loss on the scores before squashing meets the same gradients again, one on f does not."""
 
@@ -116,7 +118,8 @@ def test_an_attack_is_made_again_where_its_loss_becomes_another(
     model, passes = squashed(torch.sigmoid, 100.0), []
     model.adaptive_losses = lambda: {"ce_inside": inside, "ce_f": OnLogits(cross_entropy)}
     model.net.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    found = evaluated(model, data, {"pgd": SuiteEntry(PGD(EPS / 20, steps=20), [loss])}, EPS / 20)
+    suite = {"pgd": SuiteEntry(PGD(EPS / 20, steps=20), [loss])}
+    found = evaluated(model, data, suite, EPS / 20, engine=engine)
     assert bool(found.outcomes.columns[f"pgd/{loss}"]["distorted"].any())
     assert 20 * times <= sum(passes) < 20 * (times + 1)
 

@@ -110,6 +110,49 @@ def test_passes_are_those_of_the_attacks(model, examples) -> None:
         assert forward >= backward + queries > 0
 
 
+class Steered:
+    """A loss of the scores past the model's forward."""
+
+    def __call__(self, model, batch):
+        return lambda x: cross_entropy(model.net(x), batch["y"])
+
+
+class SteeredWithLogits(Steered):
+    def with_logits(self, model, batch):
+        def both(x):
+            logits = model.net(x)
+            return logits, cross_entropy(logits, batch["y"])
+
+        return both
+
+
+def test_autoattack_makes_one_pass_where_the_loss_has_the_logits(model, examples) -> None:
+    aa = AutoAttack(
+        0.001, version="custom", attacks=["apgd-ce", "square"], steps=4, square_queries=30
+    )
+    found = {}
+    for loss in (Steered, SteeredWithLogits):
+        victim = Victim(model.net, 10).eval()
+        victim.adaptive_losses = lambda loss=loss: {"own": loss()}
+        suite = {"aa": SuiteEntry(aa, ["own"])}
+        budgets = {step.key: step.budget for step in steps_of(suite, victim, 10, 0)}
+        outcomes = run(victim, examples, suite)
+        right = int(outcomes.correct["clean"].sum())
+        for part, passes_of in (("apgd-ce", 4), ("square", 30)):
+            forward, backward, _ = passes(outcomes)[f"aa/{part}"]
+            found[loss, part] = forward
+            assert (
+                forward <= 1.03 * right * budgets[f"aa/{part}"].forward
+            )  # single images beside it
+            assert forward > passes_of * right * (2 if loss is Steered else 1)
+            assert (backward > 0) == (part == "apgd-ce")
+        found[loss] = outcomes.correct["aa/square"]
+    assert torch.equal(found[Steered], found[SteeredWithLogits])
+    for part, steps in (("apgd-ce", 4), ("square", 30)):
+        saved = found[Steered, part] - found[SteeredWithLogits, part]
+        assert saved >= steps * int(found[Steered].sum())
+
+
 def test_processes_share_the_work_and_change_nothing(model, examples) -> None:
     """Threads with a barrier stand for processes; gloo ones are in test_strategy."""
     alone, size = run(model, examples), 3
