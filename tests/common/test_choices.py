@@ -14,7 +14,7 @@ import torch
 from common.errors import ConfigurationError, check_choice
 
 PACKAGES = ("common", "paper_awnet", "paper_cifs", "paper_rcm", "paper_robustwrn", "paper_wm")
-NOT_OURS = {"ColumnsConv2d", "WinogradConv2d", "SafeCheckpoint"}  # a base of torch or Lightning
+NOT_OURS = {"ColumnsConv2d", "ProductConv2d", "WinogradConv2d", "SafeCheckpoint"}  # bases elsewhere
 PLACEHOLDER = {"mean", "std"}  # "data" beside numbers: see Normalize
 
 ARGUMENTS: dict[str, Any] = {

@@ -1,7 +1,8 @@
 """The attack-side network: the model's function, cheaper to differentiate by x.
 
 During an attack a network's weights are fixed. Its convolutions are replaced by stand-ins with
-batch-norm folded in, another memory layout, or bfloat16 weights; afterwards it is restored.
+batch-norm folded in, another memory layout, bfloat16 weights, or, on a CPU, computed by products of
+matrices; afterwards it is restored.
 """
 
 import copy
@@ -26,7 +27,9 @@ from common.attacks.engine.folding import (
     folded_weights,
     has_hooks,
 )
-from common.attacks.engine.winograd import WinogradConv2d, large, tiles_of
+from common.attacks.engine.products import ProductConv2d
+from common.attacks.engine.stand_ins import Choice, choices_of
+from common.attacks.engine.winograd import WinogradConv2d
 from common.attacks.settings import Settings
 from common.errors import check_choice
 
@@ -45,7 +48,8 @@ class AttackEngine(Settings):
     Args:
         fold: Fold eval-mode batch-norm into the convolution before it, where that feeds nothing
             else.
-        channels_last: Keep the stand-ins' weights, and so the activations, in the layout ``NHWC``.
+        channels_last: Keep the stand-ins' weights, and so the activations, in the layout ``NHWC``;
+            on a CPU, in float32 and float64, convolutions of small maps are then matrix products.
         precision: ``32`` uses the network's type or that of the surrounding autocast; ``bf16``
             keeps weights and activations in bfloat16, pixels and losses in float32, which is faster
             on hardware with bfloat16 units.
@@ -116,13 +120,9 @@ class AttackEngine(Settings):
     def __repr__(self) -> str:
         """As it stands in results."""
         parts = [name for name in ("fold", "channels_last") if getattr(self, name)]
-        parts += ["winograd"] if self._is_winograd else []
+        parts += ["winograd"] if self.winograd and not self.is_reduced else []
         parts += [self.precision, *([f"compile={self.compile}"] if self.compile else [])]
         return f"AttackEngine({', '.join(parts)})"
-
-    @property
-    def _is_winograd(self) -> bool:
-        return self.winograd and not self.is_reduced
 
     def _reduced(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16) if self.is_reduced else nullcontext()
@@ -130,8 +130,8 @@ class AttackEngine(Settings):
     def _plan(self, model: nn.Module, x: Tensor) -> "_Plan":
         plan = self._plans.of.get(model)
         if plan is None or not plan.fits():
-            pairs, tiles = _tried_out(model, x, self)
-            plan = _Plan(model, pairs, self, tiles)
+            pairs, choices = _tried_out(model, x, self)
+            plan = _Plan(model, pairs, self, choices)
             _LOG.info("%s folds %d batch-norms", self, len(pairs))
             self._plans.of[model] = plan
         return plan
@@ -155,7 +155,7 @@ class _Plan:
     """The stand-ins of one model."""
 
     def __init__(
-        self, model: nn.Module, pairs: list[Pair], engine: AttackEngine, tiles: dict[int, int]
+        self, model: nn.Module, pairs: list[Pair], engine: AttackEngine, choices: dict[int, Choice]
     ) -> None:
         self.pairs = pairs
         self._dtype = torch.bfloat16 if engine.is_reduced else None
@@ -168,10 +168,10 @@ class _Plan:
             if type(module) is nn.Conv2d
             and (
                 id(module) in paired
-                or ((is_other or id(module) in tiles) and not has_hooks(module))
+                or ((is_other or id(module) in choices) and not has_hooks(module))
             )
         ]
-        self._convs = [_stand_in(conv, engine, tiles.get(id(conv))) for conv, _ in self._sources]
+        self._convs = [_stand_in(conv, engine, choices.get(id(conv))) for conv, _ in self._sources]
         new: dict[int, nn.Module] = {id(pair.norm): _PassThrough(pair.norm) for pair in pairs}
         for (conv, _), stand_in in zip(self._sources, self._convs, strict=True):
             new[id(conv)] = stand_in
@@ -204,9 +204,14 @@ class _Plan:
         """
         for source, conv in zip(self._sources, self._convs, strict=True):
             weight, bias = folded_weights(source)
-            factors = conv.transformed(weight) if isinstance(conv, WinogradConv2d) else None
+            factors = None
+            if isinstance(conv, ProductConv2d | WinogradConv2d):
+                factors = conv.transformed(weight)
+            is_needed = factors is None or isinstance(
+                conv, ProductConv2d
+            )  # for maps of other sizes
             self._put(conv, "bias", bias)
-            self._put(conv, "weight", weight if factors is None else None)
+            self._put(conv, "weight", weight if is_needed else None)
             self._put(conv, "factors", factors)
 
     def _put(self, conv: nn.Module, name: str, value: Tensor | None) -> None:
@@ -239,17 +244,20 @@ class _Plan:
                     conv._parameters.clear()
 
 
-def _stand_in(conv: nn.Conv2d, engine: AttackEngine, tile: int | None) -> nn.Conv2d:
+def _stand_in(conv: nn.Conv2d, engine: AttackEngine, choice: Choice | None) -> nn.Conv2d:
     """A convolution of the same geometry, without weights."""
-    made = copy.copy(conv)
+    made: Any = copy.copy(conv)
     made._parameters = {}
-    if tile is not None:
-        made.__class__ = WinogradConv2d
-        made.tile = tile  # type: ignore[assignment]
-        made.is_contiguous = not engine.channels_last  # type: ignore[assignment]
+    if choice is not None:
+        made.__class__, planned = choice
+        if choice[0] is ProductConv2d:
+            made.maps = planned
+        else:
+            made.tile, made.is_contiguous = planned, not engine.channels_last
     elif engine.is_reduced:
         made.__class__ = _ReducedConv2d
-    return made.eval()
+    stand_in: nn.Conv2d = made.eval()
+    return stand_in
 
 
 class _ReducedConv2d(nn.Conv2d):
@@ -302,14 +310,14 @@ def _widened(found: Any) -> Any:
 
 def _tried_out(
     model: nn.Module, x: Tensor, engine: AttackEngine
-) -> tuple[list[Pair], dict[int, int]]:
-    """The pairs that can be folded, and the tiles of large convolutions by their identity.
+) -> tuple[list[Pair], dict[int, Choice]]:
+    """The pairs that can be folded, and how convolutions are computed, by their identity.
 
     Passes and tracing use a copy, since forward methods may change a module.
     """
     folds = engine.fold and any(isinstance(module, NORMS) for module in model.modules())
-    tiles = engine._is_winograd and bool(large(model, x.device))
-    if not folds and not tiles:
+    has_choice = x.device.type == "cpu" and not engine.is_reduced
+    if not folds and not has_choice:
         return [], {}
     try:
         with aside(x.device):
@@ -317,9 +325,9 @@ def _tried_out(
     except Exception as error:  # a model may have parts of any kind
         _warn(model, f"it cannot be copied ({type(error).__name__}: {error})")
         return [], {}
-    sizes = tiles_of(trial, x) if tiles else {}
+    choices = choices_of(trial, x, engine.channels_last, engine.winograd) if has_choice else {}
     pairs = _pairs_of(model, trial, x) if folds else []
-    return pairs, {id(model.get_submodule(name)): tile for name, tile in sizes.items()}
+    return pairs, {id(model.get_submodule(name)): choice for name, choice in choices.items()}
 
 
 def _pairs_of(model: nn.Module, trial: nn.Module, x: Tensor) -> list[Pair]:

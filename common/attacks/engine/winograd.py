@@ -6,17 +6,11 @@ section 4). GPU libraries do this already. On a CPU it is faster for many channe
 linear in the image: autograd gives derivatives of any order and stores no image.
 """
 
-import logging
-from contextlib import ExitStack
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from common.attacks.engine.folding import aside, has_hooks
-
-_LOG = logging.getLogger(__name__)
 
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 """By the edge of a tile: where polynomials are evaluated, with infinity. For tiles of 4, reciprocal
@@ -53,45 +47,6 @@ def tile_of(conv: nn.Conv2d, size: tuple[int, int]) -> int | None:
     height, width = size
     padded = tile**2 * -(-height // tile) * -(-width // tile)
     return tile if height * width >= _LEAST_USE * padded else None
-
-
-def large(model: nn.Module, device: torch.device) -> dict[str, nn.Conv2d]:
-    """The convolutions that may become faster, by name: without hooks, on a CPU."""
-    return {
-        name: conv
-        for name, conv in model.named_modules()
-        if device.type == "cpu"
-        and type(conv) is nn.Conv2d
-        and tile_of(conv, (4, 4))
-        and not has_hooks(conv)
-    }
-
-
-def tiles_of(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """The tiles of the convolutions that become faster, by name.
-
-    The sizes of the maps are those in a forward pass of the first two images. Convolutions called
-    with maps that need different tiles are left out.
-    """
-    found: dict[str, set[int | None]] = {}
-    with ExitStack() as hooks, aside(x.device):
-        for name, conv in large(model, x.device).items():
-            seen = found[name] = set()
-            hooks.enter_context(
-                conv.register_forward_pre_hook(
-                    lambda conv, args, seen=seen: seen.add(tile_of(conv, args[0].shape[-2:]))
-                )
-            )
-        try:
-            model(x[:2].clone())
-        except Exception as error:  # of anybody's forward method
-            _LOG.warning(
-                "large convolutions of %s stay as they are: their maps were not found (%s: %s)",
-                type(model).__name__, type(error).__name__, error,
-            )  # fmt: skip
-            return {}
-    alike = {name: tiles.pop() for name, tiles in found.items() if len(tiles) == 1}
-    return {name: tile for name, tile in alike.items() if tile is not None}
 
 
 def transformed(weight: Tensor, tile: int) -> Tensor:

@@ -139,7 +139,7 @@ def test_weights_of_stand_ins_and_the_network_are_not_kept_alive() -> None:
     net, engine, made = lived(DigitsResNet(in_channels=3)), AttackEngine(), []
     for _ in range(2):
         with engine.applied(net, images()):
-            weights = [m.weight for m in net.modules() if type(m) is nn.Conv2d]
+            weights = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
             made += [weakref.ref(weight) for weight in weights]
         del weights
     gc.collect()

@@ -1,0 +1,98 @@
+"""Convolutions of small maps as one matrix product.
+
+On a map hardly larger than its filter a convolution takes most pixels into most outputs. Then a
+product of whole maps with one matrix, which has zeros where the filter does not reach, is faster on
+a CPU than a convolution, most of all its gradient for the image.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_LARGEST = 4 * 2**20  # numbers in a matrix
+_REGISTER = 8  # channels below which a CPU's convolution does not fill its vectors
+_NARROW = 16
+_NARROW_PIXELS = 64
+
+Maps = tuple[int, int] | None
+"""Height and width of the maps that are multiplied as a whole; ``None`` for pixel by pixel."""
+
+
+class ProductConv2d(nn.Conv2d):
+    """A convolution with ``factors``; a plain one without them and for maps of other sizes.
+
+    In the layout ``NHWC`` neither the images nor the outputs are copied, but for strides of a 1x1
+    filter.
+    """
+
+    maps: Maps
+
+    def transformed(self, weight: Tensor) -> Tensor | None:
+        """The matrix of a weight, ``(outputs, inputs)``; ``None`` where it is not used."""
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+            return None
+        if self.maps is None:
+            return weight[:, :, 0, 0]
+        down, across = (_reached(*axis, like=weight) for axis in _axes(self, self.maps))
+        reached = torch.einsum("hpk,wql->pqhwkl", down, across)
+        taps = reached.flatten(0, 3).flatten(1) @ weight.flatten(2).flatten(0, 1).T
+        matrix = taps.view(*reached.shape[:4], *weight.shape[:2]).permute(0, 1, 4, 2, 3, 5)
+        return matrix.reshape(matrix.shape[:3].numel(), -1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Images ``(N, in, H, W)`` to ``(N, out, H', W')``; without ``N`` as well."""
+        factors = self._parameters.get("factors")
+        is_planned = input.ndim == 4 and self.maps in (None, tuple(input.shape[2:]))
+        if factors is None or not is_planned or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        pixels = input.permute(0, 2, 3, 1)
+        if self.maps is None:
+            y = F.linear(pixels[:, :: self.stride[0], :: self.stride[1]], factors, self.bias)
+            return y.permute(0, 3, 1, 2)
+        height, width = (_outputs(*axis) for axis in _axes(self, self.maps))
+        bias = None if self.bias is None else self.bias.repeat(height * width)
+        y = F.linear(pixels.flatten(1), factors, bias)
+        return y.view(-1, height, width, self.out_channels).permute(0, 3, 1, 2)
+
+
+def has_product(conv: nn.Conv2d, size: tuple[int, int]) -> bool:
+    """Whether a convolution of maps of this size is faster as a matrix product.
+
+    Convolutions of few channels and strided ones are slow on a CPU, so that they are replaced on
+    larger maps.
+    """
+    is_plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    if not is_plain or isinstance(conv.padding, str):
+        return False
+    least, is_strided = min(conv.in_channels, conv.out_channels), conv.stride != (1, 1)
+    if is_pixelwise(conv):
+        return is_strided and least < _NARROW_PIXELS
+    area = conv.kernel_size[0] * conv.kernel_size[1]
+    wasted = 8 if conv.in_channels < _REGISTER else 2 if is_strided or least <= _NARROW else 1
+    outputs = [_outputs(*axis) for axis in _axes(conv, size)]
+    pixels = size[0] * size[1]
+    numbers = conv.in_channels * pixels * conv.out_channels * outputs[0] * outputs[1]
+    return pixels <= wasted * area and 0 < numbers <= _LARGEST
+
+
+def is_pixelwise(conv: nn.Conv2d) -> bool:
+    """Whether every output is made from one pixel."""
+    return conv.kernel_size == (1, 1) and conv.padding == (0, 0)
+
+
+def _axes(conv: nn.Conv2d, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """Length of the map, the filter's length, stride and padding, for height and width."""
+    padding: Any = conv.padding
+    return list(zip(size, conv.kernel_size, conv.stride, padding, strict=True))
+
+
+def _outputs(length: int, kernel: int, stride: int, padding: int) -> int:
+    return max(0, (length + 2 * padding - kernel) // stride + 1)
+
+
+def _reached(length: int, kernel: int, stride: int, padding: int, like: Tensor) -> Tensor:
+    """One where a filter's entry meets a pixel: ``(pixels, outputs, entries)`` of an axis."""
+    axis = torch.eye(length, dtype=like.dtype, device=like.device)
+    return F.pad(axis, (padding, padding)).unfold(1, kernel, stride)
