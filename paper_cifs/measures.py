@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.attacks.engine.network import AttackEngine
 from common.attacks.geometry import parse_radius
 from common.attacks.losses import classify
 from common.attacks.pgd import PGD
-from common.modes import network_of
+from common.modes import frozen, network_of
 from paper_cifs.method import CIFS, AdaptiveLoss, global_average, joint_logits
 
 BETA = 2.0  # of the joint loss that PGD-20 climbs
@@ -187,7 +188,8 @@ def measure(
     natural, adversarial = [], []
     for part_x, part_y in zip(*(torch.split(part, batch_size) for part in (x, y)), strict=True):
         part_x = part_x.to(device)
-        x_adv = attack(AdaptiveLoss(beta=BETA)(model, {"x": part_x, "y": part_y}), part_x)
+        with frozen(model), AttackEngine().applied(model, part_x):
+            x_adv = attack(AdaptiveLoss(beta=BETA)(model, {"x": part_x, "y": part_y}), part_x)
         natural.append(record(model, part_x, part_y))
         adversarial.append(record(model, x_adv, part_y))
     nat, adv = (
