@@ -204,15 +204,11 @@ class _Plan:
         """
         for source, conv in zip(self._sources, self._convs, strict=True):
             weight, bias = folded_weights(source)
-            factors = None
+            values = {"weight": weight, "bias": bias}
             if isinstance(conv, ProductConv2d | WinogradConv2d):
-                factors = conv.transformed(weight)
-            is_needed = factors is None or isinstance(
-                conv, ProductConv2d
-            )  # for maps of other sizes
-            self._put(conv, "bias", bias)
-            self._put(conv, "weight", weight if is_needed else None)
-            self._put(conv, "factors", factors)
+                values = conv.prepared(weight, bias)
+            for name in {**values, **conv._parameters}:
+                self._put(conv, name, values.get(name))
 
     def _put(self, conv: nn.Module, name: str, value: Tensor | None) -> None:
         kept = conv._parameters.get(name)

@@ -29,32 +29,40 @@ class ProductConv2d(nn.Conv2d):
 
     maps: Maps
 
-    def transformed(self, weight: Tensor) -> Tensor | None:
-        """The matrix of a weight, ``(outputs, inputs)``; ``None`` where it is not used."""
+    def prepared(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        """What it computes with; ``factors`` and ``biases`` only where products are used."""
+        plain = {"weight": weight, "bias": bias}
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
-            return None
+            return plain
         if self.maps is None:
-            return weight[:, :, 0, 0]
+            return plain | {"factors": weight[:, :, 0, 0], "biases": bias}
         down, across = (_reached(*axis, like=weight) for axis in _axes(self, self.maps))
         reached = torch.einsum("hpk,wql->pqhwkl", down, across)
         taps = reached.flatten(0, 3).flatten(1) @ weight.flatten(2).flatten(0, 1).T
         matrix = taps.view(*reached.shape[:4], *weight.shape[:2]).permute(0, 1, 4, 2, 3, 5)
-        return matrix.reshape(matrix.shape[:3].numel(), -1)
+        outputs = reached.shape[:2].numel()
+        factors = matrix.reshape(outputs * self.out_channels, -1)
+        return plain | {
+            "factors": factors,
+            "biases": None if bias is None else bias.repeat(outputs),
+        }
 
     def forward(self, input: Tensor) -> Tensor:
         """Images ``(N, in, H, W)`` to ``(N, out, H', W')``; without ``N`` as well."""
-        factors = self._parameters.get("factors")
         is_planned = input.ndim == 4 and self.maps in (None, tuple(input.shape[2:]))
-        if factors is None or not is_planned or torch.is_autocast_enabled("cpu"):
+        factors = self._parameters.get("factors") if is_planned else None
+        if factors is None or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         pixels = input.permute(0, 2, 3, 1)
         if self.maps is None:
-            y = F.linear(pixels[:, :: self.stride[0], :: self.stride[1]], factors, self.bias)
-            return y.permute(0, 3, 1, 2)
-        height, width = (_outputs(*axis) for axis in _axes(self, self.maps))
-        bias = None if self.bias is None else self.bias.repeat(height * width)
-        y = F.linear(pixels.flatten(1), factors, bias)
-        return y.view(-1, height, width, self.out_channels).permute(0, 3, 1, 2)
+            pixels = pixels[:, :: self.stride[0], :: self.stride[1]]
+            height, width = pixels.shape[1:3]
+            rows = pixels.reshape(-1, self.in_channels)
+        else:
+            height, width = (_outputs(*axis) for axis in _axes(self, self.maps))
+            rows = pixels.flatten(1)
+        y = F.linear(rows, factors, self._parameters.get("biases"))
+        return y.view(len(input), height, width, self.out_channels).permute(0, 3, 1, 2)
 
 
 def has_product(conv: nn.Conv2d, size: tuple[int, int]) -> bool:

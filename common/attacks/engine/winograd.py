@@ -85,12 +85,12 @@ class WinogradConv2d(nn.Conv2d):
     is_contiguous = False
     """Whether the output is copied to the contiguous layout."""
 
-    def transformed(self, weight: Tensor) -> Tensor | None:
-        """The factors of a weight; ``None`` where they are not used."""
+    def prepared(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        """What it computes with; a plain convolution's weight where factors are not used."""
         is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
         if not is_there or torch.is_autocast_enabled("cpu"):
-            return None
-        return transformed(weight, self.tile)
+            return {"weight": weight, "bias": bias}
+        return {"factors": transformed(weight, self.tile), "bias": bias}
 
     def forward(self, input: Tensor) -> Tensor:
         """Images ``(N, in, H, W)`` to ``(N, out, H, W)``; without ``N`` as well."""

@@ -23,7 +23,9 @@ def both(settings: dict, maps: tuple[int, int] | None) -> tuple[nn.Conv2d, Produ
     )
     product.load_state_dict(conv.state_dict())
     product.maps = maps
-    product.factors = nn.Parameter(product.transformed(conv.weight), requires_grad=False)
+    for name, value in product.prepared(conv.weight, conv.bias).items():
+        kept = None if value is None else nn.Parameter(value, requires_grad=False)
+        product.register_parameter(name, kept)
     return conv, product
 
 
@@ -65,6 +67,13 @@ def test_a_product_of_pixels_is_the_convolution(stride, size) -> None:
         derivatives(conv, drawn(4, 3, *size)), derivatives(product, drawn(4, 3, *size)), strict=True
     ):
         torch.testing.assert_close(found, wanted, **EXACT)
+
+
+def test_no_images_and_one_alone() -> None:
+    for settings, maps in (({"stride": 2}, None), ({}, (2, 2))):
+        conv, product = both({"kernel_size": 1} | settings, maps)
+        for x in (drawn(0, 3, 2, 2), drawn(3, 2, 2)):
+            torch.testing.assert_close(product(x), conv(x), **EXACT)
 
 
 def test_other_maps_one_image_and_autocast_go_through_the_convolution() -> None:
