@@ -122,9 +122,12 @@ def test_the_page_is_searched_sorted_and_read(
 
     # Rows of a paper's table keep their lines.
     browser.click("#paper_cifs-table-1 th:nth-child(3) button")
-    first = browser.run("return document.querySelector('#paper_cifs-table-1 tbody').textContent")
-    assert "digits_resnet_cas" in first
-    assert "selected" in first
+    bodies = "return [...document.querySelectorAll('#paper_cifs-table-1 tbody')]"
+    clean = browser.run(f"{bodies}.map(body => parseFloat(body.rows[0].cells[2].textContent))")
+    assert len(clean) == 4
+    assert clean == sorted(clean, reverse=True)
+    for text in browser.run(f"{bodies}.map(body => body.textContent)"):
+        assert text.index("last") < text.index("selected")
 
     # Details are opened by a link to them.
     for one in (one for one in rows if one.parts):
