@@ -5,6 +5,7 @@ product of whole maps with one matrix, which has zeros where the filter does not
 a CPU than a convolution, most of all its gradient for the image.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _LARGEST = 4 * 2**20  # numbers in a matrix
-_REGISTER = 8  # channels below which a CPU's convolution does not fill its vectors
-_NARROW = 16
-_NARROW_PIXELS = 64
+_SMALL = 2**16  # multiplications of a convolution
+_VECTOR = 8  # channels
+_NARROW = 64  # channels of a 1x1 convolution
 
 Maps = tuple[int, int] | None
 """Height and width of the maps that are multiplied as a whole; ``None`` for pixel by pixel."""
@@ -68,21 +69,21 @@ class ProductConv2d(nn.Conv2d):
 def has_product(conv: nn.Conv2d, size: tuple[int, int]) -> bool:
     """Whether a convolution of maps of this size is faster as a matrix product.
 
-    Convolutions of few channels and strided ones are slow on a CPU, so that they are replaced on
-    larger maps.
+    That has the more multiplications the larger the map is beside the filter. A CPU's convolution
+    fills whole vectors of channels, is half as fast with strides, and small ones cost more to call
+    than to compute.
     """
     is_plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     if not is_plain or isinstance(conv.padding, str):
         return False
-    least, is_strided = min(conv.in_channels, conv.out_channels), conv.stride != (1, 1)
+    channels, is_strided = (conv.in_channels, conv.out_channels), conv.stride != (1, 1)
     if is_pixelwise(conv):
-        return is_strided and least < _NARROW_PIXELS
-    area = conv.kernel_size[0] * conv.kernel_size[1]
-    wasted = 8 if conv.in_channels < _REGISTER else 2 if is_strided or least <= _NARROW else 1
-    outputs = [_outputs(*axis) for axis in _axes(conv, size)]
-    pixels = size[0] * size[1]
-    numbers = conv.in_channels * pixels * conv.out_channels * outputs[0] * outputs[1]
-    return pixels <= wasted * area and 0 < numbers <= _LARGEST
+        return is_strided and min(channels) < _NARROW
+    outputs = math.prod(_outputs(*axis) for axis in _axes(conv, size))
+    product = math.prod((*channels, *size, outputs))
+    filled = math.prod((*(max(_VECTOR, n) for n in channels), *conv.kernel_size, outputs))
+    slack = 2 if is_strided or filled <= _SMALL else 1
+    return 0 < product <= min(slack * filled, _LARGEST)
 
 
 def is_pixelwise(conv: nn.Conv2d) -> bool:

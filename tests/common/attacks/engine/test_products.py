@@ -93,8 +93,11 @@ def test_other_maps_one_image_and_autocast_go_through_the_convolution() -> None:
         ({}, (4, 4), False),
         ({"stride": 2}, (4, 4), True),
         ({"stride": 2}, (8, 8), False),
-        ({"out_channels": 16}, (4, 4), True),
+        ({"in_channels": 16, "out_channels": 16}, (4, 4), True),
+        ({"in_channels": 16, "out_channels": 512}, (4, 4), False),
         ({"in_channels": 1}, (8, 8), True),
+        ({"in_channels": 3}, (8, 8), False),
+        ({"in_channels": 3, "kernel_size": 4, "stride": 4, "padding": 0}, (8, 8), True),  # patches
         ({"in_channels": 1}, (28, 28), False),
         ({"in_channels": 512, "out_channels": 512}, (2, 2), True),
         ({"in_channels": 512, "out_channels": 512}, (3, 3), False),  # the matrix is too large
