@@ -185,10 +185,11 @@ def measure(
     device = next(model.parameters()).device
     y = y.to(device)
     model.eval()
+    engine = AttackEngine()
     natural, adversarial = [], []
     for part_x, part_y in zip(*(torch.split(part, batch_size) for part in (x, y)), strict=True):
         part_x = part_x.to(device)
-        with frozen(model), AttackEngine().applied(model, part_x):
+        with frozen(model), engine.applied(model, part_x):
             x_adv = attack(AdaptiveLoss(beta=BETA)(model, {"x": part_x, "y": part_y}), part_x)
         natural.append(record(model, part_x, part_y))
         adversarial.append(record(model, x_adv, part_y))

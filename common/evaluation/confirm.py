@@ -27,7 +27,7 @@ from common.attacks.pgd import input_gradient
 from common.attacks.randomness import ExampleRandom, seeded
 from common.attacks.settings import Budget
 from common.evaluation.audit.gradients import anchored, eager, straight_through, undetached
-from common.evaluation.passes import makes_logits
+from common.evaluation.passes import hearing, makes_logits
 from common.evaluation.steps import in_ball, is_wrong, judged, predict
 from common.networks.parts import Part, parts_of, telling
 from common.objectives import Batch, InnerLoss
@@ -51,9 +51,10 @@ def attacked(
     """Outcomes of an attack, see :func:`common.evaluation.steps.judged`.
 
     With an engine in float32, examples are attacked again through the plain network if only the
-    engine's network misclassifies them. With one in reduced precision, all that the plain network
-    still classifies correctly are attacked again in float32. ``idle`` is called after the attack
-    and says which examples it found no direction for.
+    engine's network misclassifies them, or if the attack found no direction for them there. With
+    one in reduced precision, all that the plain network still classifies correctly are attacked
+    again in float32. ``idle`` is called after the attack and says which examples it found no
+    direction for.
     """
     y = batch["y"]
     again = random.of(torch.arange(len(y), device=y.device))
@@ -64,12 +65,16 @@ def attacked(
             claimed = is_wrong(model, y, x_adv) if correct is None else ~correct
     if engine is not None and correct is not None:
         correct = correct | ~is_wrong(model, y, x_adv)
-    columns = judged(model, batch, x_adv, threat, correct, idle())
+    without = idle()
+    columns = judged(model, batch, x_adv, threat, correct, without)
     if correct is not None:  # without success the package returns x, so the distance says nothing
         columns["moved"] = torch.ones_like(correct)
     is_reduced = engine is not None and engine.is_reduced
-    rows = (columns["correct"] & (claimed | is_reduced)).nonzero().flatten()
-    if engine is None or len(rows) == 0:
+    if engine is None:
+        return columns
+    is_open = claimed | is_reduced if without is None else claimed | is_reduced | without
+    rows = (columns["correct"] & is_open).nonzero().flatten()
+    if len(rows) == 0:
         return columns
     slower = engine.in_float32() if is_reduced else None
     rest = attacked(craft, threat, slower, model, part_of(batch, rows), again.of(rows), idle)
@@ -137,7 +142,8 @@ def persisted(
 ) -> Columns:
     """An attack that climbs ``inner``, and further ones on examples without a usable gradient.
 
-    One that is repeatable would do the same again where the loss stays the same.
+    One that is repeatable would do the same again where the loss stays the same, up to the rounding
+    of an engine.
 
     Adds two columns, bool ``(N,)``, for examples that withstood the first attack: ``unmoved``, the
     loss has no finite gradient other than zero at x and where the attack ended; ``distorted``,
@@ -387,17 +393,18 @@ def settled(
     """
     seen = torch.zeros((), dtype=torch.bool, device=batch["x"].device)
 
-    def notice(_: nn.Module, args: tuple[Any, ...], logits: Any) -> None:
-        seen.logical_or_(~torch.isfinite(logits).all())  # without waiting for the device
+    def notice(_: Tensor, scores: Tensor) -> None:
+        seen.logical_or_(~torch.isfinite(scores).all())  # without waiting for the device
 
-    with model.register_forward_hook(notice):
+    with hearing(model, notice):
         columns = attack()
     if threat is None or not bool(seen) or not bool(columns["correct"].any()):
         return columns
     images, found = batch["x"].clone(), ~columns["correct"]
 
-    def keep(_: nn.Module, args: tuple[Any, ...], logits: Any) -> None:
-        x = args[0].detach()[~torch.isfinite(logits.detach()).all(dim=1)]
+    def keep(x: Tensor, scores: Tensor) -> None:
+        is_finite = torch.isfinite(scores.detach()).unsqueeze(-1).flatten(1).all(dim=1)
+        x = x.detach()[~is_finite]
         if len(x) == 0 or x.shape[1:] != images.shape[1:]:
             return
         for row in (~found).nonzero().flatten().tolist():
@@ -405,7 +412,7 @@ def settled(
             if bool(inside.any()):
                 images[row], found[row] = x[inside][0], True
 
-    with model.register_forward_hook(keep):
+    with hearing(model, keep):
         attack()
     rows = (found & columns["correct"]).nonzero().flatten()
     if len(rows) == 0:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from common.objectives import Batch, InnerLoss, OnLogits
 
+Heard = Callable[[Tensor, Tensor], None]
+"""Images ``(N, C, H, W)``, and their scores ``(N, K)`` or losses ``(N,)``."""
+
 
 @dataclass
 class Passes:
@@ -19,6 +22,8 @@ class Passes:
     forward: int = 0
     backward: int = 0
     queries: int = 0
+    heard: Heard | None = None
+    """Is told of passes of losses that bypass the model's own forward."""
 
     def take(self) -> tuple[int, int, int]:
         """The totals since the last call."""
@@ -56,6 +61,22 @@ def counted(model: nn.Module) -> Iterator[Passes]:
         del _COUNTED[model]
 
 
+@contextmanager
+def hearing(model: nn.Module, heard: Heard) -> Iterator[None]:
+    """Tell of every pass of ``model`` in the block, also of losses that bypass its forward."""
+    passes = _COUNTED.get(model, Passes())
+
+    def after(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> None:
+        heard(args[0], scores)
+
+    passes.heard = heard
+    try:
+        with model.register_forward_hook(after):
+            yield
+    finally:
+        passes.heard = None
+
+
 def counting(inner: InnerLoss) -> InnerLoss:
     """The loss; where it bypasses the model's own forward, each call counts as one pass."""
     if isinstance(inner, OnLogits):
@@ -83,6 +104,8 @@ def _counted(made: Callable[[Any, Batch], Callable[[Tensor], Any]]) -> Any:
             values = function(x)
             if passes.forward == before:
                 passes.notice(x)
+                if passes.heard is not None:
+                    passes.heard(x, values[0] if isinstance(values, tuple) else values)
             return values
 
         return counted_function

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from common.attacks.engine.choices import Choice, choices_of
 from common.attacks.engine.compiled import Compiled, CompileMode
 from common.attacks.engine.folding import (
     NORMS,
@@ -28,7 +29,6 @@ from common.attacks.engine.folding import (
     has_hooks,
 )
 from common.attacks.engine.products import ProductConv2d
-from common.attacks.engine.stand_ins import Choice, choices_of
 from common.attacks.engine.winograd import WinogradConv2d
 from common.attacks.settings import Settings
 from common.errors import check_choice
@@ -207,7 +207,7 @@ class _Plan:
             values = {"weight": weight, "bias": bias}
             if isinstance(conv, ProductConv2d | WinogradConv2d):
                 values = conv.prepared(weight, bias)
-            for name in {**values, **conv._parameters}:
+            for name in values.keys() | conv._parameters.keys():
                 self._put(conv, name, values.get(name))
 
     def _put(self, conv: nn.Module, name: str, value: Tensor | None) -> None:
@@ -312,7 +312,12 @@ def _tried_out(
     Passes and tracing use a copy, since forward methods may change a module.
     """
     folds = engine.fold and any(isinstance(module, NORMS) for module in model.modules())
-    has_choice = x.device.type == "cpu" and not engine.is_reduced
+    has_choice = (
+        (engine.channels_last or engine.winograd)
+        and not engine.is_reduced
+        and x.device.type == "cpu"
+        and any(type(module) is nn.Conv2d for module in model.modules())
+    )
     if not folds and not has_choice:
         return [], {}
     try:

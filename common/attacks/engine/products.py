@@ -1,8 +1,9 @@
-"""Convolutions of small maps as one matrix product.
+"""Convolutions of small maps, and strided ones of single pixels, as one matrix product.
 
 On a map hardly larger than its filter a convolution takes most pixels into most outputs. Then a
 product of whole maps with one matrix, which has zeros where the filter does not reach, is faster on
-a CPU than a convolution, most of all its gradient for the image.
+a CPU than a convolution, most of all its gradient for the image. Where a number is not finite, what
+the filter does not reach is not either.
 """
 
 import math
@@ -33,7 +34,8 @@ class ProductConv2d(nn.Conv2d):
     def prepared(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
         """What it computes with; ``factors`` and ``biases`` only where products are used."""
         plain = {"weight": weight, "bias": bias}
-        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+        if not is_there or torch.is_autocast_enabled("cpu"):
             return plain
         if self.maps is None:
             return plain | {"factors": weight[:, :, 0, 0], "biases": bias}
@@ -66,12 +68,12 @@ class ProductConv2d(nn.Conv2d):
         return y.view(len(input), height, width, self.out_channels).permute(0, 3, 1, 2)
 
 
-def has_product(conv: nn.Conv2d, size: tuple[int, int]) -> bool:
+def suits_product(conv: nn.Conv2d, size: tuple[int, int]) -> bool:
     """Whether a convolution of maps of this size is faster as a matrix product.
 
-    That has the more multiplications the larger the map is beside the filter. A CPU's convolution
-    fills whole vectors of channels, is half as fast with strides, and small ones cost more to call
-    than to compute.
+    The product has the more multiplications the larger the map is beside the filter. The
+    convolution fills whole vectors of channels, is half as fast with strides, and costs more to
+    call than to compute if it is small.
     """
     is_plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     if not is_plain or isinstance(conv.padding, str):

@@ -90,7 +90,7 @@ class WinogradConv2d(nn.Conv2d):
         is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
         if not is_there or torch.is_autocast_enabled("cpu"):
             return {"weight": weight, "bias": bias}
-        return {"factors": transformed(weight, self.tile), "bias": bias}
+        return {"weight": None, "factors": transformed(weight, self.tile), "bias": bias}
 
     def forward(self, input: Tensor) -> Tensor:
         """Images ``(N, in, H, W)`` to ``(N, out, H, W)``; without ``N`` as well."""

@@ -6,9 +6,12 @@ from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.gama import GAMAPGD
+from common.attacks.losses import cross_entropy
 from common.attacks.minimum_norm import CarliniWagner, DeepFool
 from common.attacks.pgd import FGSM, MIM, PGD
 from common.evaluation import Evaluation, SuiteEntry, evaluate
+from common.evaluation.models import Victim
+from common.objectives import OnLogits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -115,6 +118,46 @@ def test_a_passing_image_without_finite_scores_is_kept(failing, data) -> None:
     found = evaluated(failing(in_ring), data, PGD(0.05, 0.01, 5, "zero"), 0.05)
     on_the_way = (data[0] - 0.5).flatten(1).abs().amax(1) > 0.14
     assert not found.robust[on_the_way].any()
+
+
+class PastForward:
+    """The cross-entropy by the network of a victim, past the victim's forward."""
+
+    def __call__(self, model, batch):
+        return lambda x: cross_entropy(model.net(x), batch["y"])
+
+
+class PastForwardWithLogits(PastForward):
+    def with_logits(self, model, batch):
+        def both(x):
+            logits = model.net(x)
+            return logits, cross_entropy(logits, batch["y"])
+
+        return both
+
+
+@pytest.mark.parametrize(
+    ("attack", "loss"),
+    [
+        (PGD(0.05, 0.01, 5, "zero"), PastForward),
+        (of_autoattack("apgd-ce", 0.05, steps=10), PastForward),
+        (of_autoattack("apgd-ce", 0.05, steps=10), PastForwardWithLogits),
+        (of_autoattack("square", 0.05, square_queries=50), PastForwardWithLogits),
+    ],
+    ids=lambda one: getattr(one, "__name__", type(one).__name__),
+)
+def test_images_without_finite_scores_are_kept_from_passes_past_forward(
+    failing, data, attack, loss
+) -> None:
+    def in_ring(x: Tensor) -> Tensor:
+        moved = (x - 0.5).flatten(1).abs().amax(1)
+        return (moved > 0.1501) & (moved < 0.17)
+
+    victim = Victim(failing(in_ring), 4).eval()
+    plain = evaluated(victim, data, attack, 0.05)
+    victim.adaptive_losses = lambda: {"ce_f": OnLogits(cross_entropy), "own": loss()}
+    found = evaluate(victim, data, {"a": SuiteEntry(attack, ["own"])}, eps=0.05, progress=False)
+    assert found.robust_acc <= plain.robust_acc < 1.0
 
 
 def test_a_random_model_leaves_the_callers_generator(failing, data) -> None:

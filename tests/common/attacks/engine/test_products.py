@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from common.attacks.engine.network import AttackEngine
-from common.attacks.engine.products import ProductConv2d, has_product
+from common.attacks.engine.products import ProductConv2d, suits_product
 from common.networks.resnet import DigitsResNet
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -115,7 +115,7 @@ def test_other_maps_one_image_and_autocast_go_through_the_convolution() -> None:
 def test_which_convolutions_are_products(settings, size, wanted) -> None:
     usual = {"in_channels": 32, "out_channels": 64, "kernel_size": 3, "padding": 1}
     with torch.device("meta"):
-        assert has_product(nn.Conv2d(**(usual | settings)), size) is wanted
+        assert suits_product(nn.Conv2d(**(usual | settings)), size) is wanted
 
 
 # ------------------------------------------------------------------------------------ the engine
@@ -142,7 +142,7 @@ def net() -> nn.Module:
 
 
 @pytest.mark.parametrize("fold", [True, False])
-def test_an_attack_side_network_has_products_and_is_the_same_function(net, fold) -> None:
+def test_an_attack_side_network_suits_products_and_is_the_same_function(net, fold) -> None:
     x, engine = drawn(4, 1, 8, 8).sigmoid(), AttackEngine(fold=fold)
     for _ in range(2):  # the matrices follow the weights
         for parameter in net.parameters():
@@ -150,6 +150,7 @@ def test_an_attack_side_network_has_products_and_is_the_same_function(net, fold)
         wanted = gradient_of(net, x)
         with engine.applied(net, x):
             found, products = gradient_of(net, x), products_of(net)
+            assert all(net.get_submodule(name).factors is not None for name in products)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
         assert "stem.conv" in products
         assert 5 <= len(products) < 11
@@ -158,6 +159,60 @@ def test_an_attack_side_network_has_products_and_is_the_same_function(net, fold)
     with engine.applied(net, larger):  # by the same plan
         found = gradient_of(net, larger)
     torch.testing.assert_close(found, gradient_of(net, larger), rtol=1e-9, atol=1e-12)
+
+
+def test_under_autocast_it_computes_as_the_network_would(net) -> None:
+    net, x, engine = net.float(), drawn(2, 1, 8, 8).sigmoid().float(), AttackEngine(fold=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = net(x)
+        with engine.applied(net, x):
+            found = net(x)
+            assert "factors" not in net.stem.conv._parameters
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.slow
+def test_compiled_it_gives_the_same_gradients(net) -> None:
+    net, x = net.float(), drawn(2, 1, 8, 8).sigmoid().float()
+    wanted = gradient_of(net, x)
+    with AttackEngine(compile="default").applied(net, x):
+        assert products_of(net)
+        found = gradient_of(net, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max().item())
+
+
+class Named(nn.Module):
+    """Calls one convolution by the name of its argument, and one in the usual way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(input=x)).mean((2, 3))
+
+
+def test_a_convolution_may_be_called_by_names() -> None:
+    named, x = Named().eval().requires_grad_(False), drawn(2, 8, 2, 2).float()
+    wanted = named(x)
+    with AttackEngine().applied(named, x):
+        found = named(x)
+        assert products_of(named) == {"first", "second"}
+    torch.testing.assert_close(found, wanted)
+
+
+def test_nothing_is_copied_where_nothing_can_be_chosen() -> None:
+    class Uncopied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.kept = nn.Linear(4, 3), (i for i in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.flatten(1))
+
+    net = Uncopied().eval()
+    with AttackEngine().applied(net, x := drawn(2, 1, 2, 2).float()):
+        assert net(x).shape == (2, 3)
 
 
 @pytest.mark.parametrize("settings", [{"channels_last": False}, {"precision": "bf16"}])

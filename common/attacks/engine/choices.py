@@ -1,12 +1,13 @@
-"""Which convolutions of a network are computed otherwise on a CPU, by the sizes of their maps."""
+"""Which convolutions of a network are computed another way on a CPU, by the sizes of their maps."""
 
 import logging
 from contextlib import ExitStack
+from typing import Any
 
 from torch import Tensor, nn
 
 from common.attacks.engine.folding import aside, has_hooks
-from common.attacks.engine.products import Maps, ProductConv2d, has_product, is_pixelwise
+from common.attacks.engine.products import Maps, ProductConv2d, is_pixelwise, suits_product
 from common.attacks.engine.winograd import WinogradConv2d, tile_of
 
 _LOG = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ def choice_of(
     conv: nn.Conv2d, size: tuple[int, int], products: bool, winograd: bool
 ) -> Choice | None:
     """How a convolution of maps of this size is computed; ``None`` for as it is."""
-    if products and has_product(conv, size):
+    if products and suits_product(conv, size):
         return ProductConv2d, None if is_pixelwise(conv) else size
     tile = tile_of(conv, size) if winograd else None
     return None if tile is None else (WinogradConv2d, tile)
@@ -36,14 +37,13 @@ def choices_of(model: nn.Module, x: Tensor, products: bool, winograd: bool) -> d
         for name, conv in model.named_modules():
             if type(conv) is not nn.Conv2d or has_hooks(conv):
                 continue
-            seen = found[name] = set()
-            hooks.enter_context(
-                conv.register_forward_pre_hook(
-                    lambda conv, args, seen=seen: seen.add(
-                        choice_of(conv, tuple(args[0].shape[-2:]), products, winograd)
-                    )
-                )
-            )
+            found[name] = set()
+
+            def see(conv: Any, args: Any, kwargs: Any, seen: set[Any] = found[name]) -> None:
+                maps = args[0] if args else kwargs["input"]
+                seen.add(choice_of(conv, tuple(maps.shape[-2:]), products, winograd))
+
+            hooks.enter_context(conv.register_forward_pre_hook(see, with_kwargs=True))
         try:
             model(x[:2].clone())
         except Exception as error:  # of anybody's forward method
