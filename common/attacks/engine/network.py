@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from common.attacks.engine.choices import Choice, choices_of
+from common.attacks.engine.choices import Choice, choices_of, takes_factors
 from common.attacks.engine.compiled import Compiled, CompileMode
 from common.attacks.engine.folding import (
     NORMS,
@@ -205,7 +205,7 @@ class _Plan:
         for source, conv in zip(self._sources, self._convs, strict=True):
             weight, bias = folded_weights(source)
             values = {"weight": weight, "bias": bias}
-            if isinstance(conv, ProductConv2d | WinogradConv2d):
+            if isinstance(conv, ProductConv2d | WinogradConv2d) and takes_factors(weight):
                 values = conv.prepared(weight, bias)
             for name in values.keys() | conv._parameters.keys():
                 self._put(conv, name, values.get(name))

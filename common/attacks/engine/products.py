@@ -32,11 +32,8 @@ class ProductConv2d(nn.Conv2d):
     maps: Maps
 
     def prepared(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
-        """What it computes with; ``factors`` and ``biases`` only where products are used."""
+        """What it computes with: ``factors`` and ``biases``, and the rest for other maps."""
         plain = {"weight": weight, "bias": bias}
-        is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-        if not is_there or torch.is_autocast_enabled("cpu"):
-            return plain
         if self.maps is None:
             return plain | {"factors": weight[:, :, 0, 0], "biases": bias}
         down, across = (_reached(*axis, like=weight) for axis in _axes(self, self.maps))

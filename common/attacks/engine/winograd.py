@@ -86,10 +86,7 @@ class WinogradConv2d(nn.Conv2d):
     """Whether the output is copied to the contiguous layout."""
 
     def prepared(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
-        """What it computes with; a plain convolution's weight where factors are not used."""
-        is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-        if not is_there or torch.is_autocast_enabled("cpu"):
-            return {"weight": weight, "bias": bias}
+        """What it computes with."""
         return {"weight": None, "factors": transformed(weight, self.tile), "bias": bias}
 
     def forward(self, input: Tensor) -> Tensor:

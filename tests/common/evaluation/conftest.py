@@ -16,6 +16,7 @@ from common.evaluation.audit.checks import Audit
 from common.evaluation.models import Victim
 from common.evaluation.runner import run_steps
 from common.evaluation.transfer import DistilledTransfer
+from common.objectives import OnLogits
 from common.results.lines import Threat
 from common.results.schema import AuditResult
 
@@ -144,6 +145,23 @@ def data(linear) -> tuple[Tensor, Tensor]:
     """40 images away from the edges of the box, with the labels that the linear network gives."""
     x = 0.35 + 0.3 * torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     return x, linear()(x).argmax(1)
+
+
+@pytest.fixture
+def past_forward():
+    """``past_forward(has_logits)``: the cross-entropy by a model's ``net``, past its forward."""
+
+    def made(has_logits: bool = False):
+        own = OnLogits(cross_entropy)
+
+        def loss(model, batch):
+            return own(model.net, batch)
+
+        if has_logits:
+            loss.with_logits = lambda model, batch: own.with_logits(model.net, batch)
+        return loss
+
+    return made
 
 
 @pytest.fixture

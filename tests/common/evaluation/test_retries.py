@@ -108,15 +108,12 @@ def test_linear_scores_raise_no_warning_and_take_one_more_gradient(squashed, dat
 @pytest.mark.parametrize("engine", [None, AttackEngine()], ids=["plain", "engine"])
 @pytest.mark.parametrize(("loss", "times"), [("ce_inside", 1), ("ce_f", 2)])
 def test_an_attack_is_made_again_where_its_loss_becomes_another(
-    squashed, data, loss, times, engine
+    squashed, data, loss, times, engine, past_forward
 ) -> None:
     """A loss on the scores before squashing meets the same gradients again, one on f does not."""
 
-    def inside(model, batch):
-        return lambda x: cross_entropy(model.net(x), batch["y"])
-
     model, passes = squashed(torch.sigmoid, 100.0), []
-    model.adaptive_losses = lambda: {"ce_inside": inside, "ce_f": OnLogits(cross_entropy)}
+    model.adaptive_losses = lambda: {"ce_inside": past_forward(), "ce_f": OnLogits(cross_entropy)}
     model.net.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     suite = {"pgd": SuiteEntry(PGD(EPS / 20, steps=20), [loss])}
     found = evaluated(model, data, suite, EPS / 20, engine=engine)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from common.attacks.autoattack import AutoAttack
 from common.attacks.decision import DecisionBased
-from common.attacks.losses import cross_entropy
 from common.attacks.noise import GaussianNoise
 from common.attacks.pgd import FGSM, PGD
 from common.errors import RunDirectoryError
@@ -81,7 +80,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.npz"))
 
 
-def test_passes_are_those_of_the_attacks(model, examples) -> None:
+def test_passes_are_those_of_the_attacks(model, examples, past_forward) -> None:
     """Counts that follow from what the attacks do, and from one more pass to judge its end."""
     fab = AutoAttack(0.002, version="custom", attacks=["fab-t"], batch_size=50, steps=2)
     suite = {
@@ -93,10 +92,7 @@ def test_passes_are_those_of_the_attacks(model, examples) -> None:
 
     class Declaring(Victim):
         def adaptive_losses(self):
-            def past(model, batch):
-                return lambda x: cross_entropy(model.net(x), batch["y"])
-
-            return super().adaptive_losses() | {"past_forward": past}
+            return super().adaptive_losses() | {"past_forward": past_forward()}
 
     outcomes = run(Declaring(model.net, 10).eval(), examples, suite)
     found = passes(outcomes)
@@ -110,47 +106,33 @@ def test_passes_are_those_of_the_attacks(model, examples) -> None:
         assert forward >= backward + queries > 0
 
 
-class Steered:
-    """A loss of the scores past the model's forward."""
-
-    def __call__(self, model, batch):
-        return lambda x: cross_entropy(model.net(x), batch["y"])
-
-
-class SteeredWithLogits(Steered):
-    def with_logits(self, model, batch):
-        def both(x):
-            logits = model.net(x)
-            return logits, cross_entropy(logits, batch["y"])
-
-        return both
-
-
-def test_autoattack_makes_one_pass_where_the_loss_has_the_logits(model, examples) -> None:
+def test_autoattack_makes_one_pass_where_the_loss_has_the_logits(
+    model, examples, past_forward
+) -> None:
     aa = AutoAttack(
         0.001, version="custom", attacks=["apgd-ce", "square"], steps=4, square_queries=30
     )
     found = {}
-    for loss in (Steered, SteeredWithLogits):
+    for has_logits in (False, True):
         victim = Victim(model.net, 10).eval()
-        victim.adaptive_losses = lambda loss=loss: {"own": loss()}
+        own = past_forward(has_logits)
+        victim.adaptive_losses = lambda own=own: {"own": own}
         suite = {"aa": SuiteEntry(aa, ["own"])}
         budgets = {step.key: step.budget for step in steps_of(suite, victim, 10, 0)}
         outcomes = run(victim, examples, suite)
         right = int(outcomes.correct["clean"].sum())
         for part, passes_of in (("apgd-ce", 4), ("square", 30)):
             forward, backward, _ = passes(outcomes)[f"aa/{part}"]
-            found[loss, part] = forward
-            assert (
-                forward <= 1.03 * right * budgets[f"aa/{part}"].forward
-            )  # single images beside it
-            assert forward > passes_of * right * (2 if loss is Steered else 1)
+            found[has_logits, part] = forward
+            most = right * budgets[f"aa/{part}"].forward
+            assert forward <= 1.03 * most  # single images beside it
+            assert forward > passes_of * right * (1 if has_logits else 2)
             assert (backward > 0) == (part == "apgd-ce")
-        found[loss] = outcomes.correct["aa/square"]
-    assert torch.equal(found[Steered], found[SteeredWithLogits])
+        found[has_logits] = outcomes.correct["aa/square"]
+    assert torch.equal(found[False], found[True])
     for part, steps in (("apgd-ce", 4), ("square", 30)):
-        saved = found[Steered, part] - found[SteeredWithLogits, part]
-        assert saved >= steps * int(found[Steered].sum())
+        saved = found[False, part] - found[True, part]
+        assert saved >= steps * int(found[False].sum())
 
 
 def test_processes_share_the_work_and_change_nothing(model, examples) -> None:

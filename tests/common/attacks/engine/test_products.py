@@ -142,7 +142,7 @@ def net() -> nn.Module:
 
 
 @pytest.mark.parametrize("fold", [True, False])
-def test_an_attack_side_network_suits_products_and_is_the_same_function(net, fold) -> None:
+def test_an_attack_side_network_has_products_and_is_the_same_function(net, fold) -> None:
     x, engine = drawn(4, 1, 8, 8).sigmoid(), AttackEngine(fold=fold)
     for _ in range(2):  # the matrices follow the weights
         for parameter in net.parameters():
