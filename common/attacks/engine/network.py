@@ -287,7 +287,7 @@ def _settings(model: nn.Module) -> list[Any]:
         plain = [
             (name, value)
             for name, value in vars(module).items()
-            if _is_plain(value) and name != "training" and not name.startswith("_")
+            if not name.startswith("_") and name != "training" and _is_plain(value)
         ]
         is_part = isinstance(module, (nn.Conv2d, nn.Sequential, *NORMS))  # what folding looks into
         found.append((id(module), plain, list(module._parameters), is_part and has_hooks(module)))
