@@ -2,6 +2,7 @@
 
 from common.errors import is_out_of_memory
 
+BEGUN = "begun and not ended"
 NO_TIME = "not measured: no time left"
 OUT_OF_MEMORY = "out of memory"
 

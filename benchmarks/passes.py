@@ -7,6 +7,7 @@ rows of other runs stay.
 """
 
 import argparse
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.arguments import positive
 from benchmarks.evaluation import autoattacked, right
 from benchmarks.loops import Attack, Task
 from benchmarks.peers import available
@@ -26,6 +28,7 @@ from common.attacks.engine.network import AttackEngine
 from common.attacks.geometry import parse_radius
 from common.attacks.pgd import PGD, Start
 from common.data.subset import subset
+from common.errors import UserError
 from common.evaluation import Evaluation, evaluate
 from common.evaluation.drawing import (
     CYCLE,
@@ -51,25 +54,34 @@ STEPS = (10, 20, 50, 100)
 RESTARTS = 5
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Attack the networks of runs, one by one."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Attack the networks of runs, one by one; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.passes", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", help="directories of finished runs")
     parser.add_argument("--eps", help="radius in pixels of [0, 1]; by default that of training")
-    parser.add_argument("--examples", type=int, default=200, help="test images, of all classes")
+    parser.add_argument(
+        "--examples", type=positive, default=200, help="test images, of all classes"
+    )
     given = parser.parse_args(argv)
-    for number, run in enumerate(given.runs, 1):
-        print(f"{number} of {len(given.runs)}: {run}", flush=True)
-        rows = write_row(FILE, measured(Path(run), given.eps, given.examples))
-        write_blocks(RESULTS / "passes.md", {"curves": curves(rows), "verdicts": verdicts(rows)})
-        save_figure(drawn(rows), FILE.with_suffix(".png"))
+    try:
+        eps = None if given.eps is None else parse_radius(given.eps)
+        for number, run in enumerate(given.runs, 1):
+            print(f"{number} of {len(given.runs)}: {run}", flush=True)
+            rows = write_row(FILE, measured(Path(run), eps, given.examples))
+            parts = {"curves": curves(rows), "verdicts": verdicts(rows)}
+            write_blocks(RESULTS / "passes.md", parts)
+            save_figure(drawn(rows), FILE.with_suffix(".png"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def measured(run: Path, eps: str | None, examples: int) -> Row:
+def measured(run: Path, eps: float | None, examples: int) -> Row:
     """Verdicts and passes of all attacks on the last weights of a run, on the same test images."""
     model, data = load_run(run)
     settings = read_yaml(run / "config.yaml")
-    radius = parse_radius(eps or settings["adversary"]["attack"]["init_args"]["eps"])
+    radius = eps or parse_radius(settings["adversary"]["attack"]["init_args"]["eps"])
     x, y = _images(data, examples)
     net = Victim(model, int(y.max()) + 1).eval()
     found: dict[str, Row] = {}
@@ -132,13 +144,13 @@ def ours(
     suite: Any = "strong",
     engine: AttackEngine | None = None,
 ) -> Verdicts:
-    """Of one of our suites."""
+    """Of one of our suites; the passes without those of the model check, whose number is fixed."""
     found: list[Evaluation] = []
 
     def run() -> None:
         data = x.cpu(), y.cpu()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns of costs passes, which are counted
+            warnings.simplefilter("ignore")  # further attempts, whose passes are counted
             found.append(evaluate(net, data, suite, eps=eps, progress=False, engine=engine))
 
     seconds = timed(run, x.device)[0]
@@ -259,4 +271,4 @@ def _complete(rows: Sequence[Row]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

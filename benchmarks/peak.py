@@ -20,6 +20,9 @@ from common.evaluation.measures import cost
 
 # (channels, height and width) of the 3x3 convolutions in the stages of ResNet-18 at 32x32.
 SHAPES = ((64, 32), (128, 16), (256, 8), (512, 4))
+SLOW = 5.0
+"""GFLOP/s of a type that the processor has no units for. It is measured on single images and small
+products, since others take minutes."""
 
 
 @dataclass
@@ -153,14 +156,16 @@ def _rates(device: str, batch: int, dtype: torch.dtype, seconds: float) -> dict[
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
-    products = [(n, n, n) for n in (512, 1024, 2048, *((4096, 8192) if device != "cpu" else ()))]
+    def product(m: int, k: int, n: int) -> float:
+        return rate(2 * m * k * n, partial(torch.matmul, random(m, k), random(k, n)))
+
+    most, squares = product(512, 512, 512), [1024, 2048]
+    if most < SLOW:
+        batch, squares = 1, []
+    squares += [4096, 8192] if device != "cpu" else []
+    products = [(n, n, n) for n in squares]
     products += [(batch * size**2, 9 * channels, channels) for channels, size in SHAPES[1:]]
-    found = {
-        "matmul": max(
-            rate(2 * m * k * n, partial(torch.matmul, random(m, k), random(k, n)))
-            for m, k, n in products
-        )
-    }
+    found = {"matmul": max(most, *(product(*shape) for shape in products))}
     for channels, size in SHAPES:
         both = random(batch, channels, size, size), random(channels, channels, 3, 3)
         found[f"conv {channels}@{size}x{size}"] = max(

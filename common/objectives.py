@@ -78,8 +78,8 @@ class Objective:
             for need in sorted(part.needs - self.serves):
                 raise ConfigurationError(
                     f"the objective {type(self).__name__} does not train {type(part).__name__}, "
-                    f"which needs {need}; choose another objective, such as AT, TRADES, MART or "
-                    "ALP of common.objectives, or the method's own"
+                    f"which needs {need}; choose an objective that gives it: another one of "
+                    "common.objectives, or the method's own"
                 )
 
     def advance(self, is_step_over: bool = True) -> None:

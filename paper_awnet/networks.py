@@ -134,6 +134,10 @@ class AWNet(Part):
         finally:
             self.is_cut, self.given = False, {}
 
+    def side_networks(self) -> list[nn.Module]:
+        """The router."""
+        return [self.router]
+
     def own_losses(self) -> dict[str, InnerLoss]:
         """Attacks that know the router [D].
 
@@ -415,10 +419,8 @@ class DigitsStudent(ResNet):
 class ResNet56(ResNet):
     """ResNet-56 with projections by conv1x1 - BN [M]: 855,770 parameters at 10 classes."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(
-            depths=(9, 9, 9), widths=(16, 32, 64), strides=(1, 2, 2), init=kaiming, **kwargs
-        )
+    def __init__(self, widths: Sequence[int] = (16, 32, 64), **kwargs: Any) -> None:
+        super().__init__(depths=(9, 9, 9), widths=widths, strides=(1, 2, 2), init=kaiming, **kwargs)
 
 
 class ResNet34(ResNet):

@@ -609,10 +609,16 @@ class CIFSResNet10(CIFSResNet):
 class CIFSDigitsResNet(CIFSResNet):
     """The ResNet for 8x8 digits, CIFS at stages_2_0 and stages_3_0 [C]."""
 
-    def __init__(self, in_channels: int = 1, hidden: int = 32, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int = 1,
+        hidden: int = 32,
+        widths: Sequence[int] = (16, 32, 64, 64),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             depths=(1, 1, 1, 1),
-            widths=(16, 32, 64, 64),
+            widths=widths,
             strides=(1, 2, 2, 1),
             in_channels=in_channels,
             hidden=hidden,

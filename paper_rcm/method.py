@@ -248,7 +248,8 @@ def shrink_first(net: nn.Module, image_shape: Sequence[int]) -> None:
     """Replace the first stride above 1 of any network by 1, in place: :func:`shrink` on modules.
 
     Convolutions and pools that stride and read maps of the same size are one operator, as a block
-    and its shortcut. A pool without overlap becomes the identity.
+    and its shortcut. A pool without overlap becomes the identity. Networks that other methods put
+    beside this one, such as a router, stay as they are.
 
     Raises:
         ConfigurationError: If nothing strides.
@@ -258,9 +259,11 @@ def shrink_first(net: nn.Module, image_shape: Sequence[int]) -> None:
     def keep(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append((name, args[0].shape[-1]))
 
+    sides = [side for part in parts_of(net) for side in part.side_networks()]
+    beside = {module for side in sides for module in side.modules()}
     with ExitStack() as hooks:
         for name, module in net.named_modules():
-            if isinstance(module, STRIDING) and _stride(module) > 1:
+            if isinstance(module, STRIDING) and _stride(module) > 1 and module not in beside:
                 hooks.enter_context(module.register_forward_pre_hook(partial(keep, name)))
         try_out(net, image_shape, "give the image_shape of the images it is for")
     if not seen:
@@ -318,6 +321,7 @@ class DigitsNet(ResNet):
         strides: Of the three stages; 222 leads to a map of one pixel, 122 to 2x2.
         in_channels: Channels of the images.
         init: Sets starting weights.
+        widths: Channels of the three stages.
         **kwargs: Of :class:`~common.networks.resnet.ResNet`.
     """
 
@@ -326,11 +330,12 @@ class DigitsNet(ResNet):
         strides: Sequence[int] = (2, 2, 2),
         in_channels: int = 1,
         init: Initialize | None = resnet_kaiming,
+        widths: Sequence[int] = (8, 16, 32),
         **kwargs: Any,
     ) -> None:
         super().__init__(
             depths=(1, 1, 1),
-            widths=(8, 16, 32),
+            widths=widths,
             strides=strides,
             in_channels=in_channels,
             init=init,

@@ -304,7 +304,7 @@ def with_budget_rule(
     """
     check_choice("measure", measure, Measure)
     check_positive(step=step)
-    if not (isinstance(net, Backbone) and hasattr(net, "widths")):
+    if not (isinstance(net, Backbone) and len(getattr(net, "widths", ())) > 1):
         raise ConfigurationError(
             f"{type(net).__name__} is no network of stages of common.networks, whose widths could "
             "be changed; apply the rule to the backbone, and other methods to the result"
@@ -320,7 +320,7 @@ def with_budget_rule(
     def spent(sizes: Sequence[int]) -> float:
         with torch.device("meta"):
             made = net.resized(sizes)
-        if tuple(sizes) == base and _shapes(made) != _shapes(net):
+        if tuple(sizes) == base and (_shapes(made) != _shapes(net) or repr(made) != repr(net)):
             raise ConfigurationError(
                 f"{type(net).__name__} was changed since it was made, for instance by another "
                 "method; apply the rule first, and other methods to the result"

@@ -118,7 +118,7 @@ class WeightMap(Part):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigurationError(
                 f"kernel_size must be odd, so that the window has a centre, got {kernel_size}; try "
-                f"{max(kernel_size - 1, 1)} or {max(kernel_size, 0) + 1}"
+                + (f"{kernel_size - 1} or {kernel_size + 1}" if kernel_size > 1 else "3")
             )
         if kernel_norm != "sum" and variant != "smoothing":
             raise ConfigurationError(

@@ -158,7 +158,17 @@ def with_weight_maps(
         raise ConfigurationError(
             f"placement={placement} and after={after} both say where maps go; give one of them"
         )
+    if after is not None and position != "pre":
+        raise ConfigurationError(
+            f"position={position} is for a placement, and after={after} names the modules; leave "
+            "position out"
+        )
     first, stages = (after, []) if after is not None else places(net, placement, position)
+    if stage_init_value is not None and not stages:
+        raise ConfigurationError(
+            f"stage_init_value={stage_init_value} is for maps at the outputs of stages, which only "
+            "placement: stages has; use init_value"
+        )
     image_shape = given_shape(image_shape, "weight maps belong to positions")
     insert_weight_maps(net, first, image_shape, variant, init_value=init_value, **settings)
     if stages:

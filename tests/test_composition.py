@@ -22,15 +22,16 @@ from common.evaluation.models import Victim, load_run
 from common.modes import frozen
 from common.networks.parts import declared_losses
 from common.networks.preact_resnet import PreActResNet
-from common.networks.resnet import DigitsResNet, ResNet
+from common.networks.resnet import CifarResNet, DigitsResNet, ResNet
 from common.networks.wide_resnet import WideResNet
 from common.objectives import ALP, AT, MART, TRADES, Natural
 from paper_awnet.method import Router
-from paper_awnet.networks import OATNet, with_router
+from paper_awnet.networks import DigitsStudent, OATNet, with_router
 from paper_awnet.objectives import HybridCE, RoutedTRADES
 from paper_cifs.method import (
     CAS,
     CIFS,
+    CIFSDigitsResNet,
     CIFSResNet,
     CIFSWideResNet,
     JointCrossEntropy,
@@ -38,6 +39,7 @@ from paper_cifs.method import (
     joint_logits,
 )
 from paper_cifs.networks import with_cifs
+from paper_rcm.method import DigitsNet
 from paper_rcm.networks import with_larger_input, with_larger_maps
 from paper_rcm.objectives import DAJAT
 from paper_robustwrn.method import RobustWideResNet, with_budget_rule
@@ -237,6 +239,28 @@ def test_the_rule_at_the_budget_of_the_digits() -> None:
     assert rule(uniform).widths == (19, 38, 30)
 
 
+def test_larger_maps_are_the_networks_and_not_the_routers() -> None:
+    for inner in (resnet(strides=(2, 2)), enlarged(resnet(strides=(2, 2)))):
+        net = router(inner)
+        before = [m.stride for m in net.router.modules() if isinstance(m, nn.Conv2d)]
+        larger(net, times=2)
+        assert before == [m.stride for m in net.router.modules() if isinstance(m, nn.Conv2d)]
+        assert {m.stride for m in net.arch.modules() if isinstance(m, nn.Conv2d)} == {(1, 1)}
+    with pytest.raises(ConfigurationError, match="no convolution or pool with a stride above 1"):
+        larger(router(resnet(strides=(1, 1))))
+
+
+@pytest.mark.parametrize(
+    "make", [DigitsResNet, DigitsNet, DigitsStudent, CIFSDigitsResNet, partial(CifarResNet, 8)]
+)
+def test_the_rule_in_small_networks_of_fixed_depth(make) -> None:
+    net = make(in_channels=1)
+    made = rule(net).eval()
+    assert type(made) is type(net)
+    assert made.widths != net.widths
+    assert made(torch.rand(2, *SHAPE)).shape == (2, 10)
+
+
 def test_networks_of_other_packages() -> None:
     net = torchvision.models.resnet18(num_classes=K)
     shape = (3, 32, 32)
@@ -271,7 +295,10 @@ def test_networks_of_other_packages() -> None:
         (lambda: larger(resnet(), times=0), "times"),
         (lambda: rule(cifs(resnet())), "ResNet"),
         (lambda: rule(enlarged(resnet())), "EnlargedNetwork"),
-        (lambda: rule(DigitsResNet()), "DigitsResNet"),
+        (lambda: rule(larger(resnet())), "changed since it was made"),
+        (lambda: rule(larger(DigitsResNet())), "changed since it was made"),
+        (lambda: rule(resnet(depths=(1,), widths=(4,), strides=(1,))), "no network of stages"),
+        (lambda: larger(resnet(strides=(2, 2)), times=3), "has 2 strides above 1"),
         (lambda: rule(resnet(), ratio=0.0), "0.0"),
         (lambda: enlarged(resnet(mean=[0.3], std=[0.4])), "0.3"),
         (lambda: cifs(resnet(), ""), "stem.conv"),

@@ -12,12 +12,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.arguments import minutes
 from benchmarks.gpu.journal import FAILED, Journal
 from benchmarks.gpu.parts import ROOT, SHARES, Setting, run
 from benchmarks.gpu.supervise import GRACE, supervise
@@ -33,7 +35,7 @@ MACHINE = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all parts; returns the exit status, 1 if a measurement failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", allow_abbrev=False)
-    parser.add_argument("--minutes", type=float, default=25.0, help="after which it ends")
+    parser.add_argument("--minutes", type=minutes, default=25.0, help="after which it ends")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="everything once, very small")
     parser.add_argument("--output", type=Path, help="folder of the results")
@@ -45,11 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.part is not None:
         setting = Setting(given.device, given.smoke, given.until, given.runs.absolute())
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         with ending_with_this():
             run(given.part, setting, Journal(given.journal), given.call)
         return 0
-    if not given.minutes > 0.5:
-        parser.error(f"--minutes is {given.minutes:g}; give more than 0.5")
     try:
         return _supervised(given)
     except UserError as error:
@@ -110,7 +111,15 @@ def _check_versions(journal: Journal, machine: dict[str, Any]) -> None:
 
 
 def _end(signum: int, _: Any) -> NoReturn:
+    print("stopped; the same command continues", file=sys.stderr, flush=True)
     raise SystemExit(128 + signum)
+
+
+def _end_with(parent: int) -> None:
+    """End the group of this process once the process that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGTERM)
 
 
 def _environment(given: argparse.Namespace) -> dict[str, str]:

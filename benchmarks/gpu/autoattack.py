@@ -1,6 +1,8 @@
 """AutoAttack and the suite ``strong``: seconds, passes and verdicts on one robust network."""
 
+import io
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -15,8 +17,11 @@ from benchmarks.gpu.journal import Row
 from benchmarks.gpu.parts import Measurements, Setting
 from benchmarks.loops import Candidate, Task, computed_in, ours
 from common.attacks.engine.network import AttackEngine
+from common.checkpoints import load_weights
 from common.data.sources import Digits
 from common.data.subset import subset
+from common.errors import CheckpointError
+from common.files import write_sealed
 from common.modes import frozen
 from common.networks.resnet import DigitsResNet, ResNet18
 
@@ -67,15 +72,16 @@ def _size(setting: Setting) -> int:
 
 def network(setting: Setting) -> nn.Module:
     """A ResNet-18 after adversarial training on digits of 32x32; trained once."""
-    return _network(setting.device, setting.is_smoke, setting.runs / "autoattack.pt")
+    size = "small" if setting.is_smoke else "whole"
+    return _network(setting.device, setting.is_smoke, setting.runs / f"autoattack-{size}.pt")
 
 
 @cache
 def _network(device: str, is_smoke: bool, path: Path) -> nn.Module:
     torch.manual_seed(0)
     net = (DigitsResNet() if is_smoke else ResNet18(in_channels=1)).to(device)
-    if path.is_file():
-        net.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    with suppress(CheckpointError):  # missing, damaged: it is trained again
+        load_weights(net, path)
         return net.eval()
     images, labels = Digits(8 if is_smoke else 32).load("train")
     x, y = (images.float() / 255.0).to(device), labels.to(device)
@@ -86,5 +92,7 @@ def _network(device: str, is_smoke: bool, path: Path) -> nn.Module:
     for _ in range(1 if is_smoke else EPOCHS):
         for rows in torch.split(torch.randperm(len(y)).to(device), 100):
             Candidate(replace(whole, x=x[rows], y=y[rows]), attack, net, optimizer)()
-    torch.save(net.state_dict(), path)
+    content = io.BytesIO()
+    torch.save(net.state_dict(), content)
+    write_sealed(path, content)
     return net.eval()

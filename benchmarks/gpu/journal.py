@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.failures import NO_TIME
+from common.errors import ConfigurationError
 from common.files import write_json_atomically
 from common.limits import read_json
 
@@ -27,9 +28,26 @@ class Journal:
         self.path = path
 
     def whole(self) -> dict[str, Any]:
-        """Everything that has been written."""
-        found = read_json(self.path) if self.path.is_file() else {}
-        return {"machine": {}, "parts": {}} | found
+        """Everything that has been written.
+
+        Raises:
+            ConfigurationError: If the file was not written by this class, or is damaged.
+        """
+        if not self.path.is_file():
+            return {"machine": {}, "parts": {}}
+        try:
+            found = read_json(self.path)
+            about, parts = found["machine"], found["parts"]
+            is_whole = not about or about.keys() >= {"processor", "python", "versions"}
+            rows = [row for part in parts.values() for row in part.values()]
+            is_whole &= all(isinstance(row["state"], str) for row in rows)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            is_whole = False
+        if not is_whole:
+            raise ConfigurationError(
+                f"{self.path} is damaged or holds something else; delete it to measure again"
+            )
+        return cast(dict[str, Any], found)
 
     def describe(self, machine: dict[str, Any]) -> None:
         """Write what the figures belong to."""

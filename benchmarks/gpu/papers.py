@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.gpu.journal import Row
 from benchmarks.gpu.parts import Measurements, Setting
 from common.cli.rows import SMALL
-from common.cli.workers import start
+from common.cli.workers import ended_by, start
 from common.results.outcomes import figures
 from common.results.store import read_result
 
@@ -49,7 +49,8 @@ def command(package: str, words: Sequence[str], log: Path, until: float) -> floa
         return round(time.time() - begun, 1)
     process.terminate()
     process.join()
-    raise RuntimeError(f"{last_line(log)} (status {process.exitcode}, log in {log})")
+    status = process.exitcode
+    raise RuntimeError(f"{ended_by(status) or last_line(log)} (status {status}, log in {log})")
 
 
 def last_line(log: Path) -> str:

@@ -1,6 +1,5 @@
 """The parts of ``make gpu``: the measurements of one, each on its own, one after the other."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.failures import NO_TIME, reason
+from benchmarks.failures import BEGUN, NO_TIME, reason
 from benchmarks.gpu.journal import (
     DONE,
     FAILED,
@@ -67,7 +66,6 @@ def run(
     One that fails stops no other. Those that failed in an earlier call, or did not fit in, are
     tried again. A device that has stopped working ends the process, see :data:`BROKEN`.
     """
-    parent = os.getppid()
     try:
         listed = (todo or import_module(f"benchmarks.gpu.{part}").measurements)(setting)
     except Exception as error:  # of a package that is not there, for instance
@@ -81,15 +79,13 @@ def run(
         if before["state"] == DONE or before.get("call") == call:
             print(f"{title}: {before['state']} before", flush=True)
             continue
-        if os.getppid() != parent:
-            raise SystemExit("the process that started this one is gone")
         if setting.seconds_left < 3.0:
             print(f"{title}: {NO_TIME}", flush=True)
             if before["state"] != UNFINISHED:
                 journal.put(part, key, {"state": SKIPPED, "call": call, "summary": NO_TIME})
             continue
         print(f"{title}, {setting.seconds_left:.0f} s left", flush=True)
-        journal.put(part, key, before | {"state": RUNNING, "call": call})
+        journal.put(part, key, before | {"state": RUNNING, "call": call, "summary": BEGUN})
         begun = time.time()
         try:
             found = {"state": DONE, "call": call, **measure()}

@@ -34,6 +34,10 @@ def supervise(
                 changed = {"state": FAILED, "summary": f"the process ended with status {status}"}
             print(f"  {changed['state']}: {changed['summary']} ({key})", flush=True)
             journal.put(part, key, row | changed)
+        if status is None and not journal.rows(part):  # it had no time to say what there is
+            row = {"state": SKIPPED, "call": call, "summary": NO_TIME}
+            journal.put(part, START, row)
+            print(f"  {SKIPPED}: {NO_TIME}", flush=True)
         if status in (None, 0):
             return
         if _measured(journal, part, call) == before:

@@ -26,7 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from common.cli.workers import ending_with_this, start
+from common.cli.workers import ended_by, ending_with_this, start
 from common.errors import ConfigurationError, UserError, output_may_close
 from common.files import file_digest, write_bytes_atomically, write_json_atomically
 from common.limits import read_json, read_yaml
@@ -352,7 +352,7 @@ class Runner:
             return
         text = row.log.read_text(errors="replace") if row.log.is_file() else ""
         lines = (line.strip() for line in reversed(text.split("\n")))
-        last = next(filter(None, lines), f"status {status}")
+        last = ended_by(status) or next(filter(None, lines), f"status {status}")
         self._fail(row, f"{last} (whole log in {row.log})")
 
     def _fail(self, row: Row, problem: str) -> None:

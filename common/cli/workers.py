@@ -71,6 +71,15 @@ def ending_with_this() -> Iterator[None]:
         _forkserver._stop()  # type: ignore[attr-defined]
 
 
+def ended_by(status: int | None) -> str:
+    """What ended a process that did not end itself; empty if it did."""
+    if status is None or status >= 0:
+        return ""
+    name = signal.Signals(-status).name
+    cause = ", as the system does when memory is full" if name == "SIGKILL" else ""
+    return f"the process was ended by {name}{cause}"
+
+
 def _terminate() -> None:
     for process in multiprocessing.active_children():
         process.terminate()

@@ -54,6 +54,10 @@ class Part(nn.Module):
         super().__init__(*args)
         self.told: Told | None = None
 
+    def side_networks(self) -> list[nn.Module]:
+        """Modules of its own that read the images beside the network that it is put into."""
+        return []
+
     def own_losses(self) -> dict[str, Any]:
         """What an attacker who knows the part maximises, by name: (model, batch) -> (x' -> loss).
 

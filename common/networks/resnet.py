@@ -220,9 +220,16 @@ class CifarResNet(ResNet):
     Args:
         depth: Layers in all, 2 and six for each block of a stage.
         strides: Stride of each stage's first block.
+        widths: Channels of the stages.
     """
 
-    def __init__(self, depth: int = 20, strides: Sequence[int] = (1, 2, 2), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        depth: int = 20,
+        strides: Sequence[int] = (1, 2, 2),
+        widths: Sequence[int] = (16, 32, 64),
+        **kwargs: Any,
+    ) -> None:
         blocks, rest = divmod(depth - 2, 6)
         if rest != 0 or blocks < 1:
             raise ConfigurationError(
@@ -230,7 +237,7 @@ class CifarResNet(ResNet):
             )
         super().__init__(
             depths=(blocks,) * 3,
-            widths=(16, 32, 64),
+            widths=widths,
             strides=strides,
             block=BareShortcutBlock,
             **kwargs,
@@ -240,10 +247,12 @@ class CifarResNet(ResNet):
 class DigitsResNet(ResNet):
     """A ResNet for 8x8 gray digits: blocks of 16, 32, 64, 64 channels on 8, 4, 2, 2 pixels."""
 
-    def __init__(self, in_channels: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self, in_channels: int = 1, widths: Sequence[int] = (16, 32, 64, 64), **kwargs: Any
+    ) -> None:
         super().__init__(
             depths=(1, 1, 1, 1),
-            widths=(16, 32, 64, 64),
+            widths=widths,
             strides=(1, 2, 2, 1),
             in_channels=in_channels,
             **kwargs,

@@ -7,6 +7,7 @@ common.results costs FOLDER`` sets costs of training beside accuracies.
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -40,19 +41,23 @@ def compare(
 
     Args:
         paths: At least two result files.
-        metrics: Only these; by default all that every file has.
+        metrics: Only these; by default all that every file has, but for those that repeat another
+            one of their entry, such as the union of a single loss.
         checkpoint: Of every file; by default ``last``, or the only one.
 
     Raises:
-        ConfigurationError: If a file is no result, or they cannot be compared.
+        ConfigurationError: If a file is no result or is given twice, or they cannot be compared.
     """
     if len(paths) < 2:
         raise ConfigurationError(f"there is only {paths[0]}; give at least two result files")
+    resolved = [Path(path).resolve() for path in paths]
+    if twice := next((path for path in paths if resolved.count(Path(path).resolve()) > 1), None):
+        raise ConfigurationError(f"{twice} is given twice; a file says nothing beside itself")
     first, *others = (_read(path, checkpoint) for path in paths)
     for other in others:
         if reason := obstacle(first, other, metrics):
             raise ConfigurationError(f"cannot compare: {one_line(reason)}")
-    found = [_shown(paired(first.entry, other.entry), metrics) for other in others]
+    found = _shown([paired(first.entry, other.entry) for other in others], metrics)
     if unpaired := [name for name in metrics if not all(name in pairs for pairs in found)]:
         raise ConfigurationError(
             f"{', '.join(unpaired)} has no outcome per image: it is the lowest of several "
@@ -61,9 +66,7 @@ def compare(
     parts: list[Table | str] = []
     for i, (other, pairs) in enumerate(zip(others, found, strict=True)):
         adjusted = {
-            name: holm([one[name].p for one in found])[i]
-            for name in pairs
-            if len(found) > 1 and all(name in one for one in found)
+            name: holm([one[name].p for one in found])[i] for name in pairs if len(found) > 1
         }
         parts += _beside(first, other, pairs, adjusted)
     return parts
@@ -81,17 +84,22 @@ def _read(path: str, label: str | None) -> Named:
     return Named(path, result["checkpoints"][label], data)
 
 
-def _shown(pairs: Mapping[str, Paired], metrics: Sequence[str]) -> dict[str, Paired]:
-    """The metrics asked for; by default those of the suite, without unions of a single loss."""
+def _shown(
+    found: Sequence[Mapping[str, Paired]], metrics: Sequence[str]
+) -> list[dict[str, Paired]]:
+    """The metrics asked for; by default those of the suite that repeat no other in all pairs."""
+    names = [name for name in found[0] if all(name in pairs for pairs in found)]
     if metrics:
-        return {name: pair for name, pair in pairs.items() if name in metrics}
-    found: dict[str, Paired] = {}
-    for name, pair in pairs.items():
-        entry = name.partition("/")[0].removesuffix("_union")
-        is_repeated = any(k.partition("/")[0] == entry and v == pair for k, v in found.items())
-        if not (is_audit(name) or name.endswith("_clean") or is_repeated):
-            found[name] = pair
-    return found
+        kept = [name for name in names if name in metrics]
+    else:
+        kept = []
+        for name in names:
+            entry = name.partition("/")[0].removesuffix("_union")
+            beside = [other for other in kept if other.partition("/")[0] == entry]
+            is_repeated = any(all(one[k] == one[name] for one in found) for k in beside)
+            if not (is_audit(name) or name.endswith("_clean") or is_repeated):
+                kept.append(name)
+    return [{name: pairs[name] for name in kept} for pairs in found]
 
 
 def _beside(

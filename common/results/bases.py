@@ -1,15 +1,17 @@
 """Which examples a metric is about: metrics of different examples are not compared."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
-from common.results.outcomes import Figure, figures, worst_over
-from common.results.schema import CheckpointResult, Result
+from common.results.outcomes import Figure, figures, group_of, is_audit, metrics_of, worst_over
+from common.results.schema import AttackResult, CheckpointResult, Result
 
 T = TypeVar("T", bound=Hashable)
+WORST = "worst"
+"""The accuracy over all attacks that count."""
 Key = tuple[str, int]
 """Experiment and seed."""
 
@@ -52,6 +54,8 @@ class Measured:
     seed: int
     label: str
     entry: CheckpointResult
+    data: str | None = None
+    """Digest of the images and labels; ``None`` if unknown."""
 
     @cached_property
     def figures(self) -> dict[str, Figure]:
@@ -68,6 +72,13 @@ class Measured:
         """The attacks that the worst case is over."""
         return frozenset(worst_over(self.entry["clean"], self.entry["attacks"]))
 
+    def efforts(self, metrics: Collection[str]) -> dict[str, tuple[str, str]]:
+        """Ball and recipe of every point of the suite that the metrics are about."""
+        found = efforts(self.entry, metrics)
+        if WORST in metrics:
+            found |= efforts(self.entry, names=self.attacks)
+        return found
+
 
 Results = Mapping[str, list[Measured]]
 """By experiment, in the order of seeds and labels."""
@@ -79,13 +90,38 @@ def by_experiment(results: Iterable[Result]) -> Results:
     for result in results:
         stem, seed = result["experiment"], result["seed"]
         for label, entry in result["checkpoints"].items():
-            found.setdefault(stem, []).append(Measured(stem, seed, label, entry))
+            data = result["provenance"][label].get("data_digest")
+            found.setdefault(stem, []).append(Measured(stem, seed, label, entry, data))
     return found
 
 
 def ball_text(norm: str | None, eps: float | None) -> str:
     """A ball in words."""
     return "no ball" if norm is None or eps is None else f"{norm} eps {eps:.5g}"
+
+
+def efforts(
+    entry: CheckpointResult, metrics: Collection[str] = (), names: Collection[str] = ()
+) -> dict[str, tuple[str, str]]:
+    """Ball and recipe of every point of the suite.
+
+    Or of those that the metrics are about, where ``worst`` is about none, or of attacks with these
+    names. The recipe is empty where it is unknown.
+    """
+
+    def is_wanted(name: str, attack: AttackResult) -> bool:
+        if metrics:
+            return not metrics_of(name, attack).isdisjoint(metrics)
+        return name in names if names else not is_audit(name)
+
+    return {
+        group_of(name, attack): (
+            ball_text(attack["norm"], attack["eps"]),
+            attack.get("recipe", ""),
+        )
+        for name, attack in entry["attacks"].items()
+        if is_wanted(name, attack)
+    }
 
 
 def usual(found: Iterable[T]) -> T | None:

@@ -13,9 +13,10 @@ T = TypeVar("T", bound=Hashable)
 class Columns:
     """The columns of one table, and what does not fit into them.
 
-    A column is about the examples that most last checkpoints of its rows were measured on. In the
-    worst case, all checkpoints of one experiment had the same attacks; those of different
-    experiments may differ, since adaptive attacks depend on the network.
+    A column is about the examples that most last checkpoints of its rows were measured on, and its
+    attacks have the ball that most have. In the worst case, all checkpoints of one experiment had
+    the same attacks; those of different experiments may differ, since adaptive attacks depend on
+    the network.
 
     Attributes:
         basis: Of each column, by key; ``None`` if nothing was measured.
@@ -34,6 +35,15 @@ class Columns:
             metric.key: _usual(every, lambda m, metric=metric: _basis(metric, m))  # type: ignore[misc]
             for metric in group.metrics
         }
+        self._data = _usual(every, lambda m: m.data)
+        sources = {source for metric in group.metrics for source in metric.sources}
+        self._suites = [(m, m.efforts(sources)) for m in every if m.label == LABELS[0]]
+        known: dict[str, list[tuple[str, str]]] = {}
+        for _, suite in self._suites:
+            for name, effort in suite.items():
+                known.setdefault(name, []).append(effort)
+        self._balls = {name: usual(ball for ball, _ in found) for name, found in known.items()}
+        self._recipes = {name: usual(r for _, r in found if r) for name, found in known.items()}
         self.left_out: dict[str, dict[str, list[int]]] = {}
         for m in every:
             for metric in group.metrics:
@@ -62,7 +72,22 @@ class Columns:
             for what, rows in self.left_out.items()
         ]
         what = "Left out, because measured otherwise than the rest of the column: "
-        return [*([what + "; ".join(parts)] if parts else []), *self._attack_notes()]
+        left_out = [what + "; ".join(parts)] if parts else []
+        return [*left_out, *self._recipe_notes(), *self._attack_notes()]
+
+    def _recipe_notes(self) -> list[str]:
+        """Which rows had an attack with another effort than most rows."""
+        others: dict[tuple[str, str], dict[str, list[int]]] = {}
+        for m, suite in self._suites:
+            for name, (_, recipe) in suite.items():
+                if recipe and recipe != self._recipes[name]:
+                    others.setdefault((name, recipe), {}).setdefault(m.stem, []).append(m.seed)
+        parts = [
+            f"{name} is {recipe} in {', '.join(_named(*one) for one in rows.items())}, and "
+            f"{self._recipes[name]} elsewhere"
+            for (name, recipe), rows in others.items()
+        ]
+        return [f"Attacks of unlike effort: {'; '.join(parts)}."] if parts else []
 
     def _attack_notes(self) -> list[str]:
         """Which attacks the worst cases of the rows are over, where they differ."""
@@ -93,6 +118,11 @@ class Columns:
         if usual_one is not None and basis != usual_one:
             other = "other " if basis.size == usual_one.size else ""
             return f"on {other}{basis.size:,} examples"
+        if self._data and measured.data not in (None, self._data):
+            return "on other images"
+        suite = measured.efforts(metric.sources)
+        if others := [n for n, (ball, _) in suite.items() if ball != self._balls.get(n, ball)]:
+            return f"with another ball of {', '.join(others)}"
         if "worst" in metric.sources and measured.attacks != self._attacks[measured.stem]:
             return "other attacks than for the rest of the row"
         return ""

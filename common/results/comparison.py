@@ -53,14 +53,15 @@ def comparison_sheet(
         for key in keys:
             found = {seed: of[key] for seed, of in compared.items() if key in of}
             for a, b in pairs:
-                if (
-                    a.seed in compared
-                    and key in a.bases
-                    and key in b.bases
-                    and not _is_same(a, b, key)
-                ):
-                    sizes = f"{a.bases[key].size:,} against {b.bases[key].size:,} examples"
-                    what = f"seed {a.seed}, {titles.get(key, key)}: {sizes}"
+                if a.seed in compared and key in a.bases and key in b.bases:
+                    if unlike := _unlike_balls(a, b, key):
+                        how = f"another ball of {unlike}"
+                        found.pop(a.seed, None)
+                    elif not _is_same(a, b, key):
+                        how = f"{a.bases[key].size:,} against {b.bases[key].size:,} examples"
+                    else:
+                        continue
+                    what = f"seed {a.seed}, {titles.get(key, key)}: {how}"
                     strangers.append(f"`{row.stem}` ({what})")
             if found:
                 lines.append([name, titles.get(key, key), *_compared(found)])
@@ -70,8 +71,8 @@ def comparison_sheet(
     sheet = Sheet(f"Paired comparison with {label}", lines=lines, level=4)
     if strangers:
         sheet.notes = [
-            f"Not comparable with {label}, because it was measured on other examples: "
-            f"{', '.join(strangers)}"
+            f"Not comparable with {label}, because it was measured on other examples or in another "
+            f"ball: {', '.join(strangers)}"
         ]
     if lines:
         sheet.note = _NOTE.format(label=label)
@@ -96,7 +97,14 @@ def _last(row: Row, results: Results) -> list[Measured]:
 
 def _is_same(a: Measured, b: Measured, key: str = "clean_acc") -> bool:
     """Whether a metric of two checkpoints is about the same examples."""
-    return a.bases[key] == b.bases[key]
+    is_same = a.data is None or b.data is None or a.data == b.data
+    return is_same and a.bases[key] == b.bases[key]
+
+
+def _unlike_balls(a: Measured, b: Measured, key: str) -> str:
+    """The attacks behind a metric that have another ball in the other checkpoint."""
+    mine, its = a.efforts([key]), b.efforts([key])
+    return ", ".join(name for name in mine if name in its and mine[name][0] != its[name][0])
 
 
 def _compared(found: Mapping[int, Paired]) -> list[str]:

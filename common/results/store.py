@@ -17,7 +17,8 @@ from common.errors import ConfigurationError
 from common.files import check_writable, content_digest, read_sealed_json, write_json_atomically
 from common.limits import read_json
 from common.results.labels import LABELS
-from common.results.outcomes import derived, missing_worst
+from common.results.markdown import one_line
+from common.results.outcomes import derived, figures, missing_worst
 from common.results.schema import RESULT, SCHEMA, CheckpointResult, Provenance, Result
 from common.results.typed import problem_of
 
@@ -192,7 +193,8 @@ def read_result(path: str | Path) -> Result:
         remedy = "update the code, or keep this file elsewhere" if schema > SCHEMA else remedy
         raise ConfigurationError(f"{path} has schema {schema}, expected {SCHEMA}; {remedy}")
     if problem := problem_of(RESULT, data) or _edit_in(data):
-        raise ConfigurationError(f"{path} is no result of schema {SCHEMA}: {problem}; {remedy}")
+        said = one_line(problem)
+        raise ConfigurationError(f"{path} is no result of schema {SCHEMA}: {said}; {remedy}")
     return cast(Result, data)
 
 
@@ -214,6 +216,17 @@ def _edit_in(result: Result) -> str:
                 found = stored.get(name)
                 if found is None or not np.allclose(found, value, rtol=0.0, atol=TOLERANCE):
                     return f"checkpoints.{label}.{key}.{name} is {found}, the outcomes give {value}"
+        if "confusion" in checkpoint:
+            worst = figures(checkpoint["clean"], checkpoint["attacks"]).get("worst")
+            table = np.array(checkpoint["confusion"])
+            if worst is not None and worst.bits is not None:
+                right = int(worst.bits.sum())
+                if table.trace() != right or table.sum() > worst.size:
+                    found = f"{table.trace()} of {table.sum()} right"
+                    return (
+                        f"checkpoints.{label}.confusion has {found}, the outcomes give {right} of "
+                        f"{worst.size}"
+                    )
         if "worst" in checkpoint["metrics"] and "worst" not in known["metrics"]:
             reason = missing_worst(checkpoint["attacks"])
             return f"checkpoints.{label}.metrics.worst is there, but {reason or 'no attack counts'}"

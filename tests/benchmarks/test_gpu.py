@@ -1,6 +1,7 @@
 """``make gpu`` without a GPU: it continues, nothing ends the rest, and all of it runs on a CPU."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import loops, peak
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import epochs, machine, papers, steps, table, waits
+from benchmarks.gpu import autoattack, epochs, machine, papers, steps, table, waits
 from benchmarks.gpu import tests as gpu_tests
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.parts import Setting, run
@@ -25,7 +26,7 @@ from benchmarks.gpu.supervise import supervise
 from benchmarks.loops import Task, candidate
 from common.attacks.engine import network as engine
 from common.attacks.engine.folding import foldable
-from common.networks.resnet import ResNet
+from common.networks.resnet import DigitsResNet, ResNet
 from common.versions import FAKES_CUDA
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +111,11 @@ def test_a_crash_or_a_part_that_hangs_ends_nothing_else(tmp_path: Path) -> None:
     journal.put("steps", "hangs", {"state": "running", "call": "now"})
     supervise(["sleep", "100"], journal, "steps", "now", time.time() + 0.2)
     assert states(journal)["hangs"] == "skipped"
+    for part, seconds in (("papers", 0.2), ("epochs", -1.0)):  # before it says what there is
+        supervise(["sleep", "100"], journal, part, "now", time.time() + seconds)
+        assert journal.rows(part)["start"]["state"] == "skipped"
+        journal.expect(part, ["one"])
+        assert list(journal.rows(part)) == ["one"]
     supervise([sys.executable, "-c", "1/0"], journal, "waits", "now", time.time() + 60)
     assert journal.rows("waits")["start"]["state"] == "failed"
 
@@ -285,6 +291,74 @@ def test_a_device_that_is_not_there_or_other_versions_are_refused(
     monkeypatch.setattr(command, "MACHINE", f"print('hello'); print({json.dumps(about)!r})")
     assert command.main(words) == 2
     assert "torch 2.9.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"machine": {}}', '{"machine": {"processor": "x"}, "parts": {}}',
+     '{"machine": {}, "parts": []}', '{"machine": {}, "parts": {"steps": {"a": {}}}}'],
+)  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path, monkeypatch, capsys, text) -> None:
+    about = {"processor": "card", "python": "3.11.7", "versions": {}}
+    monkeypatch.setattr(command, "MACHINE", f"print({json.dumps(about)!r})")
+    path = tmp_path / "gpu-card.json"
+    path.write_text(text)
+    assert command.main(["--runs", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert f"{path} is damaged or holds something else; delete it" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("minutes", ["0.5", "-1", "nan", "inf", "soon"])
+def test_minutes_without_meaning_are_refused(minutes, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--minutes", minutes])
+    assert "more than 0.5 minutes" in capsys.readouterr().err
+
+
+ORPHAN = """
+import os, threading, time
+from pathlib import Path
+from benchmarks.gpu.__main__ import _end_with
+first = os.getpid()
+if os.fork() == 0:
+    threading.Thread(target=_end_with, args=(first,), daemon=True).start()
+    Path("begun").touch()
+    time.sleep(30)
+    print("survived")
+while not Path("begun").exists():
+    time.sleep(0.01)
+"""
+
+
+def test_a_part_ends_with_the_command_that_started_it(tmp_path) -> None:
+    words = [sys.executable, "-c", ORPHAN]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.Popen(
+        words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert done.wait(60) == 0
+    assert done.stdout.read() == b""  # the child holds the pipe as long as it lives
+
+
+def test_networks_of_another_size_have_their_own_file_and_damaged_ones_are_made_again(
+    setting, monkeypatch
+) -> None:
+    monkeypatch.setattr(autoattack, "ResNet18", DigitsResNet)
+    monkeypatch.setattr(autoattack, "EPOCHS", 0)
+
+    def weights(setting: Setting) -> dict[str, torch.Tensor]:
+        autoattack._network.cache_clear()
+        return autoattack.network(setting).state_dict()
+
+    one = weights(setting)
+    weights(replace(setting, is_smoke=False))
+    small, whole = sorted(setting.runs.glob("*.pt"))
+    assert (small.name, whole.name) == ("autoattack-small.pt", "autoattack-whole.pt")
+    for damage in (small.read_bytes()[:-500], whole.read_bytes(), b""):
+        small.write_bytes(damage)
+        again = weights(setting)
+        wanted = torch.load(whole) if damage == whole.read_bytes() else one
+        assert all(torch.equal(again[name], wanted[name]) for name in one)
 
 
 # ------------------------------------------------------------------------------------- the whole

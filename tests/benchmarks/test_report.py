@@ -120,6 +120,44 @@ def test_an_interrupted_section_keeps_what_it_had(tmp_path, monkeypatch) -> None
     assert (tmp_path / "results/toy.md").is_file()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "accuracy --device meta",
+            "accuracy takes no --device; leave it out, or measure training or",
+        ),
+        ("overheads --rounds 3", "overheads takes no --rounds"),
+        ("training accuracy --batch 8", "accuracy takes no --batch"),
+        ("nothing", "no section 'nothing'; the sections are training, evaluation"),
+        ("--batch 8 --examples 9", "no section takes --batch and --examples together"),
+        ("--rounds 0", "at least 1, got '0'"),
+        ("--device foo", "the device 'foo' cannot be used"),
+    ],
+)
+def test_options_that_a_section_would_ignore_are_refused(words, said, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        raise SystemExit(benchmark(words.split()))
+    assert said in capsys.readouterr().err
+
+
+def test_sections_are_those_that_take_the_options(monkeypatch, tmp_path) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "cpu.md").touch()
+    (tmp_path / "meta.md").touch()
+    monkeypatch.setattr("benchmarks.__main__.measure", lambda section, *_: measured.append(section))
+    for words in ([], ["--rounds", "2"], ["--device", "meta"]):
+        assert benchmark(words) == 0
+    assert measured == [*report.SECTIONS, "training", "evaluation", "training", "growth"]
+
+
+def test_passes_of_no_run_are_refused(capsys) -> None:
+    for words in (["nowhere"], ["nowhere", "--eps", "foo"]):
+        assert passes.main(words) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_a_row_replaces_the_one_of_its_name(tmp_path) -> None:
     path = tmp_path / "rows.json"
     report.write_row(path, {"name": "a", "value": 1})

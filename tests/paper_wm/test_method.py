@@ -124,6 +124,7 @@ def test_the_layer_computes_in_float32_under_autocast() -> None:
     ("settings", "message"),
     [
         ({"kernel_size": 2}, "must be odd.*got 2; try 1 or 3"),
+        ({"kernel_size": -3}, "must be odd.*got -3; try 3"),
         ({"kernel_size": 0}, "must be odd.*got 0"),
         ({"variant": "blur"}, "variant must be one of smoothing, .*got 'blur'"),
         ({"lam": 0.5}, "lam=0.5 applies to variant=unsharp alone, got variant=smoothing; drop"),

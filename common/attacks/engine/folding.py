@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,29 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for kind in kinds)
+
+
+def settings_of(model: nn.Module) -> list[Any]:
+    """Everything but tensors that determines the modules' function: flags, sizes, hooks."""
+    found: list[Any] = []
+    for module in model.modules():
+        plain = [
+            (name, value)
+            for name, value in vars(module).items()
+            if not name.startswith("_") and name != "training" and _is_plain(value)
+        ]
+        is_part = isinstance(module, (nn.Conv2d, nn.Sequential, *NORMS))  # what folding looks into
+        is_script = isinstance(module, torch.jit.ScriptModule)  # whose parts cannot be replaced
+        names = [] if is_script else list(module._parameters)
+        own = id(vars(module).get("forward"))  # put in place of the class's
+        found.append((id(module), plain, own, names, is_part and has_hooks(module)))
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return type(value) in (bool, int, str, NoneType)
 
 
 @contextmanager

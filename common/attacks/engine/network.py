@@ -10,7 +10,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import NoneType
 from typing import Any, Literal, cast
 
 import torch
@@ -27,11 +26,12 @@ from common.attacks.engine.folding import (
     foldable,
     folded_weights,
     has_hooks,
+    settings_of,
 )
 from common.attacks.engine.products import ProductConv2d
 from common.attacks.engine.winograd import WinogradConv2d
 from common.attacks.settings import Settings
-from common.errors import check_choice
+from common.errors import ConfigurationError, check_choice
 
 Precision = Literal["32", "bf16"]
 
@@ -99,7 +99,12 @@ class AttackEngine(Settings):
 
         Raises:
             ValueError: If a batch-norm to be folded is in training mode.
+            ConfigurationError: If images in float64 are to be attacked in bfloat16.
         """
+        if self.is_reduced and x.dtype == torch.float64:
+            raise ConfigurationError(
+                "an attack engine in bf16 takes images in float32, got float64; use precision 32"
+            )
         plan = self._plan(model, x)
         plan.refresh()
         with plan.swapped(), self._reduced(x.device):
@@ -183,7 +188,7 @@ class _Plan:
         ]
         self._compiled = Compiled(model, engine.compile)
         self._model = weakref.ref(model)
-        self._settings = _settings(model)
+        self._settings = settings_of(model)
 
     def fits(self) -> bool:
         """Whether the model's modules, their settings and hooks are unchanged."""
@@ -192,7 +197,7 @@ class _Plan:
             for ref, name, original, _ in self._slots
         )
         model = self._model()
-        return is_there and model is not None and _settings(model) == self._settings
+        return is_there and model is not None and settings_of(model) == self._settings
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -280,26 +285,6 @@ class _PassThrough(nn.Identity):
             return getattr(self.__dict__["_norm"], name)
 
 
-def _settings(model: nn.Module) -> list[Any]:
-    """Everything but tensors that determines the modules' function: flags, sizes, hooks."""
-    found: list[Any] = []
-    for module in model.modules():
-        plain = [
-            (name, value)
-            for name, value in vars(module).items()
-            if not name.startswith("_") and name != "training" and _is_plain(value)
-        ]
-        is_part = isinstance(module, (nn.Conv2d, nn.Sequential, *NORMS))  # what folding looks into
-        found.append((id(module), plain, list(module._parameters), is_part and has_hooks(module)))
-    return found
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return type(value) in (bool, int, str, NoneType)
-
-
 def _widened(found: Any) -> Any:
     return found.float() if isinstance(found, Tensor) and found.is_floating_point() else found
 
@@ -368,20 +353,22 @@ def _is_equal(trial: nn.Module, pairs: list[Pair], x: Tensor) -> bool:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 _randomise(module, generator)
         plan = _Plan(trial, pairs, AttackEngine(channels_last=False, winograd=False), {})
-        torch.manual_seed(0)
-        wanted = trial(x.clone())
+
+        def outputs(is_ascent: bool) -> list[Any]:
+            torch.manual_seed(0)
+            with torch.set_grad_enabled(is_ascent):
+                return tree_leaves(trial(x.clone().requires_grad_(is_ascent)))
+
+        modes = (False, True)  # a forward method may ask for it
+        wanted = [leaf for mode in modes for leaf in outputs(mode)]
         plan.refresh()
-        torch.manual_seed(0)
         with plan.swapped():
-            got = trial(x.clone())
-    leaves = [
-        (one, other)
-        for one, other in zip(tree_leaves(wanted), tree_leaves(got), strict=True)
-        if isinstance(one, Tensor)
-    ]
+            got = [leaf for mode in modes for leaf in outputs(mode)]
+    leaves = [pair for pair in zip(wanted, got, strict=True) if isinstance(pair[0], Tensor)]
     return bool(leaves) and all(_is_close(one, other) for one, other in leaves)
 
 
+@torch.no_grad()
 def _is_close(wanted: Tensor, got: Tensor) -> bool:
     if not wanted.is_floating_point():
         return torch.equal(wanted, got)

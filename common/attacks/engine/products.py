@@ -103,7 +103,7 @@ def _outputs(length: int, kernel: int, stride: int, padding: int) -> int:
 
 @lru_cache
 def _reached(down: _Axis, across: _Axis) -> Tensor:
-    """One where a filter's entry meets a pixel: outputs by pixels by entries ``(P, Q, H, W, k)``."""
+    """One where a filter's entry meets a pixel: outputs, pixels, entries ``(P, Q, H, W, k)``."""
     with torch.inference_mode(False):
         rows, columns = (
             F.pad(torch.eye(length, device="cpu"), (padding, padding)).unfold(1, kernel, stride)

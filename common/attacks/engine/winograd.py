@@ -75,7 +75,7 @@ def convolve(x: Tensor, factors: Tensor, tile: int) -> Tensor:
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A convolution with ``factors`` instead of a weight; a plain one without ``factors``.
+    """A convolution with ``factors``; a plain one without them.
 
     The products are never in reduced precision, which is too coarse for the transforms.
     """
@@ -87,7 +87,7 @@ class WinogradConv2d(nn.Conv2d):
 
     def prepared(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
         """What it computes with."""
-        return {"weight": None, "factors": transformed(weight, self.tile), "bias": bias}
+        return {"weight": weight, "factors": transformed(weight, self.tile), "bias": bias}
 
     def forward(self, input: Tensor) -> Tensor:
         """Images ``(N, in, H, W)`` to ``(N, out, H, W)``; without ``N`` as well."""

@@ -77,7 +77,7 @@ def _files(tmp_path, monkeypatch) -> None:
         ((*FIT, "--model.net", "torch.optim.SGD"), "torch.optim.SGD"),
         ((*FIT, "--model.net", "collections.OrderedDict"), "collections.OrderedDict"),
         ((*FIT, "--model.net", "torchvision.models.resnet18"), "Digits has 1"),
-        ((*FIT, "--model.net.width", "3"), "selections"),
+        ((*FIT, "--model.net.width", "3"), "did you mean model.net.widths?"),
         ((*FIT, "--seed_everything", "4294967296"), "4294967296"),
         ((*FIT, "--trainer.gradient_clip_val", "-1e-3"), "-1e-3"),
         ((*FIT, "--trainer.max_steps", "0"), "max_steps is 0"),

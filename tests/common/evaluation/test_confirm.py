@@ -172,7 +172,8 @@ def test_only_what_stands_is_attacked_again(model, examples) -> None:
     steps = steps_of({"pgd": SuiteEntry(PGD(EPS, EPS / 4, 6))}, model, 10, 0, BF16)
     outcomes = run_steps(model, examples, steps, seed=0, batch_size=100)
     reduced = [size for size, is_reduced in sizes if is_reduced]
-    full = [size for size, is_reduced in sizes if not is_reduced]
+    # Folding is tried out with two images.
+    full = [size for size, is_reduced in sizes if not is_reduced and size != 2]
     assert reduced == [int(outcomes.correct["clean"].sum())] * 6
     # Six steps, a gradient to see that there is one, and the signatures before and after.
     assert len(full) == 6 + 1 + 2

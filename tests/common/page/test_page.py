@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.files import content_digest
 from common.page.__main__ import main
 from common.page.site import gather, inline, picture, render
 from common.results.store import load_results
@@ -195,6 +196,7 @@ def test_confusion_and_examples_are_shown(paper: Any) -> None:
     del data["digest"]
     table = [[11 * i + j for j in range(10)] for i in range(10)]
     data["checkpoints"]["last"]["confusion"] = table
+    data["digest"] = content_digest(data)
     path.write_text(json.dumps(data))
     (source,) = gather(["paper_toy"])
     html = render([source])

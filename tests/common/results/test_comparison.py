@@ -1,8 +1,10 @@
 """What stands under a table: comparisons with a baseline, failed audits, remarks."""
 
+import json
 from typing import Any
 
 from common.results.statistics import mcnemar_exact, paired_t_test
+from common.results.store import result_path
 
 
 def compared(paper: Any, **group: Any) -> tuple[list[dict[str, str]], str]:
@@ -66,11 +68,49 @@ def test_other_examples_are_not_compared(paper: Any) -> None:
     paper.put(labels=8)
     rows, text = compared(paper)
     assert rows == []
-    assert "with other, because it was measured on other examples: `toy_net_ours` (seed 0)" in text
+    assert "because it was measured on other examples or in another ball: `toy_net_ours` (s" in text
     paper.put(few="pgd20/ce_f")
     (row,), text = compared(paper)
     assert "`toy_net_ours` (seed 0, f: 100 against 200 examples)" in text
     assert row["metric"] == "p1"
+
+
+def edit(paper: Any, stem: str = "toy_net_ours", data: str | None = None, **changes: Any) -> None:
+    """Change every attack of a result file, and the digest of its images."""
+    path = result_path(paper.folder / "results", stem, 0)
+    result = json.loads(path.read_text())
+    result.pop("digest", None)
+    for attack in result["checkpoints"]["last"]["attacks"].values():
+        attack |= changes
+    if data is not None:
+        result["provenance"]["last"]["data_digest"] = data
+    path.write_text(json.dumps(result))
+
+
+def test_other_images_or_another_ball_are_not_compared(paper: Any) -> None:
+    paper.put("other_net_plain")
+    edit(paper, "other_net_plain", data="11")
+    paper.put()
+    edit(paper, data="22")
+    rows, text = compared(paper)
+    assert rows == []
+    assert "in another ball: `toy_net_ours` (seed 0)" in text
+    assert "f, last, on other images: `" in text
+    paper.put()
+    edit(paper, data="11", norm="linf", eps=0.05)
+    rows, text = compared(paper)
+    assert rows == []
+    assert "`toy_net_ours` (seed 0, f: another ball of pgd20" in text
+    assert "f, last, with another ball of pgd20" in text
+
+
+def test_unlike_efforts_are_named(paper: Any) -> None:
+    for stem, steps in (("other_net_plain", 20), ("toy_net_ours", 1)):
+        paper.put(stem)
+        edit(paper, stem, recipe=f"PGD, steps {steps}")
+    rows, text = compared(paper)
+    assert rows != []
+    assert "pgd20 is PGD, steps 20 in `other_net_plain` (seed 0), and PGD, steps 1 else" in text
 
 
 def audit(*verdicts: str, **changes: Any) -> dict[str, Any]:

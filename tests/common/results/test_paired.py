@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from common.results.__main__ import main
+from common.results.__main__ import compare, main
 from common.results.outcomes import outcome_bits, positions
 from common.results.paired import paired
 from common.results.statistics import holm, mcnemar_exact
@@ -107,6 +107,21 @@ def test_one_metric_is_compared_where_suites_differ(paper: Any, capsys: Any) -> 
         assert name in refusal(capsys, A, B, "--metric", name)
 
 
+def test_every_row_of_several_files_is_corrected(paper: Any, capsys: Any) -> None:
+    """A metric that repeats its union beside one file alone is shown beside both."""
+    for seed, robust in enumerate((0.6, 0.5, 0.4)):
+        paper.put(seed=seed, robust=robust, shift=seed)
+    found = [paired(*(read_result(p)["checkpoints"]["last"] for p in (A, b))) for b in (B, C)]
+    tables = [part for part in compare([A, B, C]) if not isinstance(part, str)]
+    names = [list(table.columns[0].cells) for table in tables]
+    assert len(tables) == 2
+    assert names[0] == names[1]
+    for table in tables:
+        assert table.columns[-1].header == "Holm"
+        assert all(table.columns[-1].cells)
+    assert {str(name) for name in names[0]} <= found[0].keys() & found[1].keys()
+
+
 def test_checkpoints_and_files_are_chosen(paper: Any, capsys: Any) -> None:
     paper.put(seed=0)
     paper.put(seed=1, label="model")
@@ -115,6 +130,7 @@ def test_checkpoints_and_files_are_chosen(paper: Any, capsys: Any) -> None:
     assert "model, other" in refusal(capsys, A, B)
     assert "last" in refusal(capsys, A, B, "--checkpoint", "other")
     assert A in refusal(capsys, A)
+    assert f"{A} is given twice" in refusal(capsys, A, B, f"./{A}")
     assert "none.json" in refusal(capsys, A, "none.json")
 
 

@@ -307,14 +307,43 @@ def test_a_network_may_return_more_than_logits(kind: type, precision: str) -> No
     )
 
 
+class Detached(nn.Module):
+    """Normalises only where no gradient is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x)
+        return (z if torch.is_grad_enabled() else self.bn(z)).mean((2, 3))
+
+
 @pytest.mark.parametrize(
-    "build", [reached, lambda: Structured(tuple, offset=1.0)], ids=["logits", "features"]
+    "build",
+    [reached, lambda: Structured(tuple, offset=1.0), Detached],
+    ids=["logits", "features", "with gradients"],
 )
 def test_a_network_that_folding_would_change_is_named_and_used_as_it_is(build, caplog) -> None:
     net, x = lived(build()), images(size=8)
     with caplog.at_level(logging.WARNING):
         assert folds(AttackEngine(), net, x) == 0
     assert f"attacks use {type(net).__name__} as it is" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_networks_stay_as_they_are() -> None:
+    net, x = lived(DigitsResNet(in_channels=3)), images(size=8)
+    for scripted in (torch.jit.script(net.stem), torch.jit.trace(net, x)):
+        wanted = scripted(x)
+        torch.testing.assert_close(applied(AttackEngine(), scripted, x), wanted)
+
+
+def test_reduced_precision_takes_no_images_in_float64() -> None:
+    net, x = lived(DigitsResNet(in_channels=3)).double(), images().double()
+    with pytest.raises(ConfigurationError, match="got float64; use precision 32"):
+        applied(AttackEngine(precision="bf16"), net, x)
 
 
 def test_training_mode_is_refused() -> None:
@@ -335,6 +364,9 @@ NOTICED = {
     "hook": lambda net: net.bn.register_forward_hook(lambda module, args, out: out * 1.5),
     "padding": other_padding,
     "branch": lambda net: setattr(net, "which", "other"),
+    "method": lambda net: setattr(
+        net.bn, "forward", lambda x: 2.0 * type(net.bn).forward(net.bn, x)
+    ),
     "weight norm": lambda net: torch.nn.utils.parametrizations.weight_norm(net.conv),
 }
 

@@ -166,6 +166,22 @@ def gradient_of(net: nn.Module, x: Tensor) -> Tensor:
     return torch.autograd.grad(net(x)[:, ::2].tanh().sum(), x)[0]
 
 
+def test_a_network_may_read_the_weight_of_what_it_replaces(net, uses) -> None:
+    class Cautious(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.conv = net, net.stages[0][0].conv2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.to(self.conv.weight.dtype)) + self.conv.weight.norm()
+
+    cautious = Cautious()
+    wanted = cautious(X)
+    with AttackEngine().applied(cautious, X):
+        torch.testing.assert_close(cautious(X), wanted, rtol=1e-4, atol=1e-4)
+    assert uses
+
+
 @pytest.mark.parametrize(("fold", "channels_last"), [(True, False), (False, True)])
 def test_an_attack_side_network_is_the_same_function(net, uses, fold, channels_last) -> None:
     net, x = net.double(), X.double()
