@@ -61,7 +61,7 @@ def compare(
     if unpaired := [name for name in metrics if not all(name in pairs for pairs in found)]:
         raise ConfigurationError(
             f"{', '.join(unpaired)} has no outcome per image: it is the lowest of several "
-            "accuracies or a mean; compare its union or one of its losses"
+            "accuracies or a mean; compare one of its losses, or its union if it has one"
         )
     parts: list[Table | str] = []
     for i, (other, pairs) in enumerate(zip(others, found, strict=True)):
