@@ -87,7 +87,7 @@ bench: $(BENCH) ## ours against peers and the bare loop, under half an hour [ARG
 	OMP_NUM_THREADS=1 $(BENCHPY) -m benchmarks $(ARGS)
 
 bench-full: $(BENCH) ## the same with more rounds, sizes and examples, an hour or two
-	OMP_NUM_THREADS=1 $(BENCHPY) -m benchmarks --full --compile $(ARGS)
+	OMP_NUM_THREADS=1 $(BENCHPY) -m benchmarks --full $(ARGS)
 
 # PY=python3 uses the packages of that one: without a network nothing can be installed.
 gpu: $(if $(filter command,$(origin PY)),,$(STAMP)) ## all that is measured on a GPU, 25 minutes; continues [PY=python3 ARGS="--minutes 10"]

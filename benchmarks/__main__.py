@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure the sections and write them down; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", allow_abbrev=False)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(OPTIONS))
-    parser.add_argument("--full", action="store_true", help="more rounds, sizes and examples")
+    parser.add_argument(
+        "--full", action="store_true", help="more rounds, sizes, examples, compiled too"
+    )
     parser.add_argument("--compile", action="store_true", help="compiled candidates as well")
     parser.add_argument("--device", type=usable, help="by default cpu")
     parser.add_argument("--batch", type=positive, help="by default 32")
@@ -87,7 +89,7 @@ def measure(section: str, given: argparse.Namespace, device: str, keep: Keep) ->
     if section == "training":
         rounds = given.rounds or (9 if given.full else 3)
         batch, steps = given.batch or 32, given.steps or 10
-        training.compare(batch, steps, rounds, given.compile, device, keep)
+        training.compare(batch, steps, rounds, given.compile or given.full, device, keep)
     elif section == "evaluation":
         examples = given.examples or (400 if given.full else 128)
         evaluation.compare(examples, given.rounds or (3 if given.full else 1), keep)

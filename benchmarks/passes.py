@@ -81,14 +81,15 @@ def measured(run: Path, eps: float | None, examples: int) -> Row:
     """Verdicts and passes of all attacks on the last weights of a run, on the same test images."""
     model, data = load_run(run)
     settings = read_yaml(run / "config.yaml")
-    radius = eps or parse_radius(settings["adversary"]["attack"]["init_args"]["eps"])
+    if eps is None:
+        eps = parse_radius(settings["adversary"]["attack"]["init_args"]["eps"])
     x, y = _images(data, examples)
     net = Victim(model, int(y.max()) + 1).eval()
     found: dict[str, Row] = {}
     held: dict[str, Tensor] = {}
     with frozen(net, "eval"):
         clean = right(net, x, y)
-        attacks, missing = _attacks(net, x, y, radius)
+        attacks, missing = _attacks(net, x, y, eps)
         for name, attack in attacks.items():
             held[name], found[name] = attack()
             held[name] &= clean
@@ -98,7 +99,7 @@ def measured(run: Path, eps: float | None, examples: int) -> Row:
     return {
         "name": f"{settings['experiment'] or run.parent.name} {run.name}",
         "data": type(data.source).__name__,
-        "eps": radius,
+        "eps": eps,
         "examples": len(y),
         "clean": int(clean.sum()),
         "attacks": found,

@@ -320,7 +320,7 @@ def with_budget_rule(
     def spent(sizes: Sequence[int]) -> float:
         with torch.device("meta"):
             made = net.resized(sizes)
-        if tuple(sizes) == base and (_shapes(made) != _shapes(net) or repr(made) != repr(net)):
+        if tuple(sizes) == base and _structure(made) != _structure(net):
             raise ConfigurationError(
                 f"{type(net).__name__} was changed since it was made, for instance by another "
                 "method; apply the rule first, and other methods to the result"
@@ -339,6 +339,15 @@ def with_budget_rule(
 
 def _shapes(net: nn.Module) -> list[torch.Size]:
     return [parameter.shape for parameter in net.parameters()]
+
+
+def _structure(net: nn.Module) -> tuple[list[torch.Size], list[tuple[Any, ...]]]:
+    """Shapes of parameters, and kinds of modules with what decides the size of their maps."""
+    of = ("stride", "kernel_size", "padding", "dilation")
+    return _shapes(net), [
+        (name, type(module), *(getattr(module, what, None) for what in of))
+        for name, module in net.named_modules()
+    ]
 
 
 def _count(net: nn.Module) -> int:

@@ -246,7 +246,7 @@ def test_larger_maps_are_the_networks_and_not_the_routers() -> None:
         larger(net, times=2)
         assert before == [m.stride for m in net.router.modules() if isinstance(m, nn.Conv2d)]
         assert {m.stride for m in net.arch.modules() if isinstance(m, nn.Conv2d)} == {(1, 1)}
-    with pytest.raises(ConfigurationError, match="no convolution or pool with a stride above 1"):
+    with pytest.raises(ConfigurationError, match="no convolution or pool left"):
         larger(router(resnet(strides=(1, 1))))
 
 
@@ -259,6 +259,17 @@ def test_the_rule_in_small_networks_of_fixed_depth(make) -> None:
     assert type(made) is type(net)
     assert made.widths != net.widths
     assert made(torch.rand(2, *SHAPE)).shape == (2, 10)
+
+
+def test_the_rule_keeps_normalisation_and_activations() -> None:
+    class Named(nn.ReLU):
+        def extra_repr(self) -> str:
+            return hex(id(self))
+
+    net = resnet(mean=[0.3], std=[0.4], activation=Named)
+    made = rule(net)
+    assert made.widths != net.widths
+    assert made.normalize.mean.item() == pytest.approx(0.3)
 
 
 def test_networks_of_other_packages() -> None:
@@ -298,7 +309,7 @@ def test_networks_of_other_packages() -> None:
         (lambda: rule(larger(resnet())), "changed since it was made"),
         (lambda: rule(larger(DigitsResNet())), "changed since it was made"),
         (lambda: rule(resnet(depths=(1,), widths=(4,), strides=(1,))), "no network of stages"),
-        (lambda: larger(resnet(strides=(2, 2)), times=3), "has 2 strides above 1"),
+        (lambda: larger(resnet(strides=(2, 2)), times=3), "no convolution or pool left"),
         (lambda: rule(resnet(), ratio=0.0), "0.0"),
         (lambda: enlarged(resnet(mean=[0.3], std=[0.4])), "0.3"),
         (lambda: cifs(resnet(), ""), "stem.conv"),

@@ -43,11 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=SHARES, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--call", help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.part is not None:
         setting = Setting(given.device, given.smoke, given.until, given.runs.absolute())
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(given.parent,), daemon=True).start()
         with ending_with_this():
             run(given.part, setting, Journal(given.journal), given.call)
         return 0
@@ -84,6 +85,7 @@ def _supervised(given: argparse.Namespace) -> int:
         print(f"--- {part}, until {until - begun:.0f} s of {total:.0f} s", flush=True)
         words = [
             *(sys.executable, "-m", "benchmarks.gpu", "--part", part, "--call", call),
+            *("--parent", str(os.getpid())),
             *("--until", str(until), "--journal", str(journal.path)),
             *("--device", given.device, "--runs", str(given.runs.absolute())),
             *(["--smoke"] if given.smoke else []),
@@ -120,6 +122,8 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(0, signal.SIGTERM)
+    time.sleep(GRACE)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _environment(given: argparse.Namespace) -> dict[str, str]:

@@ -38,10 +38,14 @@ class Journal:
         try:
             found = read_json(self.path)
             about, parts = found["machine"], found["parts"]
-            is_whole = not about or about.keys() >= {"processor", "python", "versions"}
+            is_whole = not about or (
+                about.keys() >= {"processor", "python"} and isinstance(about["versions"], dict)
+            )
             rows = [row for part in parts.values() for row in part.values()]
             is_whole &= all(isinstance(row["state"], str) for row in rows)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except OSError as error:
+            raise ConfigurationError(f"{self.path} cannot be read: {error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError):
             is_whole = False
         if not is_whole:
             raise ConfigurationError(

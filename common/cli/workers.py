@@ -75,7 +75,8 @@ def ended_by(status: int | None) -> str:
     """What ended a process that did not end itself; empty if it did."""
     if status is None or status >= 0:
         return ""
-    name = signal.Signals(-status).name
+    known = {number.value: number.name for number in signal.Signals}
+    name = known.get(-status, f"signal {-status}")
     cause = ", as the system does when memory is full" if name == "SIGKILL" else ""
     return f"the process was ended by {name}{cause}"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
-from common.results.outcomes import Figure, figures, group_of, is_audit, metrics_of, worst_over
+from common.results.outcomes import Figure, figures, metrics_of, worst_over
 from common.results.schema import AttackResult, CheckpointResult, Result
 
 T = TypeVar("T", bound=Hashable)
@@ -73,11 +73,19 @@ class Measured:
         return frozenset(worst_over(self.entry["clean"], self.entry["attacks"]))
 
     def efforts(self, metrics: Collection[str]) -> dict[str, tuple[str, str]]:
-        """Ball and recipe of every point of the suite that the metrics are about."""
-        found = efforts(self.entry, metrics)
-        if WORST in metrics:
-            found |= efforts(self.entry, names=self.attacks)
-        return found
+        """Ball and recipe of every step that the metrics are about."""
+        return {
+            name: effort(attack)
+            for name, attack in self.entry["attacks"].items()
+            if not metrics_of(name, attack).isdisjoint(metrics)
+            or (WORST in metrics and name in self.attacks)
+        }
+
+    @property
+    def threat(self) -> str:
+        """The ball of the threat model, in words."""
+        threat = self.entry["threat"] or {"norm": None, "eps": None}
+        return ball_text(threat["norm"], threat["eps"])
 
 
 Results = Mapping[str, list[Measured]]
@@ -100,28 +108,9 @@ def ball_text(norm: str | None, eps: float | None) -> str:
     return "no ball" if norm is None or eps is None else f"{norm} eps {eps:.5g}"
 
 
-def efforts(
-    entry: CheckpointResult, metrics: Collection[str] = (), names: Collection[str] = ()
-) -> dict[str, tuple[str, str]]:
-    """Ball and recipe of every point of the suite.
-
-    Or of those that the metrics are about, where ``worst`` is about none, or of attacks with these
-    names. The recipe is empty where it is unknown.
-    """
-
-    def is_wanted(name: str, attack: AttackResult) -> bool:
-        if metrics:
-            return not metrics_of(name, attack).isdisjoint(metrics)
-        return name in names if names else not is_audit(name)
-
-    return {
-        group_of(name, attack): (
-            ball_text(attack["norm"], attack["eps"]),
-            attack.get("recipe", ""),
-        )
-        for name, attack in entry["attacks"].items()
-        if is_wanted(name, attack)
-    }
+def effort(attack: AttackResult) -> tuple[str, str]:
+    """Ball and recipe; the recipe is empty where it is unknown."""
+    return ball_text(attack["norm"], attack["eps"]), attack.get("recipe", "")
 
 
 def usual(found: Iterable[T]) -> T | None:

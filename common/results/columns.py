@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from common.results.bases import Basis, Measured, Results, usual
+from common.results.bases import WORST, Basis, Measured, Results, usual
 from common.results.labels import LABELS
 from common.results.reference import Group, Metric
 
@@ -28,7 +28,7 @@ class Columns:
         of = {stem: [m for m in results.get(stem, []) if m.label in LABELS] for stem in stems}
         every = [measured for found in of.values() for measured in found]
         self._attacks = {
-            stem: _usual(found, lambda m: m.attacks if "worst" in m.entry["metrics"] else None)
+            stem: _usual(found, lambda m: m.attacks if WORST in m.entry["metrics"] else None)
             for stem, found in of.items()
         }
         self.basis = {
@@ -37,7 +37,9 @@ class Columns:
         }
         self._data = _usual(every, lambda m: m.data)
         sources = {source for metric in group.metrics for source in metric.sources}
-        self._suites = [(m, m.efforts(sources)) for m in every if m.label == LABELS[0]]
+        label = next((label for label in LABELS if any(m.label == label for m in every)), None)
+        self._suites = [(m, m.efforts(sources)) for m in every if m.label == label]
+        self._threat = _usual(every, lambda m: m.threat if WORST in m.bases else None)
         known: dict[str, list[tuple[str, str]]] = {}
         for _, suite in self._suites:
             for name, effort in suite.items():
@@ -91,7 +93,7 @@ class Columns:
 
     def _attack_notes(self) -> list[str]:
         """Which attacks the worst cases of the rows are over, where they differ."""
-        if not any("worst" in metric.sources for metric in self.group.metrics):
+        if not any(WORST in metric.sources for metric in self.group.metrics):
             return []
         entries = {
             stem: {name.partition("/")[0] for name in attacks}
@@ -123,7 +125,9 @@ class Columns:
         suite = measured.efforts(metric.sources)
         if others := [n for n, (ball, _) in suite.items() if ball != self._balls.get(n, ball)]:
             return f"with another ball of {', '.join(others)}"
-        if "worst" in metric.sources and measured.attacks != self._attacks[measured.stem]:
+        if WORST in metric.sources and measured.threat != self._threat:
+            return f"for {measured.threat}"
+        if WORST in metric.sources and measured.attacks != self._attacks[measured.stem]:
             return "other attacks than for the rest of the row"
         return ""
 

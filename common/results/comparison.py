@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 
-from common.results.bases import Measured, Results
+from common.results.bases import WORST, Measured, Results
 from common.results.markdown import Sheet
 from common.results.outcomes import group_of
 from common.results.paired import Paired, pairs_of
@@ -103,6 +103,8 @@ def _is_same(a: Measured, b: Measured, key: str = "clean_acc") -> bool:
 
 def _unlike_balls(a: Measured, b: Measured, key: str) -> str:
     """The attacks behind a metric that have another ball in the other checkpoint."""
+    if key == WORST and a.threat != b.threat:
+        return "the threat model"
     mine, its = a.efforts([key]), b.efforts([key])
     return ", ".join(name for name in mine if name in its and mine[name][0] != its[name][0])
 

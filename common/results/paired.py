@@ -6,8 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
-from common.results.bases import Basis, ball_text, bases, efforts
-from common.results.outcomes import Figure, figures, is_audit
+from common.results.bases import Basis, ball_text, bases, effort
+from common.results.outcomes import Figure, figures, group_of, is_audit, metrics_of
 from common.results.schema import CheckpointResult
 from common.results.statistics import mcnemar_exact
 
@@ -121,13 +121,22 @@ def _shared(first: Named, second: Named) -> str:
 
 
 def _entries_that_differ(first: Named, second: Named, metrics: Sequence[str]) -> Iterator[str]:
-    a, b = (efforts(one.entry, metrics) for one in (first, second))
+    a, b = (_suite(one.entry, metrics) for one in (first, second))
     for name in dict.fromkeys([*a, *b]):
         if name not in a or name not in b:
             yield f"only {(first if name in a else second).name} has {name}"
         for x, y in zip(a.get(name, ()), b.get(name, ()), strict=False):
             if x and y and x != y:
                 yield f"{name} is {x} in {first.name}, {y} in {second.name}"
+
+
+def _suite(entry: CheckpointResult, metrics: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Ball and recipe of every point of the suite, or of those that the metrics are about."""
+    return {
+        group_of(name, attack): effort(attack)
+        for name, attack in entry["attacks"].items()
+        if (metrics_of(name, attack) & set(metrics) if metrics else not is_audit(name))
+    }
 
 
 def _threat(one: Named) -> str:

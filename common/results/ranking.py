@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 
-from common.results.bases import Measured, Results, usual
+from common.results.bases import WORST, Measured, Results
 from common.results.columns import Columns
 from common.results.markdown import Sheet
 from common.results.paired import pair_of
 from common.results.reference import Group, Row
 from common.results.statistics import LEVEL, Difference, holm, paired_t_test, wilson_interval
-
-WORST = "worst"
 
 RANKED = (
     "Rows are ranked by the worst case over all attacks of their suite, the mean over seeds. A row "
@@ -84,17 +82,11 @@ def ranking(group: Group, rows: Sequence[Row], results: Results) -> tuple[list[P
         row.stem: {m.seed: m for m in results.get(row.stem, []) if m.label == "last"}
         for row in rows
     }
-    threats = {
-        (stem, seed): tuple((one.entry["threat"] or {}).values())
-        for stem, by_seed in last.items()
-        for seed, one in by_seed.items()
-    }
-    threat = usual(threats.values())
     known: dict[str, dict[int, Measured]] = {}
     left_out = []
     for stem, by_seed in last.items():
         for seed, one in by_seed.items():
-            if columns.value(metric, one) is None or threats[stem, seed] != threat:
+            if columns.value(metric, one) is None:
                 left_out.append(f"{stem} seed {seed}: no worst case, or one measured otherwise")
             else:
                 known.setdefault(stem, {})[seed] = one

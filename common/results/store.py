@@ -221,7 +221,7 @@ def _edit_in(result: Result) -> str:
             table = np.array(checkpoint["confusion"])
             if worst is not None and worst.bits is not None:
                 right = int(worst.bits.sum())
-                if table.trace() != right or table.sum() > worst.size:
+                if table.trace() < right or table.sum() > worst.size:
                     found = f"{table.trace()} of {table.sum()} right"
                     return (
                         f"checkpoints.{label}.confusion has {found}, the outcomes give {right} of "

@@ -296,6 +296,7 @@ def test_a_device_that_is_not_there_or_other_versions_are_refused(
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "null", '{"machine": {}}', '{"machine": {"processor": "x"}, "parts": {}}',
+     '{"machine": {"processor": "x", "python": "3", "versions": null}, "parts": {}}',
      '{"machine": {}, "parts": []}', '{"machine": {}, "parts": {"steps": {"a": {}}}}'],
 )  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path, monkeypatch, capsys, text) -> None:

@@ -147,9 +147,10 @@ def test_sections_are_those_that_take_the_options(monkeypatch, tmp_path) -> None
     (tmp_path / "cpu.md").touch()
     (tmp_path / "meta.md").touch()
     monkeypatch.setattr("benchmarks.__main__.measure", lambda section, *_: measured.append(section))
-    for words in ([], ["--rounds", "2"], ["--device", "meta"]):
+    for words in ([], ["--full"], ["--rounds", "2"], ["--device", "meta"]):
         assert benchmark(words) == 0
-    assert measured == [*report.SECTIONS, "training", "evaluation", "training", "growth"]
+    both = [*report.SECTIONS, *report.SECTIONS]
+    assert measured == [*both, "training", "evaluation", "training", "growth"]
 
 
 def test_passes_of_no_run_are_refused(capsys) -> None:

@@ -357,9 +357,9 @@ def _is_equal(trial: nn.Module, pairs: list[Pair], x: Tensor) -> bool:
         def outputs(is_ascent: bool) -> list[Any]:
             torch.manual_seed(0)
             with torch.set_grad_enabled(is_ascent):
-                return tree_leaves(trial(x.clone().requires_grad_(is_ascent)))
+                return tree_leaves(trial(x.clone().requires_grad_(is_ascent).clone()))
 
-        modes = (False, True)  # a forward method may ask for it
+        modes = (False, True) if x.is_floating_point() else (False,)  # forward may ask for it
         wanted = [leaf for mode in modes for leaf in outputs(mode)]
         plan.refresh()
         with plan.swapped():

@@ -7,7 +7,6 @@ the filter does not reach is not either.
 """
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _LARGEST = 4 * 2**20  # numbers in a matrix
+_MOST_KEPT = 2**20  # numbers
 _SMALL = 2**16  # multiplications of a convolution
 _VECTOR = 8  # channels
 _NARROW = 64  # channels of a 1x1 convolution
 
-_Axis = tuple[int, int, int, int]
 Maps = tuple[int, int] | None
 """Height and width of the maps that are multiplied as a whole; ``None`` for pixel by pixel."""
 
@@ -38,7 +37,7 @@ class ProductConv2d(nn.Conv2d):
         plain = {"weight": weight, "bias": bias}
         if self.maps is None:
             return plain | {"factors": weight[:, :, 0, 0], "biases": bias}
-        reached = _reached(*_axes(self, self.maps)).to(weight)
+        reached = self._reached(self.maps, weight)
         taps = reached.flatten(0, 3) @ weight.flatten(2).flatten(0, 1).T
         matrix = taps.view(*reached.shape[:4], *weight.shape[:2]).permute(0, 1, 4, 2, 3, 5)
         outputs = reached.shape[:2].numel()
@@ -47,6 +46,20 @@ class ProductConv2d(nn.Conv2d):
             "factors": factors,
             "biases": None if bias is None else bias.repeat(outputs),
         }
+
+    def _reached(self, maps: tuple[int, int], weight: Tensor) -> Tensor:
+        """One where a filter's entry meets a pixel: outputs, pixels, entries ``(P, Q, H, W, k)``.
+
+        Kept from attack to attack if it is small.
+        """
+        kept: Tensor | None = vars(self).get("reached")
+        if kept is not None and (kept.dtype, kept.device) == (weight.dtype, weight.device):
+            return kept
+        down, across = (_met(*axis, like=weight) for axis in _axes(self, maps))
+        reached = torch.einsum("hpk,wql->pqhwkl", down, across).flatten(4)
+        if type(reached) is Tensor and reached.numel() <= _MOST_KEPT:
+            vars(self)["reached"] = reached
+        return reached
 
     def forward(self, input: Tensor) -> Tensor:
         """Images ``(N, in, H, W)`` to ``(N, out, H', W')``; without ``N`` as well."""
@@ -91,7 +104,7 @@ def is_pixelwise(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == (1, 1) and conv.padding == (0, 0)
 
 
-def _axes(conv: nn.Conv2d, size: tuple[int, int]) -> list[_Axis]:
+def _axes(conv: nn.Conv2d, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
     """Length of the map, the filter's length, stride and padding, for height and width."""
     padding: Any = conv.padding
     return list(zip(size, conv.kernel_size, conv.stride, padding, strict=True))
@@ -101,12 +114,7 @@ def _outputs(length: int, kernel: int, stride: int, padding: int) -> int:
     return max(0, (length + 2 * padding - kernel) // stride + 1)
 
 
-@lru_cache
-def _reached(down: _Axis, across: _Axis) -> Tensor:
-    """One where a filter's entry meets a pixel: outputs, pixels, entries ``(P, Q, H, W, k)``."""
-    with torch.inference_mode(False):
-        rows, columns = (
-            F.pad(torch.eye(length, device="cpu"), (padding, padding)).unfold(1, kernel, stride)
-            for length, kernel, stride, padding in (down, across)
-        )
-        return torch.einsum("hpk,wql->pqhwkl", rows, columns).flatten(4)
+def _met(length: int, kernel: int, stride: int, padding: int, like: Tensor) -> Tensor:
+    """One where a filter's entry meets a pixel: ``(pixels, outputs, entries)`` of an axis."""
+    axis = torch.eye(length, dtype=like.dtype, device=like.device)
+    return F.pad(axis, (padding, padding)).unfold(1, kernel, stride)

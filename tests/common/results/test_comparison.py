@@ -80,7 +80,8 @@ def edit(paper: Any, stem: str = "toy_net_ours", data: str | None = None, **chan
     path = result_path(paper.folder / "results", stem, 0)
     result = json.loads(path.read_text())
     result.pop("digest", None)
-    for attack in result["checkpoints"]["last"]["attacks"].values():
+    (checkpoint,) = result["checkpoints"].values()
+    for attack in checkpoint["attacks"].values():
         attack |= changes
     if data is not None:
         result["provenance"]["last"]["data_digest"] = data
@@ -104,13 +105,23 @@ def test_other_images_or_another_ball_are_not_compared(paper: Any) -> None:
     assert "f, last, with another ball of pgd20" in text
 
 
+def test_selected_checkpoints_in_another_ball_are_left_out(paper: Any) -> None:
+    for stem, eps in (("other_net_plain", 0.2), ("toy_net_ours", 0.1)):
+        paper.put(stem, label="selected")
+        edit(paper, stem, norm="linf", eps=eps)
+    text = compared(paper)[1]
+    assert "f, selected, with another ball of pgd20/ce_f" in text
+
+
 def test_unlike_efforts_are_named(paper: Any) -> None:
     for stem, steps in (("other_net_plain", 20), ("toy_net_ours", 1)):
         paper.put(stem)
         edit(paper, stem, recipe=f"PGD, steps {steps}")
     rows, text = compared(paper)
     assert rows != []
-    assert "pgd20 is PGD, steps 20 in `other_net_plain` (seed 0), and PGD, steps 1 else" in text
+    assert (
+        "pgd20/ce_f is PGD, steps 20 in `other_net_plain` (seed 0), and PGD, steps 1 else" in text
+    )
 
 
 def audit(*verdicts: str, **changes: Any) -> dict[str, Any]:

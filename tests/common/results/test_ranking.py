@@ -1,8 +1,10 @@
 """Rankings: order, places that a test supports, and what is left out."""
 
+import json
 from typing import Any
 
 from common.results.ranking import Placed, ranking
+from common.results.store import result_path
 from common.results.tables import render_table
 
 STEMS = ("toy_net_plain", "toy_net_ours", "toy_net_never")
@@ -66,6 +68,21 @@ def test_seeds_that_contradict_each_other_tell_nothing_apart(paper: Any) -> None
         paper.put("toy_net_plain", seed, robust=a, without="aa/square")
         paper.put("toy_net_ours", seed, robust=b, without="aa/square")
     assert {one.place for one in ranked(paper)[0]} == {1}
+
+
+def test_a_worst_case_for_another_threat_is_left_out(paper: Any) -> None:
+    put(paper, "toy_net_plain", 0.5)
+    put(paper, "toy_net_ours", 0.6)
+    put(paper, "toy_net_never", 0.9)
+    for seed in (0, 1):
+        path = result_path(paper.folder / "results", "toy_net_never", seed)
+        data = json.loads(path.read_text())
+        del data["digest"]
+        data["checkpoints"]["last"]["threat"] = {"norm": "linf", "eps": 0.01}
+        path.write_text(json.dumps(data))
+    placed, left_out = ranked(paper)
+    assert [one.row.stem for one in placed] == ["toy_net_ours", "toy_net_plain"]
+    assert len(left_out) == 2
 
 
 def test_rows_measured_otherwise_are_left_out_and_named(paper: Any) -> None:

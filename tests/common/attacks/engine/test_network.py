@@ -331,6 +331,21 @@ def test_a_network_that_folding_would_change_is_named_and_used_as_it_is(build, c
     assert f"attacks use {type(net).__name__} as it is" in caplog.text
 
 
+class Clipped(nn.Module):
+    """Changes its images in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = DigitsResNet(in_channels=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.clamp_(0.0, 1.0))
+
+
+def test_images_may_be_changed_in_place() -> None:
+    assert folds(AttackEngine(), lived(Clipped()), images()) == 11
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_scripted_networks_stay_as_they_are() -> None:
