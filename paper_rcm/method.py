@@ -268,8 +268,8 @@ def shrink_first(net: nn.Module, image_shape: Sequence[int]) -> None:
         try_out(net, image_shape, "give the image_shape of the images it is for")
     if not seen:
         raise ConfigurationError(
-            f"{type(net).__name__} has no convolution or pool left with a stride above 1, which could "
-            "become 1"
+            f"{type(net).__name__} has no convolution or pool left with a stride above 1 to "
+            "replace by 1"
         )
     for name in {name for name, side in seen if side == seen[0][1]}:
         found: Any = net.get_submodule(name)
