@@ -116,8 +116,13 @@ def _mean(correct: Tensor) -> float:
 
 
 def _examples(outcomes: Outcomes, x: Tensor | Images, names: Sequence[str]) -> Figure | None:
-    """The smallest perturbation found for each of the first examples that fell."""
-    norm = outcomes.threat.norm if outcomes.threat else "linf"
+    """The smallest perturbation found for the first examples that fell.
+
+    Those that fell within the threat model come first; an audit also breaks others beyond it.
+    """
+    norm, radius = "linf", float("inf")
+    if outcomes.threat is not None:
+        norm, radius = outcomes.threat.norm, outcomes.threat.radius
     best: dict[int, tuple[float, Tensor, int]] = {}
     for key, line in outcomes.lines.items():
         columns = outcomes.columns[key]
@@ -128,7 +133,7 @@ def _examples(outcomes: Outcomes, x: Tensor | Images, names: Sequence[str]) -> F
             is_broken = bool(outcomes.correct["clean"][row]) and predicted != outcomes.y[row]
             if is_broken and 0.0 < distance < best.get(row, (float("inf"),))[0]:
                 best[row] = distance, columns["x_adv"][place], predicted
-    rows = sorted(best)[:8]
+    rows = sorted(best, key=lambda row: (best[row][0] > radius * (1.0 + 1e-4), row))[:8]
     if not rows:
         return None
     distances, x_adv, predicted_adv = zip(*(best[row] for row in rows), strict=True)
