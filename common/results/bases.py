@@ -72,20 +72,25 @@ class Measured:
         """The attacks that the worst case is over."""
         return frozenset(worst_over(self.entry["clean"], self.entry["attacks"]))
 
+    @cached_property
+    def _steps(self) -> dict[str, tuple[set[str], tuple[str, str]]]:
+        """The metrics that every step counts in, and its ball and recipe."""
+        return {
+            name: (
+                metrics_of(name, attack) | ({WORST} if name in self.attacks else set()),
+                effort(attack),
+            )
+            for name, attack in self.entry["attacks"].items()
+        }
+
     def efforts(self, metrics: Collection[str]) -> dict[str, tuple[str, str]]:
         """Ball and recipe of every step that the metrics are about."""
-        return {
-            name: effort(attack)
-            for name, attack in self.entry["attacks"].items()
-            if not metrics_of(name, attack).isdisjoint(metrics)
-            or (WORST in metrics and name in self.attacks)
-        }
+        return {name: its for name, (of, its) in self._steps.items() if not of.isdisjoint(metrics)}
 
     @property
     def threat(self) -> str:
         """The ball of the threat model, in words."""
-        threat = self.entry["threat"] or {"norm": None, "eps": None}
-        return ball_text(threat["norm"], threat["eps"])
+        return ball_text(**(self.entry["threat"] or {"norm": None, "eps": None}))
 
 
 Results = Mapping[str, list[Measured]]
@@ -111,6 +116,11 @@ def ball_text(norm: str | None, eps: float | None) -> str:
 def effort(attack: AttackResult) -> tuple[str, str]:
     """Ball and recipe; the recipe is empty where it is unknown."""
     return ball_text(attack["norm"], attack["eps"]), attack.get("recipe", "")
+
+
+def are_other_images(first: str | None, second: str | None) -> bool:
+    """Whether two digests of images and labels are known and differ."""
+    return None not in (first, second) and first != second
 
 
 def usual(found: Iterable[T]) -> T | None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from common.results.bases import WORST, Basis, Measured, Results, usual
+from common.results.bases import WORST, Basis, Measured, Results, are_other_images, usual
 from common.results.labels import LABELS
 from common.results.reference import Group, Metric
 
@@ -120,7 +120,7 @@ class Columns:
         if usual_one is not None and basis != usual_one:
             other = "other " if basis.size == usual_one.size else ""
             return f"on {other}{basis.size:,} examples"
-        if self._data and measured.data not in (None, self._data):
+        if are_other_images(measured.data, self._data):
             return "on other images"
         suite = measured.efforts(metric.sources)
         if others := [n for n, (ball, _) in suite.items() if ball != self._balls.get(n, ball)]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
 
-from common.results.bases import WORST, Measured, Results
+from common.results.bases import WORST, Measured, Results, are_other_images
 from common.results.markdown import Sheet
 from common.results.outcomes import group_of
 from common.results.paired import Paired, pairs_of
@@ -53,14 +53,8 @@ def comparison_sheet(
         for key in keys:
             found = {seed: of[key] for seed, of in compared.items() if key in of}
             for a, b in pairs:
-                if a.seed in compared and key in a.bases and key in b.bases:
-                    if unlike := _unlike_balls(a, b, key):
-                        how = f"another ball of {unlike}"
-                        found.pop(a.seed, None)
-                    elif not _is_same(a, b, key):
-                        how = f"{a.bases[key].size:,} against {b.bases[key].size:,} examples"
-                    else:
-                        continue
+                if a.seed in compared and (how := _difference(a, b, key)):
+                    found.pop(a.seed, None)
                     what = f"seed {a.seed}, {titles.get(key, key)}: {how}"
                     strangers.append(f"`{row.stem}` ({what})")
             if found:
@@ -97,16 +91,21 @@ def _last(row: Row, results: Results) -> list[Measured]:
 
 def _is_same(a: Measured, b: Measured, key: str = "clean_acc") -> bool:
     """Whether a metric of two checkpoints is about the same examples."""
-    is_same = a.data is None or b.data is None or a.data == b.data
-    return is_same and a.bases[key] == b.bases[key]
+    return a.bases[key] == b.bases[key] and not are_other_images(a.data, b.data)
 
 
-def _unlike_balls(a: Measured, b: Measured, key: str) -> str:
-    """The attacks behind a metric that have another ball in the other checkpoint."""
+def _difference(a: Measured, b: Measured, key: str) -> str:
+    """Why a metric of two checkpoints cannot be compared; empty if it can, or one lacks it."""
+    if key not in a.bases or key not in b.bases:
+        return ""
     if key == WORST and a.threat != b.threat:
-        return "the threat model"
+        return "another ball of the threat model"
     mine, its = a.efforts([key]), b.efforts([key])
-    return ", ".join(name for name in mine if name in its and mine[name][0] != its[name][0])
+    if unlike := [name for name in mine if name in its and mine[name][0] != its[name][0]]:
+        return f"another ball of {', '.join(unlike)}"
+    if not _is_same(a, b, key):
+        return f"{a.bases[key].size:,} against {b.bases[key].size:,} examples"
+    return ""
 
 
 def _compared(found: Mapping[int, Paired]) -> list[str]:

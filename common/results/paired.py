@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from common.results.bases import Basis, ball_text, bases, effort
+from common.results.bases import Basis, are_other_images, ball_text, bases, effort
 from common.results.outcomes import Figure, figures, group_of, is_audit, metrics_of
 from common.results.schema import CheckpointResult
 from common.results.statistics import mcnemar_exact
@@ -97,9 +97,8 @@ def obstacle(first: Named, second: Named, metrics: Sequence[str] = ()) -> str:
     a, b = first.entry, second.entry
     if a["threat"] != b["threat"]:
         return f"the threat models differ: {_threat(first)}, {_threat(second)}"
-    if first.bases["clean_acc"] != second.bases["clean_acc"] or (
-        None not in (first.data, second.data) and first.data != second.data
-    ):
+    is_same_basis = first.bases["clean_acc"] == second.bases["clean_acc"]
+    if not is_same_basis or are_other_images(first.data, second.data):
         return f"the images differ: {_images(first)}, {_images(second)}"
     if differences := list(_entries_that_differ(first, second, metrics)):
         reasons = "; ".join(differences)

@@ -18,7 +18,7 @@ from common.files import check_writable, content_digest, read_sealed_json, write
 from common.limits import read_json
 from common.results.labels import LABELS
 from common.results.markdown import one_line
-from common.results.outcomes import derived, figures, missing_worst
+from common.results.outcomes import derived, missing_worst
 from common.results.schema import RESULT, SCHEMA, CheckpointResult, Provenance, Result
 from common.results.typed import problem_of
 
@@ -216,17 +216,15 @@ def _edit_in(result: Result) -> str:
                 found = stored.get(name)
                 if found is None or not np.allclose(found, value, rtol=0.0, atol=TOLERANCE):
                     return f"checkpoints.{label}.{key}.{name} is {found}, the outcomes give {value}"
-        if "confusion" in checkpoint:
-            worst = figures(checkpoint["clean"], checkpoint["attacks"]).get("worst")
+        if "confusion" in checkpoint and "worst" in known["metrics"]:
+            size = known["sizes"].get("worst", checkpoint["examples"])
+            right = round(known["metrics"]["worst"] * size)
             table = np.array(checkpoint["confusion"])
-            if worst is not None and worst.bits is not None:
-                right = int(worst.bits.sum())
-                if table.trace() < right or table.sum() > worst.size:
-                    found = f"{table.trace()} of {table.sum()} right"
-                    return (
-                        f"checkpoints.{label}.confusion has {found}, the outcomes give {right} of "
-                        f"{worst.size}"
-                    )
+            if table.trace() < right or table.sum() > size:
+                return (
+                    f"checkpoints.{label}.confusion has {table.trace()} of {table.sum()} right, "
+                    f"the outcomes give {right} of {size}"
+                )
         if "worst" in checkpoint["metrics"] and "worst" not in known["metrics"]:
             reason = missing_worst(checkpoint["attacks"])
             return f"checkpoints.{label}.metrics.worst is there, but {reason or 'no attack counts'}"

@@ -31,6 +31,8 @@ class ProductConv2d(nn.Conv2d):
     """
 
     maps: Maps
+    reached: Tensor | None = None
+    """What :meth:`_reached` keeps."""
 
     def prepared(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
         """What it computes with: ``factors`` and ``biases``, and the rest for other maps."""
@@ -52,13 +54,12 @@ class ProductConv2d(nn.Conv2d):
 
         Kept from attack to attack if it is small.
         """
-        kept: Tensor | None = vars(self).get("reached")
-        if kept is not None and (kept.dtype, kept.device) == (weight.dtype, weight.device):
-            return kept
+        if self.reached is not None and self.reached.dtype == weight.dtype:
+            return self.reached
         down, across = (_met(*axis, like=weight) for axis in _axes(self, maps))
         reached = torch.einsum("hpk,wql->pqhwkl", down, across).flatten(4)
         if type(reached) is Tensor and reached.numel() <= _MOST_KEPT:
-            vars(self)["reached"] = reached
+            self.reached = reached
         return reached
 
     def forward(self, input: Tensor) -> Tensor:
