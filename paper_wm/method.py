@@ -11,7 +11,7 @@ weight for every position of the feature X, and a local filter without parameter
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,34 @@ Init = Literal["constant", "uniform", "normal"]
 # ------------------------------------------------------------------------------------- the filter
 
 
+class _BoxSum(torch.autograd.Function):
+    """Sums over the columns of a window, then over its rows; it is its own adjoint.
+
+    On a CPU pooling takes five times as long, a quarter of all the time of a small network.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, k: int) -> Tensor:
+        z = F.pad(z, [k // 2] * 4)
+        for dim in (-1, -2):
+            n = z.shape[dim] - k + 1
+            z = sum((z.narrow(dim, i, n) for i in range(1, k)), z.narrow(dim, 0, n))
+        return z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.k = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return box_sum(gradient, ctx.k), None
+
+
 def box_sum(z: Tensor, k: int) -> Tensor:
     """B_k: sum over a k x k window, k odd, with zeros around ``z`` ``(N, C, H, W)`` [D]."""
-    return F.avg_pool2d(z, k, stride=1, padding=k // 2, divisor_override=1)
+    return cast(Tensor, _BoxSum.apply(z, k))
 
 
 def box_mean(z: Tensor, k: int) -> Tensor:

@@ -7,7 +7,9 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
 
 from common.errors import ConfigurationError
 from paper_wm.method import WeightMap, box_sum, bypassed, insert_weight_maps, weight_maps
@@ -68,6 +70,19 @@ def test_the_layer_is_its_definition_in_loops(settings, k, order) -> None:
     for shared in (False, True):
         made, x = layer(**settings, kernel_size=k, shared=shared, order=order), features()
         torch.testing.assert_close(made(x), slow(x, made))
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+def test_window_sums_and_all_their_derivatives(k) -> None:
+    """Windows wider than the map too; first and second, of one or of a batch."""
+    z = features().requires_grad_()
+    pooled = F.avg_pool2d(z, k, stride=1, padding=k // 2, divisor_override=1)
+    torch.testing.assert_close(box_sum(z, k), pooled)
+    torch.testing.assert_close(torch.vmap(lambda one: box_sum(one[None], k)[0])(z), pooled)
+    small = z[:1, :2]
+    assert gradcheck(box_sum, (small, k), check_batched_grad=True)
+    squared = lambda z: box_sum(z * z, k)  # noqa: E731
+    assert gradgradcheck(squared, (small,))
 
 
 @pytest.mark.parametrize("shared", [False, True])
