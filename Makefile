@@ -64,7 +64,7 @@ help: ## this list
 ##@ Results
 reproduce: $(NAMES:%=reproduce-%) ## all papers, and the comparison of their methods
 
-robustness: reproduce-robustness ## all methods in one network, under one protocol; half an hour on two cores
+robustness: reproduce-robustness ## all methods in one network, under one protocol; 15 to 30 minutes on two cores
 
 # publish-NAME: ## finished rows become the published results in paper_NAME and its README
 $(NAMES:%=publish-%): publish-%: $(STAMP)
