@@ -1,8 +1,10 @@
 """Adaptive losses through the feature and through other strides."""
 
+import pytest
 import torch
 from torch import nn
 
+from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import PGD
 from common.objectives import AT
 from paper_rcm.method import DigitsNet, EnlargedNetwork, with_other_strides
@@ -25,6 +27,18 @@ def test_the_feature_attack_moves_the_feature_further_than_noise(model, digits, 
     assert torch.equal(loss(digits["x"]), torch.zeros(12))
     x_adv = PGD(0.1, 0.02, 10)(loss, digits["x"], random)
     assert (loss(x_adv) > loss(start.clamp(0, 1))).all()
+
+
+@pytest.mark.parametrize("strides", [[1, 2, 2], [2, 2, 2]])
+def test_adaptive_losses_are_the_same_through_the_attack_engine(strides, digits) -> None:
+    net = EnlargedNetwork(DigitsNet(strides), mean=[0.3], std=[0.37])
+    model = RCMClassifier(net, AT(), torch.optim.SGD).eval().requires_grad_(False)
+    x = (digits["x"] + 0.1).clamp(0, 1)
+    for name, inner in model.adaptive_losses().items():
+        wanted = inner(model, digits)(x)
+        with AttackEngine().applied(model, x):
+            found = inner(model, digits)(x)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_networks_without_the_mechanism_have_the_usual_losses() -> None:

@@ -4,7 +4,6 @@ import logging
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from common.attacks.engine.folding import aside, has_hooks
@@ -55,9 +54,3 @@ def choices_of(model: nn.Module, x: Tensor, products: bool, winograd: bool) -> d
             return {}
     alike = {name: choices.pop() for name, choices in found.items() if len(choices) == 1}
     return {name: choice for name, choice in alike.items() if choice is not None}
-
-
-def takes_factors(weight: Tensor) -> bool:
-    """Whether chosen stand-ins compute by factors: on a CPU, in the weight's own type."""
-    is_there = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-    return is_there and not torch.is_autocast_enabled("cpu")

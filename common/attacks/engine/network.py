@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from common.attacks.engine.choices import Choice, choices_of, takes_factors
+from common.attacks.engine.choices import Choice, choices_of
 from common.attacks.engine.compiled import Compiled, CompileMode
+from common.attacks.engine.factors import FactorConv2d, takes_factors
 from common.attacks.engine.folding import (
     NORMS,
     Pair,
@@ -29,7 +30,6 @@ from common.attacks.engine.folding import (
     settings_of,
 )
 from common.attacks.engine.products import ProductConv2d
-from common.attacks.engine.winograd import WinogradConv2d
 from common.attacks.settings import Settings
 from common.errors import ConfigurationError, check_choice
 
@@ -210,7 +210,7 @@ class _Plan:
         for source, conv in zip(self._sources, self._convs, strict=True):
             weight, bias = folded_weights(source)
             values = {"weight": weight, "bias": bias}
-            if isinstance(conv, ProductConv2d | WinogradConv2d) and takes_factors(weight):
+            if isinstance(conv, FactorConv2d) and takes_factors(weight):
                 values = conv.prepared(weight, bias)
             for name in values.keys() | conv._parameters.keys():
                 self._put(conv, name, values.get(name))

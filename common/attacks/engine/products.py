@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.attacks.engine.factors import FactorConv2d
+
 _LARGEST = 4 * 2**20  # numbers in a matrix
 _MOST_KEPT = 2**20  # numbers
 _SMALL = 2**16  # multiplications of a convolution
@@ -23,7 +25,7 @@ Maps = tuple[int, int] | None
 """Height and width of the maps that are multiplied as a whole; ``None`` for pixel by pixel."""
 
 
-class ProductConv2d(nn.Conv2d):
+class ProductConv2d(FactorConv2d):
     """A convolution with ``factors``; a plain one without them and for maps of other sizes.
 
     In the layout ``NHWC`` neither the images nor the outputs are copied, but for strides of a 1x1
@@ -34,20 +36,15 @@ class ProductConv2d(nn.Conv2d):
     reached: Tensor | None = None
     """What :meth:`_reached` keeps."""
 
-    def prepared(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
-        """What it computes with: ``factors`` and ``biases``, and the rest for other maps."""
-        plain = {"weight": weight, "bias": bias}
+    def _made(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
         if self.maps is None:
-            return plain | {"factors": weight[:, :, 0, 0], "biases": bias}
+            return {"factors": weight[:, :, 0, 0], "biases": bias}
         reached = self._reached(self.maps, weight)
         taps = reached.flatten(0, 3) @ weight.flatten(2).flatten(0, 1).T
         matrix = taps.view(*reached.shape[:4], *weight.shape[:2]).permute(0, 1, 4, 2, 3, 5)
         outputs = reached.shape[:2].numel()
         factors = matrix.reshape(outputs * self.out_channels, -1)
-        return plain | {
-            "factors": factors,
-            "biases": None if bias is None else bias.repeat(outputs),
-        }
+        return {"factors": factors, "biases": None if bias is None else bias.repeat(outputs)}
 
     def _reached(self, maps: tuple[int, int], weight: Tensor) -> Tensor:
         """One where a filter's entry meets a pixel: outputs, pixels, entries ``(P, Q, H, W, k)``.
@@ -64,8 +61,8 @@ class ProductConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Images ``(N, in, H, W)`` to ``(N, out, H', W')``; without ``N`` as well."""
-        is_planned = input.ndim == 4 and self.maps in (None, tuple(input.shape[2:]))
-        factors = self._parameters.get("factors") if is_planned else None
+        suits = input.ndim == 4 and self.maps in (None, tuple(input.shape[2:])) and self.is_planned
+        factors = self._parameters.get("factors") if suits else None
         if factors is None or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         pixels = input.permute(0, 2, 3, 1)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.attacks.engine.factors import FactorConv2d
+
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 """By the edge of a tile: where polynomials are evaluated, with infinity. For tiles of 4, reciprocal
 pairs have six times the rounding error of a convolution; the usual 0, 1, -1, 2, -2 twelve times."""
@@ -74,7 +76,7 @@ def convolve(x: Tensor, factors: Tensor, tile: int) -> Tensor:
     return (done[0] if len(done) == 1 else torch.cat(done, 2)).permute(2, 3, 0, 1)
 
 
-class WinogradConv2d(nn.Conv2d):
+class WinogradConv2d(FactorConv2d):
     """A convolution with ``factors``; a plain one without them.
 
     The products are never in reduced precision, which is too coarse for the transforms.
@@ -85,14 +87,13 @@ class WinogradConv2d(nn.Conv2d):
     is_contiguous = False
     """Whether the output is copied to the contiguous layout."""
 
-    def prepared(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
-        """What it computes with."""
-        return {"weight": weight, "factors": transformed(weight, self.tile), "bias": bias}
+    def _made(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+        return {"factors": transformed(weight, self.tile)}
 
     def forward(self, input: Tensor) -> Tensor:
         """Images ``(N, in, H, W)`` to ``(N, out, H, W)``; without ``N`` as well."""
         factors = self._parameters.get("factors")
-        if factors is None:
+        if factors is None or not self.is_planned:
             return super().forward(input)
         if input.ndim == 3:
             return self.forward(input[None])[0]

@@ -110,8 +110,9 @@ def uses(monkeypatch) -> list[tuple[torch.Size, int]]:
 @pytest.fixture
 def convs() -> tuple[nn.Conv2d, WinogradConv2d]:
     plain, made = nn.Conv2d(4, 5, 3, padding=1), WinogradConv2d(4, 5, 3, padding=1)
-    made.tile, made.bias = 4, plain.bias
-    made.factors = nn.Parameter(transformed(plain.weight.detach(), 4), requires_grad=False)
+    made.tile = 4
+    for name, value in made.prepared(plain.weight, plain.bias).items():
+        setattr(made, name, nn.Parameter(value.detach(), requires_grad=False))
     return plain, made
 
 
