@@ -37,17 +37,22 @@ Init = Literal["constant", "uniform", "normal"]
 class _BoxSum(torch.autograd.Function):
     """Sums over the columns of a window, then over its rows; it is its own adjoint.
 
-    On a CPU pooling takes five times as long, a quarter of all the time of a small network.
+    Pooling of contiguous maps on a CPU is up to six times slower, and took a quarter of the time of
+    WM's small networks.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(z: Tensor, k: int) -> Tensor:
+        if k == 1 or z.device.type != "cpu" or not z.is_contiguous():
+            return F.avg_pool2d(z, k, stride=1, padding=k // 2, divisor_override=1)
         z = F.pad(z, [k // 2] * 4)
         for dim in (-1, -2):
-            n = z.shape[dim] - k + 1
-            z = sum((z.narrow(dim, i, n) for i in range(1, k)), z.narrow(dim, 0, n))
+            first, second, *others = (z.narrow(dim, i, z.shape[dim] - k + 1) for i in range(k))
+            z = first + second
+            for other in others:
+                z += other
         return z
 
     @staticmethod

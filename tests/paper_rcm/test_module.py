@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.attacks.engine.factors import FactorConv2d
 from common.attacks.engine.network import AttackEngine
 from common.attacks.pgd import PGD
 from common.objectives import AT
@@ -37,6 +38,7 @@ def test_adaptive_losses_are_the_same_through_the_attack_engine(strides, digits)
     for name, inner in model.adaptive_losses().items():
         wanted = inner(model, digits)(x)
         with AttackEngine().applied(model, x):
+            assert any(isinstance(module, FactorConv2d) for module in model.modules())
             found = inner(model, digits)(x)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5, msg=name)
 

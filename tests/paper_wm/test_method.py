@@ -77,12 +77,19 @@ def test_window_sums_and_all_their_derivatives(k) -> None:
     """Windows wider than the map too; first and second, of one or of a batch."""
     z = features().requires_grad_()
     pooled = F.avg_pool2d(z, k, stride=1, padding=k // 2, divisor_override=1)
-    torch.testing.assert_close(box_sum(z, k), pooled)
     torch.testing.assert_close(torch.vmap(lambda one: box_sum(one[None], k)[0])(z), pooled)
+    last = z.detach().to(memory_format=torch.channels_last).requires_grad_()
+    towards = features()
+    for of, layout in ((z, torch.contiguous_format), (last, torch.channels_last)):
+        found = box_sum(of, k)
+        torch.testing.assert_close(found, pooled)
+        assert found.is_contiguous(memory_format=layout)
+        (wanted,) = torch.autograd.grad(pooled, z, towards, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(found, of, towards)[0], wanted)
+        found.relu_()  # no view
     small = z[:1, :2]
     assert gradcheck(box_sum, (small, k), check_batched_grad=True)
-    squared = lambda z: box_sum(z * z, k)  # noqa: E731
-    assert gradgradcheck(squared, (small,))
+    assert gradgradcheck(lambda z: box_sum(z * z, k), (small,))
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_OWN = ("planned", "maps", "reached", "tile", "is_contiguous")
+"""What stand-ins have and convolutions have not."""
+
 
 class FactorConv2d(nn.Conv2d):
-    """A convolution that computes by ``factors`` while they are those of its settings.
+    """A convolution that computes by ``factors``, a plain one with other settings than theirs.
 
-    A loss may change those: it attacks a copy with other strides, for instance. Copies are plain
-    convolutions, so that they follow changes of their weights too.
+    A deep copy is a plain convolution, which follows changes of its weights too: losses attack
+    copies with other strides, for instance.
     """
 
     planned: tuple[Any, ...] = ()
@@ -19,7 +22,7 @@ class FactorConv2d(nn.Conv2d):
 
     def prepared(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
         """What it computes with: ``factors`` and more, and ``weight`` and ``bias`` for the rest."""
-        self.planned = _settings_of(self)
+        self.planned = geometry_of(self)
         return {"weight": weight, "bias": bias} | self._made(weight, bias)
 
     def _made(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
@@ -28,13 +31,14 @@ class FactorConv2d(nn.Conv2d):
     @property
     def is_planned(self) -> bool:
         """Whether the settings are those that the factors were made for."""
-        return self.planned == _settings_of(self)
+        return self.planned == geometry_of(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Conv2d:
         """A plain convolution with its weight and bias."""
         made = memo[id(self)] = nn.Conv2d.__new__(nn.Conv2d)
-        plain = {name: self._parameters.get(name) for name in ("weight", "bias")}
-        vars(made).update(copy.deepcopy(vars(self) | {"_parameters": plain}, memo))
+        plain = {name: value for name, value in vars(self).items() if name not in _OWN}
+        plain["_parameters"] = {name: self._parameters.get(name) for name in ("weight", "bias")}
+        vars(made).update(copy.deepcopy(plain, memo))
         return made
 
 
@@ -44,6 +48,7 @@ def takes_factors(weight: Tensor) -> bool:
     return is_there and not torch.is_autocast_enabled("cpu")
 
 
-def _settings_of(conv: nn.Conv2d) -> tuple[Any, ...]:
+def geometry_of(conv: nn.Conv2d) -> tuple[Any, ...]:
+    """Everything but the weights that determines a convolution."""
     names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return tuple(getattr(conv, name) for name in names)

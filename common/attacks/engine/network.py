@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.attacks.engine.choices import Choice, choices_of
 from common.attacks.engine.compiled import Compiled, CompileMode
-from common.attacks.engine.factors import FactorConv2d, takes_factors
+from common.attacks.engine.factors import FactorConv2d, geometry_of, takes_factors
 from common.attacks.engine.folding import (
     NORMS,
     Pair,
@@ -191,13 +191,17 @@ class _Plan:
         self._settings = settings_of(model)
 
     def fits(self) -> bool:
-        """Whether the model's modules, their settings and hooks are unchanged."""
+        """Whether the model's modules, their settings and hooks are unchanged, stand-ins too."""
         is_there = all(
             (parent := ref()) is not None and parent._modules.get(name) is original
             for ref, name, original, _ in self._slots
         )
+        are_alike = all(
+            geometry_of(conv) == geometry_of(stand_in)
+            for (conv, _), stand_in in zip(self._sources, self._convs, strict=True)
+        )
         model = self._model()
-        return is_there and model is not None and settings_of(model) == self._settings
+        return is_there and are_alike and model is not None and settings_of(model) == self._settings
 
     @torch.inference_mode(False)
     @torch.no_grad()

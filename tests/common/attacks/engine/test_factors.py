@@ -54,6 +54,11 @@ def test_a_copy_follows_its_own_settings_and_weights(name, change) -> None:
         torch.testing.assert_close(twin(x), net(x))
         change(twin[0])
         torch.testing.assert_close(twin(x), wanted(x))
+    with AttackEngine().applied(twin, x):  # which is a network of its own
+        torch.testing.assert_close(twin(x), wanted(x))
+    for other in (x[..., :1], torch.cat([x, x], 3)):
+        with AttackEngine().applied(twin, other):
+            torch.testing.assert_close(twin(other), wanted(other))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -62,7 +67,11 @@ def test_settings_that_change_during_an_attack_are_followed(name, change) -> Non
     kind, net, x = attacked(name)
     wanted = copy.deepcopy(net)
     change(wanted[0])
-    with AttackEngine().applied(net, x):
+    engine, plain = AttackEngine(), copy.deepcopy(net)
+    with engine.applied(net, x):
         assert type(net[0]) is kind
         change(net[0])
         torch.testing.assert_close(net(x), wanted(x))
+    with engine.applied(net, x):
+        assert type(net[0]) is kind
+        torch.testing.assert_close(net(x), plain(x))
