@@ -58,13 +58,14 @@ def _git(*arguments: str, folder: Path = Path(__file__).parent) -> str | None:
 
 
 def device_name(device: torch.device | str) -> str:
-    """Name of a processor or graphics card, on which times depend."""
+    """Name of a graphics card, or of a processor and its instruction set: times depend on them."""
     if torch.device(device).type != "cpu":
         return torch.cuda.get_device_name(device)
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
+    model = next(models, platform.processor() or platform.machine())
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def is_tracked() -> bool:

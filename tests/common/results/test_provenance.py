@@ -55,3 +55,12 @@ def test_asking_for_changes_never_locks_the_index(tmp_path) -> None:
     assert (tmp_path / ".git/index").read_bytes() == before
     git("status")
     assert (tmp_path / ".git/index").read_bytes() != before
+
+
+def test_processors_of_one_name_and_unlike_instruction_sets_are_told_apart(monkeypatch) -> None:
+    names = set()
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        names.add(provenance.device_name("cpu"))
+    first, second = sorted(names)
+    assert first.removesuffix("AVX2") == second.removesuffix("AVX512")
