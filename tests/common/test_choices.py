@@ -14,7 +14,8 @@ import torch
 from common.errors import ConfigurationError, check_choice
 
 PACKAGES = ("common", "paper_awnet", "paper_cifs", "paper_rcm", "paper_robustwrn", "paper_wm")
-NOT_OURS = {"ColumnsConv2d", "ProductConv2d", "WinogradConv2d", "SafeCheckpoint"}  # bases elsewhere
+# With bases elsewhere:
+NOT_OURS = {"ColumnsConv2d", "FactorConv2d", "ProductConv2d", "WinogradConv2d", "SafeCheckpoint"}
 PLACEHOLDER = {"mean", "std"}  # "data" beside numbers: see Normalize
 
 ARGUMENTS: dict[str, Any] = {
