@@ -56,9 +56,9 @@ def test_a_copy_follows_its_own_settings_and_weights(name, change) -> None:
         torch.testing.assert_close(twin(x), wanted(x))
     with AttackEngine().applied(twin, x):  # which is a network of its own
         torch.testing.assert_close(twin(x), wanted(x))
-    for other in (x[..., :1], torch.cat([x, x], 3)):
-        with AttackEngine().applied(twin, other):
-            torch.testing.assert_close(twin(other), wanted(other))
+    for sized in (x[..., :1], torch.cat([x, x], 3)):
+        with AttackEngine().applied(twin, sized):
+            torch.testing.assert_close(twin(sized), wanted(sized))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
